@@ -1,0 +1,295 @@
+"""What a run reads: the endless stream of training packs, its place in it, and the held-out packs.
+
+The stream is one for the whole job: step s takes its packs [s*G, (s+1)*G) for a global batch of G, and DP rank r of them
+every dp_size-th from r. So neither the layout nor a resume changes what is learned when.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from moetrain.config.recipe import Recipe
+from moetrain.data import assets, sft, tokenizer
+from moetrain.data.cache import cache_root
+from moetrain.data.rejects import Reject, check_rejects, write_rejects
+from moetrain.errors import DataError
+from moetrain.ops.packed import Packed
+
+
+class Packs(Protocol):
+    """Packs of the same length, `len` of them an epoch, in an order per epoch."""
+
+    fingerprint: str  # equal for equal content and order
+
+    def __len__(self) -> int: ...
+
+    def at(self, epoch: int, number: int) -> Packed:
+        """The `number`-th pack of an epoch."""
+        ...
+
+
+class ShuffledSft:
+    """The packs of a set, shuffled anew each epoch."""
+
+    def __init__(self, data: sft.SftSet, seed: int, shuffle: bool) -> None:
+        self.data, self.seed, self.shuffle = data, seed, shuffle
+        self.fingerprint = f"{data.fingerprint}-{seed}-{shuffle}"
+        self._epoch, self._order = -1, np.arange(0)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def at(self, epoch: int, number: int) -> Packed:
+        if not self.shuffle:
+            return self.data[number]
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+        return self.data[int(self._order[number])]
+
+
+class Corpus:
+    """Samples of indexed corpora; megatron-core shuffles them."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        self.fingerprint: str = data.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def at(self, epoch: int, number: int) -> Packed:
+        return self.data.get(epoch, number)
+
+
+class Loader:
+    """This DP rank's share of the training stream. Every rank of the job makes one, TP and PP neighbours the same."""
+
+    def __init__(self, packs: Packs, global_batch: int, dp_rank: int, dp_size: int) -> None:
+        if global_batch % dp_size:
+            raise DataError(
+                f"train.global_batch {global_batch} does not divide over {dp_size} data-parallel ranks:"
+                f" use a multiple of {dp_size}."
+            )
+        self.packs, self.global_batch, self.dp_rank, self.dp_size = packs, global_batch, dp_rank, dp_size
+        self._position = 0  # packs of the job's stream that are used up
+
+    def next(self) -> list[Packed]:
+        """global_batch / dp_size packs of [seq_len] tokens, and one step further in the stream."""
+        start, self._position = self._position, self._position + self.global_batch
+        per_epoch = len(self.packs)
+        numbers = range(start + self.dp_rank, self._position, self.dp_size)
+        return [self.packs.at(*divmod(number, per_epoch)) for number in numbers]
+
+    def epoch(self) -> float:
+        """How often the data has been gone through."""
+        return self._position / len(self.packs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream: small, and the same on every rank and at every layout."""
+        return {"position": self._position, "fingerprint": self.packs.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken. DataError when the data is not the same."""
+        if state["fingerprint"] != self.packs.fingerprint:
+            raise DataError(
+                "The checkpoint was taken with other training data (or data.seq_len, data.pack, seed, tokenizer or"
+                " chat template): restore what it was made with, or start another run_dir."
+            )
+        self._position = int(state["position"])
+
+
+class EvalPacks(Sequence[Packed]):
+    """This DP rank's held-out packs. Every rank has the same number: where packs run out, one without valid tokens."""
+
+    def __init__(self, packs: Packs, limit: int | None, dp_rank: int, dp_size: int) -> None:
+        self.packs, self.dp_rank, self.dp_size = packs, dp_rank, dp_size
+        self.num_packs = min(len(packs), limit if limit is not None else len(packs))  # over all ranks
+
+    def __len__(self) -> int:
+        return -(-self.num_packs // self.dp_size)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = index * self.dp_size + self.dp_rank
+        return self.packs.at(0, number) if number < self.num_packs else blank(self.packs.at(0, 0))
+
+    def __iter__(self) -> Iterator[Packed]:
+        return (self[i] for i in range(len(self)))
+
+
+def blank(like: Packed) -> Packed:
+    """A pack of the same length that is padding throughout."""
+    zeros = torch.zeros_like(like.tokens)
+    return Packed(
+        tokens=zeros,
+        labels=zeros.clone(),
+        position_ids=torch.arange(like.num_tokens),
+        cu_seqlens=torch.tensor([0, like.num_tokens], dtype=torch.int32),
+        loss_mask=torch.zeros_like(like.loss_mask),
+        valid=torch.zeros_like(like.valid),
+        extras={name: value.new_zeros(1, *value.shape[1:]) for name, value in like.extras.items()},
+        ids=("",),
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` found, for the run to say."""
+
+    num_packs: int  # an epoch
+    num_steps: int
+    num_eval_packs: int
+    num_rejected: int
+    num_truncated: int
+    lines: tuple[str, ...]  # in words
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Build and cache all that the run reads, before any process group; call it in one process, or in all of them.
+
+    Checks the data against the model and writes <run_dir>/rejected.jsonl (on a cache hit too) when records were skipped.
+    DataError: no usable data, too many rejected, a tokenizer or index larger than the model's vocabulary.
+    """
+    train, held_out = _packs(recipe, held_out=False), _packs(recipe, held_out=True)
+    sets = [p.data for p in (train, held_out) if isinstance(p, ShuffledSft)]
+    rejects = [reject for data in sets for reject in data.rejects()]
+    _write_rejected(recipe, rejects)
+    for data in sets:
+        check_rejects(data.rejects(), data.stats.num_records, recipe.data.max_rejected)
+    steps = num_steps(recipe, len(train) if train is not None else 0)
+    if isinstance(train, Corpus):
+        for epoch in range(math.ceil(steps * recipe.train.global_batch / len(train))):
+            train.data.epoch(epoch)
+    lines = [_describe(name, packs, recipe) for name, packs in (("train", train), ("eval", held_out)) if packs is not None]
+    return Prepared(
+        num_packs=len(train) if train is not None else 0,
+        num_steps=steps,
+        num_eval_packs=len(held_out) if held_out is not None else 0,
+        num_rejected=len(rejects),
+        num_truncated=sum(data.stats.num_truncated for data in sets),
+        lines=tuple(lines),
+    )
+
+
+def _describe(name: str, packs: Packs, recipe: Recipe) -> str:
+    if not isinstance(packs, ShuffledSft):
+        return f"{name}: {len(packs)} samples of {recipe.data.seq_len} tokens"
+    stats = packs.data.stats
+    line = (
+        f"{name}: {stats.num_records} records, {stats.num_sequences} sequences, {stats.num_tokens} tokens in"
+        f" {stats.num_packs} packs of {recipe.data.seq_len} ({stats.fill:.1%} full)"
+    )
+    if stats.num_truncated:
+        line += f"; {stats.num_truncated} truncated to data.seq_len"
+    if stats.num_rejected:
+        line += f"; {stats.num_rejected} rejected, see {recipe.run_dir / 'rejected.jsonl'}"
+    return line
+
+
+def _write_rejected(recipe: Recipe, rejects: list[Reject]) -> None:
+    path = recipe.run_dir / "rejected.jsonl"
+    if rejects:
+        write_rejects(path, rejects)
+    else:
+        path.unlink(missing_ok=True)  # an earlier start of this run may have had some
+
+
+def build_train(recipe: Recipe, dp_rank: int, dp_size: int) -> Loader:
+    """The training stream of one DP rank. In a process group every rank calls this, at the same point."""
+    packs = _packs(recipe, held_out=False)
+    assert packs is not None
+    return Loader(packs, recipe.train.global_batch, dp_rank, dp_size)
+
+
+def build_eval(recipe: Recipe, dp_rank: int, dp_size: int) -> EvalPacks | None:
+    """The held-out packs of one DP rank, at most train.eval_packs over all; None without data.eval."""
+    packs = _packs(recipe, held_out=True)
+    return EvalPacks(packs, recipe.train.eval_packs, dp_rank, dp_size) if packs is not None else None
+
+
+def num_steps(recipe: Recipe, num_packs: int | None = None) -> int:
+    """Optimizer steps of the run: train.steps, or as many as train.epochs need, the last one filled from the next."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    assert recipe.train.epochs is not None
+    if num_packs is None:
+        packs = _packs(recipe, held_out=False)
+        assert packs is not None
+        num_packs = len(packs)
+    return max(1, math.ceil(recipe.train.epochs * num_packs / recipe.train.global_batch - 1e-9))
+
+
+def model_vocab(recipe: Recipe) -> int | None:
+    """The model's vocab_size as its configuration says; None when there is none to be read (a Megatron checkpoint)."""
+    hf: Any = recipe.model.hf
+    path = recipe.model.path
+    if hf is None and path is not None and assets.is_builtin(path):
+        from moetrain.config import builtin
+
+        hf = builtin.MODELS.get(path.removeprefix("builtin:"))
+    elif hf is None and path is not None:
+        config = Path(path).expanduser() / "config.json"
+        hf = json.loads(config.read_text()) if config.is_file() else None
+    vocab = hf.get("vocab_size") if isinstance(hf, dict) else None
+    return int(vocab) if vocab is not None else None
+
+
+def tokenizer_of(recipe: Recipe) -> Path:
+    """The local folder of the run's tokenizer. DataError when the recipe names none."""
+    name = recipe.model.tokenizer or recipe.model.path
+    if name is None:
+        raise DataError("A model made from model.hf has no tokenizer: set model.tokenizer (a folder or builtin:NAME).")
+    root = cache_root(recipe.data.cache)
+    return assets.resolve(name, root) if assets.is_builtin(name) else tokenizer.locate(name)
+
+
+def _packs(recipe: Recipe, *, held_out: bool) -> Packs | None:
+    root = cache_root(recipe.data.cache)
+    given = recipe.data.eval if held_out else recipe.data.train
+    if not given:
+        if held_out:
+            return None
+        raise DataError("data.train is empty: give a path, a list of paths or builtin:NAME.")
+    inputs = [str(assets.resolve(path, root)) for path in given]
+    if recipe.method.name in ("pretrain", "cpt"):
+        return _corpus(recipe, inputs, root, held_out=held_out)
+    spec = sft.SftSpec(
+        inputs=tuple(inputs),
+        tokenizer=tokenizer_of(recipe),
+        seq_len=recipe.data.seq_len,
+        too_long=recipe.data.too_long,
+        seed=recipe.seed,
+        pack=recipe.data.pack,
+        chat_template=recipe.data.chat_template,
+        model_vocab=model_vocab(recipe),
+        num_workers=recipe.data.num_workers,
+    )
+    data = sft.SftSet(sft.build(spec, root))
+    return ShuffledSft(data, recipe.seed, recipe.data.shuffle or held_out)
+
+
+def _corpus(recipe: Recipe, inputs: list[str], root: Path, *, held_out: bool) -> Corpus:
+    from moetrain.data import corpus  # imports megatron, which instruction tuning's data does not need
+
+    if not recipe.data.shuffle:
+        raise DataError("data.shuffle: false is not possible for pretraining: megatron-core's GPTDataset shuffles.")
+    data = corpus.CorpusSet(
+        inputs,
+        None if held_out else recipe.data.weights,
+        seq_len=recipe.data.seq_len,
+        seed=recipe.seed,
+        root=root,
+        held_out=held_out,
+        model_vocab=model_vocab(recipe),
+    )
+    return Corpus(data)

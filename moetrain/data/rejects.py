@@ -1,0 +1,42 @@
+"""Records that were skipped: where they stand and why, and when there are too many of them."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moetrain.data.cache import write_text
+from moetrain.errors import DataError
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A skipped record: its file, its line or row (from 1) and the reason."""
+
+    file: str
+    line: int
+    reason: str
+
+
+def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
+    """Write one JSON object a line; the file appears whole or not at all."""
+    lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects]
+    write_text(path, "".join(lines))
+
+
+def read_rejects(path: Path) -> list[Reject]:
+    """What `write_rejects` wrote; nothing when there is no such file."""
+    if not path.is_file():
+        return []
+    return [Reject(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def check_rejects(rejects: list[Reject], num_records: int, max_rejected: float, option: str = "data.max_rejected") -> None:
+    """DataError when more than the share `max_rejected` of `num_records` was skipped."""
+    if not rejects or len(rejects) <= max_rejected * num_records:
+        return
+    first = rejects[0]
+    raise DataError(
+        f"{len(rejects)} of {num_records} records were rejected ({len(rejects) / num_records:.1%}; {option} allows"
+        f" {max_rejected:.1%}). The first: {first.file}:{first.line}: {first.reason}. Mend the data or raise {option}."
+    )

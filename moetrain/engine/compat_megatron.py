@@ -1,0 +1,34 @@
+"""Where megatron-core 0.19.2 does not run without a GPU or Transformer Engine, mended in one place.
+
+Each mend says what breaks without it. tests/test_compat.py fails when one is no longer needed.
+"""
+
+from typing import Any
+
+import torch
+
+_installed = False
+
+
+def install() -> None:
+    """Mend megatron-core on a machine without a GPU. Call after compat_torch.install, before building a model."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    import megatron.core.jit as jit
+
+    # jit_fuser is torch.compile: on CPU it would call a C++ compiler in the first step of every process.
+    jit.disable_jit_fuser()
+    import megatron.core.tensor_parallel.random as rng
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    any_rng: Any = rng
+    # The tracker reads CUDA's generator by device index; there is one generator here.
+    any_rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    any_rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Upstream converts only CUDA tensors, so all-to-all would be handed tensors as split sizes.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = to_host

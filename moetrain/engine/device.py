@@ -1,0 +1,76 @@
+"""The device and the process group: cuda with NCCL, cpu with gloo, or meta with torch's fake group."""
+
+import datetime
+import logging
+import os
+import socket
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from moetrain.engine import compat_megatron, compat_torch
+
+
+def free_port() -> int:
+    """A TCP port of this host that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def prepare() -> torch.device:
+    """Choose the device and make Megatron ready for it. Call before the first import of a Megatron module."""
+    for message in (".*Apex is not installed.*", ".*ransformer.?[Ee]ngine.*", ".*DEPRECATED.*"):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="megatron.*")
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron.*")
+    # "No CUDA runtime is found": said at import on machines with a toolkit and no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    has_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    else:
+        compat_torch.install(device)
+    compat_megatron.install()
+    return device
+
+
+def start() -> torch.device:
+    """Join the process group that RANK and WORLD_SIZE name (one process without them); returns the device."""
+    device = prepare()
+    has_gpu = device.type == "cuda"
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        if "MASTER_PORT" not in os.environ:
+            os.environ["MASTER_PORT"] = str(free_port())
+        dist.init_process_group(
+            "nccl" if has_gpu else "gloo",
+            rank=int(os.environ.get("RANK", 0)),
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            timeout=datetime.timedelta(minutes=float(os.environ.get("MOETRAIN_TIMEOUT_MINUTES", 10))),
+            device_id=device if has_gpu else None,
+        )
+    return device
+
+
+def stop() -> None:
+    """Leave the process group and forget Megatron's groups; a new layout can be started after it."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def memory_gib() -> float:
+    """Peak device memory of this process in GiB; on CPU its anonymous memory now (mapped files do not count)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) / 2**20
+    return 0.0

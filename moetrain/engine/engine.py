@@ -1,0 +1,298 @@
+"""The engine: few verbs over Megatron Core, the same on two CPU cores and on H100 nodes."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+
+from moetrain.config.recipe import Recipe
+from moetrain.engine import checkpoint, device
+from moetrain.engine.backend import choose_backend
+from moetrain.engine.mesh import start_mesh
+from moetrain.engine.model import DTYPES, build, transformer_config
+from moetrain.engine.optim import learning_rate, make_optimizer, wrap
+from moetrain.engine.params import local_grads, local_params
+from moetrain.engine.router import RouterMonitor
+from moetrain.engine.source import ModelSource, find_model
+from moetrain.engine.step import Runner, micro_batches
+from moetrain.errors import DataError, DivergedError
+from moetrain.families import family_of
+from moetrain.families.rules import expand
+from moetrain.methods.base import Method, Out
+from moetrain.ops.packed import Packed
+from moetrain.plan.mesh import check_layout
+from moetrain.weights import transport
+from moetrain.weights.reader import Reader
+from moetrain.weights.writer import write_hf
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank. Losses are means over the global batch."""
+
+    loss: float
+    metrics: dict[str, float]
+    grad_norm: float
+    lr: float
+    tokens: int  # valid tokens of the global batch
+    memory_gib: float
+    router: dict[str, float] = field(default_factory=dict[str, float])
+
+
+class Engine:
+    """A model on this process's place in the mesh. Every verb is collective: all ranks call it in the same order.
+
+    Args:
+        recipe: the resolved recipe; `model`, `parallel`, `optim`, `train`, `router` and `megatron` are read.
+        train: build gradients and the optimizer too. Without it only forward passes and weights are there.
+
+    Raises:
+        LayoutError: the layout does not divide the model or the world.
+        WeightsError: the model's weights are missing or are not this architecture's.
+    """
+
+    def __init__(self, recipe: Recipe, *, train: bool = True):
+        self.recipe = recipe
+        self.source: ModelSource = find_model(recipe.model)
+        self.family = family_of(self.source.hf)
+        self.dims = self.family.dims(self.source.hf)
+        check_layout(self.dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
+        self.device = device.start()
+        self.backend = choose_backend(recipe.model.backend, self.device)
+        torch.use_deterministic_algorithms(recipe.train.deterministic)
+        self.mesh = start_mesh(recipe.parallel, recipe.seed)
+        self.rules = expand(self.family, self.dims)
+        self.num_steps = recipe.train.steps or 0
+        self.monitor = RouterMonitor(
+            self.dims.num_layers, self.dims.experts, recipe.router.aux_loss, recipe.router.z_loss
+        )
+        self.config = transformer_config(recipe, self.dims, self.device, self.backend)
+        self.chunks = build(self.config, self.dims, self.mesh, self.backend, self.monitor)
+        self.optimizer: Any = None
+        self._load_source()
+        models: Sequence[Any] = self.chunks
+        if train:
+            self._freeze()
+            self.wrapped = models = wrap(self.chunks, self.config, recipe)
+            self.config.finalize_model_grads_func = self._finalize_gradients
+            self.optimizer = make_optimizer(self.wrapped, recipe, self.backend)
+            self.config.grad_scale_func = self.optimizer.scale_loss
+        self.run = Runner(models, self.mesh, self.dims, self.device)
+
+    whole_gradients: bool = False
+    """Reduce gradients to every rank, not only to the one that updates the weight: for `gradients()`, at more traffic."""
+
+    def _finalize_gradients(self, models: Any, num_tokens: Any = None, **kwargs: Any) -> None:
+        # num_tokens is Megatron's divisor of the summed gradients; ours was applied in the loss.
+        finalize_model_grads(models, None, **{**kwargs, "force_all_reduce": self.whole_gradients})
+
+    def _load_source(self) -> None:
+        if self.source.megatron is not None and self.recipe.model.init != "random":
+            checkpoint.load_weights(self.chunks, self.source.megatron)
+        else:
+            self.load(self.source.reader(self.recipe, self.family, self.dims))
+
+    def _freeze(self) -> None:
+        if self.recipe.router.freeze:
+            for chunk in self.chunks:
+                for name, param in chunk.named_parameters():
+                    if ".mlp.router." in name:
+                        param.requires_grad = False
+
+    def close(self) -> None:
+        """Leave the process group. The engine is of no use afterwards."""
+        device.stop()
+
+    # Training
+
+    def step(self, packs: Sequence[Packed], method: Method) -> StepResult:
+        """One optimizer step over this data-parallel rank's `packs` of the global batch.
+
+        Raises DivergedError before the optimizer steps when the loss or the gradient is not finite.
+        """
+        assert self.optimizer is not None, "this engine was built with train=False"
+        recipe = self.recipe
+        batches = micro_batches(packs, recipe.train.micro_batch, self.mesh)
+        count, tokens = self._global_counts(batches, method)
+        self.monitor.start_step(tokens)
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+            chunk.train()
+        self.optimizer.zero_grad()
+        kept = self.run(batches, self._head(method, count), forward_only=False)
+        totals = self._reduce_metrics(kept, count)
+        step = self.steps_done + 1
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
+        if not (math.isfinite(totals["loss"]) and math.isfinite(grad_norm)):
+            raise DivergedError(self._diverged(step, totals["loss"], grad_norm, kept, batches))
+        lr = learning_rate(step, recipe.optim, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._clip_and_step(grad_norm)
+        self.steps_done = step
+        router = self.monitor.summary(self.moe_layers) if self.dims.experts else {}
+        loss = totals.pop("loss")
+        return StepResult(loss, totals, grad_norm, lr, int(tokens), device.memory_gib(), router)
+
+    steps_done: int = 0
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [i for i, is_moe in enumerate(self.dims.moe_layers) if is_moe]
+
+    def _clip_and_step(self, grad_norm: float) -> None:
+        clip = self.recipe.optim.clip_grad
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            if clip and grad_norm > clip and part.get_parameters():
+                _scale_gradients(part, clip / (grad_norm + 1e-6))
+        self.optimizer.step_with_ready_grads()
+
+    def _head(self, method: Method, count: float) -> Any:
+        """A micro-batch's log-probs -> (loss over the global count, sums to report)."""
+
+        def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
+            total, metrics = method.loss(out, pack, self.recipe.method, lambda x: x)
+            kept = {"loss": total.detach(), "metrics": {k: (s.detach(), n) for k, (s, n) in metrics.items()}}
+            return total / count, kept | {"ids": pack.ids}
+
+        return head
+
+    def _global_counts(self, batches: Sequence[Packed], method: Method) -> tuple[float, float]:
+        """(the method's count, valid tokens) of the whole global batch, before anything is computed."""
+        counts = torch.tensor(
+            [
+                sum(float(method.count(b, self.recipe.method)) for b in batches),
+                sum(float(b.valid.sum()) for b in batches),
+            ],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        dist.all_reduce(counts, group=self.mesh.dp_group)
+        if counts[0] == 0:
+            raise DataError("A global batch has no token to learn from. Check the loss mask and data.seq_len.")
+        return counts[0].item(), counts[1].item()
+
+    def _reduce_metrics(self, kept: list[dict[str, Any]], count: float) -> dict[str, float]:
+        """Global means from the micro-batches' sums; only one rank of each data-parallel replica contributes."""
+        names: list[Any] = [sorted(kept[0]["metrics"]) if kept else []]
+        if self.mesh.world_size > 1:
+            last = self.mesh.plan.world_size - 1  # always on the last stage
+            dist.broadcast_object_list(names, src=last, device=self.device)
+        sums = torch.zeros(1 + 2 * len(names[0]), dtype=torch.float64, device=self.device)
+        if self.mesh.speaks:
+            for row in kept:
+                flat = [x for name in names[0] for x in row["metrics"][name]]
+                sums += torch.stack([torch.as_tensor(x).double() for x in (row["loss"], *flat)]).to(self.device)
+        dist.all_reduce(sums)
+        values = sums.tolist()
+        out = {"loss": values[0] / count}
+        for i, name in enumerate(names[0]):
+            out[name] = values[1 + 2 * i] / max(values[2 + 2 * i], 1e-12)
+        return out
+
+    def _diverged(
+        self, step: int, loss: float, grad_norm: float, kept: list[dict[str, Any]], batches: Sequence[Packed]
+    ) -> str:
+        bad = [i for row in kept if not torch.isfinite(row["loss"]) for i in row["ids"] if i]
+        if math.isfinite(loss):
+            bad = [i for batch in batches for i in batch.ids if i]
+        everyone: list[Any] = [None] * self.mesh.world_size
+        dist.all_gather_object(everyone, bad)
+        names = sorted({i for part in everyone for i in part})
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return (
+            f"Step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}. Nothing was updated. Sequences: {shown or '-'}. "
+            "Look at them, lower optim.lr, or resume from the last checkpoint without them."
+        )
+
+    # Forward only
+
+    @torch.no_grad()
+    def evaluate(self, packs: Sequence[Packed], method: Method) -> dict[str, float]:
+        """Mean loss and metrics over held-out packs (each data-parallel rank brings its share): {"loss": ..., ...}."""
+        batches = micro_batches(packs, self.recipe.train.micro_batch, self.mesh)
+        count, _ = self._global_counts(batches, method)
+        return self._reduce_metrics(self._forward_only(batches, self._head(method, count)), count)
+
+    @torch.no_grad()
+    def logprobs(self, packs: Sequence[Packed]) -> list[Tensor]:
+        """Log-prob of each label, one fp32 [t] CPU tensor a pack (its own length), on every rank of the replica."""
+        batches = micro_batches(packs, 1, self.mesh)
+
+        def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
+            return out.logp.sum(), {"logp": out.logp}
+
+        kept = self._forward_only(batches, head)
+        t = batches[0].num_tokens
+        table = torch.zeros(len(batches), t, device=self.device)
+        if kept:
+            table = torch.stack([row["logp"] for row in kept])
+        if self.mesh.plan.pp > 1:
+            dist.broadcast(table, group_src=self.mesh.plan.pp - 1, group=self.mesh.pp_group)
+        return [table[i, : pack.num_tokens].cpu() for i, pack in enumerate(packs)]
+
+    def _forward_only(self, batches: Sequence[Packed], head: Any) -> list[dict[str, Any]]:
+        for model in self.run.models:
+            model.eval()
+        return self.run(batches, head, forward_only=True)
+
+    # Weights
+
+    def load(self, reader: Reader) -> None:
+        """Fill the live shards from `reader`; this rank reads only what it needs."""
+        transport.load(local_params(self.chunks, self.mesh), self.rules, reader, self.dims)
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) of every weight, in one order on every rank."""
+        return transport.export(local_params(self.chunks, self.mesh), self.rules, self.dims, to="all")
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, fp32 gradient of the mean loss) after a step with `whole_gradients` and without clipping."""
+        assert self.whole_gradients, "the distributed optimizer has scattered the gradients"
+        return transport.export(local_grads(self.chunks, self.mesh), self.rules, self.dims, to="all")
+
+    def export_hf(self, folder: Path) -> None:
+        """Write a Hugging Face model folder: weights in the source's dtypes, config, tokenizer and chat template."""
+        owned = transport.export(local_params(self.chunks, self.mesh), self.rules, self.dims, to="owner")
+        write_hf(
+            owned,
+            folder,
+            source=self.source.tokenizer,
+            config=self.source.hf_for_export(self.recipe),
+            dtypes=self.source.dtypes(default=DTYPES[self.recipe.model.dtype]),
+        )
+
+    # Checkpoints
+
+    def save(self, folder: Path, state: dict[str, Any], *, optimizer: bool = True) -> None:
+        """Write weights, optimizer and `state` (JSON) into `folder`, which must be empty. Publishing is the caller's."""
+        checkpoint.save(
+            folder, self.chunks, self.optimizer if optimizer else None, state | {"steps_done": self.steps_done}
+        )
+        if self.mesh.is_main:
+            (folder / "moetrain.json").write_text(json.dumps({"hf": self.source.hf_for_export(self.recipe)}, indent=1))
+            self.source.copy_tokenizer(folder)
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Read what `save` wrote, at this layout or another; returns its `state`."""
+        state = checkpoint.restore(folder, self.chunks, self.optimizer)
+        self.steps_done = int(state.pop("steps_done"))
+        return state
+
+
+def _scale_gradients(part: Any, factor: float) -> None:
+    """Multiply the optimizer's gradients by `factor`, wherever it keeps them."""
+    for param in part.get_parameters():
+        for grad in (param.grad, getattr(param, "decoupled_grad", None)):
+            if grad is not None:
+                grad.mul_(factor)

@@ -1,0 +1,94 @@
+"""Experts of the torch backend: one grouped matmul for all local experts.
+
+Legend: e local experts, f the expert's hidden size on this expert-tensor rank, h hidden, t tokens that arrived here.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch import Tensor, nn
+
+
+class _GroupedWeight(nn.Module):
+    """Holds one parameter `weight [e, out, in]`, named as Transformer Engine's grouped linear names its module."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype):
+        super().__init__()
+        weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()))
+        # False sends the gradient through the expert data-parallel group, which is the right one at every EP and ETP.
+        weight.allreduce = False  # type: ignore[attr-defined]
+        self.weight = weight
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [t, in] sorted by expert, ends [e] int32 where each expert's rows end -> [t, out]."""
+        return F.grouped_mm(x, self.weight.transpose(1, 2), offs=ends)
+
+
+class GroupedExperts(MegatronModule):
+    """SwiGLU experts: `linear_fc1.weight [e, 2f, h]` (gate rows, then up rows) and `linear_fc2.weight [e, h, f]`."""
+
+    def __init__(self, num_local_experts: int, config: Any, pg_collection: Any, name: str | None = None):
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        f, rest = divmod(config.moe_ffn_hidden_size, self.tp_group.size())
+        assert rest == 0, "plan.check_layout lets no such layout through"
+        h = config.hidden_size
+        self.linear_fc1 = _GroupedWeight((num_local_experts, 2 * f, h), config.params_dtype)
+        self.linear_fc2 = _GroupedWeight((num_local_experts, h, f), config.params_dtype)
+        for weight, dim in ((self.linear_fc1.weight, 1), (self.linear_fc2.weight, 2)):
+            weight.tensor_model_parallel = self.tp_group.size() > 1  # type: ignore[attr-defined]
+            weight.partition_dim, weight.partition_stride = dim, 1  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """hidden [t, h] sorted by local expert, tokens_per_expert [e], probs [t] fp32 -> [t, h] times its probability."""
+        ends = tokens_per_expert.to(hidden.device).cumsum(0).to(torch.int32)
+        if hidden.size(0) == 0:
+            # Nothing arrived, but every weight needs a gradient for the data-parallel buckets to complete.
+            idle = self.linear_fc1.weight.sum() + self.linear_fc2.weight.sum() + probs.sum()
+            return hidden + idle.to(hidden.dtype) * 0, None
+        gate, up = self.linear_fc1(hidden, ends).chunk(2, -1)  # [t, f] each
+        act = (F.silu(gate) * up * probs.unsqueeze(-1)).to(hidden.dtype)
+        return self.linear_fc2(act, ends), None
+
+    def backward_dw(self) -> None:
+        """Weight gradients are computed with the rest of the backward pass."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's own checkpoint keys for experts, interchangeable with TEGroupedMLP's and SequentialMLP's."""
+        ensure_metadata_has_dp_cp_group(metadata)
+        lead = len(sharded_offsets)
+        replica = (0, 0, self.dp_group.rank())
+        experts = (lead, self.ep_group.rank(), self.ep_group.size())
+        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+
+        def build_fc1(key: str, w: Tensor, replica_id: ReplicaId, flattened_range: Any) -> list[ShardedTensor]:
+            # Each rank holds its part of the gate and of the up projection: two shards of one [E, 2F, h] tensor.
+            return [
+                ShardedTensor.from_rank_offsets(
+                    key, half.contiguous(), *sharded_offsets, experts, (lead + 1, tp_rank + i * tp_size, 2 * tp_size),
+                    replica_id=replica_id, prepend_axis_num=lead,
+                )  # fmt: skip
+                for i, half in enumerate(w.chunk(2, 1))
+            ]
+
+        fc1 = ShardedTensorFactory(
+            f"{prefix}experts.linear_fc1.weight",
+            self.linear_fc1.weight,
+            build_fc1,
+            lambda halves: torch.cat(halves, 1),
+            replica_id=replica,
+        )
+        fc2 = ShardedTensor.from_rank_offsets(
+            f"{prefix}experts.linear_fc2.weight", self.linear_fc2.weight, *sharded_offsets, experts,
+            (lead + 2, tp_rank, tp_size), replica_id=replica, prepend_axis_num=lead,
+        )  # fmt: skip
+        return {f"{prefix}linear_fc1.weight": fc1, f"{prefix}linear_fc2.weight": fc2}

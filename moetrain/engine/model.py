@@ -1,0 +1,216 @@
+"""Building the model: Megatron's configuration, its layers, and a GPT that takes packs.
+
+Legend: t tokens of the pack, c = t/cp local tokens, h hidden, d head_dim.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from moetrain.config.recipe import Recipe
+from moetrain.engine.backend import layer_specs
+from moetrain.engine.mesh import Mesh
+from moetrain.engine.router import PackedRouter, RouterMonitor
+from moetrain.errors import ConfigError, nearest
+from moetrain.families.dims import Dims
+from moetrain.plan.mesh import stage_layers
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pipeline_layout(dims: Dims, recipe: Recipe) -> list[list[str]]:
+    """Megatron's pipeline_model_parallel_layout for our own split of layers, ordered chunk by chunk over the stages."""
+    p = recipe.parallel
+    stages = stage_layers(dims.num_layers, p.pp, p.vpp or 1, p.first_stage_layers, p.last_stage_layers)
+    flat = [["decoder"] * len(stages[pp][vpp]) for vpp in range(p.vpp or 1) for pp in range(p.pp)]
+    flat[0].insert(0, "embedding")
+    flat[-1].append("loss")
+    return flat
+
+
+def transformer_config(recipe: Recipe, dims: Dims, device: torch.device, backend: str) -> TransformerConfig:
+    """Megatron's TransformerConfig for the recipe; `megatron:` fields of the recipe are applied last."""
+    p, dtype = recipe.parallel, DTYPES[recipe.model.dtype]
+    on_gpu = device.type == "cuda"
+    uses_te = backend == "te"
+    owned: dict[str, Any] = dict(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden,
+        num_attention_heads=dims.heads,
+        num_query_groups=dims.groups,
+        kv_channels=dims.head_dim,
+        ffn_hidden_size=dims.ffn,
+        qk_layernorm=dims.qk_norm,
+        add_qkv_bias=dims.qkv_bias,
+        layernorm_epsilon=dims.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        tensor_model_parallel_size=p.tp,
+        sequence_parallel=bool(p.sp) and p.tp > 1,
+        pipeline_model_parallel_size=p.pp,
+        virtual_pipeline_model_parallel_size=p.vpp,
+        context_parallel_size=p.cp,
+        expert_model_parallel_size=p.ep,
+        expert_tensor_parallel_size=p.etp,
+        calculate_per_token_loss=True,
+        deterministic_mode=recipe.train.deterministic,
+    )
+    if p.pp > 1:
+        owned["pipeline_model_parallel_layout"] = pipeline_layout(dims, recipe)
+    if dims.experts:
+        owned |= dict(
+            num_moe_experts=dims.experts,
+            moe_router_topk=dims.top_k,
+            moe_ffn_hidden_size=dims.moe_ffn,
+            moe_router_pre_softmax=not dims.norm_topk,
+            moe_router_dtype="fp32",
+            moe_router_load_balancing_type="none",
+            moe_layer_freq=[int(is_moe) for is_moe in dims.moe_layers],
+            moe_grouped_gemm=uses_te,
+        )
+    defaults: dict[str, Any] = dict(
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=uses_te,
+        gradient_accumulation_fusion=uses_te,
+        overlap_p2p_comm=bool(p.vpp),
+        batch_p2p_comm=not p.vpp,
+    )
+    if dims.experts:
+        # gloo has no uneven all-gather, which all-to-all needs when experts are tensor parallel too.
+        defaults["moe_token_dispatcher_type"] = "allgather" if not on_gpu and p.etp > 1 else "alltoall"
+        defaults["moe_permute_fusion"] = uses_te
+    if recipe.train.recompute == "full":
+        defaults |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif recipe.train.recompute == "selective":
+        defaults |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return TransformerConfig(**owned | _passed_through(recipe, owned, defaults))
+
+
+def _passed_through(recipe: Recipe, owned: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in dataclasses.fields(TransformerConfig)}
+    for key in recipe.megatron:
+        if key in owned:
+            raise ConfigError(f"megatron.{key} is set by moetrain from the model and the layout. Remove it.")
+        if key not in known:
+            raise ConfigError(f"megatron.{key} is not a TransformerConfig field.{nearest(key, known)}")
+    if "moe" in recipe.megatron.get("recompute_modules", []):
+        raise ConfigError("megatron.recompute_modules cannot hold 'moe' here. Use train.recompute=full.")
+    return defaults | recipe.megatron
+
+
+class Rotary(nn.Module):
+    """Rotary angles by position, as transformers computes them (default, linear and llama3 scaling)."""
+
+    def __init__(self, dims: Dims):
+        super().__init__()
+        inv = 1.0 / dims.rope_theta ** (torch.arange(0, dims.head_dim, 2, dtype=torch.float32) / dims.head_dim)
+        scaling = dims.rope_scaling or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind == "linear":
+            inv = inv / scaling["factor"]
+        elif kind == "llama3":
+            inv = _llama3_frequencies(inv, scaling)
+        self.inv_freq = inv  # a plain attribute: not part of any checkpoint
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """[c] int64 -> angles [c, 1, 1, d] fp32."""
+        angles = torch.outer(position_ids.float(), self.inv_freq.to(position_ids.device))
+        return torch.cat([angles, angles], -1)[:, None, None, :]
+
+
+def _llama3_frequencies(inv: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Llama 3.1's scaling: long wavelengths are stretched by `factor`, middle ones blended."""
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    old_len = scaling["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / inv
+    blend = ((old_len / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * inv / factor + blend * inv
+
+
+class _Head(ColumnParallelLinear):
+    """The output projection as a weight: logits are never made, but calling it runs the parameter-gather hooks."""
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        return self.weight
+
+
+class PackedGPT(GPTModel):
+    """Megatron's GPT with our own forward: packs in, final hidden states out. No logits are made here."""
+
+    def __init__(self, *args: Any, dims: Dims, **kwargs: Any):
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.rotary = Rotary(dims)
+        if self.post_process:
+            self.output_layer.__class__ = _Head
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, sequence_ids: Tensor) -> Tensor:
+        """tokens, position_ids, sequence_ids [c], cu_seqlens [n+1] -> [c, 1, h] (over tp under sequence parallelism).
+
+        The last stage returns hidden states gathered over tensor ranks [c, 1, h], ready for `token_logprobs`.
+        """
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(tokens[None], position_ids[None])
+        out = self.decoder(
+            hidden_states=hidden,
+            attention_mask=cu_seqlens,
+            rotary_pos_emb=self.rotary(position_ids),
+            padding_mask=sequence_ids[None],
+        )
+        if not self.post_process:
+            return out
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(out)
+        return copy_to_tensor_model_parallel_region(out)
+
+    def head_weight(self) -> Tensor:
+        """[v_local, h]: this tensor rank's rows of the output projection."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer()
+
+
+def build(config: TransformerConfig, dims: Dims, mesh: Mesh, backend: str, monitor: RouterMonitor) -> list[PackedGPT]:
+    """This rank's model chunks, one per virtual pipeline stage, with uninitialised weights."""
+    plan = mesh.plan
+    chunks: list[PackedGPT] = []
+    for vp_stage in range(max(plan.vpp, 1)):
+        stage = vp_stage if plan.vpp > 1 else None
+        model = PackedGPT(
+            config,
+            layer_specs(config, dims, backend, stage, mesh.pp_rank),
+            vocab_size=dims.padded_vocab(plan.tp),
+            max_sequence_length=dims.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=dims.tied,
+            vp_stage=stage,
+            dims=dims,
+        )
+        for module in model.modules():
+            if isinstance(module, PackedRouter):
+                module.monitor = monitor
+        chunks.append(model)
+    return chunks

@@ -1,0 +1,95 @@
+"""The optimizer: Megatron's DDP and distributed AdamW, and the learning-rate schedule as a pure function."""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moetrain.config.recipe import OptimConfig, Recipe
+from moetrain.engine.model import DTYPES, PackedGPT
+from moetrain.errors import ConfigError
+
+
+def learning_rate(step: int, cfg: OptimConfig, num_steps: int) -> float:
+    """The rate of optimizer step `step` (from 1) of `num_steps`: linear warm-up, then the schedule down to min_lr.
+
+    cosine and constant follow arXiv 1608.03983 without restarts; wsd holds lr and decays over the last `decay_steps`
+    (a tenth of the run when not given; arXiv 2404.06395).
+    """
+    if step <= cfg.warmup:
+        return cfg.lr * step / cfg.warmup
+    if cfg.schedule == "constant":
+        return cfg.lr
+    span = max(num_steps - cfg.warmup, 1)
+    if cfg.schedule == "cosine":
+        span = cfg.decay_steps or span
+        return cfg.min_lr + (cfg.lr - cfg.min_lr) * _shape("cosine", (step - cfg.warmup) / span)
+    decay = cfg.decay_steps or max(span // 10, 1)
+    progress = (step - (num_steps - decay)) / decay
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * _shape(cfg.wsd_decay, progress)
+
+
+def _shape(kind: str, progress: float) -> float:
+    """1 at progress 0 and below, 0 at 1 and above (exponential: a hundredth at 1)."""
+    x = min(max(progress, 0.0), 1.0)
+    if kind == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * x))
+    if kind == "exponential":
+        return 0.01**x
+    return 1.0 - x
+
+
+def wrap(chunks: list[PackedGPT], config: TransformerConfig, recipe: Recipe) -> list[DistributedDataParallel]:
+    """Megatron's DDP around each chunk: gradients accumulate in one buffer, reduced over the data-parallel group."""
+    overlap = recipe.train.overlap and torch.cuda.is_available()
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=recipe.optim.grad_dtype == "fp32",
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
+    config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    if overlap:
+        config.grad_sync_func = [w.start_grad_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].start_grad_sync
+        if len(wrapped) > 1:
+            config.param_sync_func = [w.start_param_sync for w in wrapped]
+        else:
+            config.param_sync_func = wrapped[0].start_param_sync
+    return wrapped
+
+
+def make_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe, backend: str) -> Any:
+    """Megatron's distributed AdamW. Norm weights and biases take no weight decay."""
+    cfg, dtype = recipe.optim, DTYPES[recipe.model.dtype]
+    extra: dict[str, Any] = {}
+    if cfg.state_dtype != "fp32":
+        if backend != "te":
+            raise ConfigError(
+                f"optim.state_dtype={cfg.state_dtype} needs Transformer Engine's FusedAdam. Use fp32, or backend te."
+            )
+        low = {"bf16": torch.bfloat16, "fp8": torch.uint8}[cfg.state_dtype]
+        extra = dict(use_precision_aware_optimizer=True, exp_avg_dtype=low, exp_avg_sq_dtype=low)
+    if cfg.offload and torch.cuda.is_available():
+        extra |= dict(optimizer_cpu_offload=True, optimizer_offload_fraction=cfg.offload)
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=cfg.lr,
+        min_lr=cfg.min_lr,
+        weight_decay=cfg.weight_decay,
+        adam_beta1=cfg.beta1,
+        adam_beta2=cfg.beta2,
+        adam_eps=cfg.eps,
+        clip_grad=cfg.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
+        **extra,
+    )
+    return get_megatron_optimizer(config, wrapped, use_gloo_process_groups=torch.distributed.get_backend() == "nccl")

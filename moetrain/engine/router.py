@@ -1,0 +1,145 @@
+"""The router: Megatron's top-k choice, with balance losses that do not depend on how a batch is cut, and load counts.
+
+Legend: c local tokens (t over context and sequence-parallel ranks), n sequences of the pack, E experts, k experts a token.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    topk_routing_with_score_function,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+
+@dataclass
+class RouterMonitor:
+    """What all routers of one model share: the coefficients, the step's token count, and sums for the ledger.
+
+    `num_tokens` is the number of valid tokens in the whole global batch, set before the forward pass, so that each
+    rank's partial sums divided by it add up to the mean whatever the micro-batches, packs and ranks.
+    """
+
+    num_layers: int
+    num_experts: int
+    aux_coeff: float
+    z_coeff: float
+    num_tokens: float = 1.0
+    sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def start_step(self, num_tokens: float) -> None:
+        self.num_tokens = num_tokens
+        self.sums = {
+            "load": torch.zeros(self.num_layers, self.num_experts, dtype=torch.float64),
+            "aux_loss": torch.zeros(self.num_layers, dtype=torch.float64),
+            "z_loss": torch.zeros(self.num_layers, dtype=torch.float64),
+        }
+
+    def add(self, layer: int, load: Tensor, aux: Tensor, z: Tensor) -> None:
+        """Add one micro-batch of one layer (0-based, global): load [E] token counts, aux and z as shares of the mean."""
+        if self.sums["load"].device != load.device:
+            self.sums = {name: value.to(load.device) for name, value in self.sums.items()}
+        self.sums["load"][layer] += load
+        self.sums["aux_loss"][layer] += aux.detach()
+        self.sums["z_loss"][layer] += z.detach()
+
+    def summary(self, moe_layers: list[int]) -> dict[str, float]:
+        """The step's figures over all ranks: losses averaged over layers, load as max/mean per layer, dead experts."""
+        flat = torch.cat([self.sums[name].flatten() for name in ("load", "aux_loss", "z_loss")]).float()
+        flat = flat.to(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(flat)
+        size = self.num_layers * self.num_experts
+        load = flat[:size].view(self.num_layers, self.num_experts)[moe_layers]
+        imbalance = load.amax(1) / load.mean(1).clamp(min=1e-9)
+        out = {
+            "aux_loss": flat[size : size + self.num_layers][moe_layers].mean().item(),
+            "z_loss": flat[size + self.num_layers :][moe_layers].mean().item(),
+            "load_max_over_mean": imbalance.max().item(),
+            "dead_experts": float((load == 0).sum().item()),
+        }
+        for i, layer in enumerate(moe_layers):
+            out[f"layer{layer}/load_max_over_mean"] = imbalance[i].item()
+            out[f"layer{layer}/dead_experts"] = float((load[i] == 0).sum().item())
+        return out
+
+
+class PackedRouter(TopKRouter):
+    """Top-k router over packs. `sequence_ids` and `monitor` are set by the layer and the model that hold it."""
+
+    monitor: RouterMonitor
+    sequence_ids: Tensor  # [t/cp] int64: the sequence of each token, -1 in the padding tail
+    num_sequences: int
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits [c, 1, E] -> probabilities and choices, both [c, E]."""
+        logits = logits.view(-1, self.config.num_moe_experts)
+        learns = self.training and torch.is_grad_enabled()
+        ids = self._local_ids(logits) if learns else None
+        z = logits.new_zeros(())
+        if ids is not None:
+            # ST-MoE, arXiv 2202.08906, eq. 5, over the valid tokens of the global batch.
+            z = (torch.logsumexp(logits, -1).square() * (ids >= 0)).sum() / self.monitor.num_tokens
+            if self.monitor.z_coeff:
+                logits = MoEAuxLossAutoScaler.apply(logits, z * self.monitor.z_coeff)
+        probs, chosen = topk_routing_with_score_function(
+            logits,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            fused=self.config.moe_router_fusion,
+            router_replay=self.router_replay,
+        )
+        if ids is not None:
+            aux = self._sequence_aux_loss(logits, chosen, ids)
+            if self.monitor.aux_coeff:
+                probs = MoEAuxLossAutoScaler.apply(probs, aux * self.monitor.aux_coeff)
+            load = (chosen & (ids >= 0).unsqueeze(-1)).sum(0)
+            self.monitor.add(self.layer_number - 1, load, aux, z)
+        return probs, chosen
+
+    def _local_ids(self, logits: Tensor) -> Tensor:
+        ids = self.sequence_ids
+        if self.config.sequence_parallel:
+            ids = ids.chunk(self.tp_group.size())[self.tp_group.rank()]
+        assert ids.numel() == logits.size(0)
+        return ids
+
+    def _sequence_aux_loss(self, logits: Tensor, chosen: Tensor, ids: Tensor) -> Tensor:
+        """This rank's share of the balance loss, averaged over the global batch's tokens.
+
+        For a sequence of m tokens, E/(k m) sum_e c_e * (1/m) sum_i p_ie (Switch, arXiv 2101.03961, eq. 4, per sequence as in
+        DeepSeek-V3, arXiv 2412.19437, eq. 17), weighted by m. Sequences may be split over tensor and context ranks.
+        """
+        n = max(self.num_sequences, 1)
+        valid = ids >= 0
+        slot = torch.where(valid, ids, n)
+        counts = logits.new_zeros(n + 1, chosen.size(1)).index_add(0, slot, chosen.to(logits.dtype))
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(counts, group=self.tp_cp_group)
+        probs = torch.softmax(logits, -1)
+        length = counts.sum(-1, keepdim=True).clamp(min=1) / self.topk
+        weight = counts[:n] / length[:n]  # [n, E]
+        scale = chosen.size(1) / (self.topk * self.monitor.num_tokens)
+        return (weight[ids.clamp(min=0)] * probs * valid.unsqueeze(-1)).sum() * scale
+
+class PackedMoE(MoELayer):
+    """Megatron's MoE layer, which hands the router the sequence ids that arrive in `padding_mask`.
+
+    Upstream turns `padding_mask` into a bool; the ids must reach the router whole. They are set and used inside one call of
+    forward, so recomputation, which calls forward again with the same arguments, sees the same ids.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """hidden_states [c, 1, h]; `padding_mask` is sequence ids [1, t/cp] int64 with -1 in the padding tail."""
+        assert padding_mask is not None
+        self.router.sequence_ids = padding_mask[0]
+        self.router.num_sequences = int(padding_mask.max()) + 1
+        return super().forward(hidden_states, intermediate_tensors=intermediate_tensors)

@@ -1,0 +1,111 @@
+"""One pass over a global batch: micro-batches through Megatron's pipeline schedule, and the sums that come out.
+
+Legend: t tokens of a micro-batch, c = t/cp local tokens, v_local this tensor rank's vocabulary rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from moetrain.engine.context import gather, take_local
+from moetrain.engine.mesh import Mesh
+from moetrain.engine.model import PackedGPT
+from moetrain.families.dims import Dims
+from moetrain.methods.base import Out
+from moetrain.ops.logprob import token_logprobs
+from moetrain.ops.packed import Packed, concat, pad_to
+
+# What a method makes of one micro-batch: (what to differentiate, what to keep). Runs on the last stage only.
+Head = Callable[[Out, Packed], tuple[Tensor, dict[str, Any]]]
+
+
+def micro_batches(packs: Sequence[Packed], size: int, mesh: Mesh, *, alone: bool = False) -> list[Packed]:
+    """Join `size` packs to a micro-batch and bring all to one length and one number on every rank.
+
+    Pipelines exchange activations of one shape, and experts expect every rank to come: ranks with less data run blank
+    micro-batches, which are all padding.
+    """
+    joined = [concat(packs[i : i + size]) for i in range(0, len(packs), size)]
+    unit = mesh.plan.tp * 2 * mesh.plan.cp
+    longest = max((p.num_tokens for p in joined), default=unit)
+    shape = torch.tensor([len(joined), -(-longest // unit) * unit])
+    if not alone and mesh.world_size > 1:
+        on_device = shape.cuda() if torch.cuda.is_available() else shape
+        dist.all_reduce(on_device, dist.ReduceOp.MAX)
+        shape = on_device.cpu()
+    num, t = int(shape[0]), int(shape[1])
+    if mesh.plan.vpp > 1:  # interleaving deals micro-batches in rounds of the pipeline's size
+        num = -(-num // mesh.plan.pp) * mesh.plan.pp
+    out = [pad_to(p, t) for p in joined]
+    return out + [_blank(t, out[0] if out else None)] * (num - len(out))
+
+
+def _blank(t: int, like: Packed | None) -> Packed:
+    zeros = torch.zeros(t, dtype=torch.int64)
+    extras = {} if like is None else {k: v.new_zeros(1, *v.shape[1:]) for k, v in like.extras.items()}
+    return Packed(
+        tokens=zeros,
+        labels=zeros,
+        position_ids=torch.arange(t),
+        cu_seqlens=torch.tensor([0, t], dtype=torch.int32),
+        loss_mask=torch.zeros(t),
+        valid=torch.zeros(t, dtype=torch.bool),
+        extras=extras,
+        ids=("",),
+    )
+
+
+@dataclass
+class Runner:
+    """Runs micro-batches through the model chunks of this rank."""
+
+    models: Sequence[Any]  # PackedGPT, or Megatron's DDP around it
+    mesh: Mesh
+    dims: Dims
+    device: torch.device
+    chunk: int = 1024  # tokens whose logits exist at one time
+
+    def __call__(self, batches: Sequence[Packed], head: Head, *, forward_only: bool) -> list[dict[str, Any]]:
+        """Run all micro-batches; returns what `head` kept of each, on the last stage, else []."""
+        iterators: list[Iterator[Packed]] = [iter(batches) for _ in self.models]
+        return get_forward_backward_func()(  # type: ignore[no-any-return]
+            forward_step_func=partial(self._forward, head),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list(self.models) if len(self.models) > 1 else self.models[0],
+            num_microbatches=len(batches),
+            seq_length=batches[0].num_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward(self, head: Head, data: Iterator[Packed], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        pack = next(data).to(self.device)
+        ids = pack.sequence_ids.to(self.device).masked_fill(~pack.valid, -1)
+        hidden = model(self._mine(pack.tokens), self._mine(pack.position_ids), pack.cu_seqlens, self._mine(ids))
+        return hidden, partial(self._finish, head, pack, model)
+
+    def _mine(self, x: Tensor) -> Tensor:
+        return take_local(x, self.mesh.cp_rank, self.mesh.plan.cp)
+
+    def _finish(self, head: Head, pack: Packed, model: Any, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """hidden [c, 1, h] of the last stage -> (loss, 1, kept): Megatron divides by nothing, `head` has done so."""
+        gpt: PackedGPT = get_attr_wrapped_model(model, "head_weight", return_model_obj=True)
+        logp, _ = token_logprobs(
+            hidden.squeeze(1),
+            gpt.head_weight(),
+            self._mine(pack.labels),
+            group=self.mesh.tp_group if self.mesh.plan.tp > 1 else None,
+            vocab_start=self.mesh.tp_rank * self.dims.padded_vocab(self.mesh.plan.tp) // self.mesh.plan.tp,
+            vocab_size=self.dims.vocab,
+            chunk=self.chunk,
+        )
+        logp = gather(logp, self.mesh.cp_group, reduce_grad=False)  # [t] on every context rank
+        loss, kept = head(Out(logp=logp, entropy=None), pack)
+        return loss, torch.ones((), dtype=torch.int, device=loss.device), kept

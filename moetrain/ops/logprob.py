@@ -1,0 +1,164 @@
+"""Log-probabilities of given tokens without the logits of all tokens at once.
+
+Legend: t tokens, h hidden width, v vocabulary rows on this rank (local), c tokens of a chunk. Over
+a tensor-parallel group the vocabulary is split by rows: rank r holds the global ids vocab_start ..
+vocab_start + v - 1. Rows at or past `vocab_size` are padding and take no part in the softmax.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    vocab_start: int,
+    vocab_size: int,
+    chunk: int = 1024,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob of each label, and the entropy of each distribution when asked (a metric: no
+    gradient flows through it).
+
+    hidden `[t, h]` of any dtype, the same on every rank of `group`; weight `[v, h]` local rows;
+    labels `[t]` int64 global ids below `vocab_size`. Returns logp `[t]` and entropy `[t]` in fp32,
+    the same on every rank.
+
+    The gradient of `hidden` is this rank's partial one: the caller sums it over `group`. That of
+    `weight` is accumulated in fp32 and cast to the weight's dtype at the end. At most `[chunk, v]`
+    logits exist at a time, in the backward too.
+    """
+    assert hidden.dim() == 2 and weight.dim() == 2 and labels.shape == hidden.shape[:1]
+    assert chunk > 0 and temperature > 0
+    result: Any = _TokenLogprobs.apply(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        hidden, weight, labels, group, vocab_start, vocab_size, chunk, temperature, with_entropy
+    )
+    return outputs[0], outputs[1] if with_entropy else None
+
+
+def _chunks(t: int, chunk: int) -> Iterator[slice]:
+    return (slice(i, min(i + chunk, t)) for i in range(0, t, chunk))
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as fp32. CUDA keeps the fp32 accumulator; elsewhere a low-precision product is rounded
+    to its dtype first.
+    """
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def _own(labels: Tensor, vocab_start: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Row of each label on this rank `[c]` (0 where it is elsewhere) and whether it is here `[c]`
+    bool.
+    """
+    rows = labels - vocab_start
+    here = (rows >= 0) & (rows < num_rows)
+    return rows.masked_fill(~here, 0), here
+
+
+def _statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    chunk: int,
+    temperature: float,
+    with_entropy: bool,
+) -> Tensor:
+    """Over this rank's rows, `[4, t]` fp32: max m, sum of exp(l - m), logit of the label (0 if
+    elsewhere), sum of (l - m) exp(l - m).
+    """
+    t, num_rows = hidden.shape[0], weight.shape[0]
+    stats = torch.zeros(4, t, dtype=torch.float32, device=hidden.device)
+    if num_rows == 0:
+        stats[0] = -torch.inf
+        return stats
+    for part in _chunks(t, chunk):
+        logits = _matmul(hidden[part].to(weight.dtype), weight.t()).div_(temperature)  # [c, v]
+        rows, here = _own(labels[part], vocab_start, num_rows)
+        stats[2, part] = logits.gather(1, rows[:, None])[:, 0].mul_(here)
+        top = logits.amax(dim=1)
+        stats[0, part] = top
+        logits.sub_(top[:, None])
+        if with_entropy:
+            exps = logits.exp()
+            stats[1, part] = exps.sum(dim=1)
+            stats[3, part] = exps.mul_(logits).sum(dim=1)
+        else:
+            stats[1, part] = logits.exp_().sum(dim=1)
+    return stats
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        group: dist.ProcessGroup | None,
+        vocab_start: int,
+        vocab_size: int,
+        chunk: int,
+        temperature: float,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        num_rows = min(max(vocab_size - vocab_start, 0), weight.shape[0])
+        stats = _statistics(
+            hidden, weight[:num_rows], labels, vocab_start, chunk, temperature, with_entropy
+        )
+        top = stats[0].clone()
+        sums = stats[1:]
+        if group is not None and group.size() > 1:
+            dist.all_reduce(top, dist.ReduceOp.MAX, group=group)  # pyright: ignore
+            # A rank with padding rows only has m = -inf and zero sums: its scale is 0 and its shift
+            # must not be -inf * 0.
+            shift = (stats[0] - top).clamp_min(torch.finfo(torch.float32).min)
+            scale = shift.exp()
+            sums[2] = scale * (sums[2] + shift * sums[0])
+            sums[0] *= scale
+            dist.all_reduce(sums, group=group)  # pyright: ignore
+        lse = top + sums[0].log()
+        ctx.save_for_backward(hidden, weight, labels, lse)
+        ctx.vocab_start, ctx.num_rows, ctx.chunk, ctx.temperature = (
+            vocab_start,
+            num_rows,
+            chunk,
+            temperature,
+        )
+        entropy = sums[0].log() - sums[2] / sums[0]
+        ctx.mark_non_differentiable(entropy)
+        return sums[1] - lse, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, lse = ctx.saved_tensors
+        live: Tensor = weight[: ctx.num_rows]
+        grad_logp = grads[0].float()
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        for part in _chunks(hidden.shape[0], ctx.chunk) if ctx.num_rows else ():
+            inputs = hidden[part].to(weight.dtype)
+            logits = _matmul(inputs, live.t()).div_(ctx.temperature)  # [c, v]
+            rows, here = _own(labels[part], ctx.vocab_start, ctx.num_rows)
+            # d logp / d logits = onehot - p
+            grad = logits.sub_(lse[part, None]).exp_().neg_()
+            grad.scatter_add_(1, rows[:, None], here.to(grad.dtype)[:, None])
+            grad = grad.mul_(grad_logp[part, None] / ctx.temperature).to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = _matmul(grad, live).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight[: ctx.num_rows] += _matmul(grad.t(), inputs)
+        cast = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, cast, None, None, None, None, None, None, None

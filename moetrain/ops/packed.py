@@ -1,0 +1,113 @@
+"""The one batch layout: sequences laid end to end.
+
+Legend: t tokens of the pack (global: before any slicing over context or tensor ranks), n sequences of the pack, tail included.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A pack of sequences. When it is padded, the padding is its last sequence and `valid` is False there."""
+
+    tokens: Tensor  # [t] int64
+    labels: Tensor  # [t] int64: what is predicted at each position; 0 where nothing is
+    position_ids: Tensor  # [t] int64, from 0 in every sequence
+    cu_seqlens: Tensor  # [n+1] int32
+    loss_mask: Tensor  # [t] float32, aligned with labels
+    valid: Tensor  # [t] bool: False in the padding tail
+    extras: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # name -> [n], a value per sequence
+    ids: tuple[str, ...] = ()  # [n], where each sequence came from, for messages
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def sequence_ids(self) -> Tensor:
+        """[t] int64: which sequence each token belongs to."""
+        lengths = self.cu_seqlens.diff().long()
+        return torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same pack on `device`; cu_seqlens stays where it is, since shapes are read from it."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            labels=self.labels.to(device),
+            position_ids=self.position_ids.to(device),
+            loss_mask=self.loss_mask.to(device),
+            valid=self.valid.to(device),
+            extras={name: value.to(device) for name, value in self.extras.items()},
+        )
+
+
+def pack_one(
+    tokens: Tensor, labels: Tensor, loss_mask: Tensor, *, id: str = "", extras: dict[str, Tensor] | None = None
+) -> Packed:
+    """A pack of one sequence from `[t]` tokens, `[t]` labels and a `[t]` mask over the labels."""
+    t = tokens.numel()
+    return Packed(
+        tokens=tokens.long(),
+        labels=labels.long(),
+        position_ids=torch.arange(t),
+        cu_seqlens=torch.tensor([0, t], dtype=torch.int32),
+        loss_mask=loss_mask.float(),
+        valid=torch.ones(t, dtype=torch.bool),
+        extras=extras or {},
+        ids=(id,),
+    )
+
+
+def from_tokens(tokens: Sequence[int], *, id: str = "") -> Packed:
+    """A pack of one sequence in which every token after the first is scored."""
+    ids = torch.tensor(list(tokens), dtype=torch.int64)
+    labels = torch.cat([ids[1:], ids.new_zeros(1)])
+    mask = torch.ones(ids.numel())
+    mask[-1] = 0
+    return pack_one(ids, labels, mask, id=id)
+
+
+def concat(packs: Sequence[Packed]) -> Packed:
+    """Lay packs end to end; [t] is the sum of theirs. All must have the same extras."""
+    starts = [0]
+    for pack in packs:
+        starts.append(starts[-1] + pack.num_tokens)
+    bounds = [pack.cu_seqlens[1:] + start for pack, start in zip(packs, starts, strict=False)]
+    return Packed(
+        tokens=torch.cat([p.tokens for p in packs]),
+        labels=torch.cat([p.labels for p in packs]),
+        position_ids=torch.cat([p.position_ids for p in packs]),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), *bounds]).to(torch.int32),
+        loss_mask=torch.cat([p.loss_mask for p in packs]),
+        valid=torch.cat([p.valid for p in packs]),
+        extras={name: torch.cat([p.extras[name] for p in packs]) for name in packs[0].extras},
+        ids=tuple(i for p in packs for i in p.ids),
+    )
+
+
+def pad_to(pack: Packed, t: int) -> Packed:
+    """The same pack with `t` tokens: a tail sequence outside loss and statistics fills it up."""
+    missing = t - pack.num_tokens
+    assert missing >= 0, f"a pack of {pack.num_tokens} tokens does not fit {t}"
+    if missing == 0:
+        return pack
+    zeros = torch.zeros(missing, dtype=torch.int64)
+    return Packed(
+        tokens=torch.cat([pack.tokens, zeros]),
+        labels=torch.cat([pack.labels, zeros]),
+        position_ids=torch.cat([pack.position_ids, torch.arange(missing)]),
+        cu_seqlens=torch.cat([pack.cu_seqlens, torch.tensor([t], dtype=torch.int32)]),
+        loss_mask=torch.cat([pack.loss_mask, torch.zeros(missing)]),
+        valid=torch.cat([pack.valid, torch.zeros(missing, dtype=torch.bool)]),
+        extras={k: torch.cat([v, v.new_zeros(1, *v.shape[1:])]) for k, v in pack.extras.items()},
+        ids=(*pack.ids, ""),
+    )

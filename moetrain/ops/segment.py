@@ -1,0 +1,42 @@
+"""Reductions over the sequences of a pack. Legend: t tokens, n sequences; cu_seqlens `[n+1]` int32
+may live on the host.
+"""
+
+import torch
+from torch import Tensor
+
+
+def segment_lengths(cu_seqlens: Tensor, device: torch.device | None = None) -> Tensor:
+    """`[n]` int64 tokens of each sequence, on `device` (default: where cu_seqlens is)."""
+    return cu_seqlens.diff().to(device=device, dtype=torch.int64)
+
+
+def segment_ids(cu_seqlens: Tensor, device: torch.device | None = None) -> Tensor:
+    """`[t]` int64 index of the sequence that each token belongs to."""
+    lengths = segment_lengths(cu_seqlens)
+    return torch.repeat_interleave(
+        torch.arange(lengths.numel(), device=lengths.device), lengths
+    ).to(device)
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum of `[t]` floating values over each sequence: `[n]`, same dtype, 0 for an empty one.
+    Differentiable and deterministic.
+    """
+    assert values.dim() == 1 and values.numel() == int(cu_seqlens[-1])
+    return torch.segment_reduce(
+        values, "sum", lengths=segment_lengths(cu_seqlens, values.device), initial=0.0
+    )
+
+
+def segment_mean(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Mean of `[t]` values where `[t]` mask is 1, over each sequence: `[n]`; 0 where a sequence has
+    nothing under the mask.
+    """
+    mask = mask.to(values.dtype)
+    return segment_sum(values * mask, cu_seqlens) / segment_sum(mask, cu_seqlens).clamp_min(1)
+
+
+def spread(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """One value per sequence `[n]` given to each of its tokens: `[t]`, differentiable."""
+    return values[segment_ids(cu_seqlens, values.device)]

@@ -1,0 +1,81 @@
+"""Real gloo processes for tests: started once, used by every test, since importing Megatron costs seconds."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["MOETRAIN_TIMEOUT_MINUTES"] = "2"
+    from moetrain.engine import device
+
+    device.prepare()
+    while True:
+        job = pipe.recv()
+        if job is None:
+            return
+        world, port, function, args = job
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        try:
+            answer: tuple[bool, Any] = (True, function(*args))
+        except BaseException as error:  # the boundary of the worker process
+            answer = (False, (error if isinstance(error, Exception) else None, traceback.format_exc()))
+        try:
+            device.stop()
+        finally:
+            try:
+                pipe.send(answer)
+            except Exception:  # an exception that does not pickle
+                pipe.send((False, (None, answer[1][1])))
+
+
+class Workers:
+    """A pool of ranks. `run(world, function, *args)` calls function on each of `world` ranks and returns their answers."""
+
+    def __init__(self) -> None:
+        self.ranks: list[tuple[Any, Connection]] = []
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+        """Raise what the first failing rank raised, with its traceback; a hang fails after `timeout` seconds."""
+        from moetrain.engine.device import free_port
+
+        context = multiprocessing.get_context("spawn")
+        while len(self.ranks) < world:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(len(self.ranks), theirs), daemon=True)
+            process.start()
+            self.ranks.append((process, ours))
+        port = free_port()
+        for _, pipe in self.ranks[:world]:
+            pipe.send((world, port, function, args))
+        answers: list[Any] = []
+        for rank, (process, pipe) in enumerate(self.ranks[:world]):
+            failed_before = any(not ok for ok, _ in answers)
+            if not pipe.poll(5 if failed_before else timeout) or not process.is_alive():
+                if failed_before:
+                    break
+                self.close()
+                raise TimeoutError(f"rank {rank} of {world} did not answer in {timeout} s")
+            answers.append(pipe.recv())
+        for rank, (ok, answer) in enumerate(answers):
+            if not ok:
+                self.close()  # the others may wait for the failed rank for ever
+                error, trace = answer
+                if error is not None:
+                    error.add_note(f"rank {rank} of {world}:\n{trace}")
+                    raise error
+                raise RuntimeError(f"rank {rank} of {world}:\n{trace}")
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        """Kill all ranks; the next run starts new ones."""
+        for process, _ in self.ranks:
+            process.kill()
+        self.ranks = []

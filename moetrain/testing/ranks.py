@@ -1,0 +1,107 @@
+"""What tests run on every rank of a gloo group. Each function builds an engine, uses it, and returns plain tensors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.config.load import recipe_from
+from moetrain.engine import Engine
+from moetrain.methods import METHODS
+from moetrain.ops.packed import Packed, concat, from_tokens
+
+Lists = Sequence[Sequence[int]]
+
+
+def recipe_for(model: str, parallel: dict[str, Any], **sections: Any) -> Any:
+    """A recipe for a test: fp32, SFT, no clipping; `sections` are laid over it."""
+    content: dict[str, Any] = {
+        "run_dir": "/nonexistent",
+        "model": {"path": model, "dtype": "fp32"},
+        "parallel": parallel,
+        "method": {"name": "sft"},
+        "data": {"train": ["none"], "seq_len": 64},
+        "optim": {"lr": 1e-3, "clip_grad": 0.0, "schedule": "constant"},
+        "train": {"steps": 20, "global_batch": 2},
+    }
+    for name, section in sections.items():
+        content[name] = content.get(name, {}) | section if isinstance(section, dict) else section
+    return recipe_from(content)
+
+
+def _mine(packs: list[Packed], engine: Any) -> list[Packed]:
+    return packs[engine.mesh.dp_rank :: engine.mesh.dp_size]
+
+
+def packs_of(sequences: Lists, num_packs: int) -> list[Packed]:
+    """Sequences dealt into `num_packs` packs in order."""
+    singles = [from_tokens(s, id=f"sequence {i}") for i, s in enumerate(sequences)]
+    return [concat(singles[i::num_packs]) for i in range(num_packs) if singles[i::num_packs]]
+
+
+def gradients(
+    model: str, parallel: dict[str, Any], sequences: Lists, num_packs: int, sections: dict[str, Any]
+) -> tuple[float, float, dict[str, Tensor]]:
+    """(loss, gradient norm, {HF name: gradient}) of one step; gradients are returned by the first rank alone."""
+    engine = Engine(recipe_for(model, parallel, **sections))
+    engine.whole_gradients = True
+    result = engine.step(_mine(packs_of(sequences, num_packs), engine), METHODS["sft"])
+    grads = {name: g.clone() for name, g in engine.gradients()}
+    return result.loss, result.grad_norm, grads if engine.mesh.is_main else {}
+
+
+def log_probs(
+    model: str, parallel: dict[str, Any], sequences: Lists, num_packs: int
+) -> list[Tensor]:
+    """Log-probs [t] of each pack's labels, on every rank, for the same packs on every replica."""
+    engine = Engine(recipe_for(model, parallel), train=False)
+    return engine.logprobs(packs_of(sequences, num_packs))
+
+
+def logits(model: str, parallel: dict[str, Any], tokens: Sequence[int]) -> Tensor | None:
+    """[t, v] logits of one sequence from the last stage (None elsewhere), gathered over tensor and context ranks."""
+    import torch.distributed as dist
+    from torch.distributed import ProcessGroup
+
+    from moetrain.engine.context import gather
+    from moetrain.engine.step import Runner, micro_batches
+
+    engine = Engine(recipe_for(model, parallel), train=False)
+
+    def all_columns(x: Tensor, group: ProcessGroup) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts, -1)
+
+    class LogitsRunner(Runner):
+        def _finish(self, head: Any, pack: Any, model: Any, hidden: Tensor) -> Any:
+            local = hidden.squeeze(1) @ model.head_weight().T
+            whole = gather(all_columns(local, self.mesh.tp_group), self.mesh.cp_group, reduce_grad=False)
+            return whole.sum(), torch.ones((), dtype=torch.int), {"logits": whole}
+
+    runner = LogitsRunner(engine.chunks, engine.mesh, engine.dims, engine.device)
+    for chunk in engine.chunks:
+        chunk.eval()
+    with torch.no_grad():
+        kept = runner(micro_batches([from_tokens(tokens)], 1, engine.mesh), None, forward_only=True)  # type: ignore[arg-type]
+    return kept[0]["logits"][: len(tokens), : engine.dims.vocab] if kept else None
+
+
+def losses(
+    model: str, parallel: dict[str, Any], steps: Sequence[Lists], num_packs: int, sections: dict[str, Any]
+) -> list[tuple[float, float, dict[str, float]]]:
+    """(loss, gradient norm, router figures) of successive steps."""
+    engine = Engine(recipe_for(model, parallel, **sections))
+    out: list[tuple[float, float, dict[str, float]]] = []
+    for sequences in steps:
+        result = engine.step(_mine(packs_of(sequences, num_packs), engine), METHODS["sft"])
+        out.append((result.loss, result.grad_norm, result.router))
+    return out
+
+
+def round_trip(model: str, parallel: dict[str, Any]) -> dict[str, Tensor]:
+    """{HF name: weight} loaded into live shards and exported again; returned by the first rank alone."""
+    engine = Engine(recipe_for(model, parallel), train=False)
+    weights = {name: w.clone() for name, w in engine.export()}
+    return weights if engine.mesh.is_main else {}

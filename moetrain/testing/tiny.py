@@ -1,0 +1,54 @@
+"""Tiny models of every family, with dimensions that differ from each other so that a mixed-up axis cannot hide."""
+
+from pathlib import Path
+from typing import Any
+
+COMMON: dict[str, Any] = dict(
+    vocab_size=200,
+    hidden_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=8,
+    intermediate_size=80,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+)
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": COMMON
+    | dict(
+        model_type="qwen3_moe",
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=28,
+        decoder_sparse_step=1,
+        norm_topk_prob=True,
+        mlp_only_layers=[],
+    ),
+    "qwen3": COMMON | dict(model_type="qwen3", tie_word_embeddings=True),
+    "llama": COMMON | dict(model_type="llama"),
+    "mixtral": COMMON
+    | dict(model_type="mixtral", num_local_experts=6, num_experts_per_tok=2, intermediate_size=28),
+}
+
+
+def save_model(family: str, folder: Path, **changes: Any) -> Any:
+    """Write a random transformers model of `family` (fp32) into `folder`; returns it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = CONFIGS[family] | changes
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():  # larger than the default, so that routing and attention matter in the logits
+        for name, param in model.named_parameters():
+            if param.dim() > 1:
+                param.normal_(0, 0.08)
+            elif "norm" in name:
+                param.uniform_(0.7, 1.3)
+    model.save_pretrained(folder)
+    return model

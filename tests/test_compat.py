@@ -1,0 +1,50 @@
+"""Each mend of upstream is still needed: when one of these fails, the mend it names can go."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the mends are for machines without a GPU; with one they stay unproven"
+)
+
+NEEDED = {
+    "compat_megatron: to_host": (
+        "import torch; from megatron.core.transformer.moe.token_dispatcher import maybe_move_tensor_to_cpu as f;"
+        "assert torch.is_tensor(f(torch.ones(2), as_numpy=True))"
+    ),
+    "compat_megatron: rng": (
+        "import torch, megatron.core.tensor_parallel.random as r\n"
+        "try: r._get_cuda_rng_state()\n"
+        "except Exception: pass\n"
+        "else: raise SystemExit('runs without a GPU now')"
+    ),
+    "compat_torch: current_device": (
+        "import torch\n"
+        "try: torch.cuda.current_device()\n"
+        "except Exception: pass\n"
+        "else: raise SystemExit('runs without a GPU now')"
+    ),
+    "compat_torch: Tensor.type": (
+        "import inspect, megatron.core.optimizer.distrib_optimizer as d;"
+        "assert 'torch.cuda.FloatTensor' in inspect.getsource(d)"
+    ),
+    "backend.RMSNorm: upstream refuses sequence parallelism": (
+        "import inspect; from megatron.core.transformer.torch_norm import WrappedTorchNorm as W;"
+        "assert 'not config.sequence_parallel' in inspect.getsource(W)"
+    ),
+    "router.PackedMoE: padding_mask becomes a bool": (
+        "import inspect; from megatron.core.transformer.moe.moe_layer import MoELayer as L;"
+        "assert 'padding_mask.transpose(0, 1).bool()' in inspect.getsource(L.forward)"
+    ),
+}
+
+
+@pytest.mark.parametrize("mend", NEEDED)
+def test_the_mend_is_still_needed(mend: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", NEEDED[mend]], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, f"{mend} can go: {done.stderr[-500:]}"

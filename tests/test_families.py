@@ -1,0 +1,370 @@
+"""Every family's table against what transformers writes on disk, and what a config may not say."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from moetrain.errors import ConfigError
+from moetrain.families import (
+    FAMILIES,
+    Dims,
+    Family,
+    Rule,
+    expand,
+    family_of,
+    fused_slices,
+    ignored_keys,
+)
+
+# Asymmetric on purpose: heads, groups, head_dim and experts all differ; hidden is no product.
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {**SIZES, "model_type": "llama"},
+    "MixtralForCausalLM": {
+        **SIZES,
+        "model_type": "mixtral",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+    },
+    "Qwen3ForCausalLM": {**SIZES, "model_type": "qwen3"},
+    "Qwen3MoeForCausalLM": {
+        **SIZES,
+        "model_type": "qwen3_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 14,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
+}
+MOE = {name: config for name, config in CONFIGS.items() if FAMILIES[name].fused}
+
+
+def on_disk(architecture: str, folder: Path, **changes: Any) -> tuple[Family, Dims, dict[str, Any]]:
+    """Save a tiny random model as transformers does; (family, dims, state dict on disk)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fused = changes.pop("fused", False)
+    config = AutoConfig.for_model(**{**CONFIGS[architecture], **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder, save_original_format=not fused)
+    hf = json.loads((folder / "config.json").read_text())
+    assert hf["architectures"] == [architecture]
+    family = family_of(hf)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    return family, family.dims(hf), tensors
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_names_and_shapes_are_transformers(architecture: str, tied: bool, tmp_path: Path) -> None:
+    family, dims, tensors = on_disk(architecture, tmp_path, tie_word_embeddings=tied)
+    assert dims.tied is tied
+    table = expand(family, dims)
+    expected = {
+        key: shape
+        for bound in table.values()
+        for key, shape in zip(bound.hf, bound.hf_shapes, strict=True)
+    }
+    assert expected == {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    num_params = sum(bound.num_params for bound in table.values())
+    assert num_params == sum(tensor.numel() for tensor in tensors.values())
+    assert not ignored_keys(dims) & tensors.keys()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_every_parameter_packs_and_unpacks(architecture: str, tp: int, tmp_path: Path) -> None:
+    family, dims, tensors = on_disk(architecture, tmp_path)
+    for bound in expand(family, dims).values():
+        layout = bound.layout
+        ranks: list[tuple[torch.Tensor, ...]] = []
+        for rank in range(tp):
+            slices = layout.parts(dims, rank, tp)
+            parts = tuple(tensors[k][cut] for k, cut in zip(bound.hf, slices, strict=True))
+            local = layout.pack(parts, dims, rank, tp)
+            assert tuple(local.shape) == bound.local_shape(dims, rank, tp)
+            ranks.append(layout.unpack(local, dims, rank, tp))
+        for number, key in enumerate(bound.hf):
+            own = [parts[number] for parts in ranks]
+            whole = own[0] if layout.dim is None else torch.cat(own, dim=layout.dim)
+            assert whole.equal(tensors[key])
+
+
+@pytest.mark.parametrize("architecture", MOE)
+def test_fused_keys_are_transformers_5(architecture: str, tmp_path: Path) -> None:
+    """The same weights saved fused and per expert: `fused` finds every expert's rows."""
+    torch.manual_seed(0)
+    family, dims, apart = on_disk(architecture, tmp_path / "apart")
+    torch.manual_seed(0)
+    _, _, fused = on_disk(architecture, tmp_path / "fused", fused=True)
+    where = fused_slices(family, dims)
+    assert {place.key for place in where.values()} | (apart.keys() - where.keys()) == fused.keys()
+    for name, place in where.items():
+        tensor = fused[place.key]
+        if place.expert is not None:
+            tensor = tensor[place.expert].chunk(place.num_parts)[place.part]
+        assert tensor.equal(apart[name]), name
+
+
+def test_the_sizes_of_qwen3_moe() -> None:
+    family = FAMILIES["Qwen3MoeForCausalLM"]
+    dims = family.dims(CONFIGS["Qwen3MoeForCausalLM"])
+    assert dims.moe_layers == (True, False, True)
+    assert (dims.experts, dims.top_k, dims.moe_ffn, dims.ffn) == (5, 3, 14, 20)
+    assert (dims.heads, dims.groups, dims.head_dim, dims.hidden) == (6, 2, 8, 24)
+    assert dims.qk_norm and dims.norm_topk and not dims.tied and dims.rope_scaling is None
+    every_other = {
+        **CONFIGS["Qwen3MoeForCausalLM"],
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 2,
+    }
+    assert family.dims(every_other).moe_layers == (False, True, False)
+
+
+def test_bound_rules_carry_global_layer_and_expert_numbers() -> None:
+    family = FAMILIES["Qwen3MoeForCausalLM"]
+    dims = family.dims(CONFIGS["Qwen3MoeForCausalLM"])
+    table = expand(family, dims)
+    bound = table["decoder.layers.2.mlp.experts.linear_fc1.weight4"]
+    assert (bound.layer, bound.expert) == (2, 4)
+    assert bound.hf[0] == "model.layers.2.mlp.experts.4.gate_proj.weight"
+    assert bound.hf_shapes == ((14, 24), (14, 24))
+    assert bound.local_shape(dims, 0, 2) == (14, 24)
+    assert "decoder.layers.1.mlp.linear_fc1.weight" in table
+    assert "decoder.layers.1.mlp.router.weight" not in table
+    whole_model = {name for name, bound in table.items() if bound.layer is None}
+    assert whole_model == {
+        "embedding.word_embeddings.weight",
+        "decoder.final_layernorm.weight",
+        "output_layer.weight",
+    }
+    assert all(bound.expert is None or ".experts." in name for name, bound in table.items())
+
+
+def test_qkv_bias_has_its_rule() -> None:
+    family = FAMILIES["LlamaForCausalLM"]
+    dims = replace(family.dims(CONFIGS["LlamaForCausalLM"]), qkv_bias=True)
+    bound = expand(family, dims)["decoder.layers.0.self_attention.linear_qkv.bias"]
+    assert bound.hf_shapes == ((48,), (16,), (16,))
+    assert bound.local_shape(dims, 1, 2) == (40,)
+
+
+def test_a_table_that_takes_something_twice_is_a_defect() -> None:
+    family = FAMILIES["LlamaForCausalLM"]
+    dims = family.dims(CONFIGS["LlamaForCausalLM"])
+    norm = next(rule for rule in family.rules if rule.mcore == "decoder.final_layernorm.weight")
+    for extra in (norm, replace(norm, mcore="other"), Rule("x", norm.hf, norm.layout)):
+        with pytest.raises(AssertionError):
+            expand(replace(family, rules=(*family.rules, extra)), dims)
+
+
+# As published: the tables count the parameters that the model cards' safetensors do.
+PUBLISHED: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "Qwen3-30B-A3B": (
+        30_532_122_624,
+        "Qwen3MoeForCausalLM",
+        {
+            "head_dim": 128,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_attention_heads": 32,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "vocab_size": 151936,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "rope_theta": 1000000.0,
+            "rope_scaling": None,
+        },
+    ),
+    "Qwen3-235B-A22B": (
+        235_093_634_560,
+        "Qwen3MoeForCausalLM",
+        {
+            "head_dim": 128,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "moe_intermediate_size": 1536,
+            "num_attention_heads": 64,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 94,
+            "num_key_value_heads": 4,
+            "vocab_size": 151936,
+        },
+    ),
+    "Mixtral-8x7B": (
+        46_702_792_704,
+        "MixtralForCausalLM",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "vocab_size": 32000,
+        },
+    ),
+    "Llama-3.2-1B": (
+        1_235_814_400,
+        "LlamaForCausalLM",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+            "vocab_size": 128256,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_number_of_parameters(name: str) -> None:
+    num_params, architecture, hf = PUBLISHED[name]
+    family = FAMILIES[architecture]
+    table = expand(family, family.dims(hf))
+    assert sum(bound.num_params for bound in table.values()) == num_params
+
+
+@pytest.mark.parametrize(
+    ("hf", "expected"),
+    [
+        ({}, (10000.0, None)),
+        ({"rope_theta": 5e5, "rope_scaling": None}, (5e5, None)),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, (5e5, None)),
+        (
+            {"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2}},
+            (7.0, {"rope_type": "linear", "factor": 2.0}),
+        ),
+        (
+            {
+                "max_position_embeddings": 77,
+                "rope_parameters": {
+                    "rope_theta": 5e5,
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                },
+            },
+            (
+                5e5,
+                {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 77,
+                },
+            ),
+        ),
+    ],
+)
+def test_rope_is_read_in_both_spellings(hf: dict[str, Any], expected: tuple[float, Any]) -> None:
+    dims = FAMILIES["LlamaForCausalLM"].dims({**SIZES, **hf})
+    assert (dims.rope_theta, dims.rope_scaling) == expected
+
+
+def test_defaults_are_transformers() -> None:
+    """Keys that old configs leave out, as AutoConfig fills them in."""
+    from transformers import AutoConfig
+
+    for architecture, config in CONFIGS.items():
+        given = {key: value for key, value in config.items() if key != "head_dim"}
+        full = AutoConfig.for_model(**given).to_dict()
+        head_dim = full.get("head_dim") or SIZES["hidden_size"] // SIZES["num_attention_heads"]
+        full = {**full, "head_dim": head_dim}
+        family = FAMILIES[architecture]
+        assert family.dims(given) == family.dims(full), architecture
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "words"),
+    [
+        ("Qwen3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window = true .* false"),
+        ("Qwen3ForCausalLM", {"layer_types": ["sliding_attention"]}, "sliding_attention"),
+        ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias = true"),
+        ("Qwen3ForCausalLM", {"attention_dropout": 0.1}, "attention_dropout = 0.1"),
+        ("LlamaForCausalLM", {"mlp_bias": True}, "mlp_bias = true"),
+        ("LlamaForCausalLM", {"hidden_act": "gelu"}, 'hidden_act = "gelu" .* "silu"'),
+        ("LlamaForCausalLM", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'yarn'"),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ("LlamaForCausalLM", {"rope_scaling": [1]}, "not a mapping"),
+        ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("LlamaForCausalLM", {"hidden_size": None}, "hidden_size is missing"),
+        ("LlamaForCausalLM", {"hidden_size": "24"}, "hidden_size = '24' is not a whole number"),
+        ("LlamaForCausalLM", {"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ("LlamaForCausalLM", {"num_hidden_layers": True}, "num_hidden_layers = True"),
+        ("LlamaForCausalLM", {"num_key_value_heads": 4}, "not a multiple of num_key_value_heads 4"),
+        ("LlamaForCausalLM", {"head_dim": 7}, "head_dim = 7 is odd"),
+        ("LlamaForCausalLM", {"head_dim": None, "hidden_size": 25}, "give head_dim"),
+        ("LlamaForCausalLM", {"rms_norm_eps": 0}, "rms_norm_eps = 0 is not a positive"),
+        ("LlamaForCausalLM", {"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no'"),
+        ("MixtralForCausalLM", {"sliding_window": 4096}, "sliding_window = 4096 .* null"),
+        ("MixtralForCausalLM", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("MixtralForCausalLM", {"num_experts": 4}, "num_experts and num_local_experts differ"),
+        ("Qwen3MoeForCausalLM", {"num_experts": None}, "num_experts is missing"),
+        ("Qwen3MoeForCausalLM", {"num_experts_per_tok": 6}, "6 is more than the 5 experts"),
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": "1"}, "mlp_only_layers = '1'"),
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": ["1"]}, "mlp_only_layers"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    architecture: str, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        FAMILIES[architecture].dims({**CONFIGS[architecture], **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_architecture_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"'Qwen3MoForCausalLM' is unknown; known: Llama.* mean"):
+        family_of({"architectures": ["Qwen3MoForCausalLM"]})
+    with pytest.raises(ConfigError, match="model_type = None"):
+        family_of({})
+    assert family_of({"model_type": "mixtral"}) is FAMILIES["MixtralForCausalLM"]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_dictionary_is_keyed_by_architecture(architecture: str) -> None:
+    assert FAMILIES[architecture].architecture == architecture
+
+
+def test_families_import_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, moetrain.families; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

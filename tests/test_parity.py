@@ -1,0 +1,139 @@
+"""The layout proof: logits, gradients and losses of every layout against transformers and against each other, fp32."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moetrain.testing import ranks
+from moetrain.testing.gloo import Workers
+
+Tiny = Callable[[str], tuple[str, Any]]
+
+ONE = (1, {})
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "one": ONE,
+    "tp2-sp": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "pp2-vpp2": (2, {"pp": 2, "vpp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "tp2-ep2": (2, {"tp": 2, "ep": 2}),
+    "cp2": (2, {"cp": 2}),
+    "pp2-ep2": (4, {"pp": 2, "ep": 2}),
+}
+CASES = [("qwen3_moe", layout) for layout in LAYOUTS] + [
+    (family, layout) for family in ("qwen3", "llama", "mixtral") for layout in ("one", "tp2-sp", "pp2")
+]
+
+
+def sequences(seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(200) for _ in range(length)] for length in (13, 7, 20, 9, 16, 11)]
+
+
+def reference_gradients(model: Any, data: list[list[int]]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean negative log-prob over all predicted tokens, sequence by sequence, by transformers and autograd."""
+    model.zero_grad()
+    total, count = torch.zeros(()), sum(len(s) - 1 for s in data)
+    for s in data:
+        ids = torch.tensor([s])
+        logp = torch.log_softmax(model(ids).logits[0, :-1].float(), -1)
+        total = total - logp.gather(1, ids[0, 1:, None]).sum()
+    loss = total / count
+    loss.backward()
+    return loss.item(), split_fused({n: p.grad.clone() for n, p in model.named_parameters()})
+
+
+def split_fused(grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers 5 holds experts fused in memory; give them the names they have on disk."""
+    out: dict[str, torch.Tensor] = {}
+    for name, g in grads.items():
+        is_mixtral = ".block_sparse_moe." in name
+        if name.endswith("experts.gate_up_proj"):
+            keys = ("w1", "w3") if is_mixtral else ("gate_proj", "up_proj")
+            for e in range(g.size(0)):
+                for key, half in zip(keys, g[e].chunk(2), strict=True):
+                    out[f"{name.removesuffix('gate_up_proj')}{e}.{key}.weight"] = half
+        elif name.endswith("experts.down_proj"):
+            key = "w2" if is_mixtral else "down_proj"
+            for e in range(g.size(0)):
+                out[f"{name.removesuffix('down_proj')}{e}.{key}.weight"] = g[e]
+        else:
+            out[name] = g
+    return out
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_logits_equal_transformers(workers: Workers, tiny: Tiny, family: str, layout: str) -> None:
+    folder, model = tiny(family)
+    tokens = sequences()[2]
+    world, parallel = LAYOUTS[layout]
+    with torch.no_grad():
+        wanted = model(torch.tensor([tokens])).logits[0]
+    found = [x for x in workers.run(world, ranks.logits, folder, parallel, tokens) if x is not None]
+    assert found
+    for logits in found:
+        assert (logits - wanted).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_gradients_equal_transformers(
+    workers: Workers, tiny: Tiny, family: str, layout: str
+) -> None:
+    folder, model = tiny(family)
+    data = sequences()
+    world, parallel = LAYOUTS[layout]
+    loss, wanted = reference_gradients(model, data)
+    answer = workers.run(world, ranks.gradients, folder, parallel, data, 2, {})
+    assert answer[0][0] == pytest.approx(loss, rel=1e-5)
+    assert answer[0][2].keys() == wanted.keys()
+    for name, grad in answer[0][2].items():
+        error = (grad - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12)
+        assert error <= 1e-4, (name, error)
+    norm = torch.stack([g.norm() for g in wanted.values()]).norm().item()
+    for _, grad_norm, _ in answer:
+        assert grad_norm == pytest.approx(norm, rel=1e-4)
+
+
+def test_first_twenty_losses_agree_across_layouts(workers: Workers, tiny: Tiny) -> None:
+    folder, _ = tiny("qwen3_moe")
+    steps = [sequences(seed) for seed in range(20)]
+    router = {"router": {"aux_loss": 0.01, "z_loss": 0.001}}
+    wanted = workers.run(1, ranks.losses, folder, {}, steps, 2, router)[0]
+    assert wanted[-1][0] < wanted[0][0]
+    for name, (world, parallel) in LAYOUTS.items():
+        for found in workers.run(world, ranks.losses, folder, parallel, steps, 2, router):
+            for (a, norm_a, router_a), (b, norm_b, router_b) in zip(found, wanted, strict=True):
+                assert a == pytest.approx(b, rel=1e-5), name
+                assert norm_a == pytest.approx(norm_b, rel=1e-4), name
+                assert router_a["aux_loss"] == pytest.approx(router_b["aux_loss"], rel=1e-4), name
+                assert router_a["z_loss"] == pytest.approx(router_b["z_loss"], rel=1e-4), name
+
+
+@pytest.mark.parametrize("num_packs", [1, 2, 3, 6])
+def test_packing_changes_nothing(workers: Workers, tiny: Tiny, num_packs: int) -> None:
+    folder, _ = tiny("qwen3_moe")
+    router = {"router": {"aux_loss": 0.01, "z_loss": 0.001}}
+    loss, _, wanted = workers.run(1, ranks.gradients, folder, {}, sequences(), 6, router)[0]
+    found_loss, _, found = workers.run(1, ranks.gradients, folder, {}, sequences(), num_packs, router)[0]
+    assert found_loss == pytest.approx(loss, rel=1e-5)
+    for name, grad in found.items():
+        assert (grad - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "llama", "mixtral"])
+@pytest.mark.parametrize("layout", ["one", "tp2-ep2", "pp2"])
+def test_round_trip_is_bit_exact(workers: Workers, tiny: Tiny, family: str, layout: str) -> None:
+    from safetensors import safe_open
+
+    folder, _ = tiny(family)
+    world, parallel = LAYOUTS[layout]
+    if family in ("qwen3", "llama"):
+        parallel = {k: v for k, v in parallel.items() if k != "ep"}
+    found = workers.run(world, ranks.round_trip, folder, parallel)[0]
+    with safe_open(f"{folder}/model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(found)
+        for name in file.keys():
+            assert torch.equal(file.get_tensor(name), found[name]), name
