@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from moetrain.families import family_of
+from moetrain.families.rules import fused_slices
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
 
@@ -43,25 +45,20 @@ def reference_gradients(model: Any, data: list[list[int]]) -> tuple[float, dict[
         total = total - logp.gather(1, ids[0, 1:, None]).sum()
     loss = total / count
     loss.backward()
-    return loss.item(), split_fused({n: p.grad.clone() for n, p in model.named_parameters()})
+    return loss.item(), as_on_disk(model, {n: p.grad.clone() for n, p in model.named_parameters()})
 
 
-def split_fused(grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers 5 holds experts fused in memory; give them the names they have on disk."""
-    out: dict[str, torch.Tensor] = {}
-    for name, g in grads.items():
-        is_mixtral = ".block_sparse_moe." in name
-        if name.endswith("experts.gate_up_proj"):
-            keys = ("w1", "w3") if is_mixtral else ("gate_proj", "up_proj")
-            for e in range(g.size(0)):
-                for key, half in zip(keys, g[e].chunk(2), strict=True):
-                    out[f"{name.removesuffix('gate_up_proj')}{e}.{key}.weight"] = half
-        elif name.endswith("experts.down_proj"):
-            key = "w2" if is_mixtral else "down_proj"
-            for e in range(g.size(0)):
-                out[f"{name.removesuffix('down_proj')}{e}.{key}.weight"] = g[e]
-        else:
-            out[name] = g
+def as_on_disk(model: Any, grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers 5 holds experts fused in memory; give their gradients the names they have on disk."""
+    hf = model.config.to_dict()
+    family = family_of(hf)
+    slices = fused_slices(family, family.dims(hf))
+    fused = {where.key for where in slices.values()}
+    out = {name: grad for name, grad in grads.items() if name not in fused}
+    for name, where in slices.items():
+        if where.key in grads:
+            grad = grads[where.key] if where.expert is None else grads[where.key][where.expert]
+            out[name] = grad.chunk(where.num_parts)[where.part]
     return out
 
 

@@ -1,4 +1,7 @@
-"""What "builtin:NAME" stands for: small assets made on this machine from what every Python has, built once and cached."""
+"""What "builtin:NAME" stands for.
+
+Small assets made on this machine from what every Python has, built once and cached.
+"""
 
 import ast
 import json
@@ -17,12 +20,24 @@ VOCAB = 2048
 CORPUS_BYTES = 5_000_000  # tokenised in some seconds
 EVAL_EVERY = 20  # one module in so many is held out
 # Not the library's text: other people's packages, tests, tables of numbers.
-SKIPPED = ("site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "encodings", "__pycache__", "lib-dynload")
+SKIPPED = (
+    "site-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "ensurepip",
+    "encodings",
+    "__pycache__",
+    "lib-dynload",
+)
 MIN_DOCSTRING = 200  # bytes
 
 
 def resolve(name: str | Path, root: Path | None = None) -> Path:
-    """The path of "builtin:NAME" (built when needed; an index prefix for a corpus); another path is returned as it is.
+    """The path of "builtin:NAME", built when needed; another path is returned as it is.
+
+    A corpus' path is its index prefix.
 
     DataError for an unknown name.
     """
@@ -36,7 +51,9 @@ def resolve(name: str | Path, root: Path | None = None) -> Path:
     if short in builtin.MODELS:
         return _model(short, builtin.MODELS[short], cache_root(root))
     known = [*ASSETS, *builtin.MODELS]
-    raise DataError(f"There is no builtin:{short}; there are {', '.join(known)}.{nearest(short, known)}")
+    raise DataError(
+        f"There is no builtin:{short}; there are {', '.join(known)}.{nearest(short, known)}"
+    )
 
 
 def is_builtin(name: str | Path | None) -> bool:
@@ -50,7 +67,7 @@ def _folder(name: str, root: Path) -> Path:
 
 
 def _modules() -> list[Path]:
-    """The library's modules in an order that mixes packages but is always the same, up to CORPUS_BYTES."""
+    """The library's modules, packages mixed, in always the same order, up to CORPUS_BYTES."""
     library = Path(os.__file__).parent
     found = [
         path
@@ -65,12 +82,17 @@ def _modules() -> list[Path]:
             break
         kept.append(path)
     if not kept:
-        raise DataError(f"The Python library at {library} has no source files: bring a corpus of your own.")
+        raise DataError(
+            f"The Python library at {library} has no source files: bring a corpus of your own."
+        )
     return kept
 
 
 def texts(*, held_out: bool) -> Iterator[str]:
-    """Sources of the modules and, after each, its docstrings as a text of their own; a module is on one side only."""
+    """Sources of the modules and, after each, its docstrings as a text of their own.
+
+    A module is on one side only.
+    """
     for i, path in enumerate(_modules()):
         if (i % EVAL_EVERY == 0) != held_out:
             continue
@@ -99,7 +121,7 @@ def _docstrings(source: str) -> str:
 def _tokenizer(root: Path) -> Path:
     return build_once(
         _folder("stdlib-tokenizer", root),
-        lambda tmp: tokenizer.void(_move_up(tokenizer.train_on(_tokenizer_texts(), VOCAB, tmp / "made"), tmp)),
+        lambda tmp: tokenizer.fit(_tokenizer_texts(), VOCAB).save_pretrained(str(tmp)),
     )
 
 
@@ -107,14 +129,6 @@ def _tokenizer_texts() -> Iterator[str]:
     """The corpus, and the instruction data so that its few words are not spelt letter by letter."""
     yield from texts(held_out=False)
     yield from (json.dumps(record) for record in checkable.records(500, seed=0))
-
-
-def _move_up(made: Path, folder: Path) -> None:
-    for file in made.iterdir():
-        os.replace(file, folder / file.name)
-    made.rmdir()
-    for lock in folder.glob(".*.lock"):
-        lock.unlink()
 
 
 def _corpus(root: Path, name: str, *, held_out: bool) -> Path:
@@ -151,8 +165,12 @@ def _model(name: str, hf: dict[str, object], root: Path) -> Path:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         loaded = tokenizer.load(_tokenizer(root))
-        tokenizer.check_vocab(tokenizer.vocab_of(loaded), int(str(hf["vocab_size"])), "builtin:stdlib-tokenizer")
-        settings = {key: value for key, value in hf.items() if key not in ("model_type", "architectures")}
+        tokenizer.check_vocab(
+            tokenizer.vocab_of(loaded), int(str(hf["vocab_size"])), "builtin:stdlib-tokenizer"
+        )
+        settings = {
+            key: value for key, value in hf.items() if key not in ("model_type", "architectures")
+        }
         config = AutoConfig.for_model(str(hf["model_type"]), **settings)
         config.eos_token_id, config.pad_token_id = loaded.eos_token_id, loaded.pad_token_id
         with torch.random.fork_rng(devices=[]):
@@ -163,7 +181,9 @@ def _model(name: str, hf: dict[str, object], root: Path) -> Path:
         model.save_pretrained(str(tmp))
         loaded.save_pretrained(str(tmp))
 
-    return build_once(root / "builtin" / f"{name}-{key_of([hf, VERSION, platform.python_version()])[:8]}", build)
+    return build_once(
+        root / "builtin" / f"{name}-{key_of([hf, VERSION, platform.python_version()])[:8]}", build
+    )
 
 
 ASSETS: dict[str, Callable[[Path], Path]] = {

@@ -1,5 +1,6 @@
 """The cache folder: built once, published whole, shared by every process and run on the machine."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,12 +28,13 @@ def cache_root(configured: Path | None = None) -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "moetrain"
 
 
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
     """Return `folder`, made by `build(tmp)` when it is not there yet.
 
-    Safe against several processes asking at once: the first builds under a lock, the others wait and find it. `build`
-    writes into a fresh folder beside the final one, which is renamed into place when it is complete; a build that fails
-    or is killed leaves nothing under the final name. DataError when the folder cannot be written.
+    Safe against several processes asking at once: the first builds under a lock, the others wait
+    and find it. `build` writes into a fresh folder beside the final one, which is renamed into
+    place when it is complete; a build that fails or is killed leaves nothing under the final name.
+    DataError when the folder cannot be written.
     """
     if folder.is_dir():
         return folder
@@ -43,18 +45,27 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
                 return folder
             for stale in folder.parent.glob(f".{folder.name}.tmp-*"):
                 shutil.rmtree(stale, ignore_errors=True)
-            tmp = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
-            tmp.mkdir()
-            try:
-                build(tmp)
-                os.replace(tmp, folder)
-            finally:
-                shutil.rmtree(tmp, ignore_errors=True)
+            publish(folder, build)
     except OSError as error:
         raise DataError(
             f"The cache {folder} cannot be written: {error.strerror or error}."
             " Point data.cache or $MOETRAIN_CACHE at a folder with room."
         ) from error
+    return folder
+
+
+def publish(folder: Path, build: Callable[[Path], object]) -> Path:
+    """Fill a fresh folder beside `folder` by `build(tmp)`, then rename it.
+
+    `folder` is whole or not there.
+    """
+    tmp = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
+    tmp.mkdir(parents=True)
+    try:
+        build(tmp)
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
 
@@ -76,12 +87,18 @@ def key_of(content: Any) -> str:
 
 
 def digest_files(paths: Iterable[Path], root: Path) -> list[tuple[str, str]]:
-    """(path, digest of the content) of each file; digests are remembered under `root` by size and time."""
+    """(path, digest of the content) of each file.
+
+    Digests are remembered under `root` by size and time.
+    """
     return [(str(path), _digest(path, root / "digests")) for path in paths]
 
 
 def _digest(path: Path, memory: Path) -> str:
-    """The content's digest. Every rank asks for it, so one reading of a large file is remembered."""
+    """The content's digest.
+
+    Every rank asks for it, so one reading of a large file is remembered.
+    """
     stat = path.stat()
     note = memory / key_of([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
     if note.is_file():
@@ -89,5 +106,6 @@ def _digest(path: Path, memory: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if time.time() - stat.st_mtime > RACY_SECONDS:
-        write_text(note, digest)
+        with contextlib.suppress(OSError):  # it only saves time; a cache may be read-only
+            write_text(note, digest)
     return digest

@@ -1,11 +1,16 @@
-"""Made-up instructions with one right answer each, to see a small model learn. The same on every machine."""
+"""Made-up instructions with one right answer each, to see a small model learn.
+
+The same on every machine.
+"""
 
 import random
 from collections.abc import Callable
 
 WORDS = (
-    "apple bread chair dream eagle flame grape house island jungle kettle lemon marble needle ocean pencil quiet river"
-    " silver table under violet window yellow zebra basket candle dragon engine forest garden hammer insect jacket"
+    "apple bread chair dream eagle flame grape house island jungle kettle lemon marble needle"
+    " ocean pencil quiet river"
+    " silver table under violet window yellow zebra basket candle dragon engine forest garden"
+    " hammer insect jacket"
     " ladder mirror napkin orange planet rabbit saddle ticket velvet walnut"
 ).split()
 
@@ -64,8 +69,13 @@ KINDS: tuple[Callable[[random.Random], Exchange], ...] = (
 )
 
 
-def records(num_records: int, seed: int, *, avoid: frozenset[str] = frozenset()) -> list[dict[str, object]]:
-    """`messages` records, one in five of two rounds. No round asks a question that is in `avoid`."""
+def records(
+    num_records: int, seed: int, *, avoid: frozenset[str] = frozenset()
+) -> list[dict[str, object]]:
+    """`messages` records, one in five of two rounds.
+
+    No round asks a question that is in `avoid`.
+    """
     rng = random.Random(seed)
     made: list[dict[str, object]] = []
     while len(made) < num_records:
@@ -82,11 +92,15 @@ def records(num_records: int, seed: int, *, avoid: frozenset[str] = frozenset())
 
 
 def held_out(num_records: int, seed: int) -> list[dict[str, object]]:
-    """One-round `messages` records, each question once: what `records(avoid=questions(...))` leaves out."""
+    """One-round `messages` records, each question once.
+
+    What `records(avoid=questions(...))` leaves out.
+    """
     rng = random.Random(seed)
     exchanges: dict[str, str] = {}
     while len(exchanges) < num_records:
-        # Words are few: asking for one of them held out would leave too little to learn their spelling from.
+        # Words are few: asking for one of them held out would leave too little to learn their
+        # spelling from.
         question, answer = rng.choice((_add, _subtract, _larger, _order))(rng)
         exchanges[question] = answer
     return [

@@ -28,10 +28,12 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates take them, which assistant turns count, and what else the template gets."""
+    """Messages as chat templates take them, and which assistant turns are learned."""
 
     messages: list[Message]
-    trained: list[bool]  # one per message; False for other roles and for turns the record switches off
+    trained: list[
+        bool
+    ]  # one per message; False for other roles and for turns the record switches off
     template_kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -49,7 +51,9 @@ def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        parts = [p["text"] for p in value if isinstance(p, Mapping) and isinstance(p.get("text"), str)]
+        parts = [
+            p["text"] for p in value if isinstance(p, Mapping) and isinstance(p.get("text"), str)
+        ]
         if parts and len(parts) == len(value):
             return "".join(parts)
     raise FormatError(f"{where} must be text, not {type(value).__name__}")
@@ -106,7 +110,9 @@ def _sharegpt(record: Record) -> list[Message]:
         sender = turn.get("from")
         if sender not in SHAREGPT_ROLES:
             raise FormatError(f"{where}.from is {sender!r}; allowed: {', '.join(SHAREGPT_ROLES)}")
-        messages.append({"role": SHAREGPT_ROLES[sender], "content": _text(turn.get("value"), f"{where}.value")})
+        messages.append(
+            {"role": SHAREGPT_ROLES[sender], "content": _text(turn.get("value"), f"{where}.value")}
+        )
     return messages
 
 
@@ -114,8 +120,13 @@ def _prompt_completion(record: Record) -> list[Message]:
     """TRL's: two strings (a user turn and its answer) or two lists of messages."""
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = [_message(value, f"prompt[{i}]") for i, value in enumerate(_list(prompt, "prompt"))]
-        after = [_message(value, f"completion[{i}]") for i, value in enumerate(_list(completion, "completion"))]
+        before = [
+            _message(value, f"prompt[{i}]") for i, value in enumerate(_list(prompt, "prompt"))
+        ]
+        after = [
+            _message(value, f"completion[{i}]")
+            for i, value in enumerate(_list(completion, "completion"))
+        ]
         return [message | {"weight": False} for message in before] + after
     return [
         {"role": "user", "content": _filled(record, "prompt")},
@@ -167,7 +178,10 @@ def detect(record: Record) -> Format:
 
 
 def to_conversation(record: Record) -> Conversation:
-    """Read a record in any known format; FormatError gives the reason when it cannot be trained on."""
+    """Read a record in any known format.
+
+    FormatError gives the reason when it cannot be trained on.
+    """
     messages = detect(record).read(record)
     trained = [m["role"] == "assistant" and m.pop("weight", True) for m in messages]
     messages = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
@@ -176,7 +190,11 @@ def to_conversation(record: Record) -> Conversation:
     if not any(trained):
         raise FormatError("every assistant turn is switched off by its weight")
     for i, (message, wanted) in enumerate(zip(messages, trained, strict=True)):
-        spoken = message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
+        spoken = (
+            message["content"].strip()
+            or message.get("tool_calls")
+            or message.get("reasoning_content")
+        )
         if wanted and not spoken:
             raise FormatError(f"the assistant turn {i} is empty")
     return Conversation(messages, trained, _template_kwargs(record))

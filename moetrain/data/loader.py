@@ -1,7 +1,8 @@
 """What a run reads: the endless stream of training packs, its place in it, and the held-out packs.
 
-The stream is one for the whole job: step s takes its packs [s*G, (s+1)*G) for a global batch of G, and DP rank r of them
-every dp_size-th from r. So neither the layout nor a resume changes what is learned when.
+The stream is one for the whole job: step s takes its packs [s*G, (s+1)*G) for a global batch of G,
+and DP rank r of them every dp_size-th from r. So neither the layout nor a resume changes what is
+learned when.
 """
 
 import json
@@ -69,15 +70,24 @@ class Corpus:
 
 
 class Loader:
-    """This DP rank's share of the training stream. Every rank of the job makes one, TP and PP neighbours the same."""
+    """This DP rank's share of the training stream.
+
+    Every rank of the job makes one, TP and PP neighbours the same.
+    """
 
     def __init__(self, packs: Packs, global_batch: int, dp_rank: int, dp_size: int) -> None:
         if global_batch % dp_size:
             raise DataError(
-                f"train.global_batch {global_batch} does not divide over {dp_size} data-parallel ranks:"
+                f"train.global_batch {global_batch} does not divide over {dp_size} data-parallel"
+                " ranks:"
                 f" use a multiple of {dp_size}."
             )
-        self.packs, self.global_batch, self.dp_rank, self.dp_size = packs, global_batch, dp_rank, dp_size
+        self.packs, self.global_batch, self.dp_rank, self.dp_size = (
+            packs,
+            global_batch,
+            dp_rank,
+            dp_size,
+        )
         self._position = 0  # packs of the job's stream that are used up
 
     def next(self) -> list[Packed]:
@@ -99,18 +109,24 @@ class Loader:
         """Go on where `state` was taken. DataError when the data is not the same."""
         if state["fingerprint"] != self.packs.fingerprint:
             raise DataError(
-                "The checkpoint was taken with other training data (or data.seq_len, data.pack, seed, tokenizer or"
+                "The checkpoint was taken with other training data (or data.seq_len, data.pack,"
+                " seed, tokenizer or"
                 " chat template): restore what it was made with, or start another run_dir."
             )
         self._position = int(state["position"])
 
 
 class EvalPacks(Sequence[Packed]):
-    """This DP rank's held-out packs. Every rank has the same number: where packs run out, one without valid tokens."""
+    """This DP rank's held-out packs. Every rank has the same number.
+
+    Where packs run out, one without valid tokens.
+    """
 
     def __init__(self, packs: Packs, limit: int | None, dp_rank: int, dp_size: int) -> None:
         self.packs, self.dp_rank, self.dp_size = packs, dp_rank, dp_size
-        self.num_packs = min(len(packs), limit if limit is not None else len(packs))  # over all ranks
+        self.num_packs = min(
+            len(packs), limit if limit is not None else len(packs)
+        )  # over all ranks
 
     def __len__(self) -> int:
         return -(-self.num_packs // self.dp_size)
@@ -155,10 +171,11 @@ class Prepared:
 
 
 def prepare(recipe: Recipe) -> Prepared:
-    """Build and cache all that the run reads, before any process group; call it in one process, or in all of them.
+    """Build and cache all that a run reads; before the process group, in one process or in all.
 
-    Checks the data against the model and writes <run_dir>/rejected.jsonl (on a cache hit too) when records were skipped.
-    DataError: no usable data, too many rejected, a tokenizer or index larger than the model's vocabulary.
+    Checks the data against the model and writes <run_dir>/rejected.jsonl (on a cache hit too) when
+    records were skipped. DataError: no usable data, too many rejected, a tokenizer or index larger
+    than the model's vocabulary.
     """
     train, held_out = _packs(recipe, held_out=False), _packs(recipe, held_out=True)
     sets = [p.data for p in (train, held_out) if isinstance(p, ShuffledSft)]
@@ -170,7 +187,11 @@ def prepare(recipe: Recipe) -> Prepared:
     if isinstance(train, Corpus):
         for epoch in range(math.ceil(steps * recipe.train.global_batch / len(train))):
             train.data.epoch(epoch)
-    lines = [_describe(name, packs, recipe) for name, packs in (("train", train), ("eval", held_out)) if packs is not None]
+    lines = [
+        _describe(name, packs, recipe)
+        for name, packs in (("train", train), ("eval", held_out))
+        if packs is not None
+    ]
     return Prepared(
         num_packs=len(train) if train is not None else 0,
         num_steps=steps,
@@ -186,7 +207,8 @@ def _describe(name: str, packs: Packs, recipe: Recipe) -> str:
         return f"{name}: {len(packs)} samples of {recipe.data.seq_len} tokens"
     stats = packs.data.stats
     line = (
-        f"{name}: {stats.num_records} records, {stats.num_sequences} sequences, {stats.num_tokens} tokens in"
+        f"{name}: {stats.num_records} records, {stats.num_sequences} sequences,"
+        f" {stats.num_tokens} tokens in"
         f" {stats.num_packs} packs of {recipe.data.seq_len} ({stats.fill:.1%} full)"
     )
     if stats.num_truncated:
@@ -205,20 +227,31 @@ def _write_rejected(recipe: Recipe, rejects: list[Reject]) -> None:
 
 
 def build_train(recipe: Recipe, dp_rank: int, dp_size: int) -> Loader:
-    """The training stream of one DP rank. In a process group every rank calls this, at the same point."""
+    """The training stream of one DP rank.
+
+    In a process group every rank calls this, at the same point.
+    """
     packs = _packs(recipe, held_out=False)
     assert packs is not None
     return Loader(packs, recipe.train.global_batch, dp_rank, dp_size)
 
 
 def build_eval(recipe: Recipe, dp_rank: int, dp_size: int) -> EvalPacks | None:
-    """The held-out packs of one DP rank, at most train.eval_packs over all; None without data.eval."""
+    """The held-out packs of one DP rank, at most train.eval_packs over all.
+
+    None without data.eval.
+    """
     packs = _packs(recipe, held_out=True)
-    return EvalPacks(packs, recipe.train.eval_packs, dp_rank, dp_size) if packs is not None else None
+    return (
+        EvalPacks(packs, recipe.train.eval_packs, dp_rank, dp_size) if packs is not None else None
+    )
 
 
 def num_steps(recipe: Recipe, num_packs: int | None = None) -> int:
-    """Optimizer steps of the run: train.steps, or as many as train.epochs need, the last one filled from the next."""
+    """Optimizer steps of the run.
+
+    Train.steps, or as many as train.epochs need, the last one filled from the next.
+    """
     if recipe.train.steps is not None:
         return recipe.train.steps
     assert recipe.train.epochs is not None
@@ -230,7 +263,10 @@ def num_steps(recipe: Recipe, num_packs: int | None = None) -> int:
 
 
 def model_vocab(recipe: Recipe) -> int | None:
-    """The model's vocab_size as its configuration says; None when there is none to be read (a Megatron checkpoint)."""
+    """The model's vocab_size as its configuration says.
+
+    None when there is none to be read (a Megatron checkpoint).
+    """
     hf: Any = recipe.model.hf
     path = recipe.model.path
     if hf is None and path is not None and assets.is_builtin(path):
@@ -248,7 +284,10 @@ def tokenizer_of(recipe: Recipe) -> Path:
     """The local folder of the run's tokenizer. DataError when the recipe names none."""
     name = recipe.model.tokenizer or recipe.model.path
     if name is None:
-        raise DataError("A model made from model.hf has no tokenizer: set model.tokenizer (a folder or builtin:NAME).")
+        raise DataError(
+            "A model made from model.hf has no tokenizer: set model.tokenizer (a folder or"
+            " builtin:NAME)."
+        )
     root = cache_root(recipe.data.cache)
     return assets.resolve(name, root) if assets.is_builtin(name) else tokenizer.locate(name)
 
@@ -279,10 +318,15 @@ def _packs(recipe: Recipe, *, held_out: bool) -> Packs | None:
 
 
 def _corpus(recipe: Recipe, inputs: list[str], root: Path, *, held_out: bool) -> Corpus:
-    from moetrain.data import corpus  # imports megatron, which instruction tuning's data does not need
+    from moetrain.data import (
+        corpus,
+    )  # imports megatron, which instruction tuning's data does not need
 
     if not recipe.data.shuffle:
-        raise DataError("data.shuffle: false is not possible for pretraining: megatron-core's GPTDataset shuffles.")
+        raise DataError(
+            "data.shuffle: false is not possible for pretraining: megatron-core's GPTDataset"
+            " shuffles."
+        )
     data = corpus.CorpusSet(
         inputs,
         None if held_out else recipe.data.weights,

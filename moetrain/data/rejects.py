@@ -19,9 +19,12 @@ class Reject:
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
-    """Write one JSON object a line; the file appears whole or not at all."""
+    """Write one JSON object a line; the file appears whole or not at all (DataError)."""
     lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects]
-    write_text(path, "".join(lines))
+    try:
+        write_text(path, "".join(lines))
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def read_rejects(path: Path) -> list[Reject]:
@@ -31,12 +34,16 @@ def read_rejects(path: Path) -> list[Reject]:
     return [Reject(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def check_rejects(rejects: list[Reject], num_records: int, max_rejected: float, option: str = "data.max_rejected") -> None:
+def check_rejects(
+    rejects: list[Reject], num_records: int, max_rejected: float, option: str = "data.max_rejected"
+) -> None:
     """DataError when more than the share `max_rejected` of `num_records` was skipped."""
     if not rejects or len(rejects) <= max_rejected * num_records:
         return
     first = rejects[0]
     raise DataError(
-        f"{len(rejects)} of {num_records} records were rejected ({len(rejects) / num_records:.1%}; {option} allows"
-        f" {max_rejected:.1%}). The first: {first.file}:{first.line}: {first.reason}. Mend the data or raise {option}."
+        f"{len(rejects)} of {num_records} records were rejected"
+        f" ({len(rejects) / num_records:.1%}; {option} allows"
+        f" {max_rejected:.1%}). The first: {first.file}:{first.line}: {first.reason}. Mend the"
+        f" data or raise {option}."
     )

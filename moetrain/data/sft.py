@@ -2,8 +2,8 @@
 
 Legend: n sequences of a set, t tokens of all of them. A set is a folder:
   tokens.bin [t] int32, mask.bin [t] uint8 (learn to produce this token), starts.npy [n+1] int64,
-  lines.npy [n] int64 and files.npy [n] int32 (where a sequence came from), pack_items.npy [n] int64 and
-  pack_starts.npy [packs+1] int64 (which sequences share a pack), meta.json, rejected.jsonl.
+  lines.npy [n] int64 and files.npy [n] int32 (where a sequence came from), pack_items.npy [n] int64
+  and pack_starts.npy [packs+1] int64 (which sequences share a pack), meta.json, rejected.jsonl.
 """
 
 import json
@@ -79,7 +79,12 @@ class Encoder:
     """Records to tokens; picklable, so that each worker process loads its own tokenizer."""
 
     def __init__(self, folder: Path, template: str | None, seq_len: int, too_long: str) -> None:
-        self.folder, self.template, self.seq_len, self.too_long = folder, template, seq_len, too_long
+        self.folder, self.template, self.seq_len, self.too_long = (
+            folder,
+            template,
+            seq_len,
+            too_long,
+        )
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.folder, self.template, self.seq_len, self.too_long
@@ -116,17 +121,21 @@ class Encoder:
         return results
 
     def _fit(self, row: Row | Reject, sequences: list[Encoded]) -> _Result:
-        """Apply data.too_long and drop what has nothing left to learn (the first token is never predicted)."""
+        """Apply data.too_long; drop what has nothing left to learn (token 0 never counts)."""
         longest = max((s.tokens.size for s in sequences), default=0)
         if longest > self.seq_len and self.too_long == "reject":
-            reason = f"{longest} tokens, more than data.seq_len {self.seq_len} (data.too_long is reject)"
+            reason = (
+                f"{longest} tokens, more than data.seq_len {self.seq_len} (data.too_long is reject)"
+            )
             return _Result(row.file, row.line, reason=reason)
         cut = [Encoded(s.tokens[: self.seq_len], s.mask[: self.seq_len]) for s in sequences]
         kept = tuple(s for s in cut if s.mask[1:].any())
         if not kept:
             reason = "no token to learn from"
             if longest > self.seq_len:
-                reason = f"{longest} tokens: no part of the answer is within data.seq_len {self.seq_len}"
+                reason = (
+                    f"{longest} tokens: no part of the answer is within data.seq_len {self.seq_len}"
+                )
             return _Result(row.file, row.line, reason=reason)
         return _Result(row.file, row.line, kept, truncated=longest > self.seq_len)
 
@@ -134,7 +143,8 @@ class Encoder:
 def build(spec: SftSpec, root: Path) -> Path:
     """The folder of the set under the cache `root`, built when it is not there.
 
-    DataError: an input is missing, no record is usable, the tokenizer is larger than the model's vocabulary.
+    DataError: an input is missing, no record is usable, the tokenizer is larger than the model's
+    vocabulary.
     """
     sources = find_sources(spec.inputs)
     template = template_text(spec.chat_template)
@@ -142,35 +152,43 @@ def build(spec: SftSpec, root: Path) -> Path:
         "version": VERSION,
         "files": digest_files([f for source in sources for f in source.files], root),
         "tokenizer": [
-            (Path(p).name, digest) for p, digest in digest_files(tokenizer.tokenizer_files(spec.tokenizer), root)
+            (Path(p).name, digest)
+            for p, digest in digest_files(tokenizer.tokenizer_files(spec.tokenizer), root)
         ],
         "template": template,
         "spec": [spec.seq_len, spec.too_long, spec.seed, spec.pack],
     }
     folder = root / "sft" / key_of(content)
     build_once(folder, lambda tmp: _write(spec, template, tmp))
-    tokenizer.check_vocab(SftSet(folder).stats.vocab, spec.model_vocab, f"The tokenizer {spec.tokenizer}")
+    tokenizer.check_vocab(
+        SftSet(folder).stats.vocab, spec.model_vocab, f"The tokenizer {spec.tokenizer}"
+    )
     return folder
 
 
 def _results(spec: SftSpec, encoder: Encoder) -> Iterator[_Result]:
     """Encode every record, in input order whatever the number of workers."""
     rows = (row for source in find_sources(spec.inputs) for row in read_rows(source))
-    chunks = batched(rows, CHUNK, strict=False)
+    chunks = batched(rows, CHUNK)
     if spec.num_workers < 1:
         for chunk in chunks:
             yield from encoder(chunk)
         return
     # Spawned: a fork after torch or tokenizers started threads can hang.
-    with ProcessPoolExecutor(spec.num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        spec.num_workers, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         # A bounded number of chunks in flight, so that memory does not grow with the file.
-        for group in batched(chunks, 8 * spec.num_workers, strict=False):
+        for group in batched(chunks, 8 * spec.num_workers):
             for results in pool.map(encoder, group):
                 yield from results
 
 
 def _write(spec: SftSpec, template: str | None, folder: Path) -> None:
-    """Fill `folder` with the set; memory holds one chunk of tokens and a few numbers per sequence."""
+    """Fill `folder` with the set.
+
+    Memory holds one chunk of tokens and a few numbers per sequence.
+    """
     encoder = Encoder(spec.tokenizer, template, spec.seq_len, spec.too_long)
     vocab = tokenizer.vocab_of(encoder.chat.tokenizer)
     tokenizer.check_vocab(vocab, spec.model_vocab, f"The tokenizer {spec.tokenizer}")
@@ -193,8 +211,14 @@ def _write(spec: SftSpec, template: str | None, folder: Path) -> None:
                 lengths.append(sequence.tokens.size)
                 origins.append((files.setdefault(result.file, len(files)), result.line))
     if not lengths:
-        first = f" The first: {rejects[0].file}:{rejects[0].line}: {rejects[0].reason}." if rejects else ""
-        raise DataError(f"None of the {num_records} records in {', '.join(spec.inputs)} can be used.{first}")
+        first = (
+            f" The first: {rejects[0].file}:{rejects[0].line}: {rejects[0].reason}."
+            if rejects
+            else ""
+        )
+        raise DataError(
+            f"None of the {num_records} records in {', '.join(spec.inputs)} can be used.{first}"
+        )
     packs = [[i] for i in range(len(lengths))]
     if spec.pack:
         packs = packing.pack(lengths, spec.seq_len, spec.seed)
@@ -220,7 +244,9 @@ def _write(spec: SftSpec, template: str | None, folder: Path) -> None:
 
 def _offsets(lengths: Iterable[int]) -> NDArray[np.int64]:
     """[n+1] running sums, from 0."""
-    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.array(list(lengths), dtype=np.int64))])
+    return np.concatenate(
+        [np.zeros(1, dtype=np.int64), np.cumsum(np.array(list(lengths), dtype=np.int64))]
+    )
 
 
 class SftSet:

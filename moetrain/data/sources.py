@@ -1,4 +1,7 @@
-"""Reading records from what people have: JSONL, JSON, parquet, a Hugging Face dataset folder, text, folders of these."""
+"""Reading records from what people have.
+
+JSONL, JSON, parquet, a Hugging Face dataset folder, text, folders of these.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +19,10 @@ HF_MARKERS = ("dataset_dict.json", "state.json")
 
 @dataclass(frozen=True)
 class Row:
-    """A record and where it stands; `line` counts lines of a text file or rows of a table, from 1."""
+    """A record and where it stands.
+
+    `line` counts lines of a text file or rows of a table, from 1.
+    """
 
     value: Mapping[str, Any]
     file: str
@@ -33,17 +39,25 @@ class Source:
 
 
 def find_sources(inputs: Iterable[str | Path]) -> list[Source]:
-    """What the inputs stand for, in their order, folders in name order. DataError when one is missing or empty."""
+    """What the inputs stand for, in their order, folders in name order.
+
+    DataError when one is missing or empty.
+    """
     return [source for given in inputs for source in _find(Path(given).expanduser())]
 
 
 def _find(path: Path) -> list[Source]:
     if not path.exists():
-        raise DataError(f"{path} does not exist. Give a file, a folder of files or a Hugging Face dataset folder.")
+        raise DataError(
+            f"{path} does not exist. Give a file, a folder of files or a Hugging Face dataset"
+            " folder."
+        )
     if path.is_file():
         return [_file_source(path)]
     if any((path / marker).is_file() for marker in HF_MARKERS):
-        files = tuple(sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("cache-")))
+        files = tuple(
+            sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("cache-"))
+        )
         return [Source(path, files, _read_hf)]
     found = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix in READERS)
     found = [f for f in found if not any(p.startswith(".") for p in f.relative_to(path).parts)]
@@ -59,7 +73,10 @@ def _file_source(path: Path) -> Source:
 
 
 def read_rows(source: Source) -> Iterator[Row | Reject]:
-    """The records of a source, with a Reject for each that cannot be read. DataError when the file itself is damaged."""
+    """The records of a source, with a Reject for each that cannot be read.
+
+    DataError when the file itself is damaged.
+    """
     try:
         yield from source.read(source.path)
     except OSError as error:
@@ -105,7 +122,9 @@ def _read_json(path: Path) -> Iterator[Row | Reject]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}. Mend it or store one record a line (.jsonl).") from error
+        raise DataError(
+            f"{path} is not valid JSON: {error}. Mend it or store one record a line (.jsonl)."
+        ) from error
     for row, value in enumerate(values, start=1):
         yield _row(value, str(path), row)
 
@@ -122,7 +141,9 @@ def _read_parquet(path: Path) -> Iterator[Row | Reject]:
                 row += 1
                 yield _row(value, str(path), row)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"{path} is not a readable parquet file: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _read_hf(path: Path) -> Iterator[Row | Reject]:
@@ -136,7 +157,10 @@ def _read_hf(path: Path) -> Iterator[Row | Reject]:
     if isinstance(loaded, datasets.DatasetDict):
         name = "train" if "train" in loaded else next(iter(loaded))
         if len(loaded) > 1 and name != "train":
-            raise DataError(f"{path} has the splits {', '.join(map(str, loaded))}: give the folder of one, {path}/{name}.")
+            raise DataError(
+                f"{path} has the splits {', '.join(map(str, loaded))}: give the folder of one,"
+                f" {path}/{name}."
+            )
         loaded = loaded[name]
     for row, value in enumerate(loaded, start=1):
         assert isinstance(value, dict)

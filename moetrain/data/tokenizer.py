@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.data.cache import build_once
+from moetrain.data.cache import publish
 from moetrain.data.rejects import Reject
 from moetrain.data.sources import find_sources, read_rows
 from moetrain.errors import DataError
@@ -17,18 +17,28 @@ END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 # How GPT-2 and its heirs cut text before merging, digits one by one as Qwen does.
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CHATML = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['role'] == 'assistant' %}"
-    "{%- generation %}{{- message['content'] + '<|im_end|>' }}{%- endgeneration %}"
-    "{%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}"
-    "{{- '\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
+CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}
+        {%- if message['reasoning_content'] %}
+            {{- '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- message['content'] + '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message['content'] + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
 # What a tokenizer's folder may hold; its content decides what text becomes.
 FILES = (
     "tokenizer.json",
@@ -44,25 +54,35 @@ FILES = (
 
 
 def train(inputs: Iterable[str | Path], vocab_size: int, out: str | Path) -> Path:
-    """Train a byte-level BPE on text files or on the texts of records, and write a Hugging Face folder.
+    """Train a byte-level BPE on text files or records' texts, and write a Hugging Face folder.
 
-    The folder has a ChatML template, `<|im_end|>` as end of sequence and `<|endoftext|>` as padding and end of document.
-    `vocab_size` counts special tokens; a small corpus can give fewer. DataError when it is under 256 bytes + specials.
+    The folder has a ChatML template, `<|im_end|>` as end of sequence and `<|endoftext|>` as padding
+    and end of document. `vocab_size` counts special tokens; a small corpus can give fewer. DataError
+    when it is too small for bytes and special tokens, or `out` exists.
     """
-    texts = (text for source in find_sources(inputs) for row in read_rows(source) for text in _texts(row))
-    return train_on(texts, vocab_size, Path(out))
+    out = Path(out).expanduser()
+    if out.exists():
+        raise DataError(f"{out} exists. Give another folder or remove it.")
+    texts = (
+        text for source in find_sources(inputs) for row in read_rows(source) for text in _texts(row)
+    )
+    trained = fit(texts, vocab_size)
+    try:
+        return publish(out, lambda folder: trained.save_pretrained(str(folder)))
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror or error}.") from error
 
 
-def train_on(texts: Iterable[str], vocab_size: int, out: Path) -> Path:
-    """`train` on texts in memory or from a generator; refuses an `out` that exists."""
+def fit(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """The tokenizer that `train` writes, of texts in memory or from a generator."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise DataError(f"A vocabulary of {vocab_size} is too small: {smallest} are needed for bytes and special tokens.")
-    if out.exists():
-        raise DataError(f"{out} exists. Give another folder or remove it.")
+        raise DataError(
+            f"A vocabulary of {vocab_size} is too small: bytes and special tokens need {smallest}."
+        )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [
@@ -87,11 +107,7 @@ def train_on(texts: Iterable[str], vocab_size: int, out: Path) -> Path:
         clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHATML
-    return build_once(out, lambda folder: void(fast.save_pretrained(str(folder))))
-
-
-def void(_: Any) -> None:
-    """Drop a result that a callback may not return."""
+    return fast
 
 
 def _texts(row: Any) -> list[str]:
@@ -112,7 +128,7 @@ def _texts(row: Any) -> list[str]:
 
 
 def locate(name: str | Path) -> Path:
-    """The local folder of a tokenizer: a folder, "builtin:NAME", or a name on the Hub (HF_HUB_OFFLINE is honoured)."""
+    """The local folder of a folder, "builtin:NAME" or Hub name (HF_HUB_OFFLINE is honoured)."""
     if str(name).startswith("builtin:"):
         from moetrain.data import assets  # it trains tokenizers itself
 
@@ -120,17 +136,23 @@ def locate(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in FILES):
-            raise DataError(f"{folder} holds no tokenizer (tokenizer.json). Name one with model.tokenizer.")
+            raise DataError(
+                f"{folder} holds no tokenizer (tokenizer.json). Name one with model.tokenizer."
+            )
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.exists():
-        raise DataError(f"{name} is no tokenizer folder. Give a folder, builtin:NAME or a Hugging Face name (org/name).")
+        raise DataError(
+            f"{name} is no tokenizer folder. Give a folder, builtin:NAME or a Hub name (org/name)."
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(FILES)))
     except Exception as error:  # the Hub's client raises a dozen unrelated types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{name} is no folder here and cannot be had from the Hub: {reason}") from error
+        raise DataError(
+            f"{name} is no folder here and cannot be had from the Hub: {reason}"
+        ) from error
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -139,17 +161,23 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def load(name: str | Path) -> "PreTrainedTokenizerFast":
-    """Load a tokenizer; code that comes with it is not run. DataError when it is no fast tokenizer."""
+    """Load a tokenizer; code that comes with it is not run. DataError when it is not a fast one."""
     folder = locate(name)
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # damaged JSON, unknown classes, missing files: as many types as causes
+        loaded = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (
+        Exception
+    ) as error:  # damaged JSON, unknown classes, missing files: as many types as causes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"The tokenizer in {folder} cannot be loaded: {reason}") from error
     if not loaded.is_fast:
-        raise DataError(f"The tokenizer in {folder} has no tokenizer.json, which is needed to find assistant turns.")
+        raise DataError(
+            f"The tokenizer in {folder} has no tokenizer.json, needed to find assistant turns."
+        )
     return loaded
 
 
@@ -159,19 +187,21 @@ def vocab_of(tokenizer: "PreTrainedTokenizerFast") -> int:
 
 
 def end_of_document(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """The token after each document of a corpus: <|endoftext|> where there is one, else the end of sequence."""
+    """The token after each document: <|endoftext|> where there is one, else the end of sequence."""
     vocab = tokenizer.get_vocab()
     if END_OF_TEXT in vocab:
         return vocab[END_OF_TEXT]
     if tokenizer.eos_token_id is None:
-        raise DataError(f"The tokenizer {tokenizer.name_or_path} has no end-of-sequence token to end a document with.")
-    return int(tokenizer.eos_token_id)
+        raise DataError(
+            f"The tokenizer {tokenizer.name_or_path} has no end-of-sequence token to end documents."
+        )
+    return int(vocab[str(tokenizer.eos_token)])
 
 
 def check_vocab(needed: int, model_vocab: int | None, what: str) -> None:
     """DataError when token ids up to `needed` - 1 do not fit the model's embedding."""
     if model_vocab is not None and needed > model_vocab:
         raise DataError(
-            f"{what} has {needed} tokens but the model's vocab_size is {model_vocab}: the vocabulary may be larger than"
-            " the tokenizer, not smaller. Set model.tokenizer or the model's vocab_size."
+            f"{what} has {needed} tokens but the model's vocab_size is {model_vocab}: a vocabulary"
+            " may be larger than the tokenizer, not smaller. Set model.tokenizer or vocab_size."
         )

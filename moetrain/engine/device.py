@@ -25,8 +25,9 @@ def prepare() -> torch.device:
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="megatron.*")
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron.*")
-    # "No CUDA runtime is found": said at import on machines with a toolkit and no GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # "No CUDA runtime is found" on machines with a toolkit and no GPU; Megatron's advice about its own next API.
+    for name in ("torch.utils.cpp_extension", "megatron.core"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     has_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")

@@ -30,7 +30,7 @@ from moetrain.ops.packed import Packed
 from moetrain.plan.mesh import check_layout
 from moetrain.weights import transport
 from moetrain.weights.reader import Reader
-from moetrain.weights.writer import write_hf
+from moetrain.weights.writer import copy_tokenizer, write_hf
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,8 @@ class Engine:
             folder,
             source=self.source.tokenizer,
             config=self.source.hf_for_export(self.recipe),
-            dtypes=self.source.dtypes(default=DTYPES[self.recipe.model.dtype]),
+            dtypes=self.source.dtypes(self.family, self.dims),
+            default=DTYPES[self.recipe.model.dtype],
         )
 
     # Checkpoints
@@ -281,7 +282,7 @@ class Engine:
         )
         if self.mesh.is_main:
             (folder / "moetrain.json").write_text(json.dumps({"hf": self.source.hf_for_export(self.recipe)}, indent=1))
-            self.source.copy_tokenizer(folder)
+            copy_tokenizer(self.source.tokenizer, folder)
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Read what `save` wrote, at this layout or another; returns its `state`."""

@@ -165,8 +165,8 @@ class PackedGPT(GPTModel):
         if self.post_process:
             self.output_layer.__class__ = _Head
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, sequence_ids: Tensor) -> Tensor:
-        """tokens, position_ids, sequence_ids [c], cu_seqlens [n+1] -> [c, 1, h] (over tp under sequence parallelism).
+    def forward(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, sequences: Tensor) -> Tensor:
+        """tokens, position_ids [c], cu_seqlens [n+1], sequences [2, c] (router.sequence_table) -> [c, 1, h], over tp with SP.
 
         The last stage returns hidden states gathered over tensor ranks [c, 1, h], ready for `token_logprobs`.
         """
@@ -177,7 +177,7 @@ class PackedGPT(GPTModel):
             hidden_states=hidden,
             attention_mask=cu_seqlens,
             rotary_pos_emb=self.rotary(position_ids),
-            padding_mask=sequence_ids[None],
+            padding_mask=sequences,
         )
         if not self.post_process:
             return out

@@ -116,7 +116,7 @@ class PackedRouter(TopKRouter):
         For a sequence of m tokens, E/(k m) sum_e c_e * (1/m) sum_i p_ie (Switch, arXiv 2101.03961, eq. 4, per sequence as in
         DeepSeek-V3, arXiv 2412.19437, eq. 17), weighted by m. Sequences may be split over tensor and context ranks.
         """
-        n = max(self.num_sequences, 1)
+        n = self.num_sequences
         valid = ids >= 0
         slot = torch.where(valid, ids, n)
         counts = logits.new_zeros(n + 1, chosen.size(1)).index_add(0, slot, chosen.to(logits.dtype))
@@ -128,6 +128,15 @@ class PackedRouter(TopKRouter):
         scale = chosen.size(1) / (self.topk * self.monitor.num_tokens)
         return (weight[ids.clamp(min=0)] * probs * valid.unsqueeze(-1)).sum() * scale
 
+def sequence_table(ids: Tensor, num_sequences: int) -> Tensor:
+    """[2, t/cp] int64 for Megatron's `padding_mask`: the sequence of each token (-1 in the tail), and how many there are.
+
+    The number is the pack's, the same on context ranks that see different sequences. A tensor, since recomputation saves
+    tensors only.
+    """
+    return torch.stack([ids, torch.full_like(ids, num_sequences)])
+
+
 class PackedMoE(MoELayer):
     """Megatron's MoE layer, which hands the router the sequence ids that arrive in `padding_mask`.
 
@@ -138,8 +147,8 @@ class PackedMoE(MoELayer):
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """hidden_states [c, 1, h]; `padding_mask` is sequence ids [1, t/cp] int64 with -1 in the padding tail."""
+        """hidden_states [c, 1, h]; `padding_mask` is what `sequence_table` makes."""
         assert padding_mask is not None
         self.router.sequence_ids = padding_mask[0]
-        self.router.num_sequences = int(padding_mask.max()) + 1
+        self.router.num_sequences = int(padding_mask[1, 0])
         return super().forward(hidden_states, intermediate_tensors=intermediate_tensors)

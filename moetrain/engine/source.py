@@ -1,7 +1,6 @@
 """Where a model comes from: a Hugging Face folder, a Megatron checkpoint, a built-in, or a configuration alone."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,6 @@ from moetrain.families import Family
 from moetrain.families.dims import Dims
 from moetrain.weights.reader import RandomReader, Reader, SafetensorsReader
 
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json vocab.json merges.txt tokenizer.model "
-    "added_tokens.json chat_template.jinja generation_config.json"
-).split()
-
-
 @dataclass(frozen=True)
 class ModelSource:
     """A model as found: its Hugging Face config and where weights and tokenizer lie."""
@@ -33,14 +26,14 @@ class ModelSource:
     def reader(self, recipe: Recipe, family: Family, dims: Dims) -> Reader:
         """What to load: the folder's weights, or random ones that are the same at every layout."""
         if self.folder is not None and recipe.model.init != "random":
-            return SafetensorsReader(self.folder, family.fused)
+            return SafetensorsReader(self.folder, family, dims)
         return RandomReader(family, dims, recipe.seed, recipe.model.init_std)
 
-    def dtypes(self, default: torch.dtype) -> Mapping[str, torch.dtype]:
-        """Hugging Face name -> dtype for an export: the source's own, `default` where there is none."""
+    def dtypes(self, family: Family, dims: Dims) -> Mapping[str, torch.dtype]:
+        """Hugging Face name -> dtype of the source's weights; empty where there are none."""
         if self.folder is None or not any(self.folder.glob("*.safetensors*")):
             return {}
-        reader = SafetensorsReader(self.folder)
+        reader = SafetensorsReader(self.folder, family, dims)
         return {name: reader.dtype(name) for name in reader.names()}
 
     def hf_for_export(self, recipe: Recipe) -> dict[str, Any]:
@@ -48,12 +41,6 @@ class ModelSource:
         if self.folder is not None and recipe.model.init != "random":
             return self.hf
         return {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe.model.dtype]} | self.hf
-
-    def copy_tokenizer(self, folder: Path) -> None:
-        """Copy the tokenizer's files and chat template into `folder`."""
-        for name in TOKENIZER_FILES if self.tokenizer else ():
-            if self.tokenizer and (self.tokenizer / name).is_file():
-                shutil.copyfile(self.tokenizer / name, folder / name)
 
 
 def find_model(model: ModelConfig) -> ModelSource:

@@ -17,6 +17,7 @@ from torch import Tensor
 from moetrain.engine.context import gather, take_local
 from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
+from moetrain.engine.router import sequence_table
 from moetrain.families.dims import Dims
 from moetrain.methods.base import Out
 from moetrain.ops.logprob import token_logprobs
@@ -88,7 +89,8 @@ class Runner:
     def _forward(self, head: Head, data: Iterator[Packed], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         pack = next(data).to(self.device)
         ids = pack.sequence_ids.to(self.device).masked_fill(~pack.valid, -1)
-        hidden = model(self._mine(pack.tokens), self._mine(pack.position_ids), pack.cu_seqlens, self._mine(ids))
+        sequences = sequence_table(self._mine(ids), pack.num_sequences)
+        hidden = model(self._mine(pack.tokens), self._mine(pack.position_ids), pack.cu_seqlens, sequences)
         return hidden, partial(self._finish, head, pack, model)
 
     def _mine(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ a tensor-parallel group the vocabulary is split by rows: rank r holds the global
 vocab_start + v - 1. Rows at or past `vocab_size` are padding and take no part in the softmax.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,10 +38,11 @@ def token_logprobs(
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and labels.shape == hidden.shape[:1]
     assert chunk > 0 and temperature > 0
-    result: Any = _TokenLogprobs.apply(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    apply: Callable[..., tuple[Tensor, Tensor]] = _TokenLogprobs.apply  # pyright: ignore
+    logp, entropy = apply(
         hidden, weight, labels, group, vocab_start, vocab_size, chunk, temperature, with_entropy
     )
-    return outputs[0], outputs[1] if with_entropy else None
+    return logp, entropy if with_entropy else None
 
 
 def _chunks(t: int, chunk: int) -> Iterator[slice]:

@@ -58,12 +58,17 @@ class Workers:
         answers: list[Any] = []
         for rank, (process, pipe) in enumerate(self.ranks[:world]):
             failed_before = any(not ok for ok, _ in answers)
-            if not pipe.poll(5 if failed_before else timeout) or not process.is_alive():
-                if failed_before:
-                    break
-                self.close()
-                raise TimeoutError(f"rank {rank} of {world} did not answer in {timeout} s")
-            answers.append(pipe.recv())
+            try:
+                if pipe.poll(5 if failed_before else timeout):
+                    answers.append(pipe.recv())
+                    continue
+                problem = f"did not answer in {timeout} s"
+            except EOFError:
+                problem = f"died with exit code {process.exitcode}"
+            if failed_before:
+                break
+            self.close()
+            raise RuntimeError(f"rank {rank} of {world} {problem}")
         for rank, (ok, answer) in enumerate(answers):
             if not ok:
                 self.close()  # the others may wait for the failed rank for ever

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Train a slice of Qwen3-30B-A3B on one GPU and say how fast it goes and where the memory is.
 
-The slice has the real dimensions (hidden 2048, 128 experts of 768, top 8, vocabulary 151,936) and as many of the 48 layers
-as fit. Weights and tokens are random, so routing is that of an untrained router: nobody forces it to be balanced.
+The slice has the real dimensions (hidden 2048, 128 experts of 768, top 8, vocabulary 151,936) and
+as many of the 48 layers as fit. Weights and tokens are random, so routing is that of an untrained
+router: nobody forces it to be balanced.
 
     python tools/bench/gpu_step.py [--backend torch|te|both] [--layers N] [--json FILE]
 
-Legend: FLOPs are the model's own (forward and twice that for backward, causal attention counted as half a square, recomputation
-not counted), so the share of the matmul peak is what the literature calls MFU, against the peak measured here.
+FLOPs are the model's own: forward, and twice that for backward, causal attention counted as half a
+square, recomputation not counted. The share of the matmul peak is of the peak measured here. The
+whole model's 23.1 GFLOP a token at seq 4096 agree with the published 299.4 TFLOP/s at 13,011
+tokens/s.
 """
 
 import argparse
@@ -85,7 +88,7 @@ def flops_per_token(layers: int, seq_len: int) -> float:
 def guess_layers(total_bytes: int, seq_len: int, micro_batch: int) -> int:
     """How many layers should fit, with a tenth of the memory left to the allocator."""
     layer, _, vocab = sizes()
-    # About 40 hidden-sized bf16 activations a token and layer: top 8 experts of it are the larger part.
+    # About 40 hidden-sized bf16 activations a token and layer, most of them the top 8 experts'.
     activations = seq_len * micro_batch * QWEN3_30B_A3B["hidden_size"] * 2 * 40
     left = 0.9 * total_bytes - vocab * TRAIN_BYTES - 2 * 2**30
     return max(1, min(NUM_LAYERS, int(left / (layer * TRAIN_BYTES + activations))))
@@ -99,7 +102,7 @@ def matmul_peak(torch: Any, size: int = 8192, tries: int = 30) -> float:
     for _ in range(tries):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        a @ b
+        torch.matmul(a, b)
         end.record()
         end.synchronize()
         best = min(best, start.elapsed_time(end) / 1e3)
@@ -213,13 +216,15 @@ def measure(args: argparse.Namespace, layers: int) -> dict[str, Any]:
 def show(row: dict[str, Any]) -> None:
     """Print one measurement."""
     print(
-        f"{row['gpu']}, torch {row['torch']}, backend {row['backend']}: {row['layers']} of {NUM_LAYERS} layers, "
-        f"bf16, seq {row['seq_len']}, global batch {row['global_batch']}, micro-batch {row['micro_batch']}, "
+        f"{row['gpu']}, torch {row['torch']}, backend {row['backend']}: "
+        f"{row['layers']} of {NUM_LAYERS} layers, bf16, seq {row['seq_len']}, "
+        f"global batch {row['global_batch']}, micro-batch {row['micro_batch']}, "
         f"recompute {row['recompute']}"
     )
     print(f"  {row['tflops']:8.1f} TFLOP/s of the model's own")
     print(
-        f"  {row['share_of_peak']:8.1%} of the matmul peak measured here, {row['matmul_tflops']:.0f} TFLOP/s"
+        f"  {row['share_of_peak']:8.1%} of the matmul peak measured here, "
+        f"{row['matmul_tflops']:.0f} TFLOP/s"
     )
     print(f"  {row['tokens_per_s']:8.0f} tokens/s, {row['seconds_per_step']:.3f} s a step")
     split = ", ".join(f"{name} {gib:.1f}" for name, gib in row["memory_gib"].items())
@@ -227,7 +232,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def fit(args: argparse.Namespace, backend: str) -> dict[str, Any] | None:
-    """The largest slice that fits, each try in a process of its own so that nothing of a failed one stays."""
+    """The largest slice that fits. Each try is its own process, so that nothing of it stays."""
     import torch
 
     total = torch.cuda.get_device_properties(0).total_memory

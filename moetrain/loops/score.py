@@ -1,0 +1,144 @@
+"""`moetrain score`: the log-prob of each token of given sequences, under the Megatron engine at any
+layout.
+"""
+
+import json
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moetrain.config.recipe import Recipe
+from moetrain.data import tokenizer
+from moetrain.data.rejects import Reject
+from moetrain.data.sources import Row, find_sources, read_rows
+from moetrain.engine import Engine
+from moetrain.engine.source import find_model
+from moetrain.errors import DataError
+from moetrain.families import family_of
+from moetrain.loops.models import open_engine, recipe_for
+from moetrain.ops.packed import Packed, concat, from_tokens
+
+WINDOW = 1024  # rows whose log-probs are held at one time
+PACK_TOKENS = 4096  # short rows share a pack up to so many tokens
+
+
+def score(model: str, data: Path, out: Path, overrides: Sequence[str] = ()) -> int:
+    """Score the rows of `data` with `model` and write `out`, one row a row, in their order. Returns
+    the exit code.
+
+    A row has `tokens` (ids) or `text`. Every rank of the job calls this; rank 0 writes `out`, which
+    appears whole. DataError with file and line for the first row that cannot be scored, before
+    anything is computed.
+    """
+    recipe = recipe_for(model, out.parent, overrides)
+    if not out.parent.is_dir():
+        raise DataError(f"{out}: there is no folder {out.parent}. Make it, or give another --out.")
+    rows = read_sequences(recipe, data)
+    engine = open_engine(recipe)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        with part.open("w") if engine.mesh.is_main else open(os.devnull, "w") as file:
+            for start in range(0, len(rows), WINDOW):
+                window = rows[start : start + WINDOW]
+                for tokens, logprobs in zip(window, score_window(engine, window), strict=True):
+                    line = {"tokens": tokens.tolist(), "logprobs": logprobs.tolist()}
+                    file.write(json.dumps(line) + "\n")
+        if engine.mesh.is_main:
+            os.replace(part, out)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror or error}.") from error
+    finally:
+        if engine.mesh.is_main:
+            part.unlink(missing_ok=True)
+    engine.close()
+    return 0
+
+
+def read_sequences(recipe: Recipe, data: Path) -> "list[array[int]]":
+    """The token ids of every row; text is tokenised with the model's tokenizer as it stands (no
+    chat template).
+    """
+    source = find_model(recipe.model)
+    vocab = family_of(source.hf).dims(source.hf).vocab
+    loaded: Any = None
+    rows: list[array[int]] = []
+    for row in (row for found in find_sources([data]) for row in read_rows(found)):
+        where = f"{row.file}:{row.line}"
+        if isinstance(row, Reject):
+            raise DataError(
+                f'{where}: {row.reason}. A row is {{"tokens": [ids]}} or {{"text": ...}}.'
+            )
+        tokens = row.value.get("tokens")
+        if tokens is None and isinstance(row.value.get("text"), str):
+            if loaded is None:
+                if source.tokenizer is None:
+                    raise DataError(f"{where}: text needs a tokenizer. Set model.tokenizer=FOLDER.")
+                loaded = tokenizer.load(source.tokenizer)
+            tokens = loaded(row.value["text"], verbose=False)["input_ids"]
+        rows.append(_checked(tokens, vocab, row, where))
+    if not rows:
+        raise DataError(f'{data} has no rows. A row is {{"tokens": [ids]}} or {{"text": ...}}.')
+    return rows
+
+
+def _checked(tokens: Any, vocab: int, row: Row, where: str) -> "array[int]":
+    if tokens is None:
+        keys = ", ".join(sorted(row.value))
+        raise DataError(
+            f"{where}: neither `tokens` (a list of ids) nor `text` (a string) among {keys}."
+        )
+    if not isinstance(tokens, list) or not all(type(t) is int for t in tokens):
+        raise DataError(f"{where}: `tokens` must be a list of whole numbers.")
+    if not tokens:
+        raise DataError(f"{where}: an empty sequence cannot be scored. Remove the row.")
+    bad = next((t for t in tokens if not 0 <= t < vocab), None)
+    if bad is not None:
+        raise DataError(
+            f"{where}: token {bad} is outside the model's vocabulary of {vocab} (0..{vocab - 1})."
+        )
+    return array("l", tokens)
+
+
+def score_window(engine: Engine, rows: "Sequence[array[int]]") -> "list[array[float]]":
+    """Log-probs of each token after the first of every row, on rank 0 (empty ones on the others).
+    Collective.
+    """
+    mesh = engine.mesh
+    bins = list(_bins([len(row) for row in rows]))
+    # Packs of like length go to the replicas together, since a round takes as long as its longest.
+    mine = bins[mesh.dp_rank :: mesh.dp_size]
+    found: dict[int, array[float]] = {}
+    for number in range(-(-len(bins) // mesh.dp_size)):
+        members = mine[number] if number < len(mine) else []
+        packs: list[Packed] = (
+            [concat([from_tokens(rows[i].tolist()) for i in members])] if members else []
+        )
+        logps = engine.logprobs(packs)
+        if members and mesh.tp_rank == mesh.cp_rank == mesh.pp_rank == 0:
+            starts = packs[0].cu_seqlens.tolist()
+            for i, start in zip(members, starts, strict=False):
+                found[i] = array("f", logps[0][start : start + len(rows[i]) - 1].tolist())
+    everyone: list[Any] = [None] * mesh.world_size
+    dist.gather_object(found, everyone if mesh.is_main else None)
+    if mesh.is_main:
+        for part in everyone:
+            found.update(part)
+    return [found.get(i, array("f")) for i in range(len(rows))]
+
+
+def _bins(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows of like length together, longest first, up to PACK_TOKENS (a longer row alone)."""
+    members: list[int] = []
+    total = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if members and total + lengths[i] > PACK_TOKENS:
+            yield members
+            members, total = [], 0
+        members.append(i)
+        total += lengths[i]
+    if members:
+        yield members

@@ -1,0 +1,41 @@
+"""Being told to stop: a signal to any rank ends the run on all of them, after the step in hand."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# SIGTERM comes from Slurm, torchrun and `kill`; SIGUSR1 from `sbatch --signal=USR1@300`, ahead of
+# the time limit.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_STOPPED = 128 + signal.SIGTERM
+
+
+class StopSignal:
+    """Catches the signals while it is entered; `agreed` says whether any rank has had one."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._caught = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self._caught = True
+
+    def agreed(self) -> bool:
+        """Collective: True on every rank when one of them was told to stop."""
+        flag = torch.tensor(float(self._caught), device=self.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)

@@ -1,0 +1,69 @@
+"""The run's record: `<run_dir>/ledger.jsonl`, one JSON object a line, in order of steps.
+
+A training row has step, loss, tokens, lr, grad_norm, tokens_per_s, seconds, memory_gib and
+router/...; a held-out row has step and eval_loss. Rows are on disk before the next step begins, and
+a resumed run drops those past its checkpoint.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read_ledger(path: Path) -> list[Row]:
+    """The complete rows of a ledger; [] when there is none. A last line cut short by a kill is left
+    out.
+    """
+    if not path.is_file():
+        return []
+    rows: list[Row] = []
+    for line in path.read_text().split("\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # a machine that lost power may leave zeros
+            break
+    return rows
+
+
+class Ledger:
+    """Appends rows. `step`: the step that the run continues from; what was written past it is
+    dropped.
+    """
+
+    def __init__(self, path: Path, step: int = 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_ledger(path) if row["step"] <= step]
+        _write_whole(path, "".join(_line(row) for row in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row and wait until it is on disk."""
+        self._file.write(_line(row))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; the ledger takes no more rows."""
+        self._file.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)

@@ -1,0 +1,74 @@
+"""One door to all that a run tells about itself; silent on every rank but the first."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from moetrain.config.recipe import Recipe
+from moetrain.observe.ledger import Ledger
+from moetrain.observe.plot import plot_losses
+from moetrain.observe.progress import ProgressDisplay
+from moetrain.observe.sinks import open_sinks
+from moetrain.observe.summary import print_summaries, summarise
+
+
+class Reporter:
+    """Writes rows to the ledger, the progress display and the sinks. A context manager.
+
+    Args:
+        num_steps: the run's last step; `step`: the one it continues from.
+        speaks: whether this rank is the one that writes.
+    """
+
+    def __init__(self, recipe: Recipe, num_steps: int, step: int, *, speaks: bool):
+        self.recipe, self.speaks = recipe, speaks
+        self._open = ExitStack()
+        if not speaks:
+            return
+        self._ledger = Ledger(recipe.run_dir / "ledger.jsonl", step)
+        self._open.callback(self._ledger.close)
+        self._sinks = open_sinks(recipe, step)
+        for sink in self._sinks:
+            self._open.callback(sink.close)
+        self._progress: ProgressDisplay | None = None
+        if recipe.observe.progress:
+            self._progress = ProgressDisplay(recipe.method.name, num_steps, step)
+            self._open.callback(self._progress.close)
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.close()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Record a training row."""
+        self._write(row)
+        if self.speaks and self._progress:
+            self._progress.step(row)
+
+    def held_out(self, row: Mapping[str, Any]) -> None:
+        """Record a held-out row."""
+        self._write(row)
+        self.say(f"{self.recipe.method.name} {row['step']}: held-out loss {row['eval_loss']:.4f}")
+
+    def say(self, line: str) -> None:
+        """Tell the user something that is no figure."""
+        if self.speaks and self._progress:
+            self._progress.say(line)
+
+    def finish(self) -> None:
+        """Draw `<run_dir>/loss.png` and print the run's line of the summary table."""
+        if not self.speaks:
+            return
+        self._open.close()
+        run_dir = self.recipe.run_dir
+        plot_losses({self.recipe.method.name: run_dir / "ledger.jsonl"}, run_dir / "loss.png")
+        if self._progress:
+            print_summaries([summarise(self.recipe.method.name, run_dir)])
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if self.speaks:
+            self._ledger.write(row)
+            for sink in self._sinks:
+                sink.write(row)

@@ -1,0 +1,111 @@
+"""Where figures go besides the ledger: TensorBoard and Weights & Biases, both fed with the ledger's
+rows.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from moetrain.config.load import recipe_hash
+from moetrain.config.recipe import Recipe
+from moetrain.errors import MoetrainError
+
+
+class Sink(Protocol):
+    """Takes the numbers of a row, and is closed once."""
+
+    def write(self, row: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_sinks(recipe: Recipe) -> None:
+    """MoetrainError when a package that the recipe asks for is not installed; every rank finds out
+    before it starts.
+    """
+    wanted = {"wandb": recipe.observe.wandb is not None, "tensorboard": recipe.observe.tensorboard}
+    for package, is_wanted in wanted.items():
+        if is_wanted and importlib.util.find_spec(package) is None:
+            raise MoetrainError(
+                f"observe.{package} is set but the package {package} is not installed."
+                f" Run `pip install {package}`, or set observe.{package}={
+                    'null' if package == 'wandb' else 'false'
+                }."
+            )
+
+
+def open_sinks(recipe: Recipe, step: int) -> list[Sink]:
+    """The sinks that the recipe asks for, continued from `step`."""
+    sinks: list[Sink] = []
+    if recipe.observe.tensorboard:
+        sinks.append(TensorBoard(recipe.run_dir / "tensorboard", step))
+    if recipe.observe.wandb is not None:
+        sinks.append(WeightsAndBiases(recipe, recipe.observe.wandb))
+    return sinks
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in row.items()
+        if name != "step" and isinstance(value, int | float)
+    }
+
+
+class TensorBoard:
+    """Event files under `folder`; steps past `step`, left by an interrupted run, are hidden."""
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add every number of the row under its name."""
+        for name, value in _numbers(row).items():
+            self._writer.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A W&B run that a resumed job continues. `settings` go to wandb.init and win over what is set
+    here.
+    """
+
+    def __init__(self, recipe: Recipe, settings: Mapping[str, Any]):
+        import wandb
+
+        # The same run_dir continues the same run; another one with an equal recipe is another run.
+        identity = recipe_hash(recipe.model_copy(update={"run_dir": recipe.run_dir.resolve()}))[:16]
+        note = recipe.run_dir / "wandb_id"
+        if note.is_file():
+            identity = note.read_text().strip()
+        else:
+            note.write_text(identity)
+        defaults: dict[str, Any] = {
+            "id": identity,
+            "resume": "allow",
+            "name": recipe.run_dir.name,
+            "dir": str(recipe.run_dir),
+            "config": recipe.model_dump(mode="json"),
+        }
+        try:
+            self._run: Any = wandb.init(**(defaults | dict(settings)))
+        except (wandb.errors.Error, TypeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise MoetrainError(
+                f"observe.wandb: wandb.init refused ({reason}). Mend its settings or remove"
+                " observe.wandb."
+            ) from error
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Log every number of the row."""
+        self._run.log(_numbers(row), step=int(row["step"]))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()

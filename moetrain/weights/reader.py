@@ -1,0 +1,193 @@
+"""Where weights are read from: safetensors folders, and weights made from scratch, by Hugging Face name and slice."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Collection
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from moetrain.errors import WeightsError
+from moetrain.families.dims import Dims
+from moetrain.families.rules import Family, FusedSlice, expand, fused_slices
+
+Slices = tuple[slice, ...]
+
+
+class Reader(Protocol):
+    """Tensors by name; `read` brings only the slice that is asked for."""
+
+    def names(self) -> Collection[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, slices: Slices) -> Tensor: ...
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class SafetensorsReader:
+    """A folder of safetensors: one file, or shards with an index. Headers are read at once, data when asked for.
+
+    Args:
+        folder: holds model.safetensors, or model.safetensors.index.json and its shards.
+        family, dims: present transformers-5 fused experts under the family's per-expert names.
+
+    Raises:
+        WeightsError: nothing there, a shard missing or truncated, or an index that leaves the folder.
+    """
+
+    def __init__(self, folder: Path, family: Family | None = None, dims: Dims | None = None):
+        self.folder = Path(folder)
+        self._where: dict[str, Path] = {}
+        self._meta: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._open: dict[Path, Any] = {}
+        for path, names in self._files().items():
+            header = _header(path)
+            for name in names if names is not None else header:
+                if name not in header:
+                    raise WeightsError(f"{path}: the index promises {name}, which is not in it. Fetch the file again.")
+                self._where[name] = path
+                self._meta[name] = (_DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]))
+        self._fused: dict[str, FusedSlice] = {}
+        if family is not None and dims is not None:
+            slices = fused_slices(family, dims)
+            self._fused = {name: cut for name, cut in slices.items() if cut.key in self._where}
+        self._hidden = {cut.key for cut in self._fused.values()}
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def _files(self) -> dict[Path, list[str] | None]:
+        """Each file and the names the index places there (None: all that it holds)."""
+        index = self.folder / "model.safetensors.index.json"
+        single = self.folder / "model.safetensors"
+        if not index.is_file():
+            if not single.is_file():
+                raise WeightsError(f"{self.folder}: neither model.safetensors nor its index is there. Check the path.")
+            return {single: None}
+        try:
+            places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise WeightsError(f"{index}: not a safetensors index ({error}). Fetch it again.") from None
+        files: dict[Path, list[str] | None] = {}
+        for name, file in places.items():
+            if Path(file).name != file or file in ("", ".", ".."):
+                raise WeightsError(f"{index}: {name} is placed at {file!r}, outside the folder. Such an index is refused.")
+            found = files.setdefault(self.folder / file, [])
+            assert found is not None
+            found.append(name)
+        missing = sorted(path.name for path in files if not path.is_file())
+        if missing:
+            raise WeightsError(f"{self.folder}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4])}")
+        return files
+
+    def names(self) -> Collection[str]:
+        return (self._where.keys() - self._hidden) | self._fused.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        cut = self._fused.get(name)
+        if cut is None:
+            return self._meta[name][1]
+        shape = self._meta[cut.key][1]
+        shape = shape if cut.expert is None else shape[1:]
+        return (shape[0] // cut.num_parts, *shape[1:])
+
+    def dtype(self, name: str) -> torch.dtype:
+        cut = self._fused.get(name)
+        return self._meta[name if cut is None else cut.key][0]
+
+    def read(self, name: str, slices: Slices) -> Tensor:
+        cut = self._fused.get(name)
+        if cut is None:
+            return self._slice(name, slices)
+        rows = self.shape(name)[0]
+        start = rows * cut.part
+        shifted: tuple[slice | int, ...] = (slice(slices[0].start + start, slices[0].stop + start), *slices[1:])
+        return self._slice(cut.key, shifted if cut.expert is None else (cut.expert, *shifted))
+
+    def _slice(self, name: str, slices: tuple[slice | int, ...]) -> Tensor:
+        path = self._where[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, "pt")
+        dtype, shape = self._meta[name]
+        sizes = [s.stop - s.start for s in slices if isinstance(s, slice)]
+        if not prod(sizes):
+            return torch.empty(sizes, dtype=dtype)
+        if not shape:
+            return self._open[path].get_tensor(name)  # type: ignore[no-any-return]
+        return self._open[path].get_slice(name)[slices]  # type: ignore[no-any-return]
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, after checking that the file is as long as its header says."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, struct.error) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file ({error}). Fetch it again.") from None
+    header.pop("__metadata__", None)
+    size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if path.stat().st_size < size:
+        raise WeightsError(
+            f"{path}: truncated, {path.stat().st_size} of {size} bytes. Fetch it again."
+        )
+    return header  # type: ignore[no-any-return]
+
+
+class RandomReader:
+    """Weights from scratch, the same at every layout: each tensor has a generator of its own, seeded by its name.
+
+    Matrices are normal(0, std) in fp32, norms ones, biases zeros.
+    """
+
+    def __init__(self, family: Family, dims: Dims, seed: int, std: float):
+        self.seed, self.std = seed, std
+        self._shapes = {
+            key: shape
+            for rule in expand(family, dims).values()
+            for key, shape in zip(rule.hf, rule.hf_shapes, strict=True)
+        }
+
+    def __str__(self) -> str:
+        return f"weights made from seed {self.seed}"
+
+    def names(self) -> Collection[str]:
+        return self._shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, name: str, slices: Slices) -> Tensor:
+        shape = self._shapes[name]
+        if name.endswith("norm.weight"):
+            return torch.ones(shape)[slices]
+        if name.endswith(".bias"):
+            return torch.zeros(shape)[slices]
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:8], "little") >> 1
+        return torch.empty(shape).normal_(0.0, self.std, generator=torch.Generator().manual_seed(seed))[slices]

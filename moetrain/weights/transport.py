@@ -1,0 +1,140 @@
+"""Moving weights between Hugging Face names and live shards, by the table. Knows groups of ranks, no family and no Megatron.
+
+A canonical name (global layer and expert numbers) lives on one pipeline stage and one expert-parallel rank, split over a
+tensor-parallel group, and is repeated over data-parallel replicas. Its owner is the smallest global rank that holds its
+first tensor-parallel shard.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moetrain.errors import WeightsError
+from moetrain.families.dims import Dims
+from moetrain.families.rules import BoundRule, ignored_keys
+from moetrain.weights.reader import Reader
+
+Table = Mapping[str, BoundRule]
+
+
+@dataclass(frozen=True)
+class LocalParam:
+    """One weight of this rank: `tensor` is its local shard, a view that can be written."""
+
+    name: str
+    tensor: Tensor
+    tp_rank: int
+    tp_size: int
+    tp_group: ProcessGroup | None
+
+
+def check_names(local: Iterable[str], table: Table, reader: Reader, dims: Dims) -> None:
+    """Every local weight has one rule, and the reader holds exactly the table's tensors in the table's shapes."""
+    unknown = sorted(set(local) - set(table))
+    if unknown:
+        raise WeightsError(f"No rule for {_some(unknown)}. The family's table is incomplete.")
+    wanted = {key: shape for rule in table.values() for key, shape in zip(rule.hf, rule.hf_shapes, strict=True)}
+    held = set(reader.names())
+    missing = sorted(set(wanted) - held)
+    if missing:
+        raise WeightsError(f"{reader}: {len(missing)} of {len(wanted)} tensors are missing: {_some(missing)}")
+    extra = sorted(held - set(wanted) - ignored_keys(dims))
+    if extra:
+        raise WeightsError(
+            f"{reader}: {len(extra)} tensors belong to no parameter of this model: {_some(extra)}. "
+            "Is config.json the one of these weights?"
+        )
+    for key, shape in wanted.items():
+        if reader.shape(key) != shape:
+            raise WeightsError(
+                f"{reader}: {key} is {list(reader.shape(key))}, config.json asks for {list(shape)}. "
+                "Check vocab_size and the other sizes in config.json."
+            )
+
+
+def load(local: Iterable[LocalParam], table: Table, reader: Reader, dims: Dims) -> None:
+    """Fill each local shard in place, reading only the slices it is made of; values are cast to the shard's dtype.
+
+    Raises WeightsError when the reader's tensors are not exactly the table's.
+    """
+    params = list(local)
+    check_names((p.name for p in params), table, reader, dims)
+    for param in params:
+        rule = table[param.name]
+        slices = rule.layout.parts(dims, param.tp_rank, param.tp_size)
+        parts = tuple(reader.read(key, cut) for key, cut in zip(rule.hf, slices, strict=True))
+        with torch.no_grad():
+            param.tensor.copy_(rule.layout.pack(parts, dims, param.tp_rank, param.tp_size))
+
+
+def export(
+    local: Iterable[LocalParam], table: Table, dims: Dims, *, to: Literal["all", "owner"]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face name, whole tensor) in the table's order.
+
+    Collective. With to="all" every rank yields every tensor, sent by its owner; with to="owner" each rank yields what it
+    owns and nothing crosses pipeline stages or expert ranks. A yielded tensor is valid until the next one.
+    """
+    mine = {p.name: p for p in local}
+    owners = _owners(mine)
+    missing = sorted(set(table) - set(owners))
+    if missing:
+        raise WeightsError(f"No rank holds {_some(missing)}. Nothing was exported.")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    device = next(iter(mine.values())).tensor.device if mine else torch.device("cpu")
+    for name, rule in table.items():
+        owner, dtype = owners[name]
+        param = mine.get(name)
+        parts: tuple[Tensor, ...] | None = None
+        if param is not None and _in_owners_group(param, owner):
+            parts = _whole(param, rule, dims)
+        if to == "owner":
+            if rank == owner:
+                assert parts is not None
+                yield from zip(rule.hf, parts, strict=True)
+            continue
+        for i, (key, shape) in enumerate(zip(rule.hf, rule.hf_shapes, strict=True)):
+            tensor = parts[i].contiguous() if parts is not None else torch.empty(shape, dtype=dtype, device=device)
+            if len(owners) and dist.is_initialized() and dist.get_world_size() > 1:
+                dist.broadcast(tensor, src=owner)
+            yield key, tensor
+
+
+def _owners(mine: Mapping[str, LocalParam]) -> dict[str, tuple[int, torch.dtype]]:
+    """name -> (owning global rank, dtype), the same on every rank."""
+    here = {name: (p.tp_rank, p.tensor.dtype) for name, p in mine.items()}
+    everyone: list[dict[str, tuple[int, torch.dtype]]] = [here]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyone = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, here)
+    owners: dict[str, tuple[int, torch.dtype]] = {}
+    for rank, names in enumerate(everyone):
+        for name, (tp_rank, dtype) in names.items():
+            if tp_rank == 0:
+                owners.setdefault(name, (rank, dtype))
+    return owners
+
+
+def _in_owners_group(param: LocalParam, owner: int) -> bool:
+    if param.tp_size == 1 or param.tp_group is None:
+        return dist.get_rank() == owner if dist.is_initialized() else True
+    return owner in dist.get_process_group_ranks(param.tp_group)
+
+
+def _whole(param: LocalParam, rule: BoundRule, dims: Dims) -> tuple[Tensor, ...]:
+    """The Hugging Face tensors of one weight, whole; takes part in a gather over the tensor-parallel group."""
+    if param.tp_size == 1 or rule.layout.dim is None:
+        return rule.layout.unpack(param.tensor, dims, param.tp_rank, param.tp_size)
+    shards = [torch.empty_like(param.tensor, memory_format=torch.contiguous_format) for _ in range(param.tp_size)]
+    dist.all_gather(shards, param.tensor.contiguous(), group=param.tp_group)
+    unpacked = [rule.layout.unpack(shard, dims, r, param.tp_size) for r, shard in enumerate(shards)]
+    return tuple(torch.cat(parts, rule.layout.dim) for parts in zip(*unpacked, strict=True))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,57 @@
+"""What the tests of moetrain.data share: a small tokenizer, files and recipes."""
+
+import functools
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moetrain.config.recipe import Recipe
+from moetrain.data import tokenizer
+
+QUESTIONS = [(f"What is {a} plus {b}?", str(a + b)) for a in range(8) for b in range(8)]
+
+
+@functools.cache
+def tokenizer_folder() -> Path:
+    """A tokenizer of 400 tokens, trained on this file and the questions; once per process."""
+    root = Path(tempfile.mkdtemp())
+    text = root / "text.txt"
+    text.write_text(Path(__file__).read_text() + "\n".join(q + a for q, a in QUESTIONS))
+    return tokenizer.train([text], 400, root / "tokenizer")
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
+    """One record a line; a string stands as it is."""
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def chat(*turns: str) -> dict[str, Any]:
+    """A `messages` record with user and assistant in turn."""
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]}
+
+
+def questions(num_records: int = len(QUESTIONS)) -> list[dict[str, Any]]:
+    return [chat(q, a) for q, a in QUESTIONS[:num_records]]
+
+
+def recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
+    """A recipe for the small tokenizer with its own cache; `sections` add to the defaults here."""
+    base: dict[str, dict[str, Any]] = {
+        "model": {
+            "hf": {"architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 512},
+            "tokenizer": str(tokenizer_folder()),
+        },
+        "method": {"name": "sft"},
+        "data": {"train": [], "seq_len": 64, "cache": str(folder / "cache")},
+        "train": {"steps": 4, "global_batch": 4},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    if base["train"].get("epochs") is not None:
+        base["train"].pop("steps")
+    return Recipe.model_validate({"run_dir": str(folder / "run"), **base})

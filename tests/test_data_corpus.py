@@ -1,0 +1,199 @@
+"""Indexed corpora: written for Megatron's readers, blended by its builder, the same stream on every rank and run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_helpers import QUESTIONS, recipe, tokenizer_folder, write_jsonl
+
+from moetrain.data import corpus, tokenizer
+from moetrain.data.loader import build_eval, build_train, num_steps, prepare
+from moetrain.errors import DataError
+
+
+def make(folder: Path, name: str, repeat: int = 4, offset: int = 0) -> Path:
+    """An index of documents that begin with `name`."""
+    texts = [
+        {"text": f"{name} {i + offset}: {q} {a}"} for i, (q, a) in enumerate(QUESTIONS * repeat)
+    ]
+    corpus.index([write_jsonl(folder / f"{name}.jsonl", texts)], tokenizer_folder(), folder / name)
+    return folder / name
+
+
+def test_megatron_reads_what_was_written(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    (tmp_path / "one.txt").write_text("A whole file.")
+    records = [{"text": "What is 1 plus 1?"}, {"text": ""}, {"other": "x"}, {"text": "2"}]
+    write_jsonl(tmp_path / "two.jsonl", records)
+    inputs = [tmp_path / "one.txt", tmp_path / "two.jsonl"]
+    with pytest.raises(DataError, match=r"2 of 5 records were rejected .*--max-rejected"):
+        corpus.index(inputs, tokenizer_folder(), tmp_path / "out" / "c")
+    assert not list((tmp_path / "out").glob("*.bin")) + list((tmp_path / "out").glob("*.idx"))
+    stats = corpus.index(inputs, tokenizer_folder(), tmp_path / "out" / "c", max_rejected=0.5)
+    loaded = tokenizer.load(tokenizer_folder())
+    dataset = IndexedDataset(str(tmp_path / "out" / "c"))
+    eod = loaded.convert_tokens_to_ids("<|endoftext|>")
+    expected = ["A whole file.", "What is 1 plus 1?", "2"]
+    assert [dataset[i].tolist() for i in range(len(dataset))] == [
+        [*loaded(text)["input_ids"], eod] for text in expected
+    ]
+    assert dataset.document_indices.tolist() == [0, 1, 2, 3]
+    assert (stats.num_documents, stats.num_rejected, stats.vocab) == (3, 2, 400)
+    assert stats.num_tokens == sum(dataset.sequence_lengths)
+    rejected = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "c.rejected.jsonl").read_text().splitlines()
+    ]
+    assert [(r["line"], r["reason"].split(";")[0]) for r in rejected] == [
+        (2, "text is empty"),
+        (3, "no text under 'text'"),
+    ]
+
+
+def test_samples_are_consecutive_tokens(tmp_path: Path) -> None:
+    made = recipe(tmp_path, method={"name": "pretrain"}, data={"train": [str(make(tmp_path, "a"))]})
+    pack = build_train(made, 0, 1).next()[0]
+    assert pack.num_tokens == 64 and pack.cu_seqlens.tolist() == [0, 64]
+    assert torch.equal(pack.labels[:-1], pack.tokens[1:])
+    assert bool(pack.valid.all()) and bool((pack.loss_mask == 1).all())
+    assert pack.position_ids.tolist() == list(range(64))
+
+
+def stream(made: Any, dp_size: int, steps: int) -> list[list[int]]:
+    """The first tokens of the packs of some steps, in the job's order."""
+    ranks = [build_train(made, rank, dp_size) for rank in range(dp_size)]
+    found: list[list[int]] = []
+    for _ in range(steps):
+        shares = [rank.next() for rank in ranks]
+        packs = [shares[r][i] for i in range(len(shares[0])) for r in range(dp_size)]
+        found.extend(pack.tokens.tolist() for pack in packs)
+    return found
+
+
+def test_the_stream_is_the_same_at_every_layout_and_length(tmp_path: Path) -> None:
+    base = {"method": {"name": "pretrain"}, "data": {"train": [str(make(tmp_path, "a"))]}}
+    made = recipe(tmp_path, **base, train={"epochs": 2.5})
+    steps = num_steps(made)
+    whole = stream(made, 1, steps)
+    assert whole == stream(made, 4, steps)
+    assert whole[: 4 * 3] == stream(recipe(tmp_path, **base, train={"steps": 3}), 2, 3)
+    loader = build_train(made, 0, 1)
+    per_epoch = len(loader.packs)
+    assert steps == -(-5 * per_epoch // 8)
+    # Each epoch has an order of its own.
+    assert whole[:per_epoch] != whole[per_epoch : 2 * per_epoch]
+    loader.load_state_dict({**loader.state_dict(), "position": per_epoch + 1})
+    assert [p.tokens.tolist() for p in loader.next()] == whole[per_epoch + 1 : per_epoch + 5]
+
+
+def test_blends_keep_their_weights(tmp_path: Path) -> None:
+    prefixes = [str(make(tmp_path, "a")), str(make(tmp_path, "b", offset=500))]
+    loaded = tokenizer.load(tokenizer_folder())
+    for weights, share in (([0.75, 0.25], 0.75), ([1, 9], 0.1), (None, 0.5)):
+        data = {"train": prefixes, "weights": weights}
+        made = recipe(tmp_path, method={"name": "pretrain"}, data=data, train={"epochs": 1})
+        loader = build_train(made, 0, 1)
+        texts = [
+            str(loaded.decode(loader.packs.at(0, i).tokens.tolist()))
+            for i in range(len(loader.packs))
+        ]
+        first = sum("b 5" not in text for text in texts)
+        assert abs(first / len(texts) - share) < 0.05
+        if weights is None:
+            unique = {
+                tuple(loader.packs.at(0, i).tokens.tolist()) for i in range(len(loader.packs))
+            }
+            assert len(unique) == len(loader.packs)  # each sample once
+
+
+def test_a_remade_index_is_read_in_its_own_order(tmp_path: Path) -> None:
+    prefix = make(tmp_path, "a")
+    made = recipe(tmp_path, method={"name": "pretrain"}, data={"train": [str(prefix)]})
+    state = build_train(made, 0, 1).state_dict()
+    make(tmp_path, "a", repeat=2)
+    again = build_train(made, 0, 1)
+    assert len(stream(made, 1, 20)) == 80
+    with pytest.raises(DataError, match="other training data"):
+        again.load_state_dict(state)
+
+
+def test_held_out_text_and_cpt(tmp_path: Path) -> None:
+    prefixes = [str(make(tmp_path, name)) for name in ("a", "b")]
+    data = {"train": f"{prefixes[0]}.bin", "eval": prefixes}
+    made = recipe(tmp_path, method={"name": "cpt"}, data=data)
+    prepared = prepare(made)
+    shares = [build_eval(made, rank, 2) for rank in range(2)]
+    assert all(share is not None for share in shares)
+    real = [p for share in shares for p in share or [] if p.valid.any()]
+    assert len(real) == prepared.num_eval_packs > 0
+    assert len({tuple(p.tokens.tolist()) for p in real}) == len(real)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": ["nowhere/x"]}, "moetrain data index"),
+        ({"train": ["{a}"], "seq_len": 100_000}, "too few for one sample"),
+        ({"train": ["{a}"], "shuffle": False}, "data.shuffle"),
+        ({"train": ["{cut}"]}, "cut short"),
+        ({"train": ["{bad}"]}, "not a Megatron index"),
+    ],
+)
+def test_unusable_indexes(tmp_path: Path, data: dict[str, Any], message: str) -> None:
+    made = make(tmp_path, "a")
+    for suffix in (".bin", ".idx"):
+        content = Path(f"{made}{suffix}").read_bytes()
+        (tmp_path / f"cut{suffix}").write_bytes(content[:100] if suffix == ".bin" else content)
+        (tmp_path / f"bad{suffix}").write_bytes(content if suffix == ".bin" else b"MMIDIDX\x00\x00")
+    names = [t.format(a=made, cut=tmp_path / "cut", bad=tmp_path / "bad") for t in data["train"]]
+    with pytest.raises(DataError, match=message):
+        prepare(recipe(tmp_path, method={"name": "pretrain"}, data={**data, "train": names}))
+
+
+def test_an_index_of_a_larger_vocabulary_is_refused(tmp_path: Path) -> None:
+    prefix = make(tmp_path, "a")
+    hf = {"architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 300}
+    made = recipe(
+        tmp_path, method={"name": "pretrain"}, model={"hf": hf}, data={"train": [str(prefix)]}
+    )
+    with pytest.raises(DataError, match="has 400 tokens but the model's vocab_size is 300"):
+        prepare(made)
+    Path(f"{prefix}.json").unlink()  # without the note it is seen when a sample is read
+    with pytest.raises(DataError, match=r"model's vocab_size is 300"):
+        stream(made, 1, 20)
+
+
+def _on_a_rank(folder: str, prefixes: list[str], prepared: bool) -> list[list[int]]:
+    import os
+
+    from moetrain.engine import device
+
+    made = recipe(
+        Path(folder), method={"name": "pretrain"}, data={"train": prefixes}, train={"epochs": 3}
+    )
+    if prepared:
+        prepare(made)
+    device.start()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    loader = build_train(made, rank, world)
+    return [p.tokens.tolist() for _ in range(num_steps(made)) for p in loader.next()]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("prepared", [True, False])
+def test_ranks_of_a_gloo_group_share_the_stream(
+    tmp_path: Path, workers: Any, prepared: bool
+) -> None:
+    prefixes = [str(make(tmp_path, name)) for name in ("a", "b")]
+    shares = workers.run(2, _on_a_rank, str(tmp_path), prefixes, prepared)
+    elsewhere = recipe(
+        tmp_path / "alone",
+        method={"name": "pretrain"},
+        data={"train": prefixes},
+        train={"epochs": 3},
+    )
+    alone = stream(elsewhere, 1, num_steps(elsewhere))
+    assert [t for pair in zip(*shares, strict=True) for t in pair] == alone

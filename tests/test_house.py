@@ -1,0 +1,136 @@
+"""The rules of the house that a reader could break without noticing."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CODE = sorted((ROOT / "moetrain").rglob("*.py")) + sorted((ROOT / "tools").rglob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+MOETRAIN = Path(sys.executable).with_name("moetrain")
+MAX_FILE, MAX_FUNCTION = 400, 60
+# What a command that only reads or plans a recipe may not load: each costs from half a second up.
+HEAVY = ("torch", "transformers", "megatron", "datasets", "peft", "matplotlib", "tensorboard")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def run(*command: str | Path) -> str:
+    """Run a command in the repository root; its stdout."""
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, f"{command} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import moetrain.cli",
+        "import moetrain.config.load",
+        "import moetrain.plan.mesh, moetrain.plan.memory",
+        "import moetrain.families",
+    ],
+)
+def test_imports_nothing_heavy(statement: str) -> None:
+    loaded = run(sys.executable, "-c", f"{statement}\nimport sys\nprint(*sys.modules)").split()
+    assert not set(HEAVY) & set(loaded)
+
+
+def test_help_and_dry_run_import_nothing_heavy() -> None:
+    commands = [["--help"]] + [["train", str(path), "--dry-run"] for path in EXAMPLES]
+    for command in commands:
+        shown = f"{command}\nimport sys\nfrom moetrain.cli import main\n"
+        code = f"argv = {shown}sys.argv = ['moetrain', *argv]\n"
+        code += "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        loaded = run(sys.executable, "-c", code + "print(*sys.modules)").splitlines()[-1].split()
+        assert not set(HEAVY) & set(loaded), command
+
+
+def test_help_is_quick() -> None:
+    times: list[float] = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert "train" in run(MOETRAIN, "--help")
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3
+
+
+def test_version_is_the_package_version() -> None:
+    import moetrain
+
+    assert moetrain.__version__ in run(MOETRAIN, "--version")
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_FILE, "a second idea lives in this file: find it a file"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= MAX_FUNCTION, f"{node.name} at line {node.lineno} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=name_of)
+def test_no_test_mocks_collectives(path: Path) -> None:
+    """A fake collective proves that the fake works."""
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            patches = node.func.attr == "setattr" and ast.unparse(node)
+            assert not (patches and re.search(r"\bdist\b|distributed", patches)), node.lineno
+    assert not [name for name in imported if name.startswith(("unittest.mock", "mock"))]
+
+
+def test_there_are_examples_for_two_cores() -> None:
+    assert {"pretrain_tiny.yaml", "sft_tiny.yaml"} <= {path.name for path in EXAMPLES}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=name_of)
+def test_every_example_is_a_recipe(path: Path) -> None:
+    from moetrain.config.load import load_recipe
+
+    assert load_recipe(path).run_dir.parts, "a recipe names its run_dir"
+
+
+def test_constraints_are_names_and_versions() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    odd = [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line)]
+    assert lines and not odd
+
+
+def test_every_dependency_is_pinned() -> None:
+    """What pyproject asks for, without the extras that need a GPU, has an exact version."""
+    import tomllib
+
+    def normal(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {normal(re.split(r"[\[<>=!~ ]", line, maxsplit=1)[0]) for line in wanted}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert names <= {normal(line.split("==")[0]) for line in lines}
+
+
+def test_recipe_docs_are_current() -> None:
+    assert "up to date" in run(sys.executable, ROOT / "tools/recipe_docs.py", "--check")
+
+
+def test_commands_are_executable() -> None:
+    for name in (".ci/run", "tools/convert", "tools/bench/gpu_step.py"):
+        assert os.access(ROOT / name, os.X_OK), name
