@@ -1,0 +1,7 @@
+"""`python -m moetrain`."""
+
+import sys
+
+from moetrain.cli import main
+
+sys.exit(main())

@@ -1,0 +1,96 @@
+"""What `moetrain train RECIPE --dry-run` prints: the resolved recipe, the ranks, and static bytes per GPU."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from moetrain.config.builtin import MODELS
+from moetrain.config.load import dump_recipe
+from moetrain.config.recipe import ModelConfig, Recipe
+from moetrain.errors import ConfigError
+from moetrain.families import family_of
+from moetrain.families.dims import Dims
+from moetrain.families.rules import Family, expand
+from moetrain.plan.memory import GIB, gpu_gib, static_bytes
+from moetrain.plan.mesh import check_layout, plan_mesh, rank_table
+
+MAX_RANKS_SHOWN = 64
+
+
+def read_hf_config(model: ModelConfig) -> Mapping[str, object]:
+    """The Hugging Face config that `model` names, without loading anything. Raises ConfigError."""
+    if model.hf is not None:
+        return model.hf
+    path = str(model.path)
+    if path.startswith("builtin:"):
+        name = path.removeprefix("builtin:")
+        if name not in MODELS:
+            raise ConfigError(f"model.path={path}: known built-in models: {', '.join(MODELS)}")
+        return MODELS[name]
+    for file, key in (("config.json", None), ("moetrain.json", "hf")):
+        found = Path(path) / file
+        if found.is_file():
+            try:
+                content = json.loads(found.read_text())
+            except ValueError as error:
+                raise ConfigError(f"{found}: not JSON ({error}). Restore the file.") from None
+            return content if key is None else content[key]
+    raise ConfigError(f"model.path={path}: no config.json or moetrain.json there. Check the path.")
+
+
+def world_size(recipe: Recipe, num_procs: int | None) -> int:
+    """Ranks of the run: --nproc, cluster.world_size, nodes * gpus_per_node, or the smallest world of the layout."""
+    cluster, p = recipe.cluster, recipe.parallel
+    if num_procs:
+        return num_procs
+    if cluster.world_size:
+        return cluster.world_size
+    if cluster.nodes:
+        return cluster.nodes * cluster.gpus_per_node
+    return max(p.tp * p.cp * p.pp, p.etp * p.ep * p.pp)
+
+
+def check(recipe: Recipe, num_ranks: int) -> tuple[Family, Dims]:
+    """Everything about model and layout that can be refused before a process is started."""
+    hf = read_hf_config(recipe.model)
+    family = family_of(hf)
+    dims = family.dims(hf)
+    plan = plan_mesh(recipe.parallel, num_ranks)
+    check_layout(dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
+    if recipe.train.global_batch % plan.dp:
+        raise ConfigError(
+            f"train.global_batch={recipe.train.global_batch} does not divide over {plan.dp} data-parallel ranks. "
+            f"Use {-(-recipe.train.global_batch // plan.dp) * plan.dp}."
+        )
+    return family, dims
+
+
+def dry_run(recipe: Recipe, num_procs: int | None) -> str:
+    """The text of a dry run. Raises ConfigError or LayoutError as the run itself would."""
+    num_ranks = world_size(recipe, num_procs)
+    family, dims = check(recipe, num_ranks)
+    plan = plan_mesh(recipe.parallel, num_ranks)
+    table = expand(family, dims)
+    lines = [dump_recipe(recipe), f"# {plan.world_size} ranks: " + " ".join(f"{k}={v}" for k, v in vars(plan).items())]
+    rows = rank_table(plan)
+    lines.append("  ".join(f"{key:>5}" for key in rows[0]))
+    lines += ["  ".join(f"{value:>5}" for value in row.values()) for row in rows[:MAX_RANKS_SHOWN]]
+    if len(rows) > MAX_RANKS_SHOWN:
+        lines.append(f"... and {len(rows) - MAX_RANKS_SHOWN} more")
+    total = sum(rule.num_params for rule in table.values())
+    lines.append(f"\n# {family.architecture}, {total / 1e9:.3f} B parameters. Static GiB per GPU, before activations:")
+    lines.append("stage  params(B)  weights  gradients  optimizer    total")
+    limit = gpu_gib(recipe.cluster.gpu)
+    stages = static_bytes(dims, table, plan, recipe)
+    for s in stages:
+        lines.append(
+            f"{s.stage:>5}  {s.num_params / 1e9:>9.3f}  {s.weights / GIB:>7.2f}  {s.gradients / GIB:>9.2f}  "
+            f"{s.optimizer / GIB:>9.2f}  {s.total / GIB:>7.2f}"
+        )
+    worst = max(stages, key=lambda s: s.total)
+    if worst.total / GIB > limit:
+        lines.append(
+            f"WARNING: stage {worst.stage} needs {worst.total / GIB:.1f} GiB before activations and a {recipe.cluster.gpu} "
+            f"has {limit:.1f}. Use more ranks, more ep or pp, or optim.offload."
+        )
+    return "\n".join(lines)

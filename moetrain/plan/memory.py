@@ -1,0 +1,79 @@
+"""Static bytes per GPU by pipeline stage: weights, gradients and optimizer state, counted from the weight table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from moetrain.config.recipe import Recipe
+from moetrain.errors import ConfigError, nearest
+from moetrain.families.dims import Dims
+from moetrain.families.rules import BoundRule
+from moetrain.plan.mesh import MeshPlan, stage_layers
+
+GIB = 2**30
+# Device memory in GiB as the driver reports it.
+GPUS = {"H100-80GB": 79.6, "H200-141GB": 139.8, "A100-80GB": 79.2, "A100-40GB": 39.4, "B200-180GB": 178.0}
+_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """What one GPU of a pipeline stage holds before any activation, in bytes."""
+
+    stage: int
+    num_params: int  # on one GPU, padding included
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def gpu_gib(name: str) -> float:
+    """Memory of a named GPU. Raises ConfigError listing the known ones."""
+    if name not in GPUS:
+        raise ConfigError(f"cluster.gpu={name} is not known.{nearest(name, GPUS)} Known: {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def static_bytes(dims: Dims, table: Mapping[str, BoundRule], plan: MeshPlan, recipe: Recipe) -> list[StageBytes]:
+    """Bytes per GPU of each stage (tensor rank 0, expert rank 0), with the optimizer sharded over data parallelism."""
+    layers = stage_layers(
+        dims.num_layers, plan.pp, plan.vpp, recipe.parallel.first_stage_layers, recipe.parallel.last_stage_layers
+    )
+    stages: list[StageBytes] = []
+    for stage in range(plan.pp):
+        held = {layer for chunk in layers[stage] for layer in chunk}
+        dense = expert = 0
+        for rule in table.values():
+            if not _is_held(rule, held, stage, plan, dims):
+                continue
+            if rule.expert is None:
+                dense += prod(rule.local_shape(dims, 0, plan.tp))
+            elif rule.expert < dims.experts // plan.ep:
+                expert += prod(rule.local_shape(dims, 0, plan.etp))
+        stages.append(_bytes(stage, dense, expert, plan, recipe))
+    return stages
+
+
+def _is_held(rule: BoundRule, held: set[int], stage: int, plan: MeshPlan, dims: Dims) -> bool:
+    if rule.layer is not None:
+        return rule.layer in held
+    first, last = stage == 0, stage == plan.pp - 1
+    if rule.name.startswith("embedding."):
+        return first or (last and dims.tied)
+    return last
+
+
+def _bytes(stage: int, dense: int, expert: int, plan: MeshPlan, recipe: Recipe) -> StageBytes:
+    weight = _BYTES[recipe.model.dtype]
+    gradient = _BYTES[recipe.optim.grad_dtype]
+    # fp32 weights are their own main copy; bf16 ones have an fp32 copy beside the two moments.
+    state = (0 if recipe.model.dtype == "fp32" else 4) + 2 * _BYTES[recipe.optim.state_dtype]
+    state = int(state * (1 - recipe.optim.offload))
+    params = dense + expert
+    # The distributed optimizer is sharded over data and context parallel ranks.
+    optimizer = state * (-(-dense // (plan.dp * plan.cp)) + -(-expert // plan.edp))
+    return StageBytes(stage, params, weight * params, gradient * params, optimizer)
