@@ -62,14 +62,13 @@ def _score_arguments(parser: Parser) -> None:
 
 def _score(args: Arguments) -> int:
     from moetrain.cluster import launch
-    from moetrain.loops.score import recipe_for, score
 
-    recipe = recipe_for(args.model, args.overrides)
     launch.adopt_slurm()
     if not launch.is_rank() and (args.nproc or 1) > 1:
         return launch.run_local(sys.argv[1:], args.nproc)
-    score(recipe, args.data, args.out)
-    return 0
+    from moetrain.loops.score import score
+
+    return score(args.model, args.data, args.out, args.overrides)
 
 
 def _tokenizer_arguments(parser: Parser) -> None:
@@ -142,7 +141,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.help, description=command.help))
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    for word in rest:  # argparse gathers overrides only where they stand together
+        if "overrides" not in args or word.startswith("-"):
+            parser.error(f"unrecognized arguments: {word}")
+        args.overrides.append(word)
     try:
         return COMMANDS[args.command].run(args)
     except MoetrainError as error:

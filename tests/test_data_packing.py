@@ -25,7 +25,7 @@ def test_the_same_again(lengths: list[int], seed: int) -> None:
 
 @given(LENGTHS)
 def test_close_to_the_least_number_of_packs(lengths: list[int]) -> None:
-    """The optimum is at least the sum of the lengths and the number of sequences over half a pack."""
+    """The optimum is at least the lengths' sum, and the number of sequences over half a pack."""
     least = -(-sum(lengths) // 64)
     optimum_at_most = max(least, sum(2 * length > 64 for length in lengths))
     packs = pack(lengths, 64, 0)

@@ -6,6 +6,7 @@ prefix.idx (documents).
 
 import json
 import os
+import struct
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from itertools import batched
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moetrain.data import tokenizer as tokenizers
@@ -23,6 +25,10 @@ from moetrain.errors import DataError
 from moetrain.ops.packed import Packed, pack_one
 
 CHUNK = 128  # documents tokenised together
+MAGIC = b"MMIDIDX\x00\x00"
+# Magic, version, dtype's code, sequences, documents; then a length (int32) and a pointer (int64) for
+# each sequence and an int64 for each document.
+HEADER = struct.Struct("<9sQBQQ")
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ def index(
     rejects: list[Reject] = []
     num_documents = num_tokens = 0
     scratch = f"{prefix}.tmp-{uuid.uuid4().hex[:8]}"
+    builder: Any = None
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         builder = IndexedDatasetBuilder(f"{scratch}.bin", dtype=DType.optimal_dtype(vocab))
@@ -75,20 +82,18 @@ def index(
             write_rejects(Path(f"{prefix}.rejected.jsonl"), rejects)
         check_rejects(rejects, num_documents + len(rejects), max_rejected, "--max-rejected")
         if num_documents == 0:
-            raise DataError(
-                f"There is no document in {', '.join(map(str, inputs))}: each record needs"
-                f" {text_key!r}."
-            )
+            names = ", ".join(map(str, inputs))
+            raise DataError(f"There is no document in {names}: each record needs {text_key!r}.")
         builder.finalize(f"{scratch}.idx")
         stats = IndexStats(num_documents, num_tokens, len(rejects), vocab, str(tokenizer))
         write_text(Path(f"{prefix}.json"), json.dumps(asdict(stats), indent=1))
         os.replace(f"{scratch}.bin", f"{prefix}.bin")
-        os.replace(
-            f"{scratch}.idx", f"{prefix}.idx"
-        )  # last: an index without its data would be believed
+        os.replace(f"{scratch}.idx", f"{prefix}.idx")  # last: without its data it would be believed
     except OSError as error:
         raise DataError(f"{prefix} cannot be written: {error.strerror or error}.") from error
     finally:
+        if builder is not None:
+            builder.data_file.close()
         for suffix in (".bin", ".idx"):
             Path(scratch + suffix).unlink(missing_ok=True)
     return stats
@@ -128,7 +133,7 @@ class _Ids:
     """
 
     vocab_size = None
-    eod = -1
+    eod = -2  # no token's id, and not what GPTDataset takes for a missing pad
     unique_identifiers = "moetrain"
 
 
@@ -265,27 +270,28 @@ def _check_made_for(prefix: Path, model_vocab: int | None) -> None:
 
 
 def _num_samples(prefix: Path, seq_len: int) -> int:
-    """How many samples of seq_len (and the token after) an index holds.
+    """How many samples of seq_len (and the token after) an index holds. DataError when damaged or none.
 
-    DataError when damaged or none.
+    Read here and not by IndexedDataset, which says nothing clear of a damaged file.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.indexed_dataset import DType
 
-    try:
-        dataset = IndexedDataset(str(prefix), multimodal=False, mmap=True)
-        num_tokens = int(dataset.sequence_lengths.sum(dtype="int64"))
-        width = dataset.index.dtype_size
-    except (AssertionError, ValueError, OSError, KeyError) as error:
-        raise DataError(
-            f"{prefix}.idx is not a Megatron index, or is cut short: {error}"
-        ) from error
+    size = os.path.getsize(f"{prefix}.idx")
+    with open(f"{prefix}.idx", "rb") as file:
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        raise DataError(f"{prefix}.idx is not a Megatron index, or is cut short: make it again.")
+    _, _, code, num_sequences, num_documents = HEADER.unpack(head)
+    if size < HEADER.size + num_sequences * 12 + num_documents * 8:
+        raise DataError(f"{prefix}.idx is cut short: make it again.")
+    lengths = np.memmap(f"{prefix}.idx", np.int32, "r", offset=HEADER.size, shape=(num_sequences,))
+    num_tokens, width = int(lengths.sum(dtype=np.int64)), DType.size(DType.dtype_from_code(code))
     if os.path.getsize(f"{prefix}.bin") < num_tokens * width:
         raise DataError(
             f"{prefix}.bin is cut short: the index counts {num_tokens} tokens of {width} bytes."
         )
     if num_tokens <= seq_len:
         raise DataError(
-            f"{prefix} has {num_tokens} tokens: too few for one sample of data.seq_len {seq_len}"
-            " + 1."
+            f"{prefix} has {num_tokens} tokens: too few for one sample of data.seq_len {seq_len} + 1."
         )
     return (num_tokens - 1) // seq_len

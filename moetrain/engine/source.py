@@ -31,6 +31,9 @@ class ModelSource:
 
     def dtypes(self, family: Family, dims: Dims) -> Mapping[str, torch.dtype]:
         """Hugging Face name -> dtype of the source's weights; empty where there are none."""
+        if self.megatron is not None:
+            noted = _json(self.megatron / "moetrain.json").get("dtypes", {})
+            return {name: getattr(torch, dtype) for name, dtype in noted.items()}
         if self.folder is None or not any(self.folder.glob("*.safetensors*")):
             return {}
         reader = SafetensorsReader(self.folder, family, dims)

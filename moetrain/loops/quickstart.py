@@ -20,6 +20,7 @@ from rich.progress import track
 
 import moetrain
 from moetrain.data import assets
+from moetrain.engine import device
 from moetrain.errors import MoetrainError
 from moetrain.observe.plot import plot_losses
 from moetrain.observe.summary import print_summaries, summarise
@@ -54,6 +55,7 @@ def main(folder: Path = Path("runs/quickstart"), overrides: Sequence[str] = ()) 
     code.
     """
     started = time.monotonic()
+    device.prepare()  # before megatron-core, which indexes the corpus, is imported
     console = Console(highlight=False)
     console.rule("1/4 tokenizer and data")
     for name in track(ASSETS, "building", console=console):

@@ -2,15 +2,17 @@
 outputs.
 """
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import moetrain
 from moetrain.config.load import dump_recipe, load_recipe, recipe_hash
@@ -51,6 +53,46 @@ VERSIONS = (
     "numpy",
 )
 WAY_OUT = "Give the run the recipe it was started with, or another run_dir."
+
+
+class RunLock:
+    """Keeps a second job out of a run_dir; one process of a job (rank 0) holds it until it ends.
+
+    After a kill of the launcher its ranks may live on for some seconds: `take` waits for them.
+    """
+
+    PATIENCE = 30.0  # seconds
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._file: IO[str] | None = None
+
+    def take(self) -> None:
+        """Take the lock unless it is held or there is no folder yet; ConfigError when another job
+        keeps it.
+        """
+        if self._file is not None or not self.folder.is_dir():
+            return
+        file = (self.folder / ".lock").open("a+")
+        deadline = time.monotonic() + self.PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise ConfigError(
+                        f"{self.folder} is in use by {file.read().strip() or 'another job'}."
+                        " Stop that job, or give another run_dir."
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        self._file = file
 
 
 def check_recipe(recipe: Recipe) -> Recipe | None:

@@ -1,5 +1,6 @@
 """Pretraining, continued pretraining and fine-tuning: read packs, step, record, evaluate, save."""
 
+import os
 import time
 from typing import Any
 
@@ -8,7 +9,7 @@ from moetrain.data.loader import EvalPacks, Loader, build_eval, build_train, num
 from moetrain.engine import Engine, StepResult
 from moetrain.engine.checkpoint import Checkpoints
 from moetrain.engine.optim import learning_rate
-from moetrain.loops.run_dir import check_recipe, check_schedule, write_run_files
+from moetrain.loops.run_dir import RunLock, check_recipe, check_schedule, write_run_files
 from moetrain.loops.stop import EXIT_STOPPED, StopSignal
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
@@ -23,7 +24,11 @@ def train(recipe: Recipe) -> int:
     Returns the exit code: 0 when the last step is done, 143 when a signal ended the run early (its
     checkpoint is saved). Raises MoetrainError (what, why, the way out) with nothing half-written.
     """
+    is_first = int(os.environ.get("RANK", 0)) == 0
     check_sinks(recipe)
+    lock = RunLock(recipe.run_dir)
+    if is_first:
+        lock.take()
     earlier = check_recipe(recipe)
     prepared = prepare(recipe)
     engine = Engine(recipe)
@@ -37,8 +42,9 @@ def train(recipe: Recipe) -> int:
         optimizer=recipe.checkpoint.save_optimizer,
     )
     step = _resume(recipe, earlier, engine, loader, checkpoints)
-    if engine.mesh.is_main:
+    if is_first:
         write_run_files(recipe, rank_table(engine.mesh.plan), {"num_steps": prepared.num_steps})
+        lock.take()
     with Reporter(recipe, prepared.num_steps, step, speaks=engine.mesh.is_main) as report:
         for line in prepared.lines:
             report.say(line)
