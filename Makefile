@@ -20,7 +20,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || \
 	    { echo "make: no usable $(PYTHON) (see .python-version): install Python 3.12 with venv, or say make PYTHON=/path/to/python3.12"; exit 2; }
-	@echo "Installing the environment into .venv: about 5 GB, a minute or two."
+	@echo "Installing the environment into .venv: about 6 GB, a minute or two."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 

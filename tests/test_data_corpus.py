@@ -1,4 +1,4 @@
-"""Indexed corpora: written for Megatron's readers, blended by it, one stream on all ranks and runs."""
+"""Indexed corpora: written for Megatron's readers, one stream on all ranks and runs."""
 
 import json
 from pathlib import Path
@@ -133,7 +133,7 @@ def test_held_out_text_and_cpt(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ({"train": ["nowhere/x"]}, "moetrain data index"),
-        ({"train": ["{a}"], "seq_len": 100_000}, "too few for one sample"),
+        ({"train": ["{a}"], "seq_len": 100_000}, "too few for a sample"),
         ({"train": ["{a}"], "shuffle": False}, "data.shuffle"),
         ({"train": ["{cut}"]}, "cut short"),
         ({"train": ["{bad}"]}, "not a Megatron index"),

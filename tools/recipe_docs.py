@@ -15,9 +15,10 @@ from moetrain.config.recipe import Recipe
 DOC = Path(__file__).parent.parent / "docs" / "recipes.md"
 HEAD = """# Recipes
 
-A recipe is one YAML file; `moetrain train RECIPE [key=value ...]` runs it. Any key can be overridden on the command line by its
-dotted name, and the value is read as YAML: `optim.lr=2e-5`, `data.eval=[a.jsonl,b.jsonl]`, `method={name: sft}`. Unknown keys are
-refused with the nearest right name. Relative paths are relative to where the command is run. `moetrain train RECIPE --dry-run`
+A recipe is one YAML file; `moetrain train RECIPE [key=value ...]` runs it. Any key can be
+overridden on the command line by its dotted name, and the value is read as YAML: `optim.lr=2e-5`,
+`data.eval=[a.jsonl,b.jsonl]`, `method={name: sft}`. Unknown keys are refused with the nearest right
+name. Relative paths are relative to where the command is run. `moetrain train RECIPE --dry-run`
 prints the resolved recipe; every run writes it to `<run_dir>/resolved.yaml`.
 
 This page is written by `tools/recipe_docs.py` (`make fix`) from `moetrain/config/recipe.py`.
@@ -39,7 +40,7 @@ def show_type(annotation: Any, metadata: list[Any] | None = None) -> str:
         return f"list of {show_type(args[0])}"
     if origin is dict or annotation is dict:
         return "mapping"
-    return NAMES.get(annotation, annotation.__name__) + show_bounds(metadata or [])
+    return str(NAMES.get(annotation, annotation.__name__)) + show_bounds(metadata or [])
 
 
 def show_bounds(metadata: list[Any]) -> str:
@@ -62,14 +63,14 @@ def show_default(field: FieldInfo) -> str:
         return "**required**"
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is None:
-        return "none"
+        return "not set"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return f"`{value}`"
 
 
 def models_of(annotation: Any) -> list[type[BaseModel]]:
-    """The models a field's type holds: one for a section, several for a union told apart by name."""
+    """The models in a field's type: one for a section, several for a union told apart by name."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [m for part in get_args(annotation) for m in models_of(part)]
@@ -77,7 +78,7 @@ def models_of(annotation: Any) -> list[type[BaseModel]]:
 
 def row(key: str, field: FieldInfo) -> str:
     """One line of a table."""
-    text = (field.description or "").replace("|", "\\|")
+    text = (field.description or "").replace("|", "\\|").replace("<", "\\<")
     if any(isinstance(item, MinLen) for item in field.metadata):
         text = f"not empty; {text}" if text else "not empty"
     kind = show_type(field.annotation, list(field.metadata))

@@ -15,7 +15,7 @@ from moetrain.data.cache import build_once, cache_root, key_of
 from moetrain.errors import DataError, nearest
 
 # Raise it when an asset's content changes; old ones then stay unused in the cache.
-VERSION = 1
+VERSION = 2
 VOCAB = 2048
 CORPUS_BYTES = 5_000_000  # tokenised in some seconds
 EVAL_EVERY = 20  # one module in so many is held out
@@ -163,6 +163,7 @@ def _model(name: str, hf: dict[str, object], root: Path) -> Path:
     def build(tmp: Path) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils import logging
 
         loaded = tokenizer.load(_tokenizer(root))
         tokenizer.check_vocab(
@@ -178,8 +179,13 @@ def _model(name: str, hf: dict[str, object], root: Path) -> Path:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.generation_config.eos_token_id = loaded.eos_token_id
         model.generation_config.pad_token_id = loaded.pad_token_id
+        logging.disable_progress_bar()
         model.save_pretrained(str(tmp))
+        logging.enable_progress_bar()
         loaded.save_pretrained(str(tmp))
+        # As published models have it: transformers 5 writes its own names (num_local_experts).
+        ends = {"eos_token_id": loaded.eos_token_id, "pad_token_id": loaded.pad_token_id}
+        (tmp / "config.json").write_text(json.dumps({**hf, **ends}, indent=2) + "\n")
 
     return build_once(
         root / "builtin" / f"{name}-{key_of([hf, VERSION, platform.python_version()])[:8]}", build

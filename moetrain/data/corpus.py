@@ -26,8 +26,8 @@ from moetrain.ops.packed import Packed, pack_one
 
 CHUNK = 128  # documents tokenised together
 MAGIC = b"MMIDIDX\x00\x00"
-# Magic, version, dtype's code, sequences, documents; then a length (int32) and a pointer (int64) for
-# each sequence and an int64 for each document.
+# Magic, version, dtype's code, sequences, documents; then a length (int32) and a pointer (int64)
+# for each sequence and an int64 for each document.
 HEADER = struct.Struct("<9sQBQQ")
 
 
@@ -87,8 +87,10 @@ def index(
         builder.finalize(f"{scratch}.idx")
         stats = IndexStats(num_documents, num_tokens, len(rejects), vocab, str(tokenizer))
         write_text(Path(f"{prefix}.json"), json.dumps(asdict(stats), indent=1))
+        # Data first, index last, and none between: an index of other data would be believed.
+        Path(f"{prefix}.idx").unlink(missing_ok=True)
         os.replace(f"{scratch}.bin", f"{prefix}.bin")
-        os.replace(f"{scratch}.idx", f"{prefix}.idx")  # last: without its data it would be believed
+        os.replace(f"{scratch}.idx", f"{prefix}.idx")
     except OSError as error:
         raise DataError(f"{prefix} cannot be written: {error.strerror or error}.") from error
     finally:
@@ -270,7 +272,7 @@ def _check_made_for(prefix: Path, model_vocab: int | None) -> None:
 
 
 def _num_samples(prefix: Path, seq_len: int) -> int:
-    """How many samples of seq_len (and the token after) an index holds. DataError when damaged or none.
+    """How many samples of seq_len (and a token after) an index holds. DataError when damaged.
 
     Read here and not by IndexedDataset, which says nothing clear of a damaged file.
     """
@@ -292,6 +294,6 @@ def _num_samples(prefix: Path, seq_len: int) -> int:
         )
     if num_tokens <= seq_len:
         raise DataError(
-            f"{prefix} has {num_tokens} tokens: too few for one sample of data.seq_len {seq_len} + 1."
+            f"{prefix} has {num_tokens} tokens: too few for a sample of data.seq_len {seq_len} + 1."
         )
     return (num_tokens - 1) // seq_len

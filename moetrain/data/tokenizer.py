@@ -57,8 +57,8 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out: str | Path) -> Pat
     """Train a byte-level BPE on text files or records' texts, and write a Hugging Face folder.
 
     The folder has a ChatML template, `<|im_end|>` as end of sequence and `<|endoftext|>` as padding
-    and end of document. `vocab_size` counts special tokens; a small corpus can give fewer. DataError
-    when it is too small for bytes and special tokens, or `out` exists.
+    and end of document. `vocab_size` counts special tokens; a small corpus can give fewer.
+    DataError when it is too small for bytes and special tokens, or `out` exists.
     """
     out = Path(out).expanduser()
     if out.exists():

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from moetrain.engine.model import PackedGPT
+from moetrain.engine.optim import part_steps, start_state
 from moetrain.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -52,11 +53,13 @@ def restore(folder: Path, chunks: list[PackedGPT], optimizer: Any) -> dict[str, 
         )
     content = _model_state(chunks)
     if optimizer is not None:
+        start_state(optimizer)
         content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=True, metadata=_METADATA)
     loaded = dist_checkpointing.load(content, str(folder))
     _fill(chunks, loaded)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+        part_steps(optimizer)
     return state
 
 

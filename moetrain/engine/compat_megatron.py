@@ -11,11 +11,30 @@ _installed = False
 
 
 def install() -> None:
-    """Mend megatron-core on a machine without a GPU. Call after compat_torch.install, before building a model."""
+    """Mend megatron-core where it needs it. Call after compat_torch.install, before building a model."""
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
         return
     _installed = True
+    if not torch.cuda.is_available():
+        _without_gpu()
+    _with_torch_adam()
+
+
+def _with_torch_adam() -> None:
+    """Without Apex and Transformer Engine, Adam is torch's, which keeps a `step` per parameter that checkpoints do not hold."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_states_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        # Upstream looks every state up in the checkpoint and fails on `step` (KeyError); what is no tensor it skips.
+        set_states(self, model_param, {"step": None, **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_step  # type: ignore[method-assign]
+
+
+def _without_gpu() -> None:
     import megatron.core.jit as jit
 
     # jit_fuser is torch.compile: on CPU it would call a C++ compiler in the first step of every process.

@@ -25,6 +25,8 @@ def prepare() -> torch.device:
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="megatron.*")
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron.*")
+    # torch.distributed.checkpoint warns of its own argument order, and that one process is one process.
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint.*")
     # "No CUDA runtime is found" on machines with a toolkit and no GPU; Megatron's advice about its own next API.
     for name in ("torch.utils.cpp_extension", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -93,3 +93,36 @@ def make_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe, backe
         **extra,
     )
     return get_megatron_optimizer(config, wrapped, use_gloo_process_groups=torch.distributed.get_backend() == "nccl")
+
+
+def start_state(optimizer: Any) -> None:
+    """Give torch's AdamW an empty state, so that a checkpoint can be read into it.
+
+    megatron-core 0.19.2 asks for every parameter's `step` before loading, which its own init_state_fn forgets. Apex's and
+    Transformer Engine's Adam keep it elsewhere.
+    """
+    for inner in _torch_adams(optimizer):
+        for group in inner.param_groups:
+            for param in group["params"]:
+                if not inner.state[param]:
+                    inner.state[param] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(param.data),
+                        "exp_avg_sq": torch.zeros_like(param.data),
+                    }
+
+
+def part_steps(optimizer: Any) -> None:
+    """Give each parameter a `step` of its own again after loading.
+
+    megatron-core 0.19.2 hands all of them one tensor, which AdamW then counts up once for every parameter: the bias
+    correction, and with it the run, would silently differ from the uninterrupted one.
+    """
+    for inner in _torch_adams(optimizer):
+        for state in inner.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _torch_adams(optimizer: Any) -> list[torch.optim.AdamW]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
