@@ -24,13 +24,21 @@ class Command:
 
 
 def _ranks(parser: Parser) -> None:
-    parser.add_argument("--nproc", type=int, default=None, metavar="N", help="start N local ranks (default 1)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys; values are YAML")
+    parser.add_argument(
+        "--nproc", type=int, default=None, metavar="N", help="start N local ranks (default 1)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted recipe keys; values are YAML"
+    )
 
 
 def _train_arguments(parser: Parser) -> None:
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--dry-run", action="store_true", help="print recipe, ranks and static bytes per GPU; run nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print recipe, ranks and static bytes per GPU; run nothing",
+    )
     _ranks(parser)
 
 
@@ -73,7 +81,9 @@ def _score(args: Arguments) -> int:
 
 def _tokenizer_arguments(parser: Parser) -> None:
     parser.add_argument("action", choices=["train"])
-    parser.add_argument("inputs", nargs="+", type=Path, help="text or JSONL files, or folders of them")
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, help="text or JSONL files, or folders of them"
+    )
     parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
 
@@ -87,9 +97,19 @@ def _tokenizer(args: Arguments) -> int:
 
 def _data_arguments(parser: Parser) -> None:
     parser.add_argument("action", choices=["index"])
-    parser.add_argument("inputs", nargs="+", type=Path, help="text or JSONL files, or folders of them")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer folder or builtin:NAME")
-    parser.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx are written")
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, help="text or JSONL files, or folders of them"
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="tokenizer folder or builtin:NAME"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PREFIX",
+        help="PREFIX.bin and PREFIX.idx are written",
+    )
 
 
 def _data(args: Arguments) -> int:
@@ -135,8 +155,12 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. A user's mistake is one line on stderr and exit code 2."""
-    parser = Parser(prog="moetrain", description="Train large mixture-of-experts models on Megatron Core.")
+    """Run one command; returns its exit code. A user's mistake is one line on stderr and exit code
+    2.
+    """
+    parser = Parser(
+        prog="moetrain", description="Train large mixture-of-experts models on Megatron Core."
+    )
     parser.add_argument("--version", action="version", version=f"moetrain {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

@@ -1,11 +1,15 @@
-"""What a user can do wrong. Every message is one line: what was given, what is allowed, the way out."""
+"""What a user can do wrong. Every message is one line: what was given, what is allowed, the way
+out.
+"""
 
 import difflib
 from collections.abc import Iterable
 
 
 class MoetrainError(Exception):
-    """A problem the user can mend; the command line prints its message alone and exits with `exit_code`."""
+    """A problem the user can mend; the command line prints its message alone and exits with
+    `exit_code`.
+    """
 
     exit_code = 2
 

@@ -1,4 +1,6 @@
-"""Shared fixtures: gloo workers that live for the whole session, and tiny transformers models on disk."""
+"""Shared fixtures: gloo workers that live for the whole session, and tiny transformers models on
+disk.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

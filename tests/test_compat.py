@@ -7,12 +7,14 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the mends are for machines without a GPU; with one they stay unproven"
+    torch.cuda.is_available(),
+    reason="the mends are for machines without a GPU; with one they stay unproven",
 )
 
 NEEDED = {
     "compat_megatron: to_host": (
-        "import torch; from megatron.core.transformer.moe.token_dispatcher import maybe_move_tensor_to_cpu as f;"
+        "import torch; from megatron.core.transformer.moe.token_dispatcher import "
+        "maybe_move_tensor_to_cpu as f;"
         "assert torch.is_tensor(f(torch.ones(2), as_numpy=True))"
     ),
     "compat_megatron: rng": (
@@ -45,6 +47,9 @@ NEEDED = {
 @pytest.mark.parametrize("mend", NEEDED)
 def test_the_mend_is_still_needed(mend: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", NEEDED[mend]], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", NEEDED[mend]],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, f"{mend} can go: {done.stderr[-500:]}"

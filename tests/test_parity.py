@@ -1,4 +1,6 @@
-"""The layout proof: logits, gradients and losses of every layout against transformers and against each other, fp32."""
+"""The layout proof: logits, gradients and losses of every layout against transformers and against
+each other, fp32.
+"""
 
 import random
 from collections.abc import Callable
@@ -26,7 +28,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "pp2-ep2": (4, {"pp": 2, "ep": 2}),
 }
 CASES = [("qwen3_moe", layout) for layout in LAYOUTS] + [
-    (family, layout) for family in ("qwen3", "llama", "mixtral") for layout in ("one", "tp2-sp", "pp2")
+    (family, layout)
+    for family in ("qwen3", "llama", "mixtral")
+    for layout in ("one", "tp2-sp", "pp2")
 ]
 
 
@@ -36,7 +40,9 @@ def sequences(seed: int = 0) -> list[list[int]]:
 
 
 def reference_gradients(model: Any, data: list[list[int]]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean negative log-prob over all predicted tokens, sequence by sequence, by transformers and autograd."""
+    """Mean negative log-prob over all predicted tokens, sequence by sequence, by transformers and
+    autograd.
+    """
     model.zero_grad()
     total, count = torch.zeros(()), sum(len(s) - 1 for s in data)
     for s in data:
@@ -49,7 +55,9 @@ def reference_gradients(model: Any, data: list[list[int]]) -> tuple[float, dict[
 
 
 def as_on_disk(model: Any, grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers 5 holds experts fused in memory; give their gradients the names they have on disk."""
+    """transformers 5 holds experts fused in memory; give their gradients the names they have on
+    disk.
+    """
     hf = model.config.to_dict()
     family = family_of(hf)
     slices = fused_slices(family, family.dims(hf))
@@ -114,7 +122,9 @@ def test_packing_changes_nothing(workers: Workers, tiny: Tiny, num_packs: int) -
     folder, _ = tiny("qwen3_moe")
     router = {"router": {"aux_loss": 0.01, "z_loss": 0.001}}
     loss, _, wanted = workers.run(1, ranks.gradients, folder, {}, sequences(), 6, router)[0]
-    found_loss, _, found = workers.run(1, ranks.gradients, folder, {}, sequences(), num_packs, router)[0]
+    found_loss, _, found = workers.run(
+        1, ranks.gradients, folder, {}, sequences(), num_packs, router
+    )[0]
     assert found_loss == pytest.approx(loss, rel=1e-5)
     for name, grad in found.items():
         assert (grad - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name

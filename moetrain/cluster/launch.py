@@ -18,8 +18,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher has made this process a rank: torchrun's variables, or srun's with more than one task."""
-    return "WORLD_SIZE" in environ and "RANK" in environ or int(environ.get("SLURM_NTASKS", "1")) > 1
+    """Whether a launcher has made this process a rank: torchrun's variables, or srun's with more
+    than one task.
+    """
+    return ("WORLD_SIZE" in environ and "RANK" in environ) or int(
+        environ.get("SLURM_NTASKS", "1")
+    ) > 1
 
 
 def adopt_slurm() -> None:
@@ -31,7 +35,10 @@ def adopt_slurm() -> None:
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
     if "MASTER_ADDR" not in env:
         hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         env["MASTER_ADDR"] = hosts.stdout.split()[0]
     # One port for every rank of a job step, without asking each other.
@@ -39,9 +46,11 @@ def adopt_slurm() -> None:
 
 
 def run_local(arguments: Sequence[str], num_procs: int) -> int:
-    """Run `python -m moetrain ARGUMENTS` as `num_procs` ranks on this machine; returns the first failure's exit code or 0.
+    """Run `python -m moetrain ARGUMENTS` as `num_procs` ranks on this machine; returns the first
+    failure's exit code or 0.
 
-    The first rank speaks; what another rank wrote to its stderr is shown when that rank fails and the first said nothing.
+    The first rank speaks; what another rank wrote to its stderr is shown when that rank fails and
+    the first said nothing.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -86,7 +95,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]], logs: Sequence[object]) -> int:
                 # Ranks treat both alike: finish the step, save, and leave.
                 process.send_signal(signal.SIGTERM)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {
+        number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         while True:
             codes = [process.poll() for process in ranks]
@@ -114,7 +125,10 @@ def _stop(ranks: list[subprocess.Popen[bytes]], logs: Sequence[object], failed: 
         while time.monotonic() < end and any(p.poll() is None for p in alive):
             time.sleep(0.05)
     code = ranks[failed].returncode
-    spoken = ranks[0].returncode not in (0, -signal.SIGTERM, -signal.SIGKILL) and ranks[0].returncode is not None
+    spoken = (
+        ranks[0].returncode not in (0, -signal.SIGTERM, -signal.SIGKILL)
+        and ranks[0].returncode is not None
+    )
     log = logs[failed]
     if not spoken and log is not None:
         log.seek(0)  # type: ignore[attr-defined]

@@ -26,14 +26,20 @@ _Loader.add_implicit_resolver(
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and lay `a.b=value` overrides over it (values are YAML). Raises ConfigError."""
+    """Read a recipe file and lay `a.b=value` overrides over it (values are YAML). Raises
+    ConfigError.
+    """
     try:
         text = Path(path).read_text()
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}. Give the path of a recipe, for example one of examples/.") from None
+        raise ConfigError(
+            f"{path}: {error.strerror}. Give the path of a recipe, for example one of examples/."
+        ) from None
     content = _parse(text, str(path))
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections, not {type(content).__name__}")
+        raise ConfigError(
+            f"{path}: a recipe is a mapping of sections, not {type(content).__name__}"
+        )
     for override in overrides:
         apply_override(content, override)
     return recipe_from(content, source=str(path))
@@ -51,7 +57,9 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     """Lay one `a.b=value` over `content` in place."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"'{override}' is not an override. Write key=value, for example optim.lr=2e-5.")
+        raise ConfigError(
+            f"'{override}' is not an override. Write key=value, for example optim.lr=2e-5."
+        )
     *parents, leaf = key.split(".")
     section = content
     for depth, name in enumerate(parents):
@@ -60,7 +68,9 @@ def apply_override(content: dict[str, Any], override: str) -> None:
             below = {} if below is None else {"name": below}
             section[name] = below
         if not isinstance(below, dict):
-            raise ConfigError(f"override {key}: '{'.'.join(parents[: depth + 1])}' is a value, not a section")
+            raise ConfigError(
+                f"override {key}: '{'.'.join(parents[: depth + 1])}' is a value, not a section"
+            )
         section = below
     section[leaf] = _parse(value, f"override {key}")
 
@@ -72,7 +82,9 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def recipe_hash(recipe: Recipe) -> str:
     """A short hash of everything in the recipe."""
-    return hashlib.sha256(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()
+    ).hexdigest()[:16]
 
 
 def _parse(text: str, where: str) -> Any:
@@ -81,7 +93,9 @@ def _parse(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{where}:{place} not YAML ({getattr(error, 'problem', error)})") from None
+        raise ConfigError(
+            f"{where}:{place} not YAML ({getattr(error, 'problem', error)})"
+        ) from None
 
 
 def _explain(error: ValidationError) -> str:
@@ -108,7 +122,10 @@ def _explain(error: ValidationError) -> str:
 
 
 def _tags(problem: Any) -> str:
-    return str(problem.get("ctx", {}).get("expected_tags", "")).replace("'", "") or "pretrain, cpt, sft"
+    return (
+        str(problem.get("ctx", {}).get("expected_tags", "")).replace("'", "")
+        or "pretrain, cpt, sft"
+    )
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -122,7 +139,12 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 def _fields_at(location: Sequence[str]) -> list[str]:
     models: list[type[BaseModel]] = [Recipe]
     for name in location:
-        models = [m for model in models if name in model.model_fields for m in _models(model.model_fields[name].annotation)]
+        models = [
+            m
+            for model in models
+            if name in model.model_fields
+            for m in _models(model.model_fields[name].annotation)
+        ]
     return sorted({name for model in models for name in model.model_fields})
 
 
@@ -130,6 +152,8 @@ def _all_keys() -> set[str]:
     """Every dotted key of a recipe."""
     keys: set[str] = set()
     for name, field in Recipe.model_fields.items():
-        below = {f"{name}.{leaf}" for model in _models(field.annotation) for leaf in model.model_fields}
+        below = {
+            f"{name}.{leaf}" for model in _models(field.annotation) for leaf in model.model_fields
+        }
         keys |= below or {name}
     return keys

@@ -31,12 +31,20 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which model, and in what precision."""
 
-    path: str | None = Field(None, description="Hugging Face folder, Megatron checkpoint folder, or builtin:NAME")
-    hf: dict[str, Any] | None = Field(None, description="a config.json's content, for training from scratch")
-    tokenizer: str | None = Field(None, description="tokenizer folder or builtin:NAME; the model's own by default")
+    path: str | None = Field(
+        None, description="Hugging Face folder, Megatron checkpoint folder, or builtin:NAME"
+    )
+    hf: dict[str, Any] | None = Field(
+        None, description="a config.json's content, for training from scratch"
+    )
+    tokenizer: str | None = Field(
+        None, description="tokenizer folder or builtin:NAME; the model's own by default"
+    )
     dtype: Literal["fp32", "bf16"] = "bf16"
     backend: Literal["auto", "torch", "te"] = "auto"
-    init: Literal["load", "random"] | None = Field(None, description="load for a path, random for hf; random with a path takes its config only")
+    init: Literal["load", "random"] | None = Field(
+        None, description="load for a path, random for hf; random with a path takes its config only"
+    )
     init_std: float = Field(0.02, gt=0)
 
     @model_validator(mode="after")
@@ -44,7 +52,9 @@ class ModelConfig(Section):
         if (self.path is None) == (self.hf is None):
             raise ValueError("give exactly one of model.path and model.hf")
         if self.hf is not None and self.init == "load":
-            raise ValueError("model.init=load needs model.path; with model.hf the weights are random")
+            raise ValueError(
+                "model.init=load needs model.path; with model.hf the weights are random"
+            )
         return self
 
 
@@ -54,7 +64,9 @@ class ParallelConfig(Section):
     tp: Count = Field(1, description="tensor parallel")
     sp: bool | None = Field(None, description="sequence parallel; on when tp > 1")
     pp: Count = Field(1, description="pipeline parallel")
-    vpp: Count | None = Field(None, description="virtual pipeline stages per rank (interleaving); needs pp > 1")
+    vpp: Count | None = Field(
+        None, description="virtual pipeline stages per rank (interleaving); needs pp > 1"
+    )
     ep: Count = Field(1, description="expert parallel")
     etp: Count = Field(1, description="expert tensor parallel")
     cp: Count = Field(1, description="context parallel")
@@ -71,7 +83,9 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.vpp or 1) > 1 and self.pp == 1:
-            raise ValueError(f"parallel.vpp={self.vpp} needs parallel.pp > 1; set pp or leave vpp out")
+            raise ValueError(
+                f"parallel.vpp={self.vpp} needs parallel.pp > 1; set pp or leave vpp out"
+            )
         if self.sp and self.tp == 1:
             raise ValueError("parallel.sp=true needs parallel.tp > 1; leave sp out")
         return self
@@ -101,22 +115,34 @@ MethodConfig = Annotated[PretrainMethod | CptMethod | SftMethod, Field(discrimin
 class DataConfig(Section):
     """What to train and evaluate on."""
 
-    train: Paths = Field(min_length=1, description="path or list; index prefixes for pretrain and cpt; builtin:NAME too")
-    weights: list[float] | None = Field(None, description="blend weights of data.train, for pretrain and cpt")
+    train: Paths = Field(
+        min_length=1,
+        description="path or list; index prefixes for pretrain and cpt; builtin:NAME too",
+    )
+    weights: list[float] | None = Field(
+        None, description="blend weights of data.train, for pretrain and cpt"
+    )
     eval: Paths = Field(default_factory=list)
     seq_len: Count = 4096
     too_long: Literal["truncate", "reject"] = "truncate"
-    max_rejected: Fraction = Field(0.05, description="stop when a larger share of records is unusable")
+    max_rejected: Fraction = Field(
+        0.05, description="stop when a larger share of records is unusable"
+    )
     pack: bool = True
     cache: Path | None = Field(None, description="default: MOETRAIN_CACHE, else ~/.cache/moetrain")
     shuffle: bool = True
-    chat_template: str | None = Field(None, description="a template file to use in place of the tokenizer's")
+    chat_template: str | None = Field(
+        None, description="a template file to use in place of the tokenizer's"
+    )
     num_workers: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _weight_each(self) -> Self:
         if self.weights is not None and len(self.weights) != len(self.train):
-            raise ValueError(f"data.weights has {len(self.weights)} numbers for {len(self.train)} data.train paths")
+            raise ValueError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.train)} data.train "
+                f"paths"
+            )
         return self
 
 
@@ -135,7 +161,9 @@ class OptimConfig(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
-    offload: Fraction = Field(0.0, description="share of the optimizer's state kept on the host (GPU)")
+    offload: Fraction = Field(
+        0.0, description="share of the optimizer's state kept on the host (GPU)"
+    )
     state_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
 
@@ -145,13 +173,17 @@ class TrainConfig(Section):
 
     steps: Count | None = None
     epochs: float | None = Field(None, gt=0)
-    global_batch: Count = Field(8, description="packs of data.seq_len tokens per optimizer step, over all ranks")
+    global_batch: Count = Field(
+        8, description="packs of data.seq_len tokens per optimizer step, over all ranks"
+    )
     micro_batch: Count = Field(1, description="packs put together in one forward pass")
     eval_every: Count | None = None
     eval_packs: Count | None = None
     deterministic: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
-    overlap: bool = Field(True, description="overlap gradient and parameter traffic with computation (GPU)")
+    overlap: bool = Field(
+        True, description="overlap gradient and parameter traffic with computation (GPU)"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -159,7 +191,8 @@ class TrainConfig(Section):
             raise ValueError("give exactly one of train.steps and train.epochs")
         if self.global_batch % self.micro_batch:
             raise ValueError(
-                f"train.global_batch={self.global_batch} is not a multiple of train.micro_batch={self.micro_batch}"
+                f"train.global_batch={self.global_batch} is not a multiple of "
+                f"train.micro_batch={self.micro_batch}"
             )
         return self
 
@@ -177,7 +210,9 @@ class CheckpointConfig(Section):
 
     every: Count | None = Field(None, description="steps; the last step is always saved")
     keep: Count = 2
-    best: str | None = Field(None, description="held-out metric whose lowest checkpoint is kept, e.g. eval_loss")
+    best: str | None = Field(
+        None, description="held-out metric whose lowest checkpoint is kept, e.g. eval_loss"
+    )
     export_hf: bool = Field(False, description="write <run_dir>/hf at the end")
     save_optimizer: bool = True
 
@@ -214,4 +249,6 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
-    megatron: dict[str, Any] = Field(default_factory=dict, description="TransformerConfig fields moetrain does not own")
+    megatron: dict[str, Any] = Field(
+        default_factory=dict, description="TransformerConfig fields moetrain does not own"
+    )

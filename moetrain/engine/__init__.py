@@ -1,4 +1,6 @@
-"""The package that speaks to Megatron Core. `Engine` is its door; importing this module alone imports no torch."""
+"""The package that speaks to Megatron Core. `Engine` is its door; importing this module alone
+imports no torch.
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,9 +1,11 @@
 """Core attention over a pack: every sequence sees itself only.
 
-The pack's `cu_seqlens [n+1]` (global positions) arrives in Megatron's `attention_mask` argument, the one per-batch tensor
-that Megatron carries to core attention through pipelining and recomputation alike.
+The pack's `cu_seqlens [n+1]` (global positions) arrives in Megatron's `attention_mask` argument,
+the one per-batch tensor that Megatron carries to core attention through pipelining and
+recomputation alike.
 
-Legend: t tokens of the pack, c = t/cp local tokens, a query heads and g KV heads of this tensor rank, d head_dim.
+Legend: t tokens of the pack, c = t/cp local tokens, a query heads and g KV heads of this tensor
+    rank, d head_dim.
 """
 
 from typing import Any
@@ -15,12 +17,15 @@ from torch import Tensor, nn
 
 from moetrain.engine.context import gather, local_runs
 
-# A piece of work: queries [q0, q1) of the local tokens against keys [k0, k1) of the pack; its last query sees its last key.
+# A piece of work: queries [q0, q1) of the local tokens against keys [k0, k1) of the pack; its last
+# query sees its last key.
 Span = tuple[int, int, int, int]
 
 
 def spans(cu_seqlens: list[int], runs: list[tuple[int, int]]) -> list[Span]:
-    """Cut local runs of global positions at sequence bounds. Every local token is in exactly one span."""
+    """Cut local runs of global positions at sequence bounds. Every local token is in exactly one
+    span.
+    """
     pieces: list[Span] = []
     local = 0
     for start, end in runs:
@@ -32,7 +37,9 @@ def spans(cu_seqlens: list[int], runs: list[tuple[int, int]]) -> list[Span]:
     return pieces
 
 
-def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], scale: float | None) -> Tensor:
+def _attend_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], scale: float | None
+) -> Tensor:
     """q [c, a, d], k and v [t, g, d] -> [c, a, d], one SDPA call a span."""
     out = torch.empty_like(q)
     for q0, q1, k0, k1 in pieces:
@@ -53,11 +60,17 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], scale: flo
     return out
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], scale: float | None) -> Tensor:
-    """The same by torch's variable-length flash attention: one kernel for the pack (CUDA, bf16 and fp16)."""
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], scale: float | None
+) -> Tensor:
+    """The same by torch's variable-length flash attention: one kernel for the pack (CUDA, bf16 and
+    fp16).
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    if not all(k0 == q0 and k1 == q1 for q0, q1, k0, k1 in pieces):  # context parallel: spans share keys
+    if not all(
+        k0 == q0 and k1 == q1 for q0, q1, k0, k1 in pieces
+    ):  # context parallel: spans share keys
         index = torch.cat([torch.arange(k0, k1, device=k.device) for _, _, k0, k1 in pieces])
         k, v = k[index], v[index]
     if (num_rep := q.size(1) // k.size(1)) > 1:
@@ -80,13 +93,24 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], scale: f
 class PackedAttention(nn.Module):
     """Megatron core attention for packs; takes the place of DotProductAttention in a layer spec."""
 
-    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **kwargs: Any):
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        **kwargs: Any,
+    ):
         super().__init__()
         self.scale: float | None = kwargs.get("softmax_scale")
         self.cp_group = parallel_state.get_context_parallel_group()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
-        """query [c, 1, a, d], key and value [c, 1, g, d] -> [c, 1, a*d]; `attention_mask` is cu_seqlens, int32 [n+1]."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """query [c, 1, a, d], key and value [c, 1, g, d] -> [c, 1, a*d]; `attention_mask` is
+        cu_seqlens, int32 [n+1].
+        """
         q = query.squeeze(1)
         k = gather(key.squeeze(1), self.cp_group, reduce_grad=True)  # [t, g, d]
         v = gather(value.squeeze(1), self.cp_group, reduce_grad=True)

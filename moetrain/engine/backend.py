@@ -1,4 +1,6 @@
-"""The two backends behind one layer spec: `torch` (this project's modules) and `te` (Transformer Engine)."""
+"""The two backends behind one layer spec: `torch` (this project's modules) and `te` (Transformer
+Engine).
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -40,18 +42,25 @@ def choose_backend(wanted: str, device: torch.device) -> str:
         has_te = False
     if wanted == "te" and not has_te:
         raise ConfigError(
-            "model.backend=te needs a GPU and Transformer Engine. Install the 'te' extra there, or use backend=torch."
+            "model.backend=te needs a GPU and Transformer Engine. Install the 'te' extra there, "
+            "or use backend=torch."
         )
     return "te" if has_te and wanted != "torch" else "torch"
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm whose weight says whether its gradient is summed over sequence-parallel ranks."""
+    """Root-mean-square norm whose weight says whether its gradient is summed over sequence-parallel
+    ranks.
+    """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any):
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any
+    ):
         super().__init__()
         self.eps = eps
-        weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        weight = nn.Parameter(
+            torch.empty(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
         weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.weight = weight
 
@@ -88,7 +97,9 @@ def _final_norm(backend: str) -> Any:
 
 def _torch_layer(config: TransformerConfig, dims: Dims, moe: bool) -> ModuleSpec:
     if moe:
-        mlp = partial(PackedMoE, submodules=MoESubmodules(router=PackedRouter, experts=GroupedExperts))
+        mlp = partial(
+            PackedMoE, submodules=MoESubmodules(router=PackedRouter, experts=GroupedExperts)
+        )
     else:
         dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         mlp = partial(MLP.as_mlp_submodule, submodules=dense)
@@ -117,7 +128,9 @@ def _torch_layer(config: TransformerConfig, dims: Dims, moe: bool) -> ModuleSpec
 
 
 def _te_layer(config: TransformerConfig, dims: Dims, moe: bool) -> ModuleSpec:
-    """Megatron's own Transformer Engine layer, with packed attention and our router in place of upstream's."""
+    """Megatron's own Transformer Engine layer, with packed attention and our router in place of
+    upstream's.
+    """
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=dims.experts if moe else None, moe_grouped_gemm=moe, qk_layernorm=dims.qk_norm
     )
@@ -127,4 +140,3 @@ def _te_layer(config: TransformerConfig, dims: Dims, moe: bool) -> ModuleSpec:
         upstream: MoESubmodules = layer.mlp.keywords["submodules"]
         layer.mlp = partial(PackedMoE, submodules=replace(upstream, router=PackedRouter))
     return spec
-

@@ -1,4 +1,6 @@
-"""Checkpoints in Megatron's torch_dist format: written aside, published by one rename, kept by number and by merit."""
+"""Checkpoints in Megatron's torch_dist format: written aside, published by one rename, kept by
+number and by merit.
+"""
 
 import contextlib
 import json
@@ -26,7 +28,9 @@ def _model_state(chunks: list[PackedGPT]) -> dict[str, Any]:
 
 
 def save(folder: Path, chunks: list[PackedGPT], optimizer: Any, state: dict[str, Any]) -> None:
-    """Write weights, the optimizer when given, and `state` into `folder` (made here, by all ranks together)."""
+    """Write weights, the optimizer when given, and `state` into `folder` (made here, by all ranks
+    together).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     content = _model_state(chunks)
@@ -34,7 +38,9 @@ def save(folder: Path, chunks: list[PackedGPT], optimizer: Any, state: dict[str,
         content["optimizer"] = optimizer.sharded_state_dict(content, metadata=_METADATA)
     dist_checkpointing.save(content, str(folder), validate_access_integrity=False)
     if dist.get_rank() == 0:
-        (folder / "state.json").write_text(json.dumps(state | {"has_optimizer": optimizer is not None}))
+        (folder / "state.json").write_text(
+            json.dumps(state | {"has_optimizer": optimizer is not None})
+        )
     dist.barrier()
 
 
@@ -54,7 +60,9 @@ def restore(folder: Path, chunks: list[PackedGPT], optimizer: Any) -> dict[str, 
     content = _model_state(chunks)
     if optimizer is not None:
         start_state(optimizer)
-        content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=True, metadata=_METADATA)
+        content["optimizer"] = optimizer.sharded_state_dict(
+            content, is_loading=True, metadata=_METADATA
+        )
     loaded = dist_checkpointing.load(content, str(folder))
     _fill(chunks, loaded)
     if optimizer is not None:
@@ -69,14 +77,17 @@ def _fill(chunks: list[PackedGPT], loaded: dict[str, Any]) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of a run: `<run_dir>/checkpoints/step_00000010`, each complete the moment its name exists.
+    """The checkpoints of a run: `<run_dir>/checkpoints/step_00000010`, each complete the moment its
+    name exists.
 
     Args:
         keep: how many of the newest stay; the best one stays besides.
         best: name of the held-out metric whose lowest value is the best checkpoint, or None.
     """
 
-    def __init__(self, run_dir: Path, *, keep: int, best: str | None = None, optimizer: bool = True):
+    def __init__(
+        self, run_dir: Path, *, keep: int, best: str | None = None, optimizer: bool = True
+    ):
         self.folder = run_dir / "checkpoints"
         self.keep, self.best_name, self.optimizer = keep, best, optimizer
 
@@ -85,7 +96,9 @@ class Checkpoints:
         return sorted(p for p in self.folder.glob("step_*") if p.is_dir())
 
     def latest(self) -> Path | None:
-        """The newest published checkpoint. A half-written one has another name and is never seen here."""
+        """The newest published checkpoint. A half-written one has another name and is never seen
+        here.
+        """
         found = self.all()
         return found[-1] if found else None
 
@@ -94,8 +107,12 @@ class Checkpoints:
         record = self.folder / "best.json"
         return self.folder / json.loads(record.read_text())["name"] if record.is_file() else None
 
-    def save(self, engine: "Engine", step: int, state: dict[str, Any], metric: float | None = None) -> Path:
-        """Write and publish step `step`, then drop the oldest beyond `keep`. Raises CheckpointError; nothing is lost then."""
+    def save(
+        self, engine: "Engine", step: int, state: dict[str, Any], metric: float | None = None
+    ) -> Path:
+        """Write and publish step `step`, then drop the oldest beyond `keep`. Raises
+        CheckpointError; nothing is lost then.
+        """
         final = self.folder / f"step_{step:08d}"
         if final.is_dir():
             return final
@@ -129,7 +146,8 @@ class Checkpoints:
             dist.barrier()
             free = shutil.disk_usage(self.folder).free / 2**30 if self.folder.is_dir() else 0.0
             raise CheckpointError(
-                f"Saving to {self.folder} failed ({first}; {free:.2f} GiB free). Earlier checkpoints are whole: "
+                f"Saving to {self.folder} failed ({first}; {free:.2f} GiB free). Earlier "
+                f"checkpoints are whole: "
                 "make room or set checkpoint.keep lower, and start again to resume."
             )
 
@@ -139,14 +157,17 @@ class Checkpoints:
             return
         if not record.is_file() or metric < json.loads(record.read_text())["value"]:
             part = record.with_suffix(".part")
-            part.write_text(json.dumps({"name": final.name, "metric": self.best_name, "value": metric}))
+            part.write_text(
+                json.dumps({"name": final.name, "metric": self.best_name, "value": metric})
+            )
             os.replace(part, record)
 
     def _drop_old(self) -> None:
         best = self.best()
         for old in self.all()[: -self.keep] if self.keep else []:
             if old != best:
-                # Renamed first, so that a kill in the middle of the removal leaves no half checkpoint under a good name.
+                # Renamed first, so that a kill in the middle of the removal leaves no half
+                # checkpoint under a good name.
                 doomed = old.with_name(f".writing_old_{old.name}")
                 os.rename(old, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
@@ -157,11 +178,11 @@ class Checkpoints:
 
 
 def _sync(folder: Path) -> None:
-    """Flush a folder's files and entries to the disk, so that a rename never publishes unwritten data."""
+    """Flush a folder's files and entries to the disk, so that a rename never publishes unwritten
+    data.
+    """
     for path in [p for p in folder.iterdir() if p.is_file()] + [folder]:
         with contextlib.suppress(OSError):
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-
-

@@ -11,7 +11,9 @@ _installed = False
 
 
 def install() -> None:
-    """Mend megatron-core where it needs it. Call after compat_torch.install, before building a model."""
+    """Mend megatron-core where it needs it. Call after compat_torch.install, before building a
+    model.
+    """
     global _installed
     if _installed:
         return
@@ -22,13 +24,16 @@ def install() -> None:
 
 
 def _with_torch_adam() -> None:
-    """Without Apex and Transformer Engine, Adam is torch's, which keeps a `step` per parameter that checkpoints do not hold."""
+    """Without Apex and Transformer Engine, Adam is torch's, which keeps a `step` per parameter that
+    checkpoints do not hold.
+    """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def set_states_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        # Upstream looks every state up in the checkpoint and fails on `step` (KeyError); what is no tensor it skips.
+        # Upstream looks every state up in the checkpoint and fails on `step` (KeyError); what is no
+        # tensor it skips.
         set_states(self, model_param, {"step": None, **tensors})
 
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_step  # type: ignore[method-assign]
@@ -37,15 +42,21 @@ def _with_torch_adam() -> None:
 def _without_gpu() -> None:
     import megatron.core.jit as jit
 
-    # jit_fuser is torch.compile: on CPU it would call a C++ compiler in the first step of every process.
+    # jit_fuser is torch.compile: on CPU it would call a C++ compiler in the first step of every
+    # process.
     jit.disable_jit_fuser()
     import megatron.core.tensor_parallel.random as rng
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
     any_rng: Any = rng
     # The tracker reads CUDA's generator by device index; there is one generator here.
-    any_rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    any_rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    any_rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    any_rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
+    )
+
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         # Upstream converts only CUDA tensors, so all-to-all would be handed tensors as split sizes.
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

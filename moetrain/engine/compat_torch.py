@@ -1,8 +1,8 @@
 """What Megatron Core asks of torch.cuda, answered on a machine without a GPU.
 
-Written for torch 2.11 to 2.13 and megatron-core 0.19. Megatron names "cuda" in literals and asks torch.cuda for
-streams, memory figures and random state. Where a GPU is, nothing here is installed. Can go when megatron-core builds
-a model on gloo without it (tests/test_compat.py says when).
+Written for torch 2.11 to 2.13 and megatron-core 0.19. Megatron names "cuda" in literals and asks
+torch.cuda for streams, memory figures and random state. Where a GPU is, nothing here is installed.
+Can go when megatron-core builds a model on gloo without it (tests/test_compat.py says when).
 """
 
 import contextlib
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 _FACTORIES = (
-    "empty zeros ones full tensor arange rand randn randint linspace eye empty_like zeros_like ones_like full_like "
+    "empty zeros ones full tensor arange rand randn randint linspace eye empty_like zeros_like "
+    "ones_like full_like "
     "as_tensor triu_indices tril_indices randperm"
 ).split()
 _installed = False
@@ -85,7 +86,9 @@ def _factory(make: Callable[..., Any], target: torch.device) -> Callable[..., An
 
 
 def install(target: torch.device) -> None:
-    """Answer for torch.cuda with `target` (cpu or meta). Once per process, and only where no GPU is."""
+    """Answer for torch.cuda with `target` (cpu or meta). Once per process, and only where no GPU
+    is.
+    """
     global _installed
     if _installed or torch.cuda.is_available():
         return
@@ -106,7 +109,11 @@ def install(target: torch.device) -> None:
             dtype = dtype.replace("torch.cuda.", "torch.") if isinstance(dtype, str) else dtype
             return tensor_type(self, dtype, *args, **kwargs)
         name = tensor_type(self)
-        return name if "cuda" in name else name.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.")
+        return (
+            name
+            if "cuda" in name
+            else name.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.")
+        )
 
     torch.Tensor.to = to  # type: ignore[method-assign]
     torch.Tensor.type = typed  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """Context parallelism: which tokens of a pack a rank holds, and gathering them back.
 
-A pack of t tokens is cut into 2*cp equal chunks; rank r holds chunks r and 2*cp-1-r, so that causal attention costs
-every rank about the same. Legend: c = t/cp local tokens.
+A pack of t tokens is cut into 2*cp equal chunks; rank r holds chunks r and 2*cp-1-r, so that causal
+attention costs every rank about the same. Legend: c = t/cp local tokens.
 """
 
 from typing import Any
@@ -25,7 +25,9 @@ def take_local(x: Tensor, cp_rank: int, cp_size: int, dim: int = 0) -> Tensor:
     """This rank's tokens of a global tensor: t becomes c along `dim`."""
     if cp_size == 1:
         return x
-    return torch.cat([x.narrow(dim, a, b - a) for a, b in local_runs(x.size(dim), cp_rank, cp_size)], dim)
+    return torch.cat(
+        [x.narrow(dim, a, b - a) for a, b in local_runs(x.size(dim), cp_rank, cp_size)], dim
+    )
 
 
 def _restore_order(gathered: Tensor, cp_size: int) -> Tensor:
@@ -46,7 +48,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         grad = grads[0].contiguous()
         if ctx.reduce_grad:
-            # An all-reduce and a slice: gloo has no reduce-scatter of unequal dtypes, and K and V are small next to Q.
+            # An all-reduce and a slice: gloo has no reduce-scatter of unequal dtypes, and K and V
+            # are small next to Q.
             grad = grad.clone()
             dist.all_reduce(grad, group=ctx.group)
         return take_local(grad, ctx.group.rank(), ctx.group.size()), None, None
@@ -55,8 +58,9 @@ class _Gather(torch.autograd.Function):
 def gather(x: Tensor, group: ProcessGroup, *, reduce_grad: bool) -> Tensor:
     """[c, ...] of every rank -> [t, ...] in the pack's order on every rank.
 
-    `reduce_grad`: True where ranks use the result differently (K and V: their gradients add up); False where every rank
-    goes on with the same computation (log-probs into a loss), so that each keeps its own slice of one gradient.
+    `reduce_grad`: True where ranks use the result differently (K and V: their gradients add up);
+    False where every rank goes on with the same computation (log-probs into a loss), so that each
+    keeps its own slice of one gradient.
     """
     if group.size() == 1:
         return x

@@ -20,14 +20,18 @@ def free_port() -> int:
 
 
 def prepare() -> torch.device:
-    """Choose the device and make Megatron ready for it. Call before the first import of a Megatron module."""
+    """Choose the device and make Megatron ready for it. Call before the first import of a Megatron
+    module.
+    """
     for message in (".*Apex is not installed.*", ".*ransformer.?[Ee]ngine.*", ".*DEPRECATED.*"):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="megatron.*")
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron.*")
-    # torch.distributed.checkpoint warns of its own argument order, and that one process is one process.
+    # torch.distributed.checkpoint warns of its own argument order, and that one process is one
+    # process.
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint.*")
-    # "No CUDA runtime is found" on machines with a toolkit and no GPU; Megatron's advice about its own next API.
+    # "No CUDA runtime is found" on machines with a toolkit and no GPU; Megatron's advice about its
+    # own next API.
     for name in ("torch.utils.cpp_extension", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)
     has_gpu = torch.cuda.is_available()
@@ -42,7 +46,9 @@ def prepare() -> torch.device:
 
 
 def start() -> torch.device:
-    """Join the process group that RANK and WORLD_SIZE name (one process without them); returns the device."""
+    """Join the process group that RANK and WORLD_SIZE name (one process without them); returns the
+    device.
+    """
     device = prepare()
     has_gpu = device.type == "cuda"
     if not dist.is_initialized():
@@ -53,7 +59,9 @@ def start() -> torch.device:
             "nccl" if has_gpu else "gloo",
             rank=int(os.environ.get("RANK", 0)),
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            timeout=datetime.timedelta(minutes=float(os.environ.get("MOETRAIN_TIMEOUT_MINUTES", 10))),
+            timeout=datetime.timedelta(
+                minutes=float(os.environ.get("MOETRAIN_TIMEOUT_MINUTES", 10))
+            ),
             device_id=device if has_gpu else None,
         )
     return device
@@ -69,7 +77,9 @@ def stop() -> None:
 
 
 def memory_gib() -> float:
-    """Peak device memory of this process in GiB; on CPU its anonymous memory now (mapped files do not count)."""
+    """Peak device memory of this process in GiB; on CPU its anonymous memory now (mapped files do
+    not count).
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     with open("/proc/self/status") as status:

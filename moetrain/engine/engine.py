@@ -47,11 +47,14 @@ class StepResult:
 
 
 class Engine:
-    """A model on this process's place in the mesh. Every verb is collective: all ranks call it in the same order.
+    """A model on this process's place in the mesh. Every verb is collective: all ranks call it in
+    the same order.
 
     Args:
-        recipe: the resolved recipe; `model`, `parallel`, `optim`, `train`, `router` and `megatron` are read.
-        train: build gradients and the optimizer too. Without it only forward passes and weights are there.
+        recipe: the resolved recipe; `model`, `parallel`, `optim`, `train`, `router` and `megatron`
+            are read.
+        train: build gradients and the optimizer too. Without it only forward passes and weights are
+            there.
 
     Raises:
         LayoutError: the layout does not divide the model or the world.
@@ -87,7 +90,9 @@ class Engine:
         self.run = Runner(models, self.mesh, self.dims, self.device)
 
     whole_gradients: bool = False
-    """Reduce gradients to every rank, not only to the one that updates the weight: for `gradients()`, at more traffic."""
+    """Reduce gradients to every rank, not only to the one that updates the weight: for
+    `gradients()`, at more traffic.
+    """
 
     def _finalize_gradients(self, models: Any, num_tokens: Any = None, **kwargs: Any) -> None:
         # num_tokens is Megatron's divisor of the summed gradients; ours was applied in the loss.
@@ -160,13 +165,18 @@ class Engine:
 
         def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
             total, metrics = method.loss(out, pack, self.recipe.method, lambda x: x)
-            kept = {"loss": total.detach(), "metrics": {k: (s.detach(), n) for k, (s, n) in metrics.items()}}
+            kept = {
+                "loss": total.detach(),
+                "metrics": {k: (s.detach(), n) for k, (s, n) in metrics.items()},
+            }
             return total / count, kept | {"ids": pack.ids}
 
         return head
 
     def _global_counts(self, batches: Sequence[Packed], method: Method) -> tuple[float, float]:
-        """(the method's count, valid tokens) of the whole global batch, before anything is computed."""
+        """(the method's count, valid tokens) of the whole global batch, before anything is
+        computed.
+        """
         counts = torch.tensor(
             [
                 sum(float(method.count(b, self.recipe.method)) for b in batches),
@@ -177,11 +187,15 @@ class Engine:
         )
         dist.all_reduce(counts, group=self.mesh.dp_group)
         if counts[0] == 0:
-            raise DataError("A global batch has no token to learn from. Check the loss mask and data.seq_len.")
+            raise DataError(
+                "A global batch has no token to learn from. Check the loss mask and data.seq_len."
+            )
         return counts[0].item(), counts[1].item()
 
     def _reduce_metrics(self, kept: list[dict[str, Any]], count: float) -> dict[str, float]:
-        """Global means from the micro-batches' sums; only one rank of each data-parallel replica contributes."""
+        """Global means from the micro-batches' sums; only one rank of each data-parallel replica
+        contributes.
+        """
         names: list[Any] = [sorted(kept[0]["metrics"]) if kept else []]
         if self.mesh.world_size > 1:
             last = self.mesh.plan.world_size - 1  # always on the last stage
@@ -190,7 +204,9 @@ class Engine:
         if self.mesh.speaks:
             for row in kept:
                 flat = [x for name in names[0] for x in row["metrics"][name]]
-                sums += torch.stack([torch.as_tensor(x).double() for x in (row["loss"], *flat)]).to(self.device)
+                sums += torch.stack([torch.as_tensor(x).double() for x in (row["loss"], *flat)]).to(
+                    self.device
+                )
         dist.all_reduce(sums)
         values = sums.tolist()
         out = {"loss": values[0] / count}
@@ -199,7 +215,12 @@ class Engine:
         return out
 
     def _diverged(
-        self, step: int, loss: float, grad_norm: float, kept: list[dict[str, Any]], batches: Sequence[Packed]
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        kept: list[dict[str, Any]],
+        batches: Sequence[Packed],
     ) -> str:
         bad = [i for row in kept if not torch.isfinite(row["loss"]) for i in row["ids"] if i]
         if math.isfinite(loss):
@@ -209,7 +230,8 @@ class Engine:
         names = sorted({i for part in everyone for i in part})
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return (
-            f"Step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}. Nothing was updated. Sequences: {shown or '-'}. "
+            f"Step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}. Nothing was updated. "
+            f"Sequences: {shown or '-'}. "
             "Look at them, lower optim.lr, or resume from the last checkpoint without them."
         )
 
@@ -217,14 +239,18 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, packs: Sequence[Packed], method: Method) -> dict[str, float]:
-        """Mean loss and metrics over held-out packs (each data-parallel rank brings its share): {"loss": ..., ...}."""
+        """Mean loss and metrics over held-out packs (each data-parallel rank brings its share):
+        {"loss": ..., ...}.
+        """
         batches = micro_batches(packs, self.recipe.train.micro_batch, self.mesh)
         count, _ = self._global_counts(batches, method)
         return self._reduce_metrics(self._forward_only(batches, self._head(method, count)), count)
 
     @torch.no_grad()
     def logprobs(self, packs: Sequence[Packed]) -> list[Tensor]:
-        """Log-prob of each label, one fp32 [t] CPU tensor a pack (its own length), on every rank of the replica."""
+        """Log-prob of each label, one fp32 [t] CPU tensor a pack (its own length), on every rank of
+        the replica.
+        """
         batches = micro_batches(packs, 1, self.mesh)
 
         def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
@@ -254,16 +280,26 @@ class Engine:
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every weight, in one order on every rank."""
-        return transport.export(local_params(self.chunks, self.mesh), self.rules, self.dims, to="all")
+        return transport.export(
+            local_params(self.chunks, self.mesh), self.rules, self.dims, to="all"
+        )
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, fp32 gradient of the mean loss) after a step with `whole_gradients` and without clipping."""
+        """(Hugging Face name, fp32 gradient of the mean loss) after a step with `whole_gradients`
+        and without clipping.
+        """
         assert self.whole_gradients, "the distributed optimizer has scattered the gradients"
-        return transport.export(local_grads(self.chunks, self.mesh), self.rules, self.dims, to="all")
+        return transport.export(
+            local_grads(self.chunks, self.mesh), self.rules, self.dims, to="all"
+        )
 
     def export_hf(self, folder: Path) -> None:
-        """Write a Hugging Face model folder: weights in the source's dtypes, config, tokenizer and chat template."""
-        owned = transport.export(local_params(self.chunks, self.mesh), self.rules, self.dims, to="owner")
+        """Write a Hugging Face model folder: weights in the source's dtypes, config, tokenizer and
+        chat template.
+        """
+        owned = transport.export(
+            local_params(self.chunks, self.mesh), self.rules, self.dims, to="owner"
+        )
         write_hf(
             owned,
             folder,
@@ -276,12 +312,19 @@ class Engine:
     # Checkpoints
 
     def save(self, folder: Path, state: dict[str, Any], *, optimizer: bool = True) -> None:
-        """Write weights, optimizer and `state` (JSON) into `folder`, which must be empty. Publishing is the caller's."""
+        """Write weights, optimizer and `state` (JSON) into `folder`, which must be empty.
+        Publishing is the caller's.
+        """
         checkpoint.save(
-            folder, self.chunks, self.optimizer if optimizer else None, state | {"steps_done": self.steps_done}
+            folder,
+            self.chunks,
+            self.optimizer if optimizer else None,
+            state | {"steps_done": self.steps_done},
         )
         if self.mesh.is_main:
-            (folder / "moetrain.json").write_text(json.dumps({"hf": self.source.hf_for_export(self.recipe)}, indent=1))
+            (folder / "moetrain.json").write_text(
+                json.dumps({"hf": self.source.hf_for_export(self.recipe)}, indent=1)
+            )
             copy_tokenizer(self.source.tokenizer, folder)
 
     def restore(self, folder: Path) -> dict[str, Any]:

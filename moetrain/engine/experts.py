@@ -1,6 +1,7 @@
 """Experts of the torch backend: one grouped matmul for all local experts.
 
-Legend: e local experts, f the expert's hidden size on this expert-tensor rank, h hidden, t tokens that arrived here.
+Legend: e local experts, f the expert's hidden size on this expert-tensor rank, h hidden, t tokens
+    that arrived here.
 """
 
 from typing import Any
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 
 
 class _GroupedWeight(nn.Module):
-    """Holds one parameter `weight [e, out, in]`, named as Transformer Engine's grouped linear names its module."""
+    """Holds one parameter `weight [e, out, in]`, named as Transformer Engine's grouped linear names
+    its module.
+    """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype):
         super().__init__()
         weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()))
-        # False sends the gradient through the expert data-parallel group, which is the right one at every EP and ETP.
+        # False sends the gradient through the expert data-parallel group, which is the right one at
+        # every EP and ETP.
         weight.allreduce = False  # type: ignore[attr-defined]
         self.weight = weight
 
@@ -30,9 +34,13 @@ class _GroupedWeight(nn.Module):
 
 
 class GroupedExperts(MegatronModule):
-    """SwiGLU experts: `linear_fc1.weight [e, 2f, h]` (gate rows, then up rows) and `linear_fc2.weight [e, h, f]`."""
+    """SwiGLU experts: `linear_fc1.weight [e, 2f, h]` (gate rows, then up rows) and
+    `linear_fc2.weight [e, h, f]`.
+    """
 
-    def __init__(self, num_local_experts: int, config: Any, pg_collection: Any, name: str | None = None):
+    def __init__(
+        self, num_local_experts: int, config: Any, pg_collection: Any, name: str | None = None
+    ):
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
@@ -46,11 +54,16 @@ class GroupedExperts(MegatronModule):
             weight.tensor_model_parallel = self.tp_group.size() > 1  # type: ignore[attr-defined]
             weight.partition_dim, weight.partition_stride = dim, 1  # type: ignore[attr-defined]
 
-    def forward(self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """hidden [t, h] sorted by local expert, tokens_per_expert [e], probs [t] fp32 -> [t, h] times its probability."""
+    def forward(
+        self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """hidden [t, h] sorted by local expert, tokens_per_expert [e], probs [t] fp32 -> [t, h]
+        times its probability.
+        """
         ends = tokens_per_expert.to(hidden.device).cumsum(0).to(torch.int32)
         if hidden.size(0) == 0:
-            # Nothing arrived, but every weight needs a gradient for the data-parallel buckets to complete.
+            # Nothing arrived, but every weight needs a gradient for the data-parallel buckets to
+            # complete.
             idle = self.linear_fc1.weight.sum() + self.linear_fc2.weight.sum() + probs.sum()
             return hidden + idle.to(hidden.dtype) * 0, None
         gate, up = self.linear_fc1(hidden, ends).chunk(2, -1)  # [t, f] each
@@ -61,21 +74,34 @@ class GroupedExperts(MegatronModule):
         """Weight gradients are computed with the rest of the backward pass."""
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Megatron's own checkpoint keys for experts, interchangeable with TEGroupedMLP's and SequentialMLP's."""
+        """Megatron's own checkpoint keys for experts, interchangeable with TEGroupedMLP's and
+        SequentialMLP's.
+        """
         ensure_metadata_has_dp_cp_group(metadata)
         lead = len(sharded_offsets)
         replica = (0, 0, self.dp_group.rank())
         experts = (lead, self.ep_group.rank(), self.ep_group.size())
         tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
 
-        def build_fc1(key: str, w: Tensor, replica_id: ReplicaId, flattened_range: Any) -> list[ShardedTensor]:
-            # Each rank holds its part of the gate and of the up projection: two shards of one [E, 2F, h] tensor.
+        def build_fc1(
+            key: str, w: Tensor, replica_id: ReplicaId, flattened_range: Any
+        ) -> list[ShardedTensor]:
+            # Each rank holds its part of the gate and of the up projection: two shards of one [E,
+            # 2F, h] tensor.
             return [
                 ShardedTensor.from_rank_offsets(
-                    key, half.contiguous(), *sharded_offsets, experts, (lead + 1, tp_rank + i * tp_size, 2 * tp_size),
-                    replica_id=replica_id, prepend_axis_num=lead,
+                    key,
+                    half.contiguous(),
+                    *sharded_offsets,
+                    experts,
+                    (lead + 1, tp_rank + i * tp_size, 2 * tp_size),
+                    replica_id=replica_id,
+                    prepend_axis_num=lead,
                 )  # fmt: skip
                 for i, half in enumerate(w.chunk(2, 1))
             ]

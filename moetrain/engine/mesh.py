@@ -41,12 +41,16 @@ class Mesh:
 
     @property
     def speaks(self) -> bool:
-        """Whether this rank adds the loss of its data once: one rank per data-parallel replica does."""
+        """Whether this rank adds the loss of its data once: one rank per data-parallel replica
+        does.
+        """
         return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
 
 def start_mesh(parallel: ParallelConfig, seed: int) -> Mesh:
-    """Make Megatron's groups for `parallel` over all ranks of the process group; LayoutError when it does not divide."""
+    """Make Megatron's groups for `parallel` over all ranks of the process group; LayoutError when
+    it does not divide.
+    """
     plan = plan_mesh(parallel, dist.get_world_size())
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()

@@ -31,17 +31,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pipeline_layout(dims: Dims, recipe: Recipe) -> list[list[str]]:
-    """Megatron's pipeline_model_parallel_layout for our own split of layers, ordered chunk by chunk over the stages."""
+    """Megatron's pipeline_model_parallel_layout for our own split of layers, ordered chunk by chunk
+    over the stages.
+    """
     p = recipe.parallel
-    stages = stage_layers(dims.num_layers, p.pp, p.vpp or 1, p.first_stage_layers, p.last_stage_layers)
+    stages = stage_layers(
+        dims.num_layers, p.pp, p.vpp or 1, p.first_stage_layers, p.last_stage_layers
+    )
     flat = [["decoder"] * len(stages[pp][vpp]) for vpp in range(p.vpp or 1) for pp in range(p.pp)]
     flat[0].insert(0, "embedding")
     flat[-1].append("loss")
     return flat
 
 
-def transformer_config(recipe: Recipe, dims: Dims, device: torch.device, backend: str) -> TransformerConfig:
-    """Megatron's TransformerConfig for the recipe; `megatron:` fields of the recipe are applied last."""
+def transformer_config(
+    recipe: Recipe, dims: Dims, device: torch.device, backend: str
+) -> TransformerConfig:
+    """Megatron's TransformerConfig for the recipe; `megatron:` fields of the recipe are applied
+    last.
+    """
     p, dtype = recipe.parallel, DTYPES[recipe.model.dtype]
     on_gpu = device.type == "cuda"
     uses_te = backend == "te"
@@ -98,34 +106,51 @@ def transformer_config(recipe: Recipe, dims: Dims, device: torch.device, backend
         batch_p2p_comm=not p.vpp,
     )
     if dims.experts:
-        # gloo has no uneven all-gather, which all-to-all needs when experts are tensor parallel too.
-        defaults["moe_token_dispatcher_type"] = "allgather" if not on_gpu and p.etp > 1 else "alltoall"
+        # gloo has no uneven all-gather, which all-to-all needs when experts are tensor parallel
+        # too.
+        defaults["moe_token_dispatcher_type"] = (
+            "allgather" if not on_gpu and p.etp > 1 else "alltoall"
+        )
         defaults["moe_permute_fusion"] = uses_te
     if recipe.train.recompute == "full":
-        defaults |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        defaults |= dict(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
     elif recipe.train.recompute == "selective":
         defaults |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     return TransformerConfig(**owned | _passed_through(recipe, owned, defaults))
 
 
-def _passed_through(recipe: Recipe, owned: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def _passed_through(
+    recipe: Recipe, owned: dict[str, Any], defaults: dict[str, Any]
+) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(TransformerConfig)}
     for key in recipe.megatron:
         if key in owned:
-            raise ConfigError(f"megatron.{key} is set by moetrain from the model and the layout. Remove it.")
+            raise ConfigError(
+                f"megatron.{key} is set by moetrain from the model and the layout. Remove it."
+            )
         if key not in known:
-            raise ConfigError(f"megatron.{key} is not a TransformerConfig field.{nearest(key, known)}")
+            raise ConfigError(
+                f"megatron.{key} is not a TransformerConfig field.{nearest(key, known)}"
+            )
     if "moe" in recipe.megatron.get("recompute_modules", []):
-        raise ConfigError("megatron.recompute_modules cannot hold 'moe' here. Use train.recompute=full.")
+        raise ConfigError(
+            "megatron.recompute_modules cannot hold 'moe' here. Use train.recompute=full."
+        )
     return defaults | recipe.megatron
 
 
 class Rotary(nn.Module):
-    """Rotary angles by position, as transformers computes them (default, linear and llama3 scaling)."""
+    """Rotary angles by position, as transformers computes them (default, linear and llama3
+    scaling).
+    """
 
     def __init__(self, dims: Dims):
         super().__init__()
-        inv = 1.0 / dims.rope_theta ** (torch.arange(0, dims.head_dim, 2, dtype=torch.float32) / dims.head_dim)
+        inv = 1.0 / dims.rope_theta ** (
+            torch.arange(0, dims.head_dim, 2, dtype=torch.float32) / dims.head_dim
+        )
         scaling = dims.rope_scaling or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "linear":
@@ -150,14 +175,18 @@ def _llama3_frequencies(inv: Tensor, scaling: dict[str, Any]) -> Tensor:
 
 
 class _Head(ColumnParallelLinear):
-    """The output projection as a weight: logits are never made, but calling it runs the parameter-gather hooks."""
+    """The output projection as a weight: logits are never made, but calling it runs the
+    parameter-gather hooks.
+    """
 
     def forward(self) -> Tensor:  # type: ignore[override]
         return self.weight
 
 
 class PackedGPT(GPTModel):
-    """Megatron's GPT with our own forward: packs in, final hidden states out. No logits are made here."""
+    """Megatron's GPT with our own forward: packs in, final hidden states out. No logits are made
+    here.
+    """
 
     def __init__(self, *args: Any, dims: Dims, **kwargs: Any):
         super().__init__(*args, position_embedding_type="none", **kwargs)
@@ -165,10 +194,14 @@ class PackedGPT(GPTModel):
         if self.post_process:
             self.output_layer.__class__ = _Head
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, sequences: Tensor) -> Tensor:
-        """tokens, position_ids [c], cu_seqlens [n+1], sequences [2, c] (router.sequence_table) -> [c, 1, h], over tp with SP.
+    def forward(
+        self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, sequences: Tensor
+    ) -> Tensor:
+        """tokens, position_ids [c], cu_seqlens [n+1], sequences [2, c] (router.sequence_table) ->
+        [c, 1, h], over tp with SP.
 
-        The last stage returns hidden states gathered over tensor ranks [c, 1, h], ready for `token_logprobs`.
+        The last stage returns hidden states gathered over tensor ranks [c, 1, h], ready for
+        `token_logprobs`.
         """
         hidden = None
         if self.pre_process:
@@ -192,7 +225,9 @@ class PackedGPT(GPTModel):
         return self.output_layer()
 
 
-def build(config: TransformerConfig, dims: Dims, mesh: Mesh, backend: str, monitor: RouterMonitor) -> list[PackedGPT]:
+def build(
+    config: TransformerConfig, dims: Dims, mesh: Mesh, backend: str, monitor: RouterMonitor
+) -> list[PackedGPT]:
     """This rank's model chunks, one per virtual pipeline stage, with uninitialised weights."""
     plan = mesh.plan
     chunks: list[PackedGPT] = []
@@ -203,8 +238,12 @@ def build(config: TransformerConfig, dims: Dims, mesh: Mesh, backend: str, monit
             layer_specs(config, dims, backend, stage, mesh.pp_rank),
             vocab_size=dims.padded_vocab(plan.tp),
             max_sequence_length=dims.max_positions,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=stage
+            ),
             share_embeddings_and_output_weights=dims.tied,
             vp_stage=stage,
             dims=dims,

@@ -1,4 +1,6 @@
-"""The optimizer: Megatron's DDP and distributed AdamW, and the learning-rate schedule as a pure function."""
+"""The optimizer: Megatron's DDP and distributed AdamW, and the learning-rate schedule as a pure
+function.
+"""
 
 import math
 from typing import Any
@@ -14,10 +16,11 @@ from moetrain.errors import ConfigError
 
 
 def learning_rate(step: int, cfg: OptimConfig, num_steps: int) -> float:
-    """The rate of optimizer step `step` (from 1) of `num_steps`: linear warm-up, then the schedule down to min_lr.
+    """The rate of optimizer step `step` (from 1) of `num_steps`: linear warm-up, then the schedule
+    down to min_lr.
 
-    cosine and constant follow arXiv 1608.03983 without restarts; wsd holds lr and decays over the last `decay_steps`
-    (a tenth of the run when not given; arXiv 2404.06395).
+    cosine and constant follow arXiv 1608.03983 without restarts; wsd holds lr and decays over the
+    last `decay_steps` (a tenth of the run when not given; arXiv 2404.06395).
     """
     if step <= cfg.warmup:
         return cfg.lr * step / cfg.warmup
@@ -42,8 +45,12 @@ def _shape(kind: str, progress: float) -> float:
     return 1.0 - x
 
 
-def wrap(chunks: list[PackedGPT], config: TransformerConfig, recipe: Recipe) -> list[DistributedDataParallel]:
-    """Megatron's DDP around each chunk: gradients accumulate in one buffer, reduced over the data-parallel group."""
+def wrap(
+    chunks: list[PackedGPT], config: TransformerConfig, recipe: Recipe
+) -> list[DistributedDataParallel]:
+    """Megatron's DDP around each chunk: gradients accumulate in one buffer, reduced over the
+    data-parallel group.
+    """
     overlap = recipe.train.overlap and torch.cuda.is_available()
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
@@ -52,11 +59,14 @@ def wrap(chunks: list[PackedGPT], config: TransformerConfig, recipe: Recipe) -> 
         overlap_param_gather=overlap,
     )
     wrapped = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
     ]
     config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     if overlap:
-        config.grad_sync_func = [w.start_grad_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].start_grad_sync
+        config.grad_sync_func = (
+            [w.start_grad_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].start_grad_sync
+        )
         if len(wrapped) > 1:
             config.param_sync_func = [w.start_param_sync for w in wrapped]
         else:
@@ -71,7 +81,8 @@ def make_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe, backe
     if cfg.state_dtype != "fp32":
         if backend != "te":
             raise ConfigError(
-                f"optim.state_dtype={cfg.state_dtype} needs Transformer Engine's FusedAdam. Use fp32, or backend te."
+                f"optim.state_dtype={cfg.state_dtype} needs Transformer Engine's FusedAdam. Use "
+                f"fp32, or backend te."
             )
         low = {"bf16": torch.bfloat16, "fp8": torch.uint8}[cfg.state_dtype]
         extra = dict(use_precision_aware_optimizer=True, exp_avg_dtype=low, exp_avg_sq_dtype=low)
@@ -92,14 +103,16 @@ def make_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe, backe
         overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
         **extra,
     )
-    return get_megatron_optimizer(config, wrapped, use_gloo_process_groups=torch.distributed.get_backend() == "nccl")
+    return get_megatron_optimizer(
+        config, wrapped, use_gloo_process_groups=torch.distributed.get_backend() == "nccl"
+    )
 
 
 def start_state(optimizer: Any) -> None:
     """Give torch's AdamW an empty state, so that a checkpoint can be read into it.
 
-    megatron-core 0.19.2 asks for every parameter's `step` before loading, which its own init_state_fn forgets. Apex's and
-    Transformer Engine's Adam keep it elsewhere.
+    megatron-core 0.19.2 asks for every parameter's `step` before loading, which its own
+    init_state_fn forgets. Apex's and Transformer Engine's Adam keep it elsewhere.
     """
     for inner in _torch_adams(optimizer):
         for group in inner.param_groups:
@@ -115,8 +128,9 @@ def start_state(optimizer: Any) -> None:
 def part_steps(optimizer: Any) -> None:
     """Give each parameter a `step` of its own again after loading.
 
-    megatron-core 0.19.2 hands all of them one tensor, which AdamW then counts up once for every parameter: the bias
-    correction, and with it the run, would silently differ from the uninterrupted one.
+    megatron-core 0.19.2 hands all of them one tensor, which AdamW then counts up once for every
+    parameter: the bias correction, and with it the run, would silently differ from the
+    uninterrupted one.
     """
     for inner in _torch_adams(optimizer):
         for state in inner.state.values():

@@ -1,4 +1,6 @@
-"""The live shards of a model under their canonical names: global layer and expert ids, one name scheme for both backends."""
+"""The live shards of a model under their canonical names: global layer and expert ids, one name
+scheme for both backends.
+"""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +21,8 @@ _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d*)$")
 
 
 def canonical_tensors(chunk: PackedGPT, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
-    """(canonical name, local tensor) of one model chunk; grouped experts come out one by one, as views.
+    """(canonical name, local tensor) of one model chunk; grouped experts come out one by one, as
+    views.
 
     A last stage's own copy of tied embeddings comes out under the embedding's name.
     """
@@ -27,7 +30,9 @@ def canonical_tensors(chunk: PackedGPT, mesh: Mesh) -> Iterator[tuple[str, Tenso
         yield from _canonical(name, param, chunk, mesh)
 
 
-def _canonical(name: str, tensor: Tensor, chunk: PackedGPT, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+def _canonical(
+    name: str, tensor: Tensor, chunk: PackedGPT, mesh: Mesh
+) -> Iterator[tuple[str, Tensor]]:
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         name = "embedding.word_embeddings.weight"
     if not name.startswith("decoder.layers."):
@@ -59,7 +64,9 @@ def local_params(chunks: list[PackedGPT], mesh: Mesh) -> list[LocalParam]:
 
 
 def local_grads(chunks: list[PackedGPT], mesh: Mesh) -> list[LocalParam]:
-    """The gradients of the last step under the weights' names, from DDP's buffers (Engine.whole_gradients)."""
+    """The gradients of the last step under the weights' names, from DDP's buffers
+    (Engine.whole_gradients).
+    """
     return [
         LocalParam(canonical, grad, *_coordinates(canonical, mesh))
         for chunk in chunks

@@ -1,6 +1,8 @@
-"""The router: Megatron's top-k choice, with balance losses that do not depend on how a batch is cut, and load counts.
+"""The router: Megatron's top-k choice, with balance losses that do not depend on how a batch is
+cut, and load counts.
 
-Legend: c local tokens (t over context and sequence-parallel ranks), n sequences of the pack, E experts, k experts a token.
+Legend: c local tokens (t over context and sequence-parallel ranks), n sequences of the pack, E
+    experts, k experts a token.
 """
 
 from dataclasses import dataclass, field
@@ -19,10 +21,12 @@ from torch import Tensor
 
 @dataclass
 class RouterMonitor:
-    """What all routers of one model share: the coefficients, the step's token count, and sums for the ledger.
+    """What all routers of one model share: the coefficients, the step's token count, and sums for
+    the ledger.
 
-    `num_tokens` is the number of valid tokens in the whole global batch, set before the forward pass, so that each
-    rank's partial sums divided by it add up to the mean whatever the micro-batches, packs and ranks.
+    `num_tokens` is the number of valid tokens in the whole global batch, set before the forward
+    pass, so that each rank's partial sums divided by it add up to the mean whatever the
+    micro-batches, packs and ranks.
     """
 
     num_layers: int
@@ -41,7 +45,9 @@ class RouterMonitor:
         }
 
     def add(self, layer: int, load: Tensor, aux: Tensor, z: Tensor) -> None:
-        """Add one micro-batch of one layer (0-based, global): load [E] token counts, aux and z as shares of the mean."""
+        """Add one micro-batch of one layer (0-based, global): load [E] token counts, aux and z as
+        shares of the mean.
+        """
         if self.sums["load"].device != load.device:
             self.sums = {name: value.to(load.device) for name, value in self.sums.items()}
         self.sums["load"][layer] += load
@@ -49,9 +55,17 @@ class RouterMonitor:
         self.sums["z_loss"][layer] += z.detach()
 
     def summary(self, moe_layers: list[int]) -> dict[str, float]:
-        """The step's figures over all ranks: losses averaged over layers, load as max/mean per layer, dead experts."""
-        flat = torch.cat([self.sums[name].flatten() for name in ("load", "aux_loss", "z_loss")]).float()
-        flat = flat.to(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
+        """The step's figures over all ranks: losses averaged over layers, load as max/mean per
+        layer, dead experts.
+        """
+        flat = torch.cat(
+            [self.sums[name].flatten() for name in ("load", "aux_loss", "z_loss")]
+        ).float()
+        flat = flat.to(
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else "cpu"
+        )
         dist.all_reduce(flat)
         size = self.num_layers * self.num_experts
         load = flat[:size].view(self.num_layers, self.num_experts)[moe_layers]
@@ -69,7 +83,9 @@ class RouterMonitor:
 
 
 class PackedRouter(TopKRouter):
-    """Top-k router over packs. `sequence_ids` and `monitor` are set by the layer and the model that hold it."""
+    """Top-k router over packs. `sequence_ids` and `monitor` are set by the layer and the model that
+    hold it.
+    """
 
     monitor: RouterMonitor
     sequence_ids: Tensor  # [t/cp] int64: the sequence of each token, -1 in the padding tail
@@ -113,8 +129,9 @@ class PackedRouter(TopKRouter):
     def _sequence_aux_loss(self, logits: Tensor, chosen: Tensor, ids: Tensor) -> Tensor:
         """This rank's share of the balance loss, averaged over the global batch's tokens.
 
-        For a sequence of m tokens, E/(k m) sum_e c_e * (1/m) sum_i p_ie (Switch, arXiv 2101.03961, eq. 4, per sequence as in
-        DeepSeek-V3, arXiv 2412.19437, eq. 17), weighted by m. Sequences may be split over tensor and context ranks.
+        For a sequence of m tokens, E/(k m) sum_e c_e * (1/m) sum_i p_ie (Switch, arXiv 2101.03961,
+        eq. 4, per sequence as in DeepSeek-V3, arXiv 2412.19437, eq. 17), weighted by m. Sequences
+        may be split over tensor and context ranks.
         """
         n = self.num_sequences
         valid = ids >= 0
@@ -128,11 +145,13 @@ class PackedRouter(TopKRouter):
         scale = chosen.size(1) / (self.topk * self.monitor.num_tokens)
         return (weight[ids.clamp(min=0)] * probs * valid.unsqueeze(-1)).sum() * scale
 
-def sequence_table(ids: Tensor, num_sequences: int) -> Tensor:
-    """[2, t/cp] int64 for Megatron's `padding_mask`: the sequence of each token (-1 in the tail), and how many there are.
 
-    The number is the pack's, the same on context ranks that see different sequences. A tensor, since recomputation saves
-    tensors only.
+def sequence_table(ids: Tensor, num_sequences: int) -> Tensor:
+    """[2, t/cp] int64 for Megatron's `padding_mask`: the sequence of each token (-1 in the tail),
+    and how many there are.
+
+    The number is the pack's, the same on context ranks that see different sequences. A tensor,
+    since recomputation saves tensors only.
     """
     return torch.stack([ids, torch.full_like(ids, num_sequences)])
 
@@ -140,12 +159,17 @@ def sequence_table(ids: Tensor, num_sequences: int) -> Tensor:
 class PackedMoE(MoELayer):
     """Megatron's MoE layer, which hands the router the sequence ids that arrive in `padding_mask`.
 
-    Upstream turns `padding_mask` into a bool; the ids must reach the router whole. They are set and used inside one call of
-    forward, so recomputation, which calls forward again with the same arguments, sees the same ids.
+    Upstream turns `padding_mask` into a bool; the ids must reach the router whole. They are set and
+    used inside one call of forward, so recomputation, which calls forward again with the same
+    arguments, sees the same ids.
     """
 
     def forward(
-        self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: Any = None,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """hidden_states [c, 1, h]; `padding_mask` is what `sequence_table` makes."""
         assert padding_mask is not None

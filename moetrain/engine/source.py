@@ -1,4 +1,6 @@
-"""Where a model comes from: a Hugging Face folder, a Megatron checkpoint, a built-in, or a configuration alone."""
+"""Where a model comes from: a Hugging Face folder, a Megatron checkpoint, a built-in, or a
+configuration alone.
+"""
 
 import json
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ from moetrain.errors import ConfigError, WeightsError
 from moetrain.families import Family
 from moetrain.families.dims import Dims
 from moetrain.weights.reader import RandomReader, Reader, SafetensorsReader
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -40,14 +43,18 @@ class ModelSource:
         return {name: reader.dtype(name) for name in reader.names()}
 
     def hf_for_export(self, recipe: Recipe) -> dict[str, Any]:
-        """The config.json to write: the source's, with the trained dtype where weights were made here."""
+        """The config.json to write: the source's, with the trained dtype where weights were made
+        here.
+        """
         if self.folder is not None and recipe.model.init != "random":
             return self.hf
         return {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe.model.dtype]} | self.hf
 
 
 def find_model(model: ModelConfig) -> ModelSource:
-    """Read the configuration that `model` names. Raises ConfigError or WeightsError naming what is missing."""
+    """Read the configuration that `model` names. Raises ConfigError or WeightsError naming what is
+    missing.
+    """
     tokenizer = _folder(model.tokenizer) if model.tokenizer else None
     if model.path is None:
         assert model.hf is not None, "the recipe's validation asks for path or hf"
@@ -58,7 +65,8 @@ def find_model(model: ModelConfig) -> ModelSource:
         return ModelSource(hf, None, folder, tokenizer or folder)
     if not (folder / "config.json").is_file():
         raise WeightsError(
-            f"model.path={model.path}: no config.json (Hugging Face) or moetrain.json (Megatron) there. Check the path."
+            f"model.path={model.path}: no config.json (Hugging Face) or moetrain.json (Megatron) "
+            f"there. Check the path."
         )
     return ModelSource(_json(folder / "config.json"), folder, None, tokenizer or folder)
 
@@ -70,7 +78,9 @@ def _folder(path: str) -> Path:
         return Path(resolve(path))
     folder = Path(path)
     if not folder.is_dir():
-        raise WeightsError(f"{path}: no such folder. Give a Hugging Face or Megatron folder, or builtin:NAME.")
+        raise WeightsError(
+            f"{path}: no such folder. Give a Hugging Face or Megatron folder, or builtin:NAME."
+        )
     return folder
 
 

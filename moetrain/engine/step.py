@@ -1,6 +1,8 @@
-"""One pass over a global batch: micro-batches through Megatron's pipeline schedule, and the sums that come out.
+"""One pass over a global batch: micro-batches through Megatron's pipeline schedule, and the sums
+that come out.
 
-Legend: t tokens of a micro-batch, c = t/cp local tokens, v_local this tensor rank's vocabulary rows.
+Legend: t tokens of a micro-batch, c = t/cp local tokens, v_local this tensor rank's vocabulary
+    rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,15 +25,18 @@ from moetrain.methods.base import Out
 from moetrain.ops.logprob import token_logprobs
 from moetrain.ops.packed import Packed, concat, pad_to
 
-# What a method makes of one micro-batch: (what to differentiate, what to keep). Runs on the last stage only.
+# What a method makes of one micro-batch: (what to differentiate, what to keep). Runs on the last
+# stage only.
 Head = Callable[[Out, Packed], tuple[Tensor, dict[str, Any]]]
 
 
-def micro_batches(packs: Sequence[Packed], size: int, mesh: Mesh, *, alone: bool = False) -> list[Packed]:
+def micro_batches(
+    packs: Sequence[Packed], size: int, mesh: Mesh, *, alone: bool = False
+) -> list[Packed]:
     """Join `size` packs to a micro-batch and bring all to one length and one number on every rank.
 
-    Pipelines exchange activations of one shape, and experts expect every rank to come: ranks with less data run blank
-    micro-batches, which are all padding.
+    Pipelines exchange activations of one shape, and experts expect every rank to come: ranks with
+    less data run blank micro-batches, which are all padding.
     """
     joined = [concat(packs[i : i + size]) for i in range(0, len(packs), size)]
     unit = mesh.plan.tp * 2 * mesh.plan.cp
@@ -50,7 +55,9 @@ def micro_batches(packs: Sequence[Packed], size: int, mesh: Mesh, *, alone: bool
 
 def _blank(t: int, like: Packed | None) -> Packed:
     zeros = torch.zeros(t, dtype=torch.int64)
-    extras = {} if like is None else {k: v.new_zeros(1, *v.shape[1:]) for k, v in like.extras.items()}
+    extras = (
+        {} if like is None else {k: v.new_zeros(1, *v.shape[1:]) for k, v in like.extras.items()}
+    )
     return Packed(
         tokens=zeros,
         labels=zeros,
@@ -73,7 +80,9 @@ class Runner:
     device: torch.device
     chunk: int = 1024  # tokens whose logits exist at one time
 
-    def __call__(self, batches: Sequence[Packed], head: Head, *, forward_only: bool) -> list[dict[str, Any]]:
+    def __call__(
+        self, batches: Sequence[Packed], head: Head, *, forward_only: bool
+    ) -> list[dict[str, Any]]:
         """Run all micro-batches; returns what `head` kept of each, on the last stage, else []."""
         iterators: list[Iterator[Packed]] = [iter(batches) for _ in self.models]
         return get_forward_backward_func()(  # type: ignore[no-any-return]
@@ -86,25 +95,35 @@ class Runner:
             forward_only=forward_only,
         )
 
-    def _forward(self, head: Head, data: Iterator[Packed], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def _forward(
+        self, head: Head, data: Iterator[Packed], model: Any
+    ) -> tuple[Tensor, Callable[..., Any]]:
         pack = next(data).to(self.device)
         ids = pack.sequence_ids.to(self.device).masked_fill(~pack.valid, -1)
         sequences = sequence_table(self._mine(ids), pack.num_sequences)
-        hidden = model(self._mine(pack.tokens), self._mine(pack.position_ids), pack.cu_seqlens, sequences)
+        hidden = model(
+            self._mine(pack.tokens), self._mine(pack.position_ids), pack.cu_seqlens, sequences
+        )
         return hidden, partial(self._finish, head, pack, model)
 
     def _mine(self, x: Tensor) -> Tensor:
         return take_local(x, self.mesh.cp_rank, self.mesh.plan.cp)
 
-    def _finish(self, head: Head, pack: Packed, model: Any, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """hidden [c, 1, h] of the last stage -> (loss, 1, kept): Megatron divides by nothing, `head` has done so."""
+    def _finish(
+        self, head: Head, pack: Packed, model: Any, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """hidden [c, 1, h] of the last stage -> (loss, 1, kept): Megatron divides by nothing,
+        `head` has done so.
+        """
         gpt: PackedGPT = get_attr_wrapped_model(model, "head_weight", return_model_obj=True)
         logp, _ = token_logprobs(
             hidden.squeeze(1),
             gpt.head_weight(),
             self._mine(pack.labels),
             group=self.mesh.tp_group if self.mesh.plan.tp > 1 else None,
-            vocab_start=self.mesh.tp_rank * self.dims.padded_vocab(self.mesh.plan.tp) // self.mesh.plan.tp,
+            vocab_start=self.mesh.tp_rank
+            * self.dims.padded_vocab(self.mesh.plan.tp)
+            // self.mesh.plan.tp,
             vocab_size=self.dims.vocab,
             chunk=self.chunk,
         )

@@ -1,6 +1,7 @@
 """The one batch layout: sequences laid end to end.
 
-Legend: t tokens of the pack (global: before any slicing over context or tensor ranks), n sequences of the pack, tail included.
+Legend: t tokens of the pack (global: before any slicing over context or tensor ranks), n sequences
+    of the pack, tail included.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packed:
-    """A pack of sequences. When it is padded, the padding is its last sequence and `valid` is False there."""
+    """A pack of sequences. When it is padded, the padding is its last sequence and `valid` is False
+    there.
+    """
 
     tokens: Tensor  # [t] int64
     labels: Tensor  # [t] int64: what is predicted at each position; 0 where nothing is
@@ -20,7 +23,9 @@ class Packed:
     cu_seqlens: Tensor  # [n+1] int32
     loss_mask: Tensor  # [t] float32, aligned with labels
     valid: Tensor  # [t] bool: False in the padding tail
-    extras: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # name -> [n], a value per sequence
+    extras: dict[str, Tensor] = field(
+        default_factory=dict[str, Tensor]
+    )  # name -> [n], a value per sequence
     ids: tuple[str, ...] = ()  # [n], where each sequence came from, for messages
 
     @property
@@ -51,7 +56,12 @@ class Packed:
 
 
 def pack_one(
-    tokens: Tensor, labels: Tensor, loss_mask: Tensor, *, id: str = "", extras: dict[str, Tensor] | None = None
+    tokens: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    id: str = "",
+    extras: dict[str, Tensor] | None = None,
 ) -> Packed:
     """A pack of one sequence from `[t]` tokens, `[t]` labels and a `[t]` mask over the labels."""
     t = tokens.numel()

@@ -1,4 +1,6 @@
-"""What `moetrain train RECIPE --dry-run` prints: the resolved recipe, the ranks, and static bytes per GPU."""
+"""What `moetrain train RECIPE --dry-run` prints: the resolved recipe, the ranks, and static bytes
+per GPU.
+"""
 
 import json
 from collections.abc import Mapping
@@ -39,7 +41,9 @@ def read_hf_config(model: ModelConfig) -> Mapping[str, object]:
 
 
 def world_size(recipe: Recipe, num_procs: int | None) -> int:
-    """Ranks of the run: --nproc, cluster.world_size, nodes * gpus_per_node, or the smallest world of the layout."""
+    """Ranks of the run: --nproc, cluster.world_size, nodes * gpus_per_node, or the smallest world
+    of the layout.
+    """
     cluster, p = recipe.cluster, recipe.parallel
     if num_procs:
         return num_procs
@@ -59,7 +63,8 @@ def check(recipe: Recipe, num_ranks: int) -> tuple[Family, Dims]:
     check_layout(dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
     if recipe.train.global_batch % plan.dp:
         raise ConfigError(
-            f"train.global_batch={recipe.train.global_batch} does not divide over {plan.dp} data-parallel ranks. "
+            f"train.global_batch={recipe.train.global_batch} does not divide over {plan.dp} "
+            f"data-parallel ranks. "
             f"Use {-(-recipe.train.global_batch // plan.dp) * plan.dp}."
         )
     return family, dims
@@ -71,26 +76,34 @@ def dry_run(recipe: Recipe, num_procs: int | None) -> str:
     family, dims = check(recipe, num_ranks)
     plan = plan_mesh(recipe.parallel, num_ranks)
     table = expand(family, dims)
-    lines = [dump_recipe(recipe), f"# {plan.world_size} ranks: " + " ".join(f"{k}={v}" for k, v in vars(plan).items())]
+    lines = [
+        dump_recipe(recipe),
+        f"# {plan.world_size} ranks: " + " ".join(f"{k}={v}" for k, v in vars(plan).items()),
+    ]
     rows = rank_table(plan)
     lines.append("  ".join(f"{key:>5}" for key in rows[0]))
     lines += ["  ".join(f"{value:>5}" for value in row.values()) for row in rows[:MAX_RANKS_SHOWN]]
     if len(rows) > MAX_RANKS_SHOWN:
         lines.append(f"... and {len(rows) - MAX_RANKS_SHOWN} more")
     total = sum(rule.num_params for rule in table.values())
-    lines.append(f"\n# {family.architecture}, {total / 1e9:.3f} B parameters. Static GiB per GPU, before activations:")
+    lines.append(
+        f"\n# {family.architecture}, {total / 1e9:.3f} B parameters. Static GiB per GPU, before "
+        f"activations:"
+    )
     lines.append("stage  params(B)  weights  gradients  optimizer    total")
     limit = gpu_gib(recipe.cluster.gpu)
     stages = static_bytes(dims, table, plan, recipe)
     for s in stages:
         lines.append(
-            f"{s.stage:>5}  {s.num_params / 1e9:>9.3f}  {s.weights / GIB:>7.2f}  {s.gradients / GIB:>9.2f}  "
+            f"{s.stage:>5}  {s.num_params / 1e9:>9.3f}  {s.weights / GIB:>7.2f}  "
+            f"{s.gradients / GIB:>9.2f}  "
             f"{s.optimizer / GIB:>9.2f}  {s.total / GIB:>7.2f}"
         )
     worst = max(stages, key=lambda s: s.total)
     if worst.total / GIB > limit:
         lines.append(
-            f"WARNING: stage {worst.stage} needs {worst.total / GIB:.1f} GiB before activations and a {recipe.cluster.gpu} "
+            f"WARNING: stage {worst.stage} needs {worst.total / GIB:.1f} GiB before activations "
+            f"and a {recipe.cluster.gpu} "
             f"has {limit:.1f}. Use more ranks, more ep or pp, or optim.offload."
         )
     return "\n".join(lines)

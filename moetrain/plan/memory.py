@@ -1,4 +1,6 @@
-"""Static bytes per GPU by pipeline stage: weights, gradients and optimizer state, counted from the weight table."""
+"""Static bytes per GPU by pipeline stage: weights, gradients and optimizer state, counted from the
+weight table.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +14,13 @@ from moetrain.plan.mesh import MeshPlan, stage_layers
 
 GIB = 2**30
 # Device memory in GiB as the driver reports it.
-GPUS = {"H100-80GB": 79.6, "H200-141GB": 139.8, "A100-80GB": 79.2, "A100-40GB": 39.4, "B200-180GB": 178.0}
+GPUS = {
+    "H100-80GB": 79.6,
+    "H200-141GB": 139.8,
+    "A100-80GB": 79.2,
+    "A100-40GB": 39.4,
+    "B200-180GB": 178.0,
+}
 _BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 
 
@@ -34,14 +42,24 @@ class StageBytes:
 def gpu_gib(name: str) -> float:
     """Memory of a named GPU. Raises ConfigError listing the known ones."""
     if name not in GPUS:
-        raise ConfigError(f"cluster.gpu={name} is not known.{nearest(name, GPUS)} Known: {', '.join(GPUS)}")
+        raise ConfigError(
+            f"cluster.gpu={name} is not known.{nearest(name, GPUS)} Known: {', '.join(GPUS)}"
+        )
     return GPUS[name]
 
 
-def static_bytes(dims: Dims, table: Mapping[str, BoundRule], plan: MeshPlan, recipe: Recipe) -> list[StageBytes]:
-    """Bytes per GPU of each stage (tensor rank 0, expert rank 0), with the optimizer sharded over data parallelism."""
+def static_bytes(
+    dims: Dims, table: Mapping[str, BoundRule], plan: MeshPlan, recipe: Recipe
+) -> list[StageBytes]:
+    """Bytes per GPU of each stage (tensor rank 0, expert rank 0), with the optimizer sharded over
+    data parallelism.
+    """
     layers = stage_layers(
-        dims.num_layers, plan.pp, plan.vpp, recipe.parallel.first_stage_layers, recipe.parallel.last_stage_layers
+        dims.num_layers,
+        plan.pp,
+        plan.vpp,
+        recipe.parallel.first_stage_layers,
+        recipe.parallel.last_stage_layers,
     )
     stages: list[StageBytes] = []
     for stage in range(plan.pp):

@@ -1,4 +1,6 @@
-"""Real gloo processes for tests: started once, used by every test, since importing Megatron costs seconds."""
+"""Real gloo processes for tests: started once, used by every test, since importing Megatron costs
+seconds.
+"""
 
 import multiprocessing
 import os
@@ -26,7 +28,10 @@ def _serve(rank: int, pipe: Connection) -> None:
         try:
             answer: tuple[bool, Any] = (True, function(*args))
         except BaseException as error:  # the boundary of the worker process
-            answer = (False, (error if isinstance(error, Exception) else None, traceback.format_exc()))
+            answer = (
+                False,
+                (error if isinstance(error, Exception) else None, traceback.format_exc()),
+            )
         try:
             device.stop()
         finally:
@@ -37,13 +42,19 @@ def _serve(rank: int, pipe: Connection) -> None:
 
 
 class Workers:
-    """A pool of ranks. `run(world, function, *args)` calls function on each of `world` ranks and returns their answers."""
+    """A pool of ranks. `run(world, function, *args)` calls function on each of `world` ranks and
+    returns their answers.
+    """
 
     def __init__(self) -> None:
         self.ranks: list[tuple[Any, Connection]] = []
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
-        """Raise what the first failing rank raised, with its traceback; a hang fails after `timeout` seconds."""
+    def run(
+        self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 180
+    ) -> list[Any]:
+        """Raise what the first failing rank raised, with its traceback; a hang fails after
+        `timeout` seconds.
+        """
         from moetrain.engine.device import free_port
 
         context = multiprocessing.get_context("spawn")

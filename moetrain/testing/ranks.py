@@ -1,4 +1,6 @@
-"""What tests run on every rank of a gloo group. Each function builds an engine, uses it, and returns plain tensors."""
+"""What tests run on every rank of a gloo group. Each function builds an engine, uses it, and
+returns plain tensors.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +45,9 @@ def packs_of(sequences: Lists, num_packs: int) -> list[Packed]:
 def gradients(
     model: str, parallel: dict[str, Any], sequences: Lists, num_packs: int, sections: dict[str, Any]
 ) -> tuple[float, float, dict[str, Tensor]]:
-    """(loss, gradient norm, {HF name: gradient}) of one step; gradients are returned by the first rank alone."""
+    """(loss, gradient norm, {HF name: gradient}) of one step; gradients are returned by the first
+    rank alone.
+    """
     engine = Engine(recipe_for(model, parallel, **sections))
     engine.whole_gradients = True
     result = engine.step(_mine(packs_of(sequences, num_packs), engine), METHODS["sft"])
@@ -60,7 +64,9 @@ def log_probs(
 
 
 def logits(model: str, parallel: dict[str, Any], tokens: Sequence[int]) -> Tensor | None:
-    """[t, v] logits of one sequence from the last stage (None elsewhere), gathered over tensor and context ranks."""
+    """[t, v] logits of one sequence from the last stage (None elsewhere), gathered over tensor and
+    context ranks.
+    """
     import torch.distributed as dist
     from torch.distributed import ProcessGroup
 
@@ -77,7 +83,9 @@ def logits(model: str, parallel: dict[str, Any], tokens: Sequence[int]) -> Tenso
     class LogitsRunner(Runner):
         def _finish(self, head: Any, pack: Any, model: Any, hidden: Tensor) -> Any:
             local = hidden.squeeze(1) @ model.head_weight().T
-            whole = gather(all_columns(local, self.mesh.tp_group), self.mesh.cp_group, reduce_grad=False)
+            whole = gather(
+                all_columns(local, self.mesh.tp_group), self.mesh.cp_group, reduce_grad=False
+            )
             return whole.sum(), torch.ones((), dtype=torch.int), {"logits": whole}
 
     runner = LogitsRunner(engine.chunks, engine.mesh, engine.dims, engine.device)
@@ -89,7 +97,11 @@ def logits(model: str, parallel: dict[str, Any], tokens: Sequence[int]) -> Tenso
 
 
 def losses(
-    model: str, parallel: dict[str, Any], steps: Sequence[Lists], num_packs: int, sections: dict[str, Any]
+    model: str,
+    parallel: dict[str, Any],
+    steps: Sequence[Lists],
+    num_packs: int,
+    sections: dict[str, Any],
 ) -> list[tuple[float, float, dict[str, float]]]:
     """(loss, gradient norm, router figures) of successive steps."""
     engine = Engine(recipe_for(model, parallel, **sections))
@@ -101,7 +113,9 @@ def losses(
 
 
 def round_trip(model: str, parallel: dict[str, Any]) -> dict[str, Tensor]:
-    """{HF name: weight} loaded into live shards and exported again; returned by the first rank alone."""
+    """{HF name: weight} loaded into live shards and exported again; returned by the first rank
+    alone.
+    """
     engine = Engine(recipe_for(model, parallel), train=False)
     weights = {name: w.clone() for name, w in engine.export()}
     return weights if engine.mesh.is_main else {}

@@ -1,4 +1,6 @@
-"""Tiny models of every family, with dimensions that differ from each other so that a mixed-up axis cannot hide."""
+"""Tiny models of every family, with dimensions that differ from each other so that a mixed-up axis
+cannot hide.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,9 @@ def save_model(family: str, folder: Path, **changes: Any) -> Any:
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float()
-    with torch.no_grad():  # larger than the default, so that routing and attention matter in the logits
+    with (
+        torch.no_grad()
+    ):  # larger than the default, so that routing and attention matter in the logits
         for name, param in model.named_parameters():
             if param.dim() > 1:
                 param.normal_(0, 0.08)

@@ -21,7 +21,9 @@ class Difference:
 
 
 def compare(a: Path, b: Path) -> Iterator[Difference]:
-    """Yield a Difference for every tensor that is missing on a side or differs in shape, dtype or any value."""
+    """Yield a Difference for every tensor that is missing on a side or differs in shape, dtype or
+    any value.
+    """
     first, second = SafetensorsReader(a), SafetensorsReader(b)
     names = set(first.names()) | set(second.names())
     for name in sorted(names):
@@ -30,7 +32,9 @@ def compare(a: Path, b: Path) -> Iterator[Difference]:
         elif name not in first.names():
             yield Difference(name, f"only in {b}")
         elif first.shape(name) != second.shape(name):
-            yield Difference(name, f"shape {list(first.shape(name))} against {list(second.shape(name))}")
+            yield Difference(
+                name, f"shape {list(first.shape(name))} against {list(second.shape(name))}"
+            )
         elif first.dtype(name) != second.dtype(name):
             yield Difference(name, f"{first.dtype(name)} against {second.dtype(name)}")
         else:
@@ -39,4 +43,6 @@ def compare(a: Path, b: Path) -> Iterator[Difference]:
             if not torch.equal(x, y):
                 gap = (x.double() - y.double()).abs()
                 share = (x != y).double().mean().item()
-                yield Difference(name, f"{share:.2%} of values differ, by up to {gap.max().item():.3g}")
+                yield Difference(
+                    name, f"{share:.2%} of values differ, by up to {gap.max().item():.3g}"
+                )

@@ -1,4 +1,6 @@
-"""Where weights are read from: safetensors folders, and weights made from scratch, by Hugging Face name and slice."""
+"""Where weights are read from: safetensors folders, and weights made from scratch, by Hugging Face
+name and slice.
+"""
 
 import hashlib
 import json
@@ -48,14 +50,16 @@ _DTYPES = {
 
 
 class SafetensorsReader:
-    """A folder of safetensors: one file, or shards with an index. Headers are read at once, data when asked for.
+    """A folder of safetensors: one file, or shards with an index. Headers are read at once, data
+    when asked for.
 
     Args:
         folder: holds model.safetensors, or model.safetensors.index.json and its shards.
         family, dims: present transformers-5 fused experts under the family's per-expert names.
 
     Raises:
-        WeightsError: nothing there, a shard missing or truncated, or an index that leaves the folder.
+        WeightsError: nothing there, a shard missing or truncated, or an index that leaves the
+            folder.
     """
 
     def __init__(self, folder: Path, family: Family | None = None, dims: Dims | None = None):
@@ -67,7 +71,10 @@ class SafetensorsReader:
             header = _header(path)
             for name in names if names is not None else header:
                 if name not in header:
-                    raise WeightsError(f"{path}: the index promises {name}, which is not in it. Fetch the file again.")
+                    raise WeightsError(
+                        f"{path}: the index promises {name}, which is not in it. Fetch the file "
+                        f"again."
+                    )
                 self._where[name] = path
                 self._meta[name] = (_DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]))
         self._fused: dict[str, FusedSlice] = {}
@@ -85,22 +92,33 @@ class SafetensorsReader:
         single = self.folder / "model.safetensors"
         if not index.is_file():
             if not single.is_file():
-                raise WeightsError(f"{self.folder}: neither model.safetensors nor its index is there. Check the path.")
+                raise WeightsError(
+                    f"{self.folder}: neither model.safetensors nor its index is there. Check the "
+                    f"path."
+                )
             return {single: None}
         try:
             places: dict[str, str] = json.loads(index.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
-            raise WeightsError(f"{index}: not a safetensors index ({error}). Fetch it again.") from None
+            raise WeightsError(
+                f"{index}: not a safetensors index ({error}). Fetch it again."
+            ) from None
         files: dict[Path, list[str] | None] = {}
         for name, file in places.items():
             if Path(file).name != file or file in ("", ".", ".."):
-                raise WeightsError(f"{index}: {name} is placed at {file!r}, outside the folder. Such an index is refused.")
+                raise WeightsError(
+                    f"{index}: {name} is placed at {file!r}, outside the folder. Such an index is "
+                    f"refused."
+                )
             found = files.setdefault(self.folder / file, [])
             assert found is not None
             found.append(name)
         missing = sorted(path.name for path in files if not path.is_file())
         if missing:
-            raise WeightsError(f"{self.folder}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4])}")
+            raise WeightsError(
+                f"{self.folder}: {len(missing)} of {len(files)} shards are missing: "
+                f"{', '.join(missing[:4])}"
+            )
         return files
 
     def names(self) -> Collection[str]:
@@ -124,7 +142,10 @@ class SafetensorsReader:
             return self._slice(name, slices)
         rows = self.shape(name)[0]
         start = rows * cut.part
-        shifted: tuple[slice | int, ...] = (slice(slices[0].start + start, slices[0].stop + start), *slices[1:])
+        shifted: tuple[slice | int, ...] = (
+            slice(slices[0].start + start, slices[0].stop + start),
+            *slices[1:],
+        )
         return self._slice(cut.key, shifted if cut.expert is None else (cut.expert, *shifted))
 
     def _slice(self, name: str, slices: tuple[slice | int, ...]) -> Tensor:
@@ -141,13 +162,17 @@ class SafetensorsReader:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file, after checking that the file is as long as its header says."""
+    """The tensors of a safetensors file, after checking that the file is as long as its header
+    says.
+    """
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except (OSError, ValueError, struct.error) as error:
-        raise WeightsError(f"{path}: not a whole safetensors file ({error}). Fetch it again.") from None
+        raise WeightsError(
+            f"{path}: not a whole safetensors file ({error}). Fetch it again."
+        ) from None
     header.pop("__metadata__", None)
     size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if path.stat().st_size < size:
@@ -158,7 +183,8 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 class RandomReader:
-    """Weights from scratch, the same at every layout: each tensor has a generator of its own, seeded by its name.
+    """Weights from scratch, the same at every layout: each tensor has a generator of its own,
+    seeded by its name.
 
     Matrices are normal(0, std) in fp32, norms ones, biases zeros.
     """
@@ -189,5 +215,10 @@ class RandomReader:
             return torch.ones(shape)[slices]
         if name.endswith(".bias"):
             return torch.zeros(shape)[slices]
-        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:8], "little") >> 1
-        return torch.empty(shape).normal_(0.0, self.std, generator=torch.Generator().manual_seed(seed))[slices]
+        seed = (
+            int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:8], "little")
+            >> 1
+        )
+        return torch.empty(shape).normal_(
+            0.0, self.std, generator=torch.Generator().manual_seed(seed)
+        )[slices]

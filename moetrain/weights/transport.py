@@ -1,8 +1,9 @@
-"""Moving weights between Hugging Face names and live shards, by the table. Knows groups of ranks, no family and no Megatron.
+"""Moving weights between Hugging Face names and live shards, by the table. Knows groups of ranks,
+no family and no Megatron.
 
-A canonical name (global layer and expert numbers) lives on one pipeline stage and one expert-parallel rank, split over a
-tensor-parallel group, and is repeated over data-parallel replicas. Its owner is the smallest global rank that holds its
-first tensor-parallel shard.
+A canonical name (global layer and expert numbers) lives on one pipeline stage and one
+expert-parallel rank, split over a tensor-parallel group, and is repeated over data-parallel
+replicas. Its owner is the smallest global rank that holds its first tensor-parallel shard.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,15 +35,23 @@ class LocalParam:
 
 
 def check_names(local: Iterable[str], table: Table, reader: Reader, dims: Dims) -> None:
-    """Every local weight has one rule, and the reader holds exactly the table's tensors in the table's shapes."""
+    """Every local weight has one rule, and the reader holds exactly the table's tensors in the
+    table's shapes.
+    """
     unknown = sorted(set(local) - set(table))
     if unknown:
         raise WeightsError(f"No rule for {_some(unknown)}. The family's table is incomplete.")
-    wanted = {key: shape for rule in table.values() for key, shape in zip(rule.hf, rule.hf_shapes, strict=True)}
+    wanted = {
+        key: shape
+        for rule in table.values()
+        for key, shape in zip(rule.hf, rule.hf_shapes, strict=True)
+    }
     held = set(reader.names())
     missing = sorted(set(wanted) - held)
     if missing:
-        raise WeightsError(f"{reader}: {len(missing)} of {len(wanted)} tensors are missing: {_some(missing)}")
+        raise WeightsError(
+            f"{reader}: {len(missing)} of {len(wanted)} tensors are missing: {_some(missing)}"
+        )
     extra = sorted(held - set(wanted) - ignored_keys(dims))
     if extra:
         raise WeightsError(
@@ -52,13 +61,15 @@ def check_names(local: Iterable[str], table: Table, reader: Reader, dims: Dims) 
     for key, shape in wanted.items():
         if reader.shape(key) != shape:
             raise WeightsError(
-                f"{reader}: {key} is {list(reader.shape(key))}, config.json asks for {list(shape)}. "
+                f"{reader}: {key} is {list(reader.shape(key))}, config.json asks for "
+                f"{list(shape)}. "
                 "Check vocab_size and the other sizes in config.json."
             )
 
 
 def load(local: Iterable[LocalParam], table: Table, reader: Reader, dims: Dims) -> None:
-    """Fill each local shard in place, reading only the slices it is made of; values are cast to the shard's dtype.
+    """Fill each local shard in place, reading only the slices it is made of; values are cast to the
+    shard's dtype.
 
     Raises WeightsError when the reader's tensors are not exactly the table's.
     """
@@ -77,8 +88,9 @@ def export(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, whole tensor) in the table's order.
 
-    Collective. With to="all" every rank yields every tensor, sent by its owner; with to="owner" each rank yields what it
-    owns and nothing crosses pipeline stages or expert ranks. A yielded tensor is valid until the next one.
+    Collective. With to="all" every rank yields every tensor, sent by its owner; with to="owner"
+    each rank yields what it owns and nothing crosses pipeline stages or expert ranks. A yielded
+    tensor is valid until the next one.
     """
     mine = {p.name: p for p in local}
     owners = _owners(mine)
@@ -99,7 +111,11 @@ def export(
                 yield from zip(rule.hf, parts, strict=True)
             continue
         for i, (key, shape) in enumerate(zip(rule.hf, rule.hf_shapes, strict=True)):
-            tensor = parts[i].contiguous() if parts is not None else torch.empty(shape, dtype=dtype, device=device)
+            tensor = (
+                parts[i].contiguous()
+                if parts is not None
+                else torch.empty(shape, dtype=dtype, device=device)
+            )
             if len(owners) and dist.is_initialized() and dist.get_world_size() > 1:
                 dist.broadcast(tensor, src=owner)
             yield key, tensor
@@ -127,10 +143,15 @@ def _in_owners_group(param: LocalParam, owner: int) -> bool:
 
 
 def _whole(param: LocalParam, rule: BoundRule, dims: Dims) -> tuple[Tensor, ...]:
-    """The Hugging Face tensors of one weight, whole; takes part in a gather over the tensor-parallel group."""
+    """The Hugging Face tensors of one weight, whole; takes part in a gather over the
+    tensor-parallel group.
+    """
     if param.tp_size == 1 or rule.layout.dim is None:
         return rule.layout.unpack(param.tensor, dims, param.tp_rank, param.tp_size)
-    shards = [torch.empty_like(param.tensor, memory_format=torch.contiguous_format) for _ in range(param.tp_size)]
+    shards = [
+        torch.empty_like(param.tensor, memory_format=torch.contiguous_format)
+        for _ in range(param.tp_size)
+    ]
     dist.all_gather(shards, param.tensor.contiguous(), group=param.tp_group)
     unpacked = [rule.layout.unpack(shard, dims, r, param.tp_size) for r, shard in enumerate(shards)]
     return tuple(torch.cat(parts, rule.layout.dim) for parts in zip(*unpacked, strict=True))

@@ -1,4 +1,5 @@
-"""Writing a Hugging Face model folder: every rank writes the tensors it owns, the first rank makes the index.
+"""Writing a Hugging Face model folder: every rank writes the tensors it owns, the first rank makes
+the index.
 
 The folder appears whole under its name, or not at all.
 """
@@ -19,7 +20,8 @@ from torch import Tensor
 from moetrain.errors import WeightsError
 
 BESIDES_WEIGHTS = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "merges.txt "
     "tokenizer.model chat_template.jinja generation_config.json"
 ).split()
 INDEX = "model.safetensors.index.json"
@@ -51,7 +53,8 @@ def write_hf(
         shard_bytes: a file is closed when it would grow beyond this.
 
     Raises:
-        WeightsError: on every rank, when any rank could not write; what was at `folder` before is untouched.
+        WeightsError: on every rank, when any rank could not write; what was at `folder` before is
+            untouched.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     aside = folder.with_name(f".writing_{folder.name}")
@@ -77,7 +80,10 @@ def write_hf(
     if first:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        raise WeightsError(f"Writing {folder} failed: {first}. What was there before is untouched. Make room and try again.")
+        raise WeightsError(
+            f"Writing {folder} failed: {first}. What was there before is untouched. Make room and "
+            f"try again."
+        )
 
 
 def _write_shards(
@@ -119,15 +125,24 @@ def _finish(
     source: Path | None,
     config: Mapping[str, Any],
 ) -> None:
-    """Give the shards their final names, write the index and config, and put the folder in its place."""
+    """Give the shards their final names, write the index and config, and put the folder in its
+    place.
+    """
     written = [(name, tensors) for _, files, _ in reports for name, tensors in files.items()]
     places: dict[str, str] = {}
     for i, (name, tensors) in enumerate(written):
-        final = "model.safetensors" if len(written) == 1 else f"model-{i + 1:05d}-of-{len(written):05d}.safetensors"
+        final = (
+            "model.safetensors"
+            if len(written) == 1
+            else f"model-{i + 1:05d}-of-{len(written):05d}.safetensors"
+        )
         os.rename(aside / name, aside / final)
         places |= dict.fromkeys(tensors, final)
     if len(written) > 1:
-        index = {"metadata": {"total_size": sum(size for _, _, size in reports)}, "weight_map": dict(sorted(places.items()))}
+        index = {
+            "metadata": {"total_size": sum(size for _, _, size in reports)},
+            "weight_map": dict(sorted(places.items())),
+        }
         (aside / INDEX).write_text(json.dumps(index, indent=1))
     (aside / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
     copy_tokenizer(source, aside)
@@ -144,7 +159,9 @@ def _finish(
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(
+        error
+    ):
         return "no space left on the disk"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
