@@ -78,7 +78,7 @@ def test_marks_equal_transformers() -> None:
     maker = chat()
     assert maker.has_marks
     for record in (TWO, without_thoughts(TWO)):
-        oracle = maker.tokenizer.apply_chat_template(
+        oracle: Any = maker.tokenizer.apply_chat_template(
             record["messages"], return_dict=True, return_assistant_tokens_mask=True
         )
         (ours,) = maker.encode(maker.mark(to_conversation(record)))

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.ops.logprob import token_logprobs
 
@@ -127,10 +128,10 @@ def check_vocab_parallel(rank: int, world: int, store: str) -> None:
 
 
 def test_vocabulary_parallel_on_gloo(tmp_path: Path) -> None:
-    mp.spawn(check_vocab_parallel, args=(2, str(tmp_path / "store")), nprocs=2)
+    spawn(check_vocab_parallel, args=(2, str(tmp_path / "store")), nprocs=2)
 
 
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):
     """Remembers the most elements that any operator's output has had."""
 
     largest = 0

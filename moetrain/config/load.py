@@ -1,11 +1,12 @@
-"""From a YAML file and dotted overrides to a Recipe, with errors that name the key and the way out."""
+"""From a YAML file and dotted overrides to a Recipe; errors name the key and the way out."""
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,10 +19,9 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4) and a key may stand only once."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
+_EXPONENT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+cast(Any, _Loader).add_implicit_resolver(
+    "tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789.")
 )
 
 
@@ -40,9 +40,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(
             f"{path}: a recipe is a mapping of sections, not {type(content).__name__}"
         )
+    sections = cast(dict[str, Any], content)
     for override in overrides:
-        apply_override(content, override)
-    return recipe_from(content, source=str(path))
+        apply_override(sections, override)
+    return recipe_from(sections, source=str(path))
 
 
 def recipe_from(content: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
@@ -63,7 +64,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     section = content
     for depth, name in enumerate(parents):
-        below = section.get(name)
+        below: Any = section.get(name)
         if below is None or (isinstance(below, str) and depth == 0 and name == "method"):
             below = {} if below is None else {"name": below}
             section[name] = below
@@ -71,7 +72,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
             raise ConfigError(
                 f"override {key}: '{'.'.join(parents[: depth + 1])}' is a value, not a section"
             )
-        section = below
+        section = cast(dict[str, Any], below)
     section[leaf] = _parse(value, f"override {key}")
 
 
@@ -104,7 +105,7 @@ def _explain(error: ValidationError) -> str:
     location = [str(part) for part in first["loc"] if part not in ("pretrain", "cpt", "sft")]
     key = ".".join(location)
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    given = first["input"]
+    given: Any = first["input"]
     if first["type"] == "extra_forbidden":
         allowed = _fields_at(location[:-1])
         prefix = ".".join(location[:-1])
@@ -116,7 +117,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return str(first["msg"]).removeprefix("Value error, ") + more
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"'{key}.name' is {given.get('name') if isinstance(given, dict) else given!r}; allowed: {_tags(first)}{more}"
+        name = cast(dict[str, Any], given).get("name") if isinstance(given, dict) else given
+        return f"'{key}.name' is {name!r}; allowed: {_tags(first)}{more}"
     shown = repr(given) if len(repr(given)) < 80 else type(given).__name__
     return f"'{key}' is {shown}: {str(first['msg'])[0].lower()}{str(first['msg'])[1:]}{more}"
 

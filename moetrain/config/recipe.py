@@ -4,7 +4,7 @@ Unknown keys are refused by `moetrain.config.load`, which names the nearest righ
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -32,20 +32,21 @@ class ModelConfig(Section):
     """Which model, and in what precision."""
 
     path: str | None = Field(
-        None, description="Hugging Face folder, Megatron checkpoint folder, or builtin:NAME"
+        default=None, description="Hugging Face folder, Megatron checkpoint folder, or builtin:NAME"
     )
     hf: dict[str, Any] | None = Field(
-        None, description="a config.json's content, for training from scratch"
+        default=None, description="a config.json's content, for training from scratch"
     )
     tokenizer: str | None = Field(
-        None, description="tokenizer folder or builtin:NAME; the model's own by default"
+        default=None, description="tokenizer folder or builtin:NAME; the model's own by default"
     )
     dtype: Literal["fp32", "bf16"] = "bf16"
     backend: Literal["auto", "torch", "te"] = "auto"
     init: Literal["load", "random"] | None = Field(
-        None, description="load for a path, random for hf; random with a path takes its config only"
+        default=None,
+        description="load for a path, random for hf; random with a path takes its config only",
     )
-    init_std: float = Field(0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -61,24 +62,27 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """The layout. Data parallelism is what is left of the world."""
 
-    tp: Count = Field(1, description="tensor parallel")
-    sp: bool | None = Field(None, description="sequence parallel; on when tp > 1")
-    pp: Count = Field(1, description="pipeline parallel")
+    tp: Count = Field(default=1, description="tensor parallel")
+    sp: bool | None = Field(default=None, description="sequence parallel; on when tp > 1")
+    pp: Count = Field(default=1, description="pipeline parallel")
     vpp: Count | None = Field(
-        None, description="virtual pipeline stages per rank (interleaving); needs pp > 1"
+        default=None, description="virtual pipeline stages per rank (interleaving); needs pp > 1"
     )
-    ep: Count = Field(1, description="expert parallel")
-    etp: Count = Field(1, description="expert tensor parallel")
-    cp: Count = Field(1, description="context parallel")
+    ep: Count = Field(default=1, description="expert parallel")
+    etp: Count = Field(default=1, description="expert tensor parallel")
+    cp: Count = Field(default=1, description="context parallel")
     first_stage_layers: Count | None = None
     last_stage_layers: Count | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _sequence_parallel_follows(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("sp") is None:
-            return {**value, "sp": isinstance(value.get("tp"), int) and value["tp"] > 1}
-        return value
+        if not isinstance(value, dict):
+            return value
+        given = cast(dict[str, Any], value)
+        if given.get("sp") is None:
+            return {**given, "sp": isinstance(given.get("tp"), int) and given["tp"] > 1}
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -120,21 +124,23 @@ class DataConfig(Section):
         description="path or list; index prefixes for pretrain and cpt; builtin:NAME too",
     )
     weights: list[float] | None = Field(
-        None, description="blend weights of data.train, for pretrain and cpt"
+        default=None, description="blend weights of data.train, for pretrain and cpt"
     )
     eval: Paths = Field(default_factory=list)
     seq_len: Count = 4096
     too_long: Literal["truncate", "reject"] = "truncate"
     max_rejected: Fraction = Field(
-        0.05, description="stop when a larger share of records is unusable"
+        default=0.05, description="stop when a larger share of records is unusable"
     )
     pack: bool = True
-    cache: Path | None = Field(None, description="default: MOETRAIN_CACHE, else ~/.cache/moetrain")
+    cache: Path | None = Field(
+        default=None, description="default: MOETRAIN_CACHE, else ~/.cache/moetrain"
+    )
     shuffle: bool = True
     chat_template: str | None = Field(
-        None, description="a template file to use in place of the tokenizer's"
+        default=None, description="a template file to use in place of the tokenizer's"
     )
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _weight_each(self) -> Self:
@@ -150,19 +156,21 @@ class OptimConfig(Section):
     """AdamW and its schedule."""
 
     name: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-4, ge=0)
-    min_lr: float = Field(0.0, ge=0)
+    lr: float = Field(default=1e-4, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: int = Field(0, ge=0, description="steps")
+    warmup: int = Field(default=0, ge=0, description="steps")
     decay_steps: Count | None = None
     wsd_decay: Literal["linear", "cosine", "exponential"] = "linear"
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_grad: float = Field(
+        default=1.0, ge=0, description="largest gradient norm; 0 turns clipping off"
+    )
     offload: Fraction = Field(
-        0.0, description="share of the optimizer's state kept on the host (GPU)"
+        default=0.0, description="share of the optimizer's state kept on the host (GPU)"
     )
     state_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -172,17 +180,17 @@ class TrainConfig(Section):
     """How long and in what pieces."""
 
     steps: Count | None = None
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     global_batch: Count = Field(
-        8, description="packs of data.seq_len tokens per optimizer step, over all ranks"
+        default=8, description="packs of data.seq_len tokens per optimizer step, over all ranks"
     )
-    micro_batch: Count = Field(1, description="packs put together in one forward pass")
+    micro_batch: Count = Field(default=1, description="packs put together in one forward pass")
     eval_every: Count | None = None
     eval_packs: Count | None = None
     deterministic: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     overlap: bool = Field(
-        True, description="overlap gradient and parameter traffic with computation (GPU)"
+        default=True, description="overlap gradient and parameter traffic with computation (GPU)"
     )
 
     @model_validator(mode="after")
@@ -200,20 +208,20 @@ class TrainConfig(Section):
 class RouterConfig(Section):
     """Losses that keep a mixture of experts in balance, taken over sequences."""
 
-    aux_loss: float = Field(0.0, ge=0)
-    z_loss: float = Field(0.0, ge=0)
+    aux_loss: float = Field(default=0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0)
     freeze: bool = False
 
 
 class CheckpointConfig(Section):
     """What is kept."""
 
-    every: Count | None = Field(None, description="steps; the last step is always saved")
+    every: Count | None = Field(default=None, description="steps; the last step is always saved")
     keep: Count = 2
     best: str | None = Field(
-        None, description="held-out metric whose lowest checkpoint is kept, e.g. eval_loss"
+        default=None, description="held-out metric whose lowest checkpoint is kept, e.g. eval_loss"
     )
-    export_hf: bool = Field(False, description="write <run_dir>/hf at the end")
+    export_hf: bool = Field(default=False, description="write <run_dir>/hf at the end")
     save_optimizer: bool = True
 
 
@@ -221,7 +229,7 @@ class ObserveConfig(Section):
     """Where the run can be watched."""
 
     tensorboard: bool = True
-    wandb: dict[str, Any] | None = Field(None, description="arguments of wandb.init")
+    wandb: dict[str, Any] | None = Field(default=None, description="arguments of wandb.init")
     progress: bool = True
 
 
@@ -240,15 +248,15 @@ class Recipe(Section):
     run_dir: Path
     seed: int = 1234
     model: ModelConfig
-    parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig(sp=False))
+    parallel: ParallelConfig = ParallelConfig(sp=False)
     method: Annotated[MethodConfig, BeforeValidator(_as_method)]
     data: DataConfig
-    optim: OptimConfig = Field(default_factory=OptimConfig)
+    optim: OptimConfig = OptimConfig()
     train: TrainConfig
-    router: RouterConfig = Field(default_factory=RouterConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    observe: ObserveConfig = Field(default_factory=ObserveConfig)
-    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    router: RouterConfig = RouterConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+    cluster: ClusterConfig = ClusterConfig()
     megatron: dict[str, Any] = Field(
         default_factory=dict, description="TransformerConfig fields moetrain does not own"
     )

@@ -8,6 +8,7 @@ Legend: t tokens of the pack, c = t/cp local tokens, a query heads and g KV head
     rank, d head_dim.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def spans(cu_seqlens: list[int], runs: list[tuple[int, int]]) -> list[Span]:
     pieces: list[Span] = []
     local = 0
     for start, end in runs:
-        for first, last in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        for first, last in itertools.pairwise(cu_seqlens):
             a, b = max(start, first), min(end, last)
             if a < b:
                 pieces.append((local + a - start, local + b - start, first, b))
@@ -77,7 +78,7 @@ def _attend_varlen(
         k, v = k.repeat_interleave(num_rep, 1), v.repeat_interleave(num_rep, 1)
     num_q = torch.tensor([0, *(q1 - q0 for q0, q1, _, _ in pieces)], dtype=torch.int32)
     num_k = torch.tensor([0, *(k1 - k0 for _, _, k0, k1 in pieces)], dtype=torch.int32)
-    return varlen_attn(
+    out = varlen_attn(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
@@ -88,6 +89,8 @@ def _attend_varlen(
         scale=scale,
         window_size=(-1, 0),
     )
+    assert isinstance(out, Tensor)  # a pair only where asked for
+    return out
 
 
 class PackedAttention(nn.Module):

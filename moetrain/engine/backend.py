@@ -4,7 +4,7 @@ Engine).
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -33,7 +33,7 @@ from moetrain.families.dims import Dims
 
 
 def choose_backend(wanted: str, device: torch.device) -> str:
-    """Resolve `model.backend`: te where Transformer Engine is importable on a GPU, torch elsewhere."""
+    """Resolve `model.backend`: te where Transformer Engine imports on a GPU, torch elsewhere."""
     try:
         import transformer_engine.pytorch  # noqa: F401
 
@@ -97,8 +97,9 @@ def _final_norm(backend: str) -> Any:
 
 def _torch_layer(config: TransformerConfig, dims: Dims, moe: bool) -> ModuleSpec:
     if moe:
-        mlp = partial(
-            PackedMoE, submodules=MoESubmodules(router=PackedRouter, experts=GroupedExperts)
+        mlp: Any = partial(
+            cast(Any, PackedMoE),
+            submodules=MoESubmodules(router=PackedRouter, experts=GroupedExperts),
         )
     else:
         dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -138,5 +139,5 @@ def _te_layer(config: TransformerConfig, dims: Dims, moe: bool) -> ModuleSpec:
     layer.self_attention.submodules.core_attention = PackedAttention
     if moe:
         upstream: MoESubmodules = layer.mlp.keywords["submodules"]
-        layer.mlp = partial(PackedMoE, submodules=replace(upstream, router=PackedRouter))
+        layer.mlp = partial(cast(Any, PackedMoE), submodules=replace(upstream, router=PackedRouter))
     return spec

@@ -1,4 +1,4 @@
-"""The device and the process group: cuda with NCCL, cpu with gloo, or meta with torch's fake group."""
+"""The device and the process group: cuda with NCCL, cpu with gloo, or meta with a fake one."""
 
 import datetime
 import logging
@@ -68,7 +68,7 @@ def start() -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group and forget Megatron's groups; a new layout can be started after it."""
+    """Leave the process group and Megatron's groups; a new layout can be started after it."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

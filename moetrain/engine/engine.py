@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from moetrain.weights.writer import copy_tokenizer, write_hf
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, the same on every rank. Losses are means over the global batch."""
+    """What one optimizer step did, the same on every rank. Losses are global-batch means."""
 
     loss: float
     metrics: dict[str, float]
@@ -69,6 +70,8 @@ class Engine:
         check_layout(self.dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
         self.device = device.start()
         self.backend = choose_backend(recipe.model.backend, self.device)
+        if recipe.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
         torch.use_deterministic_algorithms(recipe.train.deterministic)
         self.mesh = start_mesh(recipe.parallel, recipe.seed)
         self.rules = expand(self.family, self.dims)

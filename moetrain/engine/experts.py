@@ -102,7 +102,7 @@ class GroupedExperts(MegatronModule):
                     (lead + 1, tp_rank + i * tp_size, 2 * tp_size),
                     replica_id=replica_id,
                     prepend_axis_num=lead,
-                )  # fmt: skip
+                )
                 for i, half in enumerate(w.chunk(2, 1))
             ]
 
@@ -114,7 +114,12 @@ class GroupedExperts(MegatronModule):
             replica_id=replica,
         )
         fc2 = ShardedTensor.from_rank_offsets(
-            f"{prefix}experts.linear_fc2.weight", self.linear_fc2.weight, *sharded_offsets, experts,
-            (lead + 2, tp_rank, tp_size), replica_id=replica, prepend_axis_num=lead,
-        )  # fmt: skip
+            f"{prefix}experts.linear_fc2.weight",
+            self.linear_fc2.weight,
+            *sharded_offsets,
+            experts,
+            (lead + 2, tp_rank, tp_size),
+            replica_id=replica,
+            prepend_axis_num=lead,
+        )
         return {f"{prefix}linear_fc1.weight": fc1, f"{prefix}linear_fc2.weight": fc2}

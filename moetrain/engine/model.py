@@ -5,7 +5,7 @@ Legend: t tokens of the pack, c = t/cp local tokens, h hidden, d head_dim.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,12 +47,8 @@ def pipeline_layout(dims: Dims, recipe: Recipe) -> list[list[str]]:
 def transformer_config(
     recipe: Recipe, dims: Dims, device: torch.device, backend: str
 ) -> TransformerConfig:
-    """Megatron's TransformerConfig for the recipe; `megatron:` fields of the recipe are applied
-    last.
-    """
-    p, dtype = recipe.parallel, DTYPES[recipe.model.dtype]
-    on_gpu = device.type == "cuda"
-    uses_te = backend == "te"
+    """Megatron's TransformerConfig for the recipe; `megatron:` fields of it are applied last."""
+    dtype = DTYPES[recipe.model.dtype]
     owned: dict[str, Any] = dict(
         num_layers=dims.num_layers,
         hidden_size=dims.hidden,
@@ -73,18 +69,10 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
-        tensor_model_parallel_size=p.tp,
-        sequence_parallel=bool(p.sp) and p.tp > 1,
-        pipeline_model_parallel_size=p.pp,
-        virtual_pipeline_model_parallel_size=p.vpp,
-        context_parallel_size=p.cp,
-        expert_model_parallel_size=p.ep,
-        expert_tensor_parallel_size=p.etp,
         calculate_per_token_loss=True,
         deterministic_mode=recipe.train.deterministic,
+        **_layout_fields(recipe, dims),
     )
-    if p.pp > 1:
-        owned["pipeline_model_parallel_layout"] = pipeline_layout(dims, recipe)
     if dims.experts:
         owned |= dict(
             num_moe_experts=dims.experts,
@@ -94,8 +82,33 @@ def transformer_config(
             moe_router_dtype="fp32",
             moe_router_load_balancing_type="none",
             moe_layer_freq=[int(is_moe) for is_moe in dims.moe_layers],
-            moe_grouped_gemm=uses_te,
+            moe_grouped_gemm=backend == "te",
         )
+    defaults = _default_fields(recipe, dims, device, backend)
+    return TransformerConfig(**owned | _passed_through(recipe, owned, defaults))
+
+
+def _layout_fields(recipe: Recipe, dims: Dims) -> dict[str, Any]:
+    p = recipe.parallel
+    fields: dict[str, Any] = dict(
+        tensor_model_parallel_size=p.tp,
+        sequence_parallel=bool(p.sp) and p.tp > 1,
+        pipeline_model_parallel_size=p.pp,
+        virtual_pipeline_model_parallel_size=p.vpp,
+        context_parallel_size=p.cp,
+        expert_model_parallel_size=p.ep,
+        expert_tensor_parallel_size=p.etp,
+    )
+    if p.pp > 1:
+        fields["pipeline_model_parallel_layout"] = pipeline_layout(dims, recipe)
+    return fields
+
+
+def _default_fields(
+    recipe: Recipe, dims: Dims, device: torch.device, backend: str
+) -> dict[str, Any]:
+    """What a recipe's `megatron:` section may change."""
+    p, uses_te = recipe.parallel, backend == "te"
     defaults: dict[str, Any] = dict(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -106,11 +119,9 @@ def transformer_config(
         batch_p2p_comm=not p.vpp,
     )
     if dims.experts:
-        # gloo has no uneven all-gather, which all-to-all needs when experts are tensor parallel
-        # too.
-        defaults["moe_token_dispatcher_type"] = (
-            "allgather" if not on_gpu and p.etp > 1 else "alltoall"
-        )
+        # gloo has no uneven all-gather, which all-to-all needs when experts are tensor parallel.
+        uneven = device.type != "cuda" and p.etp > 1
+        defaults["moe_token_dispatcher_type"] = "allgather" if uneven else "alltoall"
         defaults["moe_permute_fusion"] = uses_te
     if recipe.train.recompute == "full":
         defaults |= dict(
@@ -118,7 +129,7 @@ def transformer_config(
         )
     elif recipe.train.recompute == "selective":
         defaults |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
-    return TransformerConfig(**owned | _passed_through(recipe, owned, defaults))
+    return defaults
 
 
 def _passed_through(
@@ -154,7 +165,7 @@ class Rotary(nn.Module):
         scaling = dims.rope_scaling or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "linear":
-            inv = inv / scaling["factor"]
+            inv = inv / float(cast(float, scaling["factor"]))
         elif kind == "llama3":
             inv = _llama3_frequencies(inv, scaling)
         self.inv_freq = inv  # a plain attribute: not part of any checkpoint

@@ -43,7 +43,7 @@ class Packed:
         return torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
 
     def to(self, device: torch.device) -> "Packed":
-        """The same pack on `device`; cu_seqlens stays where it is, since shapes are read from it."""
+        """The same pack on `device`; cu_seqlens stays, since shapes are read from it."""
         return replace(
             self,
             tokens=self.tokens.to(device),

@@ -11,6 +11,7 @@ from typing import Any
 
 
 def _serve(rank: int, pipe: Connection) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo on the CPU, on a machine with a GPU too
     import torch
 
     torch.set_num_threads(1)
