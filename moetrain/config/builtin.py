@@ -7,6 +7,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "vocab_size": 2048,
+        "eos_token_id": 2,  # of builtin:stdlib-tokenizer, as is the next
+        "pad_token_id": 0,
         "hidden_size": 128,
         "intermediate_size": 256,
         "moe_intermediate_size": 96,

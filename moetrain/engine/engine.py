@@ -18,7 +18,7 @@ from moetrain.engine import checkpoint, device
 from moetrain.engine.backend import choose_backend
 from moetrain.engine.mesh import start_mesh
 from moetrain.engine.model import DTYPES, build, transformer_config
-from moetrain.engine.optim import learning_rate, make_optimizer, wrap
+from moetrain.engine.optim import learning_rate, make_optimizer, settled, wrap
 from moetrain.engine.params import local_grads, local_params
 from moetrain.engine.router import RouterMonitor
 from moetrain.engine.source import ModelSource, find_model
@@ -75,7 +75,11 @@ class Engine:
         torch.use_deterministic_algorithms(recipe.train.deterministic)
         self.mesh = start_mesh(recipe.parallel, recipe.seed)
         self.rules = expand(self.family, self.dims)
-        self.num_steps = recipe.train.steps or 0
+        self.num_steps = recipe.train.steps or 0  # the loop sets it where epochs decide
+        self.steps_done = 0
+        # Reduce gradients to every rank, not only to the one that updates the weight: for
+        # `gradients()`, at more traffic.
+        self.whole_gradients = False
         self.monitor = RouterMonitor(
             self.dims.num_layers, self.dims.experts, recipe.router.aux_loss, recipe.router.z_loss
         )
@@ -84,6 +88,7 @@ class Engine:
         self.optimizer: Any = None
         self._load_source()
         models: Sequence[Any] = self.chunks
+        self.wrapped: list[Any] = []
         if train:
             self._freeze()
             self.wrapped = models = wrap(self.chunks, self.config, recipe)
@@ -91,11 +96,6 @@ class Engine:
             self.optimizer = make_optimizer(self.wrapped, recipe, self.backend)
             self.config.grad_scale_func = self.optimizer.scale_loss
         self.run = Runner(models, self.mesh, self.dims, self.device)
-
-    whole_gradients: bool = False
-    """Reduce gradients to every rank, not only to the one that updates the weight: for
-    `gradients()`, at more traffic.
-    """
 
     def _finalize_gradients(self, models: Any, num_tokens: Any = None, **kwargs: Any) -> None:
         # num_tokens is Megatron's divisor of the summed gradients; ours was applied in the loss.
@@ -149,8 +149,6 @@ class Engine:
         router = self.monitor.summary(self.moe_layers) if self.dims.experts else {}
         loss = totals.pop("loss")
         return StepResult(loss, totals, grad_norm, lr, int(tokens), device.memory_gib(), router)
-
-    steps_done: int = 0
 
     @property
     def moe_layers(self) -> list[int]:
@@ -271,7 +269,8 @@ class Engine:
     def _forward_only(self, batches: Sequence[Packed], head: Any) -> list[dict[str, Any]]:
         for model in self.run.models:
             model.eval()
-        return self.run(batches, head, forward_only=True)
+        with settled(self.wrapped):
+            return self.run(batches, head, forward_only=True)
 
     # Weights
 
@@ -283,9 +282,10 @@ class Engine:
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every weight, in one order on every rank."""
-        return transport.export(
-            local_params(self.chunks, self.mesh), self.rules, self.dims, to="all"
-        )
+        with settled(self.wrapped):
+            yield from transport.export(
+                local_params(self.chunks, self.mesh), self.rules, self.dims, to="all"
+            )
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, fp32 gradient of the mean loss) after a step with `whole_gradients`
@@ -303,14 +303,15 @@ class Engine:
         owned = transport.export(
             local_params(self.chunks, self.mesh), self.rules, self.dims, to="owner"
         )
-        write_hf(
-            owned,
-            folder,
-            source=self.source.tokenizer,
-            config=self.source.hf_for_export(self.recipe),
-            dtypes=self.source.dtypes(self.family, self.dims),
-            default=DTYPES[self.recipe.model.dtype],
-        )
+        with settled(self.wrapped):
+            write_hf(
+                owned,
+                folder,
+                source=self.source.tokenizer,
+                config=self.source.hf_for_export(self.recipe),
+                dtypes=self.source.dtypes(self.family, self.dims),
+                default=DTYPES[self.recipe.model.dtype],
+            )
 
     # Checkpoints
 
@@ -318,12 +319,9 @@ class Engine:
         """Write weights, optimizer and `state` (JSON) into `folder`, which must be empty.
         Publishing is the caller's.
         """
-        checkpoint.save(
-            folder,
-            self.chunks,
-            self.optimizer if optimizer else None,
-            state | {"steps_done": self.steps_done},
-        )
+        kept = self.optimizer if optimizer else None
+        with settled(self.wrapped):
+            checkpoint.save(folder, self.chunks, kept, state | {"steps_done": self.steps_done})
         if self.mesh.is_main:
             (folder / "moetrain.json").write_text(
                 json.dumps({"hf": self.source.hf_for_export(self.recipe)}, indent=1)

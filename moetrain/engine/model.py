@@ -4,6 +4,7 @@ Legend: t tokens of the pack, c = t/cp local tokens, h hidden, d head_dim.
 """
 
 import dataclasses
+import importlib.util
 import math
 from typing import Any, cast
 
@@ -109,12 +110,14 @@ def _default_fields(
 ) -> dict[str, Any]:
     """What a recipe's `megatron:` section may change."""
     p, uses_te = recipe.parallel, backend == "te"
+    # Apex's kernel adds a weight's gradient to the fp32 buffer inside the matmul.
+    has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     defaults: dict[str, Any] = dict(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=uses_te,
-        gradient_accumulation_fusion=uses_te,
+        gradient_accumulation_fusion=device.type == "cuda" and (uses_te or has_apex),
         overlap_p2p_comm=bool(p.vpp),
         batch_p2p_comm=not p.vpp,
     )

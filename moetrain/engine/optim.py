@@ -3,6 +3,8 @@ function.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,6 +74,23 @@ def wrap(
         else:
             config.param_sync_func = wrapped[0].start_param_sync
     return wrapped
+
+
+@contextmanager
+def settled(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """All weights are whole in here: outside, an overlapped parameter gather may still be due.
+
+    With overlap, the gather after an optimizer step is left to the hooks of the next training forward;
+    whoever reads weights in between, or runs another forward, would see old ones.
+    """
+    overlapped = [w for w in wrapped if w.ddp_config.overlap_param_gather]
+    for model in overlapped:
+        model.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for model in overlapped:
+            model.enable_forward_pre_hook()
 
 
 def make_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe, backend: str) -> Any:

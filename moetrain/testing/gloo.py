@@ -12,6 +12,8 @@ from typing import Any
 
 def _serve(rank: int, pipe: Connection) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo on the CPU, on a machine with a GPU too
+    # Daemonic to the parent, so that they end with it; but Megatron's save starts a process itself.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     import torch
 
     torch.set_num_threads(1)

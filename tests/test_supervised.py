@@ -1,0 +1,139 @@
+"""Whole runs on real ranks: what they leave behind, and that an interrupted one ends the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import questions, recipe, write_jsonl
+
+from moetrain.config.load import dump_recipe
+from moetrain.config.recipe import Recipe
+from moetrain.errors import ConfigError
+from moetrain.loops.supervised import train
+from moetrain.testing.gloo import Workers
+from moetrain.testing.tiny import CONFIGS
+
+pytestmark = pytest.mark.gloo
+TIMES = ("seconds", "tokens_per_s", "memory_gib")
+
+
+def make_recipe(folder: Path, run: str = "run", **sections: dict[str, Any]) -> Recipe:
+    data = write_jsonl(folder / "train.jsonl", questions(48))
+    held_out = write_jsonl(folder / "eval.jsonl", questions()[48:])
+    hf = {"architectures": ["Qwen3MoeForCausalLM"], **CONFIGS["qwen3_moe"], "vocab_size": 512}
+    base: dict[str, dict[str, Any]] = {
+        "model": {"hf": hf, "dtype": "fp32"},
+        "data": {"train": [str(data)], "eval": [str(held_out)]},
+        "train": {"steps": 6, "eval_every": 4},
+        "checkpoint": {"every": 2},
+        "optim": {"lr": 1e-3},
+        "observe": {"tensorboard": False},
+    }
+    for name, values in sections.items():
+        base[name] = base.get(name, {}) | values
+    made = recipe(folder, **base)
+    return made.model_copy(update={"run_dir": folder / run})
+
+
+def rows(run: Recipe) -> list[dict[str, Any]]:
+    lines = (run.run_dir / "ledger.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def weights(run: Recipe) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((run.run_dir / "hf").glob("*.safetensors"))]
+
+
+def test_what_a_run_leaves_behind(workers: Workers, tmp_path: Path) -> None:
+    run = make_recipe(
+        tmp_path,
+        observe={"tensorboard": True},
+        checkpoint={"best": "eval_loss", "keep": 1, "export_hf": True},
+    )
+    assert workers.run(1, train, run) == [0]
+    made = rows(run)
+    assert [(r["step"], "eval_loss" in r) for r in made] == [
+        (s, e) for s in range(1, 7) for e in ((False, True) if s % 2 == 0 else (False,))
+    ]
+    ledger_keys = {"step", "loss", "tokens", "lr", "grad_norm", "router/dead_experts"}
+    assert made[0].keys() >= ledger_keys
+    assert made[-2]["loss"] < made[0]["loss"]
+    names = {path.name for path in run.run_dir.iterdir()}
+    assert names >= {"resolved.yaml", "environment.json", "ranks.json", "loss.png", "tensorboard"}
+    assert len(weights(run)) == 1
+    published = [path.name for path in sorted((run.run_dir / "checkpoints").glob("step_*"))]
+    assert published[-1] == "step_00000006" and len(published) <= 2
+
+    # Started again it has nothing to do; with another learning rate it is refused.
+    before = (run.run_dir / "ledger.jsonl").read_text()
+    assert workers.run(1, train, run) == [0]
+    assert (run.run_dir / "ledger.jsonl").read_text() == before
+    with pytest.raises(ConfigError, match=r"optim\.lr=0\.001, this recipe says optim\.lr=0\.1"):
+        workers.run(1, train, make_recipe(tmp_path, optim={"lr": 0.1}))
+    with pytest.raises(ConfigError, match=r"6 steps, now train\.steps makes it 8"):
+        workers.run(1, train, make_recipe(tmp_path, train={"steps": 8}))
+
+
+def test_a_run_is_prolonged_and_equals_a_long_one(workers: Workers, tmp_path: Path) -> None:
+    constant = {"lr": 1e-3, "schedule": "constant"}
+    never = {"eval_every": None}
+    for run, lengths in (("short", (4, 7)), ("long", (7,))):
+        for steps in lengths:
+            made = make_recipe(
+                tmp_path, run, optim=constant, train={"steps": steps} | never, data={"eval": []}
+            )
+            assert workers.run(2, train, made) == [0, 0]
+    assert rows(make_recipe(tmp_path, "short")) == rows(make_recipe(tmp_path, "long"))
+
+
+def launch(run: Recipe) -> "subprocess.Popen[bytes]":
+    file = run.run_dir.with_suffix(".yaml")
+    file.write_text(dump_recipe(run))
+    command = [sys.executable, "-m", "moetrain", "train", str(file), "--nproc", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+def wait_for(lines: int, run: Recipe, process: "subprocess.Popen[bytes]") -> None:
+    """Until the ledger has so many rows."""
+    deadline = time.monotonic() + 120
+    path = run.run_dir / "ledger.jsonl"
+    while not (path.is_file() and path.read_bytes().count(b"\n") >= lines):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def checkpointed(run: Recipe) -> Iterable[str]:
+    return [path.name for path in sorted((run.run_dir / "checkpoints").glob("step_*"))]
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_equals_uninterrupted(workers: Workers, tmp_path: Path) -> None:
+    sections: dict[str, dict[str, Any]] = {
+        "parallel": {"ep": 2},
+        "checkpoint": {"every": 8, "export_hf": True},
+        "train": {"steps": 40, "eval_every": 10},
+    }
+    whole = make_recipe(tmp_path, "whole", **sections)
+    assert workers.run(2, train, whole) == [0, 0]
+    broken = make_recipe(tmp_path, "broken", **sections)
+    process = launch(broken)
+    wait_for(11, broken, process)
+    process.kill()
+    process.wait()
+    process = launch(broken)
+    wait_for(20, broken, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    last = json.loads((broken.run_dir / "ledger.jsonl").read_text().splitlines()[-1])["step"]
+    assert last < 40 and f"step_{last:08d}" in checkpointed(broken)
+    assert launch(broken).wait(120) == 0
+    assert rows(broken) == rows(whole)
+    assert weights(broken) == weights(whole) != []
