@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from data_helpers import write_jsonl
 
 from moetrain.errors import CheckpointError, DataError, WeightsError
 from moetrain.loops import convert, score
 from moetrain.testing.gloo import Workers
-
-from data_helpers import write_jsonl
 
 Tiny = Callable[[str], tuple[str, Any]]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {

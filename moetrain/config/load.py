@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -133,7 +133,7 @@ def _tags(problem: Any) -> str:
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) in (Union, UnionType) or hasattr(annotation, "__metadata__"):
+    if get_origin(annotation) in (Annotated, Union, UnionType):
         return [m for part in get_args(annotation) for m in _models(part)]
     return []
 
