@@ -52,11 +52,9 @@ def verify(a: Path, b: Path) -> int:
         differences = list(compare(*folders))
     for difference in differences:
         print(difference)
-    print(
-        f"{len(differences)} tensors differ"
-        if differences
-        else f"{a} and {b} hold the same weights"
-    )
+    num = len(differences)
+    counted = f"{num} difference{'s' if num > 1 else ''}"
+    print(counted if num else f"{a} and {b} hold the same weights")
     return 1 if differences else 0
 
 
