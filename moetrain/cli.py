@@ -23,9 +23,15 @@ class Command:
     run: Callable[[Arguments], int]
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def _ranks(parser: Parser) -> None:
     parser.add_argument(
-        "--nproc", type=int, default=None, metavar="N", help="start N local ranks (default 1)"
+        "--nproc", type=_positive, default=None, metavar="N", help="start N local ranks (default 1)"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="dotted recipe keys; values are YAML"
@@ -51,11 +57,10 @@ def _train(args: Arguments) -> int:
     if args.dry_run:
         print(dry_run(recipe, args.nproc))
         return 0
-    launch.adopt_slurm()
-    if not launch.is_rank():
-        check(recipe, args.nproc or 1)  # mistakes show before any process starts
-        if (args.nproc or 1) > 1:
-            return launch.run_local(sys.argv[1:], args.nproc)
+    world_size = launch.joined(args.nproc)
+    check(recipe, world_size or args.nproc or 1)  # mistakes show before any process starts
+    if world_size is None and (args.nproc or 1) > 1:
+        return launch.run_local([sys.executable, "-m", "moetrain", *args.argv], args.nproc)
     from moetrain.loops.supervised import train
 
     return train(recipe)
@@ -71,9 +76,8 @@ def _score_arguments(parser: Parser) -> None:
 def _score(args: Arguments) -> int:
     from moetrain.cluster import launch
 
-    launch.adopt_slurm()
-    if not launch.is_rank() and (args.nproc or 1) > 1:
-        return launch.run_local(sys.argv[1:], args.nproc)
+    if launch.joined(args.nproc) is None and (args.nproc or 1) > 1:
+        return launch.run_local([sys.executable, "-m", "moetrain", *args.argv], args.nproc)
     from moetrain.loops.score import score
 
     return score(args.model, args.data, args.out, args.overrides)
@@ -84,7 +88,7 @@ def _tokenizer_arguments(parser: Parser) -> None:
     parser.add_argument(
         "inputs", nargs="+", type=Path, help="text or JSONL files, or folders of them"
     )
-    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--vocab-size", type=_positive, default=32000, metavar="N")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 
@@ -128,10 +132,12 @@ def _convert_arguments(parser: Parser) -> None:
 def _convert(args: Arguments) -> int:
     from moetrain.loops import convert
 
-    if args.action == "verify":
-        return convert.verify(args.source, args.destination)
-    getattr(convert, args.action)(args.source, args.destination)
-    return 0
+    actions = {
+        "hf2mcore": convert.hf2mcore,
+        "mcore2hf": convert.mcore2hf,
+        "verify": convert.verify,
+    }
+    return actions[args.action](args.source, args.destination)
 
 
 def _quickstart(args: Arguments) -> int:
@@ -165,7 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.help, description=command.help))
+    argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser.parse_known_args(argv)
+    args.argv = argv  # what local ranks are started with
     for word in rest:  # argparse gathers overrides only where they stand together
         if "overrides" not in args or word.startswith("-"):
             parser.error(f"unrecognized arguments: {word}")
@@ -173,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except MoetrainError as error:
-        print(f"moetrain: error: {error}", file=sys.stderr)
+        print("moetrain: error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("moetrain: interrupted.", file=sys.stderr)

@@ -33,6 +33,11 @@ NEEDED = {
         "import inspect, megatron.core.optimizer.distrib_optimizer as d;"
         "assert 'torch.cuda.FloatTensor' in inspect.getsource(d)"
     ),
+    "compat_megatron: a plain queue for a save's results": (
+        "import inspect\n"
+        "from megatron.core.dist_checkpointing.strategies import filesystem_async as f\n"
+        "assert 'Manager().Queue()' in inspect.getsource(f.get_write_results_queue)"
+    ),
     "backend.RMSNorm: upstream refuses sequence parallelism": (
         "import inspect; from megatron.core.transformer.torch_norm import WrappedTorchNorm as W;"
         "assert 'not config.sequence_parallel' in inspect.getsource(W)"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import write_jsonl
+from data_helpers import tokenizer_folder, write_jsonl
+from safetensors.torch import load_file, save_file
 
+from moetrain.data import tokenizer
 from moetrain.errors import CheckpointError, DataError, WeightsError
 from moetrain.loops import convert, score
 from moetrain.testing.gloo import Workers
+from moetrain.testing.tiny import save_model
 
 Tiny = Callable[[str], tuple[str, Any]]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -83,9 +87,24 @@ def test_bad_rows_name_file_and_line(
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def mixed_dtypes(source: Path, folder: Path) -> Path:
+    """The model of `source` in bf16, with norms and routers kept in fp32."""
+    tensors = load_file(source / "model.safetensors")
+    kept = {n: t if "norm" in n or ".gate." in n else t.bfloat16() for n, t in tensors.items()}
+    folder.mkdir()
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    return folder
+
+
 @pytest.mark.gloo
-def test_there_and_back_through_megatron(workers: Workers, tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_there_and_back_through_megatron(
+    workers: Workers, tiny: Tiny, tmp_path: Path, mixed: bool
+) -> None:
     source = Path(tiny("qwen3_moe")[0])
+    if mixed:
+        source = mixed_dtypes(source, tmp_path / "source")
     megatron, back = tmp_path / "megatron", tmp_path / "new" / "hf"
     workers.run(1, convert.hf2mcore, source, megatron)
     workers.run(1, convert.mcore2hf, megatron, back)
@@ -99,12 +118,24 @@ def test_there_and_back_through_megatron(workers: Workers, tiny: Tiny, tmp_path:
     data = write_jsonl(tmp_path / "data.jsonl", [{"tokens": tokens} for tokens in rows()])
     for name, path in (("a", source), ("b", megatron)):
         workers.run(1, score.score, str(path), data, tmp_path / f"{name}.jsonl", [])
-    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+    if not mixed:  # a Megatron folder holds one dtype, and is scored in the one its config names
+        assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+
+
+@pytest.mark.gloo
+def test_text_is_tokenised_as_it_stands(workers: Workers, tmp_path: Path) -> None:
+    save_model("qwen3_moe", tmp_path / "model", vocab_size=512)
+    for file in tokenizer_folder().iterdir():
+        shutil.copy(file, tmp_path / "model")
+    data = write_jsonl(tmp_path / "data.jsonl", [{"text": "What is 2 plus 2?"}])
+    workers.run(1, score.score, str(tmp_path / "model"), data, tmp_path / "out.jsonl", [])
+    (row,) = read(tmp_path / "out.jsonl")
+    loaded = tokenizer.load(tokenizer_folder())
+    assert row["tokens"] == loaded("What is 2 plus 2?")["input_ids"]
+    assert len(row["logprobs"]) == len(row["tokens"]) - 1
 
 
 def test_verify_lists_what_differs(tiny: Tiny, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     source = Path(tiny("qwen3_moe")[0])
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1e-6

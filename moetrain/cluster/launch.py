@@ -5,136 +5,230 @@ Under torchrun or srun the ranks are there already and nothing is started.
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO
 
-GRACE_SECONDS = 10.0
+from moetrain.errors import ConfigError, DivergedError, MoetrainError
+
+GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL, once a rank has failed
+OWN_END_SECONDS = 3.0  # for the other ranks to fail by themselves, before that
+POLL_SECONDS = 0.05
+_USER_ERRORS = (MoetrainError.exit_code, DivergedError.exit_code)
+_STOPPED = 128 + signal.SIGTERM  # a rank that was told to stop, saved and left
 _PR_SET_PDEATHSIG = 1
 
 
-def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher has made this process a rank: torchrun's variables, or srun's with more
-    than one task.
+def joined(num_procs: int | None, environ: MutableMapping[str, str] = os.environ) -> int | None:
+    """The world's size when torchrun or srun has made this process a rank, else None.
+
+    srun's variables are completed to torchrun's in `environ`. Raises ConfigError when `num_procs`
+    (--nproc) says something else than the launcher.
     """
-    return ("WORLD_SIZE" in environ and "RANK" in environ) or int(
-        environ.get("SLURM_NTASKS", "1")
-    ) > 1
-
-
-def adopt_slurm() -> None:
-    """Give this process torchrun's variables from srun's, when only srun's are there."""
-    env = os.environ
-    if "RANK" in env or int(env.get("SLURM_NTASKS", "1")) <= 1 or "SLURM_PROCID" not in env:
-        return
-    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-    if "MASTER_ADDR" not in env:
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
-            capture_output=True,
-            text=True,
-            check=True,
+    if "RANK" not in environ or "WORLD_SIZE" not in environ:
+        _adopt_slurm(environ)
+    if "RANK" not in environ or "WORLD_SIZE" not in environ:
+        return None
+    world_size = int(environ["WORLD_SIZE"])
+    if num_procs not in (None, world_size):
+        raise ConfigError(
+            f"--nproc {num_procs}, but torchrun or srun has started {world_size} ranks already. "
+            f"Leave --nproc out there."
         )
-        env["MASTER_ADDR"] = hosts.stdout.split()[0]
-    # One port for every rank of a job step, without asking each other.
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    return world_size
 
 
-def run_local(arguments: Sequence[str], num_procs: int) -> int:
-    """Run `python -m moetrain ARGUMENTS` as `num_procs` ranks on this machine; returns the first
-    failure's exit code or 0.
+def _adopt_slurm(environ: MutableMapping[str, str]) -> None:
+    # An sbatch script has SLURM_PROCID and SLURM_NTASKS too; only a step has a step's nodes.
+    env = environ
+    if "SLURM_PROCID" not in env or "SLURM_STEP_NODELIST" not in env:
+        return
+    num_tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
+    if int(num_tasks) == 1:
+        return
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], num_tasks
+    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+    # One port for every rank of a step without asking each other, below Linux's ephemeral ports.
+    step = int(env.get("SLURM_JOB_ID", "0")) * 31 + int(env.get("SLURM_STEP_ID", "0"))
+    env.setdefault("MASTER_PORT", str(20000 + step % 12000))
 
-    The first rank speaks; what another rank wrote to its stderr is shown when that rank fails and
-    the first said nothing.
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list, without scontrol, which containers lack: n[03-05,9],x is
+    n03.
+    """
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None, "the pattern matches the empty string"
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
+
+
+@dataclass(eq=False)
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    log: IO[bytes] | None  # the stderr of all ranks but the first
+
+    @property
+    def code(self) -> int | None:
+        return self.process.poll()
+
+
+def run_local(command: Sequence[str], num_procs: int) -> int:
+    """Run `command` as `num_procs` ranks on this machine; returns 0, or the exit code of the rank
+    that failed.
+
+    The first rank speaks. Of the others' stderr the failed one's is shown, when it is the cause and
+    the first rank has not said as much. SIGTERM, SIGHUP and SIGUSR1 are handed on, and SIGINT as a
+    SIGTERM, so that ranks finish the step, save and leave; a second SIGINT kills them.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    threads = max(1, (os.cpu_count() or 1) // num_procs)
-    logs = [None if rank == 0 else tempfile.TemporaryFile() for rank in range(num_procs)]
-    ranks: list[subprocess.Popen[bytes]] = []
-    for rank in range(num_procs):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_procs),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        env.setdefault("OMP_NUM_THREADS", str(threads))
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "moetrain", *arguments],
-                env=env,
-                stdout=None if rank == 0 else subprocess.DEVNULL,
-                stderr=logs[rank],
+    shared = os.environ | {
+        "WORLD_SIZE": str(num_procs),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_procs)))
+    die_with_parent = _die_with(os.getpid())
+    with ExitStack() as stack:
+        ranks: list[_Rank] = []
+        for number in range(num_procs):
+            log = stack.enter_context(tempfile.TemporaryFile()) if number else None
+            process = subprocess.Popen(
+                command,
+                env=shared | {"RANK": str(number), "LOCAL_RANK": str(number)},
+                stdout=subprocess.DEVNULL if number else None,
+                stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
-        )
-    return _wait(ranks, logs)
+            ranks.append(_Rank(number, process, log))
+        return _wait(ranks)
 
 
-def _die_with_parent() -> None:
-    # A killed launcher must not leave ranks holding GPUs.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _die_with(parent: int) -> Callable[[], None]:
+    """What a child does before it becomes a rank: a killed launcher must not leave ranks that hold
+    GPUs.
+    """
+    libc = ctypes.CDLL(None)  # loaded before the fork, where it is safe
+
+    def die_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return die_with_parent
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], logs: Sequence[object]) -> int:
+def _wait(ranks: list[_Rank]) -> int:
     asked: list[int] = []
 
-    def forward(number: int, frame: object) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        for process in ranks:
-            if process.poll() is None:
-                # Ranks treat both alike: finish the step, save, and leave.
-                process.send_signal(signal.SIGTERM)
+        gentle = signal.SIGTERM if number in (signal.SIGINT, signal.SIGHUP) else number
+        for rank in ranks:
+            if rank.code is None:
+                insists = asked.count(signal.SIGINT) > 1
+                rank.process.send_signal(signal.SIGKILL if insists else gentle)
 
-    previous = {
-        number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    handed_on = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        handed_on.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, forward) for number in handed_on}
     try:
-        while True:
-            codes = [process.poll() for process in ranks]
-            failed = next((i for i, code in enumerate(codes) if code), None)
-            if failed is not None:
-                return _stop(ranks, logs, failed)
-            if all(code == 0 for code in codes):
-                return 0
-            time.sleep(0.1)
+        ended: list[_Rank] = []
+        while len(ended) < len(ranks):
+            _collect(ranks, ended)
+            # A rank that was told to stop and left is no failure: the others may still be saving.
+            if any(rank.code not in (0, _STOPPED) for rank in ended):
+                break
+            time.sleep(POLL_SECONDS)
+        else:
+            return _told_to_stop(asked) if any(rank.code for rank in ended) else 0
+        _collect_until(ranks, ended, OWN_END_SECONDS)
+        causes = [rank for rank in ended if rank.code not in (0, _STOPPED)]
+        _end(ranks, ended)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if asked and all((rank.code or 0) < 0 for rank in causes):
+        return _told_to_stop(asked)
+    return _report(causes)
 
 
-def _stop(ranks: list[subprocess.Popen[bytes]], logs: Sequence[object], failed: int) -> int:
-    """One rank failed: give the others a moment to fail by themselves, then end them."""
-    end = time.monotonic() + 3.0
-    while time.monotonic() < end and any(p.poll() is None for p in ranks):
-        time.sleep(0.05)
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        alive = [p for p in ranks if p.poll() is None]
-        for process in alive:
-            process.send_signal(how)
-        end = time.monotonic() + (GRACE_SECONDS if how == signal.SIGTERM else 5.0)
-        while time.monotonic() < end and any(p.poll() is None for p in alive):
-            time.sleep(0.05)
-    code = ranks[failed].returncode
-    spoken = (
-        ranks[0].returncode not in (0, -signal.SIGTERM, -signal.SIGKILL)
-        and ranks[0].returncode is not None
-    )
-    log = logs[failed]
-    if not spoken and log is not None:
-        log.seek(0)  # type: ignore[attr-defined]
-        text = log.read().decode(errors="replace").strip()  # type: ignore[attr-defined]
-        sys.stderr.write(text[-4000:] + "\n")
+def _collect(ranks: list[_Rank], ended: list[_Rank]) -> None:
+    """Add to `ended` the ranks that have ended since: it is in the order of their deaths."""
+    ended += [rank for rank in ranks if rank not in ended and rank.code is not None]
+
+
+def _collect_until(ranks: list[_Rank], ended: list[_Rank], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while len(ended) < len(ranks) and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+        _collect(ranks, ended)
+
+
+def _end(ranks: list[_Rank], ended: list[_Rank]) -> None:
+    """End what still runs, and then what the ranks have started."""
+    for rank in ranks:
+        if rank.code is None:
+            rank.process.terminate()
+    _collect_until(ranks, ended, GRACE_SECONDS)
+    for rank in ranks:
+        try:
+            os.killpg(rank.process.pid, signal.SIGKILL)  # a rank leads its own group
+        except ProcessLookupError:
+            pass  # nothing is left of it
+        rank.process.wait()
+
+
+def _told_to_stop(asked: list[int]) -> int:
+    """The exit code of a run that a signal ended; ranks stopped by a signal of their own count as
+    SIGTERM.
+    """
+    if signal.SIGINT in asked:
+        sys.stderr.write("moetrain: interrupted.\n")
+        return 128 + signal.SIGINT
+    return _STOPPED
+
+
+def _report(causes: list[_Rank]) -> int:
+    """Show why the run failed, unless the first rank has, and return that rank's exit code.
+
+    A rank's death breaks the others' connections, so the cause is a user's error if there is one,
+    else a signal, else the first to die.
+    """
+
+    def rate(rank: _Rank) -> tuple[int, bool]:
+        code = rank.code or 0
+        is_user_error = code in _USER_ERRORS
+        return 0 if is_user_error else 1 if code < 0 else 2, is_user_error and rank.number > 0
+
+    cause = min(causes, key=rate)
+    code = cause.code or 0
+    if cause.log is not None:
+        cause.log.seek(0)
+        text = cause.log.read().decode(errors="replace").strip()
+        said = [line for line in text.splitlines() if line.startswith("moetrain: error:")]
+        if code in _USER_ERRORS and said:
+            text = said[-1]
+        elif text:
+            text = f"moetrain: rank {cause.number} failed:\n{text[-4000:]}"
+        sys.stderr.write(text + "\n" if text else "")
     if code < 0:
-        sys.stderr.write(f"moetrain: rank {failed} was ended by {signal.Signals(-code).name}.\n")
+        hint = " The host's memory may have run out: see dmesg." if code == -signal.SIGKILL else ""
+        name = signal.Signals(-code).name
+        sys.stderr.write(f"moetrain: rank {cause.number} was ended by {name}.{hint}\n")
         return 128 - code
-    return int(code)
+    return code

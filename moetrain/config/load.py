@@ -18,11 +18,29 @@ from moetrain.errors import ConfigError, nearest
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4) and a key may stand only once."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            # `<<` may repeat, and the keys it brings are meant to be overridden.
+            if name in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(
+                    problem=f"key '{key.value}' stands there twice; keep one",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would take for numbers, such as a run id of 12e45."""
+
 
 _EXPONENT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$")
-cast(Any, _Loader).add_implicit_resolver(
-    "tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789.")
-)
+for _side in (_Loader, _Dumper):
+    cast(Any, _side).add_implicit_resolver(
+        "tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789.")
+    )
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -30,7 +48,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     ConfigError.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}. Save it so.") from None
     except OSError as error:
         raise ConfigError(
             f"{path}: {error.strerror}. Give the path of a recipe, for example one of examples/."
@@ -48,8 +68,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_from(content: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
     """Validate a recipe's content. Raises ConfigError for the first thing wrong with it."""
+    # A section whose keys are all commented out is null in YAML: it has its defaults.
+    given = {key: value for key, value in content.items() if value is not None}
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(given)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error)}") from None
 
@@ -78,7 +100,9 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `load_recipe` reads it back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(
+        recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+    )
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -94,23 +118,24 @@ def _parse(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(
-            f"{where}:{place} not YAML ({getattr(error, 'problem', error)})"
-        ) from None
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise ConfigError(f"{where}:{place} not YAML ({problem})") from None
+    except ValueError as error:  # a date such as 2026-13-45, which YAML's pattern lets pass
+        raise ConfigError(f"{where}: not YAML ({error}); quote it to have text") from None
 
 
 def _explain(error: ValidationError) -> str:
     """The first problem in one line: dotted key, what was given, what is allowed."""
-    first = error.errors()[0]
+    # A misspelt key comes first: it is why another one is missing.
+    wrong_keys = ("extra_forbidden", "invalid_key")
+    first = min(error.errors(), key=lambda problem: problem["type"] not in wrong_keys)
     location = [str(part) for part in first["loc"] if part not in ("pretrain", "cpt", "sft")]
     key = ".".join(location)
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     given: Any = first["input"]
-    if first["type"] == "extra_forbidden":
+    if first["type"] in wrong_keys:
         allowed = _fields_at(location[:-1])
-        prefix = ".".join(location[:-1])
-        full = {f"{prefix}.{name}" if prefix else name for name in allowed}
-        hint = nearest(key, full) or nearest(key, _all_keys())
+        hint = _hint(key, location, allowed)
         return f"unknown key '{key}'.{hint} Allowed there: {', '.join(sorted(allowed))}{more}"
     if first["type"] == "missing":
         return f"'{key}' is missing; add it{more}"
@@ -121,6 +146,17 @@ def _explain(error: ValidationError) -> str:
         return f"'{key}.name' is {name!r}; allowed: {_tags(first)}{more}"
     shown = repr(given) if len(repr(given)) < 80 else type(given).__name__
     return f"'{key}' is {shown}: {str(first['msg'])[0].lower()}{str(first['msg'])[1:]}{more}"
+
+
+def _hint(key: str, location: Sequence[str], allowed: Sequence[str]) -> str:
+    """The nearest key of the same section, else this one's home in another, else any near one."""
+    *parents, leaf = location
+    # Without the section's name, which would make everything in it look alike.
+    near = nearest(leaf, allowed).replace(" '", " '" + "".join(f"{name}." for name in parents), 1)
+    homes = sorted(known for known in _all_keys() if known.split(".")[-1] == leaf)
+    if not near and homes:
+        return f" Did you mean {' or '.join(repr(home) for home in homes)}?"
+    return near or nearest(key, _all_keys())
 
 
 def _tags(problem: Any) -> str:

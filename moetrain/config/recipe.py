@@ -3,10 +3,20 @@
 Unknown keys are refused by `moetrain.config.load`, which names the nearest right one.
 """
 
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 def _as_list(value: object) -> object:
@@ -17,7 +27,13 @@ def _as_method(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-Paths = Annotated[list[str], BeforeValidator(_as_list)]
+def _expand_home(value: str) -> str:
+    return os.path.expanduser(value)  # in YAML and after `key=` no shell does it
+
+
+Location = Annotated[str, AfterValidator(_expand_home)]
+Folder = Annotated[Path, AfterValidator(lambda path: Path(_expand_home(str(path))))]
+Paths = Annotated[list[Location], BeforeValidator(_as_list)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -25,19 +41,21 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 class Section(BaseModel):
     """A part of a recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
     """Which model, and in what precision."""
 
-    path: str | None = Field(
+    path: Location | None = Field(
         default=None, description="Hugging Face folder, Megatron checkpoint folder, or builtin:NAME"
     )
     hf: dict[str, Any] | None = Field(
         default=None, description="a config.json's content, for training from scratch"
     )
-    tokenizer: str | None = Field(
+    tokenizer: Location | None = Field(
         default=None, description="tokenizer folder or builtin:NAME; the model's own by default"
     )
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -63,7 +81,9 @@ class ParallelConfig(Section):
     """The layout. Data parallelism is what is left of the world."""
 
     tp: Count = Field(default=1, description="tensor parallel")
-    sp: bool | None = Field(default=None, description="sequence parallel; on when tp > 1")
+    sp: bool | None = Field(
+        default=None, validate_default=True, description="sequence parallel; on when tp > 1"
+    )
     pp: Count = Field(default=1, description="pipeline parallel")
     vpp: Count | None = Field(
         default=None, description="virtual pipeline stages per rank (interleaving); needs pp > 1"
@@ -74,15 +94,10 @@ class ParallelConfig(Section):
     first_stage_layers: Count | None = None
     last_stage_layers: Count | None = None
 
-    @model_validator(mode="before")
+    @field_validator("sp")
     @classmethod
-    def _sequence_parallel_follows(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        given = cast(dict[str, Any], value)
-        if given.get("sp") is None:
-            return {**given, "sp": isinstance(given.get("tp"), int) and given["tp"] > 1}
-        return given
+    def _follows_tp(cls, value: bool | None, info: ValidationInfo) -> bool:
+        return info.data.get("tp", 1) > 1 if value is None else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -133,7 +148,7 @@ class DataConfig(Section):
         default=0.05, description="stop when a larger share of records is unusable"
     )
     pack: bool = True
-    cache: Path | None = Field(
+    cache: Folder | None = Field(
         default=None, description="default: MOETRAIN_CACHE, else ~/.cache/moetrain"
     )
     shuffle: bool = True
@@ -245,10 +260,10 @@ class ClusterConfig(Section):
 class Recipe(Section):
     """One run."""
 
-    run_dir: Path
+    run_dir: Folder
     seed: int = 1234
     model: ModelConfig
-    parallel: ParallelConfig = ParallelConfig(sp=False)
+    parallel: ParallelConfig = ParallelConfig()
     method: Annotated[MethodConfig, BeforeValidator(_as_method)]
     data: DataConfig
     optim: OptimConfig = OptimConfig()

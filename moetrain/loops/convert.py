@@ -22,7 +22,7 @@ def hf2mcore(src: Path, dst: Path) -> int:
     engine = _open(src, dst)
     with _published(dst) as part:
         engine.save(part, {}, optimizer=False)
-        mark_dtypes(part, engine.source)
+        mark_dtypes(part, engine)
     engine.close()
     print(f"{dst}: Megatron checkpoint of {src}")
     return 0

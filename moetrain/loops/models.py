@@ -49,13 +49,9 @@ def open_engine(recipe: Recipe) -> Engine:
     return Engine(recipe, train=False)
 
 
-def mark_dtypes(folder: Path, source: ModelSource) -> None:
+def mark_dtypes(folder: Path, engine: Engine) -> None:
     """Note in a Megatron folder which dtype each weight had, for the way back to Hugging Face."""
-    if source.folder is None:
-        return
-    reader = SafetensorsReader(source.folder)
+    found = engine.source.dtypes(engine.family, engine.dims)
     note = json.loads((folder / "moetrain.json").read_text())
-    note["dtypes"] = {
-        n: str(reader.dtype(n)).removeprefix("torch.") for n in sorted(reader.names())
-    }
+    note["dtypes"] = {n: str(found[n]).removeprefix("torch.") for n in sorted(found)}
     (folder / "moetrain.json").write_text(json.dumps(note, indent=1))

@@ -4,7 +4,9 @@ per GPU.
 
 import json
 from collections.abc import Mapping
+from math import lcm
 from pathlib import Path
+from typing import cast
 
 from moetrain.config.builtin import MODELS
 from moetrain.config.load import dump_recipe
@@ -29,15 +31,27 @@ def read_hf_config(model: ModelConfig) -> Mapping[str, object]:
         if name not in MODELS:
             raise ConfigError(f"model.path={path}: known built-in models: {', '.join(MODELS)}")
         return MODELS[name]
-    for file, key in (("config.json", None), ("moetrain.json", "hf")):
-        found = Path(path) / file
+    for found in (Path(path) / "moetrain.json", Path(path) / "config.json"):
         if found.is_file():
-            try:
-                content = json.loads(found.read_text())
-            except ValueError as error:
-                raise ConfigError(f"{found}: not JSON ({error}). Restore the file.") from None
-            return content if key is None else content[key]
+            content = _read_mapping(found)
+            if found.name == "config.json":
+                return content
+            if isinstance(content.get("hf"), dict):
+                return cast(dict[str, object], content["hf"])
+            raise ConfigError(f"{found} has no 'hf' mapping, the model's config. Restore the file.")
     raise ConfigError(f"model.path={path}: no config.json or moetrain.json there. Check the path.")
+
+
+def _read_mapping(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also what is no UTF-8
+        raise ConfigError(f"{path}: not JSON ({error}). Restore the file.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}. Check its permissions.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a mapping is wanted, not {type(content).__name__}.")
+    return cast(dict[str, object], content)
 
 
 def world_size(recipe: Recipe, num_procs: int | None) -> int:
@@ -51,7 +65,7 @@ def world_size(recipe: Recipe, num_procs: int | None) -> int:
         return cluster.world_size
     if cluster.nodes:
         return cluster.nodes * cluster.gpus_per_node
-    return max(p.tp * p.cp * p.pp, p.etp * p.ep * p.pp)
+    return lcm(p.tp * p.cp * p.pp, p.etp * p.ep * p.pp)
 
 
 def check(recipe: Recipe, num_ranks: int) -> tuple[Family, Dims]:
@@ -86,20 +100,20 @@ def dry_run(recipe: Recipe, num_procs: int | None) -> str:
     if len(rows) > MAX_RANKS_SHOWN:
         lines.append(f"... and {len(rows) - MAX_RANKS_SHOWN} more")
     total = sum(rule.num_params for rule in table.values())
+    stages = static_bytes(dims, table, plan, recipe)
+    worst = max(stages, key=lambda s: s.total)
+    name, unit = ("GiB", GIB) if worst.total >= GIB else ("MiB", GIB // 1024)
     lines.append(
-        f"\n# {family.architecture}, {total / 1e9:.3f} B parameters. Static GiB per GPU, before "
+        f"\n# {family.architecture}, {total / 1e9:.3f} B parameters. Static {name} per GPU, before "
         f"activations:"
     )
     lines.append("stage  params(B)  weights  gradients  optimizer    total")
     limit = gpu_gib(recipe.cluster.gpu)
-    stages = static_bytes(dims, table, plan, recipe)
     for s in stages:
         lines.append(
-            f"{s.stage:>5}  {s.num_params / 1e9:>9.3f}  {s.weights / GIB:>7.2f}  "
-            f"{s.gradients / GIB:>9.2f}  "
-            f"{s.optimizer / GIB:>9.2f}  {s.total / GIB:>7.2f}"
+            f"{s.stage:>5}  {s.num_params / 1e9:>9.3f}  {s.weights / unit:>7.2f}  "
+            f"{s.gradients / unit:>9.2f}  {s.optimizer / unit:>9.2f}  {s.total / unit:>7.2f}"
         )
-    worst = max(stages, key=lambda s: s.total)
     if worst.total / GIB > limit:
         lines.append(
             f"WARNING: stage {worst.stage} needs {worst.total / GIB:.1f} GiB before activations "

@@ -90,8 +90,8 @@ def _bytes(stage: int, dense: int, expert: int, plan: MeshPlan, recipe: Recipe) 
     gradient = _BYTES[recipe.optim.grad_dtype]
     # fp32 weights are their own main copy; bf16 ones have an fp32 copy beside the two moments.
     state = (0 if recipe.model.dtype == "fp32" else 4) + 2 * _BYTES[recipe.optim.state_dtype]
-    state = int(state * (1 - recipe.optim.offload))
     params = dense + expert
     # The distributed optimizer is sharded over data and context parallel ranks.
-    optimizer = state * (-(-dense // (plan.dp * plan.cp)) + -(-expert // plan.edp))
+    sharded = -(-dense // (plan.dp * plan.cp)) + -(-expert // plan.edp)
+    optimizer = round(state * sharded * (1 - recipe.optim.offload))
     return StageBytes(stage, params, weight * params, gradient * params, optimizer)

@@ -2,7 +2,6 @@
 stage holds.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
 
@@ -33,7 +32,7 @@ def plan_mesh(parallel: ParallelConfig, world_size: int) -> MeshPlan:
     p = parallel
     dense, expert = p.tp * p.cp * p.pp, p.etp * p.ep * p.pp
     unit = lcm(dense, expert)
-    if world_size < 1 or world_size % unit:
+    if world_size % unit:
         down, up = world_size // unit * unit, (world_size // unit + 1) * unit
         fits = f"{down} or {up}" if down else str(up)
         raise LayoutError(
@@ -157,8 +156,3 @@ def rank_table(plan: MeshPlan) -> list[dict[str, int]]:
             }
         )
     return rows
-
-
-def total_layers(stages: Sequence[Sequence[range]]) -> int:
-    """How many layers all stages hold together."""
-    return sum(len(chunk) for stage in stages for chunk in stage)

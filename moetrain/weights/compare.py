@@ -1,11 +1,14 @@
 """Comparing two Hugging Face folders tensor by tensor, one pair in memory at a time."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from moetrain.errors import ConfigError
+from moetrain.families import family_of
 from moetrain.weights.reader import SafetensorsReader
 
 
@@ -22,9 +25,9 @@ class Difference:
 
 def compare(a: Path, b: Path) -> Iterator[Difference]:
     """Yield a Difference for every tensor that is missing on a side or differs in shape, dtype or
-    any value.
+    any value. Fused experts are compared with those of a folder that has them one by one.
     """
-    first, second = SafetensorsReader(a), SafetensorsReader(b)
+    first, second = _reader(a), _reader(b)
     names = set(first.names()) | set(second.names())
     for name in sorted(names):
         if name not in second.names():
@@ -46,3 +49,14 @@ def compare(a: Path, b: Path) -> Iterator[Difference]:
                 yield Difference(
                     name, f"{share:.2%} of values differ, by up to {gap.max().item():.3g}"
                 )
+
+
+def _reader(folder: Path) -> SafetensorsReader:
+    """With per-expert names where config.json names a known architecture."""
+    config = folder / "config.json"
+    try:
+        hf = json.loads(config.read_text()) if config.is_file() else {}
+        family = family_of(hf)
+        return SafetensorsReader(folder, family, family.dims(hf))
+    except (ConfigError, ValueError):
+        return SafetensorsReader(folder)

@@ -1,0 +1,197 @@
+"""Recipes: what is resolved, what is refused, and in which words. No torch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moetrain.config.builtin import MODELS
+from moetrain.config.load import dump_recipe, load_recipe, recipe_from, recipe_hash
+from moetrain.config.recipe import ParallelConfig, Recipe
+from moetrain.errors import ConfigError
+from moetrain.families import family_of
+
+BASE = """
+run_dir: runs/x
+model: {path: "builtin:qwen3-moe-tiny"}
+method: sft
+data: {train: a.jsonl}
+train: {steps: 3}
+"""
+
+
+def load(folder: Path, *overrides: str, text: str = BASE) -> Recipe:
+    path = folder / "r.yaml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def refusal(folder: Path, *overrides: str, text: str = BASE) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(folder, *overrides, text=text)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults_and_shorthands(tmp_path: Path) -> None:
+    recipe = load(tmp_path)
+    assert recipe.method.name == "sft"
+    assert recipe.data.train == ["a.jsonl"]
+    assert recipe.data.eval == []
+    assert recipe.parallel.etp == 1
+    assert recipe.parallel.sp is False
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("data.train=[a, b]", "data.train", ["a", "b"]),
+        ("optim.lr=1e-4", "optim.lr", 1e-4),
+        ("optim.lr=2.E-5", "optim.lr", 2e-5),
+        ("method={name: cpt}", "method.name", "cpt"),
+        ("method.name=pretrain", "method.name", "pretrain"),
+        ("observe.wandb.project=x=y", "observe.wandb", {"project": "x=y"}),
+        ("megatron.moe_permute_fusion=true", "megatron", {"moe_permute_fusion": True}),
+    ],
+)
+def test_override(tmp_path: Path, override: str, key: str, value: Any) -> None:
+    found: Any = load(tmp_path, override)
+    for name in key.split("."):
+        found = vars(found)[name]
+    assert found == value
+
+
+@pytest.mark.parametrize("tp", ["2", "2.0", "'2'"])
+def test_sequence_parallel_follows_tp(tmp_path: Path, tp: str) -> None:
+    """However YAML writes the number: an sp that stays off where tp is on trains another layout."""
+    assert load(tmp_path, f"parallel.tp={tp}").parallel.sp is True
+    assert load(tmp_path, f"parallel.tp={tp}", "parallel.sp=null").parallel.sp is True
+    assert load(tmp_path, f"parallel.tp={tp}", "parallel.sp=false").parallel.sp is False
+    assert ParallelConfig(tp=2).sp is True
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/h")
+    recipe = load(tmp_path, "run_dir=~/run", "model.path=~/m", "data.train=[~/a]", "data.cache=~/c")
+    assert recipe.run_dir == Path("/h/run")
+    assert recipe.model.path == "/h/m"
+    assert recipe.data.train == ["/h/a"]
+    assert recipe.data.cache == Path("/h/c")
+
+
+def test_empty_section_has_its_defaults(tmp_path: Path) -> None:
+    text = BASE + "optim:\n#  lr: 1\n"
+    assert load(tmp_path, text=text) == load(tmp_path)
+    assert load(tmp_path, "optim.lr=2", text=text).optim.lr == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lrr=1", ["'optim.lrr'", "Did you mean 'optim.lr'?", "warmup"]),
+        ("train.lr=1", ["'train.lr'", "Did you mean 'optim.lr'?", "global_batch"]),
+        ("tp=2", ["'tp'", "Did you mean 'parallel.tp'?"]),
+        ("modle.path=x", ["'modle'", "Did you mean 'model'?"]),
+        ("method.beta=1", ["'method.beta'", "name"]),
+        ("method=dpo", ["'dpo'", "pretrain", "cpt", "sft"]),
+        ("method.name=[1]", ["method.name", "pretrain"]),
+        ("train.epochs=1", ["train.steps", "train.epochs"]),
+        ("train.steps=null", ["train.steps", "train.epochs"]),
+        ("train.steps=0", ["'train.steps'", "0", "greater than or equal to 1"]),
+        ("train.micro_batch=3", ["train.global_batch=8", "train.micro_batch=3"]),
+        ("model.hf={}", ["model.path", "model.hf"]),
+        ("model.path=null", ["model.path", "model.hf"]),
+        ("parallel.vpp=2", ["parallel.vpp=2", "parallel.pp > 1"]),
+        ("parallel.sp=true", ["parallel.sp", "parallel.tp > 1"]),
+        ("parallel.tp=0", ["'parallel.tp'", "0"]),
+        ("parallel.tp=two", ["'parallel.tp'", "'two'"]),
+        ("optim.lr=.nan", ["'optim.lr'", "finite"]),
+        ("optim.lr=.inf", ["'optim.lr'", "finite"]),
+        ("optim.offload=2", ["'optim.offload'", "less than or equal to 1"]),
+        ("optim.schedule=cosin", ["'optim.schedule'", "'cosine'", "'wsd'"]),
+        ("data.train=[]", ["'data.train'"]),
+        ("data.weights=[1, 2]", ["2 numbers for 1"]),
+        ("run_dir=null", ["'run_dir' is missing"]),
+        ("optim.lr", ["'optim.lr'", "key=value"]),
+        ("=1", ["key=value"]),
+        ("seed.x=1", ["'seed'", "a value, not a section"]),
+        ("optim.lr=[1", ["override optim.lr", "not YAML"]),
+    ],
+)
+def test_refused_override(tmp_path: Path, override: str, words: list[str]) -> None:
+    message = refusal(tmp_path, override, text=BASE + "seed: 1\n")
+    assert not [word for word in words if word not in message], message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["mapping"]),
+        ("- a\n", ["mapping"]),
+        (BASE + "seed: 1\nseed: 2\n", ["line 8", "'seed'", "twice"]),
+        (BASE + "optim: {lr: 1, lr: 2}\n", ["line 7", "'lr'", "twice"]),
+        (BASE + "x: [\n", ["line 8", "not YAML"]),
+        (BASE + "x: \0\n", ["not YAML"]),
+        (BASE + "x: 2026-13-45\n", ["not YAML"]),
+        (BASE + "1: 2\n", ["unknown key '1'"]),
+        (BASE.replace("model:", "modle:"), ["'modle'", "Did you mean 'model'?"]),
+        (BASE.replace("method: sft", ""), ["'method' is missing"]),
+    ],
+)
+def test_refused_file(tmp_path: Path, text: str, words: list[str]) -> None:
+    message = refusal(tmp_path, text=text)
+    assert "r.yaml" in message
+    assert not [word for word in words if word not in message], message
+
+
+def test_unreadable_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file.*examples/"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_recipe(tmp_path)
+    (tmp_path / "b.yaml").write_bytes(b"run_dir: \xff\n")
+    with pytest.raises(ConfigError, match="not UTF-8 text at byte 9"):
+        load_recipe(tmp_path / "b.yaml")
+
+
+def test_merge_keys_still_work(tmp_path: Path) -> None:
+    text = BASE + "optim: &o {lr: 1}\nmegatron: {<<: *o, a: 2}\n"
+    assert load(tmp_path, text=text).megatron == {"lr": 1, "a": 2}
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    name=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=12)
+    | st.sampled_from(["1e5", "12e45", "1.e-3", "no", "null", "~x", "0x1f", "1:30", "2026-01-01"]),
+    lr=st.floats(0, 1, allow_nan=False),
+)
+def test_dump_is_read_back(tmp_path_factory: pytest.TempPathFactory, name: str, lr: float) -> None:
+    """Also strings that our loader would take for numbers, such as a W&B run id."""
+    content = {
+        "run_dir": "r",
+        "model": {"hf": {"k": name}},
+        "method": "sft",
+        "data": {"train": ["a"]},
+        "train": {"epochs": 0.5},
+        "optim": {"lr": lr},
+        "observe": {"wandb": {"id": name}},
+    }
+    recipe = recipe_from(content)
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+    assert recipe_hash(load_recipe(path)) == recipe_hash(recipe)
+
+
+def test_hash_sees_every_key(tmp_path: Path) -> None:
+    assert recipe_hash(load(tmp_path)) == recipe_hash(load(tmp_path, "parallel.sp=false"))
+    assert recipe_hash(load(tmp_path)) != recipe_hash(load(tmp_path, "data.seq_len=1"))
+
+
+def test_builtin_model_is_of_a_known_family() -> None:
+    dims = {name: family_of(hf).dims(hf) for name, hf in MODELS.items()}
+    tiny = dims["qwen3-moe-tiny"]
+    assert (tiny.experts, tiny.top_k, tiny.head_dim) == (8, 2, 32)
+    assert tiny.head_dim != tiny.hidden // tiny.heads

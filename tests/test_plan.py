@@ -1,0 +1,268 @@
+"""Layouts and bytes, against counts made another way. No torch."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moetrain.config.builtin import MODELS
+from moetrain.config.load import recipe_from
+from moetrain.config.recipe import ParallelConfig, Recipe
+from moetrain.errors import ConfigError, LayoutError
+from moetrain.families import Dims, expand, family_of
+from moetrain.plan.dry_run import check, dry_run, read_hf_config, world_size
+from moetrain.plan.memory import StageBytes, static_bytes
+from moetrain.plan.mesh import check_layout, plan_mesh, rank_table, stage_layers
+
+TINY = MODELS["qwen3-moe-tiny"]
+# Qwen/Qwen3-235B-A22B's config.json, as far as sizes go.
+BIG: dict[str, Any] = TINY | {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+
+
+def recipe(hf: dict[str, Any] = TINY, **sections: dict[str, Any]) -> Recipe:
+    content: dict[str, Any] = {
+        "run_dir": "r",
+        "model": {"hf": hf, **sections.pop("model", {})},
+        "method": "pretrain",
+        "data": {"train": ["a"], "seq_len": 64},
+        "train": {"steps": 1},
+    }
+    return recipe_from(content | sections)
+
+
+def dims_of(hf: dict[str, Any]) -> Dims:
+    return family_of(hf).dims(hf)
+
+
+def bytes_of(r: Recipe, num_ranks: int) -> list[StageBytes]:
+    family, dims = check(r, num_ranks)
+    return static_bytes(dims, expand(family, dims), plan_mesh(r.parallel, num_ranks), r)
+
+
+sizes = st.sampled_from([1, 2, 3, 4])
+
+
+@given(tp=sizes, pp=sizes, ep=sizes, etp=sizes, cp=sizes, world=st.integers(1, 200))
+def test_axes_fill_the_world(tp: int, pp: int, ep: int, etp: int, cp: int, world: int) -> None:
+    parallel = ParallelConfig(tp=tp, pp=pp, ep=ep, etp=etp, cp=cp)
+    divides = world % (tp * cp * pp) == 0 and world % (etp * ep * pp) == 0
+    if not divides:
+        with pytest.raises(LayoutError, match=f"{world} ranks do not divide"):
+            plan_mesh(parallel, world)
+        return
+    plan = plan_mesh(parallel, world)
+    assert plan.tp * plan.cp * plan.dp * plan.pp == plan.etp * plan.ep * plan.edp * plan.pp == world
+    rows = rank_table(plan)
+    dense = [(row["pp"], row["dp"], row["cp"], row["tp"]) for row in rows]
+    expert = [(row["pp"], row["edp"], row["ep"], row["etp"]) for row in rows]
+    # Rank order is the mixed radix of the coordinates, the first axis running fastest.
+    assert dense == list(product(range(pp), range(plan.dp), range(cp), range(tp)))
+    assert expert == list(product(range(pp), range(plan.edp), range(ep), range(etp)))
+
+
+def test_the_named_worlds_fit() -> None:
+    parallel = ParallelConfig(tp=2, ep=3)
+    with pytest.raises(LayoutError, match="Use 6 or 12 ranks"):
+        plan_mesh(parallel, 8)
+    assert {plan_mesh(parallel, n).dp for n in (6, 12)} == {3, 6}
+    with pytest.raises(LayoutError, match="Use 6 ranks"):
+        plan_mesh(parallel, 1)
+
+
+@given(layers=st.integers(1, 100), pp=st.integers(1, 8), vpp=st.integers(1, 4))
+def test_stages_hold_each_layer_once(layers: int, pp: int, vpp: int) -> None:
+    if layers < pp * vpp:
+        with pytest.raises(LayoutError, match=f"{layers} layers do not fill {pp * vpp}"):
+            stage_layers(layers, pp, vpp)
+        return
+    stages = stage_layers(layers, pp, vpp)
+    in_order = [stages[r][v] for v in range(vpp) for r in range(pp)]  # as a token meets them
+    assert [layer for chunk in in_order for layer in chunk] == list(range(layers))
+    counts = [len(chunk) for chunk in in_order]
+    assert min(counts) >= 1
+    assert max(counts) - min(counts) <= 1
+    assert counts == sorted(counts, reverse=True)  # earlier ones take what is left over
+
+
+def test_uneven_stages() -> None:
+    counts = [len(stage[0]) for stage in stage_layers(94, 8, 1, 11, 11)]
+    assert counts == [11, 12, 12, 12, 12, 12, 12, 11]
+    assert stage_layers(5, 2, 1, 2, 3) == [[range(0, 2)], [range(2, 5)]]
+    assert [len(stage[0]) for stage in stage_layers(7, 3, 1, None, 1)] == [3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    "arguments", [(4, 2, 1, 1, 1), (4, 2, 1, 4), (4, 3, 1, 3, 1), (4, 1, 1, 4), (8, 2, 2, 1)]
+)
+def test_stages_that_cannot_be(arguments: tuple[int, ...]) -> None:
+    with pytest.raises(LayoutError, match=r"last"):
+        stage_layers(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "changed", "words"),
+    [
+        ({"tp": 3}, {}, ["tp=3", "8 heads", "1, 2, 4, 8"]),
+        ({"tp": 4}, {"num_attention_heads": 12, "num_key_value_heads": 3}, ["tp=4", "3 KV"]),
+        ({"ep": 3}, {}, ["ep=3", "8 experts", "1, 2, 4, 8"]),
+        ({"etp": 5}, {}, ["etp=5", "96"]),
+        ({"tp": 2, "sp": False}, {}, ["sequence parallelism"]),
+        ({"tp": 8}, {"intermediate_size": 250, "mlp_only_layers": [0]}, ["tp=8", "250"]),
+        ({"pp": 5}, {}, ["4 layers", "pp=5"]),
+        ({"pp": 2, "vpp": 3}, {}, ["4 layers", "vpp=3"]),
+        ({"cp": 3}, {}, ["64", "multiple of 6", "Use 66"]),
+    ],
+)
+def test_layout_that_does_not_divide(
+    parallel: dict[str, Any], changed: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(LayoutError) as caught:
+        check_layout(dims_of(TINY | changed), ParallelConfig(**parallel), 64)
+    assert not [word for word in words if word not in str(caught.value)], str(caught.value)
+
+
+def test_layouts_that_divide() -> None:
+    check_layout(dims_of(TINY), ParallelConfig(tp=8, ep=8, pp=2, vpp=2), 64)  # tp > KV heads
+    check_layout(dims_of(BIG), ParallelConfig(tp=2, ep=32, pp=8), 4096)  # 94 over 8
+
+
+def test_dense_model_has_no_expert_axes() -> None:
+    dense = {**TINY, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    with pytest.raises(LayoutError, match=r"ep=2.*no experts"):
+        check_layout(dims_of(dense), ParallelConfig(ep=2), 64)
+
+
+def test_batch_that_does_not_divide() -> None:
+    with pytest.raises(ConfigError, match=r"train.global_batch=8.*3 data-parallel.*Use 9"):
+        check(recipe(), 3)
+
+
+def by_hand(hf: dict[str, Any], layers: int) -> tuple[int, int]:
+    """Dense and expert parameters of `layers` decoder layers, written out."""
+    h, d = hf["hidden_size"], hf["head_dim"]
+    q, kv = hf["num_attention_heads"] * d, hf["num_key_value_heads"] * d
+    dense = h * (q + 2 * kv) + q * h + 2 * d + 2 * h + hf["num_experts"] * h
+    return layers * dense, layers * hf["num_experts"] * 3 * h * hf["moe_intermediate_size"]
+
+
+def test_bytes_of_one_rank() -> None:
+    dense, expert = by_hand(TINY, 4)
+    params = dense + expert + 2 * 2048 * 128 + 128
+    (fp32,) = bytes_of(recipe(model={"dtype": "fp32"}), 1)
+    assert fp32 == StageBytes(0, params, 4 * params, 4 * params, 8 * params)  # no main copy
+    (bf16,) = bytes_of(recipe(), 1)
+    assert bf16 == StageBytes(0, params, 2 * params, 4 * params, 12 * params)
+    (small,) = bytes_of(recipe(optim={"grad_dtype": "bf16", "state_dtype": "bf16"}), 1)
+    assert small == StageBytes(0, params, 2 * params, 2 * params, 8 * params)
+    (host,) = bytes_of(recipe(optim={"offload": 0.35}), 1)
+    assert host.optimizer == round(12 * params * 0.65)
+    (none,) = bytes_of(recipe(optim={"offload": 1}), 1)
+    assert none.optimizer == 0
+
+
+def test_bytes_of_a_stage_in_the_middle() -> None:
+    """What is sharded over what: 235B on 256 GPUs, tp 2, pp 8, ep 32; a middle stage of 12."""
+    r = recipe(BIG, parallel={"tp": 2, "pp": 8, "ep": 32}, train={"steps": 1, "global_batch": 16})
+    stages = bytes_of(r, 256)
+    dense, expert = by_hand(BIG, 12)
+    unsharded = 12 * (2 * 4096 + 2 * 128 + 128 * 4096)  # norms and router, whole on each tp rank
+    local, experts = (dense - unsharded) // 2 + unsharded, expert // 32
+    assert stages[1].num_params == local + experts
+    assert stages[1].weights == 2 * (local + experts)
+    assert stages[1].gradients == 4 * (local + experts)
+    assert stages[1].optimizer == 12 * (local // 16 + experts)  # dp 16, edp 1
+    # 94 = 6 of 12 and 2 of 11; DESIGN.md's measured rank 0 of this job: 1.651 B, 0.906 B experts
+    assert experts == pytest.approx(0.906e9, rel=1e-3)
+    assert stages[0].num_params == pytest.approx(1.651e9, rel=1e-3)
+
+
+def test_context_parallel_ranks_share_the_optimizer() -> None:
+    plain = bytes_of(recipe(), 2)[0]
+    cp = bytes_of(recipe(parallel={"cp": 2}), 2)[0]
+    assert plain == cp
+
+
+def test_tied_embedding_is_on_both_ends() -> None:
+    tied = {**TINY, "tie_word_embeddings": True}
+    one, two = (bytes_of(recipe(tied, parallel={"pp": pp}), pp) for pp in (1, 2))
+    assert sum(s.num_params for s in two) - one[0].num_params == 2048 * 128
+
+
+def test_world_size_of_a_dry_run() -> None:
+    layout = {"tp": 2, "ep": 3}
+    assert world_size(recipe(parallel=layout), None) == 6
+    assert world_size(recipe(parallel=layout), 12) == 12
+    assert world_size(recipe(cluster={"nodes": 3, "gpus_per_node": 4}), None) == 12
+    assert world_size(recipe(cluster={"nodes": 3, "world_size": 5}), None) == 5
+
+
+def test_dry_run_warns() -> None:
+    layout = {"tp": 2, "pp": 8, "ep": 2}
+    r = recipe(BIG, parallel=layout, train={"steps": 1, "global_batch": 64})
+    text = dry_run(r, 128)
+    worst = float(text.split(" GiB before activations")[0].split()[-1])
+    totals = [float(line.split()[-1]) for line in text.splitlines()[-9:-1]]
+    assert worst == pytest.approx(max(totals), abs=0.06)
+    assert worst > 79.6
+    assert "H100-80GB has 79.6" in text
+    assert "128 ranks" in text
+    assert "and 64 more" in text
+    assert "235.094 B parameters" in text
+
+
+def test_dry_run_of_a_small_model() -> None:
+    text = dry_run(recipe(), 1)
+    assert "Static MiB" in text  # GiB would be a column of zeros
+    assert "WARNING" not in text
+    (one,) = bytes_of(recipe(), 1)
+    assert float(text.split()[-1]) == pytest.approx(one.total / 2**20, abs=0.01)
+    with pytest.raises(ConfigError, match=r"H100 is not known. Did you mean 'H100-80GB'"):
+        dry_run(recipe(cluster={"gpu": "H100"}), 1)
+
+
+@settings(deadline=None)
+@given(pp=st.sampled_from([1, 2, 4]), ep=st.sampled_from([1, 2, 4, 8]))
+def test_stages_and_expert_ranks_hold_the_model_once(pp: int, ep: int) -> None:
+    stages = bytes_of(recipe(parallel={"pp": pp, "ep": ep}), pp * ep)
+    dense, expert = by_hand(TINY, 4)
+    assert sum(s.num_params for s in stages) == dense + 2 * 2048 * 128 + 128 + expert // ep
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", "{", ["config.json: not JSON"]),
+        ("config.json", "[]", ["config.json: a mapping"]),
+        ("moetrain.json", "{}", ["moetrain.json has no 'hf'"]),
+        ("config.json", '{"architectures": ["Qwen3MoeForCausalLm"]}', ["Qwen3MoeForCausalLM"]),
+        ("config.json", '{"architectures": ["GPT2LMHeadModel"]}', ["GPT2LMHeadModel", "known"]),
+        ("other.json", "{}", ["no config.json or moetrain.json"]),
+    ],
+)
+def test_unusable_model_folder(tmp_path: Path, name: str, content: str, words: list[str]) -> None:
+    (tmp_path / name).write_text(content)
+    r = recipe(model={"hf": None, "path": str(tmp_path)})
+    with pytest.raises(ConfigError) as caught:
+        check(r, 1)
+    assert not [word for word in words if word not in str(caught.value)], str(caught.value)
+
+
+def test_builtin_model() -> None:
+    r = recipe(model={"hf": None, "path": "builtin:qwen3-moe-tiny"})
+    assert read_hf_config(r.model) is TINY
+    with pytest.raises(ConfigError, match="known built-in models: qwen3-moe-tiny"):
+        read_hf_config(recipe(model={"hf": None, "path": "builtin:x"}).model)
