@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 # SIGTERM comes from Slurm, torchrun and `kill`; SIGUSR1 from `sbatch --signal=USR1@300`, ahead of
-# the time limit.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# the time limit; SIGINT from Ctrl-C, once to save and leave, twice to leave.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_STOPPED = 128 + signal.SIGTERM
 
 
@@ -31,6 +31,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self._caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self._caught = True
 
     def agreed(self) -> bool:
