@@ -1,11 +1,12 @@
 """Recipes: what is resolved, what is refused, and in which words. No torch."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from moetrain.config.builtin import MODELS
 from moetrain.config.load import dump_recipe, load_recipe, recipe_from, recipe_hash
@@ -97,6 +98,13 @@ def test_empty_section_has_its_defaults(tmp_path: Path) -> None:
         ("method.beta=1", ["'method.beta'", "name"]),
         ("method=dpo", ["'dpo'", "pretrain", "cpt", "sft"]),
         ("method.name=[1]", ["method.name", "pretrain"]),
+        ("method=5", ["'method.name' is 5", "pretrain, cpt, sft"]),
+        ("method={}", ["'method.name' is None", "pretrain, cpt, sft"]),
+        ("method.sft.x=2", ["unknown key 'method.sft'", "Allowed there: name"]),
+        ("parallel=3", ["'parallel' is 3, not a section", "etp"]),
+        ("data.train=[1]", ["'data.train.0' is 1", "string"]),
+        ("train.steps=1.5", ["'train.steps' is 1.5", "integer"]),
+        ("observe.progress=maybe", ["'observe.progress' is 'maybe'", "boolean"]),
         ("train.epochs=1", ["train.steps", "train.epochs"]),
         ("train.steps=null", ["train.steps", "train.epochs"]),
         ("train.steps=0", ["'train.steps'", "0", "greater than or equal to 1"]),
@@ -183,6 +191,32 @@ def test_dump_is_read_back(tmp_path_factory: pytest.TempPathFactory, name: str, 
     path.write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(path) == recipe
     assert recipe_hash(load_recipe(path)) == recipe_hash(recipe)
+
+
+def test_every_key_is_described() -> None:
+    """docs/recipes.md is made of these."""
+    keys = _leaves(Recipe)
+    assert len(keys) > 60
+    assert not [key for key, described in keys.items() if not described]
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> dict[str, bool]:
+    found: dict[str, bool] = {}
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        below = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        for kind in below:
+            found |= _leaves(kind, f"{prefix}{name}:{kind.__name__}.")
+        if not below:
+            found[prefix + name] = bool(field.description)
+    return found
+
+
+def test_overrides_are_laid_in_order(tmp_path: Path) -> None:
+    assert load(tmp_path, "seed=1", "seed=2").seed == 2
+    given = load(tmp_path, "method=cpt", "method.name=pretrain", "optim={lr: 1}", "optim.eps=1e-6")
+    assert given.method.name == "pretrain"
+    assert (given.optim.lr, given.optim.eps) == (1, 1e-6)
 
 
 def test_hash_sees_every_key(tmp_path: Path) -> None:

@@ -32,6 +32,20 @@ BIG: dict[str, Any] = TINY | {
     "num_experts_per_tok": 8,
 }
 
+# Qwen/Qwen3-30B-A3B's config.json, as far as sizes go.
+MIDDLE: dict[str, Any] = TINY | {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+
 
 def recipe(hf: dict[str, Any] = TINY, **sections: dict[str, Any]) -> Recipe:
     content: dict[str, Any] = {
@@ -172,6 +186,36 @@ def test_bytes_of_one_rank() -> None:
     assert host.optimizer == round(12 * params * 0.65)
     (none,) = bytes_of(recipe(optim={"offload": 1}), 1)
     assert none.optimizer == 0
+
+
+def test_published_sizes() -> None:
+    """The bf16 `total_size` of the published index is 61,064,245,248 bytes."""
+    for hf, published in ((MIDDLE, 61_064_245_248 // 2), (BIG, 235_093_634_560)):
+        family, dims = family_of(hf), dims_of(hf)
+        assert sum(rule.num_params for rule in expand(family, dims).values()) == published
+
+
+def test_bytes_at_tp2_pp2_ep2() -> None:
+    """Written out: 8 heads and 4 KV heads of 32, hidden 128, 8 experts of 96, 2048 words."""
+    r = recipe(parallel={"tp": 2, "pp": 2, "ep": 2})
+    attention = 128 * (4 + 2 + 2) * 32 + 4 * 32 * 128  # half of the heads
+    layer = attention + 2 * 32 + 2 * 128 + 8 * 128  # norms and router on each tensor rank
+    experts = 4 * 3 * 128 * 96  # half of them, each whole: etp is 1
+    half_vocab = 1024 * 128
+    first, last = (2 * layer + half_vocab, 2 * layer + half_vocab + 128)  # the final norm
+    stages = bytes_of(r, 8)  # dp 2, edp 2
+    for stage, dense in zip(stages, (first, last), strict=True):
+        params = dense + 2 * experts
+        assert stage.num_params == params
+        assert (stage.weights, stage.gradients) == (2 * params, 4 * params)
+        assert stage.optimizer == 12 * (dense // 2 + experts)
+        assert stage.total == stage.weights + stage.gradients + stage.optimizer
+
+
+@pytest.mark.parametrize("pp", [4, 8, 16])
+def test_94_layers(pp: int) -> None:
+    counts = [len(stage[0]) for stage in stage_layers(94, pp, 1)]
+    assert counts == [94 // pp + 1] * (94 % pp) + [94 // pp] * (pp - 94 % pp)
 
 
 def test_bytes_of_a_stage_in_the_middle() -> None:

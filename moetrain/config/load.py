@@ -129,7 +129,9 @@ def _explain(error: ValidationError) -> str:
     # A misspelt key comes first: it is why another one is missing.
     wrong_keys = ("extra_forbidden", "invalid_key")
     first = min(error.errors(), key=lambda problem: problem["type"] not in wrong_keys)
-    location = [str(part) for part in first["loc"] if part not in ("pretrain", "cpt", "sft")]
+    location = [str(part) for part in first["loc"]]
+    if location[0] == "method":
+        del location[1:2]  # the union's tag, which is no key
     key = ".".join(location)
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     given: Any = first["input"]
@@ -141,10 +143,13 @@ def _explain(error: ValidationError) -> str:
         return f"'{key}' is missing; add it{more}"
     if first["type"] == "value_error":
         return str(first["msg"]).removeprefix("Value error, ") + more
-    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+    if key == "method":  # a union: told by its name, or not at all
         name = cast(dict[str, Any], given).get("name") if isinstance(given, dict) else given
-        return f"'{key}.name' is {name!r}; allowed: {_tags(first)}{more}"
+        return f"'method.name' is {name!r}; allowed: {', '.join(_methods())}{more}"
     shown = repr(given) if len(repr(given)) < 80 else type(given).__name__
+    if first["type"] == "model_type":
+        keys = ", ".join(_fields_at(location))
+        return f"'{key}' is {shown}, not a section. Keys there: {keys}{more}"
     return f"'{key}' is {shown}: {str(first['msg'])[0].lower()}{str(first['msg'])[1:]}{more}"
 
 
@@ -159,11 +164,9 @@ def _hint(key: str, location: Sequence[str], allowed: Sequence[str]) -> str:
     return near or nearest(key, _all_keys())
 
 
-def _tags(problem: Any) -> str:
-    return (
-        str(problem.get("ctx", {}).get("expected_tags", "")).replace("'", "")
-        or "pretrain, cpt, sft"
-    )
+def _methods() -> list[str]:
+    methods = _models(Recipe.model_fields["method"].annotation)
+    return [str(method.model_fields["name"].default) for method in methods]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -58,13 +58,17 @@ class ModelConfig(Section):
     tokenizer: Location | None = Field(
         default=None, description="tokenizer folder or builtin:NAME; the model's own by default"
     )
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    backend: Literal["auto", "torch", "te"] = "auto"
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="of weights and activations; bf16 keeps fp32 main weights"
+    )
+    backend: Literal["auto", "torch", "te"] = Field(
+        default="auto", description="auto takes Transformer Engine on a GPU that has it, else torch"
+    )
     init: Literal["load", "random"] | None = Field(
         default=None,
         description="load for a path, random for hf; random with a path takes its config only",
     )
-    init_std: float = Field(default=0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0, description="standard deviation of random weights")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -91,8 +95,13 @@ class ParallelConfig(Section):
     ep: Count = Field(default=1, description="expert parallel")
     etp: Count = Field(default=1, description="expert tensor parallel")
     cp: Count = Field(default=1, description="context parallel")
-    first_stage_layers: Count | None = None
-    last_stage_layers: Count | None = None
+    first_stage_layers: Count | None = Field(
+        default=None,
+        description="layers of the first pipeline stage; default: even, earlier stages first",
+    )
+    last_stage_layers: Count | None = Field(
+        default=None, description="layers of the last pipeline stage"
+    )
 
     @field_validator("sp")
     @classmethod
@@ -113,19 +122,21 @@ class ParallelConfig(Section):
 class PretrainMethod(Section):
     """Next-token prediction on an indexed corpus."""
 
-    name: Literal["pretrain"] = "pretrain"
+    name: Literal["pretrain"] = Field(
+        default="pretrain", description="`method: pretrain` for short"
+    )
 
 
 class CptMethod(Section):
     """Continued pretraining: `pretrain` from given weights."""
 
-    name: Literal["cpt"] = "cpt"
+    name: Literal["cpt"] = Field(default="cpt", description="`method: cpt` for short")
 
 
 class SftMethod(Section):
     """Supervised fine-tuning on the assistant's turns."""
 
-    name: Literal["sft"] = "sft"
+    name: Literal["sft"] = Field(default="sft", description="`method: sft` for short")
 
 
 MethodConfig = Annotated[PretrainMethod | CptMethod | SftMethod, Field(discriminator="name")]
@@ -141,21 +152,33 @@ class DataConfig(Section):
     weights: list[float] | None = Field(
         default=None, description="blend weights of data.train, for pretrain and cpt"
     )
-    eval: Paths = Field(default_factory=list)
-    seq_len: Count = 4096
-    too_long: Literal["truncate", "reject"] = "truncate"
+    eval: Paths = Field(default_factory=list, description="held-out data, as data.train")
+    seq_len: Count = Field(
+        default=4096, description="tokens of a pack, and the most of one sequence"
+    )
+    too_long: Literal["truncate", "reject"] = Field(
+        default="truncate",
+        description="of records over data.seq_len; the rejected are in rejected.jsonl",
+    )
     max_rejected: Fraction = Field(
         default=0.05, description="stop when a larger share of records is unusable"
     )
-    pack: bool = True
+    pack: bool = Field(
+        default=True,
+        description="several records in one pack, which do not see each other; sft only",
+    )
     cache: Folder | None = Field(
         default=None, description="default: MOETRAIN_CACHE, else ~/.cache/moetrain"
     )
-    shuffle: bool = True
-    chat_template: str | None = Field(
+    shuffle: bool = Field(
+        default=True, description="a new order every epoch; pretrain and cpt always shuffle"
+    )
+    chat_template: Location | None = Field(
         default=None, description="a template file to use in place of the tokenizer's"
     )
-    num_workers: int = Field(default=0, ge=0)
+    num_workers: int = Field(
+        default=0, ge=0, description="processes that tokenize sft data; 0: none but this one"
+    )
 
     @model_validator(mode="after")
     def _weight_each(self) -> Self:
@@ -170,40 +193,68 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
-    name: Literal["adamw"] = "adamw"
-    lr: float = Field(default=1e-4, ge=0)
-    min_lr: float = Field(default=0.0, ge=0)
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: int = Field(default=0, ge=0, description="steps")
-    decay_steps: Count | None = None
-    wsd_decay: Literal["linear", "cosine", "exponential"] = "linear"
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
+    name: Literal["adamw"] = Field(default="adamw", description="the only one yet")
+    lr: float = Field(default=1e-4, ge=0, description="highest learning rate")
+    min_lr: float = Field(
+        default=0.0, ge=0, description="where the schedule ends; not for constant"
+    )
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        default="cosine", description="after the warm-up; wsd holds lr and decays at the end"
+    )
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up from 0")
+    decay_steps: Count | None = Field(
+        default=None,
+        description="steps that the decay takes; default: cosine all, wsd the last tenth",
+    )
+    wsd_decay: Literal["linear", "cosine", "exponential"] = Field(
+        default="linear", description="shape of wsd's decay"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="of matrices; norms and biases have none"
+    )
     clip_grad: float = Field(
         default=1.0, ge=0, description="largest gradient norm; 0 turns clipping off"
     )
     offload: Fraction = Field(
         default=0.0, description="share of the optimizer's state kept on the host (GPU)"
     )
-    state_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
-    grad_dtype: Literal["fp32", "bf16"] = "fp32"
+    state_dtype: Literal["fp32", "bf16", "fp8"] = Field(
+        default="fp32", description="of the two moments; less than fp32 needs Transformer Engine"
+    )
+    grad_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="in which gradients are summed over micro-batches and ranks"
+    )
 
 
 class TrainConfig(Section):
     """How long and in what pieces."""
 
-    steps: Count | None = None
-    epochs: float | None = Field(default=None, gt=0)
+    steps: Count | None = Field(default=None, description="optimizer steps; this or train.epochs")
+    epochs: float | None = Field(
+        default=None, gt=0, description="passes over data.train; this or train.steps"
+    )
     global_batch: Count = Field(
         default=8, description="packs of data.seq_len tokens per optimizer step, over all ranks"
     )
     micro_batch: Count = Field(default=1, description="packs put together in one forward pass")
-    eval_every: Count | None = None
-    eval_packs: Count | None = None
-    deterministic: bool = False
-    recompute: Literal["none", "selective", "full"] = "none"
+    eval_every: Count | None = Field(
+        default=None,
+        description="steps between evaluations on data.eval; the last step always has one",
+    )
+    eval_packs: Count | None = Field(
+        default=None, description="packs of data.eval that are used; default: all"
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="only kernels that give the same bits every time; slower on a GPU",
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="computed again to save memory: selective is attention, full every layer",
+    )
     overlap: bool = Field(
         default=True, description="overlap gradient and parameter traffic with computation (GPU)"
     )
@@ -223,45 +274,54 @@ class TrainConfig(Section):
 class RouterConfig(Section):
     """Losses that keep a mixture of experts in balance, taken over sequences."""
 
-    aux_loss: float = Field(default=0.0, ge=0)
-    z_loss: float = Field(default=0.0, ge=0)
-    freeze: bool = False
+    aux_loss: float = Field(default=0.0, ge=0, description="weight of the load-balancing loss")
+    z_loss: float = Field(
+        default=0.0, ge=0, description="weight of the loss that keeps router logits small"
+    )
+    freeze: bool = Field(default=False, description="leave the router's weights as they are")
 
 
 class CheckpointConfig(Section):
     """What is kept."""
 
     every: Count | None = Field(default=None, description="steps; the last step is always saved")
-    keep: Count = 2
+    keep: Count = Field(default=2, description="how many of the latest stay, besides the best")
     best: str | None = Field(
         default=None, description="held-out metric whose lowest checkpoint is kept, e.g. eval_loss"
     )
     export_hf: bool = Field(default=False, description="write <run_dir>/hf at the end")
-    save_optimizer: bool = True
+    save_optimizer: bool = Field(
+        default=True, description="false: small checkpoints, from which a run cannot resume"
+    )
 
 
 class ObserveConfig(Section):
     """Where the run can be watched."""
 
-    tensorboard: bool = True
+    tensorboard: bool = Field(default=True, description="write <run_dir>/tensorboard")
     wandb: dict[str, Any] | None = Field(default=None, description="arguments of wandb.init")
-    progress: bool = True
+    progress: bool = Field(default=True, description="a progress bar on the first rank")
 
 
 class ClusterConfig(Section):
     """The machines the run is meant for; the dry run counts with them."""
 
-    gpu: str = "H100-80GB"
-    gpus_per_node: Count = 8
-    nodes: Count | None = None
-    world_size: Count | None = None
+    gpu: str = Field(default="H100-80GB", description="its memory is what the dry run warns about")
+    gpus_per_node: Count = Field(default=8, description="ranks of a node")
+    nodes: Count | None = Field(
+        default=None, description="the dry run's world is nodes * gpus_per_node"
+    )
+    world_size: Count | None = Field(
+        default=None,
+        description="the dry run's ranks, in place of nodes; default: the fewest the layout takes",
+    )
 
 
 class Recipe(Section):
     """One run."""
 
-    run_dir: Folder
-    seed: int = 1234
+    run_dir: Folder = Field(description="everything the run writes; one that exists is resumed")
+    seed: int = Field(default=1234, description="of random weights and of the data's order")
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     method: Annotated[MethodConfig, BeforeValidator(_as_method)]

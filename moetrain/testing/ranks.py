@@ -64,16 +64,17 @@ def log_probs(
 
 
 def logits(model: str, parallel: dict[str, Any], tokens: Sequence[int]) -> Tensor | None:
-    """[t, v] logits of one sequence from the last stage (None elsewhere), gathered over tensor and
-    context ranks.
-    """
+    """[t, v] logits of one sequence from the last stage (None elsewhere)."""
+    return logits_of(Engine(recipe_for(model, parallel), train=False), tokens)
+
+
+def logits_of(engine: Any, tokens: Sequence[int]) -> Any:
+    """[t, v] logits, gathered over tensor and context ranks; None before the last stage."""
     import torch.distributed as dist
     from torch.distributed import ProcessGroup
 
     from moetrain.engine.context import gather
     from moetrain.engine.step import Runner, micro_batches
-
-    engine = Engine(recipe_for(model, parallel), train=False)
 
     def all_columns(x: Tensor, group: ProcessGroup) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(group.size())]
@@ -83,16 +84,16 @@ def logits(model: str, parallel: dict[str, Any], tokens: Sequence[int]) -> Tenso
     class LogitsRunner(Runner):
         def _finish(self, head: Any, pack: Any, model: Any, hidden: Tensor) -> Any:
             local = hidden.squeeze(1) @ model.head_weight().T
-            whole = gather(
-                all_columns(local, self.mesh.tp_group), self.mesh.cp_group, reduce_grad=False
-            )
+            columns = all_columns(local, self.mesh.tp_group)
+            whole = gather(columns, self.mesh.cp_group, reduce_grad=False)
             return whole.sum(), torch.ones((), dtype=torch.int), {"logits": whole}
 
     runner = LogitsRunner(engine.chunks, engine.mesh, engine.dims, engine.device)
     for chunk in engine.chunks:
         chunk.eval()
+    batches = micro_batches([from_tokens(tokens)], 1, engine.mesh)
     with torch.no_grad():
-        kept = runner(micro_batches([from_tokens(tokens)], 1, engine.mesh), None, forward_only=True)  # type: ignore[arg-type]
+        kept = runner(batches, None, forward_only=True)  # type: ignore[arg-type]
     return kept[0]["logits"][: len(tokens), : engine.dims.vocab] if kept else None
 
 
@@ -119,3 +120,15 @@ def round_trip(model: str, parallel: dict[str, Any]) -> dict[str, Tensor]:
     engine = Engine(recipe_for(model, parallel), train=False)
     weights = {name: w.clone() for name, w in engine.export()}
     return weights if engine.mesh.is_main else {}
+
+
+def mutated_logits(model: str, tokens: Sequence[int], mutation: str) -> tuple[Tensor, bool]:
+    """(logits [t, v], whether the round trip is bit-exact) under a wrong weight table, one process."""
+    from moetrain.testing.mutations import MUTATIONS
+
+    engine = Engine(recipe_for(model, {}), train=False)
+    before = {name: w.clone() for name, w in engine.export()}
+    engine.rules = MUTATIONS[mutation](engine.rules)
+    engine.load(engine.source.reader(engine.recipe, engine.family, engine.dims))
+    exact = all(torch.equal(before[name], w) for name, w in engine.export())
+    return logits_of(engine, tokens), exact

@@ -1,0 +1,115 @@
+"""The resume proof: a run killed anywhere and started again equals the uninterrupted one, bit for
+bit.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moetrain.weights.compare import compare
+
+RECIPE = Path(__file__).parents[1] / "examples" / "pretrain_tiny.yaml"
+STEPS = 12
+SETTINGS = (
+    f"train.steps={STEPS} checkpoint.every=4 data.seq_len=64 train.eval_every=6 train.eval_packs=4"
+    " checkpoint.export_hf=true observe.tensorboard=false"
+).split()
+# What a clock or the machine decides.
+MEASURED = {"seconds", "tokens_per_s", "memory_gib"}
+
+
+def start(run_dir: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "moetrain", "train", str(RECIPE), "--nproc", "2"]
+    return subprocess.Popen(
+        [*command, "parallel.ep=2", *SETTINGS, f"run_dir={run_dir}", *more],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(run_dir: Path, *more: str) -> None:
+    process = start(run_dir, *more)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err.decode()
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    file = run_dir / "ledger.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [{k: v for k, v in json.loads(r).items() if k not in MEASURED} for r in lines]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    finish(run_dir)
+    return run_dir
+
+
+def equal(run_dir: Path, whole: Path) -> None:
+    assert rows(run_dir) == rows(whole)
+    assert list(compare(run_dir / "hf", whole / "hf")) == []
+
+
+def test_killed_in_the_middle_of_a_run(whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(run_dir)
+    wait_for(lambda: len(rows(run_dir)) >= 6, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [p.name for p in (run_dir / "checkpoints").glob("step_*")] == ["step_00000004"]
+    finish(run_dir)
+    equal(run_dir, whole)
+
+
+def test_killed_in_the_middle_of_a_save(whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(run_dir)
+    writing = run_dir / "checkpoints" / ".writing_00000008"
+    wait_for(lambda: writing.is_dir() and any(writing.iterdir()), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)  # the ranks die with their parent, a moment later
+    names = sorted(p.name for p in (run_dir / "checkpoints").glob("step_*"))
+    assert names == ["step_00000004"], "the half-written checkpoint is not published"
+    assert writing.is_dir()
+    finish(run_dir)
+    assert not writing.exists()
+    equal(run_dir, whole)
+
+
+@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2"])
+def test_resumed_in_another_layout(whole: Path, tmp_path: Path, layout: str) -> None:
+    run_dir = tmp_path / "run"
+    process = start(run_dir)
+    wait_for(lambda: len(rows(run_dir)) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    assert process.returncode == 143
+    finish(run_dir, "parallel.ep=1", layout)
+    for found, wanted in zip(rows(run_dir), rows(whole), strict=True):
+        key = "loss" if "loss" in wanted else "eval_loss"
+        assert found[key] == pytest.approx(wanted[key], rel=1e-5)
+
+
+def test_another_recipe_is_refused(whole: Path) -> None:
+    process = start(whole, "optim.lr=1e-5")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "optim.lr" in err.decode() and len(err.decode().splitlines()) == 1
