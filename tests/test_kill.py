@@ -1,6 +1,4 @@
-"""The resume proof: a run killed anywhere and started again equals the uninterrupted one, bit for
-bit.
-"""
+"""The resume proof: a run killed anywhere and resumed equals the uninterrupted, bit for bit."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Wrong weight tables. Each is consistent both ways, so only logits can tell it from the right one."""
+"""Wrong weight tables. Each is consistent both ways, so only logits can tell it from the right."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
