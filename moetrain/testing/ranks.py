@@ -123,7 +123,7 @@ def round_trip(model: str, parallel: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def mutated_logits(model: str, tokens: Sequence[int], mutation: str) -> tuple[Tensor, bool]:
-    """(logits [t, v], whether the round trip is bit-exact) under a wrong weight table, 1 process."""
+    """(logits [t, v], whether the round trip is bit-exact) under a wrong weight table."""
     from moetrain.testing.mutations import MUTATIONS
 
     engine = Engine(recipe_for(model, {}), train=False)
