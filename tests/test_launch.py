@@ -202,7 +202,17 @@ def launched(folder: Path, does: str) -> tuple[subprocess.Popen[str], list[int]]
     )
     files = [folder / "0", folder / "1"]
     wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+    wait_for(lambda: listens(process.pid))
     return process, [int(file.read_text()) for file in files]
+
+
+def listens(pid: int) -> bool:
+    """Whether all handlers of a launcher are there; those for SIGUSR1 and SIGHUP come last."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    masks = {line.split()[0]: line.split()[1] for line in status.splitlines() if "Sig" in line}
+    caught, ignored = (int(masks[name], 16) for name in ("SigCgt:", "SigIgn:"))
+    hup, usr1 = (1 << (number - 1) for number in (signal.SIGHUP, signal.SIGUSR1))
+    return bool(caught & usr1 and (caught | ignored) & hup)
 
 
 def wait_for(happens: Callable[[], bool]) -> None:
@@ -242,20 +252,21 @@ def test_a_rank_that_still_saves_is_waited_for(tmp_path: Path) -> None:
     code += f"import sys; sys.exit(launch.run_local({rank(does)!r}, 2))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     wait_for(lambda: all((tmp_path / n).exists() for n in "01"))
+    wait_for(lambda: listens(process.pid))
     process.terminate()
     assert process.wait(60) == 143
     assert (tmp_path / "saved").exists()
 
 
 def test_ctrl_c_twice_ends_what_does_not_listen(tmp_path: Path) -> None:
-    does = "signal.signal(15, signal.SIG_IGN)\n" + READY.format(number=10, folder=tmp_path) + SLEEP
+    heard = [tmp_path / "heard0", tmp_path / "heard1"]
+    does = f"signal.signal(15, lambda *_: open(f'{tmp_path}/heard{{rank}}', 'w'))\n"
+    does += READY.format(number=10, folder=tmp_path) + f"while True: {SLEEP}"
     process, pids = launched(tmp_path, does)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    wait_for(lambda: all(file.exists() for file in heard))  # equal signals that wait count as one
     assert process.poll() is None
-    while process.poll() is None:  # more often, since equal signals that wait count as one
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "moetrain: interrupted.\n")
     assert all(ended(pid) for pid in pids)
