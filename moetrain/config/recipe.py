@@ -187,6 +187,8 @@ class DataConfig(Section):
                 f"data.weights has {len(self.weights)} numbers for {len(self.train)} data.train "
                 f"paths"
             )
+        if any(weight < 0 for weight in self.weights or ()):
+            raise ValueError(f"data.weights holds a negative number: {self.weights}")
         return self
 
 
@@ -287,7 +289,9 @@ class CheckpointConfig(Section):
     every: Count | None = Field(default=None, description="steps; the last step is always saved")
     keep: Count = Field(default=2, description="how many of the latest stay, besides the best")
     best: str | None = Field(
-        default=None, description="held-out metric whose lowest checkpoint is kept, e.g. eval_loss"
+        default=None,
+        pattern=r"^eval_\w+$",
+        description="held-out metric whose lowest checkpoint is kept, e.g. eval_loss",
     )
     export_hf: bool = Field(default=False, description="write <run_dir>/hf at the end")
     save_optimizer: bool = Field(
