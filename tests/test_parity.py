@@ -4,6 +4,7 @@ each other, fp32.
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from moetrain.families import family_of
 from moetrain.families.rules import fused_slices
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
+from moetrain.testing.tiny import save_model
 
 Tiny = Callable[[str], tuple[str, Any]]
 
@@ -100,6 +102,72 @@ def test_gradients_equal_transformers(
     norm = torch.stack([g.norm() for g in wanted.values()]).norm().item()
     for _, grad_norm, _ in answer:
         assert grad_norm == pytest.approx(norm, rel=1e-4)
+
+
+MORE: dict[str, tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]] = {
+    # name: (family, changes of its config, world, layout, other sections of the recipe)
+    "etp2": ("qwen3_moe", {}, 2, {"etp": 2}, {}),
+    "tp2-etp2": ("qwen3_moe", {}, 2, {"tp": 2, "etp": 2}, {}),
+    "tp2-etp2-ep2": ("qwen3_moe", {}, 4, {"tp": 2, "etp": 2, "ep": 2}, {}),
+    "tp2-cp2": ("qwen3_moe", {}, 4, {"tp": 2, "cp": 2}, {}),
+    "dp2": ("qwen3_moe", {}, 2, {}, {}),
+    "pp2 of 5 layers": ("qwen3_moe", {"num_hidden_layers": 5}, 2, {"pp": 2}, {}),
+    "pp2-vpp2 of 5 layers": ("qwen3_moe", {"num_hidden_layers": 5}, 2, {"pp": 2, "vpp": 2}, {}),
+    "tp4 of 2 KV heads, tied": (
+        "llama",
+        {"num_key_value_heads": 2, "tie_word_embeddings": True},
+        4,
+        {"tp": 4},
+        {},
+    ),
+    "pp2, tied": ("llama", {"tie_word_embeddings": True}, 2, {"pp": 2}, {}),
+    "tp2 without sp": ("llama", {}, 2, {"tp": 2, "sp": False}, {}),
+    "dense layers between": ("qwen3_moe", {"decoder_sparse_step": 2}, 2, {"ep": 2}, {}),
+    "top-k not renormalised": ("qwen3_moe", {"norm_topk_prob": False}, 1, {}, {}),
+    "full recompute": ("qwen3_moe", {}, 2, {"tp": 2}, {"train": {"recompute": "full"}}),
+    "full recompute, pp2-ep2": (
+        "qwen3_moe",
+        {},
+        4,
+        {"pp": 2, "ep": 2},
+        {"train": {"recompute": "full"}},
+    ),
+    "selective recompute": ("qwen3_moe", {}, 1, {}, {"train": {"recompute": "selective"}}),
+    "deterministic": ("qwen3_moe", {}, 1, {}, {"train": {"deterministic": True}}),
+    "micro-batch of 2 packs": ("qwen3_moe", {}, 1, {}, {"train": {"micro_batch": 2}}),
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_gradients_of_further_layouts(workers: Workers, tmp_path: Path, case: str) -> None:
+    family, changes, world, parallel, sections = MORE[case]
+    model = save_model(family, tmp_path, **changes)
+    loss, wanted = reference_gradients(model, sequences())
+    answer = workers.run(world, ranks.gradients, str(tmp_path), parallel, sequences(), 2, sections)
+    assert answer[0][0] == pytest.approx(loss, rel=1e-5)
+    assert answer[0][2].keys() == wanted.keys()
+    for name, grad in answer[0][2].items():
+        assert (grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-12, name
+
+
+def test_bf16_follows_fp32(workers: Workers, tiny: Tiny) -> None:
+    folder, _ = tiny("qwen3_moe")
+    steps = [sequences(seed) for seed in range(5)]
+    wanted = workers.run(1, ranks.losses, folder, {}, steps, 2, {})[0]
+    bf16 = {"model": {"dtype": "bf16"}}
+    for found in workers.run(2, ranks.losses, folder, {"tp": 2}, steps, 2, bf16):
+        for (a, _, _), (b, _, _) in zip(found, wanted, strict=True):
+            assert a == pytest.approx(b, rel=0.02)
+
+
+def test_weights_from_scratch_are_the_same_at_every_layout(workers: Workers, tiny: Tiny) -> None:
+    folder, _ = tiny("qwen3_moe")
+    scratch = {"model": {"init": "random"}}
+    wanted = workers.run(1, ranks.losses, folder, {}, [sequences()], 2, scratch)[0][0]
+    for layout in ("tp2-ep2", "pp2-vpp2", "pp2-ep2"):
+        world, parallel = LAYOUTS[layout]
+        found = workers.run(world, ranks.losses, folder, parallel, [sequences()], 2, scratch)[0][0]
+        assert found[:2] == pytest.approx(wanted[:2], rel=1e-5), layout
 
 
 def test_first_twenty_losses_agree_across_layouts(workers: Workers, tiny: Tiny) -> None:

@@ -14,6 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
+from moetrain.ops.grouped import grouped_linear
+
 
 class _GroupedWeight(nn.Module):
     """Holds one parameter `weight [e, out, in]`, named as Transformer Engine's grouped linear names
@@ -30,7 +32,7 @@ class _GroupedWeight(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [t, in] sorted by expert, ends [e] int32 where each expert's rows end -> [t, out]."""
-        return F.grouped_mm(x, self.weight.transpose(1, 2), offs=ends)
+        return grouped_linear(x, self.weight, ends)
 
 
 class GroupedExperts(MegatronModule):

@@ -16,7 +16,7 @@ from moetrain.ops.packed import Packed, concat, from_tokens
 Lists = Sequence[Sequence[int]]
 
 
-def recipe_for(model: str, parallel: dict[str, Any], **sections: Any) -> Any:
+def recipe_for(model: str, parallel: dict[str, Any], /, **sections: Any) -> Any:
     """A recipe for a test: fp32, SFT, no clipping; `sections` are laid over it."""
     content: dict[str, Any] = {
         "run_dir": "/nonexistent",
