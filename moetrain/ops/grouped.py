@@ -3,6 +3,9 @@
 Legend: t rows sorted by expert, e experts, k and n the weight's columns and rows. All local.
 """
 
+from itertools import pairwise
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,5 +25,5 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if n * size % ROW_BYTES == 0 and k * size % ROW_BYTES == 0:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     # Rows that the kernel cannot read, as small experts split over tensor ranks have: one by one.
-    lengths = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([rows @ weight[i].T for i, rows in enumerate(x.split(lengths))])
+    bounds: list[int] = [0, *cast(list[int], ends.tolist())]
+    return torch.cat([x[a:b] @ weight[i].T for i, (a, b) in enumerate(pairwise(bounds))])
