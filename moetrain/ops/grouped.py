@@ -4,7 +4,7 @@ Legend: t rows sorted by expert, e experts, k and n the weight's columns and row
 """
 
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,5 +25,5 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if n * size % ROW_BYTES == 0 and k * size % ROW_BYTES == 0:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     # Rows that the kernel cannot read, as small experts split over tensor ranks have: one by one.
-    bounds: list[int] = [0, *cast(list[int], ends.tolist())]
+    bounds: list[int] = [0, *cast(Any, ends).tolist()]
     return torch.cat([x[a:b] @ weight[i].T for i, (a, b) in enumerate(pairwise(bounds))])
