@@ -58,3 +58,14 @@ def test_the_mend_is_still_needed(mend: str) -> None:
         timeout=120,
     )
     assert done.returncode == 0, f"{mend} can go: {done.stderr[-500:]}"
+
+
+def test_a_device_context_still_counts() -> None:
+    """transformers builds a model `with torch.device("meta")` in the same process."""
+    code = (
+        "import torch; from moetrain.engine import device; device.prepare()\n"
+        "with torch.device('meta'): assert torch.tensor([1.0]).is_meta and torch.ones(2).is_meta\n"
+        "assert torch.ones(2, device='cuda').device.type == 'cpu'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]

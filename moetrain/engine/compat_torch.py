@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = (
     "empty zeros ones full tensor arange rand randn randint linspace eye empty_like zeros_like "
@@ -94,6 +95,10 @@ def install(target: torch.device) -> None:
         return
     _installed = True
     _install_cuda_namespace(target)
+    # `with torch.device(...)` knows the factories by identity, from a set made when first asked for.
+    # Made after this, it would hold the wrappers, the context would do nothing, and transformers
+    # would leave a model's rotary frequencies uninitialised.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _factory(getattr(torch, name), target))
     tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type

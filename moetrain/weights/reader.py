@@ -5,7 +5,7 @@ name and slice.
 import hashlib
 import json
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,12 +54,13 @@ class SafetensorsReader:
     when asked for.
 
     Args:
-        folder: holds model.safetensors, or model.safetensors.index.json and its shards.
+        folder: holds model.safetensors, or model.safetensors.index.json and its shards; with both,
+            the single file counts, as it does for transformers.
         family, dims: present transformers-5 fused experts under the family's per-expert names.
 
     Raises:
-        WeightsError: nothing there, a shard missing or truncated, or an index that leaves the
-            folder.
+        WeightsError: nothing there, a shard missing or truncated, an index that leaves the
+            folder, a dtype that torch lacks, or fused experts that are not as many as `dims` has.
     """
 
     def __init__(self, folder: Path, family: Family | None = None, dims: Dims | None = None):
@@ -76,11 +77,12 @@ class SafetensorsReader:
                         f"again."
                     )
                 self._where[name] = path
-                self._meta[name] = (_DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]))
+                self._meta[name] = _meta(path, name, header[name])
         self._fused: dict[str, FusedSlice] = {}
         if family is not None and dims is not None:
             slices = fused_slices(family, dims)
             self._fused = {name: cut for name, cut in slices.items() if cut.key in self._where}
+            self._check_fused(dims)
         self._hidden = {cut.key for cut in self._fused.values()}
 
     def __str__(self) -> str:
@@ -90,19 +92,13 @@ class SafetensorsReader:
         """Each file and the names the index places there (None: all that it holds)."""
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
-        if not index.is_file():
-            if not single.is_file():
-                raise WeightsError(
-                    f"{self.folder}: neither model.safetensors nor its index is there. Check the "
-                    f"path."
-                )
+        if single.is_file():
             return {single: None}
-        try:
-            places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+        if not index.is_file():
             raise WeightsError(
-                f"{index}: not a safetensors index ({error}). Fetch it again."
-            ) from None
+                f"{self.folder}: neither model.safetensors nor its index is there. Check the path."
+            )
+        places = _places(index)
         files: dict[Path, list[str] | None] = {}
         for name, file in places.items():
             if Path(file).name != file or file in ("", ".", ".."):
@@ -120,6 +116,22 @@ class SafetensorsReader:
                 f"{', '.join(missing[:4])}"
             )
         return files
+
+    def _check_fused(self, dims: Dims) -> None:
+        """By its per-expert names alone a fused tensor with too many experts would look right."""
+        for name, cut in self._fused.items():
+            shape = self._meta[cut.key][1]
+            rows = shape if cut.expert is None else shape[1:]
+            if not rows or rows[0] % cut.num_parts:
+                raise WeightsError(
+                    f"{self.folder}: {cut.key} is {list(shape)}, which does not hold {name}. Is "
+                    f"config.json the one of these weights?"
+                )
+            if cut.expert is not None and shape[0] != dims.experts:
+                raise WeightsError(
+                    f"{self.folder}: {cut.key} is {list(shape)}, config.json asks for "
+                    f"{dims.experts} experts. Check the number of experts in config.json."
+                )
 
     def names(self) -> Collection[str]:
         return (self._where.keys() - self._hidden) | self._fused.keys()
@@ -161,25 +173,55 @@ class SafetensorsReader:
         return self._open[path].get_slice(name)[slices]  # type: ignore[no-any-return]
 
 
+def _places(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index has them; not checked for what a file name may be."""
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{index}: not a safetensors index ({error}). Fetch it again.") from None
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise WeightsError(
+            f"{index}: not a safetensors index (weight_map is no mapping of names to files). Fetch "
+            f"it again."
+        )
+    return places
+
+
 def _header(path: Path) -> dict[str, Any]:
     """The tensors of a safetensors file, after checking that the file is as long as its header
     says.
     """
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            first = file.read(8)
+            if first == b"version ":
+                raise WeightsError(
+                    f"{path}: a Git LFS pointer, not the weights. Run `git lfs pull` there."
+                )
+            (length,) = struct.unpack("<Q", first)
+            if length > size - 8:  # checked before reading: the length may be any 8 bytes
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
-    except (OSError, ValueError, struct.error) as error:
+            header.pop("__metadata__", None)
+            end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
         raise WeightsError(
             f"{path}: not a whole safetensors file ({error}). Fetch it again."
         ) from None
-    header.pop("__metadata__", None)
-    size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if path.stat().st_size < size:
-        raise WeightsError(
-            f"{path}: truncated, {path.stat().st_size} of {size} bytes. Fetch it again."
-        )
+    if size < end:
+        raise WeightsError(f"{path}: truncated, {size} of {end} bytes. Fetch it again.")
     return header  # type: ignore[no-any-return]
+
+
+def _meta(path: Path, name: str, entry: Mapping[str, Any]) -> tuple[torch.dtype, tuple[int, ...]]:
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise WeightsError(
+            f"{path}: {name} has dtype {entry['dtype']}; allowed: {', '.join(_DTYPES)}. Take a "
+            f"checkpoint that is not quantised."
+        )
+    return dtype, tuple(entry["shape"])
 
 
 class RandomReader:

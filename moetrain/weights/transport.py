@@ -6,6 +6,7 @@ expert-parallel rank, split over a tensor-parallel group, and is repeated over d
 replicas. Its owner is the smallest global rank that holds its first tensor-parallel shard.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -71,16 +72,34 @@ def load(local: Iterable[LocalParam], table: Table, reader: Reader, dims: Dims) 
     """Fill each local shard in place, reading only the slices it is made of; values are cast to the
     shard's dtype.
 
-    Raises WeightsError when the reader's tensors are not exactly the table's.
+    Raises WeightsError when the reader's tensors are not exactly the table's, or a shard is not of
+    its rule's shape.
     """
     params = list(local)
     check_names((p.name for p in params), table, reader, dims)
+    _check_shards(params, table, dims)
     for param in params:
         rule = table[param.name]
         slices = rule.layout.parts(dims, param.tp_rank, param.tp_size)
         parts = tuple(reader.read(key, cut) for key, cut in zip(rule.hf, slices, strict=True))
         with torch.no_grad():
             param.tensor.copy_(rule.layout.pack(parts, dims, param.tp_rank, param.tp_size))
+
+
+def _check_shards(params: list[LocalParam], table: Table, dims: Dims) -> None:
+    """`copy_` would broadcast into a shard of another shape, and a name held twice hides another
+    that is held by nobody.
+    """
+    twice = sorted(name for name, n in Counter(p.name for p in params).items() if n > 1)
+    if twice:
+        raise WeightsError(f"{_some(twice)}: on this rank more than once.")
+    for param in params:
+        shape = table[param.name].local_shape(dims, param.tp_rank, param.tp_size)
+        if tuple(param.tensor.shape) != shape:
+            raise WeightsError(
+                f"{param.name} is {list(param.tensor.shape)} on tensor-parallel rank "
+                f"{param.tp_rank} of {param.tp_size}, its rule asks for {list(shape)}."
+            )
 
 
 def export(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +26,8 @@ BESIDES_WEIGHTS = (
     "tokenizer.model chat_template.jinja generation_config.json"
 ).split()
 INDEX = "model.safetensors.index.json"
+# A full disk is a SafetensorError, which is no OSError.
+_FAILURES = (OSError, RuntimeError, SafetensorError)
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
@@ -58,32 +61,60 @@ def write_hf(
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     aside = folder.with_name(f".writing_{folder.name}")
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    _barrier()
-    problem = ""
-    files: dict[str, list[str]] = {}
-    total = 0
     try:
-        files, total = _write_shards(params, aside, rank, dtypes, default, shard_bytes)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error
-        problem = _reason(error)
-    reports: list[tuple[str, dict[str, list[str]], int]] = _gather((problem, files, total))
-    first = next((p for p, _, _ in reports if p), "")
-    if not first and rank == 0:
-        try:
-            _finish(aside, folder, reports, source, config)
-        except OSError as error:
-            first = _reason(error)
-    first = next((p for p in _gather(first) if p), "")
-    if first:
+        problem = _write(params, folder, aside, rank, source, config, dtypes, default, shard_bytes)
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if problem:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise WeightsError(
-            f"Writing {folder} failed: {first}. What was there before is untouched. Make room and "
-            f"try again."
+            f"Writing {folder} failed: {problem}. What was there before is untouched. Make room "
+            f"there or give another folder."
         )
+
+
+def _write(
+    params: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    aside: Path,
+    rank: int,
+    source: Path | None,
+    config: Mapping[str, Any],
+    dtypes: Mapping[str, torch.dtype],
+    default: torch.dtype,
+    shard_bytes: int,
+) -> str:
+    """What went wrong first on any rank, the same on all; "" when the folder is in its place."""
+    problem = ""
+    if rank == 0:
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        except OSError as error:
+            problem = _reason(error)
+    problem = _first(_gather(problem))
+    if problem:
+        return problem
+    files: dict[str, list[str]] = {}
+    total = 0
+    rest = iter(params)
+    try:
+        files, total = _write_shards(rest, aside, rank, dtypes, default, shard_bytes)
+    except _FAILURES as error:
+        problem = _reason(error)
+        for _ in rest:  # to make them is collective: the other ranks would wait for this one
+            pass
+    reports: list[tuple[str, dict[str, list[str]], int]] = _gather((problem, files, total))
+    problem = _first([p for p, _, _ in reports])
+    if not problem and rank == 0:
+        try:
+            _finish(aside, folder, reports, source, config)
+        except OSError as error:
+            problem = _reason(error)
+    return _first(_gather(problem))
 
 
 def _write_shards(
@@ -154,7 +185,12 @@ def _finish(
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
-    os.rename(aside, folder)
+    try:
+        os.rename(aside, folder)
+    except OSError:
+        if old.exists():
+            os.rename(old, folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -174,6 +210,5 @@ def _gather(value: Any) -> list[Any]:
     return everyone
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _first(problems: list[str]) -> str:
+    return next((problem for problem in problems if problem), "")

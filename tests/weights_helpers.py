@@ -1,0 +1,157 @@
+"""A model spread over ranks by hand, without Megatron, for the tests of weights/."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moetrain.errors import WeightsError
+from moetrain.families import BoundRule, Dims, Family, expand, family_of
+from moetrain.weights.reader import RandomReader, Reader, SafetensorsReader
+from moetrain.weights.transport import LocalParam, export, load
+from moetrain.weights.writer import write_hf
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Rank order is tp-dp-pp for most weights and etp-ep-(replicas)-pp for experts'."""
+
+    pp: int = 1
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+
+def local_params(
+    table: dict[str, BoundRule], dims: Dims, spread: Spread, dtype: torch.dtype = torch.float32
+) -> list[LocalParam]:
+    """This rank's shards, all NaN; collective, since it makes the groups."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    tp_group, etp_group = _group(spread.tp), _group(spread.etp)
+    per_stage = world // spread.pp
+    stage, within = divmod(rank, per_stage)
+    ep_rank = within // spread.etp % spread.ep
+    params: list[LocalParam] = []
+    for name, rule in table.items():
+        last = spread.pp - 1
+        if rule.layer is not None:
+            homes = {rule.layer * spread.pp // dims.num_layers}
+        elif name.startswith("embedding."):
+            homes = {0, last} if dims.tied else {0}
+        else:
+            homes = {last}
+        if stage not in homes:
+            continue
+        at: tuple[int, int, ProcessGroup | None] = (rank % spread.tp, spread.tp, tp_group)
+        if rule.expert is not None:
+            if rule.expert * spread.ep // dims.experts != ep_rank:
+                continue
+            at = (rank % spread.etp, spread.etp, etp_group)
+        shard = torch.full(rule.local_shape(dims, at[0], at[1]), torch.nan, dtype=dtype)
+        params.append(LocalParam(name, shard, *at))
+    return params
+
+
+def _group(size: int) -> ProcessGroup:
+    """The group of this rank among groups of `size` neighbours."""
+    mine: Any = None
+    for first in range(0, dist.get_world_size(), size):
+        group = dist.new_group(list(range(first, first + size)))
+        if first <= dist.get_rank() < first + size:
+            mine = group
+    return mine
+
+
+class Counting:
+    """A reader that counts the elements it gave out."""
+
+    def __init__(self, reader: Reader):
+        self.reader, self.num_read = reader, 0
+        self.names, self.shape, self.dtype = reader.names, reader.shape, reader.dtype
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        found = self.reader.read(name, slices)
+        self.num_read += found.numel()
+        return found
+
+
+def reader_of(hf: dict[str, Any], folder: Path | None) -> tuple[Family, Dims, Reader]:
+    """Of a folder, or weights made from scratch."""
+    family = family_of(hf)
+    dims = family.dims(hf)
+    if folder is None:
+        return family, dims, RandomReader(family, dims, 7, 0.02)
+    return family, dims, SafetensorsReader(folder, family, dims)
+
+
+def start() -> None:
+    from moetrain.engine import device
+
+    device.start()
+
+
+def through_shards(
+    hf: dict[str, Any], folder: Path | None, spread: Spread
+) -> tuple[dict[str, Tensor], list[str], int, int]:
+    """(all that export yields here, names this rank owns, elements read, elements held)."""
+    start()
+    family, dims, reader = reader_of(hf, folder)
+    table, counting = expand(family, dims), Counting(reader)
+    local = local_params(table, dims, spread)
+    load(local, table, counting, dims)
+    owned = [name for name, _ in export(local, table, dims, to="owner")]
+    whole = {name: tensor.clone() for name, tensor in export(local, table, dims, to="all")}
+    return whole, owned, counting.num_read, sum(param.tensor.numel() for param in local)
+
+
+def rewrite(
+    hf: dict[str, Any],
+    folder: Path,
+    out: Path,
+    spread: Spread,
+    shard_bytes: int,
+    failing: int | None = None,
+) -> None:
+    """Load `folder` into shards and write it to `out`; rank `failing` cannot write 20 kB files."""
+    start()
+    family, dims, reader = reader_of(hf, folder)
+    table = expand(family, dims)
+    local = local_params(table, dims, spread)
+    load(local, table, reader, dims)
+    with short_files(20_000 if failing == dist.get_rank() else None):
+        write_hf(
+            export(local, table, dims, to="owner"),
+            out,
+            source=folder,
+            config=hf,
+            dtypes={name: reader.dtype(name) for name in reader.names()},
+            default=torch.float32,
+            shard_bytes=shard_bytes,
+        )
+
+
+@contextmanager
+def short_files(num_bytes: int | None) -> Iterator[None]:
+    """The kernel refuses to let this process grow a file beyond `num_bytes` (None: lets it)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if num_bytes is None else num_bytes, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def attempt(*args: Any) -> str:
+    """What `rewrite` fails with."""
+    try:
+        rewrite(*args)
+    except WeightsError as error:
+        return str(error)
+    return "it did not fail"
