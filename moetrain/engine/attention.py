@@ -1,15 +1,15 @@
-"""Core attention over a pack: every sequence sees itself only.
+"""Core attention over a pack: a sequence sees itself, and the sequence that is its prefix.
 
-The pack's `cu_seqlens [n+1]` (global positions) arrives in Megatron's `attention_mask` argument,
-the one per-batch tensor that Megatron carries to core attention through pipelining and
+What says so, `segment_table` [2, n+1] (global positions), arrives in Megatron's `attention_mask`
+argument, the one per-batch tensor that Megatron carries to core attention through pipelining and
 recomputation alike.
 
 Legend: t tokens of the pack, c = t/cp local tokens, a query heads and g KV heads of this tensor
-    rank, d head_dim.
+    rank, d head_dim, n sequences.
 """
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,48 +17,77 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from moetrain.engine.context import gather, local_runs
-
-# A piece of work: queries [q0, q1) of the local tokens against keys [k0, k1) of the pack; its last
-# query sees its last key.
-Span = tuple[int, int, int, int]
+from moetrain.ops.packed import Packed, prefixes
 
 
-def spans(cu_seqlens: list[int], runs: list[tuple[int, int]]) -> list[Span]:
+class Span(NamedTuple):
+    """Queries [start, end) of the local tokens against ranges of the pack's keys, in order; the
+    last query sees the last key.
+    """
+
+    start: int
+    end: int
+    keys: tuple[tuple[int, int], ...]
+
+    @property
+    def num_keys(self) -> int:
+        return sum(end - start for start, end in self.keys)
+
+
+def segment_table(pack: Packed) -> Tensor:
+    """[2, n+1] int32 on the CPU: cu_seqlens, and the prefix of each sequence (-1: none)."""
+    own = prefixes(pack)
+    return torch.stack([pack.cu_seqlens, torch.cat([own, own.new_full((1,), -1)])]).int()
+
+
+def spans(table: list[list[int]], runs: list[tuple[int, int]]) -> list[Span]:
     """Cut local runs of global positions at sequence bounds. Every local token is in exactly one
     span.
     """
+    bounds, parents = table
     pieces: list[Span] = []
     local = 0
     for start, end in runs:
-        for first, last in itertools.pairwise(cu_seqlens):
+        for sequence, (first, last) in enumerate(itertools.pairwise(bounds)):
             a, b = max(start, first), min(end, last)
             if a < b:
-                pieces.append((local + a - start, local + b - start, first, b))
+                keys = ((first, b),)
+                parent = parents[sequence]
+                while parent >= 0:
+                    keys = ((bounds[parent], bounds[parent + 1]), *keys)
+                    parent = parents[parent]
+                pieces.append(Span(local + a - start, local + b - start, keys))
         local += end - start
     return pieces
+
+
+def _take(x: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+    if len(ranges) == 1:
+        return x[slice(*ranges[0])]
+    return torch.cat([x[start:end] for start, end in ranges])
 
 
 def _attend_sdpa(
     q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], scale: float | None
 ) -> Tensor:
     """q [c, a, d], k and v [t, g, d] -> [c, a, d], one SDPA call a span."""
-    out = torch.empty_like(q)
-    for q0, q1, k0, k1 in pieces:
-        num_q, num_k = q1 - q0, k1 - k0
+    out: list[Tensor] = []
+    for piece in pieces:
+        num_q, num_k = piece.end - piece.start, piece.num_keys
         mask = None
         if num_q != num_k:  # the queries are the tail of the keys: causal from the lower right
             mask = torch.ones(num_q, num_k, dtype=torch.bool, device=q.device).tril(num_k - num_q)
         heads = F.scaled_dot_product_attention(
-            q[q0:q1].transpose(0, 1)[None],
-            k[k0:k1].transpose(0, 1)[None],
-            v[k0:k1].transpose(0, 1)[None],
+            q[piece.start : piece.end].transpose(0, 1)[None],
+            _take(k, piece.keys).transpose(0, 1)[None],
+            _take(v, piece.keys).transpose(0, 1)[None],
             attn_mask=mask,
             is_causal=mask is None,
             scale=scale,
             enable_gqa=True,
         )
-        out[q0:q1] = heads[0].transpose(0, 1)
-    return out
+        out.append(heads[0].transpose(0, 1))
+    return torch.cat(out)  # spans cover the local tokens in order
 
 
 def _attend_varlen(
@@ -69,15 +98,15 @@ def _attend_varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    if not all(
-        k0 == q0 and k1 == q1 for q0, q1, k0, k1 in pieces
-    ):  # context parallel: spans share keys
-        index = torch.cat([torch.arange(k0, k1, device=k.device) for _, _, k0, k1 in pieces])
+    if not all(piece.keys == ((piece.start, piece.end),) for piece in pieces):
+        # Context parallel, or shared prompts: spans share keys.
+        ranges = [torch.arange(*bounds, device=k.device) for p in pieces for bounds in p.keys]
+        index = torch.cat(ranges)
         k, v = k[index], v[index]
     if (num_rep := q.size(1) // k.size(1)) > 1:
         k, v = k.repeat_interleave(num_rep, 1), v.repeat_interleave(num_rep, 1)
-    num_q = torch.tensor([0, *(q1 - q0 for q0, q1, _, _ in pieces)], dtype=torch.int32)
-    num_k = torch.tensor([0, *(k1 - k0 for _, _, k0, k1 in pieces)], dtype=torch.int32)
+    num_q = torch.tensor([0, *(p.end - p.start for p in pieces)], dtype=torch.int32)
+    num_k = torch.tensor([0, *(p.num_keys for p in pieces)], dtype=torch.int32)
     out = varlen_attn(
         q.contiguous(),
         k.contiguous(),
@@ -112,7 +141,7 @@ class PackedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any
     ) -> Tensor:
         """query [c, 1, a, d], key and value [c, 1, g, d] -> [c, 1, a*d]; `attention_mask` is
-        cu_seqlens, int32 [n+1].
+        what `segment_table` makes.
         """
         q = query.squeeze(1)
         k = gather(key.squeeze(1), self.cp_group, reduce_grad=True)  # [t, g, d]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.optim import part_steps, start_state
@@ -135,6 +136,8 @@ class Checkpoints:
         problem = ""
         try:
             engine.save(temporary, state, optimizer=self.optimizer)
+        except CheckpointException:  # torch's, which is no Exception: some rank could not write
+            problem = "not everything could be written"
         except Exception as error:  # a full disk surfaces as one of several upstream errors
             problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         problems: list[Any] = [None] * engine.mesh.world_size

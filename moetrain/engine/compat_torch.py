@@ -95,7 +95,7 @@ def install(target: torch.device) -> None:
         return
     _installed = True
     _install_cuda_namespace(target)
-    # `with torch.device(...)` knows the factories by identity, from a set made when first asked for.
+    # `with torch.device(...)` knows the factories by identity, from a set made at its first use.
     # Made after this, it would hold the wrappers, the context would do nothing, and transformers
     # would leave a model's rotary frequencies uninitialised.
     _device_constructors()

@@ -34,6 +34,9 @@ def prepare() -> torch.device:
     # own next API.
     for name in ("torch.utils.cpp_extension", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A save that fails is told once, by Checkpoints.save.
+    writer = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    logging.getLogger(writer).setLevel(logging.CRITICAL)
     has_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")

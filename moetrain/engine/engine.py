@@ -26,8 +26,8 @@ from moetrain.engine.step import Runner, micro_batches
 from moetrain.errors import DataError, DivergedError
 from moetrain.families import family_of
 from moetrain.families.rules import expand
-from moetrain.methods.base import Method, Out
-from moetrain.ops.packed import Packed
+from moetrain.methods.base import Known, Method, Out
+from moetrain.ops.packed import Packed, select
 from moetrain.plan.mesh import check_layout
 from moetrain.weights import transport
 from moetrain.weights.reader import Reader
@@ -64,7 +64,7 @@ class Engine:
 
     def __init__(self, recipe: Recipe, *, train: bool = True):
         self.recipe = recipe
-        self.source: ModelSource = find_model(recipe.model)
+        self.source: ModelSource = find_model(recipe.model, recipe.method.scalar_head)
         self.family = family_of(self.source.hf)
         self.dims = self.family.dims(self.source.hf)
         check_layout(self.dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
@@ -127,15 +127,17 @@ class Engine:
         """
         assert self.optimizer is not None, "this engine was built with train=False"
         recipe = self.recipe
+        packs, known = self._estimated(packs, method)
         batches = micro_batches(packs, recipe.train.micro_batch, self.mesh)
-        count, tokens = self._global_counts(batches, method)
+        counts, tokens = self._global_counts(batches, method)
         self.monitor.start_step(tokens)
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
-        kept = self.run(batches, self._head(method, count), forward_only=False)
-        totals = self._reduce_metrics(kept, count)
+        self.run.with_entropy = "entropy" in method.needs
+        kept = self.run(batches, self._head(method, counts, known), forward_only=False)
+        totals = self._reduce_metrics(kept)
         step = self.steps_done + 1
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
@@ -161,41 +163,61 @@ class Engine:
                 _scale_gradients(part, clip / (grad_norm + 1e-6))
         self.optimizer.step_with_ready_grads()
 
-    def _head(self, method: Method, count: float) -> Any:
-        """A micro-batch's log-probs -> (loss over the global count, sums to report)."""
+    def _head(self, method: Method, counts: dict[str, float], known: Known) -> Any:
+        """A micro-batch's outputs -> (its share of the global loss, sums to report)."""
 
         def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
-            total, metrics = method.loss(out, pack, self.recipe.method, lambda x: x)
-            kept = {
-                "loss": total.detach(),
-                "metrics": {k: (s.detach(), n) for k, (s, n) in metrics.items()},
-            }
-            return total / count, kept | {"ids": pack.ids}
+            terms, metrics = method.loss(out, pack, self.recipe.method, known)
+            assert terms.keys() == counts.keys(), f"{method.name}: terms and counts differ"
+            loss = torch.stack([terms[name] / counts[name] for name in sorted(terms)]).sum()
+            kept = {k: (s.detach(), n) for k, (s, n) in metrics.items()}
+            return loss, {"loss": loss.detach(), "metrics": kept, "ids": pack.ids}
 
         return head
 
-    def _global_counts(self, batches: Sequence[Packed], method: Method) -> tuple[float, float]:
-        """(the method's count, valid tokens) of the whole global batch, before anything is
-        computed.
+    def _estimated(
+        self, packs: Sequence[Packed], method: Method
+    ) -> tuple[Sequence[Packed], dict[str, float]]:
+        """The packs to train on, and the global means that the method wants to know before."""
+        estimate = method.estimate
+        if estimate is None:
+            return packs, {}
+        cfg = self.recipe.method
+        chosen = [estimate.select(pack, cfg).cpu() for pack in packs]
+
+        def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
+            zero = torch.zeros((), device=self.device)
+            return zero, {"loss": zero, "metrics": estimate.values(out, pack, cfg)}
+
+        asked = [select(p, keep) for p, keep in zip(packs, chosen, strict=True)]
+        batches = micro_batches(asked, self.recipe.train.micro_batch, self.mesh)
+        with torch.no_grad():
+            known = self._reduce_metrics(self._forward_only(batches, head))
+        del known["loss"]
+        return [select(p, ~keep) for p, keep in zip(packs, chosen, strict=True)], known
+
+    def _global_counts(
+        self, batches: Sequence[Packed], method: Method
+    ) -> tuple[dict[str, float], float]:
+        """(the counts of the method's terms, valid tokens) of the whole global batch, before
+        anything is computed. A term without anything to count is divided by 1.
         """
-        counts = torch.tensor(
-            [
-                sum(float(method.count(b, self.recipe.method)) for b in batches),
-                sum(float(b.valid.sum()) for b in batches),
-            ],
-            dtype=torch.float64,
-            device=self.device,
-        )
-        dist.all_reduce(counts, group=self.mesh.dp_group)
-        if counts[0] == 0:
+        own = [method.count(b, self.recipe.method) for b in batches]
+        names = sorted(own[0])
+        sums = [sum(float(counts[name]) for counts in own) for name in names]
+        sums.append(sum(float(b.valid.sum()) for b in batches))
+        table = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        dist.all_reduce(table, group=self.mesh.dp_group)
+        *found, tokens = table.tolist()
+        if not any(found):
             raise DataError(
                 "A global batch has no token to learn from. Check the loss mask and data.seq_len."
             )
-        return counts[0].item(), counts[1].item()
+        return {name: count or 1.0 for name, count in zip(names, found, strict=True)}, tokens
 
-    def _reduce_metrics(self, kept: list[dict[str, Any]], count: float) -> dict[str, float]:
-        """Global means from the micro-batches' sums; only one rank of each data-parallel replica
-        contributes.
+    def _reduce_metrics(self, kept: list[dict[str, Any]]) -> dict[str, float]:
+        """Global means from the micro-batches' sums, and the loss, of which they are shares; only
+        one rank of each data-parallel replica contributes.
         """
         names: list[Any] = [sorted(kept[0]["metrics"]) if kept else []]
         if self.mesh.world_size > 1:
@@ -210,7 +232,7 @@ class Engine:
                 )
         dist.all_reduce(sums)
         values = sums.tolist()
-        out = {"loss": values[0] / count}
+        out = {"loss": values[0]}
         for i, name in enumerate(names[0]):
             out[name] = values[1 + 2 * i] / max(values[2 + 2 * i], 1e-12)
         return out
@@ -243,16 +265,19 @@ class Engine:
         """Mean loss and metrics over held-out packs (each data-parallel rank brings its share):
         {"loss": ..., ...}.
         """
+        packs, known = self._estimated(packs, method)
         batches = micro_batches(packs, self.recipe.train.micro_batch, self.mesh)
-        count, _ = self._global_counts(batches, method)
-        return self._reduce_metrics(self._forward_only(batches, self._head(method, count)), count)
+        counts, _ = self._global_counts(batches, method)
+        self.run.with_entropy = "entropy" in method.needs
+        return self._reduce_metrics(self._forward_only(batches, self._head(method, counts, known)))
 
     @torch.no_grad()
     def logprobs(self, packs: Sequence[Packed]) -> list[Tensor]:
-        """Log-prob of each label, one fp32 [t] CPU tensor a pack (its own length), on every rank of
-        the replica.
+        """Log-prob of each label under the loss mask (0 elsewhere), one fp32 [t] CPU tensor a pack
+        (its own length), on every rank of the replica.
         """
         batches = micro_batches(packs, 1, self.mesh)
+        self.run.with_entropy = False
 
         def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
             return out.logp.sum(), {"logp": out.logp}

@@ -205,14 +205,20 @@ class PackedGPT(GPTModel):
     def __init__(self, *args: Any, dims: Dims, **kwargs: Any):
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.rotary = Rotary(dims)
-        if self.post_process:
+        self.score: nn.Linear | None = None
+        if self.post_process and dims.scalar_head:
+            del self.output_layer
+            dtype = self.config.params_dtype
+            self.score = nn.Linear(dims.hidden, 1, bias=False, dtype=dtype)
+            self.score.to(device=torch.cuda.current_device())
+        elif self.post_process:
             self.output_layer.__class__ = _Head
 
     def forward(
-        self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, sequences: Tensor
+        self, tokens: Tensor, position_ids: Tensor, segments: Tensor, sequences: Tensor
     ) -> Tensor:
-        """tokens, position_ids [c], cu_seqlens [n+1], sequences [2, c] (router.sequence_table) ->
-        [c, 1, h], over tp with SP.
+        """tokens, position_ids [c], segments [2, n+1] (attention.segment_table), sequences [2, c]
+        (router.sequence_table) -> [c, 1, h], over tp with SP.
 
         The last stage returns hidden states gathered over tensor ranks [c, 1, h], ready for
         `token_logprobs`.
@@ -222,15 +228,22 @@ class PackedGPT(GPTModel):
             hidden = self.embedding(tokens[None], position_ids[None])
         out = self.decoder(
             hidden_states=hidden,
-            attention_mask=cu_seqlens,
+            attention_mask=segments,
             rotary_pos_emb=self.rotary(position_ids),
             padding_mask=sequences,
         )
         if not self.post_process:
             return out
         if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(out)
-        return copy_to_tensor_model_parallel_region(out)
+            # Vocabulary rows give each rank a part of the gradient, a scalar head the whole of it.
+            parts = self.score is None
+            return gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=parts)
+        return out if self.score is not None else copy_to_tensor_model_parallel_region(out)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """[c, h] -> [c] fp32: the scalar head's number at every token."""
+        assert self.score is not None, "this model has a vocabulary head"
+        return self.score(hidden).squeeze(-1).float()
 
     def head_weight(self) -> Tensor:
         """[v_local, h]: this tensor rank's rows of the output projection."""

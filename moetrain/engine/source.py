@@ -4,7 +4,7 @@ configuration alone.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 
 from moetrain.config.recipe import ModelConfig, Recipe
 from moetrain.errors import ConfigError, WeightsError
-from moetrain.families import Family
+from moetrain.families import Family, family_of, with_scalar_head
 from moetrain.families.dims import Dims
-from moetrain.weights.reader import RandomReader, Reader, SafetensorsReader
+from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
+
+SCORE = "score.weight"  # of a scalar head, which a language model's folder does not have
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,13 @@ class ModelSource:
 
     def reader(self, recipe: Recipe, family: Family, dims: Dims) -> Reader:
         """What to load: the folder's weights, or random ones that are the same at every layout."""
-        if self.folder is not None and recipe.model.init != "random":
-            return SafetensorsReader(self.folder, family, dims)
-        return RandomReader(family, dims, recipe.seed, recipe.model.init_std)
+        random = RandomReader(family, dims, recipe.seed, recipe.model.init_std)
+        if self.folder is None or recipe.model.init == "random":
+            return random
+        stored = SafetensorsReader(self.folder, family, dims)
+        if dims.scalar_head and SCORE not in stored.names():
+            return Joined(stored, {SCORE: random})
+        return stored
 
     def dtypes(self, family: Family, dims: Dims) -> Mapping[str, torch.dtype]:
         """Hugging Face name -> dtype of the source's weights; empty where there are none."""
@@ -51,10 +57,19 @@ class ModelSource:
         return {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe.model.dtype]} | self.hf
 
 
-def find_model(model: ModelConfig) -> ModelSource:
-    """Read the configuration that `model` names. Raises ConfigError or WeightsError naming what is
-    missing.
+def find_model(model: ModelConfig, scalar_head: bool = False) -> ModelSource:
+    """Read the configuration that `model` names; with `scalar_head` as one that ends in one.
+
+    Raises ConfigError or WeightsError naming what is missing.
     """
+    found = _find(model)
+    if scalar_head:
+        hf = with_scalar_head(found.hf, family_of(found.hf).architecture)
+        return replace(found, hf=hf)
+    return found
+
+
+def _find(model: ModelConfig) -> ModelSource:
     tokenizer = _folder(model.tokenizer) if model.tokenizer else None
     if model.path is None:
         assert model.hf is not None, "the recipe's validation asks for path or hf"

@@ -5,7 +5,7 @@ Legend: t tokens of a micro-batch, c = t/cp local tokens, v_local this tensor ra
     rows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from moetrain.engine.attention import segment_table
 from moetrain.engine.context import gather, take_local
 from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
@@ -50,14 +51,12 @@ def micro_batches(
     if mesh.plan.vpp > 1:  # interleaving deals micro-batches in rounds of the pipeline's size
         num = -(-num // mesh.plan.pp) * mesh.plan.pp
     out = [pad_to(p, t) for p in joined]
-    return out + [_blank(t, out[0] if out else None)] * (num - len(out))
+    return out + [_blank(t, packs[0].extras if packs else {})] * (num - len(out))
 
 
-def _blank(t: int, like: Packed | None) -> Packed:
+def _blank(t: int, like: Mapping[str, Tensor]) -> Packed:
     zeros = torch.zeros(t, dtype=torch.int64)
-    extras = (
-        {} if like is None else {k: v.new_zeros(1, *v.shape[1:]) for k, v in like.extras.items()}
-    )
+    extras = {name: value.new_zeros(1, *value.shape[1:]) for name, value in like.items()}
     return Packed(
         tokens=zeros,
         labels=zeros,
@@ -79,6 +78,7 @@ class Runner:
     dims: Dims
     device: torch.device
     chunk: int = 1024  # tokens whose logits exist at one time
+    with_entropy: bool = False
 
     def __call__(
         self, batches: Sequence[Packed], head: Head, *, forward_only: bool
@@ -98,35 +98,55 @@ class Runner:
     def _forward(
         self, head: Head, data: Iterator[Packed], model: Any
     ) -> tuple[Tensor, Callable[..., Any]]:
-        pack = next(data).to(self.device)
+        on_host = next(data)
+        # Logits exist for scored tokens alone: prompts and padding cost no vocabulary.
+        scored = self._mine(on_host.loss_mask).nonzero()[:, 0].to(self.device)
+        pack = on_host.to(self.device)
         ids = pack.sequence_ids.to(self.device).masked_fill(~pack.valid, -1)
         sequences = sequence_table(self._mine(ids), pack.num_sequences)
         hidden = model(
-            self._mine(pack.tokens), self._mine(pack.position_ids), pack.cu_seqlens, sequences
+            self._mine(pack.tokens), self._mine(pack.position_ids), segment_table(pack), sequences
         )
-        return hidden, partial(self._finish, head, pack, model)
+        return hidden, partial(self._finish, head, pack, scored, model)
 
     def _mine(self, x: Tensor) -> Tensor:
         return take_local(x, self.mesh.cp_rank, self.mesh.plan.cp)
 
     def _finish(
-        self, head: Head, pack: Packed, model: Any, hidden: Tensor
+        self, head: Head, pack: Packed, scored: Tensor, model: Any, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """hidden [c, 1, h] of the last stage -> (loss, 1, kept): Megatron divides by nothing,
         `head` has done so.
         """
         gpt: PackedGPT = get_attr_wrapped_model(model, "head_weight", return_model_obj=True)
-        logp, _ = token_logprobs(
-            hidden.squeeze(1),
+        out = (self._value if self.dims.scalar_head else self._logp)(gpt, hidden, pack, scored)
+        loss, kept = head(out, pack)
+        return loss, torch.ones((), dtype=torch.int, device=loss.device), kept
+
+    def _value(self, gpt: PackedGPT, hidden: Tensor, pack: Packed, scored: Tensor) -> Out:
+        """What a scalar head says at every token; there are no log-probs then."""
+        value = gather(gpt.scores(hidden.squeeze(1)), self.mesh.cp_group, reduce_grad=False)
+        return Out(logp=torch.zeros_like(value), value=value)
+
+    def _logp(self, gpt: PackedGPT, hidden: Tensor, pack: Packed, scored: Tensor) -> Out:
+        """Log-probs of the labels under the loss mask, and entropies where they are asked for."""
+        logp, entropy = token_logprobs(
+            hidden.squeeze(1)[scored],
             gpt.head_weight(),
-            self._mine(pack.labels),
+            self._mine(pack.labels)[scored],
             group=self.mesh.tp_group if self.mesh.plan.tp > 1 else None,
             vocab_start=self.mesh.tp_rank
             * self.dims.padded_vocab(self.mesh.plan.tp)
             // self.mesh.plan.tp,
             vocab_size=self.dims.vocab,
             chunk=self.chunk,
+            with_entropy=self.with_entropy,
         )
-        logp = gather(logp, self.mesh.cp_group, reduce_grad=False)  # [t] on every context rank
-        loss, kept = head(Out(logp=logp, entropy=None), pack)
-        return loss, torch.ones((), dtype=torch.int, device=loss.device), kept
+        size = hidden.size(0)
+        whole = None if entropy is None else self._spread(entropy, scored, size)
+        return Out(logp=self._spread(logp, scored, size), entropy=whole)
+
+    def _spread(self, values: Tensor, scored: Tensor, size: int) -> Tensor:
+        """Values of this rank's scored tokens -> [t] on every context rank, 0 elsewhere."""
+        local = values.new_zeros(size).index_copy(0, scored, values)
+        return gather(local, self.mesh.cp_group, reduce_grad=False)

@@ -3,12 +3,15 @@
 Imports no torch.
 """
 
-from collections.abc import Sequence
-from typing import cast
-
 from moetrain.errors import ConfigError, nearest
 from moetrain.families import llama, mixtral, qwen3, qwen3_moe
-from moetrain.families.dims import Dims, HfConfig
+from moetrain.families.dims import (
+    Dims,
+    HfConfig,
+    architecture_of,
+    vocab_head,
+    with_scalar_head,
+)
 from moetrain.families.layouts import Layout
 from moetrain.families.rules import BoundRule, Family, Rule, expand, fused_slices, ignored_keys
 
@@ -24,6 +27,7 @@ __all__ = [
     "family_of",
     "fused_slices",
     "ignored_keys",
+    "with_scalar_head",
 ]
 
 FAMILIES: dict[str, Family] = {
@@ -39,16 +43,15 @@ def family_of(hf: HfConfig) -> Family:
 
     Raises ConfigError.
     """
-    architectures = hf.get("architectures")
     known = ", ".join(FAMILIES)
-    if isinstance(architectures, Sequence) and not isinstance(architectures, str) and architectures:
-        name = str(cast(Sequence[object], architectures)[0])
-        if name not in FAMILIES:
+    name = architecture_of(hf)
+    if name is not None:
+        if vocab_head(name) not in FAMILIES:
             raise ConfigError(
                 f"model config: architecture {name!r} is unknown; "
                 f"known: {known}.{nearest(name, FAMILIES)}"
             )
-        return FAMILIES[name]
+        return FAMILIES[vocab_head(name)]
     model_type = hf.get("model_type")
     for family in FAMILIES.values():
         if family.name == model_type:

@@ -12,9 +12,11 @@ from typing import Literal, cast
 from moetrain.errors import ConfigError
 
 type HfConfig = Mapping[str, object]
-# A dimension of a Hugging Face tensor, by the name of its size:
-# queries = heads * head_dim, keys = groups * head_dim.
-type Extent = Literal["hidden", "ffn", "moe_ffn", "head_dim", "queries", "keys", "experts", "vocab"]
+# A dimension of a Hugging Face tensor: a number, or the name of one of the model's sizes, of which
+# queries = heads * head_dim and keys = groups * head_dim.
+type Extent = (
+    int | Literal["hidden", "ffn", "moe_ffn", "head_dim", "queries", "keys", "experts", "vocab"]
+)
 
 # Megatron's make_vocab_size_divisible_by: each tensor-parallel rank holds a multiple of these rows.
 VOCAB_MULTIPLE = 128
@@ -44,10 +46,13 @@ class Dims:
     moe_ffn: int = 0  # of one expert
     qkv_bias: bool = False
     norm_topk: bool = True  # the chosen experts' probabilities are renormalised to sum to 1
+    scalar_head: bool = False  # one number a token (rewards, values) in place of the vocabulary
 
     def size(self, extent: Extent) -> int:
         """The number of rows or columns that a tensor's named dimension has."""
         match extent:
+            case int():
+                return extent
             case "hidden":
                 return self.hidden
             case "ffn":
@@ -69,6 +74,39 @@ class Dims:
         """The vocabulary rows Megatron holds over `tp_size` ranks together."""
         multiple = VOCAB_MULTIPLE * tp_size
         return -(-self.vocab // multiple) * multiple
+
+
+# What transformers' architecture names end in.
+_VOCAB_HEAD, _SCALAR_HEAD = "ForCausalLM", "ForSequenceClassification"
+
+
+def architecture_of(hf: HfConfig) -> str | None:
+    """The first of config.json's `architectures`; None where there are none."""
+    names = hf.get("architectures")
+    if isinstance(names, Sequence) and not isinstance(names, str) and names:
+        return str(cast(Sequence[object], names)[0])
+    return None
+
+
+def has_scalar_head(hf: HfConfig) -> bool:
+    """Whether the model ends in one number a token (transformers' sequence classification)."""
+    return (architecture_of(hf) or "").endswith(_SCALAR_HEAD)
+
+
+def vocab_head(architecture: str) -> str:
+    """The name of the same architecture with a vocabulary head, by which FAMILIES goes."""
+    return architecture.replace(_SCALAR_HEAD, _VOCAB_HEAD)
+
+
+def with_scalar_head(hf: HfConfig, architecture: str) -> dict[str, object]:
+    """The config of `architecture` (a key of FAMILIES) with a scalar head, in transformers' terms."""
+    return {
+        **hf,
+        "architectures": [architecture.replace(_VOCAB_HEAD, _SCALAR_HEAD)],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "tie_word_embeddings": False,
+    }
 
 
 def read_dims(
@@ -102,6 +140,7 @@ def read_dims(
         )
     positions = read_int(hf, "max_position_embeddings", max_positions)
     theta, scaling = read_rope(hf, rope_theta, positions)
+    scalar_head = has_scalar_head(hf)
     return Dims(
         num_layers=num_layers,
         hidden=hidden,
@@ -113,7 +152,7 @@ def read_dims(
         norm_eps=read_float(hf, "rms_norm_eps", norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
-        tied=read_bool(hf, "tie_word_embeddings", False),
+        tied=read_bool(hf, "tie_word_embeddings", False) and not scalar_head,
         qk_norm=qk_norm,
         max_positions=positions,
         moe_layers=(False,) * num_layers if moe_layers is None else moe_layers,
@@ -121,6 +160,7 @@ def read_dims(
         top_k=top_k,
         moe_ffn=moe_ffn,
         norm_topk=norm_topk,
+        scalar_head=scalar_head,
     )
 
 

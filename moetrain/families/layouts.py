@@ -117,7 +117,7 @@ class Layout(ABC):
         return tuple(result)
 
 
-def _share(size: int, tp_rank: int, tp_size: int, what: str) -> tuple[int, int]:
+def _share(size: int, tp_rank: int, tp_size: int, what: object) -> tuple[int, int]:
     """(start, length) of a rank's equal share of `size`."""
     if size % tp_size:
         raise LayoutError(
@@ -136,6 +136,23 @@ class Copy(Layout):
 
     def pieces(self, dims: Dims, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
         return (Piece(0, 0, 0, dims.size(self.shape[0])),)
+
+
+@dataclass(frozen=True)
+class Stack(Layout):
+    """`count` tensors [r, in], one above the other on every rank: the A of each matrix of QKV or
+    GateUp.
+    """
+
+    count: int = 2
+    dim = None
+
+    def hf_shapes(self, dims: Dims) -> tuple[Shape, ...]:
+        return super().hf_shapes(dims) * self.count
+
+    def pieces(self, dims: Dims, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
+        rows = dims.size(self.shape[0])
+        return tuple(Piece(part, 0, part * rows, rows) for part in range(self.count))
 
 
 @dataclass(frozen=True)

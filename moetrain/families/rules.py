@@ -13,7 +13,7 @@ from moetrain.families.dims import Dims, HfConfig
 from moetrain.families.layouts import QKV, Cols, Copy, GateUp, Layout, Shape, Vocab
 
 # dense, moe: layers of that kind. The others: models of that kind.
-type When = Literal["all", "dense", "moe", "untied", "qkv_bias"]
+type When = Literal["all", "dense", "moe", "untied", "scalar_head", "qkv_bias"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,9 @@ def _applies(when: When, dims: Dims, is_moe_layer: bool) -> bool:
         case "moe":
             return is_moe_layer
         case "untied":
-            return not dims.tied
+            return not dims.tied and not dims.scalar_head
+        case "scalar_head":
+            return dims.scalar_head
         case "qkv_bias":
             return dims.qkv_bias
 
@@ -149,12 +151,13 @@ def fused_slices(family: Family, dims: Dims) -> dict[str, FusedSlice]:
 def ignored_keys(dims: Dims) -> frozenset[str]:
     """HF keys that a checkpoint may hold and no parameter is made of.
 
-    The output layer of a tied model, and the rotary frequencies that old transformers saved.
+    The output layer of a model that is tied or has a scalar head, and the rotary frequencies that
+    old transformers saved.
     """
     rotary = {
         H.format(l=layer) + "self_attn.rotary_emb.inv_freq" for layer in range(dims.num_layers)
     }
-    return frozenset(rotary | ({"lm_head.weight"} if dims.tied else set[str]()))
+    return frozenset(rotary | ({"lm_head.weight"} if dims.tied or dims.scalar_head else set[str]()))
 
 
 # Groups of rules that the families share. L: a decoder layer in Megatron; H: in Hugging Face.
@@ -169,6 +172,7 @@ MODEL = (
     ),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Copy(("hidden",))),
     Rule("output_layer.weight", ("lm_head.weight",), Vocab(("vocab", "hidden")), "untied"),
+    Rule("score.weight", ("score.weight",), Copy((1, "hidden")), "scalar_head"),
 )
 
 _QKV = (H + "self_attn.q_proj", H + "self_attn.k_proj", H + "self_attn.v_proj")

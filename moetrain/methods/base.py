@@ -1,12 +1,12 @@
-"""What a training method is: a pure function from token log-probs to a sum, and the count that the
-sum is divided by.
+"""What a training method is: pure functions from token log-probs to sums, and the counts that the
+sums are divided by.
 
-Legend: t tokens of the batch, n sequences. A method returns sums; the engine divides them once by
-the count over all ranks and micro-batches, so that accumulation, data and context parallelism and
+Legend: t tokens of the batch, n sequences. A method returns sums; the engine divides each once by
+its count over all ranks and micro-batches, so that accumulation, data and context parallelism and
 packing cannot change the result. Methods never import megatron.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,38 +14,53 @@ from torch import Tensor
 
 from moetrain.ops.packed import Packed
 
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a per-sequence tensor `[n]` over the ranks that share the batch's sequences (context
-parallelism); differentiable.
-"""
+Terms = dict[str, Tensor]
+"""term of the loss -> fp32 scalar: its sum over the batch, or what that sum is divided by."""
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 """name -> (sum, count), both scalars; reported as the global sum over the global count."""
+
+Known = Mapping[str, float]
+"""Global means that `Method.estimate` asked for; empty for methods without one."""
 
 
 @dataclass(frozen=True)
 class Out:
     """What the model gives for a batch, aligned with its labels."""
 
-    logp: Tensor  # [t] fp32, log-prob of each label
-    entropy: Tensor | None = None  # [t] fp32, no gradient; present for methods that need it
+    logp: Tensor  # [t] fp32, log-prob of each label; 0 where the loss mask is 0
+    entropy: Tensor | None = None  # [t] fp32, no gradient; for methods that need it
+    value: Tensor | None = None  # [t] fp32, the scalar head's; for methods that need it
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Global means that a loss needs before its gradient is taken.
+
+    The engine runs the sequences of `select` (batch, cfg) -> [n] bool without a gradient, means
+    `values` over the global batch, and trains on the other sequences alone.
+    """
+
+    select: Callable[[Packed, Any], Tensor]
+    values: Callable[[Out, Packed, Any], Metrics]
 
 
 @dataclass(frozen=True)
 class Method:
     """A training method.
 
-    loss(out, batch, cfg, reduce) -> (sum, metrics): fp32 scalar that is minimised, and metrics as
-    (sum, count). count(batch, cfg) -> fp32 scalar: what the sum is divided by. A function of the
-    batch alone, so that the engine knows the global count before the first backward.
+    loss(out, batch, cfg, known) -> (terms, metrics): what is minimised is the sum over terms of
+    global sum / global count. count(batch, cfg) -> those counts under the same names, a function of
+    the batch alone, so that the engine knows them before the first backward.
     """
 
     name: str
-    loss: Callable[[Out, Packed, Any, Reduce], tuple[Tensor, Metrics]]
-    count: Callable[[Packed, Any], Tensor]
-    needs: frozenset[str] = frozenset({"logp"})
+    loss: Callable[[Out, Packed, Any, Known], tuple[Terms, Metrics]]
+    count: Callable[[Packed, Any], Terms]
+    needs: frozenset[str] = frozenset({"logp"})  # of logp, entropy, value, ref_logp
+    estimate: Estimate | None = None
 
 
-def count_tokens(batch: Packed, cfg: object) -> Tensor:
-    """Number of tokens that the loss mask keeps, fp32 scalar."""
-    return batch.loss_mask.sum()
+def count_tokens(batch: Packed, cfg: object) -> Terms:
+    """Number of tokens that the loss mask keeps."""
+    return {"loss": batch.loss_mask.sum()}

@@ -27,6 +27,9 @@ class Packed:
         default_factory=dict[str, Tensor]
     )  # name -> [n], a value per sequence
     ids: tuple[str, ...] = ()  # [n], where each sequence came from, for messages
+    # [n] int32: the sequence of this pack whose tokens come before this one's, -1 for none; None is
+    # all -1. A prompt stands once before several answers; position_ids go on from its length.
+    prefix: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +95,15 @@ def concat(packs: Sequence[Packed]) -> Packed:
     for pack in packs:
         starts.append(starts[-1] + pack.num_tokens)
     bounds = [pack.cu_seqlens[1:] + start for pack, start in zip(packs, starts, strict=False)]
+    prefix = None
+    if any(p.prefix is not None for p in packs):
+        shifted: list[Tensor] = []
+        num_before = 0
+        for pack in packs:
+            own = prefixes(pack)
+            shifted.append(torch.where(own < 0, own, own + num_before))
+            num_before += pack.num_sequences
+        prefix = torch.cat(shifted)
     return Packed(
         tokens=torch.cat([p.tokens for p in packs]),
         labels=torch.cat([p.labels for p in packs]),
@@ -101,6 +113,37 @@ def concat(packs: Sequence[Packed]) -> Packed:
         valid=torch.cat([p.valid for p in packs]),
         extras={name: torch.cat([p.extras[name] for p in packs]) for name in packs[0].extras},
         ids=tuple(i for p in packs for i in p.ids),
+        prefix=prefix,
+    )
+
+
+def prefixes(pack: Packed) -> Tensor:
+    """[n] int32: `pack.prefix`, all -1 where it is None."""
+    if pack.prefix is not None:
+        return pack.prefix
+    return torch.full((pack.num_sequences,), -1, dtype=torch.int32)
+
+
+def select(pack: Packed, keep: Tensor) -> Packed:
+    """The sequences that `keep` [n] bool names, and the prefixes that they need; [t] shrinks."""
+    keep = keep.cpu().clone()
+    parents = prefixes(pack)
+    needed = parents[keep]
+    keep[needed[needed >= 0].long()] = True
+    tokens = keep[pack.sequence_ids]
+    number = keep.cumsum(0, dtype=torch.int32) - 1  # of each sequence among those that stay
+    kept = parents[keep]
+    lengths = pack.cu_seqlens.diff()[keep]
+    return Packed(
+        tokens=pack.tokens[tokens],
+        labels=pack.labels[tokens],
+        position_ids=pack.position_ids[tokens],
+        cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)]),
+        loss_mask=pack.loss_mask[tokens],
+        valid=pack.valid[tokens],
+        extras={name: value[keep] for name, value in pack.extras.items()},
+        ids=tuple(pack.ids[i] for i in range(len(pack.ids)) if keep[i]),
+        prefix=None if pack.prefix is None else torch.where(kept < 0, kept, number[kept.long()]),
     )
 
 
@@ -120,4 +163,7 @@ def pad_to(pack: Packed, t: int) -> Packed:
         valid=torch.cat([pack.valid, torch.zeros(missing, dtype=torch.bool)]),
         extras={k: torch.cat([v, v.new_zeros(1, *v.shape[1:])]) for k, v in pack.extras.items()},
         ids=(*pack.ids, ""),
+        prefix=None
+        if pack.prefix is None
+        else torch.cat([pack.prefix, pack.prefix.new_full((1,), -1)]),
     )

@@ -82,7 +82,9 @@ def logits_of(engine: Any, tokens: Sequence[int]) -> Any:
         return torch.cat(parts, -1)
 
     class LogitsRunner(Runner):
-        def _finish(self, head: Any, pack: Any, model: Any, hidden: Tensor) -> Any:
+        def _finish(
+            self, head: Any, pack: Any, scored: Tensor, model: Any, hidden: Tensor
+        ) -> Any:
             local = hidden.squeeze(1) @ model.head_weight().T
             columns = all_columns(local, self.mesh.tp_group)
             whole = gather(columns, self.mesh.cp_group, reduce_grad=False)

@@ -264,3 +264,28 @@ class RandomReader:
         return torch.empty(shape).normal_(
             0.0, self.std, generator=torch.Generator().manual_seed(seed)
         )[slices]
+
+
+class Joined:
+    """The tensors of `base`, and those that it lacks from other readers, by name."""
+
+    def __init__(self, base: Reader, others: Mapping[str, Reader]):
+        self.base, self.others = base, others
+
+    def __str__(self) -> str:
+        return str(self.base)
+
+    def _of(self, name: str) -> Reader:
+        return self.others.get(name, self.base)
+
+    def names(self) -> Collection[str]:
+        return {*self.base.names(), *self.others}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._of(name).shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._of(name).dtype(name)
+
+    def read(self, name: str, slices: Slices) -> Tensor:
+        return self._of(name).read(name, slices)
