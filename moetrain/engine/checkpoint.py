@@ -24,17 +24,23 @@ if TYPE_CHECKING:
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def _model_state(chunks: list[PackedGPT]) -> dict[str, Any]:
+def model_state(chunks: list[PackedGPT]) -> dict[str, Any]:
+    """All weights of this rank as sharded tensors."""
     return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
 
 
-def save(folder: Path, chunks: list[PackedGPT], optimizer: Any, state: dict[str, Any]) -> None:
-    """Write weights, the optimizer when given, and `state` into `folder` (made here, by all ranks
-    together).
+def fill(chunks: list[PackedGPT], loaded: dict[str, Any]) -> None:
+    """Copy what was read for `model_state` into the weights."""
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+
+
+def save(folder: Path, content: dict[str, Any], optimizer: Any, state: dict[str, Any]) -> None:
+    """Write `content` (sharded tensors), the optimizer when given, and `state` into `folder` (made
+    here, by all ranks together).
     """
     folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    content = _model_state(chunks)
     if optimizer is not None:
         content["optimizer"] = optimizer.sharded_state_dict(content, metadata=_METADATA)
     dist_checkpointing.save(content, str(folder), validate_access_integrity=False)
@@ -47,34 +53,31 @@ def save(folder: Path, chunks: list[PackedGPT], optimizer: Any, state: dict[str,
 
 def load_weights(chunks: list[PackedGPT], folder: Path) -> None:
     """Read the weights of a checkpoint into the live shards, at whatever layout it was written."""
-    _fill(chunks, dist_checkpointing.load(_model_state(chunks), str(folder)))
+    fill(chunks, dist_checkpointing.load(model_state(chunks), str(folder)))
 
 
-def restore(folder: Path, chunks: list[PackedGPT], optimizer: Any) -> dict[str, Any]:
-    """Read weights and optimizer back; returns the saved `state`."""
+def restore(
+    folder: Path, content: dict[str, Any], optimizer: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the checkpoint holds for `content` and the optimizer, and the saved `state`."""
     state = json.loads((folder / "state.json").read_text())
     if optimizer is not None and not state.pop("has_optimizer", True):
         raise CheckpointError(
             f"{folder} holds weights without optimizer state, so a run cannot resume from it. "
             "Start a new run_dir with model.path set to it."
         )
-    content = _model_state(chunks)
     if optimizer is not None:
         start_state(optimizer)
         content["optimizer"] = optimizer.sharded_state_dict(
             content, is_loading=True, metadata=_METADATA
         )
-    loaded = dist_checkpointing.load(content, str(folder))
-    _fill(chunks, loaded)
-    if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
-        part_steps(optimizer)
-    return state
+    return dist_checkpointing.load(content, str(folder)), state
 
 
-def _fill(chunks: list[PackedGPT], loaded: dict[str, Any]) -> None:
-    for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+def restore_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Give the optimizer what `restore` read for it, once the weights are in their place."""
+    optimizer.load_state_dict(loaded["optimizer"])
+    part_steps(optimizer)
 
 
 class Checkpoints:

@@ -15,21 +15,32 @@ from torch import Tensor
 
 from moetrain.config.recipe import Recipe
 from moetrain.engine import checkpoint, device
+from moetrain.engine.adapters import adapter_of, adapter_state, base_for, fill_adapters
 from moetrain.engine.backend import choose_backend
+from moetrain.engine.lora import attach
 from moetrain.engine.mesh import start_mesh
 from moetrain.engine.model import DTYPES, build, transformer_config
 from moetrain.engine.optim import learning_rate, make_optimizer, settled, wrap
-from moetrain.engine.params import local_grads, local_params
+from moetrain.engine.params import (
+    canonical,
+    local_adapters,
+    local_grads,
+    local_merged,
+    local_params,
+)
 from moetrain.engine.router import RouterMonitor
 from moetrain.engine.source import ModelSource, find_model
 from moetrain.engine.step import Runner, micro_batches
-from moetrain.errors import DataError, DivergedError
+from moetrain.errors import ConfigError, DataError, DivergedError
 from moetrain.families import family_of
-from moetrain.families.rules import expand
+from moetrain.families.adapter import AdapterTable
+from moetrain.families.patterns import trainable_names
+from moetrain.families.rules import BoundRule, expand
 from moetrain.methods.base import Known, Method, Out
 from moetrain.ops.packed import Packed, select
 from moetrain.plan.mesh import check_layout
-from moetrain.weights import transport
+from moetrain.weights import peft, transport
+from moetrain.weights.adapter import InitialAdapter
 from moetrain.weights.reader import Reader
 from moetrain.weights.writer import copy_tokenizer, write_hf
 
@@ -86,6 +97,7 @@ class Engine:
         self.config = transformer_config(recipe, self.dims, self.device, self.backend)
         self.chunks = build(self.config, self.dims, self.mesh, self.backend, self.monitor)
         self.optimizer: Any = None
+        self.adapters: AdapterTable | None = None
         self._load_source()
         models: Sequence[Any] = self.chunks
         self.wrapped: list[Any] = []
@@ -102,17 +114,61 @@ class Engine:
         finalize_model_grads(models, None, **{**kwargs, "force_all_reduce": self.whole_gradients})
 
     def _load_source(self) -> None:
-        if self.source.megatron is not None and self.recipe.model.init != "random":
+        """Base weights, then an adapter that changes nothing yet."""
+        recipe, adapters = self.recipe, adapter_of(self.recipe, self.family, self.dims)
+        if self.source.megatron is not None and recipe.model.init != "random":
+            if adapters is not None and not adapters.spec.starts_at_base:
+                raise ConfigError(
+                    f"adapter.type={adapters.spec.init} starts from the base's matrices: give "
+                    f"model.path as a Hugging Face folder (tools/convert mcore2hf), or take "
+                    f"adapter.type=lora."
+                )
             checkpoint.load_weights(self.chunks, self.source.megatron)
+            reader: Reader = self.source.reader(recipe, self.family, self.dims)
         else:
-            self.load(self.source.reader(self.recipe, self.family, self.dims))
+            reader = self.source.reader(recipe, self.family, self.dims)
+            self.load(base_for(reader, adapters, recipe.seed))
+        if adapters is not None:
+            attach(self.chunks, adapters, self.mesh)
+            self.adapters = adapters
+            self.load_adapter(InitialAdapter(reader, adapters, recipe.seed))
+
+    def load_adapter(self, reader: Reader) -> None:
+        """Fill the adapters from `reader`, which has the tensors of `self.adapters`."""
+        assert self.adapters is not None, "the recipe has no adapter"
+        local = local_adapters(self.chunks, self.mesh)
+        transport.load(local, self.adapters, reader, self.dims)
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    def continue_adapter(self) -> None:
+        """Go on from the adapter in `adapter.path`; until then the model is the base."""
+        config = self.recipe.adapter
+        if config is not None and config.path is not None:
+            assert self.adapters is not None
+            self.load_adapter(peft.PeftReader(config.path, self.family, self.dims))
 
     def _freeze(self) -> None:
-        if self.recipe.router.freeze:
-            for chunk in self.chunks:
-                for name, param in chunk.named_parameters():
-                    if ".mlp.router." in name:
-                        param.requires_grad = False
+        patterns = self.recipe.trainable
+        trained = trainable_names(self.rules, patterns) if patterns else None
+        for chunk in self.chunks:
+            for name, param in chunk.named_parameters():
+                if self.recipe.router.freeze and ".mlp.router." in name:
+                    param.requires_grad = False
+                elif trained is not None and self.adapters is None:
+                    names = [n for n, _ in canonical(name, param, chunk, self.mesh)]
+                    param.requires_grad = names[0] in trained
+                    assert len({n in trained for n in names}) == 1, f"{name}: some experts only"
+
+    @property
+    def trained_rules(self) -> dict[str, BoundRule]:
+        """The weight table of what is trained, by canonical name."""
+        if self.adapters is not None:
+            return dict(self.adapters)
+        if self.recipe.trainable is None:
+            return self.rules
+        names = trainable_names(self.rules, self.recipe.trainable)
+        return {name: rule for name, rule in self.rules.items() if name in names}
 
     def close(self) -> None:
         """Leave the process group. The engine is of no use afterwards."""
@@ -306,10 +362,20 @@ class Engine:
             self.optimizer.reload_model_params()
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) of every weight, in one order on every rank."""
+        """(Hugging Face name, whole tensor) of every weight, adapters merged into it, in one order
+        on every rank.
+        """
         with settled(self.wrapped):
             yield from transport.export(
-                local_params(self.chunks, self.mesh), self.rules, self.dims, to="all"
+                local_merged(self.chunks, self.mesh), self.rules, self.dims, to="all"
+            )
+
+    def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in `self.adapters`, whole tensor) of the adapter, in one order on every rank."""
+        assert self.adapters is not None, "the recipe has no adapter"
+        with settled(self.wrapped):
+            yield from transport.export(
+                local_adapters(self.chunks, self.mesh), self.adapters, self.dims, to="all"
             )
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -318,15 +384,15 @@ class Engine:
         """
         assert self.whole_gradients, "the distributed optimizer has scattered the gradients"
         return transport.export(
-            local_grads(self.chunks, self.mesh), self.rules, self.dims, to="all"
+            local_grads(self.chunks, self.mesh), self.trained_rules, self.dims, to="all"
         )
 
     def export_hf(self, folder: Path) -> None:
-        """Write a Hugging Face model folder: weights in the source's dtypes, config, tokenizer and
-        chat template.
+        """Write a Hugging Face model folder: weights in the source's dtypes with adapters merged
+        into them, config, tokenizer and chat template.
         """
         owned = transport.export(
-            local_params(self.chunks, self.mesh), self.rules, self.dims, to="owner"
+            local_merged(self.chunks, self.mesh), self.rules, self.dims, to="owner"
         )
         with settled(self.wrapped):
             write_hf(
@@ -346,16 +412,29 @@ class Engine:
         """
         kept = self.optimizer if optimizer else None
         with settled(self.wrapped):
-            checkpoint.save(folder, self.chunks, kept, state | {"steps_done": self.steps_done})
+            state = state | {"steps_done": self.steps_done}
+            checkpoint.save(folder, self._content(), kept, state)
         if self.mesh.is_main:
             (folder / "moetrain.json").write_text(
                 json.dumps({"hf": self.source.hf_for_export(self.recipe)}, indent=1)
             )
             copy_tokenizer(self.source.tokenizer, folder)
 
+    def _content(self) -> dict[str, Any]:
+        """What a checkpoint holds of the model: all of it, or its adapters."""
+        if self.adapters is None:
+            return checkpoint.model_state(self.chunks)
+        return {"adapter": adapter_state(self.chunks, self.adapters, self.mesh)}
+
     def restore(self, folder: Path) -> dict[str, Any]:
         """Read what `save` wrote, at this layout or another; returns its `state`."""
-        state = checkpoint.restore(folder, self.chunks, self.optimizer)
+        loaded, state = checkpoint.restore(folder, self._content(), self.optimizer)
+        if self.adapters is None:
+            checkpoint.fill(self.chunks, loaded)
+        else:
+            fill_adapters(self.chunks, loaded["adapter"])
+        if self.optimizer is not None:
+            checkpoint.restore_optimizer(self.optimizer, loaded)
         self.steps_done = int(state.pop("steps_done"))
         return state
 

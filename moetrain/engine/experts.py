@@ -66,7 +66,7 @@ class GroupedExperts(MegatronModule):
         if hidden.size(0) == 0:
             # Nothing arrived, but every weight needs a gradient for the data-parallel buckets to
             # complete.
-            idle = self.linear_fc1.weight.sum() + self.linear_fc2.weight.sum() + probs.sum()
+            idle = sum((p.sum() for p in self.parameters() if p.requires_grad), probs.sum())
             return hidden + idle.to(hidden.dtype) * 0, None
         gate, up = self.linear_fc1(hidden, ends).chunk(2, -1)  # [t, f] each
         act = (F.silu(gate) * up * probs.unsqueeze(-1)).to(hidden.dtype)

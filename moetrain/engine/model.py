@@ -226,6 +226,8 @@ class PackedGPT(GPTModel):
         hidden = None
         if self.pre_process:
             hidden = self.embedding(tokens[None], position_ids[None])
+            if torch.is_grad_enabled() and not hidden.requires_grad:
+                hidden.requires_grad_()  # frozen embeddings: recomputation follows its inputs
         out = self.decoder(
             hidden_states=hidden,
             attention_mask=segments,

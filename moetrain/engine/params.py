@@ -5,6 +5,7 @@ scheme for both backends.
 import re
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -17,7 +18,8 @@ _TE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d*)$")
+_GROUPED = re.compile(r"\.mlp\.experts\.linear_fc[12]\.(?:weight|lora_[AB])(\d*)$")
+_ADAPTER = re.compile(r"\.lora\.(A|B|magnitude)$")
 
 
 def canonical_tensors(chunk: PackedGPT, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
@@ -27,51 +29,90 @@ def canonical_tensors(chunk: PackedGPT, mesh: Mesh) -> Iterator[tuple[str, Tenso
     A last stage's own copy of tied embeddings comes out under the embedding's name.
     """
     for name, param in chunk.named_parameters():
-        yield from _canonical(name, param, chunk, mesh)
+        yield from canonical(name, param, chunk, mesh)
 
 
-def _canonical(
-    name: str, tensor: Tensor, chunk: PackedGPT, mesh: Mesh
-) -> Iterator[tuple[str, Tensor]]:
-    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
-        name = "embedding.word_embeddings.weight"
+def canonical_name(name: str, chunk: PackedGPT) -> str:
+    """The name of a parameter of `chunk` with its global layer number; of all local experts at once
+    where they are one parameter.
+    """
+    name = _ADAPTER.sub(r".lora_\1", name)
     if not name.startswith("decoder.layers."):
-        yield name, tensor
-        return
+        return name
     local, rest = name.removeprefix("decoder.layers.").split(".", 1)
     layer = chunk.decoder.layers[int(local)]
-    prefix = f"decoder.layers.{layer.layer_number - 1}."
-    grouped = _GROUPED.match(rest)
+    return f"decoder.layers.{layer.layer_number - 1}.{_TE_NAMES.get(rest, rest)}"
+
+
+def canonical(
+    name: str, tensor: Tensor, chunk: PackedGPT, mesh: Mesh
+) -> Iterator[tuple[str, Tensor]]:
+    """A parameter of `chunk`, or what goes with it, under the name or names of the weight table."""
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        name = "embedding.word_embeddings.weight"
+    whole = canonical_name(name, chunk)
+    grouped = _GROUPED.search(whole)
     if grouped is None:
-        yield prefix + _TE_NAMES.get(rest, rest), tensor
+        yield whole, tensor
         return
+    layer = chunk.decoder.layers[int(name.split(".")[2])]
     num_local = layer.mlp.num_local_experts
     first = mesh.ep_rank * num_local
-    if grouped[2]:  # Transformer Engine: a parameter per expert
-        yield f"{prefix}mlp.experts.{grouped[1]}.weight{first + int(grouped[2])}", tensor
+    stem = whole.removesuffix(grouped[1])
+    if grouped[1]:  # Transformer Engine: a parameter per expert
+        yield f"{stem}{first + int(grouped[1])}", tensor
         return
     for e in range(num_local):
-        yield f"{prefix}mlp.experts.{grouped[1]}.weight{first + e}", tensor[e]
+        yield f"{stem}{first + e}", tensor[e]
 
 
 def local_params(chunks: list[PackedGPT], mesh: Mesh) -> list[LocalParam]:
-    """All weights of this rank as the transport wants them."""
+    """All weights of this rank as the transport wants them, without adapters."""
     return [
         LocalParam(name, tensor.data, *_coordinates(name, mesh))
         for chunk in chunks
         for name, tensor in canonical_tensors(chunk, mesh)
+        if ".lora_" not in name
     ]
 
 
+def local_adapters(chunks: list[PackedGPT], mesh: Mesh) -> list[LocalParam]:
+    """The adapters of this rank."""
+    return [
+        LocalParam(name, tensor.data, *_coordinates(name, mesh))
+        for chunk in chunks
+        for name, tensor in canonical_tensors(chunk, mesh)
+        if ".lora_" in name
+    ]
+
+
+@torch.no_grad()
+def local_merged(chunks: list[PackedGPT], mesh: Mesh) -> list[LocalParam]:
+    """The weights of this rank with their adapters in them; a copy where there is one."""
+    merged: list[LocalParam] = []
+    for chunk in chunks:
+        for name, param in chunk.named_parameters():
+            if ".lora." in name:
+                continue
+            owner = chunk.get_submodule(name.rpartition(".")[0])
+            tensor = param.data
+            if "lora" in owner._modules and name.endswith(".weight"):
+                tensor = owner.lora.merged(param.data)
+            for full, part in canonical(name, tensor, chunk, mesh):
+                merged.append(LocalParam(full, part, *_coordinates(full, mesh)))
+    return merged
+
+
 def local_grads(chunks: list[PackedGPT], mesh: Mesh) -> list[LocalParam]:
-    """The gradients of the last step under the weights' names, from DDP's buffers
+    """The gradients of the last step under the names of the trained weights, from DDP's buffers
     (Engine.whole_gradients).
     """
     return [
-        LocalParam(canonical, grad, *_coordinates(canonical, mesh))
+        LocalParam(full, grad, *_coordinates(full, mesh))
         for chunk in chunks
         for name, param in chunk.named_parameters()
-        for canonical, grad in _canonical(name, param.main_grad, chunk, mesh)  # type: ignore[arg-type]
+        if param.requires_grad
+        for full, grad in canonical(name, param.main_grad, chunk, mesh)  # type: ignore[arg-type]
     ]
 
 

@@ -91,6 +91,12 @@ class PackedRouter(TopKRouter):
     sequence_ids: Tensor  # [t/cp] int64: the sequence of each token, -1 in the padding tail
     num_sequences: int
 
+    def gating(self, input: Tensor) -> Tensor:
+        """[c, 1, h] -> logits [c, 1, E] fp32, with the adapter's part where there is one."""
+        logits: Tensor = super().gating(input)
+        adapter = self._modules.get("lora")
+        return logits if adapter is None else logits + adapter(input)
+
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [c, 1, E] -> probabilities and choices, both [c, E]."""
         logits = logits.view(-1, self.config.num_moe_experts)

@@ -23,7 +23,7 @@ from moetrain.families.layouts import Cols, Copy, Layout, Shape, Stack
 from moetrain.families.patterns import matcher, nothing_matches
 from moetrain.families.rules import BoundRule, Family, expand
 
-type Kind = Literal["attention", "mlp", "experts", "router", "head"]
+type Kind = Literal["attention", "mlp", "experts", "router"]
 type Tensors = Literal["lora_A", "lora_B", "lora_magnitude"]
 
 _KINDS: dict[str, Kind] = {
@@ -34,7 +34,6 @@ _KINDS: dict[str, Kind] = {
     "mlp.experts.linear_fc1.weight": "experts",
     "mlp.experts.linear_fc2.weight": "experts",
     "mlp.router.weight": "router",
-    "output_layer.weight": "head",
 }
 _ALL: dict[str, tuple[Kind, ...]] = {
     "all-linear": ("attention", "mlp", "experts"),
@@ -144,8 +143,11 @@ def row_parts(rule: BoundRule, dims: Dims, tp_rank: int, tp_size: int) -> list[i
     return result
 
 
-def adapter_table(family: Family, dims: Dims, spec: AdapterSpec) -> AdapterTable:
-    """The table of `spec`'s adapter on a model.
+def adapter_table(
+    family: Family, dims: Dims, spec: AdapterSpec, *, loaded: bool = False
+) -> AdapterTable:
+    """The table of `spec`'s adapter on a model; `loaded` when the adapter is there already, whose
+    rank may then be any.
 
     Raises ConfigError: a target that matches nothing, or gate without up, or some experts of a
     layer; a rank larger than a matrix; DoRA where PEFT has none.
@@ -153,7 +155,10 @@ def adapter_table(family: Family, dims: Dims, spec: AdapterSpec) -> AdapterTable
     every = [(rule, _matrices(rule, family)) for rule in expand(family, dims).values()]
     chosen = _targeted([matrix for _, found in every for matrix in found], spec.target)
     for matrix in chosen.values():
-        _check(matrix, dims, spec)
+        if not loaded:
+            _check_rank(matrix, spec)
+        if spec.dora:
+            _check_dora(matrix, dims)
     rules: dict[str, BoundRule] = {}
     base: dict[str, BoundRule] = {}
     places: dict[str, Place] = {}
@@ -191,7 +196,8 @@ def _layouts(rule: BoundRule, spec: AdapterSpec) -> dict[Tensors, Layout]:
     return result
 
 
-_SUFFIX: dict[Tensors, str] = {
+# What a tensor's name has after its module's, here and in PEFT.
+SUFFIX: dict[Tensors, str] = {
     "lora_A": ".lora_A.weight",
     "lora_B": ".lora_B.weight",
     "lora_magnitude": ".lora_magnitude_vector",
@@ -206,13 +212,18 @@ def _places(
     for matrix in matrices:
         live = matrix.name in chosen
         if tensors == "lora_A":
-            result[matrix.name + _SUFFIX[tensors]] = Place(matrix, tensors, (0, rank), live)
+            result[matrix.name + SUFFIX[tensors]] = Place(matrix, tensors, (0, rank), live)
             continue
         rows = matrix.shape[0] // len(matrix.weights)
         for part, key in enumerate(matrix.weights):
             place = Place(matrix, tensors, (part * rows, (part + 1) * rows), live)
-            result[key.removesuffix(".weight") + _SUFFIX[tensors]] = place
+            result[key.removesuffix(".weight") + SUFFIX[tensors]] = place
     return result
+
+
+def all_matrices(family: Family, dims: Dims) -> list[Matrix]:
+    """Everything of a model that can have an adapter, in the table's order."""
+    return [m for rule in expand(family, dims).values() for m in _matrices(rule, family)]
 
 
 def _matrices(rule: BoundRule, family: Family) -> tuple[Matrix, ...]:
@@ -253,12 +264,14 @@ def _fused(rule: BoundRule, family: Family) -> str | None:
 def _targeted(matrices: list[Matrix], target: tuple[str, ...]) -> dict[str, Matrix]:
     """The matrices that the patterns select, by name, in the table's order."""
     keys: set[str] = set()
-    for pattern in target:
-        found = {key for matrix in matrices for key in _matched(matrix, pattern)}
+    modules: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        modules.setdefault(matrix.module, []).append(matrix)
+    for pattern in target:  # whole names, of which a loaded adapter has hundreds, are looked up
+        candidates = modules.get(pattern, matrices)
+        found = {key for matrix in candidates for key in _matched(matrix, pattern)}
         if not found:
-            raise nothing_matches(
-                "adapter.target", pattern, dict.fromkeys(matrix.module for matrix in matrices)
-            )
+            raise nothing_matches("adapter.target", pattern, modules)
         keys |= found
     chosen: dict[str, Matrix] = {}
     for matrix in matrices:
@@ -270,9 +283,9 @@ def _targeted(matrices: list[Matrix], target: tuple[str, ...]) -> dict[str, Matr
                 f"adapter.target: {matrix.module} is one parameter of the model, whose gate and up "
                 f"share an A; target both or neither, not all but {missing[0]}"
             )
-    modules = {matrix.module for matrix in chosen.values()}
+    taken = {matrix.module for matrix in chosen.values()}
     for matrix in matrices:
-        if matrix.module in modules and matrix.name not in chosen:
+        if matrix.module in taken and matrix.name not in chosen:
             raise ConfigError(
                 f"adapter.target: {matrix.module} is one parameter for all experts of the layer; "
                 f"target all of them or none, not all but {matrix.name}"
@@ -290,17 +303,27 @@ def _matched(matrix: Matrix, pattern: str) -> tuple[str, ...]:
     return tuple(key for key in matrix.weights if match(key.removesuffix(".weight")))
 
 
-def _check(matrix: Matrix, dims: Dims, spec: AdapterSpec) -> None:
+def _check_rank(matrix: Matrix, spec: AdapterSpec) -> None:
     if spec.rank > min(matrix.shape):
         raise ConfigError(
             f"adapter.rank={spec.rank} is larger than {matrix.module}, which is "
             f"{list(matrix.shape)}; take at most {min(matrix.shape)} or leave it out of "
             f"adapter.target"
         )
-    # PEFT loads the dense MLP of a mixture of experts as parameters too, and those without DoRA
-    holds = ("attention", "head") if any(dims.moe_layers) else ("attention", "mlp", "head")
-    if spec.dora and matrix.kind not in holds:
+
+
+def _check_dora(matrix: Matrix, dims: Dims) -> None:
+    if is_parameter(matrix, dims):
         raise ConfigError(
             f"adapter.type=dora: PEFT cannot hold DoRA on {matrix.module}; take another type, or "
             f"adapter.target: [q_proj, k_proj, v_proj, o_proj]"
         )
+
+
+def is_parameter(matrix: Matrix, dims: Dims) -> bool:
+    """Whether PEFT names it in `target_parameters`, not in `target_modules`.
+
+    The dense MLP in a mixture of experts too: there PEFT (0.20) takes gate_proj, up_proj and
+    down_proj in `target_modules` for the experts'.
+    """
+    return matrix.kind in ("experts", "router") or (matrix.kind == "mlp" and any(dims.moe_layers))

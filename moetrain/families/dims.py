@@ -99,7 +99,8 @@ def vocab_head(architecture: str) -> str:
 
 
 def with_scalar_head(hf: HfConfig, architecture: str) -> dict[str, object]:
-    """The config of `architecture` (a key of FAMILIES) with a scalar head, in transformers' terms."""
+    """The config of `architecture` (a key of FAMILIES) with a scalar head, as transformers has it.
+    """
     return {
         **hf,
         "architectures": [architecture.replace(_VOCAB_HEAD, _SCALAR_HEAD)],

@@ -2,7 +2,7 @@
 returns plain tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,11 @@ from torch import Tensor
 
 from moetrain.config.load import recipe_from
 from moetrain.engine import Engine
+from moetrain.families.adapter import AdapterTable
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed, concat, from_tokens
+from moetrain.weights.adapter import table_shapes
+from moetrain.weights.reader import seeded
 
 Lists = Sequence[Sequence[int]]
 
@@ -134,3 +137,48 @@ def mutated_logits(model: str, tokens: Sequence[int], mutation: str) -> tuple[Te
     engine.load(engine.source.reader(engine.recipe, engine.family, engine.dims))
     exact = all(torch.equal(before[name], w) for name, w in engine.export())
     return logits_of(engine, tokens), exact
+
+
+class Noise:
+    """A reader of random values for an adapter's table, the same at every layout: no tensor is 0,
+    so that no mistake can hide behind one.
+    """
+
+    def __init__(self, table: AdapterTable):
+        self.table, self.shapes = table, table_shapes(table)
+
+    def names(self) -> Collection[str]:
+        return self.shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        shape = self.shapes[name]
+        place = self.table.places[name]
+        if not place.live:
+            return torch.zeros(shape)[slices]
+        noise = torch.empty(shape).normal_(0, 0.1, generator=seeded(7, name))
+        return (noise.abs() + 0.5 if place.tensors == "lora_magnitude" else noise)[slices]
+
+
+def adapter_gradients(
+    model: str, parallel: dict[str, Any], sequences: Lists, num_packs: int, sections: dict[str, Any]
+) -> tuple[float, float, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """One step with a random adapter: (loss, gradient norm, {name: gradient}, {name: adapter},
+    {name: merged weight}); the dictionaries are returned by the first rank alone.
+    """
+    engine = Engine(recipe_for(model, parallel, **sections))
+    assert engine.adapters is not None
+    engine.load_adapter(Noise(engine.adapters))
+    engine.whole_gradients = True
+    merged = {name: w.clone() for name, w in engine.export()}
+    values = {name: w.clone() for name, w in engine.export_adapter()}
+    result = engine.step(_mine(packs_of(sequences, num_packs), engine), METHODS["sft"])
+    grads = {name: g.clone() for name, g in engine.gradients()}
+    if not engine.mesh.is_main:
+        return result.loss, result.grad_norm, {}, {}, {}
+    return result.loss, result.grad_norm, grads, values, merged

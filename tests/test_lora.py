@@ -1,0 +1,92 @@
+"""Adapters in the engine: their gradients at every layout against transformers, and what a merged,
+saved or resumed one is.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_parity import reference_gradients, sequences
+
+from moetrain.families import family_of
+from moetrain.families.adapter import AdapterSpec, adapter_table
+from moetrain.testing import ranks
+from moetrain.testing.gloo import Workers
+
+pytestmark = pytest.mark.gloo
+Tiny = Callable[[str], tuple[str, Any]]
+
+ROUTER = {"rank": 4, "alpha": 8, "target": "all-router"}
+CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
+    # name: (family, world, layout, adapter)
+    "one": ("qwen3_moe", 1, {}, ROUTER),
+    "tp2-sp": ("qwen3_moe", 2, {"tp": 2}, ROUTER),
+    "pp2": ("qwen3_moe", 2, {"pp": 2}, ROUTER),
+    "pp2-vpp2": ("qwen3_moe", 2, {"pp": 2, "vpp": 2}, ROUTER),
+    "ep2": ("qwen3_moe", 2, {"ep": 2}, ROUTER),
+    "etp2": ("qwen3_moe", 2, {"etp": 2}, ROUTER),
+    "tp2-etp2-ep2": ("qwen3_moe", 4, {"tp": 2, "etp": 2, "ep": 2}, ROUTER),
+    "cp2": ("qwen3_moe", 2, {"cp": 2}, ROUTER),
+    "dp2": ("qwen3_moe", 2, {}, ROUTER),
+    "pp2-ep2": ("qwen3_moe", 4, {"pp": 2, "ep": 2}, ROUTER),
+    "some of q, k, v": ("qwen3_moe", 2, {"tp": 2}, {"rank": 3, "target": ["q_proj", "v_proj"]}),
+    "experts alone, rslora": (
+        "qwen3_moe", 2, {"ep": 2}, {"rank": 2, "type": "rslora", "target": "experts"}
+    ),
+    "mixtral ep2": ("mixtral", 2, {"ep": 2}, ROUTER),
+    "dense, tied": ("qwen3", 1, {}, {"rank": 4, "target": "all-linear"}),
+    "dense, tied, pp2": ("qwen3", 2, {"pp": 2}, {"rank": 4, "target": "all-linear"}),
+    "dense, tp2": ("llama", 2, {"tp": 2}, {"rank": 4, "target": "all-linear"}),
+    "dense, tp2 without sp": ("llama", 2, {"tp": 2, "sp": False}, {"rank": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_follow_from_those_of_the_merged_model(
+    workers: Workers, tiny: Tiny, tmp_path: Path, case: str
+) -> None:
+    """With W' = W + s B A: dA = s B' dW' and dB = s dW' A', dW' from transformers and autograd."""
+    family, world, parallel, adapter = CASES[case]
+    folder, model = tiny(family)
+    answers = workers.run(
+        world, ranks.adapter_gradients, folder, parallel, sequences(), 2, {"adapter": adapter}
+    )
+    loss, norm, grads, values, merged = answers[0]
+    loss_wanted, dw = reference_gradients(put(model, merged, tmp_path), sequences())
+    assert loss == pytest.approx(loss_wanted, rel=1e-5)
+    hf = model.config.to_dict()
+    spec = AdapterSpec.of(ranks.recipe_for(folder, {}, adapter=adapter).adapter)
+    table = adapter_table(family_of(hf), family_of(hf).dims(hf), spec)
+    assert grads.keys() == values.keys() == table.places.keys()
+    whole_a: dict[str, torch.Tensor] = {}
+    total = 0.0
+    for name, place in table.places.items():
+        if not place.live:
+            assert not grads[name].any()
+            continue
+        d = torch.cat([dw[key] for key in place.matrix.weights])
+        b_names = [n for n, p in table.places.items()
+                   if p.matrix == place.matrix and p.tensors == "lora_B"]  # fmt: skip
+        a_name = next(n for n, p in table.places.items()
+                      if p.matrix == place.matrix and p.tensors == "lora_A")  # fmt: skip
+        if place.tensors == "lora_A":
+            wanted = spec.scale * torch.cat([values[n] for n in b_names]).T @ d
+            whole_a[name] = wanted
+        else:
+            wanted = spec.scale * d[slice(*place.rows)] @ values[a_name].T
+        total += wanted.square().sum().item()
+        error = (grads[name] - wanted).norm() / wanted.norm().clamp(min=1e-12)
+        assert error <= 1e-4, (name, error)
+    assert norm == pytest.approx(total**0.5, rel=1e-4)
+
+
+def put(model: Any, merged: dict[str, torch.Tensor], folder: Path) -> Any:
+    """A transformers model of the same configuration with other weights."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    model.config.save_pretrained(folder)
+    save_file({n: w.contiguous() for n, w in merged.items()}, folder / "model.safetensors")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
