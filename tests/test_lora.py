@@ -82,6 +82,52 @@ def test_gradients_follow_from_those_of_the_merged_model(
     assert norm == pytest.approx(total**0.5, rel=1e-4)
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "attention": {"rank": 4, "target": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "all-linear": {"rank": 4, "alpha": 16},
+    "all-router": {"rank": 4, "target": "all-router"},
+    "rslora": {"rank": 4, "type": "rslora"},
+    "olora": {"rank": 4, "type": "olora", "alpha": 4},
+    "pissa": {"rank": 4, "type": "pissa", "alpha": 4},
+    "dora": {"rank": 4, "type": "dora", "target": ["q_proj", "v_proj", "o_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_adapter_is_the_same_everywhere(
+    workers: Workers, tiny: Tiny, tmp_path: Path, kind: str
+) -> None:
+    """Trained at TP2 EP2: the live model, the merged one, the checkpoint at one process, the PEFT
+    folder in PEFT and the PEFT folder gone on from all say the same.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, model = tiny("qwen3_moe")
+    tokens = sequences()[0]
+    sections = {"adapter": KINDS[kind], "optim": {"lr": 1e-2}}
+    arguments = (sequences(), tmp_path, sections)
+    answers = workers.run(2, ranks.trained_adapter, folder, {"tp": 2, "ep": 2}, *arguments)
+    live, merged = answers[0]
+    with torch.no_grad():
+        base = model(torch.tensor([tokens])).logits[0]
+        assert (live - base).abs().max() > 0.05, "three steps changed nothing"
+        close = {"rtol": 0, "atol": 1e-4}
+        wanted = put(model, merged, tmp_path / "merged")(torch.tensor([tokens])).logits[0]
+        torch.testing.assert_close(live, wanted, **close)
+        (restored,) = workers.run(1, ranks.restored_adapter, folder, {}, tokens, tmp_path, sections)
+        torch.testing.assert_close(restored, live, **close)
+        fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        in_peft = PeftModel.from_pretrained(fresh, tmp_path / "peft").eval()
+        found = in_peft(torch.tensor([tokens])).logits[0]
+        torch.testing.assert_close(found, live, **close)
+        for layout, world in (({"ep": 2}, 2), ({"pp": 2}, 2)):
+            answers = workers.run(
+                world, ranks.continued_adapter, folder, layout, tokens, tmp_path, sections
+            )
+            torch.testing.assert_close(answers[-1], live, **close)
+
+
 def put(model: Any, merged: dict[str, torch.Tensor], folder: Path) -> Any:
     """A transformers model of the same configuration with other weights."""
     from safetensors.torch import save_file

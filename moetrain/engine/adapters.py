@@ -19,12 +19,12 @@ from moetrain.engine.params import canonical_name
 from moetrain.families import Dims, Family
 from moetrain.families.adapter import AdapterSpec, AdapterTable, adapter_table
 from moetrain.families.layouts import Copy, GateUp, Layout
-from moetrain.weights import peft
 from moetrain.weights.adapter import InitialAdapter, Residual
+from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.reader import Reader
 
 
-def adapter_of(recipe: Recipe, family: Family, dims: Dims) -> AdapterTable | None:
+def adapter_of(recipe: Recipe, family: Family, dims: Dims, base: Reader) -> AdapterTable | None:
     """The weight table of the recipe's adapter; of one to go on from it is the folder that says
     what it is.
     """
@@ -32,7 +32,7 @@ def adapter_of(recipe: Recipe, family: Family, dims: Dims) -> AdapterTable | Non
     if config is None:
         return None
     if config.path is not None:
-        return peft.PeftReader(config.path, family, dims).table
+        return PeftReader(config.path, family, dims, base).table
     return adapter_table(family, dims, AdapterSpec.of(config))
 
 

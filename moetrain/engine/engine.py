@@ -39,8 +39,10 @@ from moetrain.families.rules import BoundRule, expand
 from moetrain.methods.base import Known, Method, Out
 from moetrain.ops.packed import Packed, select
 from moetrain.plan.mesh import check_layout
-from moetrain.weights import peft, transport
+from moetrain.weights import transport
 from moetrain.weights.adapter import InitialAdapter
+from moetrain.weights.peft import write_peft
+from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.reader import Reader
 from moetrain.weights.writer import copy_tokenizer, write_hf
 
@@ -98,6 +100,7 @@ class Engine:
         self.chunks = build(self.config, self.dims, self.mesh, self.backend, self.monitor)
         self.optimizer: Any = None
         self.adapters: AdapterTable | None = None
+        self.initial_adapter: InitialAdapter | None = None
         self._load_source()
         models: Sequence[Any] = self.chunks
         self.wrapped: list[Any] = []
@@ -115,23 +118,23 @@ class Engine:
 
     def _load_source(self) -> None:
         """Base weights, then an adapter that changes nothing yet."""
-        recipe, adapters = self.recipe, adapter_of(self.recipe, self.family, self.dims)
+        recipe = self.recipe
+        reader = self.source.reader(recipe, self.family, self.dims)
+        adapters = adapter_of(recipe, self.family, self.dims, reader)
         if self.source.megatron is not None and recipe.model.init != "random":
-            if adapters is not None and not adapters.spec.starts_at_base:
+            if adapters is not None and (adapters.spec.dora or not adapters.spec.starts_at_base):
                 raise ConfigError(
-                    f"adapter.type={adapters.spec.init} starts from the base's matrices: give "
-                    f"model.path as a Hugging Face folder (tools/convert mcore2hf), or take "
-                    f"adapter.type=lora."
+                    "adapter.type: dora, olora and pissa start from the base's matrices. Give"
+                    " model.path as a Hugging Face folder (tools/convert mcore2hf), or take lora."
                 )
             checkpoint.load_weights(self.chunks, self.source.megatron)
-            reader: Reader = self.source.reader(recipe, self.family, self.dims)
         else:
-            reader = self.source.reader(recipe, self.family, self.dims)
             self.load(base_for(reader, adapters, recipe.seed))
         if adapters is not None:
             attach(self.chunks, adapters, self.mesh)
             self.adapters = adapters
-            self.load_adapter(InitialAdapter(reader, adapters, recipe.seed))
+            self.initial_adapter = InitialAdapter(reader, adapters, recipe.seed)
+            self.load_adapter(self.initial_adapter)
 
     def load_adapter(self, reader: Reader) -> None:
         """Fill the adapters from `reader`, which has the tensors of `self.adapters`."""
@@ -146,7 +149,8 @@ class Engine:
         config = self.recipe.adapter
         if config is not None and config.path is not None:
             assert self.adapters is not None
-            self.load_adapter(peft.PeftReader(config.path, self.family, self.dims))
+            base = self.source.reader(self.recipe, self.family, self.dims)
+            self.load_adapter(PeftReader(config.path, self.family, self.dims, base))
 
     def _freeze(self) -> None:
         patterns = self.recipe.trainable
@@ -404,6 +408,13 @@ class Engine:
                 default=DTYPES[self.recipe.model.dtype],
             )
 
+    def export_peft(self, folder: Path) -> None:
+        """Write the adapter as a PEFT folder."""
+        assert self.adapters is not None, "the recipe has no adapter"
+        base = self.recipe.model.path or ""
+        started = None if self.adapters.spec.starts_at_base else self.initial_adapter
+        write_peft(self.export_adapter(), folder, self.adapters, base, started)
+
     # Checkpoints
 
     def save(self, folder: Path, state: dict[str, Any], *, optimizer: bool = True) -> None:
@@ -415,9 +426,10 @@ class Engine:
             state = state | {"steps_done": self.steps_done}
             checkpoint.save(folder, self._content(), kept, state)
         if self.mesh.is_main:
-            (folder / "moetrain.json").write_text(
-                json.dumps({"hf": self.source.hf_for_export(self.recipe)}, indent=1)
-            )
+            note = {"hf": self.source.hf_for_export(self.recipe)}
+            if self.adapters is not None:
+                note["adapter_of"] = self.recipe.model.path or "random weights"
+            (folder / "moetrain.json").write_text(json.dumps(note, indent=1))
             copy_tokenizer(self.source.tokenizer, folder)
 
     def _content(self) -> dict[str, Any]:

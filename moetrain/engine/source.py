@@ -76,7 +76,13 @@ def _find(model: ModelConfig) -> ModelSource:
         return ModelSource(dict(model.hf), None, None, tokenizer)
     folder = _folder(model.path)
     if (folder / "moetrain.json").is_file():
-        hf = _json(folder / "moetrain.json")["hf"]
+        note = _json(folder / "moetrain.json")
+        if "adapter_of" in note:
+            raise WeightsError(
+                f"{folder} holds an adapter of {note['adapter_of']}, not a model. Write it with "
+                f"`tools/convert adapter RUN DST`, then `tools/convert merge BASE DST OUT`."
+            )
+        hf = note["hf"]
         return ModelSource(hf, None, folder, tokenizer or folder)
     if not (folder / "config.json").is_file():
         raise WeightsError(

@@ -1,18 +1,18 @@
-"""Hugging Face <-> Megatron, and the proof that two folders hold the same weights. One process
-each.
+"""Hugging Face <-> Megatron, the proof that two folders hold the same weights, and the adapter of a
+run. One process each.
 """
 
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from moetrain.engine import Engine
-from moetrain.errors import CheckpointError, WeightsError
+from moetrain.errors import WeightsError
+from moetrain.loops import models
+from moetrain.loops.hf_convert import published, refuse_existing
 from moetrain.loops.models import mark_dtypes, open_engine, recipe_for
 from moetrain.weights.compare import compare
+from moetrain.weights.peft import write_peft
 
 
 def hf2mcore(src: Path, dst: Path) -> int:
@@ -20,7 +20,7 @@ def hf2mcore(src: Path, dst: Path) -> int:
     exist.
     """
     engine = _open(src, dst)
-    with _published(dst) as part:
+    with published(dst) as part:
         engine.save(part, {}, optimizer=False)
         mark_dtypes(part, engine)
     engine.close()
@@ -58,30 +58,22 @@ def verify(a: Path, b: Path) -> int:
     return 1 if differences else 0
 
 
+def adapter(run: Path, dst: Path) -> int:
+    """Write the adapter of a run's last checkpoint as a PEFT folder `dst`, which must not exist."""
+    refuse_existing(dst)
+    table, base_name, tensors, initial = models.adapter_of(run)
+    write_peft(tensors, dst, table, base_name, initial)
+    print(f"{dst}: PEFT adapter of {run}, for {base_name}")
+    return 0
+
+
 def _open(src: Path, dst: Path) -> Engine:
     if not src.is_dir():
         raise WeightsError(
             f"{src} is no folder. Give a Hugging Face model folder or a Megatron checkpoint."
         )
-    if dst.exists():
-        raise CheckpointError(f"{dst} exists. Give another folder or remove it.")
+    refuse_existing(dst)
     return open_engine(recipe_for(str(src), dst.parent))
-
-
-@contextmanager
-def _published(dst: Path) -> Iterator[Path]:
-    """A folder beside `dst` that takes its name when all went well, and is removed otherwise."""
-    part = dst.with_name(f".{dst.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        yield part
-        os.replace(part, dst)
-    except OSError as error:
-        raise CheckpointError(f"{dst} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _as_hf(path: Path, scratch: Path) -> Path:

@@ -1,14 +1,20 @@
 """An engine around a model as it lies on disk, for what needs no recipe: scoring and conversion."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moetrain.config.load import apply_override, recipe_from
-from moetrain.config.recipe import ModelConfig, Recipe
+from torch import Tensor
+
+from moetrain.config.load import apply_override, load_recipe, recipe_from
+from moetrain.config.recipe import ModelConfig, ParallelConfig, Recipe
 from moetrain.engine import Engine, device
+from moetrain.engine.checkpoint import Checkpoints
 from moetrain.engine.source import ModelSource, find_model
+from moetrain.errors import CheckpointError
+from moetrain.families.adapter import AdapterTable
+from moetrain.weights.adapter import InitialAdapter
 from moetrain.weights.reader import SafetensorsReader
 
 BF16 = "bfloat16"
@@ -55,3 +61,25 @@ def mark_dtypes(folder: Path, engine: Engine) -> None:
     note = json.loads((folder / "moetrain.json").read_text())
     note["dtypes"] = {n: str(found[n]).removeprefix("torch.") for n in sorted(found)}
     (folder / "moetrain.json").write_text(json.dumps(note, indent=1))
+
+
+def adapter_of(
+    run: Path,
+) -> tuple[AdapterTable, str, Iterator[tuple[str, Tensor]], InitialAdapter | None]:
+    """The adapter of a run's last checkpoint, in one process: (its table, the base's name, its
+    tensors, what it started from).
+    """
+    resolved = run / "resolved.yaml"
+    if not resolved.is_file():
+        raise CheckpointError(f"{run} has no resolved.yaml, so it is no run. Give a run_dir.")
+    recipe = load_recipe(resolved)
+    alone = recipe.model_copy(update={"parallel": ParallelConfig()})
+    latest = Checkpoints(run, keep=1).latest()
+    if recipe.adapter is None or latest is None:
+        lacks = "no checkpoint" if recipe.adapter is not None else "no adapter in its recipe"
+        raise CheckpointError(f"{run} has {lacks}. Give the run_dir of a run with adapter: ...")
+    engine = Engine(alone, train=False)
+    engine.restore(latest)
+    assert engine.adapters is not None
+    base = recipe.model.path or "random weights"
+    return engine.adapters, base, engine.export_adapter(), engine.initial_adapter

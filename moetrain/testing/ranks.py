@@ -3,6 +3,7 @@ returns plain tensors.
 """
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,9 +86,7 @@ def logits_of(engine: Any, tokens: Sequence[int]) -> Any:
         return torch.cat(parts, -1)
 
     class LogitsRunner(Runner):
-        def _finish(
-            self, head: Any, pack: Any, scored: Tensor, model: Any, hidden: Tensor
-        ) -> Any:
+        def _finish(self, head: Any, pack: Any, scored: Tensor, model: Any, hidden: Tensor) -> Any:
             local = hidden.squeeze(1) @ model.head_weight().T
             columns = all_columns(local, self.mesh.tp_group)
             whole = gather(columns, self.mesh.cp_group, reduce_grad=False)
@@ -182,3 +181,37 @@ def adapter_gradients(
     if not engine.mesh.is_main:
         return result.loss, result.grad_norm, {}, {}, {}
     return result.loss, result.grad_norm, grads, values, merged
+
+
+def trained_adapter(
+    model: str, parallel: dict[str, Any], sequences: Lists, folder: Path, sections: dict[str, Any]
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Three steps, a checkpoint and a PEFT folder in `folder`: (logits [t, v] of the first sequence
+    from the last stage, None elsewhere; merged weights).
+    """
+    engine = Engine(recipe_for(model, parallel, **sections))
+    for _ in range(3):
+        engine.step(_mine(packs_of(sequences, 2), engine), METHODS["sft"])
+    engine.save(folder / "checkpoint", {})
+    engine.export_peft(folder / "peft")
+    merged = {name: w.clone() for name, w in engine.export()}
+    return logits_of(engine, sequences[0]), merged
+
+
+def restored_adapter(
+    model: str, parallel: dict[str, Any], tokens: Sequence[int], folder: Path, sections: Any
+) -> Tensor | None:
+    """Logits [t, v] of what `trained_adapter` saved, at another layout."""
+    engine = Engine(recipe_for(model, parallel, **sections))
+    engine.restore(folder / "checkpoint")
+    return logits_of(engine, tokens)
+
+
+def continued_adapter(
+    model: str, parallel: dict[str, Any], tokens: Sequence[int], folder: Path, sections: Any
+) -> Tensor | None:
+    """Logits [t, v] after going on from its PEFT folder."""
+    sections = sections | {"adapter": {"path": str(folder / "peft")}}
+    engine = Engine(recipe_for(model, parallel, **sections))
+    engine.continue_adapter()
+    return logits_of(engine, tokens)

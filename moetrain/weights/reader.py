@@ -257,13 +257,13 @@ class RandomReader:
             return torch.ones(shape)[slices]
         if name.endswith(".bias"):
             return torch.zeros(shape)[slices]
-        seed = (
-            int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:8], "little")
-            >> 1
-        )
-        return torch.empty(shape).normal_(
-            0.0, self.std, generator=torch.Generator().manual_seed(seed)
-        )[slices]
+        return torch.empty(shape).normal_(0.0, self.std, generator=seeded(self.seed, name))[slices]
+
+
+def seeded(seed: int, name: str) -> torch.Generator:
+    """A tensor's own generator."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class Joined:

@@ -27,7 +27,7 @@ BESIDES_WEIGHTS = (
 ).split()
 INDEX = "model.safetensors.index.json"
 # A full disk is a SafetensorError, which is no OSError.
-_FAILURES = (OSError, RuntimeError, SafetensorError)
+FAILURES = (OSError, RuntimeError, SafetensorError)
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
@@ -94,7 +94,7 @@ def _write(
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         except OSError as error:
-            problem = _reason(error)
+            problem = reason(error)
     problem = _first(_gather(problem))
     if problem:
         return problem
@@ -103,8 +103,8 @@ def _write(
     rest = iter(params)
     try:
         files, total = _write_shards(rest, aside, rank, dtypes, default, shard_bytes)
-    except _FAILURES as error:
-        problem = _reason(error)
+    except FAILURES as error:
+        problem = reason(error)
         for _ in rest:  # to make them is collective: the other ranks would wait for this one
             pass
     reports: list[tuple[str, dict[str, list[str]], int]] = _gather((problem, files, total))
@@ -113,7 +113,7 @@ def _write(
         try:
             _finish(aside, folder, reports, source, config)
         except OSError as error:
-            problem = _reason(error)
+            problem = reason(error)
     return _first(_gather(problem))
 
 
@@ -177,6 +177,11 @@ def _finish(
         (aside / INDEX).write_text(json.dumps(index, indent=1))
     (aside / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
     copy_tokenizer(source, aside)
+    put_in_place(aside, folder)
+
+
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Give the finished folder `aside` the name `folder`; a folder there is replaced."""
     for path in aside.iterdir():
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -194,7 +199,8 @@ def _finish(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """One line on why something could not be written."""
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(
         error
     ):

@@ -1,0 +1,154 @@
+"""Reference log-probs: what the model says of every answer before it is trained, computed once.
+
+They lie in the cache under a key of the model, the data (with its tokenizer and template) and the
+precision, so that all runs of a sweep read one file and no second model is ever in memory.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.config.recipe import Recipe
+from moetrain.data.cache import cache_root, key_of, publish
+from moetrain.data.preference import PreferenceSet
+from moetrain.engine import Engine
+from moetrain.errors import DataError
+from moetrain.ops.packed import Packed
+from moetrain.ops.segment import segment_sum
+
+VERSION = 1
+PACKS_AT_A_TIME = 8  # of one data-parallel rank, between two words to the progress display
+# A weight file is known by its size and what stands at so many places in it: reading 470 GB to the
+# last byte would take longer than the run's first hour.
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+
+
+def attach_reference(recipe: Recipe, engine: Engine, sets: Iterable[PreferenceSet]) -> list[str]:
+    """Give each set its reference log-probs, computing what the cache lacks; collective.
+
+    The engine's model must still be the reference: the base, with an adapter that adds nothing yet.
+    Returns a line for the user about each set that was computed.
+    """
+    lines: list[str] = []
+    for data in sets:
+        identity = _identity(recipe, engine, data)
+        given = recipe.data.reference
+        folder = given or cache_root(recipe.data.cache) / "reference" / key_of(identity)
+        if given is not None or _everywhere(folder.is_dir()):
+            _check(folder, identity)
+        else:
+            table = _score(engine, data)
+            if engine.mesh.is_main:
+                _write(folder, table, identity)
+            dist.barrier()
+            lines.append(f"reference log-probs of {data.num_items} answers: {folder}")
+        data.with_reference(folder / "logp.npy")
+    return lines
+
+
+def _score(engine: Engine, data: PreferenceSet) -> Tensor:
+    """[num_items] fp32 on the CPU: the sum of the log-probs of each answer's scored tokens."""
+    mesh = engine.mesh
+    table = torch.zeros(data.num_items, dtype=torch.float64)
+    numbers = range(len(data))
+    rounds = batched(numbers, PACKS_AT_A_TIME * mesh.dp_size)
+    for together in rounds:
+        mine = [data[i] for i in together[mesh.dp_rank :: mesh.dp_size]]
+        for pack, logp in zip(mine, engine.logprobs(mine), strict=True):
+            scored, items = answers(pack, logp)
+            table[items] = scored.double()
+    table = table.to(engine.device)
+    dist.all_reduce(table, group=mesh.dp_group)
+    return table.float().cpu()
+
+
+def answers(pack: Packed, logp: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of log-probs [m] fp32, item [m]) of the m answers in a pack, from [t] log-probs."""
+    sums = segment_sum(logp * pack.loss_mask, pack.cu_seqlens)
+    is_answer = pack.extras["role"] > 0
+    return sums[is_answer], pack.extras["item"][is_answer]
+
+
+def _identity(recipe: Recipe, engine: Engine, data: PreferenceSet) -> dict[str, Any]:
+    """All that decides the numbers, by what a user would call it."""
+    return {
+        "version": VERSION,
+        "model": _model_digest(recipe, engine),
+        "dtype": recipe.model.dtype,
+        "data and tokenizer": data.fingerprint,
+    }
+
+
+def _model_digest(recipe: Recipe, engine: Engine) -> str:
+    source = engine.source
+    parts: list[Any] = [source.hf]
+    folder = source.folder or source.megatron
+    if folder is None or recipe.model.init == "random":
+        parts += [recipe.seed, recipe.model.init_std]
+    else:
+        parts += [_file_digest(path) for path in _weight_files(folder)]
+    return key_of(parts)
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    yield from sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".distcp"))
+
+
+def _file_digest(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{path.name} {size}".encode())
+    with path.open("rb") as file:
+        for i in range(SAMPLES):
+            file.seek(max(0, (size - SAMPLE_BYTES) * i // (SAMPLES - 1)))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _write(folder: Path, table: Tensor, identity: dict[str, Any]) -> None:
+    def fill(tmp: Path) -> None:
+        np.save(tmp / "logp.npy", table.numpy())
+        (tmp / "identity.json").write_text(json.dumps(identity, indent=1))
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # another run was as quick, with equal numbers
+            publish(folder, fill)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written: {error.strerror or error}. Point data.cache or"
+            " $MOETRAIN_CACHE at a folder with room."
+        ) from error
+
+
+def _check(folder: Path, identity: dict[str, Any]) -> None:
+    """DataError when a cache was made with another model, tokenizer or data."""
+    try:
+        found = json.loads((folder / "identity.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder} holds no reference log-probs ({error}). Remove it, or leave data.reference"
+            " out: they are computed then."
+        ) from error
+    for name, wanted in identity.items():
+        if found.get(name) != wanted:
+            raise DataError(
+                f"{folder}: these reference log-probs were made with another {name} "
+                f"({found.get(name)}, not {wanted}). Leave data.reference out, or give those of"
+                f" this run."
+            )
+
+
+def _everywhere(here: bool) -> bool:
+    """Whether all ranks say yes: a cache on a local disk may be there on one node alone."""
+    said: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(said, here)
+    return all(said)

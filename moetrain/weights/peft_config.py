@@ -1,0 +1,121 @@
+"""What adapter_config.json says of a LoRA adapter, as far as it is held here."""
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moetrain.errors import WeightsError
+
+# key -> the values held here; absent counts as the first
+_ONLY: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+}
+# values of init_lora_weights that leave the base as it is
+_PLAIN = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The part of adapter_config.json that says what the tensors mean."""
+
+    path: Path
+    base: str
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int]  # pattern -> rank, where it is another
+    alphas: Mapping[str, float]
+    rslora: bool
+    dora: bool
+    init: Literal["lora", "olora", "pissa"]
+    parameters: Collection[str]  # target_parameters
+
+    def expert_parameter(self, block: str, both: bool, inner: bool) -> str:
+        """Which parameter of a block of experts an `inner` (base_layer) or outer tensor is for;
+        `both`: the block has inner ones.
+        """
+        if both:
+            return "gate_up_proj" if inner else "down_proj"
+        found = [
+            leaf
+            for leaf in ("gate_up_proj", "down_proj")
+            if any(f"{block}.{leaf}".endswith(f".{name}") for name in self.parameters)
+        ]
+        if len(found) != 1:
+            raise WeightsError(
+                f"{self.path}: target_parameters = {sorted(self.parameters)} does not say which "
+                f"parameter of {block} the adapter is for."
+            )
+        return found[0]
+
+
+def read_config(path: Path) -> PeftConfig:
+    """Raises WeightsError for what is no LoRA adapter, or one of a kind not held here."""
+    try:
+        content: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: not readable ({error}). Give a folder that PEFT's save_pretrained or convert "
+            f"adapter wrote."
+        ) from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: not a mapping. Save the adapter again with PEFT.")
+    for key, allowed in _ONLY.items():
+        if content.get(key, allowed[0]) not in allowed:
+            raise WeightsError(
+                f"{path}: {key} = {json.dumps(content[key])} is not held here; allowed: "
+                f"{json.dumps(allowed[0])}"
+            )
+    first = content.get("init_lora_weights", True)
+    if first not in (*_PLAIN, "olora", "pissa"):
+        raise WeightsError(
+            f"{path}: init_lora_weights = {first!r} changed the base in a way that is not known "
+            f"here. Save the adapter as plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    try:
+        return PeftConfig(
+            path=path,
+            base=str(content.get("base_model_name_or_path")),
+            rank=int(content["r"]),
+            alpha=float(content["lora_alpha"]),
+            ranks={str(k): int(v) for k, v in (content.get("rank_pattern") or {}).items()},
+            alphas={str(k): float(v) for k, v in (content.get("alpha_pattern") or {}).items()},
+            rslora=bool(content.get("use_rslora")),
+            dora=bool(content.get("use_dora")),
+            init=first if first in ("olora", "pissa") else "lora",
+            parameters=tuple(content.get("target_parameters") or ()),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{path}: not a LoRA config of PEFT's ({error!r}).") from None
+
+
+def rank_of(config: PeftConfig, module: str) -> int:
+    """The rank of a module's or parameter's adapter."""
+    return _by_pattern(config.ranks, module, config.rank)
+
+
+def scale_of(config: PeftConfig, module: str, rank: int) -> float:
+    """What PEFT multiplies B A of a module or parameter by."""
+    alpha = _by_pattern(config.alphas, module, config.alpha)
+    return alpha / (math.sqrt(rank) if config.rslora else rank)
+
+
+def _by_pattern[T](patterns: Mapping[str, T], module: str, default: T) -> T:
+    """The value of the first pattern that the name ends in, as PEFT has it."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
