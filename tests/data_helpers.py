@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config.recipe import Recipe
-from moetrain.data import tokenizer
+from moetrain.data import preference, tokenizer
+from moetrain.data.encode import Kind, Spec
+from moetrain.data.sets import PackedSet, build
 
 QUESTIONS = [(f"What is {a} plus {b}?", str(a + b)) for a in range(8) for b in range(8)]
+
+PAIRS = [{"prompt": q, "chosen": f"It is {a}.", "rejected": f"It is {a}1."} for q, a in QUESTIONS]
+LABELS = [
+    {"prompt": q, "completion": f"It is {a}{1 - i % 2}.", "label": i % 2 == 0}
+    for i, (q, a) in enumerate(QUESTIONS)
+]
 
 
 @functools.cache
@@ -55,3 +63,17 @@ def recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
     if base["train"].get("epochs") is not None:
         base["train"].pop("steps")
     return Recipe.model_validate({"run_dir": str(folder / "run"), **base})
+
+
+def preference_spec(path: Path, **changes: Any) -> Spec:
+    """A spec for the small tokenizer; `changes` replace the defaults here."""
+    given: dict[str, Any] = {"seq_len": 96, "too_long": "truncate", "seed": 1, **changes}
+    return Spec((str(path),), tokenizer_folder(), **given)
+
+
+def preference_set(
+    folder: Path, records: list[Any], kind: Kind = preference.PAIRS, **changes: Any
+) -> PackedSet:
+    """The set of these records, in a cache under `folder`."""
+    path = write_jsonl(folder / "a.jsonl", records)
+    return PackedSet(build(kind, preference_spec(path, **changes), folder / "cache"))

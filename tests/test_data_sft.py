@@ -10,8 +10,10 @@ import torch
 from data_helpers import chat, questions, recipe, tokenizer_folder, write_jsonl
 
 from moetrain.data import sft, tokenizer
+from moetrain.data.encode import Spec
 from moetrain.data.loader import Loader, build_eval, build_train, model_vocab, num_steps, prepare
 from moetrain.data.rejects import Reject
+from moetrain.data.sets import build
 from moetrain.data.sources import Row, find_sources, read_rows
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed
@@ -222,8 +224,8 @@ def test_over_long_records_are_cut_and_counted_or_rejected(tmp_path: Path) -> No
     assert "more than data.seq_len 64" in lines[0]
 
 
-def spec(path: Path, **changes: Any) -> sft.SftSpec:
-    return sft.SftSpec(
+def spec(path: Path, **changes: Any) -> Spec:
+    return Spec(
         (str(path),),
         tokenizer_folder(),
         **{"seq_len": 64, "too_long": "truncate", "seed": 1, **changes},
@@ -233,26 +235,26 @@ def spec(path: Path, **changes: Any) -> sft.SftSpec:
 def test_the_cache_is_by_content(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions())
     root = tmp_path / "cache"
-    first = sft.build(spec(path), root)
+    first = build(sft.CHAT, spec(path), root)
     before = (first / "tokens.bin").stat().st_mtime_ns
-    assert sft.build(spec(path, num_workers=3), root) == first
+    assert build(sft.CHAT, spec(path, num_workers=3), root) == first
     assert (first / "tokens.bin").stat().st_mtime_ns == before
     others = [{"seq_len": 65}, {"too_long": "reject"}, {"seed": 2}, {"pack": False}]
     others.append(
         {"chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"}
     )
-    assert len({first, *(sft.build(spec(path, **change), root) for change in others)}) == 6
+    assert len({first, *(build(sft.CHAT, spec(path, **change), root) for change in others)}) == 6
     write_jsonl(path, questions(63))
-    assert sft.build(spec(path), root) != first
+    assert build(sft.CHAT, spec(path), root) != first
     assert not list(root.glob("sft/.*.tmp-*"))
 
 
 @pytest.mark.slow
 def test_workers_change_nothing(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [*questions(), "{"] * 10)
-    one = sft.build(spec(path), tmp_path / "one")
-    two = sft.build(spec(path, num_workers=2), tmp_path / "two")
-    for name in ("tokens.bin", "mask.bin", "pack_items.npy", "lines.npy", "rejected.jsonl"):
+    one = build(sft.CHAT, spec(path), tmp_path / "one")
+    two = build(sft.CHAT, spec(path, num_workers=2), tmp_path / "two")
+    for name in ("tokens.bin", "mask.bin", "pack_groups.npy", "lines.npy", "rejected.jsonl"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
@@ -260,7 +262,7 @@ def test_two_builders_at_once(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions())
     found: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: found.append(sft.build(spec(path), tmp_path / "c")))
+        threading.Thread(target=lambda: found.append(build(sft.CHAT, spec(path), tmp_path / "c")))
         for _ in range(4)
     ]
     for thread in threads:

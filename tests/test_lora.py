@@ -136,3 +136,36 @@ def put(model: Any, merged: dict[str, torch.Tensor], folder: Path) -> Any:
     model.config.save_pretrained(folder)
     save_file({n: w.contiguous() for n, w in merged.items()}, folder / "model.safetensors")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+TRAINABLE: dict[str, tuple[int, dict[str, Any], list[str]]] = {
+    # name: (world, layout, patterns)
+    "one": (1, {}, ["layers.1", "norm"]),
+    "one stage of two": (2, {"pp": 2}, ["layers.0"]),
+    "tp2-ep2": (2, {"tp": 2, "ep": 2}, ["experts", "mlp.gate"]),
+    "fewer than the ranks that share them": (2, {}, ["model.norm"]),
+    "full recompute": (1, {}, ["layers.3"]),
+}
+
+
+@pytest.mark.parametrize("case", TRAINABLE)
+def test_only_what_is_named_is_trained(
+    workers: Workers, tiny: Tiny, tmp_path: Path, case: str
+) -> None:
+    world, parallel, patterns = TRAINABLE[case]
+    folder, model = tiny("qwen3_moe")
+    sections: dict[str, Any] = {"trainable": patterns, "optim": {"lr": 1e-2}}
+    if case == "full recompute":
+        sections["train"] = {"recompute": "full"}
+    _, wanted = reference_gradients(model, sequences())
+    _, _, grads = workers.run(
+        world, ranks.gradients, folder, parallel, sequences(), 2, sections
+    )[0]
+    for name, grad in grads.items():
+        assert (grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm()
+    before, after, resumed = workers.run(
+        world, ranks.trained_and_resumed, folder, parallel, sequences(), tmp_path, sections
+    )[0]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == grads.keys()
+    assert all(torch.equal(after[name], resumed[name]) for name in after)

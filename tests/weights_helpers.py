@@ -1,7 +1,7 @@
 """A model spread over ranks by hand, without Megatron, for the tests of weights/."""
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,10 @@ from torch.distributed import ProcessGroup
 
 from moetrain.errors import WeightsError
 from moetrain.families import BoundRule, Dims, Family, expand, family_of
+from moetrain.families.adapter import AdapterSpec, adapter_table
+from moetrain.weights.adapter import InitialAdapter
+from moetrain.weights.peft import write_peft
+from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.reader import RandomReader, Reader, SafetensorsReader
 from moetrain.weights.transport import LocalParam, export, load
 from moetrain.weights.writer import write_hf
@@ -30,7 +34,7 @@ class Spread:
 
 
 def local_params(
-    table: dict[str, BoundRule], dims: Dims, spread: Spread, dtype: torch.dtype = torch.float32
+    table: Mapping[str, BoundRule], dims: Dims, spread: Spread, dtype: torch.dtype = torch.float32
 ) -> list[LocalParam]:
     """This rank's shards, all NaN; collective, since it makes the groups."""
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -155,3 +159,28 @@ def attempt(*args: Any) -> str:
     except WeightsError as error:
         return str(error)
     return "it did not fail"
+
+
+def readapt(
+    hf: dict[str, Any],
+    base: Path,
+    adapter: Path | None,
+    out: Path,
+    spec: AdapterSpec,
+    spread: Spread,
+) -> str:
+    """Load an adapter (None: one made from seed 3) into shards and write it to `out`; what that
+    fails with, or "".
+    """
+    start()
+    family, dims, reader = reader_of(hf, base)
+    table = adapter_table(family, dims, spec)
+    initial = InitialAdapter(reader, table, 3)
+    local = local_params(table, dims, spread)
+    first = initial if adapter is None else PeftReader(adapter, family, dims, reader)
+    load(local, table, first, dims)
+    try:
+        write_peft(export(local, table, dims, to="all"), out, table, "base", initial)
+    except WeightsError as error:
+        return str(error)
+    return ""

@@ -3,7 +3,6 @@
 Under torchrun or srun the ranks are there already and nothing is started.
 """
 
-import ctypes
 import os
 import re
 import signal
@@ -12,20 +11,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import FrameType
 from typing import IO
 
 from moetrain.errors import ConfigError, DivergedError, MoetrainError
+from moetrain.loops.child import die_with
 
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL, once a rank has failed
 OWN_END_SECONDS = 3.0  # for the other ranks to fail by themselves, before that
 POLL_SECONDS = 0.05
 _USER_ERRORS = (MoetrainError.exit_code, DivergedError.exit_code)
 _STOPPED = 128 + signal.SIGTERM  # a rank that was told to stop, saved and left
-_PR_SET_PDEATHSIG = 1
 
 
 def joined(num_procs: int | None, environ: MutableMapping[str, str] = os.environ) -> int | None:
@@ -100,7 +99,7 @@ def run_local(command: Sequence[str], num_procs: int) -> int:
         "MASTER_PORT": str(port),
     }
     shared.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_procs)))
-    die_with_parent = _die_with(os.getpid())
+    die_with_parent = die_with(os.getpid())
     with ExitStack() as stack:
         ranks: list[_Rank] = []
         for number in range(num_procs):
@@ -115,20 +114,6 @@ def run_local(command: Sequence[str], num_procs: int) -> int:
             )
             ranks.append(_Rank(number, process, log))
         return _wait(ranks)
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """What a child does before it becomes a rank: a killed launcher must not leave ranks that hold
-    GPUs.
-    """
-    libc = ctypes.CDLL(None)  # loaded before the fork, where it is safe
-
-    def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    return die_with_parent
 
 
 def _wait(ranks: list[_Rank]) -> int:

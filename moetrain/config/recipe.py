@@ -5,7 +5,7 @@ Unknown keys are refused by `moetrain.config.load`, which names the nearest righ
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -119,7 +119,13 @@ class ParallelConfig(Section):
         return self
 
 
-class PretrainMethod(Section):
+class MethodSection(Section):
+    """A training method and its numbers."""
+
+    scalar_head: ClassVar[bool] = False  # the model ends in one number a token
+
+
+class PretrainMethod(MethodSection):
     """Next-token prediction on an indexed corpus."""
 
     name: Literal["pretrain"] = Field(
@@ -127,13 +133,13 @@ class PretrainMethod(Section):
     )
 
 
-class CptMethod(Section):
+class CptMethod(MethodSection):
     """Continued pretraining: `pretrain` from given weights."""
 
     name: Literal["cpt"] = Field(default="cpt", description="`method: cpt` for short")
 
 
-class SftMethod(Section):
+class SftMethod(MethodSection):
     """Supervised fine-tuning on the assistant's turns."""
 
     name: Literal["sft"] = Field(default="sft", description="`method: sft` for short")
@@ -167,8 +173,16 @@ class DataConfig(Section):
         default=True,
         description="several records in one pack, which do not see each other; sft only",
     )
+    share_prompt: bool = Field(
+        default=True,
+        description="compute a preference record's prompt once; false: two whole sequences",
+    )
     cache: Folder | None = Field(
         default=None, description="default: MOETRAIN_CACHE, else ~/.cache/moetrain"
+    )
+    reference: Folder | None = Field(
+        default=None,
+        description="folder of reference log-probs made elsewhere; default: computed, and cached",
     )
     shuffle: bool = Field(
         default=True, description="a new order every epoch; pretrain and cpt always shuffle"
@@ -283,6 +297,38 @@ class RouterConfig(Section):
     freeze: bool = Field(default=False, description="leave the router's weights as they are")
 
 
+class AdapterConfig(Section):
+    """Train low-rank adapters beside frozen weights."""
+
+    type: Literal["lora", "rslora", "olora", "dora", "pissa"] = Field(
+        default="lora",
+        description="rslora scales by alpha / sqrt(rank); olora and pissa start from factors "
+        "of the weights; dora trains their norms too",
+    )
+    rank: Count = Field(default=16, description="r of B [out, r] and A [r, in]")
+    alpha: float = Field(default=32.0, gt=0, description="B A is scaled by alpha / rank")
+    target: Paths = Field(
+        default=["all-linear"],
+        min_length=1,
+        description="all-linear (attention, dense MLP, every expert), all-router (the router too), "
+        "or patterns: q_proj, experts, mlp.gate, layers.3, model.layers.3.*",
+    )
+    path: Folder | None = Field(
+        default=None, description="PEFT folder to go on from; it says rank, alpha, type and target"
+    )
+
+    @model_validator(mode="after")
+    def _folder_says(self) -> Self:
+        fields = type(self).model_fields
+        given = [name for name in ("type", "rank", "alpha", "target")
+                 if getattr(self, name) != fields[name].default]  # fmt: skip
+        if self.path is not None and given:
+            raise ValueError(
+                f"adapter.path says what adapter.{given[0]} is; leave adapter.{given[0]} out"
+            )
+        return self
+
+
 class CheckpointConfig(Section):
     """What is kept."""
 
@@ -333,6 +379,14 @@ class Recipe(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     router: RouterConfig = RouterConfig()
+    adapter: AdapterConfig | None = Field(
+        default=None, description="low-rank adapters, which alone are trained then"
+    )
+    trainable: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="patterns of the weights to train, e.g. [self_attn, layers.3]; default: all",
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -142,7 +142,7 @@ def _corpus(root: Path, name: str, *, held_out: bool) -> Path:
     return build_once(_folder(name, root), build) / "corpus"
 
 
-def _sft(root: Path, name: str, make: Callable[[], list[dict[str, object]]]) -> Path:
+def _records(root: Path, name: str, make: Callable[[], list[dict[str, object]]]) -> Path:
     def build(tmp: Path) -> None:
         (tmp / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in make()))
 
@@ -155,6 +155,14 @@ def _held_out_questions() -> list[dict[str, object]]:
 
 def _questions_to_learn() -> list[dict[str, object]]:
     return checkable.records(20000, seed=1, avoid=checkable.questions(_held_out_questions()))
+
+
+def _held_out_pairs() -> list[dict[str, object]]:
+    return checkable.held_out_pairs(200, seed=2)
+
+
+def _pairs_to_learn() -> list[dict[str, object]]:
+    return checkable.pairs(10000, seed=3, avoid=checkable.questions(_held_out_pairs()))
 
 
 def _model(name: str, hf: dict[str, object], root: Path) -> Path:
@@ -196,6 +204,14 @@ ASSETS: dict[str, Callable[[Path], Path]] = {
     "stdlib-tokenizer": _tokenizer,
     "stdlib-corpus": lambda root: _corpus(root, "stdlib-corpus", held_out=False),
     "stdlib-corpus-eval": lambda root: _corpus(root, "stdlib-corpus-eval", held_out=True),
-    "checkable-sft": lambda root: _sft(root, "checkable-sft", _questions_to_learn),
-    "checkable-sft-eval": lambda root: _sft(root, "checkable-sft-eval", _held_out_questions),
+    "checkable-sft": lambda root: _records(root, "checkable-sft", _questions_to_learn),
+    "checkable-sft-eval": lambda root: _records(root, "checkable-sft-eval", _held_out_questions),
+    "checkable-pairs": lambda root: _records(root, "checkable-pairs", _pairs_to_learn),
+    "checkable-pairs-eval": lambda root: _records(root, "checkable-pairs-eval", _held_out_pairs),
+    "checkable-labels": lambda root: _records(
+        root, "checkable-labels", lambda: checkable.labels(_pairs_to_learn(), seed=5)
+    ),
+    "checkable-labels-eval": lambda root: _records(
+        root, "checkable-labels-eval", lambda: checkable.labels(_held_out_pairs(), seed=6)
+    ),
 }

@@ -4,6 +4,7 @@ The same on every machine.
 """
 
 import random
+import re
 from collections.abc import Callable
 
 WORDS = (
@@ -15,6 +16,7 @@ WORDS = (
 ).split()
 
 Exchange = tuple[str, str]
+Kind = Callable[[random.Random], Exchange]
 
 
 def _add(rng: random.Random) -> Exchange:
@@ -57,7 +59,7 @@ def _order(rng: random.Random) -> Exchange:
     return f"Sort these words: {', '.join(words)}.", ", ".join(sorted(words))
 
 
-KINDS: tuple[Callable[[random.Random], Exchange], ...] = (
+KINDS: tuple[Kind, ...] = (
     _add,
     _subtract,
     _larger,
@@ -67,6 +69,55 @@ KINDS: tuple[Callable[[random.Random], Exchange], ...] = (
     _repeat,
     _order,
 )
+
+
+def _off_by_a_little(rng: random.Random, question: str, answer: str) -> str:
+    wrong = int(answer) + rng.choice((-3, -2, -1, 1, 2, 3))
+    return str(wrong if wrong >= 0 else int(answer) + 1)
+
+
+def _the_other_number(rng: random.Random, question: str, answer: str) -> str:
+    return next(number for number in re.findall(r"\d+", question) if number != answer)
+
+
+def _two_letters_swapped(rng: random.Random, question: str, answer: str) -> str:
+    places = [i for i in range(len(answer) - 1) if answer[i] != answer[i + 1]]
+    i = rng.choice(places)
+    return answer[:i] + answer[i + 1] + answer[i] + answer[i + 2 :]
+
+
+def _another_letter(rng: random.Random, question: str, answer: str) -> str:
+    word = question.rstrip("?").split()[-1]
+    return rng.choice([letter for letter in word if letter != answer])
+
+
+def _lower(rng: random.Random, question: str, answer: str) -> str:
+    return rng.choice((answer.lower(), answer.capitalize()))
+
+
+def _another_count(rng: random.Random, question: str, answer: str) -> str:
+    words = answer.split()
+    return " ".join(words + words[:1] if rng.random() < 0.5 else words[1:])
+
+
+def _another_order(rng: random.Random, question: str, answer: str) -> str:
+    words = answer.split(", ")
+    while words == answer.split(", "):
+        rng.shuffle(words)
+    return ", ".join(words)
+
+
+# A mistake that one could make, for each kind of question.
+MISTAKES: dict[Kind, Callable[[random.Random, str, str], str]] = {
+    _add: _off_by_a_little,
+    _subtract: _off_by_a_little,
+    _larger: _the_other_number,
+    _reverse: _two_letters_swapped,
+    _first_letter: _another_letter,
+    _upper: _lower,
+    _repeat: _another_count,
+    _order: _another_order,
+}
 
 
 def records(
@@ -91,29 +142,80 @@ def records(
     return made
 
 
+def _held_out(num_records: int, seed: int) -> dict[str, tuple[Kind, str]]:
+    """Question -> its kind and its answer."""
+    rng = random.Random(seed)
+    found: dict[str, tuple[Kind, str]] = {}
+    while len(found) < num_records:
+        # Words are few: asking for one of them held out would leave too little to learn their
+        # spelling from.
+        kind = rng.choice((_add, _subtract, _larger, _order))
+        question, answer = kind(rng)
+        found[question] = kind, answer
+    return found
+
+
 def held_out(num_records: int, seed: int) -> list[dict[str, object]]:
     """One-round `messages` records, each question once.
 
     What `records(avoid=questions(...))` leaves out.
     """
-    rng = random.Random(seed)
-    exchanges: dict[str, str] = {}
-    while len(exchanges) < num_records:
-        # Words are few: asking for one of them held out would leave too little to learn their
-        # spelling from.
-        question, answer = rng.choice((_add, _subtract, _larger, _order))(rng)
-        exchanges[question] = answer
     return [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-        for q, a in exchanges.items()
+        for q, (_, a) in _held_out(num_records, seed).items()
     ]
 
 
+def pairs(
+    num_records: int, seed: int, *, avoid: frozenset[str] = frozenset()
+) -> list[dict[str, object]]:
+    """TRL's `prompt`, `chosen`, `rejected` records: the right answer and a plausible wrong one.
+
+    No question is in `avoid`.
+    """
+    rng = random.Random(seed)
+    made: list[dict[str, object]] = []
+    while len(made) < num_records:
+        kind = rng.choice(KINDS)
+        question, answer = kind(rng)
+        if question not in avoid:
+            made.append(_pair(question, answer, MISTAKES[kind](rng, question, answer)))
+    return made
+
+
+def held_out_pairs(num_records: int, seed: int) -> list[dict[str, object]]:
+    """`pairs` on the questions of `held_out`, so that no instruction data has taught them."""
+    rng = random.Random(seed)
+    return [
+        _pair(question, answer, MISTAKES[kind](rng, question, answer))
+        for question, (kind, answer) in _held_out(num_records, seed).items()
+    ]
+
+
+def _pair(question: str, chosen: str, rejected: str) -> dict[str, object]:
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def labels(pairs: list[dict[str, object]], seed: int) -> list[dict[str, object]]:
+    """TRL's `prompt`, `completion`, `label` records: one answer of each pair, either one."""
+    rng = random.Random(seed)
+    made: list[dict[str, object]] = []
+    for pair in pairs:
+        label = rng.random() < 0.5
+        answer = pair["chosen"] if label else pair["rejected"]
+        made.append({"prompt": pair["prompt"], "completion": answer, "label": label})
+    return made
+
+
 def questions(made: list[dict[str, object]]) -> frozenset[str]:
-    """Every question asked in records of `held_out`."""
+    """Every question asked in records of `held_out` or `held_out_pairs`."""
     found: set[str] = set()
     for record in made:
-        messages = record["messages"]
+        messages = record.get("messages") or record["prompt"]
         assert isinstance(messages, list)
         found.update(str(m["content"]) for m in messages if m["role"] == "user")
     return frozenset(found)

@@ -1,7 +1,7 @@
 """From a record as people store it to a conversation. One small function a format, in one table."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,14 @@ Record = Mapping[str, Any]
 
 class FormatError(ValueError):
     """The record is not usable; the message is the reason that goes into rejected.jsonl."""
+
+
+class MissingError(FormatError):
+    """The record is of another kind: it lacks what this method learns from."""
+
+    def __init__(self, reason: str, keys: Iterable[str]) -> None:
+        super().__init__(reason)
+        self.keys = tuple(keys)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,8 @@ def _text(value: Any, where: str) -> str:
     raise FormatError(f"{where} must be text, not {type(value).__name__}")
 
 
-def _filled(record: Record, key: str) -> str:
+def filled(record: Record, key: str) -> str:
+    """A text that must not be empty."""
     text = _text(record[key], key)
     if not text.strip():
         raise FormatError(f"{key} is empty")
@@ -72,7 +81,7 @@ def _list(value: Any, where: str) -> list[Any]:
     return value
 
 
-def _message(value: Any, where: str) -> Message:
+def read_message(value: Any, where: str) -> Message:
     """Check one message of the OpenAI form and keep what a template can use."""
     if not isinstance(value, Mapping):
         raise FormatError(f"{where} must be an object with role and content")
@@ -90,78 +99,83 @@ def _message(value: Any, where: str) -> Message:
     return message
 
 
+def read_messages(value: Any, where: str) -> list[Message]:
+    """Check a list of messages of the OpenAI form."""
+    return [read_message(item, f"{where}[{i}]") for i, item in enumerate(_list(value, where))]
+
+
 def _messages(record: Record) -> list[Message]:
-    messages = _list(record["messages"], "messages")
-    return [_message(value, f"messages[{i}]") for i, value in enumerate(messages)]
+    return read_messages(record["messages"], "messages")
 
 
-def _sharegpt(record: Record) -> list[Message]:
+def read_turn(turn: Any, where: str) -> Message:
+    """Check one turn of ShareGPT's form, or of OpenAI's under ShareGPT's key."""
+    if not isinstance(turn, Mapping):
+        raise FormatError(f"{where} must be an object with from and value")
+    if "from" not in turn and "role" in turn:
+        return read_message(turn, where)
+    sender = turn.get("from")
+    if sender not in SHAREGPT_ROLES:
+        raise FormatError(f"{where}.from is {sender!r}; allowed: {', '.join(SHAREGPT_ROLES)}")
+    return {"role": SHAREGPT_ROLES[sender], "content": _text(turn.get("value"), f"{where}.value")}
+
+
+def _system(record: Record) -> list[Message]:
+    """What a format with a `system` key begins with."""
+    if not record.get("system"):
+        return []
+    return [{"role": "system", "content": _text(record["system"], "system")}]
+
+
+def sharegpt(record: Record) -> list[Message]:
+    """The turns of `conversations`."""
     turns = _list(record["conversations"], "conversations")
-    messages: list[Message] = []
-    if record.get("system"):
-        messages.append({"role": "system", "content": _text(record["system"], "system")})
-    for i, turn in enumerate(turns):
-        where = f"conversations[{i}]"
-        if not isinstance(turn, Mapping):
-            raise FormatError(f"{where} must be an object with from and value")
-        if "from" not in turn and "role" in turn:  # the OpenAI form under ShareGPT's key
-            messages.append(_message(turn, where))
-            continue
-        sender = turn.get("from")
-        if sender not in SHAREGPT_ROLES:
-            raise FormatError(f"{where}.from is {sender!r}; allowed: {', '.join(SHAREGPT_ROLES)}")
-        messages.append(
-            {"role": SHAREGPT_ROLES[sender], "content": _text(turn.get("value"), f"{where}.value")}
-        )
-    return messages
+    read = [read_turn(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
+    return _system(record) + read
 
 
 def _prompt_completion(record: Record) -> list[Message]:
     """TRL's: two strings (a user turn and its answer) or two lists of messages."""
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = [
-            _message(value, f"prompt[{i}]") for i, value in enumerate(_list(prompt, "prompt"))
-        ]
-        after = [
-            _message(value, f"completion[{i}]")
-            for i, value in enumerate(_list(completion, "completion"))
-        ]
+        before = read_messages(prompt, "prompt")
+        after = read_messages(completion, "completion")
         return [message | {"weight": False} for message in before] + after
     return [
-        {"role": "user", "content": _filled(record, "prompt")},
-        {"role": "assistant", "content": _filled(record, "completion")},
+        {"role": "user", "content": filled(record, "prompt")},
+        {"role": "assistant", "content": filled(record, "completion")},
     ]
 
 
 def _question_answer(record: Record) -> list[Message]:
     return [
-        {"role": "user", "content": _filled(record, "question")},
-        {"role": "assistant", "content": _filled(record, "answer")},
+        {"role": "user", "content": filled(record, "question")},
+        {"role": "assistant", "content": filled(record, "answer")},
     ]
 
 
-def _alpaca(record: Record) -> list[Message]:
-    messages: list[Message] = []
-    if record.get("system"):
-        messages.append({"role": "system", "content": _text(record["system"], "system")})
+def alpaca_prompt(record: Record) -> list[Message]:
+    """All but the answer of an alpaca record."""
+    messages = _system(record)
     for i, pair in enumerate(record.get("history") or []):  # LLaMA-Factory's earlier rounds
         if not isinstance(pair, list) or len(pair) != 2:
             raise FormatError(f"history[{i}] must be a pair [instruction, output]")
         messages.append({"role": "user", "content": _text(pair[0], f"history[{i}][0]")})
         messages.append({"role": "assistant", "content": _text(pair[1], f"history[{i}][1]")})
-    question = _filled(record, "instruction")
+    question = filled(record, "instruction")
     if record.get("input"):
         question += "\n\n" + _text(record["input"], "input")
-    messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": _filled(record, "output")})
-    return messages
+    return [*messages, {"role": "user", "content": question}]
+
+
+def _alpaca(record: Record) -> list[Message]:
+    return [*alpaca_prompt(record), {"role": "assistant", "content": filled(record, "output")}]
 
 
 # The first whose keys are all there is taken.
 FORMATS: tuple[Format, ...] = (
     Format("messages", ("messages",), _messages),
-    Format("sharegpt", ("conversations",), _sharegpt),
+    Format("sharegpt", ("conversations",), sharegpt),
     Format("prompt-completion", ("prompt", "completion"), _prompt_completion),
     Format("alpaca", ("instruction", "output"), _alpaca),
     Format("question-answer", ("question", "answer"), _question_answer),
@@ -177,6 +191,13 @@ def detect(record: Record) -> Format:
     raise FormatError(f"no known format with the keys {sorted(map(str, record))}; known: {known}")
 
 
+def is_spoken(message: Message) -> bool:
+    """Whether an assistant turn has anything to learn."""
+    return bool(
+        message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
+    )
+
+
 def to_conversation(record: Record) -> Conversation:
     """Read a record in any known format.
 
@@ -190,17 +211,13 @@ def to_conversation(record: Record) -> Conversation:
     if not any(trained):
         raise FormatError("every assistant turn is switched off by its weight")
     for i, (message, wanted) in enumerate(zip(messages, trained, strict=True)):
-        spoken = (
-            message["content"].strip()
-            or message.get("tool_calls")
-            or message.get("reasoning_content")
-        )
-        if wanted and not spoken:
+        if wanted and not is_spoken(message):
             raise FormatError(f"the assistant turn {i} is empty")
-    return Conversation(messages, trained, _template_kwargs(record))
+    return Conversation(messages, trained, template_kwargs_of(record))
 
 
-def _template_kwargs(record: Record) -> dict[str, Any]:
+def template_kwargs_of(record: Record) -> dict[str, Any]:
+    """What a record gives its chat template: `chat_template_kwargs` and `tools`."""
     kwargs = record.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, Mapping):
         raise FormatError("chat_template_kwargs must be an object")

@@ -16,11 +16,35 @@ import numpy as np
 import torch
 
 from moetrain.config.recipe import Recipe
-from moetrain.data import assets, sft, tokenizer
+from moetrain.data import assets, preference, sft, tokenizer
 from moetrain.data.cache import cache_root
+from moetrain.data.encode import Kind, Spec
 from moetrain.data.rejects import Reject, check_rejects, write_rejects
+from moetrain.data.sets import PackedSet, build
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed
+
+# What a method eats: corpora, or a kind of set.
+CORPUS = "corpus"
+FEEDS: dict[str, str] = {
+    "pretrain": CORPUS,
+    "cpt": CORPUS,
+    "sft": "chat",
+    "dft": "chat",
+    "chord_sft": "chat",
+    "dpo": "pairs",
+    "ipo": "pairs",
+    "hinge": "pairs",
+    "orpo": "pairs",
+    "simpo": "pairs",
+    "reward": "pairs",
+    "kto": "labels",
+}
+KINDS: dict[str, Kind] = {
+    "chat": sft.CHAT,
+    "pairs": preference.PAIRS,
+    "labels": preference.LABELS,
+}
 
 
 class Packs(Protocol):
@@ -35,10 +59,10 @@ class Packs(Protocol):
         ...
 
 
-class ShuffledSft:
+class Shuffled:
     """The packs of a set, shuffled anew each epoch."""
 
-    def __init__(self, data: sft.SftSet, seed: int, shuffle: bool) -> None:
+    def __init__(self, data: PackedSet, seed: int, shuffle: bool) -> None:
         self.data, self.seed, self.shuffle = data, seed, shuffle
         self.fingerprint = f"{data.fingerprint}-{seed}-{shuffle}"
         self._epoch, self._order = -1, np.arange(0)
@@ -178,7 +202,7 @@ def prepare(recipe: Recipe) -> Prepared:
     than the model's vocabulary.
     """
     train, held_out = _packs(recipe, held_out=False), _packs(recipe, held_out=True)
-    sets = [p.data for p in (train, held_out) if isinstance(p, ShuffledSft)]
+    sets = [p.data for p in (train, held_out) if isinstance(p, Shuffled)]
     rejects = [reject for data in sets for reject in data.rejects()]
     _write_rejected(recipe, rejects)
     for data in sets:
@@ -203,14 +227,16 @@ def prepare(recipe: Recipe) -> Prepared:
 
 
 def _describe(name: str, packs: Packs, recipe: Recipe) -> str:
-    if not isinstance(packs, ShuffledSft):
+    if not isinstance(packs, Shuffled):
         return f"{name}: {len(packs)} samples of {recipe.data.seq_len} tokens"
     stats = packs.data.stats
     line = (
-        f"{name}: {stats.num_records} records, {stats.num_sequences} sequences,"
+        f"{name}: {stats.num_records} records, {stats.num_groups} {packs.data.unit},"
         f" {stats.num_tokens} tokens in"
         f" {stats.num_packs} packs of {recipe.data.seq_len} ({stats.fill:.1%} full)"
     )
+    if stats.num_shared:
+        line += f"; {stats.num_shared} tokens fewer as prompts are shared"
     if stats.num_truncated:
         line += f"; {stats.num_truncated} truncated to data.seq_len"
     if stats.num_rejected:
@@ -226,25 +252,37 @@ def _write_rejected(recipe: Recipe, rejects: list[Reject]) -> None:
         path.unlink(missing_ok=True)  # an earlier start of this run may have had some
 
 
-def build_train(recipe: Recipe, dp_rank: int, dp_size: int) -> Loader:
-    """The training stream of one DP rank.
+def build_train(
+    recipe: Recipe, dp_rank: int, dp_size: int, reference: Path | None = None
+) -> Loader:
+    """The training stream of one DP rank; `reference` is what `PackedSet.with_reference` takes.
 
     In a process group every rank calls this, at the same point.
     """
-    packs = _packs(recipe, held_out=False)
+    packs = _packs(recipe, held_out=False, reference=reference)
     assert packs is not None
     return Loader(packs, recipe.train.global_batch, dp_rank, dp_size)
 
 
-def build_eval(recipe: Recipe, dp_rank: int, dp_size: int) -> EvalPacks | None:
+def build_eval(
+    recipe: Recipe, dp_rank: int, dp_size: int, reference: Path | None = None
+) -> EvalPacks | None:
     """The held-out packs of one DP rank, at most train.eval_packs over all.
 
     None without data.eval.
     """
-    packs = _packs(recipe, held_out=True)
+    packs = _packs(recipe, held_out=True, reference=reference)
     return (
         EvalPacks(packs, recipe.train.eval_packs, dp_rank, dp_size) if packs is not None else None
     )
+
+
+def build_set(recipe: Recipe, *, held_out: bool) -> PackedSet | None:
+    """The set behind the packs, in its own order; None for corpora, or without data.eval."""
+    if FEEDS[recipe.method.name] == CORPUS:
+        return None
+    packs = _packs(recipe, held_out=held_out)
+    return packs.data if isinstance(packs, Shuffled) else None
 
 
 def num_steps(recipe: Recipe, num_packs: int | None = None) -> int:
@@ -292,7 +330,7 @@ def tokenizer_of(recipe: Recipe) -> Path:
     return assets.resolve(name, root) if assets.is_builtin(name) else tokenizer.locate(name)
 
 
-def _packs(recipe: Recipe, *, held_out: bool) -> Packs | None:
+def _packs(recipe: Recipe, *, held_out: bool, reference: Path | None = None) -> Packs | None:
     root = cache_root(recipe.data.cache)
     given = recipe.data.eval if held_out else recipe.data.train
     if not given:
@@ -300,21 +338,25 @@ def _packs(recipe: Recipe, *, held_out: bool) -> Packs | None:
             return None
         raise DataError("data.train is empty: give a path, a list of paths or builtin:NAME.")
     inputs = [str(assets.resolve(path, root)) for path in given]
-    if recipe.method.name in ("pretrain", "cpt"):
+    feed = FEEDS[recipe.method.name]
+    if feed == CORPUS:
         return _corpus(recipe, inputs, root, held_out=held_out)
-    spec = sft.SftSpec(
+    spec = Spec(
         inputs=tuple(inputs),
         tokenizer=tokenizer_of(recipe),
         seq_len=recipe.data.seq_len,
         too_long=recipe.data.too_long,
         seed=recipe.seed,
         pack=recipe.data.pack,
+        share_prompt=recipe.data.share_prompt,
         chat_template=recipe.data.chat_template,
         model_vocab=model_vocab(recipe),
         num_workers=recipe.data.num_workers,
     )
-    data = sft.SftSet(sft.build(spec, root))
-    return ShuffledSft(data, recipe.seed, recipe.data.shuffle or held_out)
+    data = PackedSet(build(KINDS[feed], spec, root))
+    if reference is not None:
+        data = data.with_reference(reference)
+    return Shuffled(data, recipe.seed, recipe.data.shuffle or held_out)
 
 
 def _corpus(recipe: Recipe, inputs: list[str], root: Path, *, held_out: bool) -> Corpus:

@@ -70,10 +70,19 @@ class RMSNorm(nn.Module):
 
 
 def layer_specs(
-    config: TransformerConfig, dims: Dims, backend: str, vp_stage: int | None, pp_rank: int
+    config: TransformerConfig,
+    dims: Dims,
+    backend: str,
+    vp_stage: int | None,
+    pp_rank: int,
+    adapted: bool,
 ) -> TransformerBlockSubmodules:
-    """The specs of this chunk's layers and the norm after the last."""
-    make = _te_layer if backend == "te" else _torch_layer
+    """The specs of this chunk's layers and the norm after the last; `adapted` when adapters will
+    stand beside them.
+    """
+    make = _torch_layer
+    if backend == "te":
+        make = _te_layer_apart if adapted else _te_layer
     block = config.pipeline_model_parallel_layout
     if block is None:
         first, num_layers = 0, dims.num_layers
@@ -140,4 +149,23 @@ def _te_layer(config: TransformerConfig, dims: Dims, moe: bool) -> ModuleSpec:
     if moe:
         upstream: MoESubmodules = layer.mlp.keywords["submodules"]
         layer.mlp = partial(cast(Any, PackedMoE), submodules=replace(upstream, router=PackedRouter))
+    return spec
+
+
+def _te_layer_apart(config: TransformerConfig, dims: Dims, moe: bool) -> ModuleSpec:
+    """The same with norms outside the linear layers, whose input an adapter reads too, and with our
+    experts, whose weights are one tensor. Not yet run: it takes a GPU.
+    """
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    spec = _te_layer(config, dims, moe)
+    layer: Any = spec.submodules
+    layer.input_layernorm = TENorm
+    layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    layer.pre_mlp_layernorm = TENorm
+    if moe:
+        ours: MoESubmodules = layer.mlp.keywords["submodules"]
+        layer.mlp = partial(cast(Any, PackedMoE), submodules=replace(ours, experts=GroupedExperts))
+    else:
+        layer.mlp.keywords["submodules"].linear_fc1 = TEColumnParallelLinear
     return spec

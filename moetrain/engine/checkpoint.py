@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moetrain.engine.model import PackedGPT
-from moetrain.engine.optim import part_steps, start_state
+from moetrain.engine.optim import counted, part_steps, start_state
 from moetrain.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def save(folder: Path, content: dict[str, Any], optimizer: Any, state: dict[str,
     folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     if optimizer is not None:
-        content["optimizer"] = optimizer.sharded_state_dict(content, metadata=_METADATA)
+        with counted(optimizer, state["steps_done"]):
+            content["optimizer"] = optimizer.sharded_state_dict(content, metadata=_METADATA)
     dist_checkpointing.save(content, str(folder), validate_access_integrity=False)
     if dist.get_rank() == 0:
         (folder / "state.json").write_text(
@@ -68,9 +69,10 @@ def restore(
         )
     if optimizer is not None:
         start_state(optimizer)
-        content["optimizer"] = optimizer.sharded_state_dict(
-            content, is_loading=True, metadata=_METADATA
-        )
+        with counted(optimizer, 0):
+            content["optimizer"] = optimizer.sharded_state_dict(
+                content, is_loading=True, metadata=_METADATA
+            )
     return dist_checkpointing.load(content, str(folder)), state
 
 

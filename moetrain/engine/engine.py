@@ -20,6 +20,7 @@ from moetrain.engine.backend import choose_backend
 from moetrain.engine.lora import attach
 from moetrain.engine.mesh import start_mesh
 from moetrain.engine.model import DTYPES, build, transformer_config
+from moetrain.engine.objective import Objective
 from moetrain.engine.optim import learning_rate, make_optimizer, settled, wrap
 from moetrain.engine.params import (
     canonical,
@@ -29,15 +30,15 @@ from moetrain.engine.params import (
     local_params,
 )
 from moetrain.engine.router import RouterMonitor
-from moetrain.engine.source import ModelSource, find_model
+from moetrain.engine.source import SCORE, ModelSource, find_model
 from moetrain.engine.step import Runner, micro_batches
-from moetrain.errors import ConfigError, DataError, DivergedError
+from moetrain.errors import ConfigError, DivergedError
 from moetrain.families import family_of
 from moetrain.families.adapter import AdapterTable
 from moetrain.families.patterns import trainable_names
 from moetrain.families.rules import BoundRule, expand
 from moetrain.methods.base import Known, Method, Out
-from moetrain.ops.packed import Packed, select
+from moetrain.ops.packed import Packed
 from moetrain.plan.mesh import check_layout
 from moetrain.weights import transport
 from moetrain.weights.adapter import InitialAdapter
@@ -97,7 +98,8 @@ class Engine:
             self.dims.num_layers, self.dims.experts, recipe.router.aux_loss, recipe.router.z_loss
         )
         self.config = transformer_config(recipe, self.dims, self.device, self.backend)
-        self.chunks = build(self.config, self.dims, self.mesh, self.backend, self.monitor)
+        adapted = recipe.adapter is not None
+        self.chunks = build(self.config, self.dims, self.mesh, self.backend, self.monitor, adapted)
         self.optimizer: Any = None
         self.adapters: AdapterTable | None = None
         self.initial_adapter: InitialAdapter | None = None
@@ -168,7 +170,9 @@ class Engine:
     def trained_rules(self) -> dict[str, BoundRule]:
         """The weight table of what is trained, by canonical name."""
         if self.adapters is not None:
-            return dict(self.adapters)
+            return {name: self.rules[name] for name in (SCORE,) if name in self.rules} | dict(
+                self.adapters
+            )
         if self.recipe.trainable is None:
             return self.rules
         names = trainable_names(self.rules, self.recipe.trainable)
@@ -187,22 +191,25 @@ class Engine:
         """
         assert self.optimizer is not None, "this engine was built with train=False"
         recipe = self.recipe
-        packs, known = self._estimated(packs, method)
-        batches = micro_batches(packs, recipe.train.micro_batch, self.mesh)
-        counts, tokens = self._global_counts(batches, method)
+        objective, batches, known = self._begun(packs, method)
+        counts, tokens = objective.counts(batches)
         self.monitor.start_step(tokens)
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
-        self.run.with_entropy = "entropy" in method.needs
-        kept = self.run(batches, self._head(method, counts, known), forward_only=False)
-        totals = self._reduce_metrics(kept)
+        kept = self.run(batches, objective.head(counts, known), forward_only=False)
+        totals = objective.totals(kept)
         step = self.steps_done + 1
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
         if not (math.isfinite(totals["loss"]) and math.isfinite(grad_norm)):
-            raise DivergedError(self._diverged(step, totals["loss"], grad_norm, kept, batches))
+            names = objective.suspects(totals["loss"], kept, batches)
+            raise DivergedError(
+                f"Step {step}: loss {totals['loss']:.4g}, gradient norm {grad_norm:.4g}. Nothing "
+                f"was updated. Sequences: {names}. Look at them, lower optim.lr, or resume from "
+                f"the last checkpoint without them."
+            )
         lr = learning_rate(step, recipe.optim, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -223,100 +230,22 @@ class Engine:
                 _scale_gradients(part, clip / (grad_norm + 1e-6))
         self.optimizer.step_with_ready_grads()
 
-    def _head(self, method: Method, counts: dict[str, float], known: Known) -> Any:
-        """A micro-batch's outputs -> (its share of the global loss, sums to report)."""
-
-        def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
-            terms, metrics = method.loss(out, pack, self.recipe.method, known)
-            assert terms.keys() == counts.keys(), f"{method.name}: terms and counts differ"
-            loss = torch.stack([terms[name] / counts[name] for name in sorted(terms)]).sum()
-            kept = {k: (s.detach(), n) for k, (s, n) in metrics.items()}
-            return loss, {"loss": loss.detach(), "metrics": kept, "ids": pack.ids}
-
-        return head
-
-    def _estimated(
+    def _begun(
         self, packs: Sequence[Packed], method: Method
-    ) -> tuple[Sequence[Packed], dict[str, float]]:
-        """The packs to train on, and the global means that the method wants to know before."""
-        estimate = method.estimate
-        if estimate is None:
-            return packs, {}
-        cfg = self.recipe.method
-        chosen = [estimate.select(pack, cfg).cpu() for pack in packs]
-
-        def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
-            zero = torch.zeros((), device=self.device)
-            return zero, {"loss": zero, "metrics": estimate.values(out, pack, cfg)}
-
-        asked = [select(p, keep) for p, keep in zip(packs, chosen, strict=True)]
-        batches = micro_batches(asked, self.recipe.train.micro_batch, self.mesh)
-        with torch.no_grad():
-            known = self._reduce_metrics(self._forward_only(batches, head))
-        del known["loss"]
-        return [select(p, ~keep) for p, keep in zip(packs, chosen, strict=True)], known
-
-    def _global_counts(
-        self, batches: Sequence[Packed], method: Method
-    ) -> tuple[dict[str, float], float]:
-        """(the counts of the method's terms, valid tokens) of the whole global batch, before
-        anything is computed. A term without anything to count is divided by 1.
+    ) -> tuple[Objective, list[Packed], Known]:
+        """What a method makes of a global batch: its objective, the micro-batches to run, and the
+        global means that it wants to know before.
         """
-        own = [method.count(b, self.recipe.method) for b in batches]
-        names = sorted(own[0])
-        sums = [sum(float(counts[name]) for counts in own) for name in names]
-        sums.append(sum(float(b.valid.sum()) for b in batches))
-        table = torch.tensor(sums, dtype=torch.float64, device=self.device)
-        dist.all_reduce(table, group=self.mesh.dp_group)
-        *found, tokens = table.tolist()
-        if not any(found):
-            raise DataError(
-                "A global batch has no token to learn from. Check the loss mask and data.seq_len."
-            )
-        return {name: count or 1.0 for name, count in zip(names, found, strict=True)}, tokens
-
-    def _reduce_metrics(self, kept: list[dict[str, Any]]) -> dict[str, float]:
-        """Global means from the micro-batches' sums, and the loss, of which they are shares; only
-        one rank of each data-parallel replica contributes.
-        """
-        names: list[Any] = [sorted(kept[0]["metrics"]) if kept else []]
-        if self.mesh.world_size > 1:
-            last = self.mesh.plan.world_size - 1  # always on the last stage
-            dist.broadcast_object_list(names, src=last, device=self.device)
-        sums = torch.zeros(1 + 2 * len(names[0]), dtype=torch.float64, device=self.device)
-        if self.mesh.speaks:
-            for row in kept:
-                flat = [x for name in names[0] for x in row["metrics"][name]]
-                sums += torch.stack([torch.as_tensor(x).double() for x in (row["loss"], *flat)]).to(
-                    self.device
-                )
-        dist.all_reduce(sums)
-        values = sums.tolist()
-        out = {"loss": values[0]}
-        for i, name in enumerate(names[0]):
-            out[name] = values[1 + 2 * i] / max(values[2 + 2 * i], 1e-12)
-        return out
-
-    def _diverged(
-        self,
-        step: int,
-        loss: float,
-        grad_norm: float,
-        kept: list[dict[str, Any]],
-        batches: Sequence[Packed],
-    ) -> str:
-        bad = [i for row in kept if not torch.isfinite(row["loss"]) for i in row["ids"] if i]
-        if math.isfinite(loss):
-            bad = [i for batch in batches for i in batch.ids if i]
-        everyone: list[Any] = [None] * self.mesh.world_size
-        dist.all_gather_object(everyone, bad)
-        names = sorted({i for part in everyone for i in part})
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        return (
-            f"Step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}. Nothing was updated. "
-            f"Sequences: {shown or '-'}. "
-            "Look at them, lower optim.lr, or resume from the last checkpoint without them."
-        )
+        objective = Objective(method, self.recipe.method, self.mesh, self.device)
+        self.run.with_entropy = "entropy" in method.needs
+        asked, packs = objective.parted(packs)
+        known: dict[str, float] = {}
+        if asked is not None:
+            batches = micro_batches(asked, self.recipe.train.micro_batch, self.mesh)
+            with torch.no_grad():
+                known = objective.totals(self._forward_only(batches, objective.estimate))
+            del known["loss"]
+        return objective, micro_batches(packs, self.recipe.train.micro_batch, self.mesh), known
 
     # Forward only
 
@@ -325,11 +254,9 @@ class Engine:
         """Mean loss and metrics over held-out packs (each data-parallel rank brings its share):
         {"loss": ..., ...}.
         """
-        packs, known = self._estimated(packs, method)
-        batches = micro_batches(packs, self.recipe.train.micro_batch, self.mesh)
-        counts, _ = self._global_counts(batches, method)
-        self.run.with_entropy = "entropy" in method.needs
-        return self._reduce_metrics(self._forward_only(batches, self._head(method, counts, known)))
+        objective, batches, known = self._begun(packs, method)
+        counts, _ = objective.counts(batches)
+        return objective.totals(self._forward_only(batches, objective.head(counts, known)))
 
     @torch.no_grad()
     def logprobs(self, packs: Sequence[Packed]) -> list[Tensor]:
@@ -375,12 +302,14 @@ class Engine:
             )
 
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in `self.adapters`, whole tensor) of the adapter, in one order on every rank."""
+        """(name in `self.adapters`, whole tensor) of the adapter and of a scalar head beside it, in
+        one order on every rank.
+        """
         assert self.adapters is not None, "the recipe has no adapter"
+        local = local_adapters(self.chunks, self.mesh)
+        local += [p for p in local_params(self.chunks, self.mesh) if p.name == SCORE]
         with settled(self.wrapped):
-            yield from transport.export(
-                local_adapters(self.chunks, self.mesh), self.adapters, self.dims, to="all"
-            )
+            yield from transport.export(local, self.trained_rules, self.dims, to="all")
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, fp32 gradient of the mean loss) after a step with `whole_gradients`
@@ -426,7 +355,7 @@ class Engine:
             state = state | {"steps_done": self.steps_done}
             checkpoint.save(folder, self._content(), kept, state)
         if self.mesh.is_main:
-            note = {"hf": self.source.hf_for_export(self.recipe)}
+            note: dict[str, Any] = {"hf": self.source.hf_for_export(self.recipe)}
             if self.adapters is not None:
                 note["adapter_of"] = self.recipe.model.path or "random weights"
             (folder / "moetrain.json").write_text(json.dumps(note, indent=1))

@@ -255,16 +255,23 @@ class PackedGPT(GPTModel):
 
 
 def build(
-    config: TransformerConfig, dims: Dims, mesh: Mesh, backend: str, monitor: RouterMonitor
+    config: TransformerConfig,
+    dims: Dims,
+    mesh: Mesh,
+    backend: str,
+    monitor: RouterMonitor,
+    adapted: bool = False,
 ) -> list[PackedGPT]:
-    """This rank's model chunks, one per virtual pipeline stage, with uninitialised weights."""
+    """This rank's model chunks, one per virtual pipeline stage, with uninitialised weights;
+    `adapted` when adapters will be put beside their layers.
+    """
     plan = mesh.plan
     chunks: list[PackedGPT] = []
     for vp_stage in range(max(plan.vpp, 1)):
         stage = vp_stage if plan.vpp > 1 else None
         model = PackedGPT(
             config,
-            layer_specs(config, dims, backend, stage, mesh.pp_rank),
+            layer_specs(config, dims, backend, stage, mesh.pp_rank, adapted),
             vocab_size=dims.padded_vocab(plan.tp),
             max_sequence_length=dims.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(

@@ -156,6 +156,23 @@ def part_steps(optimizer: Any) -> None:
             state["step"] = state["step"].clone()
 
 
+@contextmanager
+def counted(optimizer: Any, step: int) -> Iterator[None]:
+    """Inside, torch's AdamW knows its `step` on a rank that holds no parameter too.
+
+    megatron-core 0.19.2 reads the step off the parameters, of which a rank has none when fewer are
+    trained than ranks share them, and fails there.
+    """
+    empty = [inner for inner in _torch_adams(optimizer) if not inner.state]
+    for inner in empty:
+        inner.state["none"] = {"step": torch.tensor(float(step))}  # type: ignore[index]
+    try:
+        yield
+    finally:
+        for inner in empty:
+            inner.state.pop("none", None)  # type: ignore[call-overload]
+
+
 def _torch_adams(optimizer: Any) -> list[torch.optim.AdamW]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]

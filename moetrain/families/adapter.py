@@ -54,7 +54,7 @@ class AdapterSpec:
 
     @property
     def scale(self) -> float:
-        """s; alpha / sqrt(r) is rsLoRA's (arXiv 2312.03732, theorem 3.2)."""
+        """s; alpha / sqrt(r) is rsLoRA's (arXiv 2312.03732)."""
         return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
 
     @property

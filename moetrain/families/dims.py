@@ -99,8 +99,7 @@ def vocab_head(architecture: str) -> str:
 
 
 def with_scalar_head(hf: HfConfig, architecture: str) -> dict[str, object]:
-    """The config of `architecture` (a key of FAMILIES) with a scalar head, as transformers has it.
-    """
+    """The config of `architecture` (a key of FAMILIES) with a scalar head, for transformers."""
     return {
         **hf,
         "architectures": [architecture.replace(_VOCAB_HEAD, _SCALAR_HEAD)],

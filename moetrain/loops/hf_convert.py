@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import CheckpointError, WeightsError
-from moetrain.families import Dims, Family, family_of
+from moetrain.families import Dims, Family, family_of, with_scalar_head
 from moetrain.families import expand as expand_table
 from moetrain.weights import expand as depth
 from moetrain.weights.merge import merged
+from moetrain.weights.peft import CONFIG, HEAD
+from moetrain.weights.peft_config import read_config
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.reader import SafetensorsReader
 from moetrain.weights.transport import check_names
@@ -28,7 +30,12 @@ def merge(base: Path, adapter: Path, dst: Path) -> int:
     """
     refuse_existing(dst)
     hf, family, dims, reader = _hf_model(base)
+    if read_config(adapter / CONFIG).scalar_head and not dims.scalar_head:
+        hf = with_scalar_head(hf, family.architecture)
+        dims = family.dims(hf)
     peft = PeftReader(adapter, family, dims, reader)
+    if dims.scalar_head and peft.head is None and HEAD not in reader.names():
+        raise WeightsError(f"Neither {base} nor {adapter} has {HEAD}, the model's head.")
     _write(base, dst, hf, reader, {name: name for name in reader.names()}, merged(reader, peft))
     print(f"{dst}: {base} with {adapter} in it")
     return 0

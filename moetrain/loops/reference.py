@@ -7,7 +7,8 @@ precision, so that all runs of a sweep read one file and no second model is ever
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from rich.progress import track
 from torch import Tensor
 
 from moetrain.config.recipe import Recipe
 from moetrain.data.cache import cache_root, key_of, publish
-from moetrain.data.preference import PreferenceSet
+from moetrain.data.loader import build_set
+from moetrain.data.sets import PackedSet
 from moetrain.engine import Engine
 from moetrain.errors import DataError
+from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed
 from moetrain.ops.segment import segment_sum
 
@@ -32,36 +36,41 @@ PACKS_AT_A_TIME = 8  # of one data-parallel rank, between two words to the progr
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
-def attach_reference(recipe: Recipe, engine: Engine, sets: Iterable[PreferenceSet]) -> list[str]:
-    """Give each set its reference log-probs, computing what the cache lacks; collective.
+def reference_of(
+    recipe: Recipe, engine: Engine, report: Callable[[str], None], *, held_out: bool
+) -> Path | None:
+    """The file of a run's reference log-probs, computed when the cache lacks it; None where the
+    method or the recipe asks for none. Collective.
 
     The engine's model must still be the reference: the base, with an adapter that adds nothing yet.
-    Returns a line for the user about each set that was computed.
     """
-    lines: list[str] = []
-    for data in sets:
-        identity = _identity(recipe, engine, data)
-        given = recipe.data.reference
-        folder = given or cache_root(recipe.data.cache) / "reference" / key_of(identity)
-        if given is not None or _everywhere(folder.is_dir()):
-            _check(folder, identity)
-        else:
-            table = _score(engine, data)
-            if engine.mesh.is_main:
-                _write(folder, table, identity)
-            dist.barrier()
-            lines.append(f"reference log-probs of {data.num_items} answers: {folder}")
-        data.with_reference(folder / "logp.npy")
-    return lines
+    if "ref_logp" not in METHODS[recipe.method.name].needs:
+        return None
+    data = build_set(recipe, held_out=held_out)
+    if data is None:
+        return None
+    identity = _identity(recipe, engine, data)
+    given = None if held_out else recipe.data.reference
+    folder = given or cache_root(recipe.data.cache) / "reference" / key_of(identity)
+    if given is not None or _everywhere(folder.is_dir()):
+        _check(folder, identity)
+    else:
+        started = time.perf_counter()
+        table = _score(engine, data, shows=engine.mesh.is_main and recipe.observe.progress)
+        if engine.mesh.is_main:
+            _write(folder, table, identity)
+        dist.barrier()
+        seconds = time.perf_counter() - started
+        report(f"reference log-probs of {data.num_items} answers in {seconds:.0f} s: {folder}")
+    return folder / "logp.npy"
 
 
-def _score(engine: Engine, data: PreferenceSet) -> Tensor:
+def _score(engine: Engine, data: PackedSet, *, shows: bool) -> Tensor:
     """[num_items] fp32 on the CPU: the sum of the log-probs of each answer's scored tokens."""
     mesh = engine.mesh
     table = torch.zeros(data.num_items, dtype=torch.float64)
-    numbers = range(len(data))
-    rounds = batched(numbers, PACKS_AT_A_TIME * mesh.dp_size)
-    for together in rounds:
+    rounds = list(batched(range(len(data)), PACKS_AT_A_TIME * mesh.dp_size))
+    for together in track(rounds, "reference log-probs", disable=not shows):
         mine = [data[i] for i in together[mesh.dp_rank :: mesh.dp_size]]
         for pack, logp in zip(mine, engine.logprobs(mine), strict=True):
             scored, items = answers(pack, logp)
@@ -78,13 +87,13 @@ def answers(pack: Packed, logp: Tensor) -> tuple[Tensor, Tensor]:
     return sums[is_answer], pack.extras["item"][is_answer]
 
 
-def _identity(recipe: Recipe, engine: Engine, data: PreferenceSet) -> dict[str, Any]:
+def _identity(recipe: Recipe, engine: Engine, data: PackedSet) -> dict[str, Any]:
     """All that decides the numbers, by what a user would call it."""
     return {
         "version": VERSION,
         "model": _model_digest(recipe, engine),
         "dtype": recipe.model.dtype,
-        "data and tokenizer": data.fingerprint,
+        "data or tokenizer": data.sequences_fingerprint,
     }
 
 

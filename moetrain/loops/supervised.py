@@ -9,6 +9,7 @@ from moetrain.data.loader import EvalPacks, Loader, build_eval, build_train, num
 from moetrain.engine import Engine, StepResult
 from moetrain.engine.checkpoint import Checkpoints
 from moetrain.engine.optim import learning_rate
+from moetrain.loops.reference import reference_of
 from moetrain.loops.run_dir import RunLock, check_recipe, check_schedule, write_run_files
 from moetrain.loops.stop import EXIT_STOPPED, StopSignal
 from moetrain.methods import METHODS
@@ -33,8 +34,14 @@ def train(recipe: Recipe) -> int:
     prepared = prepare(recipe)
     engine = Engine(recipe)
     engine.num_steps = prepared.num_steps
-    loader = build_train(recipe, engine.mesh.dp_rank, engine.mesh.dp_size)
-    held_out = build_eval(recipe, engine.mesh.dp_rank, engine.mesh.dp_size)
+    rank, size = engine.mesh.dp_rank, engine.mesh.dp_size
+    lines = list(prepared.lines)
+    # The model is the reference until an earlier adapter or a checkpoint is put into it.
+    train_reference = reference_of(recipe, engine, lines.append, held_out=False)
+    eval_reference = reference_of(recipe, engine, lines.append, held_out=True)
+    loader = build_train(recipe, rank, size, train_reference)
+    held_out = build_eval(recipe, rank, size, eval_reference)
+    engine.continue_adapter()
     checkpoints = Checkpoints(
         recipe.run_dir,
         keep=recipe.checkpoint.keep,
@@ -46,11 +53,13 @@ def train(recipe: Recipe) -> int:
         write_run_files(recipe, rank_table(engine.mesh.plan), {"num_steps": prepared.num_steps})
         lock.take()
     with Reporter(recipe, prepared.num_steps, step, speaks=engine.mesh.is_main) as report:
-        for line in prepared.lines:
+        for line in lines:
             report.say(line)
         if step:
             report.say(f"resumed {recipe.run_dir} at step {step}")
         finished = _loop(recipe, engine, loader, held_out, checkpoints, report, step)
+        if finished and recipe.adapter is not None:
+            engine.export_peft(recipe.run_dir / "adapter")
         if finished and recipe.checkpoint.export_hf:
             engine.export_hf(recipe.run_dir / "hf")
         report.finish()

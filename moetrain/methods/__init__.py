@@ -1,6 +1,6 @@
 """Training methods by the name that a recipe gives them."""
 
-from moetrain.methods.base import Method, Metrics, Out, Reduce
+from moetrain.methods.base import Estimate, Known, Method, Metrics, Out, Terms
 from moetrain.methods.pretrain import CPT, PRETRAIN
 from moetrain.methods.sft import SFT
 
@@ -10,4 +10,4 @@ METHODS: dict[str, Method] = {
     "sft": SFT,
 }
 
-__all__ = ["METHODS", "Method", "Metrics", "Out", "Reduce"]
+__all__ = ["METHODS", "Estimate", "Known", "Method", "Metrics", "Out", "Terms"]

@@ -12,9 +12,11 @@ from moetrain.config.builtin import MODELS
 from moetrain.config.load import dump_recipe
 from moetrain.config.recipe import ModelConfig, Recipe
 from moetrain.errors import ConfigError
-from moetrain.families import family_of
+from moetrain.families import family_of, with_scalar_head
+from moetrain.families.adapter import AdapterSpec, adapter_table
 from moetrain.families.dims import Dims
-from moetrain.families.rules import Family, expand
+from moetrain.families.patterns import trainable_names
+from moetrain.families.rules import BoundRule, Family, expand
 from moetrain.plan.memory import GIB, gpu_gib, static_bytes
 from moetrain.plan.mesh import check_layout, plan_mesh, rank_table
 
@@ -72,6 +74,8 @@ def check(recipe: Recipe, num_ranks: int) -> tuple[Family, Dims]:
     """Everything about model and layout that can be refused before a process is started."""
     hf = read_hf_config(recipe.model)
     family = family_of(hf)
+    if recipe.method.scalar_head:
+        hf = with_scalar_head(hf, family.architecture)
     dims = family.dims(hf)
     plan = plan_mesh(recipe.parallel, num_ranks)
     check_layout(dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
@@ -81,7 +85,26 @@ def check(recipe: Recipe, num_ranks: int) -> tuple[Family, Dims]:
             f"data-parallel ranks. "
             f"Use {-(-recipe.train.global_batch // plan.dp) * plan.dp}."
         )
+    trained(recipe, family, dims)
     return family, dims
+
+
+def trained(recipe: Recipe, family: Family, dims: Dims) -> Mapping[str, BoundRule]:
+    """The weight table of what the recipe trains: the model, a part of it, or an adapter, which may
+    stand beside a scalar head. Raises ConfigError for patterns that match nothing.
+    """
+    table = expand(family, dims)
+    if recipe.adapter is not None:
+        spec = AdapterSpec.of(recipe.adapter)
+        head = {name: rule for name, rule in table.items() if name == "score.weight"}
+        # What an adapter that is there already is, its folder says when it is read.
+        return head | dict(
+            adapter_table(family, dims, spec, loaded=recipe.adapter.path is not None)
+        )
+    if recipe.trainable is not None:
+        names = trainable_names(table, recipe.trainable)
+        return {name: rule for name, rule in table.items() if name in names}
+    return table
 
 
 def dry_run(recipe: Recipe, num_procs: int | None) -> str:
@@ -100,12 +123,15 @@ def dry_run(recipe: Recipe, num_procs: int | None) -> str:
     if len(rows) > MAX_RANKS_SHOWN:
         lines.append(f"... and {len(rows) - MAX_RANKS_SHOWN} more")
     total = sum(rule.num_params for rule in table.values())
-    stages = static_bytes(dims, table, plan, recipe)
+    learns = trained(recipe, family, dims)
+    stages = static_bytes(dims, table, plan, recipe, learns)
     worst = max(stages, key=lambda s: s.total)
     name, unit = ("GiB", GIB) if worst.total >= GIB else ("MiB", GIB // 1024)
+    num_trained = sum(rule.num_params for rule in learns.values())
+    part = f", {num_trained / 1e9:.4f} B trained" if len(learns) != len(table) else ""
     lines.append(
-        f"\n# {family.architecture}, {total / 1e9:.3f} B parameters. Static {name} per GPU, before "
-        f"activations:"
+        f"\n# {family.architecture}, {total / 1e9:.3f} B parameters{part}. Static {name} per "
+        f"GPU, before activations:"
     )
     lines.append("stage  params(B)  weights  gradients  optimizer    total")
     limit = gpu_gib(recipe.cluster.gpu)

@@ -4,6 +4,7 @@ weight table.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 from moetrain.config.recipe import Recipe
@@ -49,11 +50,19 @@ def gpu_gib(name: str) -> float:
 
 
 def static_bytes(
-    dims: Dims, table: Mapping[str, BoundRule], plan: MeshPlan, recipe: Recipe
+    dims: Dims,
+    table: Mapping[str, BoundRule],
+    plan: MeshPlan,
+    recipe: Recipe,
+    trained: Mapping[str, BoundRule] | None = None,
 ) -> list[StageBytes]:
     """Bytes per GPU of each stage (tensor rank 0, expert rank 0), with the optimizer sharded over
     data parallelism.
+
+    `trained` is the table of what has gradients and optimizer state: a part of `table`, or that of
+    an adapter beside it; all of `table` when None.
     """
+    trained = table if trained is None else trained
     layers = stage_layers(
         dims.num_layers,
         plan.pp,
@@ -64,16 +73,25 @@ def static_bytes(
     stages: list[StageBytes] = []
     for stage in range(plan.pp):
         held = {layer for chunk in layers[stage] for layer in chunk}
-        dense = expert = 0
-        for rule in table.values():
-            if not _is_held(rule, held, stage, plan, dims):
-                continue
-            if rule.expert is None:
-                dense += prod(rule.local_shape(dims, 0, plan.tp))
-            elif rule.expert < dims.experts // plan.ep:
-                expert += prod(rule.local_shape(dims, 0, plan.etp))
-        stages.append(_bytes(stage, dense, expert, plan, recipe))
+        held_rules = partial(_on_rank, held=held, stage=stage, plan=plan, dims=dims)
+        weights = held_rules({**table, **trained})
+        stages.append(_bytes(stage, sum(weights), held_rules(trained), plan, recipe))
     return stages
+
+
+def _on_rank(
+    table: Mapping[str, BoundRule], *, held: set[int], stage: int, plan: MeshPlan, dims: Dims
+) -> tuple[int, int]:
+    """Parameters of a rank: (dense and attention, experts), padding included."""
+    dense = expert = 0
+    for rule in table.values():
+        if not _is_held(rule, held, stage, plan, dims):
+            continue
+        if rule.expert is None:
+            dense += prod(rule.local_shape(dims, 0, plan.tp))
+        elif rule.expert < dims.experts // plan.ep:
+            expert += prod(rule.local_shape(dims, 0, plan.etp))
+    return dense, expert
 
 
 def _is_held(rule: BoundRule, held: set[int], stage: int, plan: MeshPlan, dims: Dims) -> bool:
@@ -85,13 +103,16 @@ def _is_held(rule: BoundRule, held: set[int], stage: int, plan: MeshPlan, dims: 
     return last
 
 
-def _bytes(stage: int, dense: int, expert: int, plan: MeshPlan, recipe: Recipe) -> StageBytes:
+def _bytes(
+    stage: int, num_params: int, trained: tuple[int, int], plan: MeshPlan, recipe: Recipe
+) -> StageBytes:
     weight = _BYTES[recipe.model.dtype]
     gradient = _BYTES[recipe.optim.grad_dtype]
     # fp32 weights are their own main copy; bf16 ones have an fp32 copy beside the two moments.
     state = (0 if recipe.model.dtype == "fp32" else 4) + 2 * _BYTES[recipe.optim.state_dtype]
-    params = dense + expert
-    # The distributed optimizer is sharded over data and context parallel ranks.
+    dense, expert = trained
     sharded = -(-dense // (plan.dp * plan.cp)) + -(-expert // plan.edp)
     optimizer = round(state * sharded * (1 - recipe.optim.offload))
-    return StageBytes(stage, params, weight * params, gradient * params, optimizer)
+    return StageBytes(
+        stage, num_params, weight * num_params, gradient * (dense + expert), optimizer
+    )

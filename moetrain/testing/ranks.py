@@ -215,3 +215,25 @@ def continued_adapter(
     engine = Engine(recipe_for(model, parallel, **sections))
     engine.continue_adapter()
     return logits_of(engine, tokens)
+
+
+def trained_and_resumed(
+    model: str, parallel: dict[str, Any], sequences: Lists, folder: Path, sections: dict[str, Any]
+) -> tuple[dict[str, Tensor], ...]:
+    """Weights before and after three steps, and after two, a checkpoint and one more."""
+
+    def weights(engine: Any) -> dict[str, Tensor]:
+        return {name: w.clone() for name, w in engine.export()}
+
+    engine = Engine(recipe_for(model, parallel, **sections))
+    packs = _mine(packs_of(sequences, 2), engine)
+    before = weights(engine)
+    for step in range(3):
+        if step == 2:
+            engine.save(folder / "checkpoint", {})
+        engine.step(packs, METHODS["sft"])
+    after = weights(engine)
+    second = Engine(recipe_for(model, parallel, **sections))
+    second.restore(folder / "checkpoint")
+    second.step(packs, METHODS["sft"])
+    return before, after, weights(second)

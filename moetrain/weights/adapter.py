@@ -31,7 +31,7 @@ class InitialAdapter:
     """What an adapter starts from, fp32, under the names of its table.
 
     A is uniform within 1 / sqrt(in) (Kaiming's with a = sqrt(5), PEFT's choice) and B is 0. With
-    OLoRA (arXiv 2406.01775, algorithm 1) B and A are the first r columns of Q and rows of R of
+    OLoRA (arXiv 2406.01775) B and A are the first r columns of Q and rows of R of
     W = Q R; with PiSSA (arXiv 2404.02948, equations 2 and 3) U_r sqrt(S_r / s) and
     sqrt(S_r / s) V_r' of W = U S V'. A magnitude is W's row norms.
 

@@ -7,21 +7,23 @@ from torch import Tensor
 from moetrain.families.adapter import SUFFIX
 from moetrain.families.rules import expand
 from moetrain.weights.adapter import InitialAdapter, Residual, adapted, whole
+from moetrain.weights.peft import HEAD
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.reader import Reader
 
 
 def merged(base: Reader, adapter: PeftReader) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, tensor) of all that the base holds, W + s B A where there is an
-    adapter (with DoRA at its magnitude): made in fp32, in the base's dtype.
+    """Yield (Hugging Face name, tensor) of the whole model: W + s B A where there is an adapter
+    (with DoRA at its magnitude), made in fp32, in the base's dtype; a scalar head in its own.
     """
     table = adapter.table
     if not table.spec.starts_at_base:  # the adapter is one for W - s B0 A0
         base = Residual(base, InitialAdapter(base, table, 0))
     places = adapted(table)
-    known = [key for rule in expand(table.family, table.dims).values() for key in rule.hf]
-    held = set(base.names())
-    for key in [*(key for key in known if key in held), *sorted(held - set(known))]:
+    for key in (key for rule in expand(table.family, table.dims).values() for key in rule.hf):
+        if key == HEAD and adapter.head is not None:
+            yield key, adapter.head
+            continue
         w = whole(base, key)
         if key in places:
             dtype, stem = w.dtype, key.removesuffix(".weight")

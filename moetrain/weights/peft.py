@@ -28,6 +28,7 @@ from moetrain.weights.writer import FAILURES, put_in_place, reason
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+HEAD = "score.weight"  # a scalar head, saved whole beside the adapter
 
 
 def peft_keys(modules: Collection[str]) -> dict[str, str]:
@@ -56,8 +57,9 @@ def write_peft(
     """Write an adapter as PEFT reads it; collective.
 
     Args:
-        tensors: (name in the table's rules, whole tensor), all of them on the first rank, which
-            keeps them in memory and writes. On the others they are passed over.
+        tensors: (name in the table's rules, whole tensor), and a scalar head as `score.weight`; all
+            of them on the first rank, which keeps them in memory and writes. On the others they are
+            passed over.
         base_name: what adapter_config.json calls the base.
         initial: what the adapter started from, for OLoRA and PiSSA alone: they are written as plain
             LoRA of rank 2r, A over A0 and B beside -B0, for the base as it was before.
@@ -69,12 +71,13 @@ def write_peft(
     places = table.places
     held: dict[str, Tensor] = {}
     for name, tensor in tensors:  # to make them may be collective: no rank stops early
-        if rank == 0 and places[name].live:
+        if rank == 0 and (name not in places or places[name].live):
             held[name] = tensor.detach().to("cpu", copy=True)
     problem = ""
     if rank == 0:
-        missing = [key for key, place in places.items() if place.live and key not in held]
-        assert not missing, f"no tensor was given for {missing[0]}"
+        wanted = {key for key, place in places.items() if place.live}
+        wanted |= {HEAD} if table.dims.scalar_head else set()
+        assert held.keys() == wanted, f"tensors {sorted(held.keys() ^ wanted)} are not as they must"
         aside = folder.with_name(f".writing_{folder.name}")
         try:
             shutil.rmtree(aside, ignore_errors=True)
@@ -120,7 +123,7 @@ def config_of(table: AdapterTable, base_name: str) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": [HEAD.removesuffix(".weight")] if table.dims.scalar_head else None,
     }
 
 
@@ -175,6 +178,8 @@ def _to_peft(
         if spec.dora:
             name = groups[module][0].name + SUFFIX["lora_magnitude"]
             result[key + SUFFIX["lora_magnitude"]] = held[name]
+    if table.dims.scalar_head:
+        result[PREFIX + HEAD] = held[HEAD]
     return result
 
 

@@ -16,7 +16,7 @@ _ONLY: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
+    "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
@@ -41,6 +41,7 @@ class PeftConfig:
     rslora: bool
     dora: bool
     init: Literal["lora", "olora", "pissa"]
+    scalar_head: bool  # saved beside the adapter, for transformers' sequence classification
     parameters: Collection[str]  # target_parameters
 
     def expert_parameter(self, block: str, both: bool, inner: bool) -> str:
@@ -96,6 +97,7 @@ def read_config(path: Path) -> PeftConfig:
             rslora=bool(content.get("use_rslora")),
             dora=bool(content.get("use_dora")),
             init=first if first in ("olora", "pissa") else "lora",
+            scalar_head=content.get("task_type") == "SEQ_CLS",
             parameters=tuple(content.get("target_parameters") or ()),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

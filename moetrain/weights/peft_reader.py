@@ -14,13 +14,14 @@ from moetrain.families.adapter import SUFFIX, AdapterSpec, Matrix, adapter_table
 from moetrain.families.dims import Dims
 from moetrain.families.rules import Family
 from moetrain.weights.adapter import idle, table_shapes
-from moetrain.weights.peft import CONFIG, PREFIX, WEIGHTS
+from moetrain.weights.peft import CONFIG, HEAD, PREFIX, WEIGHTS
 from moetrain.weights.peft_config import PeftConfig, rank_of, read_config, scale_of
 from moetrain.weights.reader import Reader, Slices
 
 
 class PeftReader:
-    """A PEFT folder under the names of its adapter's table; `spec` and `table` say what it is.
+    """A PEFT folder under the names of its adapter's table; `spec` and `table` say what it is, and
+    `head` is the scalar head beside it.
 
     Matrices of smaller rank than others are filled up with zeros, which stay zeros in training.
 
@@ -36,7 +37,8 @@ class PeftReader:
         self.folder, self.base = Path(folder), base
         config = read_config(self.folder / CONFIG)
         self._file = _open(self.folder / WEIGHTS)
-        keys = list(self._file.keys())
+        keys = set(self._file.keys())
+        self.head = self._head(keys, config, dims)
         modules: dict[str, list[Matrix]] = {}
         for matrix in all_matrices(family, dims):
             modules.setdefault(matrix.module, []).append(matrix)
@@ -61,12 +63,25 @@ class PeftReader:
     def __str__(self) -> str:
         return str(self.folder)
 
+    def _head(self, keys: set[str], config: PeftConfig, dims: Dims) -> Tensor | None:
+        """The scalar head [1, h] that lies beside the adapter; its key is taken off `keys`."""
+        if config.scalar_head and not dims.scalar_head:
+            raise WeightsError(
+                f"{self.folder} is an adapter of a reward or classification model, this is a "
+                f"language model. Is it an adapter of another base?"
+            )
+        if not config.scalar_head or PREFIX + HEAD not in keys:
+            return None
+        self._fits(PREFIX + HEAD, (1, dims.hidden))
+        keys.remove(PREFIX + HEAD)
+        return self._file.get_tensor(PREFIX + HEAD)
+
     def _find(
         self, keys: Collection[str], config: PeftConfig, modules: Mapping[str, list[Matrix]]
     ) -> dict[str, str]:
         """transformers' name of each adapted module -> what its keys start with."""
         stems: dict[str, str] = {}
-        for key in keys:
+        for key in sorted(keys):
             stem = _stem(key)
             if stem is None or not stem.startswith(PREFIX):
                 raise WeightsError(f"{self.folder}: {key} is no LoRA tensor that is held here.")

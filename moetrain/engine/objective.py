@@ -1,0 +1,106 @@
+"""What a method makes of a global batch: counts first, then sums, and one division between them.
+
+Micro-batches, data-parallel ranks and packs only decide where a sum is taken.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.engine.mesh import Mesh
+from moetrain.errors import DataError
+from moetrain.methods.base import Known, Method, Out
+from moetrain.ops.packed import Packed, select
+
+Kept = list[dict[str, Any]]  # what a head kept of each micro-batch, on the last stage; else []
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A method with its section of the recipe, on a mesh. Collective but for `head`, `estimate`."""
+
+    method: Method
+    cfg: Any
+    mesh: Mesh
+    device: torch.device
+
+    def parted(self, packs: Sequence[Packed]) -> tuple[Sequence[Packed] | None, Sequence[Packed]]:
+        """(packs of the sequences to estimate from, packs of the others to learn from)."""
+        wanted = self.method.estimate
+        if wanted is None:
+            return None, packs
+        chosen = [wanted.select(pack, self.cfg).cpu() for pack in packs]
+        pairs = list(zip(packs, chosen, strict=True))
+        return [select(p, keep) for p, keep in pairs], [select(p, ~keep) for p, keep in pairs]
+
+    def counts(self, batches: Sequence[Packed]) -> tuple[dict[str, float], float]:
+        """(the counts of the method's terms, valid tokens) of the whole global batch, before
+        anything is computed. A term without anything to count is divided by 1.
+        """
+        own = [self.method.count(batch, self.cfg) for batch in batches]
+        names = sorted(own[0])
+        sums = [sum(float(counts[name]) for counts in own) for name in names]
+        sums.append(sum(float(batch.valid.sum()) for batch in batches))
+        table = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        dist.all_reduce(table, group=self.mesh.dp_group)
+        *found, tokens = table.tolist()
+        if not any(found):
+            raise DataError(
+                "A global batch has nothing to learn from. Check the loss mask and data.seq_len."
+            )
+        return {name: count or 1.0 for name, count in zip(names, found, strict=True)}, tokens
+
+    def head(self, counts: dict[str, float], known: Known) -> Any:
+        """A micro-batch's outputs -> (its share of the global loss, sums to report)."""
+
+        def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
+            terms, metrics = self.method.loss(out, pack, self.cfg, known)
+            assert terms.keys() == counts.keys(), f"{self.method.name}: terms and counts differ"
+            loss = torch.stack([terms[name] / counts[name] for name in sorted(terms)]).sum()
+            kept = {name: (total.detach(), n) for name, (total, n) in metrics.items()}
+            return loss, {"loss": loss.detach(), "metrics": kept, "ids": pack.ids}
+
+        return head
+
+    def estimate(self, out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
+        """As a head: no loss, and the sums of `Method.estimate`."""
+        assert self.method.estimate is not None
+        zero = torch.zeros((), device=self.device)
+        return zero, {"loss": zero, "metrics": self.method.estimate.values(out, pack, self.cfg)}
+
+    def totals(self, kept: Kept) -> dict[str, float]:
+        """Global means from the micro-batches' sums, and the loss, of which they are shares; only
+        one rank of each data-parallel replica contributes.
+        """
+        names: list[Any] = [sorted(kept[0]["metrics"]) if kept else []]
+        if self.mesh.world_size > 1:
+            last = self.mesh.plan.world_size - 1  # always on the last stage
+            dist.broadcast_object_list(names, src=last, device=self.device)
+        sums = torch.zeros(1 + 2 * len(names[0]), dtype=torch.float64, device=self.device)
+        if self.mesh.speaks:
+            for row in kept:
+                flat = [x for name in names[0] for x in row["metrics"][name]]
+                values = [torch.as_tensor(x).double() for x in (row["loss"], *flat)]
+                sums += torch.stack([x.to(self.device) for x in values])
+        dist.all_reduce(sums)
+        loss, *pairs = sums.tolist()
+        means = {n: pairs[2 * i] / max(pairs[2 * i + 1], 1e-12) for i, n in enumerate(names[0])}
+        return {"loss": loss, **means}
+
+    def suspects(self, loss: float, kept: Kept, batches: Sequence[Packed]) -> str:
+        """The sequences of the micro-batches whose loss is not finite; where only a gradient is
+        not, all of them.
+        """
+        bad = [i for row in kept if not torch.isfinite(row["loss"]) for i in row["ids"] if i]
+        if math.isfinite(loss):
+            bad = [i for batch in batches for i in batch.ids if i]
+        everyone: list[Any] = [None] * self.mesh.world_size
+        dist.all_gather_object(everyone, bad)
+        names = sorted({i for part in everyone for i in part})
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        return ", ".join(names[:8]) + more if names else "-"
