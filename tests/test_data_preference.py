@@ -237,16 +237,17 @@ def test_mismatched_answers_can_be_selected(tmp_path: Path) -> None:
 
 def test_answers_of_the_same_prompt_are_not_mismatched(tmp_path: Path) -> None:
     twice = [
-        {"prompt": q, "completion": a, "label": a == "right"}
+        {"prompt": q, "completion": f"{a} to {q}", "label": a == "right"}
         for q in ("One?", "Two?", "One?")
         for a in ("right", "wrong")
     ]
     twice.insert(1, {"prompt": "One?"})
     found = answers(make(tmp_path, twice, preference.LABELS))
     said = [loaded().decode(a.labels).removesuffix("<|im_end|>") for a in found[1::2]]
-    assert said == ["right"] * 6
-    last = [loaded().decode(a.tokens) for a in found[1::2]]
-    assert ["One?" in text for text in last] == [True, True, False, False, True, True]
+    one, two = ["right to One?"] * 2, ["right to Two?"] * 2
+    assert said == [*two, *one, *two]  # the last two go round to the first that asks otherwise
+    asked = [loaded().decode(a.tokens[: a.scored[0]]) for a in found[1::2]]
+    assert ["One?" in text for text in asked] == [True, True, False, False, True, True]
     with pytest.raises(DataError, match="have the same prompt: kto measures its reference point"):
         make(tmp_path, twice[:3], preference.LABELS)
 

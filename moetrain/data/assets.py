@@ -154,7 +154,7 @@ def _held_out_questions() -> list[dict[str, object]]:
 
 
 def _questions_to_learn() -> list[dict[str, object]]:
-    return checkable.records(20000, seed=1, avoid=checkable.questions(_held_out_questions()))
+    return checkable.records(50000, seed=1, avoid=checkable.questions(_held_out_questions()))
 
 
 def _held_out_pairs() -> list[dict[str, object]]:

@@ -152,7 +152,11 @@ class Engine:
         if config is not None and config.path is not None:
             assert self.adapters is not None
             base = self.source.reader(self.recipe, self.family, self.dims)
-            self.load_adapter(PeftReader(config.path, self.family, self.dims, base))
+            reader = PeftReader(config.path, self.family, self.dims, base)
+            for chunk in self.chunks:
+                if chunk.score is not None and reader.head is not None:
+                    chunk.score.weight.data.copy_(reader.head)
+            self.load_adapter(reader)
 
     def _freeze(self) -> None:
         patterns = self.recipe.trainable

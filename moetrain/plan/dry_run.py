@@ -8,7 +8,7 @@ from math import lcm
 from pathlib import Path
 from typing import cast
 
-from moetrain.config.builtin import MODELS
+from moetrain.config.builtin import MODELS, published
 from moetrain.config.load import dump_recipe
 from moetrain.config.recipe import ModelConfig, Recipe
 from moetrain.errors import ConfigError
@@ -23,8 +23,11 @@ from moetrain.plan.mesh import check_layout, plan_mesh, rank_table
 MAX_RANKS_SHOWN = 64
 
 
-def read_hf_config(model: ModelConfig) -> Mapping[str, object]:
-    """The Hugging Face config that `model` names, without loading anything. Raises ConfigError."""
+def read_hf_config(model: ModelConfig, *, dry: bool = False) -> Mapping[str, object]:
+    """The Hugging Face config that `model` names, without loading anything. Raises ConfigError.
+
+    `dry`: a published model need not be here; it is known by its name.
+    """
     if model.hf is not None:
         return model.hf
     path = str(model.path)
@@ -41,7 +44,12 @@ def read_hf_config(model: ModelConfig) -> Mapping[str, object]:
             if isinstance(content.get("hf"), dict):
                 return cast(dict[str, object], content["hf"])
             raise ConfigError(f"{found} has no 'hf' mapping, the model's config. Restore the file.")
-    raise ConfigError(f"model.path={path}: no config.json or moetrain.json there. Check the path.")
+    known = published(path) if dry and not Path(path).exists() else None
+    if known is None:
+        raise ConfigError(
+            f"model.path={path}: no config.json or moetrain.json there. Check the path."
+        )
+    return known
 
 
 def _read_mapping(path: Path) -> dict[str, object]:
@@ -70,9 +78,9 @@ def world_size(recipe: Recipe, num_procs: int | None) -> int:
     return lcm(p.tp * p.cp * p.pp, p.etp * p.ep * p.pp)
 
 
-def check(recipe: Recipe, num_ranks: int) -> tuple[Family, Dims]:
+def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> tuple[Family, Dims]:
     """Everything about model and layout that can be refused before a process is started."""
-    hf = read_hf_config(recipe.model)
+    hf = read_hf_config(recipe.model, dry=dry)
     family = family_of(hf)
     if recipe.method.scalar_head:
         hf = with_scalar_head(hf, family.architecture)
@@ -110,7 +118,7 @@ def trained(recipe: Recipe, family: Family, dims: Dims) -> Mapping[str, BoundRul
 def dry_run(recipe: Recipe, num_procs: int | None) -> str:
     """The text of a dry run. Raises ConfigError or LayoutError as the run itself would."""
     num_ranks = world_size(recipe, num_procs)
-    family, dims = check(recipe, num_ranks)
+    family, dims = check(recipe, num_ranks, dry=True)
     plan = plan_mesh(recipe.parallel, num_ranks)
     table = expand(family, dims)
     lines = [

@@ -237,3 +237,17 @@ def trained_and_resumed(
     second.restore(folder / "checkpoint")
     second.step(packs, METHODS["sft"])
     return before, after, weights(second)
+
+
+def gradients_of_packs(
+    model: str, parallel: dict[str, Any], packs: Sequence[Packed], sections: dict[str, Any]
+) -> tuple[float, dict[str, float], dict[str, Tensor]]:
+    """(loss, metrics, {HF name: gradient}) of one step of the recipe's method over `packs`;
+    gradients are returned by the first rank alone.
+    """
+    recipe = recipe_for(model, parallel, **sections)
+    engine = Engine(recipe)
+    engine.whole_gradients = True
+    result = engine.step(_mine(list(packs), engine), METHODS[recipe.method.name])
+    grads = {name: g.clone() for name, g in engine.gradients()}
+    return result.loss, result.metrics, grads if engine.mesh.is_main else {}

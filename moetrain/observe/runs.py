@@ -1,0 +1,275 @@
+"""Run folders as they are found, whole or not: settings, last figures, curves' rows, warnings."""
+
+import fcntl
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import yaml
+
+from moetrain.errors import MoetrainError
+from moetrain.observe.ledger import Row, read_ledger
+
+PLAN = "sweep.jsonl"  # of a sweep's folder: one line a run
+LOG = "train.log"  # what a sweep's run printed
+TAIL_BYTES = 1 << 16
+_MARKS = ("resolved.yaml", "ledger.jsonl", "checkpoints", LOG)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it. `rows` are its ledger's; `problems` say what is amiss with the
+    folder.
+    """
+
+    name: str
+    path: Path
+    status: str
+    rows: list[Row] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)  # dotted keys of resolved.yaml
+    best: str | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    num_steps: int | None = None
+
+    @property
+    def step(self) -> int:
+        """The last step in the ledger; 0 when there is none."""
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The last value of every figure; speed is the median over the steps."""
+        last: dict[str, float] = {}
+        for row in self.rows:
+            held_out = "loss" not in row
+            last |= {k: v for k, v in numbers(row).items() if k != "seconds" or not held_out}
+        speeds = [v for row in self.rows if (v := numbers(row).get("tokens_per_s")) is not None]
+        return last | ({"tokens_per_s": median(speeds)} if speeds else {})
+
+    @property
+    def warnings(self) -> list[tuple[int, str]]:
+        """(step, text) of every row that carries a warning."""
+        found: list[tuple[int, str]] = []
+        for row in self.rows:
+            said = row.get("warning") or []
+            texts = cast(list[Any], said) if isinstance(said, list) else [said]
+            found += [(int(row["step"]), str(text)) for text in texts]
+        return found
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a ledger row, without its step."""
+    return {
+        key: float(value)
+        for key, value in row.items()
+        if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def last_row(folder: Path) -> Row:
+    """The latest of every figure in the ledger's last rows, and the last step; {} when there is
+    none. Reads the file's end only.
+    """
+    last: Row = {}
+    try:
+        with (folder / "ledger.jsonl").open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().decode(errors="replace").split("\n")[:-1]
+    except OSError:
+        return last
+    for line in lines[1:] if size > TAIL_BYTES else lines:
+        row = _json(line)
+        if isinstance(row, dict) and "step" in row:
+            last |= cast(Row, row)
+    return last
+
+
+def num_steps(folder: Path) -> int | None:
+    """How many steps the run has in all, when it has come so far as to know."""
+    try:
+        content = _json((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    value = cast(dict[str, Any], content).get("num_steps") if isinstance(content, dict) else None
+    return value if isinstance(value, int) else None
+
+
+def find_runs(paths: Iterable[Path]) -> list[Run]:
+    """The runs that `paths` are or hold, each once, with names that tell them apart.
+
+    Planned runs of a sweep that have not begun are among them. Raises MoetrainError when a path is
+    missing or holds no run.
+    """
+    folders: dict[Path, None] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise MoetrainError(f"{path}: no such folder. Give run folders, or a folder of them.")
+        found = [path] if _is_run(path) else _runs_in(path)
+        if not found:
+            raise MoetrainError(
+                f"{path} holds no run (no resolved.yaml, no ledger.jsonl). Give a run_dir, or a"
+                " folder of them such as a sweep's."
+            )
+        folders |= dict.fromkeys(folder.resolve() for folder in found)
+    names = _names(list(folders))
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / mark).exists() for mark in _MARKS)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    planned: list[Path] = []
+    if (folder / PLAN).is_file():
+        for line in (folder / PLAN).read_text(encoding="utf-8", errors="replace").splitlines():
+            content = _json(line)
+            if isinstance(content, dict) and "name" in content:
+                planned.append(folder / str(cast(dict[str, Any], content)["name"]))
+    others = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
+    return planned + [path for path in others if path not in planned]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ from each other."""
+    names = [folder.name for folder in folders]
+    for depth in range(2, max((len(folder.parts) for folder in folders), default=0) + 1):
+        names = [
+            "/".join(folder.parts[-depth:]) if names.count(name) > 1 else name
+            for name, folder in zip(names, folders, strict=True)
+        ]
+    return names
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read a run's folder. Nothing that is missing or broken there raises: it becomes a problem."""
+    problems: list[str] = []
+    rows = _rows(folder / "ledger.jsonl", problems)
+    total = num_steps(folder)
+    step = int(rows[-1]["step"]) if rows else 0
+    return Run(
+        name=name,
+        path=folder,
+        status=_status(folder, step, total, problems),
+        rows=rows,
+        settings=_settings(folder / "resolved.yaml", problems),
+        best=_best(folder / "checkpoints" / "best.json", problems),
+        scores=_scores(folder / "evals", problems),
+        problems=problems,
+        num_steps=total,
+    )
+
+
+def _rows(path: Path, problems: list[str]) -> list[Row]:
+    try:
+        lines = path.read_bytes().count(b"\n")
+        rows = read_ledger(path)
+        cut = not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"ledger.jsonl is not readable ({type(error).__name__})")
+        return []
+    good = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    if len(good) < lines:
+        problems.append(f"ledger.jsonl: {lines - len(good)} of {lines} lines are no rows")
+    if cut:
+        problems.append("ledger.jsonl: the last line is cut short")
+    return good
+
+
+def _status(folder: Path, step: int, total: int | None, problems: list[str]) -> str:
+    if _is_locked(folder):
+        return "running"
+    if total is not None and step >= total:
+        return "finished"
+    failure = _failure(folder / LOG)
+    if failure is not None:
+        problems.append(failure)
+        return "failed"
+    if step:
+        return "stopped" if total is not None else "unknown length"
+    return "no steps" if _is_run(folder) else "not started"
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a job holds the run (loops/run_dir.py's lock)."""
+    try:
+        with (folder / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _failure(log: Path) -> str | None:
+    """The error that a sweep's run ended with, when it did."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    lines = [line.strip() for line in text.rpartition("\n$ ")[2].splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("moetrain: error:")]
+    if errors:
+        return errors[-1].removeprefix("moetrain: error:").strip()
+    return lines[-1] if any(line.startswith("Traceback") for line in lines) else None
+
+
+def _settings(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems.append(f"resolved.yaml is not readable ({type(error).__name__})")
+        return {}
+    return flatten(cast(dict[str, Any], content)) if isinstance(content, dict) else {}
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(cast(dict[str, Any], value), f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _best(path: Path, problems: list[str]) -> str | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return f"{content['name']} ({content['metric']} {content['value']:.4g})"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError):
+        problems.append("checkpoints/best.json is not readable")
+        return None
+
+
+def _scores(folder: Path, problems: list[str]) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            scores[str(content["name"])] = float(content["score"])
+        except (OSError, ValueError, TypeError, KeyError):
+            problems.append(f"evals/{path.name} has no name and score")
+    return scores
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
