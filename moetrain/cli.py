@@ -123,21 +123,97 @@ def _data(args: Arguments) -> int:
     return 0
 
 
+# action -> (its line of help, its paths)
+CONVERSIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "hf2mcore": ("a Megatron checkpoint of a Hugging Face folder", ("source", "destination")),
+    "mcore2hf": ("a Hugging Face folder of a Megatron checkpoint", ("source", "destination")),
+    "verify": ("compare the weights of two folders", ("a", "b")),
+    "adapter": ("a run's adapter as a PEFT folder", ("run", "destination")),
+    "merge": ("a plain model of a base and a PEFT folder", ("base", "adapter", "destination")),
+    "expand": ("a deeper model that answers as before", ("source", "destination")),
+}
+
+
 def _convert_arguments(parser: Parser) -> None:
-    parser.add_argument("action", choices=["hf2mcore", "mcore2hf", "verify"])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("destination", type=Path)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for action, (line, paths) in CONVERSIONS.items():
+        own = actions.add_parser(action, help=line, description=line)
+        for path in paths:
+            own.add_argument(path, type=Path)
+        if action == "expand":
+            own.add_argument(
+                "--every",
+                type=_positive,
+                default=4,
+                metavar="K",
+                help="a new block after every K-th (default 4)",
+            )
 
 
 def _convert(args: Arguments) -> int:
+    paths: list[Path] = [vars(args)[path] for path in CONVERSIONS[args.action][1]]
+    if args.action in ("merge", "expand"):
+        from moetrain.loops import hf_convert
+
+        if args.action == "merge":
+            return hf_convert.merge(*paths)
+        return hf_convert.expand(*paths, every=args.every)
     from moetrain.loops import convert
 
     actions = {
         "hf2mcore": convert.hf2mcore,
         "mcore2hf": convert.mcore2hf,
         "verify": convert.verify,
+        "adapter": convert.adapter,
     }
-    return actions[args.action](args.source, args.destination)
+    return actions[args.action](*paths)
+
+
+def _sweep_arguments(parser: Parser) -> None:
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument(
+        "--grid",
+        action="append",
+        required=True,
+        metavar="key=value,value",
+        help="a key and its values; several --grid make the product",
+    )
+    parser.add_argument("--jobs", choices=["local", "slurm"], default="local")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="of the runs (default: run_dir with -sweep)"
+    )
+    parser.add_argument(
+        "--task", type=_positive, metavar="K", help="run line K of DIR/sweep.jsonl alone"
+    )
+    _ranks(parser)
+
+
+def _sweep(args: Arguments) -> int:
+    from moetrain.cluster import launch
+    from moetrain.loops import sweep
+
+    plan = sweep.plan_sweep(args.recipe, args.grid, args.overrides, args.nproc, args.out)
+    if args.task:
+        return sweep.run_task(plan, args.task)
+    if launch.joined(None) is not None:
+        raise MoetrainError(
+            "A sweep starts its ranks itself: leave torchrun or srun out, or give --task."
+        )
+    if args.jobs == "slurm":
+        return sweep.submit(plan, args.argv)
+    return sweep.run_sweep(plan, args.argv)
+
+
+def _report_arguments(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or of runs")
+    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="default: beside the page")
+
+
+def _report(args: Arguments) -> int:
+    from moetrain.observe.report import write_report
+
+    return write_report(args.runs, args.out, args.csv)
 
 
 def _quickstart(args: Arguments) -> int:
@@ -151,7 +227,9 @@ COMMANDS: dict[str, Command] = {
     "score": Command("per-token log-probs of given sequences", _score_arguments, _score),
     "tokenizer": Command("train a byte-level BPE tokenizer", _tokenizer_arguments, _tokenizer),
     "data": Command("index a corpus for pretraining", _data_arguments, _data),
-    "convert": Command("Hugging Face <-> Megatron checkpoints", _convert_arguments, _convert),
+    "convert": Command("checkpoints, adapters, deeper models", _convert_arguments, _convert),
+    "sweep": Command("runs over a grid of settings", _sweep_arguments, _sweep),
+    "report": Command("runs side by side: page, CSV, table", _report_arguments, _report),
     "quickstart": Command(
         "a whole small run on this machine",
         lambda p: p.add_argument("--out", type=Path, default=Path("runs/quickstart")) and None,

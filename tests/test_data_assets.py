@@ -36,7 +36,7 @@ def test_instructions_are_the_same_everywhere_and_right() -> None:
 def test_held_out_questions_are_not_taught(root: Path) -> None:
     taught = assets.resolve("builtin:checkable-sft", root).read_text().splitlines()
     asked = assets.resolve("builtin:checkable-sft-eval", root).read_text().splitlines()
-    assert (len(taught), len(asked)) == (20000, 200)
+    assert (len(taught), len(asked)) == (50000, 200)
     kept = checkable.questions([json.loads(line) for line in asked])
     assert not kept & checkable.questions([json.loads(line) for line in taught])
 

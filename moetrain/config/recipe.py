@@ -5,18 +5,19 @@ Unknown keys are refused by `moetrain.config.load`, which names the nearest righ
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+
+from moetrain.config.method import MethodConfig
+from moetrain.config.section import Section
 
 
 def _as_list(value: object) -> object:
@@ -36,14 +37,6 @@ Folder = Annotated[Path, AfterValidator(lambda path: Path(_expand_home(str(path)
 Paths = Annotated[list[Location], BeforeValidator(_as_list)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """A part of a recipe."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
-    )
 
 
 class ModelConfig(Section):
@@ -119,35 +112,6 @@ class ParallelConfig(Section):
         return self
 
 
-class MethodSection(Section):
-    """A training method and its numbers."""
-
-    scalar_head: ClassVar[bool] = False  # the model ends in one number a token
-
-
-class PretrainMethod(MethodSection):
-    """Next-token prediction on an indexed corpus."""
-
-    name: Literal["pretrain"] = Field(
-        default="pretrain", description="`method: pretrain` for short"
-    )
-
-
-class CptMethod(MethodSection):
-    """Continued pretraining: `pretrain` from given weights."""
-
-    name: Literal["cpt"] = Field(default="cpt", description="`method: cpt` for short")
-
-
-class SftMethod(MethodSection):
-    """Supervised fine-tuning on the assistant's turns."""
-
-    name: Literal["sft"] = Field(default="sft", description="`method: sft` for short")
-
-
-MethodConfig = Annotated[PretrainMethod | CptMethod | SftMethod, Field(discriminator="name")]
-
-
 class DataConfig(Section):
     """What to train and evaluate on."""
 
@@ -171,7 +135,7 @@ class DataConfig(Section):
     )
     pack: bool = Field(
         default=True,
-        description="several records in one pack, which do not see each other; sft only",
+        description="several records in one pack, which do not see each other; not for corpora",
     )
     share_prompt: bool = Field(
         default=True,
@@ -191,7 +155,7 @@ class DataConfig(Section):
         default=None, description="a template file to use in place of the tokenizer's"
     )
     num_workers: int = Field(
-        default=0, ge=0, description="processes that tokenize sft data; 0: none but this one"
+        default=0, ge=0, description="processes that tokenize records; 0: none but this one"
     )
 
     @model_validator(mode="after")

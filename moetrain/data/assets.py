@@ -15,7 +15,7 @@ from moetrain.data.cache import build_once, cache_root, key_of
 from moetrain.errors import DataError, nearest
 
 # Raise it when an asset's content changes; old ones then stay unused in the cache.
-VERSION = 3
+VERSION = 4
 VOCAB = 2048
 CORPUS_BYTES = 5_000_000  # tokenised in some seconds
 EVAL_EVERY = 20  # one module in so many is held out

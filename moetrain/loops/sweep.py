@@ -59,7 +59,9 @@ class Sweep:
 
 
 def split_grid(text: str) -> tuple[str, list[str]]:
-    """`key=a,b` -> (key, [a, b]); commas in brackets and quotes do not count. Raises ConfigError."""
+    """`key=a,b` -> (key, [a, b]); commas in brackets and quotes do not count. Raises ConfigError
+    for what is no grid.
+    """
     key, equals, rest = text.partition("=")
     values, open_until = [""], ""
     for char in rest:
@@ -191,11 +193,13 @@ def write_plan(sweep: Sweep) -> Path:
     return path
 
 
-def run_sweep(sweep: Sweep, again: str) -> int:
-    """Run what is not done, one after the other. `again`: the command that goes on with it.
+def run_sweep(sweep: Sweep, argv: Sequence[str]) -> int:
+    """Run what is not done, one after the other. `argv`: the words after `moetrain`, which go on
+    with it.
 
     Returns 0; 1 when a run failed (the others are run all the same); 130 or 143 when told to stop.
     """
+    again = shlex.join(["moetrain", *argv])
     console = Console(highlight=False, soft_wrap=True)
     for run in sweep.runs:
         check_recipe(run.recipe)  # a folder of another recipe shows before the first run
@@ -289,8 +293,10 @@ def run_task(sweep: Sweep, task: int) -> int:
     os.execv(run.command[0], run.command)
 
 
-def submit(sweep: Sweep, arguments: Sequence[str]) -> int:
-    """Write the plan and hand what is not done to Slurm as an array; prints its command line."""
+def submit(sweep: Sweep, argv: Sequence[str]) -> int:
+    """Write the plan and hand what is not done to Slurm as an array; prints its command line.
+    `argv`: the words after `moetrain`.
+    """
     for run in sweep.runs:
         check_recipe(run.recipe)
     print(f"{len(sweep.runs)} runs, planned in {write_plan(sweep)}")
@@ -299,7 +305,9 @@ def submit(sweep: Sweep, arguments: Sequence[str]) -> int:
         print("All of them are done; nothing is submitted.")
         return 0
     script = Path(moetrain.__file__).resolve().parents[1] / "slurm" / "sweep.sh"
-    command = ["sbatch", f"--array={ranges(left)}", str(script), *arguments]
+    # In the script: `moetrain sweep "$@" --task $SLURM_ARRAY_TASK_ID`.
+    # It may keep --jobs, which --task overrules.
+    command = ["sbatch", f"--array={ranges(left)}", str(script), *argv[1:]]
     print(shlex.join(command))
     if not script.is_file():
         print(f"Nothing is submitted: {script} is not there.")

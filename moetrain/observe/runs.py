@@ -30,6 +30,7 @@ class Run:
     status: str
     rows: list[Row] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # dotted keys of resolved.yaml
+    planned: dict[str, Any] = field(default_factory=dict)  # what the sweep meant to lay over it
     best: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -105,34 +106,57 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
     Planned runs of a sweep that have not begun are among them. Raises MoetrainError when a path is
     missing or holds no run.
     """
-    folders: dict[Path, None] = {}
+    folders: dict[Path, dict[str, Any]] = {}
     for path in paths:
         if not path.is_dir():
             raise MoetrainError(f"{path}: no such folder. Give run folders, or a folder of them.")
-        found = [path] if _is_run(path) else _runs_in(path)
+        plan = _plan(path if not _is_run(path) else path.parent)
+        found = [path] if _is_run(path) else _runs_in(path, plan)
         if not found:
             raise MoetrainError(
                 f"{path} holds no run (no resolved.yaml, no ledger.jsonl). Give a run_dir, or a"
                 " folder of them such as a sweep's."
             )
-        folders |= dict.fromkeys(folder.resolve() for folder in found)
+        folders |= {folder.resolve(): plan.get(folder.name, {}) for folder in found}
     names = _names(list(folders))
-    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    return [
+        read_run(folder, name, planned)
+        for (folder, planned), name in zip(folders.items(), names, strict=True)
+    ]
 
 
 def _is_run(folder: Path) -> bool:
     return any((folder / mark).exists() for mark in _MARKS)
 
 
-def _runs_in(folder: Path) -> list[Path]:
-    planned: list[Path] = []
-    if (folder / PLAN).is_file():
-        for line in (folder / PLAN).read_text(encoding="utf-8", errors="replace").splitlines():
-            content = _json(line)
-            if isinstance(content, dict) and "name" in content:
-                planned.append(folder / str(cast(dict[str, Any], content)["name"]))
+def _runs_in(folder: Path, plan: Mapping[str, Any]) -> list[Path]:
+    planned = [folder / name for name in plan]
     others = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
     return planned + [path for path in others if path not in planned]
+
+
+def _plan(folder: Path) -> dict[str, dict[str, Any]]:
+    """name -> overrides of a sweep's runs; {} for any other folder."""
+    try:
+        lines = (folder / PLAN).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    plan: dict[str, dict[str, Any]] = {}
+    for content in map(_json, lines):
+        if isinstance(content, dict) and "name" in content:
+            line = cast(dict[str, Any], content)
+            pairs = [str(word).partition("=") for word in line.get("overrides", [])]
+            plan[str(line["name"])] = {key: _value(text) for key, _, text in pairs}
+    return plan
+
+
+def _value(text: str) -> Any:
+    """As a recipe reads it: 5e-5 is a number, which YAML 1.1 takes for text."""
+    try:
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
+    except (ValueError, yaml.YAMLError):
+        return text
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -146,7 +170,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def read_run(folder: Path, name: str) -> Run:
+def read_run(folder: Path, name: str, planned: Mapping[str, Any] | None = None) -> Run:
     """Read a run's folder. Nothing that is missing or broken there raises: it becomes a problem."""
     problems: list[str] = []
     rows = _rows(folder / "ledger.jsonl", problems)
@@ -158,6 +182,7 @@ def read_run(folder: Path, name: str) -> Run:
         status=_status(folder, step, total, problems),
         rows=rows,
         settings=_settings(folder / "resolved.yaml", problems),
+        planned=dict(planned or {}),
         best=_best(folder / "checkpoints" / "best.json", problems),
         scores=_scores(folder / "evals", problems),
         problems=problems,

@@ -1,0 +1,132 @@
+"""The training methods' sections of a recipe: a union told apart by `name`. What they compute is in
+moetrain.methods, on a page each.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from moetrain.config.section import Section
+
+
+class MethodSection(Section):
+    """A training method and its numbers."""
+
+    scalar_head: ClassVar[bool] = False  # the model ends in one number a token
+
+
+class PretrainMethod(MethodSection):
+    """Next-token prediction on an indexed corpus."""
+
+    name: Literal["pretrain"] = Field(
+        default="pretrain", description="`method: pretrain` for short"
+    )
+
+
+class CptMethod(MethodSection):
+    """Continued pretraining: `pretrain` from given weights."""
+
+    name: Literal["cpt"] = Field(default="cpt", description="`method: cpt` for short")
+
+
+class SftMethod(MethodSection):
+    """Supervised fine-tuning on the assistant's turns."""
+
+    name: Literal["sft"] = Field(default="sft", description="`method: sft` for short")
+
+
+class DftMethod(MethodSection):
+    """Dynamic fine-tuning: a token's loss weighted by its own probability."""
+
+    name: Literal["dft"] = Field(default="dft", description="`method: dft` for short")
+
+
+class ChordSftMethod(MethodSection):
+    """CHORD's supervised loss: a token weighted by p (1 - p)."""
+
+    name: Literal["chord_sft"] = Field(
+        default="chord_sft", description="`method: chord_sft` for short"
+    )
+
+
+class ReferencedMethod(MethodSection):
+    """What methods with a reference share."""
+
+    beta: float = Field(default=0.1, gt=0, description="how dear it is to leave the reference")
+    kl_budget: float | None = Field(
+        default=None, gt=0, description="warn when `kl`, in nats an answer, passes it"
+    )
+
+
+class DpoMethod(ReferencedMethod):
+    """Direct preference optimisation with a sigmoid."""
+
+    name: Literal["dpo"] = Field(default="dpo", description="`method: dpo` for short")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="share of labels that are thought to be wrong"
+    )
+    rpo_alpha: float = Field(
+        default=0.0, ge=0, description="weight of the chosen answers' negative log-likelihood"
+    )
+
+
+class IpoMethod(ReferencedMethod):
+    """Identity preference optimisation: a squared loss on log-probs a token."""
+
+    name: Literal["ipo"] = Field(default="ipo", description="`method: ipo` for short")
+
+
+class HingeMethod(ReferencedMethod):
+    """Preference optimisation with a hinge (SLiC)."""
+
+    name: Literal["hinge"] = Field(default="hinge", description="`method: hinge` for short")
+
+
+class KtoMethod(ReferencedMethod):
+    """Kahneman-Tversky optimisation, on single answers with a label."""
+
+    name: Literal["kto"] = Field(default="kto", description="`method: kto` for short")
+    desirable_weight: float = Field(default=1.0, ge=0, description="of good answers")
+    undesirable_weight: float = Field(default=1.0, ge=0, description="of bad answers")
+
+
+class OrpoMethod(MethodSection):
+    """Odds-ratio preference optimisation, without a reference."""
+
+    name: Literal["orpo"] = Field(default="orpo", description="`method: orpo` for short")
+    beta: float = Field(default=0.1, gt=0, description="weight of the odds ratio")
+
+
+class SimpoMethod(MethodSection):
+    """Simple preference optimisation, without a reference."""
+
+    name: Literal["simpo"] = Field(default="simpo", description="`method: simpo` for short")
+    beta: float = Field(default=2.0, gt=0, description="scale of the mean log-probs")
+    gamma: float = Field(default=1.0, ge=0, description="margin of the rewards to reach")
+
+
+class RewardMethod(MethodSection):
+    """A Bradley-Terry reward model: a scalar head in place of the vocabulary."""
+
+    scalar_head: ClassVar[bool] = True
+    name: Literal["reward"] = Field(default="reward", description="`method: reward` for short")
+    center_rewards: float = Field(
+        default=0.0, ge=0, description="weight of the square of a pair's summed rewards"
+    )
+
+
+MethodConfig = Annotated[
+    PretrainMethod
+    | CptMethod
+    | SftMethod
+    | DftMethod
+    | ChordSftMethod
+    | DpoMethod
+    | IpoMethod
+    | HingeMethod
+    | KtoMethod
+    | OrpoMethod
+    | SimpoMethod
+    | RewardMethod,
+    Field(discriminator="name"),
+]

@@ -1,0 +1,96 @@
+"""What the methods on answers share: each answer's log-probs, and what a person wants to see.
+
+Legend: t tokens of the batch, n sequences, m pairs. A sequence's role is 1 (chosen), 2 (rejected)
+or 0 (a shared prompt, padding); the k-th chosen and the k-th rejected one are a pair.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moetrain.methods.base import Metrics, Out, Terms
+from moetrain.ops.packed import Packed
+from moetrain.ops.segment import segment_sum
+
+CHOSEN, REJECTED, MISMATCHED = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of one role: sums over their scored tokens, all [m] fp32."""
+
+    logp: Tensor
+    lengths: Tensor
+    ref_logp: Tensor | None  # the reference's, for methods that have one
+
+    @property
+    def mean(self) -> Tensor:
+        """[m] log-prob a token."""
+        return self.logp / self.lengths
+
+    @property
+    def ratio(self) -> Tensor:
+        """[m] log pi(y|x) - log ref(y|x)."""
+        assert self.ref_logp is not None, "the batch has no reference log-probs"
+        return self.logp - self.ref_logp
+
+    @property
+    def mean_ratio(self) -> Tensor:
+        """[m] the same a token."""
+        return self.ratio / self.lengths
+
+
+def answers(out: Out, batch: Packed, role: int) -> Answers:
+    """The answers of `role`, in the order of the batch."""
+    here = batch.extras["role"] == role
+    reference = batch.extras.get("ref_logp")
+    return Answers(
+        logp=segment_sum(out.logp * batch.loss_mask, batch.cu_seqlens)[here],
+        lengths=segment_sum(batch.loss_mask, batch.cu_seqlens)[here],
+        ref_logp=None if reference is None else reference[here],
+    )
+
+
+def num_of(batch: Packed, *roles: int) -> Tensor:
+    """How many sequences have one of `roles`, fp32 scalar."""
+    role = batch.extras["role"]
+    return sum((role == r).sum() for r in roles).float()  # type: ignore[union-attr]
+
+
+def count_pairs(batch: Packed, cfg: object) -> Terms:
+    """Number of pairs."""
+    return {"loss": num_of(batch, CHOSEN)}
+
+
+def total(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A metric: the mean over all answers of `values` [m]."""
+    return values.sum(), values.new_tensor(float(values.numel()))
+
+
+def reward_metrics(chosen: Tensor, rejected: Tensor) -> Metrics:
+    """TRL's names, from the rewards [m] of both answers."""
+    return {
+        "rewards/chosen": total(chosen),
+        "rewards/rejected": total(rejected),
+        "rewards/margins": total(chosen - rejected),
+        "rewards/accuracies": total((chosen > rejected).float()),
+    }
+
+
+def answer_metrics(out: Out, batch: Packed, chosen: Answers, rejected: Answers) -> Metrics:
+    """Log-probs and lengths of both answers, entropy over their tokens, and with a reference `kl`:
+    the mean over answers of log ref(y|x) - log pi(y|x), an estimate of KL(ref || pi) in nats that
+    is right in expectation where the answers are the reference's own.
+    """
+    found: Metrics = {
+        "logps/chosen": total(chosen.logp),
+        "logps/rejected": total(rejected.logp),
+        "lengths/chosen": total(chosen.lengths),
+        "lengths/rejected": total(rejected.lengths),
+    }
+    if out.entropy is not None:
+        found["entropy"] = ((out.entropy * batch.loss_mask).sum(), batch.loss_mask.sum())
+    if chosen.ref_logp is not None:
+        sums = -(chosen.ratio.sum() + rejected.ratio.sum())
+        found["kl"] = sums, sums.new_tensor(float(chosen.logp.numel() + rejected.logp.numel()))
+    return found

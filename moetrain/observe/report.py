@@ -1,0 +1,311 @@
+"""`moetrain report`: runs side by side, as one HTML page that needs nothing else, as CSV and in the
+terminal.
+"""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import moetrain
+from moetrain.errors import MoetrainError
+from moetrain.observe.runs import Run, find_runs, numbers
+
+# A page of ten long runs stays under a megabyte: so many numbers in all its curves and heat maps.
+CURVE_NUMBERS, HEAT_NUMBERS = 90_000, 40_000
+POINTS, HEAT_COLUMNS = (40, 250), (20, 120)  # fewest and most of a curve, of a heat map
+_LAYER = re.compile(r"router/layer(\d+)/(\w+)")
+_HEAT = "load_max_over_mean"
+# Said of the machine and the optimizer rather than of what was learned.
+_HEALTH = ("lr", "tokens", "seconds", "tokens_per_s", "memory_gib", "grad_norm", "eval_seconds")
+_UNPLOTTED = ("tokens", "seconds")
+_OWN = ("run_dir",)  # differs by its nature
+
+Cell = float | int | str | bool | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of runs. `better`: -1 when less is better, 1 when more is, 0 when who
+    knows.
+    """
+
+    key: str
+    group: str  # run, settings, evaluation, held out, training, health
+    cells: list[Cell]
+    better: int = 0
+
+
+def write_report(paths: Sequence[Path], out: Path, table: Path | None = None) -> int:
+    """Write the page and the CSV (by default beside it) of the runs at `paths`; print the table."""
+    runs = find_runs(paths)
+    table = table or out.with_suffix(".csv")
+    if table == out:
+        raise MoetrainError(f"-o {out} and the CSV are one file. Name the page .html.")
+    columns = columns_of(runs)
+    title = " · ".join(dict.fromkeys(path.resolve().name for path in paths))
+    try:
+        for path in (out, table):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page(runs, columns, title if len(title) < 60 else "Runs"), encoding="utf-8")
+        write_csv(columns, table)
+    except OSError as error:
+        raise MoetrainError(f"{error.filename}: {error.strerror}. Give another -o.") from None
+    print_runs(runs)
+    print(f"page: {out}   table: {table}")
+    return 0
+
+
+# The table
+
+
+def columns_of(runs: Sequence[Run]) -> list[Column]:
+    """What the runs are, what differs between their settings, and what came of them."""
+    steps = [f"{r.step}/{r.num_steps}" if r.num_steps else str(r.step) for r in runs]
+    columns = [
+        Column("run", "run", [r.name for r in runs]),
+        Column("status", "run", [r.status for r in runs]),
+        Column("steps", "run", [*steps]),
+    ]
+    columns += [
+        Column(key, "settings", [_shown(r.settings.get(key, r.planned.get(key))) for r in runs])
+        for key in _keys([r.settings for r in runs] + [r.planned for r in runs])
+        if key not in _OWN and _differs(key, runs)
+    ]
+    scores = _keys([r.scores for r in runs])
+    columns += [Column(k, "evaluation", [r.scores.get(k) for r in runs], 1) for k in scores]
+    finals = [r.final for r in runs]
+    found: list[Column] = []
+    for key in _keys(finals):
+        if not _LAYER.fullmatch(key):
+            found.append(Column(key, _group(key), [f.get(key) for f in finals], _better(key)))
+    for group in ("held out", "training", "health"):
+        columns += [column for column in found if column.group == group]
+    columns.append(Column("best checkpoint", "run", [r.best for r in runs]))
+    columns.append(Column("warnings", "run", [len(r.warnings) or None for r in runs]))
+    return [c for c in columns if c.key in ("run", "status", "steps") or any(_given(c.cells))]
+
+
+def _keys(mappings: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _given(cells: Sequence[Cell]) -> list[bool]:
+    return [cell is not None for cell in cells]
+
+
+def _differs(key: str, runs: Sequence[Run]) -> bool:
+    """Among the runs that have settings; one that has not begun says what it was to change."""
+    known = [r.settings or r.planned for r in runs if r.settings or key in r.planned]
+    values = [json.dumps(settings.get(key), default=str) for settings in known]
+    return len(set(values)) > 1
+
+
+def _shown(value: Any) -> Cell:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return json.dumps(value, default=str)
+
+
+def _group(key: str) -> str:
+    if key in _HEALTH or key.startswith("router/"):
+        return "health"
+    return "held out" if key.startswith("eval_") else "training"
+
+
+def _better(key: str) -> int:
+    if "loss" in key and not key.startswith("router/"):
+        return -1
+    return 1 if "accurac" in key else 0
+
+
+def write_csv(columns: Sequence[Column], path: Path) -> None:
+    """One row a run, one column a `Column`; what a run lacks is empty."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([column.key for column in columns])
+        writer.writerows(zip(*(column.cells for column in columns), strict=True))
+
+
+def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
+    """Print the table, as many of its columns as the terminal is wide; into a file, all that are no
+    measure of the machine.
+    """
+    console = console or Console(highlight=False)
+    columns = [c for c in columns_of(runs) if c.group != "health"]
+    texts = [[c.key, *(_text(cell) for cell in c.cells)] for c in columns]
+    widths = [max(map(len, column)) + 3 for column in texts]
+    if not console.is_terminal:
+        console = Console(highlight=False, file=console.file, width=sum(widths) + 1)
+    fits = max(2, sum(sum(widths[: i + 1]) < console.width for i in range(len(widths))))
+    table = Table()
+    for column in columns[:fits]:
+        is_number = any(isinstance(cell, int | float) for cell in column.cells)
+        table.add_column(
+            Text(column.key), justify="right" if is_number else "left", overflow="fold"
+        )
+    for row in zip(*(column[1:] for column in texts[:fits]), strict=True):
+        table.add_row(*(Text(text) for text in row))
+    console.print(table)
+    if fits < len(columns):
+        left = ", ".join(column.key for column in columns[fits:])
+        console.print(f"not shown: {left}", markup=False, soft_wrap=True)
+    for run in runs:
+        for problem in run.problems:
+            console.print(f"{run.name}: {problem}", markup=False, soft_wrap=True)
+        for step, text in run.warnings[-1:]:
+            count = f" ({len(run.warnings)} in all)" if len(run.warnings) > 1 else ""
+            console.print(
+                f"{run.name}: warning at step {step}: {text}{count}", markup=False, soft_wrap=True
+            )
+
+
+def _text(cell: Cell) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.5g}" if isinstance(cell, float) else str(cell)
+
+
+# The page
+
+
+def page(runs: Sequence[Run], columns: Sequence[Column], title: str) -> str:
+    """The HTML of the runs: the template beside this file with their data in it."""
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    text = json.dumps(_data(runs, columns, title), separators=(",", ":"), ensure_ascii=False)
+    # What would end the script element, or is no line of JavaScript, within a name.
+    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return template.replace('"MOETRAIN_DATA"', text)
+
+
+def _data(runs: Sequence[Run], columns: Sequence[Column], title: str) -> dict[str, Any]:
+    series = [_series(run) for run in runs]
+    num_curves = sum(map(len, series))
+    points = _within(CURVE_NUMBERS // (3 * max(1, num_curves)), POINTS)
+    grids: dict[tuple[float, ...], int] = {}
+    layers = [_layers(run) for run in runs]
+    heat_columns = _within(HEAT_NUMBERS // max(1, sum(map(len, layers))), HEAT_COLUMNS)
+    shared = [r.settings for r in runs if r.settings]
+    out_runs = [
+        {
+            "name": run.name,
+            "path": str(run.path),
+            "status": run.status,
+            "has_settings": bool(run.settings),
+            "problems": run.problems,
+            "warnings": run.warnings,
+            "curves": {key: _curve(values, points, grids) for key, values in own.items()},
+            "heat": _heat(own_layers, heat_columns),
+        }
+        for run, own, own_layers in zip(runs, series, layers, strict=True)
+    ]
+    return {
+        "title": title,
+        "made": datetime.now().strftime("%Y-%m-%d %H:%M"),
+        "version": moetrain.__version__,
+        "columns": [
+            {"key": c.key, "group": c.group, "better": c.better, "cells": [*map(_json, c.cells)]}
+            for c in columns
+        ],
+        "runs": out_runs,
+        "grids": [list(grid) for grid in grids],
+        "shared": {
+            key: _shown(value)
+            for key, value in (shared[0] if shared else {}).items()
+            if key not in _OWN and not _differs(key, runs)
+        },
+    }
+
+
+def _json(cell: Cell) -> Cell:
+    """NaN is no JSON; infinities are none either."""
+    if isinstance(cell, float) and not math.isfinite(cell):
+        return str(cell)
+    return float(f"{cell:.6g}") if isinstance(cell, float) else cell
+
+
+def _within(value: int, bounds: tuple[int, int]) -> int:
+    return max(bounds[0], min(bounds[1], value))
+
+
+Series = list[tuple[int, float]]
+
+
+def _select(run: Run, wanted: Callable[[str], bool]) -> dict[str, Series]:
+    """(step, value) of every wanted figure."""
+    found: dict[str, Series] = {}
+    for row in run.rows:
+        for key, value in numbers(row).items():
+            if wanted(key) and math.isfinite(value):
+                found.setdefault(key, []).append((int(row["step"]), value))
+    return found
+
+
+def _series(run: Run) -> dict[str, Series]:
+    return _select(run, lambda key: key not in _UNPLOTTED and not _LAYER.fullmatch(key))
+
+
+def _layers(run: Run) -> dict[int, Series]:
+    def is_heat(key: str) -> bool:
+        match = _LAYER.fullmatch(key)
+        return match is not None and match[2] == _HEAT
+
+    found = {int(key.split("/")[1].removeprefix("layer")): s
+             for key, s in _select(run, is_heat).items()}  # fmt: skip
+    return dict(sorted(found.items()))
+
+
+def _buckets(length: int, count: int) -> list[slice]:
+    """`length` rows in at most `count` runs of neighbours of about the same size."""
+    count = min(length, count)
+    edges = [round(i * length / count) for i in range(count + 1)] if count else []
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def _curve(
+    series: Series, points: int, grids: dict[tuple[float, ...], int]
+) -> dict[str, int | list[float]]:
+    """A thinned curve: means of neighbours, and their least and greatest where several are one.
+
+    `g` is the number of its steps in `grids`, which curves of one run share.
+    """
+    parts = [series[part] for part in _buckets(len(series), points)]
+    steps = tuple(part[-1][0] for part in parts)
+    curve: dict[str, int | list[float]] = {"g": grids.setdefault(steps, len(grids))}
+    values = [[value for _, value in part] for part in parts]
+    curve["m"] = [_short(sum(v) / len(v)) for v in values]
+    if len(parts) < len(series):
+        curve |= {"lo": [_short(min(v)) for v in values], "hi": [_short(max(v)) for v in values]}
+        curve["n"] = math.ceil(len(series) / len(parts))
+    return curve
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def _heat(layers: dict[int, Series], columns: int) -> dict[str, Any] | None:
+    """Router load by layer (rows) and time (columns): means over neighbours, in hundredths."""
+    if not layers:
+        return None
+    series = list(layers.values())
+    parts = _buckets(max(map(len, series)), columns)
+    return {
+        "layers": list(layers),
+        "steps": [max(s[part][-1][0] for s in series if s[part]) for part in parts],
+        "rows": [
+            [round(100 * sum(v for _, v in s[part]) / len(s[part])) if s[part] else 0
+             for part in parts]
+            for s in series
+        ],
+    }  # fmt: skip
