@@ -216,6 +216,42 @@ def _report(args: Arguments) -> int:
     return write_report(args.runs, args.out, args.csv)
 
 
+def _swift_arguments(parser: Parser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    line = "the recipe of a `megatron sft|pt|rlhf` command"
+    own = actions.add_parser("import", help=line, description=line)
+    own.add_argument("command_text", metavar="COMMAND", help="its text, or a script; - for stdin")
+    own.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
+    own.add_argument(
+        "--steps", type=_positive, metavar="N", help="of the run, to count a warm-up fraction"
+    )
+    line = "the `megatron` command of a recipe"
+    own = actions.add_parser("export", help=line, description=line)
+    own.add_argument("recipe", type=Path)
+    own.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _swift(args: Arguments) -> int:
+    from moetrain.config import swift
+
+    if args.action == "export":
+        from moetrain.config.load import load_recipe
+
+        recipe = load_recipe(args.recipe, args.overrides)
+        exported = swift.to_swift(recipe.model_dump(mode="json"))
+        text, notes = exported.text, exported.notes
+    else:
+        imported = swift.from_swift(swift.command_text(args.command_text), args.steps)
+        text, notes = imported.yaml(), imported.notes
+    for note in notes:
+        print("moetrain:", note, file=sys.stderr)
+    if args.action == "import" and args.out is not None:
+        swift.write_text(args.out, text)
+    else:
+        print(text, end="")
+    return 0
+
+
 def _quickstart(args: Arguments) -> int:
     from moetrain.loops.quickstart import main
 
@@ -230,6 +266,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command("checkpoints, adapters, deeper models", _convert_arguments, _convert),
     "sweep": Command("runs over a grid of settings", _sweep_arguments, _sweep),
     "report": Command("runs side by side: page, CSV, table", _report_arguments, _report),
+    "swift": Command("recipes from and to ms-swift's commands", _swift_arguments, _swift),
     "quickstart": Command(
         "a whole small run on this machine",
         lambda p: p.add_argument("--out", type=Path, default=Path("runs/quickstart")) and None,

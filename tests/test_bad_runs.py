@@ -1,4 +1,4 @@
-"""What a user gets wrong, and what a machine does to a run: one line with the way out, nothing lost."""
+"""What a user gets wrong, and what a machine does to a run: one line, the way out, nothing lost."""
 
 import json
 import shutil
@@ -130,7 +130,7 @@ def test_a_loss_that_is_no_number(model: Path, tmp_path: Path, nproc: int) -> No
 
 
 def test_a_full_disk_while_saving(model: Path, tmp_path: Path) -> None:
-    """A real one: a tmpfs that holds one checkpoint and not two; then it grows, and the run ends."""
+    """A real one: a tmpfs that holds one checkpoint and not two; it grows, and the run ends."""
     recipe = write_recipe(tmp_path, model, checkpoint={"every": 2, "keep": 1})
     assert run(recipe, "train.steps=2", nproc=2).returncode == 0
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())

@@ -158,9 +158,7 @@ def test_only_what_is_named_is_trained(
     if case == "full recompute":
         sections["train"] = {"recompute": "full"}
     _, wanted = reference_gradients(model, sequences())
-    _, _, grads = workers.run(
-        world, ranks.gradients, folder, parallel, sequences(), 2, sections
-    )[0]
+    _, _, grads = workers.run(world, ranks.gradients, folder, parallel, sequences(), 2, sections)[0]
     for name, grad in grads.items():
         assert (grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm()
     before, after, resumed = workers.run(

@@ -100,9 +100,12 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `load_recipe` reads it back to an equal recipe."""
-    return yaml.dump(
-        recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
-    )
+    return dump_content(recipe.model_dump(mode="json"))
+
+
+def dump_content(content: Mapping[str, Any]) -> str:
+    """A recipe's content as YAML, as far as it goes."""
+    return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def recipe_hash(recipe: Recipe) -> str:

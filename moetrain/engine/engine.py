@@ -17,7 +17,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.engine import checkpoint, device
 from moetrain.engine.adapters import adapter_of, adapter_state, base_for, fill_adapters
 from moetrain.engine.backend import choose_backend
-from moetrain.engine.lora import attach
+from moetrain.engine.lora import HEAD, attach
 from moetrain.engine.mesh import start_mesh
 from moetrain.engine.model import DTYPES, build, transformer_config
 from moetrain.engine.objective import Objective
@@ -30,7 +30,7 @@ from moetrain.engine.params import (
     local_params,
 )
 from moetrain.engine.router import RouterMonitor
-from moetrain.engine.source import SCORE, ModelSource, find_model
+from moetrain.engine.source import ModelSource, find_model
 from moetrain.engine.step import Runner, micro_batches
 from moetrain.errors import ConfigError, DivergedError
 from moetrain.families import family_of
@@ -154,8 +154,8 @@ class Engine:
             base = self.source.reader(self.recipe, self.family, self.dims)
             reader = PeftReader(config.path, self.family, self.dims, base)
             for chunk in self.chunks:
-                if chunk.score is not None and reader.head is not None:
-                    chunk.score.weight.data.copy_(reader.head)
+                if chunk.has_scalar_head and reader.head is not None:
+                    chunk.output_layer.weight.data.copy_(reader.head)
             self.load_adapter(reader)
 
     def _freeze(self) -> None:
@@ -174,9 +174,8 @@ class Engine:
     def trained_rules(self) -> dict[str, BoundRule]:
         """The weight table of what is trained, by canonical name."""
         if self.adapters is not None:
-            return {name: self.rules[name] for name in (SCORE,) if name in self.rules} | dict(
-                self.adapters
-            )
+            head = {HEAD: self.rules[HEAD]} if self.dims.scalar_head else {}
+            return head | dict(self.adapters)
         if self.recipe.trainable is None:
             return self.rules
         names = trainable_names(self.rules, self.recipe.trainable)
@@ -311,7 +310,8 @@ class Engine:
         """
         assert self.adapters is not None, "the recipe has no adapter"
         local = local_adapters(self.chunks, self.mesh)
-        local += [p for p in local_params(self.chunks, self.mesh) if p.name == SCORE]
+        if self.dims.scalar_head:
+            local += [p for p in local_params(self.chunks, self.mesh) if p.name == HEAD]
         with settled(self.wrapped):
             yield from transport.export(local, self.trained_rules, self.dims, to="all")
 

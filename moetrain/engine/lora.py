@@ -227,6 +227,8 @@ def _mark_split(param: Tensor, dim: int, size: int) -> None:
 
 # Attaching
 
+HEAD = "output_layer.weight"
+
 
 def _add(module: Any, args: Any, output: Any) -> Any:
     """The forward hook: (output, bias) or output, with the adapter's part added."""
@@ -258,7 +260,8 @@ def attach(chunks: list[PackedGPT], adapters: AdapterTable, mesh: Mesh) -> None:
     """
     for chunk in chunks:
         for name, param in chunk.named_parameters():
-            param.requires_grad = name == "score.weight"  # a new head is trained with its adapter
+            # A new scalar head is trained with its adapter.
+            param.requires_grad = name == HEAD and chunk.has_scalar_head
         for layer in chunk.decoder.layers:
             prefix = f"decoder.layers.{layer.layer_number - 1}."
             for name in _LINEAR:

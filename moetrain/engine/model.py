@@ -205,12 +205,12 @@ class PackedGPT(GPTModel):
     def __init__(self, *args: Any, dims: Dims, **kwargs: Any):
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.rotary = Rotary(dims)
-        self.score: nn.Linear | None = None
-        if self.post_process and dims.scalar_head:
-            del self.output_layer
-            dtype = self.config.params_dtype
-            self.score = nn.Linear(dims.hidden, 1, bias=False, dtype=dtype)
-            self.score.to(device=torch.cuda.current_device())
+        self.has_scalar_head = self.post_process and dims.scalar_head
+        if self.has_scalar_head:
+            like = self.output_layer.weight
+            self.output_layer = nn.Linear(
+                dims.hidden, 1, bias=False, dtype=like.dtype, device=like.device
+            )
         elif self.post_process:
             self.output_layer.__class__ = _Head
 
@@ -238,14 +238,14 @@ class PackedGPT(GPTModel):
             return out
         if self.config.sequence_parallel:
             # Vocabulary rows give each rank a part of the gradient, a scalar head the whole of it.
-            parts = self.score is None
+            parts = not self.has_scalar_head
             return gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=parts)
-        return out if self.score is not None else copy_to_tensor_model_parallel_region(out)
+        return out if self.has_scalar_head else copy_to_tensor_model_parallel_region(out)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """[c, h] -> [c] fp32: the scalar head's number at every token."""
-        assert self.score is not None, "this model has a vocabulary head"
-        return self.score(hidden).squeeze(-1).float()
+        assert self.has_scalar_head, "this stage has no scalar head"
+        return self.output_layer(hidden).squeeze(-1).float()
 
     def head_weight(self) -> Tensor:
         """[v_local, h]: this tensor rank's rows of the output projection."""

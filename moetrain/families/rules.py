@@ -172,7 +172,7 @@ MODEL = (
     ),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Copy(("hidden",))),
     Rule("output_layer.weight", ("lm_head.weight",), Vocab(("vocab", "hidden")), "untied"),
-    Rule("score.weight", ("score.weight",), Copy((1, "hidden")), "scalar_head"),
+    Rule("output_layer.weight", ("score.weight",), Copy((1, "hidden")), "scalar_head"),
 )
 
 _QKV = (H + "self_attn.q_proj", H + "self_attn.k_proj", H + "self_attn.v_proj")

@@ -149,11 +149,11 @@ def _name(setting: dict[str, str]) -> str:
     leaves = [key.rpartition(".")[2] for key in setting]
     parts: list[str] = []
     for leaf, (key, value) in zip(leaves, setting.items(), strict=True):
-        shown = re.sub(r"[^\w.+-]+", "-", value).strip("-")
+        shown = re.sub(r"[^\w.+-]+", "-", value)
         if shown != value or len(shown) > MAX_NAME:
             # Two values must not meet in one folder, in this sweep or in a larger one later.
             digest = hashlib.sha256(value.encode()).hexdigest()[:6]
-            shown = f"{shown[-MAX_NAME:].lstrip('-.')}-{digest}"
+            shown = f"{shown[-MAX_NAME:].strip('-.')}-{digest}"
         parts.append(f"{leaf if leaves.count(leaf) == 1 else key}={shown}")
     return "_".join(parts)
 
@@ -236,7 +236,8 @@ def _run(run: Planned, head: str, children: Children, console: Console) -> tuple
     def tick() -> None:
         nonlocal said_at
         if console.is_terminal:
-            status.update(f"{head}: {_position(folder)}, {_duration(started)}")
+            stopping = ", saving and leaving" if children.asked else ""
+            status.update(f"{head}: {_position(folder)}, {_duration(started)}{stopping}")
         elif time.monotonic() - said_at > LINE_SECONDS:
             said_at = time.monotonic()
             console.print(f"{head}: {_position(folder)}, {_duration(started)}", markup=False)

@@ -6,10 +6,9 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +75,7 @@ def columns_of(runs: Sequence[Run]) -> list[Column]:
         Column("run", "run", [r.name for r in runs]),
         Column("status", "run", [r.status for r in runs]),
         Column("steps", "run", [*steps]),
+        Column("warnings", "run", [len(r.warnings) or None for r in runs]),
     ]
     columns += [
         Column(key, "settings", [_shown(r.settings.get(key, r.planned.get(key))) for r in runs])
@@ -92,11 +92,10 @@ def columns_of(runs: Sequence[Run]) -> list[Column]:
     for group in ("held out", "training", "health"):
         columns += [column for column in found if column.group == group]
     columns.append(Column("best checkpoint", "run", [r.best for r in runs]))
-    columns.append(Column("warnings", "run", [len(r.warnings) or None for r in runs]))
     return [c for c in columns if c.key in ("run", "status", "steps") or any(_given(c.cells))]
 
 
-def _keys(mappings: Sequence[dict[str, Any]]) -> list[str]:
+def _keys(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
@@ -192,7 +191,12 @@ def _data(runs: Sequence[Run], columns: Sequence[Column], title: str) -> dict[st
     series = [_series(run) for run in runs]
     num_curves = sum(map(len, series))
     points = _within(CURVE_NUMBERS // (3 * max(1, num_curves)), POINTS)
-    grids: dict[tuple[float, ...], int] = {}
+    # As many neighbours in a point for every run: else a short one looks noisier than it is.
+    strides = {
+        key: math.ceil(max(len(own.get(key, ())) for own in series) / points)
+        for key in _keys(series)
+    }
+    grids: dict[tuple[int, ...], int] = {}
     layers = [_layers(run) for run in runs]
     heat_columns = _within(HEAT_NUMBERS // max(1, sum(map(len, layers))), HEAT_COLUMNS)
     shared = [r.settings for r in runs if r.settings]
@@ -204,7 +208,7 @@ def _data(runs: Sequence[Run], columns: Sequence[Column], title: str) -> dict[st
             "has_settings": bool(run.settings),
             "problems": run.problems,
             "warnings": run.warnings,
-            "curves": {key: _curve(values, points, grids) for key, values in own.items()},
+            "curves": {key: _curve(values, strides[key], grids) for key, values in own.items()},
             "heat": _heat(own_layers, heat_columns),
         }
         for run, own, own_layers in zip(runs, series, layers, strict=True)
@@ -265,28 +269,21 @@ def _layers(run: Run) -> dict[int, Series]:
     return dict(sorted(found.items()))
 
 
-def _buckets(length: int, count: int) -> list[slice]:
-    """`length` rows in at most `count` runs of neighbours of about the same size."""
-    count = min(length, count)
-    edges = [round(i * length / count) for i in range(count + 1)] if count else []
-    return [slice(a, b) for a, b in pairwise(edges)]
-
-
 def _curve(
-    series: Series, points: int, grids: dict[tuple[float, ...], int]
+    series: Series, stride: int, grids: dict[tuple[int, ...], int]
 ) -> dict[str, int | list[float]]:
-    """A thinned curve: means of neighbours, and their least and greatest where several are one.
+    """A thinned curve: means of `stride` neighbours, and their least and greatest.
 
     `g` is the number of its steps in `grids`, which curves of one run share.
     """
-    parts = [series[part] for part in _buckets(len(series), points)]
+    parts = [series[i : i + stride] for i in range(0, len(series), stride)]
     steps = tuple(part[-1][0] for part in parts)
     curve: dict[str, int | list[float]] = {"g": grids.setdefault(steps, len(grids))}
     values = [[value for _, value in part] for part in parts]
     curve["m"] = [_short(sum(v) / len(v)) for v in values]
-    if len(parts) < len(series):
+    if stride > 1:
         curve |= {"lo": [_short(min(v)) for v in values], "hi": [_short(max(v)) for v in values]}
-        curve["n"] = math.ceil(len(series) / len(parts))
+        curve["n"] = stride
     return curve
 
 
@@ -299,10 +296,12 @@ def _heat(layers: dict[int, Series], columns: int) -> dict[str, Any] | None:
     if not layers:
         return None
     series = list(layers.values())
-    parts = _buckets(max(map(len, series)), columns)
+    longest = max(series, key=len)
+    stride = math.ceil(len(longest) / columns)
+    parts = [slice(i, i + stride) for i in range(0, len(longest), stride)]
     return {
         "layers": list(layers),
-        "steps": [max(s[part][-1][0] for s in series if s[part]) for part in parts],
+        "steps": [longest[part][-1][0] for part in parts],
         "rows": [
             [round(100 * sum(v for _, v in s[part]) / len(s[part])) if s[part] else 0
              for part in parts]

@@ -104,7 +104,11 @@ def trained(recipe: Recipe, family: Family, dims: Dims) -> Mapping[str, BoundRul
     table = expand(family, dims)
     if recipe.adapter is not None:
         spec = AdapterSpec.of(recipe.adapter)
-        head = {name: rule for name, rule in table.items() if name == "score.weight"}
+        head = {
+            name: rule
+            for name, rule in table.items()
+            if name == "output_layer.weight" and dims.scalar_head
+        }
         # What an adapter that is there already is, its folder says when it is read.
         return head | dict(
             adapter_table(family, dims, spec, loaded=recipe.adapter.path is not None)

@@ -55,7 +55,11 @@ class Reading:
     def parse[T](self, flag: str, kind: "Kind[T]") -> T | None:
         """The value of a flag, None where it is not given. Raises ConfigError."""
         words = self.take(flag)
-        return None if words is None else kind.read(flag, words)
+        try:
+            return None if words is None else kind.read(flag, words)
+        except NotCarried as why:
+            self.lost(flag, str(why))
+            return None
 
     def lost(self, flag: str, why: str) -> None:
         """A flag is given that nothing here can mean."""
@@ -236,11 +240,13 @@ class Same(Entry):
 
     def write(self, writing: Writing) -> None:
         value = writing.keys.get(self.key)
+        writing.covered.add(self.key)
         if not self.when(writing.keys):
             return
-        writing.covered.add(self.key)
         default = self._default(writing.keys)
-        if (value is None and self.kind is not STEPS) or (value == default and not self.always):
+        if (value == default and not self.always) or value in ([], {}):
+            return
+        if value is None and self.kind is not STEPS:
             return
         try:
             words = self.kind.show(value)
@@ -269,6 +275,7 @@ class Choice(Entry):
 
     defaults: what ms-swift takes for the flags that are not given.
     wanted: raise if no option fits, and say this.
+    instead: the option to write for a value that has none; the value is then not carried.
     """
 
     key: str
@@ -276,6 +283,7 @@ class Choice(Entry):
     defaults: Mapping[str, str] = field(default_factory=dict[str, str])
     when: Callable[[Keys], bool] = _always
     wanted: str = ""
+    instead: object = UNSET
 
     def read(self, reading: Reading) -> None:
         if not self.when(reading.keys):
@@ -300,15 +308,17 @@ class Choice(Entry):
             reading.take_if(flag, wanted)
 
     def write(self, writing: Writing) -> None:
-        value = writing.keys.get(self.key)
         if not self.when(writing.keys):
             return
-        for option in self.options:
-            if option.value == value and not option.read_only:
-                break
+        own = {option.value: option for option in self.options if not option.read_only}
+        value = writing.keys.get(self.key)
+        option = own.get(value)
+        if option is not None:
+            writing.covered.add(self.key)
+        elif self.instead in own:
+            option = own[self.instead]
         else:
             return
-        writing.covered.add(self.key)
         for flag, word in (dict(option.marks) | dict(option.along)).items():
             if self.defaults.get(flag) != word:
                 writing.flags[flag] = (word,)

@@ -62,6 +62,20 @@ def renamed(words: Sequence[str], names: Names, *, to: int) -> list[str]:
     return result
 
 
+def _read_modules(words: Words) -> list[str]:
+    """Megatron's names in the recipe's. `swift` without Megatron has the recipe's already."""
+    theirs = [name for row in TARGETS for name in row[1]]
+    already = {name for row in TARGETS for name in row[0]} - {*theirs}
+    rest = [word for word in words if word not in already]
+    return renamed(rest, TARGETS, to=0) + [word for word in words if word in already]
+
+
+def _show_paths(paths: list[str]) -> Words:
+    if any(path.startswith("builtin:") for path in paths):
+        raise NotCarried("builtin data are moetrain's own: give files")
+    return tuple(paths)
+
+
 def _read_parts(words: Words) -> list[str]:
     prefix, suffix = _PARTS_REGEX.split("{}")
     (regex,) = words
@@ -76,13 +90,11 @@ def _show_parts(patterns: list[str]) -> Words:
 
 MODULES = Kind[list[str]](
     "a list of modules",
-    lambda words: renamed(words, TARGETS, to=0),
+    _read_modules,
     lambda target: tuple(renamed(target, TARGETS, to=1)),
 )
+PATHS = Kind[list[str]]("a list of files", list, _show_paths)
 TRAINED = Kind[list[str]]("a regular expression", _read_parts, _show_parts)
-ONE = Kind[list[str]](
-    "one path", lambda words: [TEXT.parse(words)], lambda paths: TEXT.show(paths[0])
-)
 
 
 class Length(Entry):
@@ -336,6 +348,8 @@ class Weights(Entry):
     def write(self, writing: Writing) -> None:
         path = writing.keys.get("model.path")
         writing.covered.add("model.path")
+        if writing.keys.get("model.tokenizer") == path:
+            writing.covered.add("model.tokenizer")
         if path is None:
             writing.lost("model.hf", "ms-swift takes its sizes from a folder: give --model")
         elif str(path).startswith("builtin:"):
@@ -347,6 +361,4 @@ class Weights(Entry):
 def is_hub_name(path: object) -> bool:
     """Whether this looks like `owner/name`, and not like a file."""
     name = re.fullmatch(r"[\w-][\w.-]*/([\w.-]+)(?::[\w/.-]+)?(?:#\d+)?", str(path))
-    return name is not None and not re.search(
-        r"\.(jsonl?|csv|tsv|txt|parquet|arrow|bin)$", name[1]
-    )
+    return name is not None and not re.search(r"\.(jsonl?|csv|tsv|txt|parquet|arrow|bin)$", name[1])

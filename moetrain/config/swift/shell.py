@@ -37,8 +37,8 @@ def read_command(text: str) -> Command:
     """
     reader = _Reader(text)
     found = [
-        (words, at)
-        for words in reader.commands()
+        (words, at, own)
+        for words, own in list(reader.commands())
         for at, word in enumerate(words[:-1])
         if PurePath(word).name in PROGRAMS and words[at + 1] in ACTIONS
     ]
@@ -48,15 +48,17 @@ def read_command(text: str) -> Command:
             f"the text has {what}; give one `megatron sft|pt|rlhf --flag value ...`, as text or as "
             f"a script's path"
         )
-    words, at = found[0]
+    words, at, own = found[0]
     for word in words:
         _refuse_unknown(word)
+    # Without `export` the launcher would not see its own variables either, but they are meant.
+    names = (reader.exported | own | {*_LAUNCH}) & {*reader.env}
     return Command(
         PurePath(words[at]).name,
         words[at + 1],
         _flags(words[at + 2 :]),
-        {name: value for name, value in reader.env.items() if name not in reader.open},
-        frozenset(reader.open),
+        {name: reader.env[name] for name in reader.env if name in names - reader.open},
+        frozenset(names & reader.open),
     )
 
 
@@ -98,10 +100,11 @@ class _Reader:
         self.at = 0
         self.env: dict[str, str] = {}
         self.open: set[str] = set()
+        self.exported: set[str] = set()
 
-    def commands(self) -> Iterator[list[str]]:
-        """Every simple command's words, its own assignments left out."""
-        words: list[str] = []
+    def commands(self) -> Iterator[tuple[list[str], set[str]]]:
+        """Every simple command's words, and the names that are assigned before them."""
+        words, own = list[str](), set[str]()
         while self.at < len(self.text):
             char = self.text[self.at]
             if self.text.startswith("\\\n", self.at):
@@ -113,23 +116,28 @@ class _Reader:
                 self.at = len(self.text) if end < 0 else end
             elif char in "\n;&|()":
                 self.at += 1
-                yield from [words] if words else []
-                words = []
+                if words:
+                    yield words, own
+                words, own = list[str](), set[str]()
             elif redirection := re.compile(r"\d*(?:&?[<>]+)[&|]?[ \t]*").match(self.text, self.at):
                 self.at = redirection.end()
                 self._word()
             else:
                 for word in self._word():
-                    if _ASSIGNMENT.match(word) and set(words) <= {"export"}:
-                        self._assign(word)
-                    else:
+                    if words == ["export"]:
+                        self.exported.add(word.partition("=")[0])
+                    if _ASSIGNMENT.match(word) and words in ([], ["export"]):
+                        own.add(self._assign(word))
+                    elif words != ["export"]:
                         words.append(word)
-        yield from [words] if words else []
+        if words:
+            yield words, own
 
-    def _assign(self, word: str) -> None:
+    def _assign(self, word: str) -> str:
         name, _, value = word.partition("=")
         self.env[name] = value
         (self.open.add if _HOLE in value else self.open.discard)(name)
+        return name
 
     def _word(self) -> list[str]:
         """The word here; a variable without quotes around it may hold several, or none."""
@@ -146,7 +154,8 @@ class _Reader:
                 parts[-1] += self.text[self.at + 1 : self.at + 2].replace("\n", "")
                 self.at += 2
             elif char in "$`":
-                first, *rest = re.split(r"\s+", self._variable()) or [""]
+                value = self._variable()
+                first, *rest = [value] if _HOLE in value else re.split(r"\s+", value)
                 parts[-1] += first
                 parts += rest
             else:

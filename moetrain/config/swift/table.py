@@ -4,9 +4,10 @@ Entries stand in the order in which they are read: an entry may look at the keys
 The names, defaults and meanings are those of Megatron-SWIFT's documented arguments.
 """
 
+from collections.abc import Callable
+
 from moetrain.config.swift.codecs import (
     JSON,
-    LIST,
     NOT,
     NUMBER,
     STEPS,
@@ -21,6 +22,7 @@ from moetrain.config.swift.codecs import (
 )
 from moetrain.config.swift.entries import (
     MODULES,
+    PATHS,
     TRAINED,
     EvalPacks,
     Keep,
@@ -51,7 +53,7 @@ PAIRS = ("dpo", "ipo", "hinge", "orpo", "simpo", "reward")
 CORPUS = ("cpt", "pretrain")
 
 
-def method(*names: str):
+def method(*names: str) -> Callable[[Keys], bool]:
     """Whether the recipe's method is one of these."""
     return lambda keys: keys.get("method.name") in names
 
@@ -76,8 +78,9 @@ _METHODS = Choice(
     "method.name",
     (
         Option("dft", {"action": "sft", "enable_dft_loss": "true"}),
-        Option("sft", {"action": "sft"}, {"enable_dft_loss": "false"}),
+        Option("sft", {"action": "sft"}),
         Option("cpt", {"action": "pt"}),
+        Option("pretrain", {"action": "pt"}),
         Option("ipo", {"action": "rlhf", "rlhf_type": "dpo", "loss_type": "ipo"}),
         Option("hinge", {"action": "rlhf", "rlhf_type": "dpo", "loss_type": "hinge"}),
         Option("dpo", {"action": "rlhf", "rlhf_type": "dpo"}, {"loss_type": "sigmoid"}),
@@ -91,7 +94,6 @@ _METHODS = Choice(
             read_only=True,
         ),
     ),
-    defaults={"rlhf_type": "-"},
     wanted="--rlhf_type: a recipe has a method for dpo, kto and rm (orpo and simpo of `swift`)",
 )
 
@@ -99,11 +101,12 @@ _MODEL: tuple[Entry, ...] = (
     Same("output_dir", "run_dir", TEXT, along={"add_version": "false"}),
     Same("seed", "seed", WHOLE, default=42, alike=("data_seed",)),
     Weights(),
+    Choice("model.init", (Option(None, {}), Option("load", {}))),
     Choice(
         "model.dtype",
         (
             Option("fp32", {"torch_dtype": "float32", "fp16": "false"}, {"bf16": "false"}),
-            Option("bf16", {}, {"torch_dtype": "bfloat16", "bf16": "true", "fp16": "false"}),
+            Option("bf16", {}, {"torch_dtype": "bfloat16"}),
         ),
     ),
     Same("tensor_model_parallel_size", "parallel.tp", WHOLE, default=1),
@@ -129,15 +132,16 @@ _ADAPTER: tuple[Entry, ...] = (
         "adapter.type",
         (
             Option(None, {"tuner_type": "full"}, {"use_rslora": "false"}),
-            Option("rslora", {"tuner_type": "lora", "use_rslora": "true"}),
+            Option("rslora", {"tuner_type": "lora", "use_rslora": "true"}, {"lora_dropout": "0"}),
             Option("dora", {"tuner_type": "lora", "use_dora": "true"}, read_only=True),
             Option("pissa", {"tuner_type": "lora", "init_weights": "pissa"}, read_only=True),
             Option("olora", {"tuner_type": "lora", "init_weights": "olora"}, read_only=True),
-            Option("lora", {"tuner_type": "lora"}, {"use_rslora": "false"}),
+            Option("lora", {"tuner_type": "lora"}, {"use_rslora": "false", "lora_dropout": "0"}),
         ),
         defaults={"tuner_type": "full", "use_rslora": "false"},
         when=lambda keys: keys.get("adapter.path") is None,
         wanted="--tuner_type: a recipe has full training and lora",
+        instead="lora",
     ),
     Same("lora_rank", "adapter.rank", WHOLE, default=8, when=_new_adapter, always=True),
     Same("lora_alpha", "adapter.alpha", NUMBER, default=32.0, when=_new_adapter, always=True),
@@ -195,8 +199,8 @@ _NUMBERS_OF_METHODS: tuple[Entry, ...] = (
 )
 
 _DATA: tuple[Entry, ...] = (
-    Same("dataset", "data.train", LIST),
-    Same("val_dataset", "data.eval", LIST),
+    Same("dataset", "data.train", PATHS),
+    Same("val_dataset", "data.eval", PATHS),
     Same("max_length", "data.seq_len", WHOLE),
     Same("packing", "data.pack", TRUTH, default=False, when=_of_records),
     Choice(
@@ -240,6 +244,10 @@ _TRAINING: tuple[Entry, ...] = (
         ),
         defaults={"recompute_granularity": "selective", "recompute_modules": "core_attn"},
     ),
+    Choice(  # ms-swift 3 had it
+        "train.deterministic",
+        (Option(True, {"deterministic_mode": "true"}, read_only=True), Option(False, {})),
+    ),
     Same("overlap_grad_reduce", "train.overlap", TRUTH, alike=("overlap_param_gather",)),
     Same(
         "lr",
@@ -258,15 +266,19 @@ _TRAINING: tuple[Entry, ...] = (
     Offload(),
     Choice(
         "optim.state_dtype",
-        tuple(
+        (
             Option(
-                dtype,
-                {"exp_avg_dtype": dtype, "exp_avg_sq_dtype": dtype},
+                "bf16",
+                {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
                 {"use_precision_aware_optimizer": "true"},
-            )
-            for dtype in ("bf16", "fp8")
-        )
-        + (Option("fp32", {}, {"exp_avg_dtype": "fp32", "exp_avg_sq_dtype": "fp32"}),),
+            ),
+            Option(
+                "fp8",
+                {"exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp8"},
+                {"use_precision_aware_optimizer": "true"},
+            ),
+            Option("fp32", {}, {"exp_avg_dtype": "fp32", "exp_avg_sq_dtype": "fp32"}),
+        ),
         defaults={"exp_avg_dtype": "fp32", "exp_avg_sq_dtype": "fp32"},
     ),
     Same("main_grads_dtype", "optim.grad_dtype", TEXT, default="fp32"),
@@ -287,7 +299,7 @@ _REST: tuple[Entry, ...] = (
         "checkpoint.export_hf",
         (
             Option(True, {"save_safetensors": "true", "merge_lora": "true"}),
-            Option(False, {"merge_lora": "false"}, read_only=True),
+            Option(False, {"merge_lora": "false"}, {"save_safetensors": "true"}, read_only=True),
             Option(False, {"save_safetensors": "false"}),
         ),
         defaults={"save_safetensors": "true", "merge_lora": "true"},

@@ -1,0 +1,12 @@
+"""ms-swift's `megatron` commands and recipes, each from the other."""
+
+from moetrain.config.swift.convert import (
+    Exported,
+    Imported,
+    command_text,
+    from_swift,
+    to_swift,
+    write_text,
+)
+
+__all__ = ["Exported", "Imported", "command_text", "from_swift", "to_swift", "write_text"]

@@ -1,0 +1,271 @@
+"""Every method through the engine: gradients against transformers and autograd at four layouts, and
+the same whatever the micro-batches, ranks, packs and shared prompts.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_parity import as_on_disk
+from torch import Tensor
+
+from moetrain.ops.packed import Packed, concat, pack_one
+from moetrain.testing import ranks
+from moetrain.testing.gloo import Workers
+
+pytestmark = pytest.mark.gloo
+Tiny = Callable[[str], tuple[str, Any]]
+NUM_GROUPS = 8
+
+
+class Answer:
+    """One answer to one prompt."""
+
+    def __init__(self, tokens: list[int], first: int, role: int, ref: float, margin: float):
+        self.tokens, self.first, self.role, self.ref, self.margin = tokens, first, role, ref, margin
+
+    def packed(self, start: int) -> Packed:
+        """From position `start` on; scored from the last token of the prompt on."""
+        ids = torch.tensor(self.tokens)
+        labels = torch.cat([ids[1:], ids.new_zeros(1)])
+        mask = (torch.arange(len(self.tokens)) >= self.first).float()
+        mask[-1] = 0
+        extras = {
+            "role": torch.tensor([self.role]),
+            "ref_logp": torch.tensor([self.ref]),
+            "margin": torch.tensor([self.margin]),
+        }
+        pack = pack_one(ids[start:], labels[start:], mask[start:], id="a", extras=extras)
+        return replace(pack, position_ids=pack.position_ids + start)
+
+
+# Token 0 is left out: transformers takes it for padding, which has no gradient there.
+def groups(labelled: bool) -> list[tuple[int, list[Answer]]]:
+    """(length of the prompt, its two answers): chosen and rejected, or labelled and mismatched."""
+    rng = random.Random(11)
+    made: list[tuple[int, list[Answer]]] = []
+    for i in range(NUM_GROUPS):
+        size = rng.choice([1, 4, 9, 12])
+        prompt = [rng.randrange(1, 200) for _ in range(size)]
+        roles = (1 + i % 2, 3) if labelled else (1, 2)
+        answers: list[Answer] = []
+        for role in roles:
+            body = [rng.randrange(1, 200) for _ in range(rng.randrange(2, 8))]
+            ref = -5.4 * len(body) + rng.uniform(-2, 2)
+            answers.append(Answer(prompt + body, size - 1, role, ref, rng.uniform(0, 1)))
+        made.append((size, answers))
+    return made
+
+
+def packed(found: list[tuple[int, list[Answer]]], *, shared: bool) -> list[Packed]:
+    """A pack a group."""
+    packs: list[Packed] = []
+    for size, answers in found:
+        start = size - 1 if shared else 0
+        parts = [answer.packed(start) for answer in answers]
+        if start:
+            ids = torch.tensor(answers[0].tokens[:start])
+            extras = {name: torch.zeros_like(value) for name, value in parts[0].extras.items()}
+            parts.insert(0, pack_one(ids, ids, torch.zeros(start), extras=extras))
+            pack = concat(parts)
+            packs.append(replace(pack, prefix=torch.tensor([-1, 0, 0], dtype=torch.int32)))
+        else:
+            packs.append(concat(parts))
+    return packs
+
+
+# The formulas once more, from per-answer numbers: sums of log-probs, lengths, the reference's.
+
+Numbers = tuple[Tensor, Tensor, Tensor]
+
+
+def sigmoid(w: Numbers, l: Numbers, cfg: dict[str, float]) -> Tensor:  # noqa: E741
+    h = cfg["beta"] * ((w[0] - w[2]) - (l[0] - l[2]))
+    e = cfg.get("label_smoothing", 0.0)
+    nll = -w[0].sum() / w[1].sum()
+    pairs = -((1 - e) * torch.log(torch.sigmoid(h)) + e * torch.log(torch.sigmoid(-h)))
+    return pairs.mean() + cfg.get("rpo_alpha", 0.0) * nll
+
+
+def squared(w: Numbers, l: Numbers, cfg: dict[str, float]) -> Tensor:  # noqa: E741
+    h = (w[0] - w[2]) / w[1] - (l[0] - l[2]) / l[1]
+    return ((h - 0.5 / cfg["beta"]) ** 2).mean()
+
+
+def hinge(w: Numbers, l: Numbers, cfg: dict[str, float]) -> Tensor:  # noqa: E741
+    h = (w[0] - w[2]) - (l[0] - l[2])
+    return torch.clamp(1 - cfg["beta"] * h, min=0).mean()
+
+
+def odds(w: Numbers, l: Numbers, cfg: dict[str, float]) -> Tensor:  # noqa: E741
+    p, q = torch.exp(w[0] / w[1]), torch.exp(l[0] / l[1])
+    ratio = (p / (1 - p)) / (q / (1 - q))
+    return (
+        -w[0].sum() / w[1].sum() - cfg["beta"] * torch.log(torch.sigmoid(torch.log(ratio))).mean()
+    )
+
+
+def simple(w: Numbers, l: Numbers, cfg: dict[str, float]) -> Tensor:  # noqa: E741
+    h = cfg["beta"] * (w[0] / w[1] - l[0] / l[1]) - cfg["gamma"]
+    return -torch.log(torch.sigmoid(h)).mean()
+
+
+PAIRS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
+    "dpo": (sigmoid, {"beta": 0.3, "label_smoothing": 0.1, "rpo_alpha": 0.2}),
+    "ipo": (squared, {"beta": 0.4}),
+    "hinge": (hinge, {"beta": 0.3}),
+    "orpo": (odds, {"beta": 0.5}),
+    "simpo": (simple, {"beta": 2.0, "gamma": 0.7}),
+}
+TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sft": lambda p: torch.ones_like(p),
+    "dft": lambda p: p,
+    "chord_sft": lambda p: p * (1 - p),
+}
+KTO = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
+REWARD = {"center_rewards": 0.05}
+METHODS = [*PAIRS, *TOKENS, "kto", "reward"]
+
+
+def section(method: str) -> dict[str, Any]:
+    settings = {"kto": KTO, "reward": REWARD} | {name: cfg for name, (_, cfg) in PAIRS.items()}
+    return {"method": {"name": method, **settings.get(method, {})}}
+
+
+def scored(model: Any, answer: Answer) -> Tensor:
+    """[m] log-probs of an answer's scored tokens, by transformers on the whole sequence."""
+    ids = torch.tensor([answer.tokens])
+    logp = torch.log_softmax(model(ids).logits[0, :-1].float(), -1)
+    return logp.gather(1, ids[0, 1:, None])[answer.first :, 0]
+
+
+def reference(method: str, model: Any) -> tuple[float, dict[str, Tensor]]:
+    """(loss, gradients) by transformers and autograd."""
+    model.zero_grad()
+    made = groups(labelled=method == "kto")
+    everyone = [answer for _, answers in made for answer in answers]
+    if method == "reward":
+        score = {id(a): model(torch.tensor([a.tokens])).logits[0, 0] for a in everyone}
+        parts = [
+            -torch.log(torch.sigmoid(score[id(good)] - score[id(bad)] - good.margin))
+            + REWARD["center_rewards"] * (score[id(good)] + score[id(bad)]) ** 2
+            for _, (good, bad) in made
+        ]
+        loss = torch.stack(parts).mean()
+    elif method in TOKENS:
+        logp = torch.cat([scored(model, answer) for answer in everyone])
+        loss = -(TOKENS[method](logp.detach().exp()) * logp).mean()
+    else:
+        numbers: dict[int, Numbers] = {}
+        for role in {answer.role for answer in everyone}:
+            own = [answer for answer in everyone if answer.role == role]
+            numbers[role] = (
+                torch.stack([scored(model, a).sum() for a in own]),
+                torch.tensor([float(len(a.tokens) - 1 - a.first) for a in own]),
+                torch.tensor([a.ref for a in own]),
+            )
+        if method == "kto":
+            z = (numbers[3][0] - numbers[3][2]).mean().clamp(min=0).detach()
+            good = 1 - torch.sigmoid(KTO["beta"] * (numbers[1][0] - numbers[1][2] - z))
+            bad = 1 - torch.sigmoid(KTO["beta"] * (z - (numbers[2][0] - numbers[2][2])))
+            losses = [KTO["desirable_weight"] * good, KTO["undesirable_weight"] * bad]
+            loss = torch.cat(losses).mean()
+        else:
+            formula, cfg = PAIRS[method]
+            loss = formula(numbers[1], numbers[2], cfg)
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), as_on_disk(model, grads)
+
+
+@pytest.fixture(scope="module")
+def models(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """method -> (folder, transformers model): with a scalar head for `reward`."""
+    from transformers import AutoModelForSequenceClassification
+
+    folder, model = tiny("qwen3_moe")
+    headed: list[Any] = []
+
+    def find(method: str) -> tuple[str, Any]:
+        if method != "reward":
+            return folder, model
+        if not headed:
+            torch.manual_seed(1)
+            path = tmp_path_factory.mktemp("reward")
+            made = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=1, dtype=torch.float32, pad_token_id=0
+            )
+            made.score.weight.data.normal_(0, 0.3)
+            made.save_pretrained(path)
+            headed.extend([str(path), made])
+        return headed[0], headed[1]
+
+    return find
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "one": (1, {}),
+    "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "ep2": (2, {"ep": 2}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_equal_transformers(
+    workers: Workers, models: Callable[[str], Any], method: str, layout: str
+) -> None:
+    folder, model = models(method)
+    loss, wanted = reference(method, model)
+    world, parallel = LAYOUTS[layout]
+    packs = packed(groups(labelled=method == "kto"), shared=True)
+    packs = [concat(packs[i::4]) for i in range(4)]
+    found = workers.run(world, ranks.gradients_of_packs, folder, parallel, packs, section(method))[
+        0
+    ]
+    assert found[0] == pytest.approx(loss, rel=1e-5)
+    assert found[2].keys() == wanted.keys()
+    for name, grad in found[2].items():
+        error = (grad - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12)
+        assert error <= 1e-4, (name, error)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_how_a_batch_is_cut_changes_nothing(
+    workers: Workers, models: Callable[[str], Any], method: str, tmp_path: Path
+) -> None:
+    folder, _ = models(method)
+    found = groups(labelled=method == "kto")
+    shared, whole = packed(found, shared=True), packed(found, shared=False)
+    balanced = {"router": {"aux_loss": 0.01, "z_loss": 0.001}}
+
+    def run(world: int, packs: list[Packed], **sections: Any) -> Any:
+        sections = section(method) | sections
+        return workers.run(world, ranks.gradients_of_packs, folder, {}, packs, sections)[0]
+
+    # Router losses are taken over sequences, so they are in where sequences stay the same.
+    one_pack = run(1, [concat(shared)], **balanced)
+    cuts = {
+        "2 micro-batches": run(1, [concat(shared[i::2]) for i in range(2)], **balanced),
+        "4 micro-batches": run(1, [concat(shared[i::4]) for i in range(4)], **balanced),
+        "2 ranks": run(2, [concat(shared[i::2]) for i in range(2)], **balanced),
+        "2 ranks, 4 packs": run(2, [concat(shared[i::4]) for i in range(4)], **balanced),
+        "joined again": run(
+            1, [concat(shared[i::4]) for i in range(4)], train={"micro_batch": 2}, **balanced
+        ),
+    }
+    plain = run(1, [concat(shared)])
+    cuts_of_plain = {"whole prompts": run(1, [concat(whole[i::2]) for i in range(2)])}
+    for wanted, others in ((one_pack, cuts), (plain, cuts_of_plain)):
+        for cut, (loss, metrics, grads) in others.items():
+            assert loss == pytest.approx(wanted[0], rel=1e-5), cut
+            for name, value in metrics.items():
+                assert value == pytest.approx(wanted[1][name], rel=1e-4, abs=1e-5), (cut, name)
+            for name, grad in grads.items():
+                error = (grad - wanted[2][name]).norm() / wanted[2][name].norm().clamp(min=1e-9)
+                assert error <= 1e-5, (cut, name, error)
