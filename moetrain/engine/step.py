@@ -51,12 +51,14 @@ def micro_batches(
     if mesh.plan.vpp > 1:  # interleaving deals micro-batches in rounds of the pipeline's size
         num = -(-num // mesh.plan.pp) * mesh.plan.pp
     out = [pad_to(p, t) for p in joined]
-    return out + [_blank(t, packs[0].extras if packs else {})] * (num - len(out))
+    return out + [_blank(t, packs[0] if packs else None)] * (num - len(out))
 
 
-def _blank(t: int, like: Mapping[str, Tensor]) -> Packed:
+def _blank(t: int, like: Packed | None) -> Packed:
+    def empty(part: Mapping[str, Tensor], num: int) -> dict[str, Tensor]:
+        return {name: value.new_zeros(num, *value.shape[1:]) for name, value in part.items()}
+
     zeros = torch.zeros(t, dtype=torch.int64)
-    extras = {name: value.new_zeros(1, *value.shape[1:]) for name, value in like.items()}
     return Packed(
         tokens=zeros,
         labels=zeros,
@@ -64,7 +66,8 @@ def _blank(t: int, like: Mapping[str, Tensor]) -> Packed:
         cu_seqlens=torch.tensor([0, t], dtype=torch.int32),
         loss_mask=torch.zeros(t),
         valid=torch.zeros(t, dtype=torch.bool),
-        extras=extras,
+        extras={} if like is None else empty(like.extras, 1),
+        per_token={} if like is None else empty(like.per_token, t),
         ids=("",),
     )
 

@@ -26,6 +26,9 @@ class Packed:
     extras: dict[str, Tensor] = field(
         default_factory=dict[str, Tensor]
     )  # name -> [n], a value per sequence
+    per_token: dict[str, Tensor] = field(
+        default_factory=dict[str, Tensor]
+    )  # name -> [t, ...], a value per label; 0 where nothing is
     ids: tuple[str, ...] = ()  # [n], where each sequence came from, for messages
     # [n] int32: the sequence of this pack whose tokens come before this one's, -1 for none; None is
     # all -1. A prompt stands once before several answers; position_ids go on from its length.
@@ -55,6 +58,7 @@ class Packed:
             loss_mask=self.loss_mask.to(device),
             valid=self.valid.to(device),
             extras={name: value.to(device) for name, value in self.extras.items()},
+            per_token={name: value.to(device) for name, value in self.per_token.items()},
         )
 
 
@@ -65,6 +69,7 @@ def pack_one(
     *,
     id: str = "",
     extras: dict[str, Tensor] | None = None,
+    per_token: dict[str, Tensor] | None = None,
 ) -> Packed:
     """A pack of one sequence from `[t]` tokens, `[t]` labels and a `[t]` mask over the labels."""
     t = tokens.numel()
@@ -76,6 +81,7 @@ def pack_one(
         loss_mask=loss_mask.float(),
         valid=torch.ones(t, dtype=torch.bool),
         extras=extras or {},
+        per_token=per_token or {},
         ids=(id,),
     )
 
@@ -90,7 +96,9 @@ def from_tokens(tokens: Sequence[int], *, id: str = "") -> Packed:
 
 
 def concat(packs: Sequence[Packed]) -> Packed:
-    """Lay packs end to end; [t] is the sum of theirs. All must have the same extras."""
+    """Lay packs end to end; [t] is the sum of theirs. All must have the same extras and
+    values per token.
+    """
     starts = [0]
     for pack in packs:
         starts.append(starts[-1] + pack.num_tokens)
@@ -111,10 +119,19 @@ def concat(packs: Sequence[Packed]) -> Packed:
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), *bounds]).to(torch.int32),
         loss_mask=torch.cat([p.loss_mask for p in packs]),
         valid=torch.cat([p.valid for p in packs]),
-        extras={name: torch.cat([p.extras[name] for p in packs]) for name in packs[0].extras},
+        extras=_joined([p.extras for p in packs]),
+        per_token=_joined([p.per_token for p in packs]),
         ids=tuple(i for p in packs for i in p.ids),
         prefix=prefix,
     )
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _lengthened(part: dict[str, Tensor], num: int) -> dict[str, Tensor]:
+    return {name: torch.cat([v, v.new_zeros(num, *v.shape[1:])]) for name, v in part.items()}
 
 
 def prefixes(pack: Packed) -> Tensor:
@@ -142,6 +159,7 @@ def select(pack: Packed, keep: Tensor) -> Packed:
         loss_mask=pack.loss_mask[tokens],
         valid=pack.valid[tokens],
         extras={name: value[keep] for name, value in pack.extras.items()},
+        per_token={name: value[tokens] for name, value in pack.per_token.items()},
         ids=tuple(pack.ids[i] for i in range(len(pack.ids)) if keep[i]),
         prefix=None if pack.prefix is None else torch.where(kept < 0, kept, number[kept.long()]),
     )
@@ -161,7 +179,8 @@ def pad_to(pack: Packed, t: int) -> Packed:
         cu_seqlens=torch.cat([pack.cu_seqlens, torch.tensor([t], dtype=torch.int32)]),
         loss_mask=torch.cat([pack.loss_mask, torch.zeros(missing)]),
         valid=torch.cat([pack.valid, torch.zeros(missing, dtype=torch.bool)]),
-        extras={k: torch.cat([v, v.new_zeros(1, *v.shape[1:])]) for k, v in pack.extras.items()},
+        extras=_lengthened(pack.extras, 1),
+        per_token=_lengthened(pack.per_token, missing),
         ids=(*pack.ids, ""),
         prefix=None
         if pack.prefix is None
