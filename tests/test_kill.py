@@ -13,7 +13,8 @@ import pytest
 
 from moetrain.weights.compare import compare
 
-RECIPE = Path(__file__).parents[1] / "examples" / "pretrain_tiny.yaml"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RECIPE = EXAMPLES / "pretrain_tiny.yaml"
 STEPS = 12
 SETTINGS = (
     f"train.steps={STEPS} checkpoint.every=4 data.seq_len=64 train.eval_every=6 train.eval_packs=4"
@@ -23,8 +24,8 @@ SETTINGS = (
 MEASURED = {"seconds", "tokens_per_s", "memory_gib"}
 
 
-def start(run_dir: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "moetrain", "train", str(RECIPE), "--nproc", "2"]
+def start(run_dir: Path, *more: str, recipe: Path = RECIPE) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "moetrain", "train", str(recipe), "--nproc", "2"]
     return subprocess.Popen(
         [*command, "parallel.ep=2", *SETTINGS, f"run_dir={run_dir}", *more],
         stdout=subprocess.DEVNULL,
@@ -32,8 +33,8 @@ def start(run_dir: Path, *more: str) -> subprocess.Popen[bytes]:
     )
 
 
-def finish(run_dir: Path, *more: str) -> None:
-    process = start(run_dir, *more)
+def finish(run_dir: Path, *more: str, recipe: Path = RECIPE) -> None:
+    process = start(run_dir, *more, recipe=recipe)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err.decode()
 
@@ -74,6 +75,21 @@ def test_killed_in_the_middle_of_a_run(whole: Path, tmp_path: Path) -> None:
     assert [p.name for p in (run_dir / "checkpoints").glob("step_*")] == ["step_00000004"]
     finish(run_dir)
     equal(run_dir, whole)
+
+
+def test_killed_dpo_with_an_adapter(tmp_path: Path) -> None:
+    """Only the adapter is in the checkpoint; base and reference come from where they came from."""
+    recipe, settings = EXAMPLES / "lora_dpo_tiny.yaml", ("data.seq_len=128", "method.kl_budget=1")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(whole, *settings, recipe=recipe)
+    process = start(killed, *settings, recipe=recipe)
+    wait_for(lambda: len(rows(killed)) >= 6, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finish(killed, *settings, recipe=recipe)
+    equal(killed, whole)
+    files = [run / "adapter" / "adapter_model.safetensors" for run in (killed, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_killed_in_the_middle_of_a_save(whole: Path, tmp_path: Path) -> None:

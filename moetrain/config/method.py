@@ -14,6 +14,11 @@ class MethodSection(Section):
 
     scalar_head: ClassVar[bool] = False  # the model ends in one number a token
 
+    @property
+    def kl_limit(self) -> float | None:
+        """Nats an answer past which `kl` is warned of; None: never."""
+        return None
+
 
 class PretrainMethod(MethodSection):
     """Next-token prediction on an indexed corpus."""
@@ -56,6 +61,10 @@ class ReferencedMethod(MethodSection):
     kl_budget: float | None = Field(
         default=None, gt=0, description="warn when `kl`, in nats an answer, passes it"
     )
+
+    @property
+    def kl_limit(self) -> float | None:
+        return self.kl_budget
 
 
 class DpoMethod(ReferencedMethod):

@@ -5,7 +5,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from moetrain.config.recipe import Recipe
-from moetrain.observe.ledger import Ledger
+from moetrain.observe.ledger import Ledger, read_ledger
+from moetrain.observe.overoptimisation import Watch
 from moetrain.observe.plot import plot_losses
 from moetrain.observe.progress import ProgressDisplay
 from moetrain.observe.sinks import open_sinks
@@ -26,6 +27,9 @@ class Reporter:
         if not speaks:
             return
         self._ledger = Ledger(recipe.run_dir / "ledger.jsonl", step)
+        self._watch = Watch(recipe.method.kl_limit)
+        for row in read_ledger(recipe.run_dir / "ledger.jsonl"):
+            self._watch.row(row)
         self._open.callback(self._ledger.close)
         self._sinks = open_sinks(recipe, step)
         for sink in self._sinks:
@@ -69,6 +73,10 @@ class Reporter:
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if self.speaks:
+            warning = self._watch.row(row)
+            if warning is not None:
+                row = {**row, "warning": warning}
+                self.say(warning)
             self._ledger.write(row)
             for sink in self._sinks:
                 sink.write(row)

@@ -1,0 +1,168 @@
+"""Post-training from the command line: every tiny recipe, the reference's cache, adapters that go
+out of a run, a deepened model.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moetrain.config.load import load_recipe
+from moetrain.data.loader import build_set
+from moetrain.data.sets import PackedSet
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SHORT = ["train.steps=2", "data.seq_len=128", "train.eval_packs=2", "observe.tensorboard=false"]
+
+FEW = "data.train=builtin:checkable-pairs-eval"  # fewer pairs than there are to train on
+
+
+def moetrain(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moetrain", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def train(recipe: Path, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return moetrain("train", recipe, *SHORT, f"run_dir={run_dir}", *more)
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("recipe", sorted(EXAMPLES.glob("*_tiny.yaml")), ids=lambda p: p.stem)
+def test_every_tiny_recipe_runs(recipe: Path, tmp_path: Path) -> None:
+    done = train(recipe, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found if "loss" in row] == [1, 2]
+    assert all(math.isfinite(v) for row in found for v in row.values() if isinstance(v, float))
+    assert any("eval_loss" in row for row in found)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`first` and `second`: two LoRA-DPO runs, alike but for the learning rate, with one cache."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, lr in (("first", "1e-3"), ("second", "2e-3")):
+        more = (f"data.cache={folder / 'cache'}", f"optim.lr={lr}", "optim.warmup=0")
+        done = train(
+            EXAMPLES / "lora_dpo_tiny.yaml",
+            folder / name,
+            "train.steps=4",
+            "checkpoint.export_hf=true",
+            FEW,
+            *more,
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("reference log-probs of" in done.stdout) == (name == "first"), done.stdout
+    return folder
+
+
+def test_the_cached_reference_is_the_base_as_transformers_has_it(runs: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    recipe = load_recipe(
+        EXAMPLES / "lora_dpo_tiny.yaml", ["data.seq_len=128", f"data.cache={runs / 'cache'}"]
+    )
+    data = build_set(recipe, held_out=True)
+    assert isinstance(data, PackedSet)
+    (table,) = (np.load(path) for path in (runs / "cache" / "reference").glob("*/logp.npy"))
+    from moetrain.data import assets
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        assets.resolve("builtin:qwen3-moe-tiny"), dtype=torch.float32
+    )
+    pack = data[0]
+    assert pack.prefix is not None
+    checked = 0
+    for i in range(pack.num_sequences):
+        if pack.extras["role"][i] == 0:
+            continue
+        own = slice(*pack.cu_seqlens[i : i + 2].tolist())
+        parent = int(pack.prefix[i])
+        before = pack.tokens[slice(*pack.cu_seqlens[parent : parent + 2].tolist())][
+            : 0 if parent < 0 else None
+        ]
+        tokens = torch.cat([before, pack.tokens[own]])
+        with torch.no_grad():
+            logits = model(tokens[None]).logits[0, len(before) :]
+        logp = torch.log_softmax(logits, -1).gather(1, pack.labels[own, None])[:, 0]
+        wanted = float((logp * pack.loss_mask[own]).sum())
+        assert table[pack.extras["item"][i]] == pytest.approx(wanted, abs=1e-3)
+        checked += 1
+    assert checked >= 4
+
+
+def test_before_the_first_update_policy_and_reference_are_one(runs: Path) -> None:
+    """A live reference would give these figures: the policy is still it."""
+    first = rows(runs / "first")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(first["rewards/chosen"]) < 1e-5 and abs(first["kl"]) < 1e-4
+    assert rows(runs / "second")[0]["loss"] == first["loss"]
+    assert rows(runs / "second")[-1]["eval_loss"] != rows(runs / "first")[-1]["eval_loss"]
+
+
+def test_a_cache_of_another_model_is_refused(runs: Path, tmp_path: Path) -> None:
+    (folder,) = (runs / "cache" / "reference").iterdir()
+    recipe, own = EXAMPLES / "lora_dpo_tiny.yaml", f"data.reference={folder}"
+    same = train(recipe, tmp_path / "same", own, FEW)
+    assert same.returncode == 0, same.stderr
+    data = "data.train=builtin:checkable-pairs"
+    for changes, word in ((("model.init=random", FEW), "model"), ((data,), "data or tokenizer")):
+        done = train(recipe, tmp_path / "other", own, *changes)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert f"another {word}" in done.stderr
+
+
+def test_an_adapter_goes_out_of_a_run(runs: Path, tmp_path: Path) -> None:
+    """The PEFT folder of a run, of its checkpoint, and what is merged by name: all the same."""
+    from moetrain.data import assets
+
+    run = runs / "first"
+    done = moetrain("convert", "adapter", run, tmp_path / "peft")
+    assert done.returncode == 0, done.stderr
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "peft" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+    base = assets.resolve("builtin:qwen3-moe-tiny")
+    done = moetrain("convert", "merge", base, tmp_path / "peft", tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    merged, live = (load_file(f / "model.safetensors") for f in (tmp_path / "merged", run / "hf"))
+    assert merged.keys() == live.keys()
+    for name, tensor in merged.items():
+        assert torch.allclose(tensor, live[name], atol=1e-6), name
+
+
+def test_a_deepened_model_trains_its_new_blocks_alone(tmp_path: Path) -> None:
+    from moetrain.data import assets
+
+    base = Path(assets.resolve("builtin:qwen3-moe-tiny"))
+    done = moetrain("convert", "expand", base, tmp_path / "deep", "--every", "2")
+    assert done.returncode == 0, done.stderr
+    line = next(part for part in done.stdout.splitlines() if part.startswith("trainable: "))
+    done = train(
+        EXAMPLES / "sft_tiny.yaml",
+        tmp_path / "run",
+        f"model.path={tmp_path / 'deep'}",
+        line.replace(": ", "=", 1).replace(" ", ""),
+        "checkpoint.export_hf=true",
+        "optim.lr=1e-2",
+    )
+    assert done.returncode == 0, done.stderr
+    added = json.loads((tmp_path / "deep" / "expanded.json").read_text())["added"]
+    before = load_file(tmp_path / "deep" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    new = {name for name in before if any(name.startswith(f"{block}.") for block in added)}
+    assert changed and changed <= new
+    assert any("o_proj" in name for name in changed) and any(
+        "down_proj" in name for name in changed
+    )
