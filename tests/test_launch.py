@@ -195,7 +195,9 @@ def ended(pid: int) -> bool:
 
 def launched(folder: Path, does: str) -> tuple[subprocess.Popen[str], list[int]]:
     """A launcher of two ranks and their pids, once both have written them."""
-    code = "import sys; from moetrain.cluster.launch import run_local\n"
+    # Under nohup the tests would hand down that SIGHUP is ignored.
+    code = "import signal, sys; from moetrain.cluster.launch import run_local\n"
+    code += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
     code += f"sys.exit(run_local({rank(does)!r}, 2))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import MutableMapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import IO
@@ -102,6 +102,7 @@ def run_local(command: Sequence[str], num_procs: int) -> int:
     die_with_parent = die_with(os.getpid())
     with ExitStack() as stack:
         ranks: list[_Rank] = []
+        asked = stack.enter_context(_handing_on(ranks))
         for number in range(num_procs):
             log = stack.enter_context(tempfile.TemporaryFile()) if number else None
             process = subprocess.Popen(
@@ -113,10 +114,14 @@ def run_local(command: Sequence[str], num_procs: int) -> int:
                 preexec_fn=die_with_parent,
             )
             ranks.append(_Rank(number, process, log))
-        return _wait(ranks)
+            if asked:  # while they were being started
+                process.terminate()
+        return _wait(ranks, asked)
 
 
-def _wait(ranks: list[_Rank]) -> int:
+@contextmanager
+def _handing_on(ranks: list[_Rank]) -> Iterator[list[int]]:
+    """Hand signals on to `ranks` meanwhile; yields the list of what has come."""
     asked: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -132,21 +137,25 @@ def _wait(ranks: list[_Rank]) -> int:
         handed_on.append(signal.SIGHUP)
     previous = {number: signal.signal(number, forward) for number in handed_on}
     try:
-        ended: list[_Rank] = []
-        while len(ended) < len(ranks):
-            _collect(ranks, ended)
-            # A rank that was told to stop and left is no failure: the others may still be saving.
-            if any(rank.code not in (0, _STOPPED) for rank in ended):
-                break
-            time.sleep(POLL_SECONDS)
-        else:
-            return _told_to_stop(asked) if any(rank.code for rank in ended) else 0
-        _collect_until(ranks, ended, OWN_END_SECONDS)
-        causes = [rank for rank in ended if rank.code not in (0, _STOPPED)]
-        _end(ranks, ended)
+        yield asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _wait(ranks: list[_Rank], asked: list[int]) -> int:
+    ended: list[_Rank] = []
+    while len(ended) < len(ranks):
+        _collect(ranks, ended)
+        # A rank that was told to stop and left is no failure: the others may still be saving.
+        if any(rank.code not in (0, _STOPPED) for rank in ended):
+            break
+        time.sleep(POLL_SECONDS)
+    else:
+        return _told_to_stop(asked) if any(rank.code for rank in ended) else 0
+    _collect_until(ranks, ended, OWN_END_SECONDS)
+    causes = [rank for rank in ended if rank.code not in (0, _STOPPED)]
+    _end(ranks, ended)
     if asked and all((rank.code or 0) < 0 for rank in causes):
         return _told_to_stop(asked)
     return _report(causes)

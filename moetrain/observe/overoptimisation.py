@@ -12,7 +12,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-WINDOW, STRIDE = 40, 10  # training rows: log-prob and margin are means over WINDOW, every STRIDE
+WINDOW, STRIDE = 60, 10  # training rows: log-prob and margin are means over WINDOW, every STRIDE
 FALLS = 3  # how many of these means in a row must each be lower than the one before
 FALL = 0.1  # nats a token: how far below its best the chosen answers' log-prob must be
 WORSE = 1.5  # a warning is repeated when its figure is this many times what was warned of
