@@ -72,19 +72,19 @@ def test_noise_over_training_rows_is_smoothed() -> None:
     """Batches that differ by more than FALL set nothing off; a trend beneath them does."""
     rng = random.Random(5)
 
-    def rows(trend: float) -> list[dict[str, Any]]:
+    def rows(trend: float, since: float = 0.0) -> list[dict[str, Any]]:
         made: list[dict[str, Any]] = []
         for step in range(1, 2001):
             share = step / 2000
             logp = -0.8 - trend * share + rng.gauss(0, 0.1)
-            margin = 2 * share + rng.gauss(0, 0.3)
+            margin = since + 2 * share + rng.gauss(0, 0.3)
             made.append(training(step, logp=logp, margin=margin, lengths=rng.uniform(20, 80)))
         return made
 
     for _ in range(20):
         assert warnings(Watch(), rows(0.0)) == []
     for _ in range(5):
-        found = warnings(Watch(), rows(-0.5) + rows(3.0))
+        found = warnings(Watch(), rows(-0.5) + rows(3.0, since=2.0))
         assert found and "training" in found[0][1] and len(found) < 15
 
 
