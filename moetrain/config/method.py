@@ -13,6 +13,7 @@ class MethodSection(Section):
     """A training method and its numbers."""
 
     scalar_head: ClassVar[bool] = False  # the model ends in one number a token
+    value_head: ClassVar[bool] = False  # it has one beside the vocabulary
 
     @property
     def kl_limit(self) -> float | None:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.engine import checkpoint, device
 from moetrain.engine.adapters import adapter_of, adapter_state, base_for, fill_adapters
 from moetrain.engine.backend import choose_backend
-from moetrain.engine.lora import HEAD, attach
+from moetrain.engine.lora import attach
 from moetrain.engine.mesh import start_mesh
 from moetrain.engine.model import DTYPES, build, transformer_config
 from moetrain.engine.objective import Objective
@@ -36,7 +36,7 @@ from moetrain.errors import ConfigError, DivergedError
 from moetrain.families import family_of
 from moetrain.families.adapter import AdapterTable
 from moetrain.families.patterns import trainable_names
-from moetrain.families.rules import BoundRule, expand
+from moetrain.families.rules import VALUE_HEAD, BoundRule, expand, head_names
 from moetrain.methods.base import Known, Method, Out
 from moetrain.ops.packed import Packed
 from moetrain.plan.mesh import check_layout
@@ -80,7 +80,7 @@ class Engine:
         self.recipe = recipe
         self.source: ModelSource = find_model(recipe.model, recipe.method.scalar_head)
         self.family = family_of(self.source.hf)
-        self.dims = self.family.dims(self.source.hf)
+        self.dims = replace(self.family.dims(self.source.hf), value_head=recipe.method.value_head)
         check_layout(self.dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
         self.device = device.start()
         self.backend = choose_backend(recipe.model.backend, self.device)
@@ -174,8 +174,8 @@ class Engine:
     def trained_rules(self) -> dict[str, BoundRule]:
         """The weight table of what is trained, by canonical name."""
         if self.adapters is not None:
-            head = {HEAD: self.rules[HEAD]} if self.dims.scalar_head else {}
-            return head | dict(self.adapters)
+            heads = {name: self.rules[name] for name in head_names(self.dims)}
+            return heads | dict(self.adapters)
         if self.recipe.trainable is None:
             return self.rules
         names = trainable_names(self.rules, self.recipe.trainable)
@@ -300,9 +300,16 @@ class Engine:
         on every rank.
         """
         with settled(self.wrapped):
-            yield from transport.export(
-                local_merged(self.chunks, self.mesh), self.rules, self.dims, to="all"
-            )
+            yield from self._export_merged("all")
+
+    def _export_merged(self, to: transport.To) -> Iterator[tuple[str, Tensor]]:
+        rules = self._exported(self.rules)
+        local = [p for p in local_merged(self.chunks, self.mesh) if p.name in rules]
+        return transport.export(local, rules, self.dims, to=to)
+
+    @staticmethod
+    def _exported(rules: dict[str, BoundRule]) -> dict[str, BoundRule]:
+        return {name: rule for name, rule in rules.items() if name != VALUE_HEAD}
 
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """(name in `self.adapters`, whole tensor) of the adapter and of a scalar head beside it, in
@@ -310,10 +317,11 @@ class Engine:
         """
         assert self.adapters is not None, "the recipe has no adapter"
         local = local_adapters(self.chunks, self.mesh)
-        if self.dims.scalar_head:
-            local += [p for p in local_params(self.chunks, self.mesh) if p.name == HEAD]
+        rules = self._exported(self.trained_rules)
+        heads = head_names(self.dims) & rules.keys()
+        local += [p for p in local_params(self.chunks, self.mesh) if p.name in heads]
         with settled(self.wrapped):
-            yield from transport.export(local, self.trained_rules, self.dims, to="all")
+            yield from transport.export(local, rules, self.dims, to="all")
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, fp32 gradient of the mean loss) after a step with `whole_gradients`
@@ -328,12 +336,9 @@ class Engine:
         """Write a Hugging Face model folder: weights in the source's dtypes with adapters merged
         into them, config, tokenizer and chat template.
         """
-        owned = transport.export(
-            local_merged(self.chunks, self.mesh), self.rules, self.dims, to="owner"
-        )
         with settled(self.wrapped):
             write_hf(
-                owned,
+                self._export_merged("owner"),
                 folder,
                 source=self.source.tokenizer,
                 config=self.source.hf_for_export(self.recipe),

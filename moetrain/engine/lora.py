@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
 from moetrain.families.adapter import AdapterSpec, AdapterTable, adapter_name, row_parts
+from moetrain.families.rules import head_names
 from moetrain.ops.grouped import grouped_linear
 
 
@@ -227,8 +228,6 @@ def _mark_split(param: Tensor, dim: int, size: int) -> None:
 
 # Attaching
 
-HEAD = "output_layer.weight"
-
 
 def _add(module: Any, args: Any, output: Any) -> Any:
     """The forward hook: (output, bias) or output, with the adapter's part added."""
@@ -260,8 +259,8 @@ def attach(chunks: list[PackedGPT], adapters: AdapterTable, mesh: Mesh) -> None:
     """
     for chunk in chunks:
         for name, param in chunk.named_parameters():
-            # A new scalar head is trained with its adapter.
-            param.requires_grad = name == HEAD and chunk.has_scalar_head
+            # A new head is trained with its adapter.
+            param.requires_grad = name in head_names(adapters.dims)
         for layer in chunk.decoder.layers:
             prefix = f"decoder.layers.{layer.layer_number - 1}."
             for name in _LINEAR:

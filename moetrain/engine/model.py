@@ -213,6 +213,11 @@ class PackedGPT(GPTModel):
             )
         elif self.post_process:
             self.output_layer.__class__ = _Head
+        if self.post_process and dims.value_head:
+            like = next(self.decoder.parameters())
+            self.value_head = nn.Linear(
+                dims.hidden, 1, bias=False, dtype=like.dtype, device=like.device
+            )
 
     def forward(
         self, tokens: Tensor, position_ids: Tensor, segments: Tensor, sequences: Tensor
@@ -246,6 +251,16 @@ class PackedGPT(GPTModel):
         """[c, h] -> [c] fp32: the scalar head's number at every token."""
         assert self.has_scalar_head, "this stage has no scalar head"
         return self.output_layer(hidden).squeeze(-1).float()
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """[c, h] -> [c] fp32: the value head's number at every token.
+
+        Every tensor rank computes all of it, and the gradients of their hidden states are summed as
+        the vocabulary's parts are: so each gives its share.
+        """
+        share = 1 / self.config.tensor_model_parallel_size
+        shared = hidden * share + hidden.detach() * (1 - share)
+        return self.value_head(shared).squeeze(-1).float()
 
     def head_weight(self) -> Tensor:
         """[v_local, h]: this tensor rank's rows of the output projection."""

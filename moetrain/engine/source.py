@@ -14,9 +14,8 @@ from moetrain.config.recipe import ModelConfig, Recipe
 from moetrain.errors import ConfigError, WeightsError
 from moetrain.families import Family, family_of, with_scalar_head
 from moetrain.families.dims import Dims
+from moetrain.families.rules import expand, head_names
 from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
-
-SCORE = "score.weight"  # of a scalar head, which a language model's folder does not have
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,10 @@ class ModelSource:
         if self.folder is None or recipe.model.init == "random":
             return random
         stored = SafetensorsReader(self.folder, family, dims)
-        if dims.scalar_head and SCORE not in stored.names():
-            return Joined(stored, {SCORE: random})
-        return stored
+        rules = expand(family, dims)
+        heads = {key for name in head_names(dims) for key in rules[name].hf}
+        new = heads - set(stored.names())
+        return Joined(stored, dict.fromkeys(new, random)) if new else stored
 
     def dtypes(self, family: Family, dims: Dims) -> Mapping[str, torch.dtype]:
         """Hugging Face name -> dtype of the source's weights; empty where there are none."""

@@ -147,7 +147,10 @@ class Runner:
         )
         size = hidden.size(0)
         whole = None if entropy is None else self._spread(entropy, scored, size)
-        return Out(logp=self._spread(logp, scored, size), entropy=whole)
+        value = None
+        if self.dims.value_head:
+            value = self._spread(gpt.values(hidden.squeeze(1)[scored]), scored, size)
+        return Out(logp=self._spread(logp, scored, size), entropy=whole, value=value)
 
     def _spread(self, values: Tensor, scored: Tensor, size: int) -> Tensor:
         """Values of this rank's scored tokens -> [t] on every context rank, 0 elsewhere."""

@@ -46,7 +46,8 @@ class Dims:
     moe_ffn: int = 0  # of one expert
     qkv_bias: bool = False
     norm_topk: bool = True  # the chosen experts' probabilities are renormalised to sum to 1
-    scalar_head: bool = False  # one number a token (rewards, values) in place of the vocabulary
+    scalar_head: bool = False  # one number a token (a reward) in place of the vocabulary
+    value_head: bool = False  # one number a token (PPO's value) beside the vocabulary
 
     def size(self, extent: Extent) -> int:
         """The number of rows or columns that a tensor's named dimension has."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 
 from moetrain.errors import ConfigError, nearest
-from moetrain.families.rules import BoundRule
+from moetrain.families.rules import VALUE_HEAD, BoundRule
 
 type Matcher = Callable[[str], bool]
 
@@ -63,4 +63,4 @@ def trainable_names(table: Mapping[str, BoundRule], patterns: Sequence[str]) -> 
             )
         if taken:
             result.add(name)
-    return frozenset(result)
+    return frozenset(result | ({VALUE_HEAD} & table.keys()))

@@ -13,7 +13,7 @@ from moetrain.families.dims import Dims, HfConfig
 from moetrain.families.layouts import QKV, Cols, Copy, GateUp, Layout, Shape, Vocab
 
 # dense, moe: layers of that kind. The others: models of that kind.
-type When = Literal["all", "dense", "moe", "untied", "scalar_head", "qkv_bias"]
+type When = Literal["all", "dense", "moe", "untied", "scalar_head", "value_head", "qkv_bias"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ def _applies(when: When, dims: Dims, is_moe_layer: bool) -> bool:
             return not dims.tied and not dims.scalar_head
         case "scalar_head":
             return dims.scalar_head
+        case "value_head":
+            return dims.value_head
         case "qkv_bias":
             return dims.qkv_bias
 
@@ -164,6 +166,8 @@ def ignored_keys(dims: Dims) -> frozenset[str]:
 L = "decoder.layers.{l}."
 H = "model.layers.{l}."
 
+VALUE_HEAD = "value_head.weight"  # trained and saved, and no part of the exported model
+
 MODEL = (
     Rule(
         "embedding.word_embeddings.weight",
@@ -173,7 +177,17 @@ MODEL = (
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Copy(("hidden",))),
     Rule("output_layer.weight", ("lm_head.weight",), Vocab(("vocab", "hidden")), "untied"),
     Rule("output_layer.weight", ("score.weight",), Copy((1, "hidden")), "scalar_head"),
+    Rule(VALUE_HEAD, (VALUE_HEAD,), Copy((1, "hidden")), "value_head"),
 )
+
+
+def head_names(dims: Dims) -> frozenset[str]:
+    """Megatron names of the heads of one number a token: a language model's folder may lack them,
+    and they are trained whole beside an adapter.
+    """
+    scalar = {"output_layer.weight"} if dims.scalar_head else set[str]()
+    return frozenset(scalar | ({VALUE_HEAD} if dims.value_head else set[str]()))
+
 
 _QKV = (H + "self_attn.q_proj", H + "self_attn.k_proj", H + "self_attn.v_proj")
 

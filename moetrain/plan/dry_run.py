@@ -4,6 +4,7 @@ per GPU.
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from math import lcm
 from pathlib import Path
 from typing import cast
@@ -16,7 +17,7 @@ from moetrain.families import family_of, with_scalar_head
 from moetrain.families.adapter import AdapterSpec, adapter_table
 from moetrain.families.dims import Dims
 from moetrain.families.patterns import trainable_names
-from moetrain.families.rules import BoundRule, Family, expand
+from moetrain.families.rules import BoundRule, Family, expand, head_names
 from moetrain.plan.memory import GIB, gpu_gib, static_bytes
 from moetrain.plan.mesh import check_layout, plan_mesh, rank_table
 
@@ -84,7 +85,7 @@ def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> tuple[Family,
     family = family_of(hf)
     if recipe.method.scalar_head:
         hf = with_scalar_head(hf, family.architecture)
-    dims = family.dims(hf)
+    dims = replace(family.dims(hf), value_head=recipe.method.value_head)
     plan = plan_mesh(recipe.parallel, num_ranks)
     check_layout(dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
     if recipe.train.global_batch % plan.dp:
@@ -104,13 +105,9 @@ def trained(recipe: Recipe, family: Family, dims: Dims) -> Mapping[str, BoundRul
     table = expand(family, dims)
     if recipe.adapter is not None:
         spec = AdapterSpec.of(recipe.adapter)
-        head = {
-            name: rule
-            for name, rule in table.items()
-            if name == "output_layer.weight" and dims.scalar_head
-        }
+        heads = {name: table[name] for name in head_names(dims)}
         # What an adapter that is there already is, its folder says when it is read.
-        return head | dict(
+        return heads | dict(
             adapter_table(family, dims, spec, loaded=recipe.adapter.path is not None)
         )
     if recipe.trainable is not None:

@@ -22,6 +22,7 @@ from moetrain.families.rules import BoundRule, ignored_keys
 from moetrain.weights.reader import Reader
 
 Table = Mapping[str, BoundRule]
+To = Literal["all", "owner"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _check_shards(params: list[LocalParam], table: Table, dims: Dims) -> None:
 
 
 def export(
-    local: Iterable[LocalParam], table: Table, dims: Dims, *, to: Literal["all", "owner"]
+    local: Iterable[LocalParam], table: Table, dims: Dims, *, to: To
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, whole tensor) in the table's order.
 
