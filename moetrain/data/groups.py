@@ -7,6 +7,7 @@ all of the answer but its last, so that its labels are the answer.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +43,8 @@ def pack_groups(
     Args:
         values: name -> [answers], a number for each answer in the order of the groups: extras.
 
-    `extras` also has role and item (the answer's number), `per_token` rollout_logp. Raises
+    `extras` also has role and item (the answer's number), `per_token` rollout_logp, and
+    routes where they were recorded. Raises
     DataError when a prompt and one answer do not fit, or there are fewer answers than packs.
     """
     units: list[Packed] = []
@@ -103,7 +105,7 @@ def _unit(group: Group, numbers: Sequence[int], first: int, values: Mapping[str,
     parts = [replace(part, position_ids=part.position_ids + shared) for part in answers]
     if shared:
         zeros = torch.zeros(shared)
-        own = {"rollout_logp": zeros}
+        own = {"rollout_logp": zeros} | _routes(chosen[0], 0, shared)
         parts.insert(0, pack_one(prompt[:-1], zeros, zeros, id=group.prompt.id, per_token=own))
     pack = concat(parts)
     num_before = len(parts) - len(answers)
@@ -126,8 +128,16 @@ def _answer(prompt: Prompt, sample: Sample) -> Packed:
         labels,
         torch.ones(labels.numel()),
         id=f"{prompt.id}:{sample.index}",
-        per_token={"rollout_logp": torch.tensor(sample.logprobs)},
+        per_token={"rollout_logp": torch.tensor(sample.logprobs)}
+        | _routes(sample, len(prompt.tokens) - 1, None),
     )
+
+
+def _routes(sample: Sample, start: int, end: int | None) -> dict[str, Tensor]:
+    """The sampler's choices of experts, counted from 1, at positions [start, end)."""
+    if sample.routes is None:
+        return {}
+    return {"routes": torch.from_numpy(sample.routes[start:end].astype(np.int16)) + 1}
 
 
 def _dealt(units: Sequence[Packed], seq_len: int, min_packs: int) -> list[list[Packed]]:

@@ -5,6 +5,7 @@ Legend: c local tokens (t over context and sequence-parallel ranks), n sequences
     experts, k experts a token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,14 +83,40 @@ class RouterMonitor:
         return out
 
 
+class Replay:
+    """Choices made elsewhere (arXiv 2510.11370), as megatron-core asks for them: `get_replay_topk`
+    is the one method of its RouterReplay that a forward pass calls. Upstream's own keeps a list per
+    layer for recomputation, which pipelining empties out of order; here the choices travel with the
+    micro-batch.
+    """
+
+    def __init__(self, chosen: Tensor):
+        self.chosen = chosen  # [c, k] int64, experts from 1; 0: the router chooses by itself
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """scores [c, E] -> (their values there [c, k], the choices [c, k])."""
+        assert default_compute_topk is not None
+        _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        chosen = torch.where(self.chosen == 0, own, self.chosen - 1)
+        return scores.gather(1, chosen), chosen
+
+
 class PackedRouter(TopKRouter):
-    """Top-k router over packs. `sequence_ids` and `monitor` are set by the layer and the model that
-    hold it.
+    """Top-k router over packs. `sequence_ids`, `routes` and `monitor` are set by the layer and the
+    model that hold it.
     """
 
     monitor: RouterMonitor
     sequence_ids: Tensor  # [t/cp] int64: the sequence of each token, -1 in the padding tail
     num_sequences: int
+    routes: Tensor | None = None  # [t/cp, k] int64: choices to replay, experts from 1
 
     def gating(self, input: Tensor) -> Tensor:
         """[c, 1, h] -> logits [c, 1, E] fp32, with the adapter's part where there is one."""
@@ -101,7 +128,8 @@ class PackedRouter(TopKRouter):
         """logits [c, 1, E] -> probabilities and choices, both [c, E]."""
         logits = logits.view(-1, self.config.num_moe_experts)
         learns = self.training and torch.is_grad_enabled()
-        ids = self._local_ids(logits) if learns else None
+        ids = self._local(self.sequence_ids, logits) if learns else None
+        replay = None if self.routes is None else Replay(self._local(self.routes, logits))
         z = logits.new_zeros(())
         if ids is not None:
             # ST-MoE, arXiv 2202.08906, eq. 5, over the valid tokens of the global batch.
@@ -115,7 +143,7 @@ class PackedRouter(TopKRouter):
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
             fused=self.config.moe_router_fusion,
-            router_replay=self.router_replay,
+            router_replay=replay,  # type: ignore[arg-type]
         )
         if ids is not None:
             aux = self._sequence_aux_loss(logits, chosen, ids)
@@ -125,12 +153,12 @@ class PackedRouter(TopKRouter):
             self.monitor.add(self.layer_number - 1, load, aux, z)
         return probs, chosen
 
-    def _local_ids(self, logits: Tensor) -> Tensor:
-        ids = self.sequence_ids
+    def _local(self, values: Tensor, logits: Tensor) -> Tensor:
+        """This rank's rows of values [t/cp, ...], as sequence parallelism cuts them."""
         if self.config.sequence_parallel:
-            ids = ids.chunk(self.tp_group.size())[self.tp_group.rank()]
-        assert ids.numel() == logits.size(0)
-        return ids
+            values = values.chunk(self.tp_group.size())[self.tp_group.rank()]
+        assert values.size(0) == logits.size(0)
+        return values
 
     def _sequence_aux_loss(self, logits: Tensor, chosen: Tensor, ids: Tensor) -> Tensor:
         """This rank's share of the balance loss, averaged over the global batch's tokens.
@@ -152,14 +180,16 @@ class PackedRouter(TopKRouter):
         return (weight[ids.clamp(min=0)] * probs * valid.unsqueeze(-1)).sum() * scale
 
 
-def sequence_table(ids: Tensor, num_sequences: int) -> Tensor:
+def sequence_table(ids: Tensor, num_sequences: int, routes: Tensor | None = None) -> Tensor:
     """[2, t/cp] int64 for Megatron's `padding_mask`: the sequence of each token (-1 in the tail),
-    and how many there are.
+    and how many there are. With routes [t/cp, l, k] of the l MoE layers (experts from 1, 0 where
+    the router chooses), l k rows more.
 
     The number is the pack's, the same on context ranks that see different sequences. A tensor,
     since recomputation saves tensors only.
     """
-    return torch.stack([ids, torch.full_like(ids, num_sequences)])
+    table = torch.stack([ids, torch.full_like(ids, num_sequences)])
+    return table if routes is None else torch.cat([table, routes.flatten(1).T.to(table.dtype)])
 
 
 class PackedMoE(MoELayer):
@@ -181,4 +211,9 @@ class PackedMoE(MoELayer):
         assert padding_mask is not None
         self.router.sequence_ids = padding_mask[0]
         self.router.num_sequences = int(padding_mask[1, 0])
+        self.router.routes = None
+        if padding_mask.size(0) > 2:
+            k = self.config.moe_router_topk
+            before = sum(self.config.moe_layer_freq[: self.layer_number - 1])  # MoE layers
+            self.router.routes = padding_mask[2 + before * k : 2 + (before + 1) * k].T
         return super().forward(hidden_states, intermediate_tensors=intermediate_tensors)

@@ -82,6 +82,7 @@ class Runner:
     device: torch.device
     chunk: int = 1024  # tokens whose logits exist at one time
     with_entropy: bool = False
+    temperature: float = 1.0  # of the distribution that log-probs and entropies are of
 
     def __call__(
         self, batches: Sequence[Packed], head: Head, *, forward_only: bool
@@ -106,7 +107,10 @@ class Runner:
         scored = self._mine(on_host.loss_mask).nonzero()[:, 0].to(self.device)
         pack = on_host.to(self.device)
         ids = pack.sequence_ids.to(self.device).masked_fill(~pack.valid, -1)
-        sequences = sequence_table(self._mine(ids), pack.num_sequences)
+        routes = pack.per_token.get("routes")
+        sequences = sequence_table(
+            self._mine(ids), pack.num_sequences, None if routes is None else self._mine(routes)
+        )
         hidden = model(
             self._mine(pack.tokens), self._mine(pack.position_ids), segment_table(pack), sequences
         )
@@ -143,6 +147,7 @@ class Runner:
             // self.mesh.plan.tp,
             vocab_size=self.dims.vocab,
             chunk=self.chunk,
+            temperature=self.temperature,
             with_entropy=self.with_entropy,
         )
         size = hidden.size(0)
