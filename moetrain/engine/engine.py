@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,22 @@ from moetrain.engine.lora import attach
 from moetrain.engine.mesh import start_mesh
 from moetrain.engine.model import DTYPES, build, transformer_config
 from moetrain.engine.objective import Objective
-from moetrain.engine.optim import learning_rate, make_optimizer, settled, wrap
+from moetrain.engine.optim import (
+    clip_and_step,
+    learning_rate,
+    make_optimizer,
+    settled,
+    wrap,
+)
 from moetrain.engine.params import (
-    canonical,
+    freeze,
     local_adapters,
     local_grads,
     local_merged,
     local_params,
 )
 from moetrain.engine.router import RouterMonitor
+from moetrain.engine.snapshot import Weights, as_before, snapshot
 from moetrain.engine.source import ModelSource, find_model
 from moetrain.engine.step import Runner, micro_batches
 from moetrain.errors import ConfigError, DivergedError
@@ -107,7 +115,9 @@ class Engine:
         models: Sequence[Any] = self.chunks
         self.wrapped: list[Any] = []
         if train:
-            self._freeze()
+            patterns = recipe.trainable if self.adapters is None else None
+            trained = trainable_names(self.rules, patterns) if patterns else None
+            freeze(self.chunks, self.mesh, all_but=trained, router=recipe.router.freeze)
             self.wrapped = models = wrap(self.chunks, self.config, recipe)
             self.config.finalize_model_grads_func = self._finalize_gradients
             self.optimizer = make_optimizer(self.wrapped, recipe, self.backend)
@@ -158,18 +168,6 @@ class Engine:
                     chunk.output_layer.weight.data.copy_(reader.head)
             self.load_adapter(reader)
 
-    def _freeze(self) -> None:
-        patterns = self.recipe.trainable
-        trained = trainable_names(self.rules, patterns) if patterns else None
-        for chunk in self.chunks:
-            for name, param in chunk.named_parameters():
-                if self.recipe.router.freeze and ".mlp.router." in name:
-                    param.requires_grad = False
-                elif trained is not None and self.adapters is None:
-                    names = [n for n, _ in canonical(name, param, chunk, self.mesh)]
-                    param.requires_grad = names[0] in trained
-                    assert len({n in trained for n in names}) == 1, f"{name}: some experts only"
-
     @property
     def trained_rules(self) -> dict[str, BoundRule]:
         """The weight table of what is trained, by canonical name."""
@@ -216,7 +214,7 @@ class Engine:
         lr = learning_rate(step, recipe.optim, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self._clip_and_step(grad_norm)
+        clip_and_step(self.optimizer, grad_norm, recipe.optim.clip_grad)
         self.steps_done = step
         router = self.monitor.summary(self.moe_layers) if self.dims.experts else {}
         loss = totals.pop("loss")
@@ -225,13 +223,6 @@ class Engine:
     @property
     def moe_layers(self) -> list[int]:
         return [i for i, is_moe in enumerate(self.dims.moe_layers) if is_moe]
-
-    def _clip_and_step(self, grad_norm: float) -> None:
-        clip = self.recipe.optim.clip_grad
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-            if clip and grad_norm > clip and part.get_parameters():
-                _scale_gradients(part, clip / (grad_norm + 1e-6))
-        self.optimizer.step_with_ready_grads()
 
     def _begun(
         self, packs: Sequence[Packed], method: Method
@@ -266,20 +257,40 @@ class Engine:
         """Log-prob of each label under the loss mask (0 elsewhere), one fp32 [t] CPU tensor a pack
         (its own length), on every rank of the replica.
         """
+        return [out.logp for out in self.outputs(packs)]
+
+    @torch.no_grad()
+    def outputs(self, packs: Sequence[Packed]) -> list[Out]:
+        """What the model gives for each pack: log-probs, and values where it has a value head; fp32
+        [t] CPU tensors of the pack's own length, on every rank of the replica.
+        """
         batches = micro_batches(packs, 1, self.mesh)
         self.run.with_entropy = False
 
         def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
-            return out.logp.sum(), {"logp": out.logp}
+            given = [out.logp] if out.value is None else [out.logp, out.value]
+            return out.logp.sum(), {"given": torch.stack(given)}
 
         kept = self._forward_only(batches, head)
-        t = batches[0].num_tokens
-        table = torch.zeros(len(batches), t, device=self.device)
+        shape = (len(batches), 1 + self.dims.value_head, batches[0].num_tokens)
+        table = torch.zeros(shape, device=self.device)
         if kept:
-            table = torch.stack([row["logp"] for row in kept])
+            table = torch.stack([row["given"] for row in kept])
         if self.mesh.plan.pp > 1:
             dist.broadcast(table, group_src=self.mesh.plan.pp - 1, group=self.mesh.pp_group)
-        return [table[i, : pack.num_tokens].cpu() for i, pack in enumerate(packs)]
+        found = table.cpu()
+        return [
+            Out(own[0], value=own[1] if self.dims.value_head else None)
+            for own in (found[i, :, : pack.num_tokens] for i, pack in enumerate(packs))
+        ]
+
+    def snapshot(self) -> Weights:
+        """The trained weights as they are, on the host: an adapter alone, where there is one."""
+        return snapshot(self.chunks, self.wrapped)
+
+    def as_before(self, weights: Weights) -> AbstractContextManager[None]:
+        """Meanwhile the weights are an earlier snapshot's: a reference without a second model."""
+        return as_before(self.chunks, self.wrapped, weights)
 
     def _forward_only(self, batches: Sequence[Packed], head: Any) -> list[dict[str, Any]]:
         for model in self.run.models:
@@ -387,11 +398,3 @@ class Engine:
             checkpoint.restore_optimizer(self.optimizer, loaded)
         self.steps_done = int(state.pop("steps_done"))
         return state
-
-
-def _scale_gradients(part: Any, factor: float) -> None:
-    """Multiply the optimizer's gradients by `factor`, wherever it keeps them."""
-    for param in part.get_parameters():
-        for grad in (param.grad, getattr(param, "decoupled_grad", None)):
-            if grad is not None:
-                grad.mul_(factor)

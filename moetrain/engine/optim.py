@@ -176,3 +176,21 @@ def counted(optimizer: Any, step: int) -> Iterator[None]:
 def _torch_adams(optimizer: Any) -> list[torch.optim.AdamW]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
+
+
+def clip_and_step(optimizer: Any, grad_norm: float, clip: float) -> None:
+    """Update the weights from gradients that are ready, scaled to a norm of at most `clip` (0: as
+    they are).
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if clip and grad_norm > clip and part.get_parameters():
+            _scale_gradients(part, clip / (grad_norm + 1e-6))
+    optimizer.step_with_ready_grads()
+
+
+def _scale_gradients(part: Any, factor: float) -> None:
+    """Multiply the optimizer's gradients by `factor`, wherever it keeps them."""
+    for param in part.get_parameters():
+        for grad in (param.grad, getattr(param, "decoupled_grad", None)):
+            if grad is not None:
+                grad.mul_(factor)

@@ -3,7 +3,7 @@ scheme for both backends.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -64,6 +64,22 @@ def canonical(
         return
     for e in range(num_local):
         yield f"{stem}{first + e}", tensor[e]
+
+
+def freeze(
+    chunks: list[PackedGPT], mesh: Mesh, *, all_but: Collection[str] | None, router: bool
+) -> None:
+    """Train only the weights with the canonical names `all_but` (None: all), and with `router` no
+    router.
+    """
+    for chunk in chunks:
+        for name, param in chunk.named_parameters():
+            if router and ".mlp.router." in name:
+                param.requires_grad = False
+            elif all_but is not None:
+                names = [n for n, _ in canonical(name, param, chunk, mesh)]
+                param.requires_grad = names[0] in all_but
+                assert len({n in all_but for n in names}) == 1, f"{name}: some experts only"
 
 
 def local_params(chunks: list[PackedGPT], mesh: Mesh) -> list[LocalParam]:

@@ -1,0 +1,47 @@
+"""Trained weights put aside on the host, and lent back for a while: a reference model without a
+second one on the device.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from moetrain.engine.model import PackedGPT
+from moetrain.engine.optim import settled
+
+Weights = Mapping[str, Tensor]
+"""This rank's trained parameters by chunk and name, on the host."""
+
+
+def snapshot(chunks: Sequence[PackedGPT], wrapped: Sequence[Any]) -> Weights:
+    """What is trained as it is now; an adapter alone, where there is one."""
+    with settled(wrapped):
+        return {name: p.data.to("cpu", copy=True) for name, p in _trained(chunks)}
+
+
+@contextmanager
+def as_before(
+    chunks: Sequence[PackedGPT], wrapped: Sequence[Any], weights: Weights
+) -> Iterator[None]:
+    """Meanwhile the trained weights are `weights`. Only forward passes may run in here."""
+    now = snapshot(chunks, wrapped)
+    _put(chunks, wrapped, weights)
+    try:
+        yield
+    finally:
+        _put(chunks, wrapped, now)
+
+
+def _put(chunks: Sequence[PackedGPT], wrapped: Sequence[Any], weights: Weights) -> None:
+    with settled(wrapped):
+        for name, param in _trained(chunks):
+            param.data.copy_(weights[name])
+
+
+def _trained(chunks: Sequence[PackedGPT]) -> Iterator[tuple[str, Any]]:
+    for number, chunk in enumerate(chunks):
+        for name, param in chunk.named_parameters():
+            if param.requires_grad:
+                yield f"{number}.{name}", param
