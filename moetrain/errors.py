@@ -34,6 +34,10 @@ class CheckpointError(MoetrainError):
     """A checkpoint cannot be written, or is not one of this run's."""
 
 
+class RolloutError(MoetrainError):
+    """A rollout engine gave up, or serves other weights than the trainer holds."""
+
+
 class DivergedError(MoetrainError):
     """The loss or a gradient is not finite; raised before the optimizer step."""
 

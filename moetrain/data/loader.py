@@ -204,7 +204,7 @@ def prepare(recipe: Recipe) -> Prepared:
     train, held_out = _packs(recipe, held_out=False), _packs(recipe, held_out=True)
     sets = [p.data for p in (train, held_out) if isinstance(p, Shuffled)]
     rejects = [reject for data in sets for reject in data.rejects()]
-    _write_rejected(recipe, rejects)
+    write_rejected(recipe, rejects)
     for data in sets:
         check_rejects(data.rejects(), data.stats.num_records, recipe.data.max_rejected)
     steps = num_steps(recipe, len(train) if train is not None else 0)
@@ -244,7 +244,8 @@ def _describe(name: str, packs: Packs, recipe: Recipe) -> str:
     return line
 
 
-def _write_rejected(recipe: Recipe, rejects: list[Reject]) -> None:
+def write_rejected(recipe: Recipe, rejects: list[Reject]) -> None:
+    """<run_dir>/rejected.jsonl; no such file when there are none."""
     path = recipe.run_dir / "rejected.jsonl"
     if rejects:
         write_rejects(path, rejects)

@@ -5,15 +5,20 @@ every layout and after every restart.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moetrain.config.recipe import Recipe
+from moetrain.data import assets
 from moetrain.data import tokenizer as tokenizers
+from moetrain.data.cache import cache_root
 from moetrain.data.chat import Chat
 from moetrain.data.formats import FormatError, read_message
-from moetrain.data.rejects import Reject
+from moetrain.data.loader import model_vocab, tokenizer_of, write_rejected
+from moetrain.data.rejects import Reject, check_rejects
 from moetrain.data.samples import Prompt
 from moetrain.data.sources import find_sources, read_rows
 from moetrain.errors import DataError
@@ -124,3 +129,42 @@ class PromptOrder:
         return (
             prompt if epoch == 0 else Prompt(f"{prompt.id}#{epoch}", prompt.tokens, prompt.columns)
         )
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """What a run answers, and what there is to say about it."""
+
+    train: PromptOrder
+    held_out: list[Prompt]
+    lines: list[str]
+
+
+def prepare_prompts(recipe: Recipe) -> PromptSet:
+    """Read data.train and data.eval as prompts; writes <run_dir>/rejected.jsonl as `prepare` does.
+
+    Raises DataError: no usable record, too many rejected, a tokenizer larger than the model's.
+    """
+    rollout = recipe.rollout
+    assert rollout is not None, "the recipe's validation asks for it"
+    folder = tokenizer_of(recipe)
+    tokenizers.check_vocab(
+        tokenizers.vocab_of(tokenizers.load(folder)), model_vocab(recipe), f"The tokenizer {folder}"
+    )
+    room = recipe.data.seq_len - rollout.max_tokens
+    root = cache_root(recipe.data.cache)
+
+    def read(paths: Sequence[str]) -> tuple[list[Prompt], list[Reject]]:
+        inputs = [assets.resolve(path, root) for path in paths]
+        template = recipe.data.chat_template
+        return read_prompts(inputs, folder, template=template, max_tokens=room)
+
+    prompts, rejects = read(recipe.data.train)
+    check_rejects(rejects, len(prompts) + len(rejects), recipe.data.max_rejected)
+    held_out, more = read(recipe.data.eval) if recipe.data.eval else ([], [])
+    write_rejected(recipe, rejects + more)
+    line = f"train: {len(prompts)} prompts"
+    if rejects:
+        line += f"; {len(rejects)} rejected, see {recipe.run_dir / 'rejected.jsonl'}"
+    order = PromptOrder(prompts, recipe.seed, recipe.data.shuffle)
+    return PromptSet(order, held_out[: rollout.eval_prompts], [line])

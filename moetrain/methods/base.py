@@ -45,6 +45,29 @@ class Estimate:
     values: Callable[[Out, Packed, Any], Metrics]
 
 
+def _no_targets(batch: Packed, cfg: Any) -> dict[str, Tensor]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Online:
+    """What a method makes of graded answers before it learns from them. Pure functions; n answers
+    of a batch, `group` [n] int64 says to which prompt each belongs.
+
+    advantages(rewards [n], group, cfg) -> [n] fp32.
+    shape(rewards [n], lengths [n], truncated [n] bool, cfg) -> rewards [n]; None: as they are.
+    drops(rewards [n], group, cfg) -> [n] bool: answers that teach nothing, to be replaced by others
+    before the step; None: keep all.
+    targets(batch, cfg) -> values per token to add to a pack whose `per_token` has old_logp,
+    rollout_logp and, for methods that ask for them, ref_logp and old_value.
+    """
+
+    advantages: Callable[[Tensor, Tensor, Any], Tensor]
+    shape: Callable[[Tensor, Tensor, Tensor, Any], Tensor] | None = None
+    drops: Callable[[Tensor, Tensor, Any], Tensor] | None = None
+    targets: Callable[[Packed, Any], dict[str, Tensor]] = _no_targets
+
+
 @dataclass(frozen=True)
 class Method:
     """A training method.
@@ -59,6 +82,7 @@ class Method:
     count: Callable[[Packed, Any], Terms]
     needs: frozenset[str] = frozenset({"logp"})  # of logp, entropy, value, ref_logp
     estimate: Estimate | None = None
+    online: Online | None = None  # for methods that learn from rollouts
 
 
 def count_tokens(batch: Packed, cfg: object) -> Terms:

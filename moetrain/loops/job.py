@@ -1,0 +1,94 @@
+"""What every training loop does before its first step and after its last."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from moetrain.config.recipe import Recipe
+from moetrain.engine import Engine, StepResult
+from moetrain.engine.checkpoint import Checkpoints
+from moetrain.engine.optim import learning_rate
+from moetrain.loops.run_dir import RunLock, check_recipe, check_schedule, write_run_files
+from moetrain.observe.reporter import Reporter
+from moetrain.observe.sinks import check_sinks
+from moetrain.plan.mesh import rank_table
+
+
+class Job:
+    """A run_dir and this rank's part in the run that goes on there.
+
+    Raises ConfigError when the folder is in use, or was started with another recipe.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.is_first = int(os.environ.get("RANK", 0)) == 0
+        check_sinks(recipe)
+        self._lock = RunLock(recipe.run_dir)
+        if self.is_first:
+            self._lock.take()
+        self._earlier = check_recipe(recipe)
+        self.checkpoints = Checkpoints(
+            recipe.run_dir,
+            keep=recipe.checkpoint.keep,
+            best=recipe.checkpoint.best,
+            optimizer=recipe.checkpoint.save_optimizer,
+        )
+
+    def resume(
+        self, engine: Engine, num_steps: Callable[[Recipe], int]
+    ) -> tuple[int, dict[str, Any]]:
+        """Bring the engine to the latest checkpoint: (its step, its state); (0, {}) without one.
+
+        `num_steps` is the loop's reading of a recipe's length. Raises ConfigError when learning
+        rates of the steps that are done would be others now.
+        """
+        path = self.checkpoints.latest()
+        if path is None:
+            return 0, {}
+        earlier = self._earlier
+        assert earlier is not None, "a run_dir with checkpoints and without a recipe is refused"
+        state = self.checkpoints.restore(engine, path)
+        check_schedule(earlier, self.recipe, state["step"], num_steps, learning_rate)
+        return int(state["step"]), state
+
+    def begin(self, engine: Engine, step: int, num_steps: int, lines: list[str]) -> Reporter:
+        """Write the run's own files; the reporter to enter, which first says `lines`."""
+        recipe = self.recipe
+        if self.is_first:
+            write_run_files(recipe, rank_table(engine.mesh.plan), {"num_steps": num_steps})
+            self._lock.take()
+        report = Reporter(recipe, num_steps, step, speaks=engine.mesh.is_main)
+        for line in lines:
+            report.say(line)
+        if step:
+            report.say(f"resumed {recipe.run_dir} at step {step}")
+        return report
+
+    def end(self, engine: Engine) -> None:
+        """Write what the recipe asks for once the last step is done."""
+        if self.recipe.adapter is not None:
+            engine.export_peft(self.recipe.run_dir / "adapter")
+        if self.recipe.checkpoint.export_hf:
+            engine.export_hf(self.recipe.run_dir / "hf")
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether what happens every so many steps happens after this one."""
+    return every is not None and step % every == 0
+
+
+def step_row(step: int, result: StepResult, seconds: float) -> dict[str, Any]:
+    """A ledger row. `tokens` are those of the global batch without padding."""
+    return {
+        "step": step,
+        "loss": result.loss,
+        **result.metrics,
+        "tokens": result.tokens,
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "tokens_per_s": result.tokens / seconds,
+        "seconds": seconds,
+        "memory_gib": result.memory_gib,
+        **{f"router/{name}": value for name, value in result.router.items()},
+    }
