@@ -1,0 +1,143 @@
+"""Every offline loss equals TRL's on the same log-probs (recorded by tools/bench/trl_fixtures.py),
+whatever order the answers stand in.
+"""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from moetrain.config.method import MethodConfig
+from moetrain.methods import METHODS
+from moetrain.methods.base import Out
+from moetrain.ops.packed import Packed, concat, pack_one, pad_to
+
+RECORDED = json.loads((Path(__file__).parent / "fixtures" / "trl.json").read_text())
+CASES: list[dict[str, Any]] = RECORDED["cases"]
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return ", ".join(str(v) for v in case["method"].values())
+
+
+def answer(logp: list[float], mask: list[int], role: int, ref: float, margin: float) -> Packed:
+    """One answer; its log-probs ride along as values per token."""
+    t = len(logp)
+    zeros = torch.zeros(t)
+    extras = {
+        "role": torch.tensor([role]),
+        "ref_logp": torch.tensor([ref], dtype=torch.float64),
+        "margin": torch.tensor([margin], dtype=torch.float64),
+    }
+    own = {"logp": torch.tensor(logp, dtype=torch.float64)}
+    return pack_one(zeros, zeros, torch.tensor(mask), extras=extras, per_token=own)
+
+
+def packed(case: dict[str, Any]) -> Packed:
+    """The case's answers in one pack, pairs side by side, with a tail."""
+    if "scores" in case:
+        logp = [[0.0, score] for score in case["scores"]]
+        mask = [[0, 0]] * len(logp)
+        reference = [0.0] * len(logp)
+    else:
+        logp, mask = case["logp"], case["mask"]
+        reference = case["reference"] or [0.0] * len(logp)
+    half = len(logp) // 2
+    margins = case.get("margin") or [0.0] * half
+    parts: list[Packed] = []
+    for i in range(half):
+        for role, row in ((1, i), (2, half + i)):
+            parts.append(answer(logp[row], mask[row], role, reference[row], margins[i]))
+    pack = concat(parts)
+    return pad_to(pack, pack.num_tokens + 5)
+
+
+def computed(case: dict[str, Any], packs: list[Packed]) -> tuple[float, dict[str, float]]:
+    """(loss, metrics) as the engine makes them: sums over packs, divided once."""
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(case["method"])
+    method = METHODS[cfg.name]
+    terms: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    sums: dict[str, list[float]] = {}
+    for pack in packs:
+        values: Tensor = pack.per_token["logp"]
+        out = Out(logp=values * pack.loss_mask, value=values)
+        found, metrics = method.loss(out, pack, cfg, {"kl": case.get("kl", 0.0)})
+        for name, count in method.count(pack, cfg).items():
+            terms[name] = terms.get(name, 0.0) + float(found[name])
+            counts[name] = counts.get(name, 0.0) + float(count)
+        for name, (total, num) in metrics.items():
+            own = sums.setdefault(name, [0.0, 0.0])
+            own[0] += float(total)
+            own[1] += float(num)
+    loss = sum(terms[name] / counts[name] for name in terms)
+    return loss, {name: total / max(num, 1e-12) for name, (total, num) in sums.items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_the_loss_is_trls(case: dict[str, Any]) -> None:
+    loss, metrics = computed(case, [packed(case)])
+    assert loss == pytest.approx(case["loss"], rel=1e-6, abs=1e-6)
+    for name, value in case.get("metrics", {}).items():
+        assert metrics[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+
+
+def test_chords_weighting_is_its_formula() -> None:
+    case = next(c for c in CASES if c["method"]["name"] == "sft")
+    logp = torch.tensor(case["logp"], dtype=torch.float64)[torch.tensor(case["mask"]) > 0]
+    p = logp.exp()
+    wanted = float(-(p * (1 - p) * logp).mean())
+    loss, _ = computed(case | {"method": {"name": "chord_sft"}}, [packed(case)])
+    assert loss == pytest.approx(wanted, rel=1e-6)
+
+
+def test_weights_of_tokens_carry_no_gradient() -> None:
+    for name, weight in (("dft", lambda p: p), ("chord_sft", lambda p: p * (1 - p))):
+        logp = torch.tensor([-0.3, -2.0, -0.01], requires_grad=True)
+        pack = pack_one(torch.zeros(3), torch.zeros(3), torch.ones(3))
+        terms, _ = METHODS[name].loss(Out(logp=logp), pack, None, {})
+        terms["loss"].backward()
+        assert logp.grad is not None
+        assert torch.allclose(logp.grad, -weight(logp.detach().exp()))
+
+
+PAIRED = [c for c in CASES if c["method"]["name"] not in ("sft", "dft")]
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=name_of)
+def test_where_a_batch_is_cut_changes_nothing(case: dict[str, Any]) -> None:
+    whole, metrics = computed(case, [packed(case)])
+    fields = [name for name in ("logp", "mask", "reference", "scores") if case.get(name)]
+    num = len(case[fields[0]]) // 2
+    pairs = list(range(num))
+    random.Random(3).shuffle(pairs)
+    parts: list[Packed] = []
+    for chosen in (pairs[:1], pairs[1:4], pairs[4:]):
+        rows = chosen + [num + i for i in chosen]
+        own = {name: [case[name][row] for row in rows] for name in fields}
+        if case.get("margin"):
+            own["margin"] = [case["margin"][i] for i in chosen]
+        parts.append(packed(case | own))
+    loss, found = computed(case, parts)
+    assert loss == pytest.approx(whole, rel=1e-9)
+    assert found == pytest.approx(metrics, rel=1e-9, abs=1e-9)
+
+
+@given(st.floats(-30, 30), st.floats(0.01, 2), st.floats(0, 0.49))
+def test_a_wider_margin_never_costs_more(h: float, beta: float, smoothing: float) -> None:
+    from moetrain.methods.dpo import hinge_loss, sigmoid_loss
+
+    near, far = (torch.tensor([x], dtype=torch.float64) for x in (h, h + 1.0))
+    assert sigmoid_loss(far, beta) <= sigmoid_loss(near, beta)
+    assert hinge_loss(far, beta) <= hinge_loss(near, beta)
+    # With smoothing the loss has its minimum where the odds are those of a right label.
+    best = torch.tensor([math.log((1 - smoothing) / max(smoothing, 1e-12)) / beta])
+    assert sigmoid_loss(best, beta, smoothing) <= sigmoid_loss(near, beta, smoothing) + 1e-6
