@@ -1,4 +1,4 @@
-"""Training cost side by side with TRL: the same model, records, order of magnitude of steps, threads.
+"""Training cost side by side with TRL: the same model, records, number of steps and threads.
 
     python tools/bench/against_trl.py --trl-python ENV/bin/python [--folder DIR] [--records 160]
 
