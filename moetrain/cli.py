@@ -61,8 +61,10 @@ def _train(args: Arguments) -> int:
     check(recipe, world_size or args.nproc or 1)  # mistakes show before any process starts
     if world_size is None and (args.nproc or 1) > 1:
         return launch.run_local([sys.executable, "-m", "moetrain", *args.argv], args.nproc)
-    from moetrain.loops.supervised import train
-
+    if recipe.method.samples:
+        from moetrain.loops.rl import train
+    else:
+        from moetrain.loops.supervised import train
     return train(recipe)
 
 

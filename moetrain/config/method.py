@@ -6,19 +6,14 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from moetrain.config.section import Section
-
-
-class MethodSection(Section):
-    """A training method and its numbers."""
-
-    scalar_head: ClassVar[bool] = False  # the model ends in one number a token
-    value_head: ClassVar[bool] = False  # it has one beside the vocabulary
-
-    @property
-    def kl_limit(self) -> float | None:
-        """Nats an answer past which `kl` is warned of; None: never."""
-        return None
+from moetrain.config.online import (
+    DapoMethod,
+    DrGrpoMethod,
+    GrpoMethod,
+    GspoMethod,
+    PpoMethod,
+)
+from moetrain.config.section import MethodSection
 
 
 class PretrainMethod(MethodSection):
@@ -137,6 +132,11 @@ MethodConfig = Annotated[
     | KtoMethod
     | OrpoMethod
     | SimpoMethod
-    | RewardMethod,
+    | RewardMethod
+    | GrpoMethod
+    | DrGrpoMethod
+    | DapoMethod
+    | GspoMethod
+    | PpoMethod,
     Field(discriminator="name"),
 ]

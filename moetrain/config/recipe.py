@@ -17,6 +17,9 @@ from pydantic import (
 )
 
 from moetrain.config.method import MethodConfig
+from moetrain.config.online import OnlineMethod
+from moetrain.config.rewards import Reward
+from moetrain.config.rollout import RolloutConfig
 from moetrain.config.section import Section
 
 
@@ -351,9 +354,32 @@ class Recipe(Section):
         min_length=1,
         description="patterns of the weights to train, e.g. [self_attn, layers.3]; default: all",
     )
+    rollout: RolloutConfig | None = Field(
+        default=None, description="who samples, for methods that learn from rollouts"
+    )
+    rewards: list[Reward] = Field(
+        default_factory=list[Reward],
+        description="what grades: names, FILE.py:FUNCTION, or {name, weight, options}",
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
     cluster: ClusterConfig = ClusterConfig()
     megatron: dict[str, Any] = Field(
         default_factory=dict, description="TransformerConfig fields moetrain does not own"
     )
+
+    @property
+    def sampling(self) -> tuple[OnlineMethod, RolloutConfig]:
+        """The method and its rollouts, for a loop that samples."""
+        assert isinstance(self.method, OnlineMethod) and self.rollout is not None
+        return self.method, self.rollout
+
+    @model_validator(mode="after")
+    def _samples_or_not(self) -> Self:
+        if not self.method.samples:
+            return self
+        if self.rollout is None:
+            raise ValueError(f"method {self.method.name} learns from rollouts: give rollout")
+        if not self.rewards and self.rollout.replay is None:
+            raise ValueError(f"method {self.method.name} needs rewards: [accuracy], for example")
+        return self

@@ -161,6 +161,15 @@ def _held_out_pairs() -> list[dict[str, object]]:
     return checkable.held_out_pairs(200, seed=2)
 
 
+def _held_out_prompts() -> list[dict[str, object]]:
+    return checkable.prompts(64, seed=8)
+
+
+def _prompts_to_try() -> list[dict[str, object]]:
+    avoid = frozenset(str(record["prompt"]) for record in _held_out_prompts())
+    return checkable.prompts(1000, seed=7, avoid=avoid)
+
+
 def _pairs_to_learn() -> list[dict[str, object]]:
     return checkable.pairs(10000, seed=3, avoid=checkable.questions(_held_out_pairs()))
 
@@ -208,6 +217,10 @@ ASSETS: dict[str, Callable[[Path], Path]] = {
     "checkable-sft-eval": lambda root: _records(root, "checkable-sft-eval", _held_out_questions),
     "checkable-pairs": lambda root: _records(root, "checkable-pairs", _pairs_to_learn),
     "checkable-pairs-eval": lambda root: _records(root, "checkable-pairs-eval", _held_out_pairs),
+    "checkable-prompts": lambda root: _records(root, "checkable-prompts", _prompts_to_try),
+    "checkable-prompts-eval": lambda root: _records(
+        root, "checkable-prompts-eval", _held_out_prompts
+    ),
     "checkable-labels": lambda root: _records(
         root, "checkable-labels", lambda: checkable.labels(_pairs_to_learn(), seed=5)
     ),

@@ -166,6 +166,23 @@ def held_out(num_records: int, seed: int) -> list[dict[str, object]]:
     ]
 
 
+# What a small model can come to do by trying.
+TRIABLE: tuple[Kind, ...] = (_larger, _repeat, _upper, _first_letter)
+
+
+def prompts(
+    num_records: int, seed: int, *, avoid: frozenset[str] = frozenset()
+) -> list[dict[str, object]]:
+    """`prompt` and `answer`, each question once; no question is in `avoid`."""
+    rng = random.Random(seed)
+    found: dict[str, str] = {}
+    while len(found) < num_records:
+        question, answer = rng.choice(TRIABLE)(rng)
+        if question not in avoid:
+            found[question] = answer
+    return [{"prompt": question, "answer": answer} for question, answer in found.items()]
+
+
 def pairs(
     num_records: int, seed: int, *, avoid: frozenset[str] = frozenset()
 ) -> list[dict[str, object]]:

@@ -4,8 +4,11 @@ from moetrain.methods.base import Estimate, Known, Method, Metrics, Out, Terms
 from moetrain.methods.chord_sft import CHORD_SFT
 from moetrain.methods.dft import DFT
 from moetrain.methods.dpo import DPO, HINGE, IPO
+from moetrain.methods.grpo import DAPO, DR_GRPO, GRPO
+from moetrain.methods.gspo import GSPO
 from moetrain.methods.kto import KTO
 from moetrain.methods.orpo import ORPO
+from moetrain.methods.ppo import PPO
 from moetrain.methods.pretrain import CPT, PRETRAIN
 from moetrain.methods.reward import REWARD
 from moetrain.methods.sft import SFT
@@ -24,6 +27,11 @@ METHODS: dict[str, Method] = {
     "orpo": ORPO,
     "simpo": SIMPO,
     "reward": REWARD,
+    "grpo": GRPO,
+    "dr_grpo": DR_GRPO,
+    "dapo": DAPO,
+    "gspo": GSPO,
+    "ppo": PPO,
 }
 
 __all__ = ["METHODS", "Estimate", "Known", "Method", "Metrics", "Out", "Terms"]

@@ -12,6 +12,8 @@ from moetrain.observe.progress import ProgressDisplay
 from moetrain.observe.sinks import open_sinks
 from moetrain.observe.summary import print_summaries, summarise
 
+HELD_OUT = ("eval_loss", "eval_reward/mean")  # what of a held-out row is said
+
 
 class Reporter:
     """Writes rows to the ledger, the progress display and the sinks. A context manager.
@@ -54,7 +56,8 @@ class Reporter:
     def held_out(self, row: Mapping[str, Any]) -> None:
         """Record a held-out row."""
         self._write(row)
-        self.say(f"{self.recipe.method.name} {row['step']}: held-out loss {row['eval_loss']:.4f}")
+        found = (f"{n.removeprefix('eval_')} {row[n]:.4f}" for n in HELD_OUT if n in row)
+        self.say(f"{self.recipe.method.name} {row['step']}: held-out {', '.join(found)}")
 
     def say(self, line: str) -> None:
         """Tell the user something that is no figure."""

@@ -1,0 +1,157 @@
+"""Graded answers as packs: each prompt once, its answers after it.
+
+Legend: t tokens of a pack, n sequences of it. An answer's sequence is the prompt's last token and
+all of the answer but its last, so that its labels are the answer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetrain.data.samples import Prompt, Sample
+from moetrain.errors import DataError
+from moetrain.ops.packed import Packed, concat, pack_one
+
+ANSWER = 1  # `role` of an answer; 0 is a shared prompt or padding
+
+
+@dataclass(frozen=True)
+class Graded:
+    """An answer, its reward and the parts that the reward is made of (None: not applicable)."""
+
+    sample: Sample
+    reward: float
+    parts: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its graded answers."""
+
+    prompt: Prompt
+    answers: tuple[Graded, ...]
+
+
+def pack_groups(
+    groups: Sequence[Group], values: Mapping[str, Tensor], *, seq_len: int, min_packs: int
+) -> list[Packed]:
+    """Packs of at most `seq_len` tokens, at least `min_packs` of them, as even as they come.
+
+    Args:
+        values: name -> [answers], a number for each answer in the order of the groups: extras.
+
+    `extras` also has role and item (the answer's number), `per_token` rollout_logp, and
+    routes where they were recorded. Raises
+    DataError when a prompt and one answer do not fit, or there are fewer answers than packs.
+    """
+    units: list[Packed] = []
+    item = 0
+    for group in groups:
+        numbers = range(item, item + len(group.answers))
+        item += len(group.answers)
+        units += _units(group, numbers, values, seq_len)
+    if len(units) < min_packs:
+        units = [
+            unit
+            for group, first in zip(groups, _firsts(groups), strict=True)
+            for i in range(len(group.answers))
+            for unit in [_unit(group, [first + i], first, values)]
+        ]
+    if len(units) < min_packs:
+        raise DataError(
+            f"{len(units)} answers are fewer than the {min_packs} packs that ranks and steps need."
+            " Raise rollout.prompts_per_step or rollout.group_size."
+        )
+    return [concat(own) for own in _dealt(units, seq_len, min_packs)]
+
+
+def _firsts(groups: Sequence[Group]) -> list[int]:
+    firsts = [0]
+    for group in groups:
+        firsts.append(firsts[-1] + len(group.answers))
+    return firsts[:-1]
+
+
+def _units(
+    group: Group, numbers: range, values: Mapping[str, Tensor], seq_len: int
+) -> list[Packed]:
+    """The group as one unit, or as several where its answers do not fit one pack."""
+    parts: list[list[int]] = [[]]
+    used = prompt = len(group.prompt.tokens) - 1
+    for number, answer in zip(numbers, group.answers, strict=True):
+        size = len(answer.sample.tokens)
+        if prompt + size > seq_len:
+            raise DataError(
+                f"An answer of {size} tokens to a prompt of {prompt + 1} does not fit"
+                f" data.seq_len={seq_len}. Raise it, or lower rollout.max_tokens."
+            )
+        if used + size > seq_len:
+            parts.append([])
+            used = prompt
+        parts[-1].append(number)
+        used += size
+    return [_unit(group, part, numbers.start, values) for part in parts]
+
+
+def _unit(group: Group, numbers: Sequence[int], first: int, values: Mapping[str, Tensor]) -> Packed:
+    """The prompt once and the answers with these numbers."""
+    prompt = torch.tensor(group.prompt.tokens)
+    shared = prompt.numel() - 1
+    chosen = [group.answers[number - first].sample for number in numbers]
+    answers = [_answer(group.prompt, sample) for sample in chosen]
+    parts = [replace(part, position_ids=part.position_ids + shared) for part in answers]
+    if shared:
+        zeros = torch.zeros(shared)
+        own = {"rollout_logp": zeros} | _routes(chosen[0], 0, shared)
+        parts.insert(0, pack_one(prompt[:-1], zeros, zeros, id=group.prompt.id, per_token=own))
+    pack = concat(parts)
+    num_before = len(parts) - len(answers)
+    extras = {
+        "role": torch.tensor([0] * num_before + [ANSWER] * len(answers)),
+        "item": torch.tensor([-1] * num_before + list(numbers)),
+    }
+    for name, value in values.items():
+        extras[name] = torch.cat([value.new_zeros(num_before), value[list(numbers)]])
+    prefix = torch.zeros(len(parts), dtype=torch.int32)
+    prefix[0] = -1
+    return replace(pack, extras=extras, prefix=prefix if shared else None)
+
+
+def _answer(prompt: Prompt, sample: Sample) -> Packed:
+    labels = torch.tensor(sample.tokens)
+    tokens = torch.cat([torch.tensor(prompt.tokens[-1:]), labels[:-1]])
+    return pack_one(
+        tokens,
+        labels,
+        torch.ones(labels.numel()),
+        id=f"{prompt.id}:{sample.index}",
+        per_token={"rollout_logp": torch.tensor(sample.logprobs)}
+        | _routes(sample, len(prompt.tokens) - 1, None),
+    )
+
+
+def _routes(sample: Sample, start: int, end: int | None) -> dict[str, Tensor]:
+    """The sampler's choices of experts, counted from 1, at positions [start, end)."""
+    if sample.routes is None:
+        return {}
+    return {"routes": torch.from_numpy(sample.routes[start:end].astype(np.int16)) + 1}
+
+
+def _dealt(units: Sequence[Packed], seq_len: int, min_packs: int) -> list[list[Packed]]:
+    """Units into packs, the largest first into the emptiest pack; more packs until all fit."""
+    total = sum(unit.num_tokens for unit in units)
+    num = max(min_packs, -(-total // seq_len))
+    order = sorted(range(len(units)), key=lambda i: -units[i].num_tokens)
+    while True:
+        bins: list[list[int]] = [[] for _ in range(num)]
+        sizes = [0] * num
+        for i in order:
+            lightest = sizes.index(min(sizes))
+            bins[lightest].append(i)
+            sizes[lightest] += units[i].num_tokens
+        if max(sizes) <= seq_len:
+            return [[units[i] for i in sorted(own)] for own in bins if own]
+        num += 1

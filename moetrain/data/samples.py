@@ -1,0 +1,89 @@
+"""A prompt and a sampled answer, in memory and as JSONL."""
+
+import base64
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetrain.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered."""
+
+    id: str  # of its content; "#k" behind it in the k-th epoch after the first
+    tokens: tuple[int, ...]  # the chat template applied, with its generation prompt
+    columns: dict[str, Any]  # the record's fields, for rewards; "prompt" holds the messages
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer as it was drawn."""
+
+    prompt_id: str
+    index: int  # which answer to its prompt
+    tokens: tuple[int, ...]  # with the end-of-turn token where it ended by itself
+    logprobs: tuple[float, ...]  # of each token, under the distribution that it was drawn from
+    text: str  # without special tokens
+    finish: Literal["stop", "length"]
+    version: int  # of the weights: 0 before the first step
+    # [prompt + answer - 1, MoE layers, top_k] int16: the router's choices, where asked for
+    routes: NDArray[np.int16] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; routes as base64 with their shape."""
+        content = {name: value for name, value in asdict(self).items() if name != "routes"}
+        if self.routes is not None:
+            packed = base64.b64encode(self.routes.astype("<i2").tobytes()).decode()
+            content["routes"] = {"shape": self.routes.shape, "int16": packed}
+        return content
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Sample":
+        """What `to_json` gave."""
+        routes = content.get("routes")
+        if routes is not None:
+            flat = np.frombuffer(base64.b64decode(routes["int16"]), "<i2")
+            routes = flat.reshape(routes["shape"]).astype(np.int16)
+        return cls(
+            prompt_id=content["prompt_id"],
+            index=content["index"],
+            tokens=tuple(content["tokens"]),
+            logprobs=tuple(content["logprobs"]),
+            text=content["text"],
+            finish=content["finish"],
+            version=content["version"],
+            routes=routes,
+        )
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSONL file; a last one that a kill cut short is left out.
+
+    Raises DataError for a line in the middle that is no JSON object.
+    """
+    if not path.is_file():
+        return
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise DataError(
+                f"{path}:{number} is not a JSON object ({error}). Remove the line, or the file."
+            ) from error
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a JSONL file, which appears whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    part.replace(path)

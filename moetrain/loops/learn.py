@@ -1,0 +1,132 @@
+"""From graded answers to packs to learn from, and what there is to see in them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moetrain.config.recipe import Recipe
+from moetrain.data.groups import Group, pack_groups
+from moetrain.engine import Engine, StepResult
+from moetrain.engine.snapshot import Weights
+from moetrain.loops.rollouts import Batch, tensors
+from moetrain.methods import METHODS
+from moetrain.methods.base import Online
+from moetrain.ops.packed import Packed
+
+
+def learned_packs(
+    recipe: Recipe, engine: Engine, batch: Batch, reference: Weights | None
+) -> list[list[Packed]]:
+    """This data-parallel rank's packs of each optimizer step, with all that the method asks for.
+    Collective.
+    """
+    method, _ = recipe.sampling
+    online = METHODS[recipe.method.name].online
+    assert online is not None
+    mesh = engine.mesh
+    values = _values(recipe, online, batch)
+    parts: list[list[Packed]] = []
+    for groups, own in _dealt(batch.groups, values, method.inner_steps):
+        packs = pack_groups(groups, own, seq_len=recipe.data.seq_len, min_packs=mesh.dp_size)
+        parts.append(packs[mesh.dp_rank :: mesh.dp_size])
+    flat = [pack for part in parts for pack in part]
+    ready = iter(_completed(recipe, online, engine, flat, reference))
+    return [[next(ready) for _ in part] for part in parts]
+
+
+def _values(recipe: Recipe, online: Online, batch: Batch) -> dict[str, Tensor]:
+    """[answers] fp32 each: the shaped reward and the advantage."""
+    rewards, numbers = tensors(batch.groups)
+    samples = [answer.sample for answer in batch.answers]
+    if online.shape is not None:
+        lengths = torch.tensor([float(len(sample.tokens)) for sample in samples])
+        truncated = torch.tensor([sample.finish == "length" for sample in samples])
+        rewards = online.shape(rewards, lengths, truncated, recipe.method)
+    return {"reward": rewards, "advantage": online.advantages(rewards, numbers, recipe.method)}
+
+
+def _dealt(
+    groups: Sequence[Group], values: Mapping[str, Tensor], num_parts: int
+) -> list[tuple[list[Group], dict[str, Tensor]]]:
+    """Whole groups dealt in order to the batch's optimizer steps, with the values of their
+    answers.
+    """
+    ends = torch.tensor([len(group.answers) for group in groups]).cumsum(0).tolist()
+    starts = [0, *ends[:-1]]
+    parts: list[tuple[list[Group], dict[str, Tensor]]] = []
+    for part in range(num_parts):
+        chosen = range(part, len(groups), num_parts)
+        items = torch.tensor([i for g in chosen for i in range(starts[g], ends[g])])
+        own = {name: value[items] for name, value in values.items()}
+        parts.append(([groups[g] for g in chosen], own))
+    return parts
+
+
+def _completed(
+    recipe: Recipe,
+    online: Online,
+    engine: Engine,
+    packs: Sequence[Packed],
+    reference: Weights | None,
+) -> list[Packed]:
+    """The packs with the model's own log-probs (and values) before the step, the reference's, and
+    what the method makes of them.
+    """
+    before = engine.outputs(packs)
+    others = [None] * len(packs)
+    if reference is not None:
+        with engine.as_before(reference):
+            others = engine.logprobs(packs)
+    done: list[Packed] = []
+    for pack, out, other in zip(packs, before, others, strict=True):
+        known = pack.per_token | {"old_logp": out.logp}
+        if out.value is not None:
+            known["old_value"] = out.value
+        if other is not None:
+            known["ref_logp"] = other
+        pack = replace(pack, per_token=known)
+        done.append(replace(pack, per_token=known | online.targets(pack, recipe.method)))
+    return done
+
+
+def totals(results: Sequence[StepResult]) -> StepResult:
+    """Several optimizer steps as one row: means, and sums of tokens."""
+    num = len(results)
+
+    def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {name: sum(row[name] for row in rows) / num for name in rows[0]}
+
+    return StepResult(
+        loss=sum(result.loss for result in results) / num,
+        metrics=mean([result.metrics for result in results]),
+        grad_norm=sum(result.grad_norm for result in results) / num,
+        lr=results[-1].lr,
+        tokens=sum(result.tokens for result in results),
+        memory_gib=results[-1].memory_gib,
+        router=mean([result.router for result in results]),
+    )
+
+
+def summary(batch: Batch, version: int) -> dict[str, float]:
+    """What there is to see in a batch that weights number `version` learn from."""
+    rewards, numbers = tensors(batch.groups)
+    samples = [answer.sample for answer in batch.answers]
+    groups = [rewards[numbers == i] for i in range(len(batch.groups))]
+    flat = sum(bool((own == own[0]).all()) for own in groups)
+    found = {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std(correction=0)),
+        "length/mean": sum(len(s.tokens) for s in samples) / len(samples),
+        "length/max": float(max(len(s.tokens) for s in samples)),
+        "length/truncated": sum(s.finish == "length" for s in samples) / len(samples),
+        "groups/no_signal": flat / len(groups),
+        "staleness": float(version - min(s.version for s in samples)),
+    }
+    names = sorted({name for answer in batch.answers for name in answer.parts})
+    for name in names:
+        own = [v for answer in batch.answers if (v := answer.parts.get(name)) is not None]
+        if own:
+            found[f"reward/{name}"] = sum(own) / len(own)
+    return found | {f"faults/{name}": float(n) for name, n in batch.counts.items()}

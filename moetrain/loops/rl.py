@@ -1,0 +1,102 @@
+"""Reinforcement learning: sample, grade, step, push the weights, prove the push."""
+
+import math
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from moetrain.config.recipe import Recipe
+from moetrain.data.prompts import PromptSet, prepare_prompts
+from moetrain.engine import Engine
+from moetrain.engine.snapshot import Weights
+from moetrain.loops.job import Job, is_due, step_row
+from moetrain.loops.learn import learned_packs, summary, totals
+from moetrain.loops.rollouts import timed
+from moetrain.loops.sampler import Sampler, open_sampler
+from moetrain.loops.stop import EXIT_STOPPED, StopSignal
+from moetrain.methods import METHODS
+from moetrain.observe.reporter import Reporter
+
+
+def train(recipe: Recipe) -> int:
+    """Run `recipe` on this rank, from its last checkpoint if it has one; every rank of the job
+    calls it. A step learns from one batch of rollouts, in `method.inner_steps` optimizer steps.
+
+    Returns the exit code as `supervised.train` does. Raises MoetrainError; what has been sampled
+    stays on disk.
+    """
+    method, rollout = recipe.sampling
+    job = Job(recipe)
+    prompts = prepare_prompts(recipe)
+    engine = Engine(recipe)
+    num_steps = length(recipe, len(prompts.train.prompts))
+    engine.num_steps = num_steps * method.inner_steps
+    engine.run.temperature = rollout.temperature
+    # The model is the reference until an earlier adapter or a checkpoint is put into it.
+    reference = engine.snapshot() if method.beta else None
+    engine.continue_adapter()
+    step, state = job.resume(engine, lambda r: length(r, len(prompts.train.prompts)))
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal(engine.device))
+        report = stack.enter_context(job.begin(engine, step, num_steps, prompts.lines))
+        sampler = stack.enter_context(open_sampler(recipe, engine, prompts, stop))
+        sampler.start(step, num_steps, state)
+        finished = _loop(job, engine, prompts, reference, sampler, stop, report, step, num_steps)
+        if finished:
+            job.end(engine)
+        report.finish()
+    engine.close()
+    return 0 if finished else EXIT_STOPPED
+
+
+def _loop(
+    job: Job,
+    engine: Engine,
+    prompts: PromptSet,
+    reference: Weights | None,
+    sampler: Sampler,
+    stop: StopSignal,
+    report: Reporter,
+    step: int,
+    last: int,
+) -> bool:
+    """From `step` to the last one; False when a signal came before it."""
+    recipe = job.recipe
+    method = METHODS[recipe.method.name]
+    state: dict[str, Any] = {}
+    while step < last:
+        started = time.perf_counter()
+        batch = sampler.take(step + 1)
+        if batch is not None:
+            seconds = dict(batch.seconds)
+            with timed(seconds, "train"):
+                parts = learned_packs(recipe, engine, batch, reference)
+                results = [engine.step(packs, method) for packs in parts]
+            step += 1
+            with timed(seconds, "push"):
+                proof = sampler.push(step)
+            row = step_row(step, totals(results), time.perf_counter() - started)
+            row |= summary(batch, step - 1) | proof
+            report.step(row | {f"seconds/{name}": value for name, value in seconds.items()})
+            state = {"step": step, "prompts": sampler.state_dict(batch)}
+        stopped = batch is None or stop.agreed()
+        due = step == last or is_due(step, recipe.train.eval_every)
+        if due and prompts.held_out and not stopped:
+            found = sampler.evaluate(step)
+            if found:
+                report.held_out({"step": step, **found})
+        if state and (stopped or step == last or is_due(step, recipe.checkpoint.every)):
+            job.checkpoints.save(engine, step, state)
+        if stopped and step < last:
+            report.say(f"stopped by a signal at step {step}; start again to resume")
+            return False
+    return True
+
+
+def length(recipe: Recipe, num_prompts: int) -> int:
+    """Steps of the run: train.steps, or as many batches as train.epochs need."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    assert recipe.train.epochs is not None
+    _, rollout = recipe.sampling
+    return max(1, math.ceil(recipe.train.epochs * num_prompts / rollout.prompts_per_step))

@@ -1,0 +1,246 @@
+"""Batches of graded answers: collected once, kept on disk, replayed without an engine.
+
+`<run_dir>/rollouts` holds a file a step, `00000012.jsonl` (a head, then a prompt with its graded
+answers a line), and `00000012.partial.jsonl` while it is being made: each answer as it ends, so
+that a killed run loses none.
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from moetrain.data.groups import Graded, Group
+from moetrain.data.prompts import PromptOrder
+from moetrain.data.samples import Prompt, Sample, read_lines, write_lines
+from moetrain.errors import DataError
+from moetrain.rewards import Grader
+from moetrain.rollout.base import Request, RolloutEngine, Sampling
+
+MAX_ROUNDS = 8  # of sampling for one step, where groups without signal are dropped
+Drops = Callable[[Tensor, Tensor], Tensor]
+"""(rewards [n], group [n]) -> [n] bool: answers of groups that teach nothing."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step learns from."""
+
+    step: int
+    groups: tuple[Group, ...]
+    cursor: int  # prompts of the stream that are used up after it
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    counts: dict[str, int] = field(default_factory=dict[str, int])  # dropped answers, faults, ...
+
+    @property
+    def answers(self) -> list[Graded]:
+        return [answer for group in self.groups for answer in group.answers]
+
+
+class Store:
+    """The folder of a run's rollouts."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def read(self, step: int) -> Batch | None:
+        """The whole batch of a step, if it is there."""
+        rows = list(read_lines(self._path(step)))
+        if not rows:
+            return None
+        head, *groups = rows
+        return Batch(
+            step, tuple(map(_group, groups)), head["cursor"], head["seconds"], head["counts"]
+        )
+
+    def write(self, batch: Batch) -> None:
+        """Keep a whole batch; its parts are no longer needed."""
+        head = {name: getattr(batch, name) for name in ("cursor", "seconds", "counts")}
+        write_lines(self._path(batch.step), [head, *map(_row, batch.groups)])
+        self._partial(batch.step).unlink(missing_ok=True)
+
+    def finished(self, step: int) -> dict[tuple[str, int], Sample]:
+        """The answers of a batch that a kill interrupted, by prompt and index."""
+        samples = map(Sample.from_json, read_lines(self._partial(step)))
+        return {(sample.prompt_id, sample.index): sample for sample in samples}
+
+    def open(self, step: int, samples: Iterable[Sample]) -> TextIO:
+        """The file to append a batch's answers to, with those that are there already."""
+        write_lines(self._partial(step), (sample.to_json() for sample in samples))
+        return self._partial(step).open("a", encoding="utf-8")
+
+    def forget_after(self, step: int) -> None:
+        """Drop batches that no checkpoint knows of: they will be made again."""
+        for path in self.folder.glob("*.jsonl"):
+            if int(path.name.split(".")[0]) > step:
+                path.unlink()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:08d}.jsonl"
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f"{step:08d}.partial.jsonl"
+
+
+def _row(group: Group) -> dict[str, Any]:
+    answers = [
+        answer.sample.to_json() | {"reward": answer.reward, "parts": dict(answer.parts)}
+        for answer in group.answers
+    ]
+    return {"prompt": asdict(group.prompt), "answers": answers}
+
+
+def _group(row: dict[str, Any]) -> Group:
+    prompt = Prompt(row["prompt"]["id"], tuple(row["prompt"]["tokens"]), row["prompt"]["columns"])
+    answers = (Graded(Sample.from_json(a), a["reward"], a["parts"]) for a in row["answers"])
+    return Group(prompt, tuple(answers))
+
+
+@dataclass
+class Collector:
+    """Makes batches, on the one process that drives the rollout engine."""
+
+    engine: RolloutEngine
+    grader: Grader
+    prompts: PromptOrder
+    store: Store
+    sampling: Sampling
+    num_prompts: int
+    group_size: int
+    seed: int
+    drops: Drops | None = None
+
+    def batch(self, step: int, cursor: int) -> Batch:
+        """The batch of `step`, from prompt number `cursor` on; what of it is on disk is taken from
+        there.
+        """
+        kept = self.store.read(step)
+        if kept is not None:
+            return kept
+        done = self.store.finished(step)
+        seconds = {"sample": 0.0, "score": 0.0}
+        counts: Counter[str] = Counter()
+        groups: list[Group] = []
+        spare: list[Group] = []  # without signal; better than an empty step
+        for _ in range(MAX_ROUNDS if self.drops else 1):
+            prompts = self.prompts.take(cursor, self.num_prompts - len(groups))
+            cursor += len(prompts)
+            with timed(seconds, "sample"):
+                self._sample(step, prompts, done)
+            with timed(seconds, "score"):
+                graded = self._grade(prompts, done, counts)
+            useful, useless = self._parted(graded)
+            groups += useful
+            spare += useless
+            counts["dropped/no_signal"] += len(useless)
+            if len(groups) >= self.num_prompts:
+                break
+        missing = self.num_prompts - len(groups)
+        batch = Batch(step, (*groups, *spare[:missing]), cursor, seconds, dict(counts))
+        if not batch.groups:
+            raise DataError(
+                f"Step {step}: no prompt kept two graded answers. The rewards gave None for the"
+                " rest; look at their columns, or raise rollout.group_size."
+            )
+        self.store.write(batch)
+        return batch
+
+    def _sample(
+        self, step: int, prompts: Sequence[Prompt], done: dict[tuple[str, int], Sample]
+    ) -> None:
+        requests = [
+            Request(prompt, index, seed_of(self.seed, prompt.id, index), self.sampling)
+            for prompt in prompts
+            for index in range(self.group_size)
+            if (prompt.id, index) not in done
+        ]
+        with self.store.open(step, done.values()) as file:
+
+            def keep(sample: Sample) -> None:
+                done[sample.prompt_id, sample.index] = sample
+                file.writelines(lines([sample.to_json()]))
+                file.flush()
+
+            if requests:
+                self.engine.generate(requests, keep)
+
+    def _grade(
+        self,
+        prompts: Sequence[Prompt],
+        done: dict[tuple[str, int], Sample],
+        counts: Counter[str],
+    ) -> list[Group]:
+        """The groups with at least two graded answers."""
+        pairs = [(p, done[p.id, i]) for p in prompts for i in range(self.group_size)]
+        graded = grade(self.grader, pairs)
+        groups: list[Group] = []
+        for number, prompt in enumerate(prompts):
+            own = graded[number * self.group_size : (number + 1) * self.group_size]
+            answers = tuple(answer for answer in own if answer is not None)
+            counts["dropped/ungraded"] += len(own) - len(answers)
+            if len(answers) > min(1, self.group_size - 1):
+                groups.append(Group(prompt, answers))
+        return groups
+
+    def _parted(self, groups: list[Group]) -> tuple[list[Group], list[Group]]:
+        """(groups to learn from, groups without signal)."""
+        if self.drops is None or not groups:
+            return groups, []
+        rewards, numbers = tensors(groups)
+        dropped = self.drops(rewards, numbers)
+        useless = {int(n) for n in numbers[dropped]}
+        return (
+            [group for i, group in enumerate(groups) if i not in useless],
+            [group for i, group in enumerate(groups) if i in useless],
+        )
+
+
+def grade(grader: Grader, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Graded | None]:
+    """Each answer with its reward; None where the rewards have none to give."""
+    names = sorted({name for prompt, _ in pairs for name in prompt.columns})
+    columns = {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names}
+    found = grader.grade([sample.text for _, sample in pairs], columns)
+    return [
+        None if one.reward is None else Graded(sample, one.reward, one.parts)
+        for (_, sample), one in zip(pairs, found, strict=True)
+    ]
+
+
+def tensors(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """(rewards [n] fp32, the group of each [n] int64) of all answers in order."""
+    rewards = [answer.reward for group in groups for answer in group.answers]
+    numbers = [i for i, group in enumerate(groups) for _ in group.answers]
+    return torch.tensor(rewards), torch.tensor(numbers)
+
+
+def seed_of(seed: int, prompt_id: str, index: int) -> int:
+    """A seed for one answer, the same whoever samples it and when."""
+    digest = hashlib.sha256(f"{seed} {prompt_id} {index}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """JSONL."""
+    import json
+
+    return (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+class timed:
+    """Adds what passes inside to `seconds[name]`."""
+
+    def __init__(self, seconds: dict[str, float], name: str):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        passed = time.perf_counter() - self._started
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + passed

@@ -1,0 +1,333 @@
+"""Where a step's graded answers come from: a rollout engine that one process drives, or a folder of
+earlier rollouts.
+
+All methods are collective. The first rank drives: it samples and grades in a thread of its own,
+while the others, and its own main thread, wait in short rounds in which a signal is heard.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from moetrain.config.recipe import Recipe
+from moetrain.data.loader import tokenizer_of
+from moetrain.data.prompts import PromptSet
+from moetrain.data.tokenizer import stop_ids
+from moetrain.engine import Engine
+from moetrain.errors import DataError, MoetrainError, RolloutError
+from moetrain.loops.rollouts import Batch, Collector, Store, grade, seed_of, timed
+from moetrain.loops.stop import StopSignal
+from moetrain.methods import METHODS
+from moetrain.ops.packed import from_tokens
+from moetrain.rewards import Grader
+from moetrain.rollout import open_engine
+from moetrain.rollout.base import Probe, Request, RolloutEngine, Sampling
+from moetrain.rollout.parity import gap_of, tolerance_of
+
+ROUND_SECONDS = 2.0
+NUM_PROBES = 4  # prompts that are scored on both sides after every push
+T = TypeVar("T")
+
+
+class Sampler(Protocol):
+    """Gives a step its batch, and takes its weights."""
+
+    def start(self, step: int, last: int, state: dict[str, Any]) -> None:
+        """Go on after `step` of a run of `last` steps, with what `state_dict` gave."""
+        ...
+
+    def take(self, step: int) -> Batch | None:
+        """The batch that `step` learns from; None when the run was told to stop."""
+        ...
+
+    def push(self, step: int) -> dict[str, float]:
+        """Hand the weights after `step` on; figures of the proof that they arrived."""
+        ...
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Rewards of greedy answers to the held-out prompts."""
+        ...
+
+    def state_dict(self, batch: Batch) -> dict[str, Any]:
+        """The place in the stream of prompts after `batch`."""
+        ...
+
+
+@contextmanager
+def open_sampler(
+    recipe: Recipe, engine: Engine, prompts: PromptSet, stop: StopSignal
+) -> Iterator[Sampler]:
+    """The recipe's sampler: a rollout engine, or `rollout.replay`."""
+    _, rollout = recipe.sampling
+    if rollout.replay is not None:
+        yield Replayed(Store(rollout.replay), prompts)
+        return
+    with ExitStack() as stack:
+        driver = None
+        if engine.mesh.is_main:
+            driver = Driver(recipe, engine, prompts, stack)
+        yield Live(recipe, engine, prompts, stop, driver)
+
+
+class Replayed:
+    """Rollouts of an earlier run, without an engine: the same batches, the same losses."""
+
+    def __init__(self, store: Store, prompts: PromptSet):
+        self.store, self.prompts = store, prompts
+
+    def start(self, step: int, last: int, state: dict[str, Any]) -> None:
+        if self.store.read(step + 1) is None:
+            raise DataError(
+                f"rollout.replay={self.store.folder} has no batch of step {step + 1}. Give the"
+                " rollouts folder of a run that came so far."
+            )
+
+    def take(self, step: int) -> Batch | None:
+        batch = self.store.read(step)
+        if batch is None:
+            raise DataError(
+                f"rollout.replay={self.store.folder} ends before step {step}. Set"
+                f" train.steps={step - 1}, or leave rollout.replay out."
+            )
+        return batch
+
+    def push(self, step: int) -> dict[str, float]:
+        return {}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        return {}
+
+    def state_dict(self, batch: Batch) -> dict[str, Any]:
+        return {"cursor": batch.cursor}
+
+
+class Driver:
+    """What the first rank alone has: the rollout engine, the grader, and a thread that makes
+    batches one after the other.
+    """
+
+    def __init__(self, recipe: Recipe, engine: Engine, prompts: PromptSet, stack: ExitStack):
+        method, rollout = recipe.sampling
+        self.store = Store(recipe.run_dir / "rollouts")
+        folder = tokenizer_of(recipe)
+        self.engine: RolloutEngine = open_engine(recipe, engine.source.hf, folder)
+        stack.callback(self.engine.close)
+        self.grader = Grader(recipe.rewards, rollout.reward_workers, rollout.reward_seconds)
+        stack.callback(self.grader.close)
+        self.sampling = Sampling(
+            rollout.max_tokens,
+            rollout.temperature,
+            stop_ids=stop_ids(folder, engine.source.hf),
+            routes=rollout.routing_replay,
+        )
+        online = METHODS[recipe.method.name].online
+        assert online is not None
+        drops = online.drops
+        self.collector = Collector(
+            engine=self.engine,
+            grader=self.grader,
+            prompts=prompts.train,
+            store=self.store,
+            sampling=self.sampling,
+            num_prompts=rollout.prompts_per_step,
+            group_size=rollout.group_size,
+            seed=recipe.seed,
+            drops=None if drops is None else lambda r, g: drops(r, g, method),
+        )
+        self._changed = threading.Condition()
+        self._asked: list[int] = []
+        self._done: dict[int, Batch | BaseException] = {}
+        self._cursor = 0
+        self._busy = self._paused = False
+        self._thread = threading.Thread(target=self._work, daemon=True, name="rollouts")
+
+    def start(self, cursor: int) -> None:
+        self._cursor = cursor
+        self._thread.start()
+
+    def ask(self, step: int) -> None:
+        with self._changed:
+            self._asked.append(step)
+            self._changed.notify_all()
+
+    def wait(self, step: int) -> bool:
+        """Whether the batch of `step`, or a reason why there is none, came within a round."""
+        with self._changed:
+            return self._changed.wait_for(lambda: step in self._done, ROUND_SECONDS)
+
+    def pause(self) -> bool:
+        """Begin no further batch; whether the one in hand ended within a round."""
+        with self._changed:
+            self._paused = True
+            return self._changed.wait_for(lambda: not self._busy, ROUND_SECONDS)
+
+    def resume(self) -> None:
+        with self._changed:
+            self._paused = False
+            self._changed.notify_all()
+
+    def result(self, step: int) -> Batch:
+        found = self._done.pop(step)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._asked) and not self._paused)
+                step = self._asked.pop(0)
+                self._busy = True
+            try:
+                found: Batch | BaseException = self.collector.batch(step, self._cursor)
+                self._cursor = found.cursor
+            except BaseException as error:  # raised again by `result`, where it is heard
+                found = error
+            with self._changed:
+                self._done[step] = found
+                self._busy = False
+                self._changed.notify_all()
+
+
+class Live:
+    """A rollout engine beside the run."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        prompts: PromptSet,
+        stop: StopSignal,
+        driver: Driver | None,
+    ):
+        self.recipe = recipe
+        _, self.rollout = recipe.sampling
+        self.engine, self.prompts = engine, prompts
+        self.stop, self.driver = stop, driver
+        self._last = self._asked = 0
+        self._probes = [p.tokens for p in prompts.train.prompts[:NUM_PROBES]]
+
+    def start(self, step: int, last: int, state: dict[str, Any]) -> None:
+        self._last, self._asked = last, step
+        place = state.get("prompts", {"cursor": 0, "fingerprint": self.prompts.train.fingerprint})
+        if place["fingerprint"] != self.prompts.train.fingerprint:
+            raise DataError(
+                "The checkpoint was taken with other prompts (data.train, tokenizer, seed or"
+                " data.shuffle): restore what it was made with, or start another run_dir."
+            )
+        if self.driver is not None:
+            self.driver.start(place["cursor"])
+        self.push(step)
+
+    def take(self, step: int) -> Batch | None:
+        while self._asked < min(step + self.rollout.steps_off, self._last):
+            self._asked += 1
+            if self.driver is not None:
+                self.driver.ask(self._asked)
+        while not self._shared(lambda driver: driver.wait(step)):
+            if self.stop.agreed():
+                return None
+        return self._shared(lambda driver: driver.result(step))
+
+    def push(self, step: int) -> dict[str, float]:
+        """Prove that the rollout engine serves these weights; else once more from a fresh start.
+
+        Raises RolloutError with the numbers when they differ then, too.
+        """
+        while not self._shared(lambda driver: driver.pause()):
+            pass
+        limit = tolerance_of(self.recipe)
+        figures: dict[str, float] = {}
+        for attempt in ("push", "reload"):
+            figures |= self._send(step, attempt)
+            gap = self._gap()
+            figures["push/logprob_gap"] = gap
+            if gap <= limit:
+                break
+        else:
+            raise RolloutError(
+                f"Step {step}: the rollout engine serves other weights than the trainer holds: its"
+                f" log-probs differ by {gap:.3g} nats after a push and a reload; rollout.tolerance"
+                f" is {limit:.3g}. Nothing more was sampled; the last checkpoint is whole."
+            )
+        figures["push/reloads"] = float(attempt == "reload")
+        self._shared(lambda driver: driver.resume())
+        return figures
+
+    def _send(self, step: int, attempt: str) -> dict[str, float]:
+        weights = self.engine.export()
+
+        def send(driver: Driver) -> dict[str, float]:
+            if attempt == "reload":
+                driver.engine.reload()
+            return {f"push/{k}_s": v for k, v in driver.engine.push(weights, step).items()}
+
+        try:
+            problem, figures = self._tried(send)
+        finally:
+            for _ in weights:  # every rank takes part in what is exported, to the end
+                pass
+        return self._told(problem, figures)
+
+    def _gap(self) -> float:
+        """The largest difference of a log-prob between the two sides, over given and generated
+        tokens.
+        """
+        probe: Probe = self._shared(lambda driver: driver.engine.probe(self._probes))
+        packs = [from_tokens(sequence) for sequence in probe.sequences]
+        scored = self.engine.logprobs(packs)
+        return gap_of(probe, [own[:-1].tolist() for own in scored])
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        while not self._shared(lambda driver: driver.pause()):
+            pass
+        found = self._shared(self._answers)
+        self._shared(lambda driver: driver.resume())
+        return found
+
+    def _answers(self, driver: Driver) -> dict[str, float]:
+        from dataclasses import replace
+
+        seconds: dict[str, float] = {}
+        prompts = {prompt.id: prompt for prompt in self.prompts.held_out}
+        greedy = replace(driver.sampling, temperature=0.0, routes=False)
+        requests = [Request(p, 0, seed_of(0, p.id, 0), greedy) for p in prompts.values()]
+        samples = []
+        with timed(seconds, "seconds"):
+            driver.engine.generate(requests, samples.append)
+            graded = grade(driver.grader, [(prompts[s.prompt_id], s) for s in samples])
+        own = [one for one in graded if one is not None]
+        found = {"eval_reward/mean": sum(one.reward for one in own) / max(1, len(own))}
+        for name in sorted({name for one in own for name in one.parts}):
+            values = [v for one in own if (v := one.parts.get(name)) is not None]
+            found[f"eval_reward/{name}"] = sum(values) / max(1, len(values))
+        lengths = [len(sample.tokens) for sample in samples]
+        return found | {"eval_length/mean": sum(lengths) / max(1, len(lengths))} | seconds
+
+    def state_dict(self, batch: Batch) -> dict[str, Any]:
+        return {"cursor": batch.cursor, "fingerprint": self.prompts.train.fingerprint}
+
+    # Between the driver and the other ranks
+
+    def _shared(self, ask: Callable[[Driver], T]) -> T:
+        """What the driver answers, on every rank; what it raises, too."""
+        return self._told(*self._tried(ask))
+
+    def _tried(self, ask: Callable[[Driver], T]) -> tuple[BaseException | None, Any]:
+        if self.driver is None:
+            return None, None
+        try:
+            return None, ask(self.driver)
+        except MoetrainError as error:
+            return error, None
+
+    def _told(self, problem: BaseException | None, answer: Any) -> Any:
+        said = [problem, answer]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(said, src=0, device=self.engine.device)
+        if said[0] is not None:
+            raise said[0]
+        return said[1]

@@ -1,0 +1,103 @@
+"""Group-relative policy optimisation and two of its kin, by how tokens are averaged:
+
+l_t = -w_t min(r_t A, clip(r_t, 1 - low, 1 + high) A) + beta KL_t, with r_t = pi / pi_old and A from
+the rewards of the answers to one prompt. grpo (arXiv 2402.03300, eq. 3): mean over answers of the
+mean over tokens, A = (r - mean) / std. dr_grpo (arXiv 2503.20783, eq. 4): sums over tokens divided
+by a constant, A = r - mean. dapo (arXiv 2503.14476, eq. 8): mean over all tokens, with a higher
+upper bound, dynamic sampling and a penalty for answers near the longest allowed.
+"""
+
+from torch import Tensor
+
+from moetrain.config.online import DapoMethod, DrGrpoMethod, OnlineMethod
+from moetrain.methods.base import Known, Method, Metrics, Online, Out, Terms
+from moetrain.methods.online import (
+    ANSWER,
+    Tokens,
+    answer_mask,
+    broadcast_advantage,
+    centred,
+    clipped,
+    divergence,
+    lengths,
+    normalised,
+    online_metrics,
+    overlong,
+    spread,
+    tokens_of,
+    without_signal,
+)
+from moetrain.ops.packed import Packed
+
+NEEDS = frozenset({"logp", "entropy"})
+
+
+def token_losses(out: Out, batch: Packed, cfg: OnlineMethod, own: Tokens) -> Tensor:
+    """[t], zero outside answers."""
+    losses = own.weight * clipped(own.ratio, own.advantage, cfg)
+    if cfg.beta:
+        kl = divergence(out.logp, batch.per_token["ref_logp"], cfg.kl_estimator)
+        losses = losses + cfg.beta * kl
+    return losses * own.mask
+
+
+def num_answers(batch: Packed) -> Tensor:
+    """fp32 scalar."""
+    return (batch.extras["role"] == ANSWER).sum().float()
+
+
+def grpo(out: Out, batch: Packed, cfg: OnlineMethod, known: Known) -> tuple[Terms, Metrics]:
+    """Each answer counts the same, however long."""
+    own = tokens_of(out, batch, cfg)
+    share = spread(batch, 1 / lengths(batch, own.mask))
+    total = (token_losses(out, batch, cfg, own) * share).sum()
+    return {"loss": total}, online_metrics(out, batch, cfg, own)
+
+
+def per_token(out: Out, batch: Packed, cfg: OnlineMethod, known: Known) -> tuple[Terms, Metrics]:
+    """Each token counts the same."""
+    own = tokens_of(out, batch, cfg)
+    total = token_losses(out, batch, cfg, own).sum()
+    return {"loss": total}, online_metrics(out, batch, cfg, own)
+
+
+def count_answers(batch: Packed, cfg: object) -> Terms:
+    """Number of answers."""
+    return {"loss": num_answers(batch)}
+
+
+def count_constant(batch: Packed, cfg: DrGrpoMethod) -> Terms:
+    """Answers times the constant length."""
+    return {"loss": num_answers(batch) * cfg.length}
+
+
+def count_answer_tokens(batch: Packed, cfg: object) -> Terms:
+    """Tokens of all answers."""
+    return {"loss": answer_mask(batch).sum()}
+
+
+def shape_dapo(rewards: Tensor, length: Tensor, truncated: Tensor, cfg: DapoMethod) -> Tensor:
+    """Rewards with the soft penalty of long answers."""
+    if cfg.max_length is None:
+        return rewards
+    return rewards + overlong(length, cfg.max_length, cfg.soft_length)
+
+
+def drops_dapo(rewards: Tensor, group: Tensor, cfg: DapoMethod) -> Tensor:
+    """Groups of equal rewards, unless dynamic sampling is off."""
+    return without_signal(rewards, group, cfg) & cfg.dynamic_sampling
+
+
+GRPO = Method(
+    "grpo", grpo, count_answers, NEEDS, online=Online(normalised, targets=broadcast_advantage)
+)
+DR_GRPO = Method(
+    "dr_grpo", per_token, count_constant, NEEDS, online=Online(centred, targets=broadcast_advantage)
+)
+DAPO = Method(
+    "dapo",
+    per_token,
+    count_answer_tokens,
+    NEEDS,
+    online=Online(normalised, shape_dapo, drops_dapo, broadcast_advantage),
+)

@@ -1,0 +1,45 @@
+"""Group sequence policy optimisation (arXiv 2507.18071, eq. 5): one ratio for a whole answer,
+
+L = -mean over answers of w min(s A, clip(s, 1 - low, 1 + high) A),
+s = (pi(y|x) / pi_old(y|x))^(1/|y|).
+
+A mixture of experts routes some tokens anew after every update; their ratios average out in s.
+"""
+
+from moetrain.config.online import GspoMethod
+from moetrain.methods.base import Known, Method, Metrics, Online, Out, Terms
+from moetrain.methods.grpo import NEEDS, count_answers
+from moetrain.methods.online import (
+    ANSWER,
+    broadcast_advantage,
+    clipped,
+    divergence,
+    lengths,
+    normalised,
+    online_metrics,
+    sequence_ratio,
+    spread,
+    tokens_of,
+)
+from moetrain.ops.packed import Packed
+from moetrain.ops.segment import segment_sum
+
+
+def loss(out: Out, batch: Packed, cfg: GspoMethod, known: Known) -> tuple[Terms, Metrics]:
+    """Each answer counts the same; a KL to the reference is a mean over its tokens."""
+    own = tokens_of(out, batch, cfg)
+    size = lengths(batch, own.mask)
+    ratio = sequence_ratio(out, batch, own.mask)
+    weight = segment_sum(own.weight, batch.cu_seqlens) / size
+    losses = weight * clipped(ratio, batch.extras["advantage"], cfg)
+    if cfg.beta:
+        kl = divergence(out.logp, batch.per_token["ref_logp"], cfg.kl_estimator) * own.mask
+        losses = losses + cfg.beta * segment_sum(kl, batch.cu_seqlens) / size
+    is_answer = (batch.extras["role"] == ANSWER).float()
+    seen = type(own)(own.mask, spread(batch, ratio) * own.mask, own.advantage, own.weight)
+    return {"loss": (losses * is_answer).sum()}, online_metrics(out, batch, cfg, seen)
+
+
+GSPO = Method(
+    "gspo", loss, count_answers, NEEDS, online=Online(normalised, targets=broadcast_advantage)
+)

@@ -1,0 +1,195 @@
+"""What methods that learn from rollouts are made of: advantages, ratios, clipping, KL, corrections.
+
+Legend: n answers of a batch, t tokens of a pack, q sequences of a pack. All pure, fp32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetrain.config.online import OnlineMethod
+from moetrain.methods.base import Metrics, Out
+from moetrain.ops.packed import Packed
+from moetrain.ops.segment import segment_sum
+
+ANSWER = 1  # `role` of a sampled answer
+
+# Advantages, from the rewards [n] of all answers and the group [n] of each
+
+
+def group_mean(rewards: Tensor, group: Tensor) -> Tensor:
+    """[n] the mean reward of each answer's group."""
+    num = int(group.max()) + 1
+    sums = rewards.new_zeros(num).index_add(0, group, rewards)
+    counts = rewards.new_zeros(num).index_add(0, group, torch.ones_like(rewards))
+    return (sums / counts.clamp(min=1))[group]
+
+
+def group_std(rewards: Tensor, group: Tensor) -> Tensor:
+    """[n] the deviation (with n - 1) of each answer's group; 0 for an answer alone."""
+    num = int(group.max()) + 1
+    squares = (rewards - group_mean(rewards, group)).square()
+    sums = rewards.new_zeros(num).index_add(0, group, squares)
+    counts = rewards.new_zeros(num).index_add(0, group, torch.ones_like(rewards))
+    return (sums / (counts - 1).clamp(min=1)).sqrt()[group]
+
+
+def centred(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
+    """r - mean of its group (Dr. GRPO, arXiv 2503.20783, section 3.1)."""
+    return rewards - group_mean(rewards, group)
+
+
+def normalised(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
+    """(r - mean) / std of its group (GRPO, arXiv 2402.03300, section 4.1.2)."""
+    return centred(rewards, group, cfg) / (group_std(rewards, group) + 1e-4)
+
+
+def without_signal(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
+    """[n] bool: all rewards of its group are equal (DAPO, arXiv 2503.14476, eq. 11)."""
+    return (
+        (rewards - group_mean(rewards, group)).abs() < 1e-6
+        if group.numel() == 0
+        else (group_std(rewards, group) < 1e-6)
+    )
+
+
+def overlong(lengths: Tensor, max_length: int, soft_length: int) -> Tensor:
+    """[n] from 0 to -1 over the last `soft_length` tokens before `max_length` (DAPO, eq. 13)."""
+    return -((lengths - (max_length - soft_length)) / soft_length).clamp(0, 1)
+
+
+# Over the tokens of a pack
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A pack's sampled answers: values per token [t], zero outside them."""
+
+    mask: Tensor
+    ratio: Tensor  # pi / pi_old
+    advantage: Tensor
+    weight: Tensor  # for what sampler and trainer disagree on, no gradient
+
+    @property
+    def num(self) -> Tensor:
+        return self.mask.sum()
+
+
+def answer_mask(batch: Packed) -> Tensor:
+    """[t] fp32: the scored tokens of sampled answers."""
+    return batch.loss_mask * spread(batch, (batch.extras["role"] == ANSWER).float())
+
+
+def spread(batch: Packed, values: Tensor) -> Tensor:
+    """[q] -> [t]."""
+    return values[batch.sequence_ids.to(values.device)]
+
+
+def lengths(batch: Packed, mask: Tensor) -> Tensor:
+    """[q] tokens of each sequence under the mask, at least 1."""
+    return segment_sum(mask, batch.cu_seqlens).clamp(min=1)
+
+
+def tokens_of(out: Out, batch: Packed, cfg: OnlineMethod) -> Tokens:
+    """Ratios to the policy before the batch's first update (PPO, arXiv 1707.06347, eq. 6)."""
+    mask = answer_mask(batch)
+    return Tokens(
+        mask=mask,
+        ratio=torch.exp((out.logp - batch.per_token["old_logp"]) * mask),
+        advantage=batch.per_token["advantage"] * mask,
+        weight=correction(batch, cfg, mask),
+    )
+
+
+def broadcast_advantage(batch: Packed, cfg: object) -> dict[str, Tensor]:
+    """`targets` of methods whose answers have one advantage."""
+    mask = answer_mask(batch)
+    return {"advantage": spread(batch, batch.extras["advantage"]) * mask}
+
+
+def clipped(ratio: Tensor, advantage: Tensor, cfg: OnlineMethod) -> Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A) (PPO, eq. 7; two bounds: DAPO, eq. 10)."""
+    bounded = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    return -torch.minimum(ratio * advantage, bounded * advantage)
+
+
+def divergence(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
+    """KL(pi || ref) a token where tokens are pi's own: k1 = log(pi / ref), k2 = k1^2 / 2,
+    k3 = ref / pi - 1 + k1 (Schulman 2020; GRPO, eq. 4, is k3).
+    """
+    k1 = logp - ref_logp
+    return {"k1": k1, "k2": 0.5 * k1.square(), "k3": torch.exp(-k1) - 1 + k1}[estimator]
+
+
+def correction(batch: Packed, cfg: OnlineMethod, mask: Tensor) -> Tensor:
+    """[t] weights pi_old / pi_sampler, cut as `cfg.mismatch` says: the sampler's numerics, and
+    weights that are some steps old, make another distribution than the trainer's.
+
+    tis: min(w, cap) (arXiv 2508.09989's truncated importance sampling); mask: w where
+    1/cap <= w <= cap, else 0 (IcePop); sequence: min(prod of w over the answer, cap).
+    """
+    gap = (batch.per_token["old_logp"] - batch.per_token["rollout_logp"]) * mask
+    cap = cfg.mismatch_cap
+    if cfg.mismatch == "sequence":
+        whole = segment_sum(gap, batch.cu_seqlens).exp().clamp(max=cap)
+        return spread(batch, whole) * mask
+    weight = gap.exp()
+    if cfg.mismatch == "tis":
+        weight = weight.clamp(max=cap)
+    elif cfg.mismatch == "mask":
+        weight = weight * ((weight >= 1 / cap) & (weight <= cap))
+    else:
+        weight = torch.ones_like(weight)
+    return weight * mask
+
+
+def sequence_ratio(out: Out, batch: Packed, mask: Tensor) -> Tensor:
+    """[q] exp of the mean log-ratio of each sequence (GSPO, arXiv 2507.18071, eq. 7)."""
+    gap = (out.logp - batch.per_token["old_logp"]) * mask
+    return torch.exp(segment_sum(gap, batch.cu_seqlens) / lengths(batch, mask))
+
+
+def gae(
+    rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over episodes laid end to end.
+
+    rewards, values [t]; ends [t] bool: the last token of an episode, after which the value is 0.
+    Returns (advantages [t], returns [t] = advantages + values).
+    """
+    after = torch.cat([values[1:], values.new_zeros(1)]).masked_fill(ends, 0.0)
+    delta = rewards + gamma * after - values
+    advantages = torch.zeros_like(values)
+    running = values.new_zeros(())
+    for i in range(values.numel() - 1, -1, -1):
+        running = delta[i] + (0.0 if ends[i] else gamma * lam) * running
+        advantages[i] = running
+    return advantages, advantages + values
+
+
+def online_metrics(out: Out, batch: Packed, cfg: OnlineMethod, own: Tokens) -> Metrics:
+    """What there is to see in every method, as sums over answers' tokens."""
+    gap = (batch.per_token["rollout_logp"] - batch.per_token["old_logp"]) * own.mask
+    num = own.num
+    low = (own.ratio < 1 - cfg.clip_low) & (own.advantage < 0)
+    high = (own.ratio > 1 + cfg.clip_high) & (own.advantage > 0)
+    weight = own.weight.detach()
+    found: Metrics = {
+        "mismatch/kl": (
+            ((-gap).exp() - 1 + gap).mul(own.mask).sum(),
+            num,
+        ),  # KL(sampler || trainer)
+        "mismatch/abs": (gap.abs().sum(), num),
+        "mismatch/weight": (weight.sum(), num),
+        "clip/low": ((low * own.mask).sum(), num),
+        "clip/high": ((high * own.mask).sum(), num),
+        "ratio": ((own.ratio.detach() * own.mask).sum(), num),
+    }
+    if out.entropy is not None:
+        found["entropy"] = ((out.entropy * own.mask).sum(), num)
+    reference = batch.per_token.get("ref_logp")
+    if reference is not None:
+        total = (divergence(out.logp.detach(), reference, "k3") * own.mask).sum()
+        found["kl"] = total, (batch.extras["role"] == ANSWER).sum().float()
+    return found

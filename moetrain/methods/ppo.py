@@ -1,0 +1,70 @@
+"""Proximal policy optimisation (arXiv 1707.06347, eq. 7) with a value head on the policy:
+
+L = -mean_t w_t min(r_t A_t, clip(r_t) A_t)
+    + c mean_t max((v - R)^2, (clip(v, v_old +- e) - R)^2) / 2.
+
+A_t and R_t come from generalised advantage estimation over an answer whose reward stands on its
+last token; the KL to the reference is taken off each token's reward (InstructGPT, arXiv 2203.02155,
+eq. 2), so it is no term of the loss.
+"""
+
+import torch
+from torch import Tensor
+
+from moetrain.config.online import PpoMethod
+from moetrain.methods.base import Known, Method, Metrics, Online, Out, Terms
+from moetrain.methods.online import (
+    answer_mask,
+    clipped,
+    divergence,
+    gae,
+    online_metrics,
+    tokens_of,
+)
+from moetrain.ops.packed import Packed
+
+NEEDS = frozenset({"logp", "entropy", "value"})
+
+
+def raw(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
+    """No baseline of the group: the value head is the baseline."""
+    return rewards
+
+
+def targets(batch: Packed, cfg: PpoMethod) -> dict[str, Tensor]:
+    """`advantage` and `return` [t]; the `reward` [q] stands on each answer's last token."""
+    mask = answer_mask(batch)
+    keep = mask > 0
+    sequence = batch.sequence_ids[keep]
+    ends = torch.cat([sequence[1:] != sequence[:-1], torch.ones(1, dtype=torch.bool)])
+    rewards = torch.where(ends, batch.extras["reward"][sequence], 0.0)
+    if cfg.beta:
+        old, ref = batch.per_token["old_logp"][keep], batch.per_token["ref_logp"][keep]
+        rewards = rewards - cfg.beta * divergence(old, ref, cfg.kl_estimator)
+    found = gae(rewards, batch.per_token["old_value"][keep], ends, cfg.gamma, cfg.lam)
+    advantage, returns = (torch.zeros_like(mask).masked_scatter(keep, own) for own in found)
+    return {"advantage": advantage, "return": returns}
+
+
+def loss(out: Out, batch: Packed, cfg: PpoMethod, known: Known) -> tuple[Terms, Metrics]:
+    """Each token counts the same."""
+    assert out.value is not None
+    own = tokens_of(out, batch, cfg)
+    policy = (own.weight * clipped(own.ratio, own.advantage, cfg) * own.mask).sum()
+    old, aim = batch.per_token["old_value"], batch.per_token["return"]
+    near = old + (out.value - old).clamp(-cfg.value_clip, cfg.value_clip)
+    errors = 0.5 * torch.maximum((out.value - aim).square(), (near - aim).square()) * own.mask
+    metrics = online_metrics(out, batch, cfg, own) | {
+        "value/loss": (errors.detach().sum(), own.num),
+        "value/mean": ((out.value.detach() * own.mask).sum(), own.num),
+    }
+    return {"loss": policy, "value": cfg.value_weight * errors.sum()}, metrics
+
+
+def count(batch: Packed, cfg: object) -> Terms:
+    """Tokens of all answers, for both terms."""
+    num = answer_mask(batch).sum()
+    return {"loss": num, "value": num}
+
+
+PPO = Method("ppo", loss, count, NEEDS, online=Online(raw, targets=targets))

@@ -1,0 +1,51 @@
+"""From a name in a recipe to a function."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from moetrain.errors import ConfigError, nearest
+from moetrain.rewards import accuracy, text
+from moetrain.rewards.base import RewardFunction
+
+REWARDS: dict[str, RewardFunction] = {
+    "accuracy": accuracy.accuracy,
+    "format": text.format,
+    "length": text.length,
+    "cosine_length": text.cosine_length,
+    "repetition": text.repetition,
+    "language": text.language,
+}
+
+
+def find_reward(name: str) -> RewardFunction:
+    """One of `REWARDS`, or the function of FILE.py:FUNCTION. Raises ConfigError."""
+    if name in REWARDS:
+        return REWARDS[name]
+    file, colon, function = name.rpartition(":")
+    if not colon:
+        raise ConfigError(
+            f"rewards: {name!r} is not known; there are {', '.join(REWARDS)}, and FILE.py:FUNCTION."
+            f"{nearest(name, REWARDS)}"
+        )
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"rewards: {name}: {path} is not a file. Check the path.")
+    spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's own code, which may fail in any way
+        raise ConfigError(
+            f"rewards: {path} cannot be run: {type(error).__name__}: {error}"
+        ) from error
+    found: RewardFunction | None = vars(module).get(function)
+    if found is None or not callable(found):
+        names = [n for n, value in vars(module).items() if callable(value)]
+        raise ConfigError(
+            f"rewards: {path} has no function {function}.{nearest(function, names)} It has"
+            f" {', '.join(names) or 'none'}."
+        )
+    return found

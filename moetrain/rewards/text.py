@@ -1,0 +1,96 @@
+"""Rewards that read the text alone."""
+
+import math
+import re
+import unicodedata
+from typing import Any
+
+from moetrain.rewards.base import Scores, text_of
+
+THINKING = re.compile(
+    r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL
+)
+_WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿豈-﫿]|\w+")
+
+
+def format(completions: list[str], pattern: str | None = None, **columns: Any) -> Scores:
+    """1 when the whole completion is <think>…</think><answer>…</answer> (or matches `pattern`)."""
+    wanted = THINKING if pattern is None else re.compile(pattern, re.DOTALL)
+    return [float(wanted.fullmatch(text) is not None) for text in completions]
+
+
+def length(completions: list[str], target: int = 200, **columns: Any) -> Scores:
+    """1 at `target` characters, falling linearly to 0 at none and at twice as many."""
+    return [max(0.0, 1 - abs(len(text) - target) / target) for text in completions]
+
+
+def cosine_length(
+    completions: list[str],
+    right: list[float | None] | None = None,
+    max_length: int = 1000,
+    **columns: Any,
+) -> Scores:
+    """Short right answers are worth most, short wrong ones least (arXiv 2502.03373, section 3.2).
+
+    `right` is a column with 1 for right answers; without one all count as right. From 1 to 0.5 with
+    the length in characters when right, from -1 to -0.5 when wrong.
+    """
+    marks = right or [1.0] * len(completions)
+    scores: Scores = []
+    for text, mark in zip(completions, marks, strict=True):
+        share = min(len(text), max_length) / max_length
+        size = 0.75 + 0.25 * math.cos(share * math.pi)
+        scores.append(None if mark is None else size if mark > 0.5 else -size)
+    return scores
+
+
+def words(text: str) -> list[str]:
+    """Words in lower case; each Chinese or Japanese character is one."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def repetition(
+    completions: list[str], n: int = 3, max_penalty: float = 1.0, **columns: Any
+) -> Scores:
+    """From 0 down to -max_penalty: the share of n-grams that stood there before (arXiv 2502.03373,
+    section 3.3).
+    """
+    scores: Scores = []
+    for text in completions:
+        own = words(text)
+        grams = [tuple(own[i : i + n]) for i in range(len(own) - n + 1)]
+        share = 1 - len(set(grams)) / len(grams) if grams else 0.0
+        scores.append(-max_penalty * share)
+    return scores
+
+
+SCRIPTS = ("LATIN", "CJK", "HIRAGANA", "KATAKANA", "HANGUL", "CYRILLIC", "ARABIC", "DEVANAGARI",
+           "GREEK", "HEBREW", "THAI")  # fmt: skip
+
+
+def script_of(text: str) -> str | None:
+    """The script of most letters; text with kana is Japanese. None without letters."""
+    counts: dict[str, int] = {}
+    for letter in text:
+        if letter.isalpha():
+            name = unicodedata.name(letter, "").split(" ")[0]
+            if name in SCRIPTS:
+                counts[name] = counts.get(name, 0) + 1
+    kana = counts.pop("HIRAGANA", 0) + counts.pop("KATAKANA", 0)
+    if kana:
+        counts["JAPANESE"] = kana + counts.pop("CJK", 0)
+    return max(counts, key=lambda name: counts[name]) if counts else None
+
+
+def language(completions: list[str], prompt: list[Any] | None = None, **columns: Any) -> Scores:
+    """1 when the completion is in the prompt's script, 0 when not; None when either has no letters.
+
+    Scripts, not languages: what goes wrong in practice is an answer that slips into another script,
+    and no model is needed to see it.
+    """
+    prompts = prompt or [""] * len(completions)
+    scores: Scores = []
+    for text, asked in zip(completions, prompts, strict=True):
+        own, wanted = script_of(text), script_of(text_of(asked))
+        scores.append(None if own is None or wanted is None else float(own == wanted))
+    return scores

@@ -1,0 +1,97 @@
+"""What a rollout engine is: it samples, takes weights, and shows what it holds."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from moetrain.data.samples import Prompt, Sample
+
+PROBE_TOKENS = 8  # greedy tokens that follow each probe
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. Without top_p and top_k the distribution is the model's own."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0: the likeliest token
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    stop_ids: tuple[int, ...] = ()  # an answer ends with one of these
+    routes: bool = False  # record the router's choices
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to draw; the seed is its own, whatever else is drawn beside it."""
+
+    prompt: Prompt
+    index: int
+    seed: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the engine says of given sequences, and of what it generates itself.
+
+    Scoring alone would not see a stale prefix cache, which only generation reads.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]  # given ones, then the same with their greedy answers
+    logprobs: tuple[tuple[float, ...], ...]  # of each token after the first; NaN where not known
+
+    @classmethod
+    def of(
+        cls,
+        given: Sequence[Sequence[int]],
+        scored: Sequence[Sequence[float]],
+        answers: Sequence[Sample],
+    ) -> "Probe":
+        """From given sequences with a log-prob for each token after the first, and the greedy
+        answer to each.
+        """
+        unknown = [(math.nan,) * (len(own) - 1) for own in given]
+        longer = [(*own, *answer.tokens) for own, answer in zip(given, answers, strict=True)]
+        drawn = [(*u, *answer.logprobs) for u, answer in zip(unknown, answers, strict=True)]
+        return cls(sequences=(*map(tuple, given), *longer), logprobs=(*map(tuple, scored), *drawn))
+
+
+class RolloutEngine(Protocol):
+    """Driven by one process. Raises RolloutError when it gives up."""
+
+    counts: Counter[str]  # faults so far: restarts, timeouts, ...
+
+    def generate(self, requests: Sequence[Request], on_sample: Callable[[Sample], None]) -> None:
+        """Draw all; `on_sample` as each one ends, in any order."""
+        ...
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
+        """Serve these weights (Hugging Face name, whole tensor) from now on, as number `version`;
+        seconds by phase.
+        """
+        ...
+
+    def reload(self) -> None:
+        """Start afresh: the next push finds an engine that has never served."""
+        ...
+
+    def probe(self, sequences: Sequence[tuple[int, ...]]) -> Probe:
+        """Score given token sequences and continue them greedily."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the device's memory back until `wake`."""
+        ...
+
+    def wake(self) -> None:
+        """Be ready again; weights are pushed after it."""
+        ...
+
+    def close(self) -> None:
+        """End what was started."""
+        ...

@@ -1,0 +1,228 @@
+"""Sampling in the trainer's own process: a transformers model on the CPU, for tests and small
+models.
+
+Legend: b answers drawn together, s tokens of a forward pass, v vocabulary, l MoE layers, k experts
+    of a token.
+"""
+
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moetrain.data.samples import Prompt, Sample
+from moetrain.errors import RolloutError
+from moetrain.rollout.base import PROBE_TOKENS, Probe, Request, Sampling
+
+BATCH = 64  # answers drawn together
+
+
+class Embedded:
+    """A copy of the model as transformers has it; `push` makes it anew.
+
+    Args:
+        hf: content of config.json.
+        tokenizer: its folder.
+    """
+
+    def __init__(self, hf: dict[str, Any], tokenizer: Path):
+        from transformers import AutoTokenizer
+
+        self.hf = hf
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer))
+        self.counts: Counter[str] = Counter()
+        self.model: Any = None
+        self.version = -1
+
+    def generate(self, requests: Sequence[Request], on_sample: Callable[[Sample], None]) -> None:
+        """Draw all, those with prompts of like length together."""
+        order = sorted(requests, key=lambda r: len(r.prompt.tokens))
+        for together in batched(order, BATCH):
+            for sample in self._draw(together):
+                on_sample(sample)
+
+    @torch.inference_mode()
+    def _draw(self, requests: Sequence[Request]) -> list[Sample]:
+        sampling = requests[0].sampling
+        if any(r.sampling != sampling for r in requests) or sampling.top_p < 1 or sampling.top_k:
+            raise RolloutError(
+                "rollout.engine=embedded draws from the whole distribution: leave top_p and top_k"
+                " out, or take vllm."
+            )
+        drawing = _Drawing(self.model, requests)
+        while drawing.open_rows and len(drawing.tokens[0]) < sampling.max_tokens:
+            drawing.step(sampling)
+        return [
+            Sample(
+                prompt_id=request.prompt.id,
+                index=request.index,
+                tokens=tuple(drawing.own(row)),
+                logprobs=tuple(drawing.logprobs[row][: drawing.lengths[row]]),
+                text=self.tokenizer.decode(drawing.own(row), skip_special_tokens=True),
+                finish="length" if row in drawing.open_rows else "stop",
+                version=self.version,
+                routes=drawing.routes(row) if sampling.routes else None,
+            )
+            for row, request in enumerate(requests)
+        ]
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
+        """Through a folder, so that transformers itself says which name belongs where."""
+        from transformers import AutoModelForCausalLM
+
+        started = time.perf_counter()
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
+        gathered = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
+            (Path(folder) / "config.json").write_text(json.dumps(self.hf))
+            loader: Any = AutoModelForCausalLM
+            dtype = next(iter(tensors.values())).dtype
+            with _quiet():
+                self.model, info = loader.from_pretrained(
+                    folder, dtype=dtype, output_loading_info=True
+                )
+        wrong = [key for kind in ("missing_keys", "unexpected_keys") for key in info[kind]]
+        if wrong:
+            raise RolloutError(f"transformers does not know what to do with {wrong[:3]}.")
+        self.model.eval()
+        self.version = version
+        return {"export": gathered - started, "load": time.perf_counter() - gathered}
+
+    def reload(self) -> None:
+        """Every push makes the model anew."""
+
+    def probe(self, sequences: Sequence[tuple[int, ...]]) -> Probe:
+        """Score what is given, and greedy answers to it with the log-probs of drawing them."""
+        greedy = Sampling(max_tokens=PROBE_TOKENS, temperature=0.0)
+        requests = [
+            Request(Prompt(str(i), tuple(own), {}), 0, 0, greedy) for i, own in enumerate(sequences)
+        ]
+        found: list[Sample] = []
+        self.generate(requests, found.append)
+        found.sort(key=lambda sample: int(sample.prompt_id))
+        scored = [self._score(own) for own in sequences]
+        return Probe.of(sequences, scored, found)
+
+    @torch.inference_mode()
+    def _score(self, tokens: Sequence[int]) -> list[float]:
+        ids = torch.tensor([tokens])
+        logp = torch.log_softmax(self.model(ids).logits[0, :-1].float(), -1)
+        return logp.gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+    def sleep(self) -> None:
+        """There is no memory to give back that `push` would not take again."""
+
+    def wake(self) -> None:
+        """Ready as it is."""
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar for every push."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+class _Drawing:
+    """b answers drawn together from left-padded prompts and one key-value cache. An answer that has
+    ended is drawn on, and not kept.
+    """
+
+    def __init__(self, model: Any, requests: Sequence[Request]):
+        self.model = model
+        self.prompts = [request.prompt.tokens for request in requests]
+        self.longest = max(map(len, self.prompts))
+        self.ids = torch.zeros(len(requests), self.longest, dtype=torch.int64)
+        self.mask = torch.zeros_like(self.ids)
+        for row, prompt in enumerate(self.prompts):
+            self.ids[row, self.longest - len(prompt) :] = torch.tensor(prompt)
+            self.mask[row, self.longest - len(prompt) :] = 1
+        self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
+        self.tokens: list[list[int]] = [[] for _ in requests]
+        self.logprobs: list[list[float]] = [[] for _ in requests]
+        self.lengths = [0] * len(requests)
+        self.open_rows = set(range(len(requests)))
+        self._chosen: list[Tensor] = []  # [b, s, l, k] of each pass
+        self._cache: Any = None
+
+    def step(self, sampling: Sampling) -> None:
+        """One token more for every answer."""
+        new = self.ids if self._cache is None else self.ids[:, -1:]
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -new.size(1) :]
+        with _Listening(self.model, new.shape, self._chosen if sampling.routes else None):
+            out = self.model(
+                input_ids=new,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        self._cache = out.past_key_values
+        logp = torch.log_softmax(out.logits[:, -1].float() / (sampling.temperature or 1.0), -1)
+        drawn = logp.argmax(-1)
+        if sampling.temperature:
+            # Gumbel's trick with a generator a row: an answer does not depend on the others.
+            noise = torch.stack([torch.rand(logp.size(1), generator=g) for g in self.generators])
+            drawn = (logp - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))).argmax(-1)
+        for row, token in enumerate(drawn.tolist()):
+            self.tokens[row].append(token)
+            self.logprobs[row].append(float(logp[row, token]))
+            self.lengths[row] += row in self.open_rows
+            if token in sampling.stop_ids:
+                self.open_rows.discard(row)
+        self.ids = torch.cat([self.ids, drawn[:, None]], 1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+
+    def own(self, row: int) -> list[int]:
+        """The tokens of an answer, to its end."""
+        return self.tokens[row][: self.lengths[row]]
+
+    def routes(self, row: int) -> np.ndarray[Any, np.dtype[np.int16]]:
+        """[prompt + answer - 1, l, k]."""
+        whole = torch.cat([part[row] for part in self._chosen])
+        start = self.longest - len(self.prompts[row])
+        end = self.longest + self.lengths[row] - 1
+        return whole[start:end].to(torch.int16).numpy()
+
+
+class _Listening:
+    """Collects the experts that all routers choose meanwhile: [b, s, l, k] appended to `chosen`."""
+
+    def __init__(self, model: Any, shape: torch.Size, chosen: list[Tensor] | None):
+        self.model, self.shape, self.chosen = model, shape, chosen
+        self._found: list[Tensor] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        if self.chosen is None:
+            return
+        gates = [m for name, m in self.model.named_modules() if name.endswith("mlp.gate")]
+        for gate in gates:
+            hook = gate.register_forward_hook(lambda m, a, out: self._found.append(out[-1]))
+            self._hooks.append(hook)
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self.chosen is not None and self._found:
+            layers = [own.view(*self.shape, -1) for own in self._found]
+            self.chosen.append(torch.stack(layers, 2))
