@@ -133,13 +133,14 @@ def _explain(error: ValidationError) -> str:
     wrong_keys = ("extra_forbidden", "invalid_key")
     first = min(error.errors(), key=lambda problem: problem["type"] not in wrong_keys)
     location = [str(part) for part in first["loc"]]
-    if location[0] == "method":
-        del location[1:2]  # the union's tag, which is no key
+    method = None
+    if location[:1] == ["method"] and len(location) > 1:
+        method = location.pop(1)  # the union's tag, which is no key
     key = ".".join(location)
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     given: Any = first["input"]
     if first["type"] in wrong_keys:
-        allowed = _fields_at(location[:-1])
+        allowed = _fields_at(location[:-1], method)
         hint = _hint(key, location, allowed)
         return f"unknown key '{key}'.{hint} Allowed there: {', '.join(sorted(allowed))}{more}"
     if first["type"] == "missing":
@@ -173,6 +174,7 @@ def _methods() -> list[str]:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in (Annotated, Union, UnionType):
@@ -180,7 +182,8 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _fields_at(location: Sequence[str]) -> list[str]:
+def _fields_at(location: Sequence[str], method: str | None = None) -> list[str]:
+    """The keys of a section; under `method`, those of the method that is named."""
     models: list[type[BaseModel]] = [Recipe]
     for name in location:
         models = [
@@ -189,7 +192,10 @@ def _fields_at(location: Sequence[str]) -> list[str]:
             if name in model.model_fields
             for m in _models(model.model_fields[name].annotation)
         ]
-    return sorted({name for model in models for name in model.model_fields})
+    named = [
+        m for m in models if "name" in m.model_fields and m.model_fields["name"].default == method
+    ]
+    return sorted({name for model in named or models for name in model.model_fields})
 
 
 def _all_keys() -> set[str]:

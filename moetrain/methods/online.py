@@ -47,11 +47,7 @@ def normalised(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
 
 def without_signal(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
     """[n] bool: all rewards of its group are equal (DAPO, arXiv 2503.14476, eq. 11)."""
-    return (
-        (rewards - group_mean(rewards, group)).abs() < 1e-6
-        if group.numel() == 0
-        else (group_std(rewards, group) < 1e-6)
-    )
+    return group_std(rewards, group) < 1e-6
 
 
 def overlong(lengths: Tensor, max_length: int, soft_length: int) -> Tensor:

@@ -42,7 +42,7 @@ def targets(batch: Packed, cfg: PpoMethod) -> dict[str, Tensor]:
         old, ref = batch.per_token["old_logp"][keep], batch.per_token["ref_logp"][keep]
         rewards = rewards - cfg.beta * divergence(old, ref, cfg.kl_estimator)
     found = gae(rewards, batch.per_token["old_value"][keep], ends, cfg.gamma, cfg.lam)
-    advantage, returns = (torch.zeros_like(mask).masked_scatter(keep, own) for own in found)
+    advantage, returns = (own.new_zeros(keep.shape).masked_scatter(keep, own) for own in found)
     return {"advantage": advantage, "return": returns}
 
 

@@ -29,6 +29,15 @@ def accuracy(
     ]
 
 
+def exact(completions: list[str], answer: list[Any] | None = None, **columns: Any) -> Scores:
+    """1 when the completion is the column `answer`, but for outer blanks; None without one."""
+    golds = answer or [None] * len(completions)
+    return [
+        None if gold is None else float(text.strip() == str(gold).strip())
+        for text, gold in zip(completions, golds, strict=True)
+    ]
+
+
 def final(text: str) -> str:
     """The part of an answer that is compared."""
     tagged = _TAGGED.findall(text)

@@ -10,6 +10,7 @@ from moetrain.rewards.base import RewardFunction
 
 REWARDS: dict[str, RewardFunction] = {
     "accuracy": accuracy.accuracy,
+    "exact": accuracy.exact,
     "format": text.format,
     "length": text.length,
     "cosine_length": text.cosine_length,

@@ -251,3 +251,24 @@ def gradients_of_packs(
     result = engine.step(_mine(list(packs), engine), METHODS[recipe.method.name])
     grads = {name: g.clone() for name, g in engine.gradients()}
     return result.loss, result.metrics, grads if engine.mesh.is_main else {}
+
+
+def train_with_a_deaf_engine(recipe: str, run_dir: str) -> str:
+    """What a run says whose rollout engine takes no weights after the first."""
+    from moetrain import rollout
+    from moetrain.config.load import load_recipe
+    from moetrain.errors import RolloutError
+    from moetrain.loops.rl import train
+    from moetrain.rollout.embedded import Embedded
+
+    class Deaf(Embedded):
+        def push(self, weights: Any, version: int) -> dict[str, float]:
+            return {} if version else super().push(weights, version)
+
+    rollout.ENGINES["embedded"] = lambda recipe, hf, tokenizer: Deaf(hf, tokenizer)
+    settings = ["train.steps=2", f"run_dir={run_dir}", "observe.progress=false", "optim.lr=1e-2"]
+    try:
+        train(load_recipe(Path(recipe), settings))
+    except RolloutError as error:
+        return str(error)
+    return "the run went on"

@@ -1,0 +1,227 @@
+"""Methods that learn from rollouts, against formulas written once more, answer by answer."""
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from moetrain.config.method import MethodConfig
+from moetrain.methods import METHODS
+from moetrain.methods import online as parts
+from moetrain.methods.base import Out
+from moetrain.ops.packed import Packed, concat, pack_one, pad_to
+
+DOUBLE = torch.float64
+
+
+class Answer:
+    """Numbers of one sampled answer, a list a token."""
+
+    def __init__(self, rng: random.Random, num: int):
+        def near(values: list[float], by: float) -> list[float]:
+            return [min(-1e-3, value + rng.uniform(-by, by)) for value in values]
+
+        self.old = [-rng.uniform(0.1, 3) for _ in range(num)]
+        self.logp = near(self.old, 0.5)
+        self.rollout = near(self.old, 0.9)
+        self.ref = near(self.old, 0.7)
+        self.advantage = rng.uniform(-2, 2)
+        self.reward = rng.uniform(-1, 1)
+        self.value = [rng.uniform(-1, 1) for _ in range(num)]
+        self.old_value = [v + rng.uniform(-0.4, 0.4) for v in self.value]
+
+    def packed(self, prompt: int) -> Packed:
+        """Behind `prompt` tokens that are not scored."""
+
+        def row(values: list[float]) -> torch.Tensor:
+            return torch.tensor([0.0] * prompt + values, dtype=DOUBLE)
+
+        num = prompt + len(self.old)
+        mask = torch.tensor([0.0] * prompt + [1.0] * len(self.old))
+        return pack_one(
+            torch.zeros(num),
+            torch.zeros(num),
+            mask,
+            extras={
+                "role": torch.tensor([1]),
+                "advantage": torch.tensor([self.advantage], dtype=DOUBLE),
+                "reward": torch.tensor([self.reward], dtype=DOUBLE),
+            },
+            per_token={
+                "logp": row(self.logp),
+                "old_logp": row(self.old),
+                "rollout_logp": row(self.rollout),
+                "ref_logp": row(self.ref),
+                "value": row(self.value),
+                "old_value": row(self.old_value),
+            },
+        )
+
+
+def answers() -> list[Answer]:
+    rng = random.Random(4)
+    return [Answer(rng, num) for num in (3, 7, 1, 5, 12, 2)]
+
+
+def computed(settings: dict[str, Any], found: list[Answer], cuts: list[int]) -> float:
+    """The loss as the engine makes it, from packs of `cuts` answers each."""
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(settings)
+    method = METHODS[cfg.name]
+    assert method.online is not None
+    terms: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    start = 0
+    for size in cuts:
+        own = [a.packed(prompt=i % 3) for i, a in enumerate(found[start : start + size])]
+        start += size
+        pack = concat(own)
+        pack = pad_to(pack, pack.num_tokens + 4)
+        targets = method.online.targets(pack, cfg)
+        pack.per_token.update(targets)
+        out = Out(logp=pack.per_token["logp"], value=pack.per_token["value"])
+        made, _ = method.loss(out, pack, cfg, {})
+        for name, count in method.count(pack, cfg).items():
+            terms[name] = terms.get(name, 0.0) + float(made[name])
+            counts[name] = counts.get(name, 0.0) + float(count)
+    assert start == len(found)
+    return sum(terms[name] / counts[name] for name in terms)
+
+
+# The formulas once more, token by token
+
+
+def weight_of(a: Answer, i: int, cfg: Any) -> float:
+    w = math.exp(a.old[i] - a.rollout[i])
+    if cfg.mismatch == "tis":
+        return min(w, cfg.mismatch_cap)
+    if cfg.mismatch == "mask":
+        return w if 1 / cfg.mismatch_cap <= w <= cfg.mismatch_cap else 0.0
+    if cfg.mismatch == "sequence":
+        whole = math.exp(sum(a.old) - sum(a.rollout))
+        return min(whole, cfg.mismatch_cap)
+    return 1.0
+
+
+def surrogate(ratio: float, advantage: float, cfg: Any) -> float:
+    bounded = min(max(ratio, 1 - cfg.clip_low), 1 + cfg.clip_high)
+    return -min(ratio * advantage, bounded * advantage)
+
+
+def kl_of(a: Answer, i: int, cfg: Any) -> float:
+    log_ratio = a.logp[i] - a.ref[i]
+    if cfg.kl_estimator == "k1":
+        return log_ratio
+    if cfg.kl_estimator == "k2":
+        return log_ratio**2 / 2
+    return math.exp(-log_ratio) - 1 + log_ratio
+
+
+def tokens_of(a: Answer, cfg: Any) -> list[float]:
+    return [
+        weight_of(a, i, cfg) * surrogate(math.exp(a.logp[i] - a.old[i]), a.advantage, cfg)
+        + cfg.beta * kl_of(a, i, cfg)
+        for i in range(len(a.old))
+    ]
+
+
+def by_hand(settings: dict[str, Any], found: list[Answer]) -> float:
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(settings)
+    num_tokens = sum(len(a.old) for a in found)
+    if cfg.name == "grpo":
+        return sum(sum(tokens_of(a, cfg)) / len(a.old) for a in found) / len(found)
+    if cfg.name == "dr_grpo":
+        return sum(sum(tokens_of(a, cfg)) for a in found) / (len(found) * cfg.length)
+    if cfg.name == "dapo":
+        return sum(sum(tokens_of(a, cfg)) for a in found) / num_tokens
+    if cfg.name == "gspo":
+        total = 0.0
+        for a in found:
+            size = len(a.old)
+            ratio = math.exp((sum(a.logp) - sum(a.old)) / size)
+            weight = sum(weight_of(a, i, cfg) for i in range(size)) / size
+            total += weight * surrogate(ratio, a.advantage, cfg)
+            total += cfg.beta * sum(kl_of(a, i, cfg) for i in range(size)) / size
+        return total / len(found)
+    policy = value = 0.0
+    for a in found:
+        advantage, returns = estimated(a, cfg)
+        for i in range(len(a.old)):
+            ratio = math.exp(a.logp[i] - a.old[i])
+            policy += weight_of(a, i, cfg) * surrogate(ratio, advantage[i], cfg)
+            moved = min(max(a.value[i] - a.old_value[i], -cfg.value_clip), cfg.value_clip)
+            near = a.old_value[i] + moved
+            value += max((a.value[i] - returns[i]) ** 2, (near - returns[i]) ** 2) / 2
+    return policy / num_tokens + cfg.value_weight * value / num_tokens
+
+
+def estimated(a: Answer, cfg: Any) -> tuple[list[float], list[float]]:
+    """GAE as its sum (arXiv 1506.02438, eq. 16), with the KL taken off each token's reward."""
+    num = len(a.old)
+    rewards = [0.0] * num
+    rewards[-1] = a.reward
+    for i in range(num):
+        log_ratio = a.old[i] - a.ref[i]
+        rewards[i] -= cfg.beta * (math.exp(-log_ratio) - 1 + log_ratio)
+    after = [*a.old_value[1:], 0.0]
+    delta = [rewards[i] + cfg.gamma * after[i] - a.old_value[i] for i in range(num)]
+    advantage = [
+        math.fsum((cfg.gamma * cfg.lam) ** (j - i) * delta[j] for j in range(i, num))
+        for i in range(num)
+    ]
+    return advantage, [x + v for x, v in zip(advantage, a.old_value, strict=True)]
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"name": "grpo", "mismatch": "none"},
+    {"name": "grpo", "mismatch": "tis", "beta": 0.1},
+    {"name": "grpo", "mismatch": "mask", "mismatch_cap": 1.5, "beta": 0.1, "kl_estimator": "k1"},
+    {"name": "dr_grpo", "mismatch": "sequence", "length": 9, "beta": 0.2, "kl_estimator": "k2"},
+    {"name": "dapo", "mismatch": "tis", "mismatch_cap": 1.2},
+    {"name": "gspo", "mismatch": "none", "clip_low": 0.01, "clip_high": 0.02, "beta": 0.1},
+    {"name": "gspo", "mismatch": "tis"},
+    {"name": "ppo", "mismatch": "none", "gamma": 0.9, "lam": 0.8, "beta": 0.3},
+    {"name": "ppo", "mismatch": "tis", "value_clip": 0.05},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: ", ".join(map(str, s.values())))
+def test_the_loss_is_its_formula_wherever_it_is_cut(settings: dict[str, Any]) -> None:
+    wanted = by_hand(settings, answers())
+    for cuts in ([6], [1, 5], [2, 3, 1], [1] * 6):
+        assert computed(settings, answers(), cuts) == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+
+
+def test_advantages_are_those_of_a_group() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.5, 2.0, 2.0, 7.0])
+    group = torch.tensor([0, 0, 0, 1, 1, 2])
+    centred = parts.centred(rewards, group, None)
+    assert centred.tolist() == pytest.approx([0.5, -0.5, 0.0, 0.0, 0.0, 0.0])
+    wanted = torch.tensor([0.5, -0.5, 0.0]) / (rewards[:3].std() + 1e-4)
+    assert parts.normalised(rewards, group, None)[:3].tolist() == pytest.approx(wanted.tolist())
+    assert parts.without_signal(rewards, group, None).tolist() == [False] * 3 + [True] * 3
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=12), st.integers(1, 4))
+def test_advantages_of_a_group_sum_to_nothing(values: list[float], num_groups: int) -> None:
+    rewards = torch.tensor(values, dtype=DOUBLE)
+    group = torch.arange(len(values)) % num_groups
+    found = parts.centred(rewards, group, None)
+    for g in range(int(group.max()) + 1):
+        assert float(found[group == g].sum()) == pytest.approx(0, abs=1e-9)
+
+
+def test_long_answers_are_shaped_down() -> None:
+    lengths = torch.tensor([10.0, 80.0, 90.0, 100.0, 200.0])
+    assert parts.overlong(lengths, 100, 20).tolist() == pytest.approx([0, 0, -0.5, -1, -1])
+
+
+@given(st.floats(-4, -0.01), st.floats(-4, -0.01))
+def test_k2_and_k3_are_never_negative(logp: float, ref: float) -> None:
+    a, b = torch.tensor([logp], dtype=DOUBLE), torch.tensor([ref], dtype=DOUBLE)
+    assert parts.divergence(a, b, "k2") >= 0 and parts.divergence(a, b, "k3") >= -1e-12
+    assert parts.divergence(a, b, "k1") == a - b

@@ -1,0 +1,201 @@
+"""Methods that learn from rollouts, through the engine: gradients against transformers and
+autograd, the same at every layout and however the batch is cut.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from test_parity import as_on_disk
+from torch import Tensor
+
+from moetrain.config.method import MethodConfig
+from moetrain.data.groups import Graded, Group, pack_groups
+from moetrain.data.samples import Prompt, Sample
+from moetrain.methods import METHODS
+from moetrain.ops.packed import Packed
+from moetrain.testing import ranks
+from moetrain.testing.gloo import Workers
+
+pytestmark = pytest.mark.gloo
+Tiny = Callable[[str], tuple[str, Any]]
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "grpo": {"name": "grpo", "clip_low": 0.1, "clip_high": 0.1, "mismatch_cap": 1.3},
+    "dapo": {"name": "dapo", "mismatch": "mask", "mismatch_cap": 1.5},
+    "gspo": {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05, "mismatch": "none"},
+}
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "one": (1, {}),
+    "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "cp2": (2, {"cp": 2}),
+}
+
+
+def groups(model: Any) -> list[Group]:
+    """Five prompts of many lengths with three answers each; the sampler's log-probs are near the
+    model's own.
+    """
+    rng = random.Random(9)
+    made: list[Group] = []
+    for p, size in enumerate((1, 4, 9, 3, 12)):
+        prompt = tuple(rng.randrange(1, 200) for _ in range(size))
+        answers: list[Graded] = []
+        for index in range(3):
+            tokens = tuple(rng.randrange(1, 200) for _ in range(rng.randrange(1, 8)))
+            with torch.no_grad():
+                own = scored(model, prompt, tokens).tolist()
+            logprobs = tuple(x + rng.uniform(-0.6, 0.6) for x in own)
+            sample = Sample(f"p{p}", index, tokens, logprobs, "", "stop", 0)
+            answers.append(Graded(sample, rng.uniform(-1, 1)))
+        made.append(Group(Prompt(f"p{p}", prompt, {}), tuple(answers)))
+    return made
+
+
+def scored(model: Any, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Tensor:
+    """[m] log-probs of an answer's tokens, by transformers."""
+    ids = torch.tensor([[*prompt, *answer]])
+    logp = torch.log_softmax(model(ids).logits[0, :-1].float(), -1)
+    return logp.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+
+
+def old_of(sample: Sample) -> list[float]:
+    """Log-probs before the update, between the sampler's and the model's: ratios are not 1."""
+    rng = random.Random(str(sample.tokens))
+    return [x + rng.uniform(-0.2, 0.2) for x in sample.logprobs]
+
+
+def packs_of(found: list[Group], method: str, *, seq_len: int, min_packs: int) -> list[Packed]:
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(SETTINGS[method])
+    online = METHODS[method].online
+    assert online is not None
+    rewards = torch.tensor([a.reward for g in found for a in g.answers])
+    numbers = torch.tensor([i for i, g in enumerate(found) for _ in g.answers])
+    values = {"advantage": online.advantages(rewards, numbers, cfg), "reward": rewards}
+    packs = pack_groups(found, values, seq_len=seq_len, min_packs=min_packs)
+    samples = [a.sample for g in found for a in g.answers]
+    for pack in packs:
+        old = torch.zeros(pack.num_tokens)
+        for n in range(pack.num_sequences):
+            item = int(pack.extras["item"][n])
+            if item >= 0:
+                start, end = pack.cu_seqlens[n : n + 2].tolist()
+                old[start:end] = torch.tensor(old_of(samples[item]))
+        pack.per_token["old_logp"] = old
+        pack.per_token.update(online.targets(pack, cfg))
+    return packs
+
+
+def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[str, Tensor]]:
+    """(loss, gradients) by transformers and autograd, answer by answer, without packs."""
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(SETTINGS[method])
+    online = METHODS[method].online
+    assert online is not None
+    rewards = torch.tensor([a.reward for g in found for a in g.answers])
+    numbers = torch.tensor([i for i, g in enumerate(found) for _ in g.answers])
+    advantages = iter(online.advantages(rewards, numbers, cfg).tolist())
+    model.zero_grad()
+    means: list[Tensor] = []
+    sums: list[Tensor] = []
+    num_tokens = 0
+    for group in found:
+        for answer in group.answers:
+            sample, advantage = answer.sample, next(advantages)
+            logp = scored(model, group.prompt.tokens, sample.tokens)
+            old, rollout = torch.tensor(old_of(sample)), torch.tensor(sample.logprobs)
+            weight = (old - rollout).exp()
+            if cfg.mismatch == "tis":
+                weight = weight.clamp(max=cfg.mismatch_cap)
+            elif cfg.mismatch == "mask":
+                inside = (weight >= 1 / cfg.mismatch_cap) & (weight <= cfg.mismatch_cap)
+                weight = weight * inside
+            else:
+                weight = torch.ones_like(weight)
+            ratio = (logp - old).exp()
+            if method == "gspo":
+                ratio = (logp - old).mean().exp().expand(len(old))
+            bounded = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+            losses = -weight * torch.minimum(ratio * advantage, bounded * advantage)
+            means.append(losses.mean())
+            sums.append(losses.sum())
+            num_tokens += len(old)
+    loss = torch.stack(sums).sum() / num_tokens if method == "dapo" else torch.stack(means).mean()
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), as_on_disk(model, grads)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", SETTINGS)
+def test_gradients_equal_transformers(
+    workers: Workers, tiny: Tiny, method: str, layout: str
+) -> None:
+    folder, model = tiny("qwen3_moe")
+    found = groups(model)
+    loss, wanted = reference(model, found, method)
+    world, parallel = LAYOUTS[layout]
+    packs = packs_of(found, method, seq_len=60, min_packs=2)
+    assert len(packs) > 1
+    section = {"method": SETTINGS[method], "rollout": {}, "rewards": ["length"]}
+    answer = workers.run(world, ranks.gradients_of_packs, folder, parallel, packs, section)[0]
+    assert answer[0] == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    for name, grad in answer[2].items():
+        error = (grad - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-9)
+        assert error <= 1e-4, (name, error)
+
+
+@pytest.mark.parametrize("method", [*SETTINGS, "ppo"])
+def test_how_a_batch_is_cut_changes_nothing(workers: Workers, tiny: Tiny, method: str) -> None:
+    folder, model = tiny("qwen3_moe")
+    found = groups(model)
+    settings = SETTINGS.get(method, {"name": "ppo"})
+    section = {"method": settings, "rollout": {}, "rewards": ["length"]}
+
+    def run(world: int, seq_len: int, min_packs: int, parallel: dict[str, int]) -> Any:
+        packs = (ppo_packs if method == "ppo" else packs_of)(
+            found, method, seq_len=seq_len, min_packs=min_packs
+        )
+        return workers.run(world, ranks.gradients_of_packs, folder, parallel, packs, section)[0]
+
+    whole = run(1, 1000, 1, {})
+    for world, seq_len, min_packs, parallel in (
+        (1, 60, 2, {}),
+        (1, 30, 4, {}),
+        (1, 30, 15, {}),  # every answer in a pack of its own
+        (2, 60, 2, {}),
+        (2, 60, 2, {"tp": 2}),
+        (2, 60, 2, {"pp": 2}),
+    ):
+        loss, metrics, grads = run(world, seq_len, min_packs, parallel)
+        assert loss == pytest.approx(whole[0], rel=1e-4, abs=1e-6)
+        for name, value in metrics.items():
+            assert value == pytest.approx(whole[1][name], rel=1e-3, abs=1e-5), name
+        for name, grad in grads.items():
+            error = (grad - whole[2][name]).norm() / whole[2][name].norm().clamp(min=1e-9)
+            assert error <= 1e-4, (name, error)
+
+
+def ppo_packs(found: list[Group], method: str, *, seq_len: int, min_packs: int) -> list[Packed]:
+    """With values before the update that depend on the answer alone."""
+    cfg: Any = TypeAdapter(MethodConfig).validate_python({"name": "ppo"})
+    online = METHODS["ppo"].online
+    assert online is not None
+    rewards = torch.tensor([a.reward for g in found for a in g.answers])
+    samples = [a.sample for g in found for a in g.answers]
+    packs = pack_groups(found, {"reward": rewards}, seq_len=seq_len, min_packs=min_packs)
+    for pack in packs:
+        old, value = torch.zeros(pack.num_tokens), torch.zeros(pack.num_tokens)
+        for n in range(pack.num_sequences):
+            item = int(pack.extras["item"][n])
+            if item >= 0:
+                start, end = pack.cu_seqlens[n : n + 2].tolist()
+                old[start:end] = torch.tensor(old_of(samples[item]))
+                value[start:end] = 0.3 * torch.tensor(samples[item].logprobs)
+        pack.per_token.update({"old_logp": old, "old_value": value})
+        pack.per_token.update(online.targets(pack, cfg))
+    return packs

@@ -1,0 +1,240 @@
+"""Rewards as functions, and the processes that grade: what hangs or dies costs itself alone."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from moetrain.config.rewards import Reward, RewardConfig
+from moetrain.errors import ConfigError
+from moetrain.rewards import REWARDS, Grader, find_reward
+from moetrain.rewards.text import script_of, words
+
+
+def score(name: str, text: str, **columns: Any) -> float | None:
+    return find_reward(name)([text], **columns)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "right"),
+    [
+        ("42", "42", 1),
+        (" 42\n", "42", 1),
+        ("The answer is 42.", "42", 1),
+        ("It is $\\frac{1}{2}$", "0.5", 1),
+        ("\\boxed{\\frac{3}{6}}", "\\frac{1}{2}", 1),
+        ("so 40 + 2\n#### 42", "first 7, then\n#### 42", 1),
+        ("<think>41</think><answer>42</answer>", "42", 1),
+        ("43", "42", 0),
+        ("", "42", 0),
+        ("Paris", "Paris", 1),
+        ("Lyon", "Paris", 0),
+        ("x" * 5000, "42", 0),
+    ],
+)
+def test_accuracy(text: str, gold: str, right: int) -> None:
+    assert score("accuracy", text, answer=[gold]) == right
+    assert score("accuracy", text, solution=[gold]) == right
+
+
+def test_a_record_without_an_answer_has_no_accuracy() -> None:
+    assert score("accuracy", "42") is None and score("accuracy", "42", answer=[None]) is None
+    assert score("exact", "42") is None
+    assert score("exact", "42 ", answer=[42]) == 1 and score("exact", "42.", answer=["42"]) == 0
+
+
+def test_format() -> None:
+    assert score("format", "<think>a\nb</think>\n<answer>c</answer>") == 1
+    for text in ("<answer>c</answer>", "<think>a</think>", "<think>a</think><answer>c", "a"):
+        assert score("format", text) == 0
+    assert score("format", "<think><think>a</think><answer>c</answer>") == 0
+    assert score("format", "Answer: 5", pattern=r"Answer: \d+") == 1
+
+
+def test_repetition_in_three_languages() -> None:
+    assert score("repetition", "one two three four five") == 0
+    assert score("repetition", "la la la la la la", n=2) == pytest.approx(-0.8)
+    assert words("今日は良い天気") == list("今日は良い天気")
+    looped = score("repetition", "今日は良い天気です。" * 6)
+    assert looped is not None and looped < -0.7
+    assert score("repetition", "这是一个句子，没有重复的词语。") == 0  # noqa: RUF001
+    assert score("repetition", "") == 0
+
+
+def test_language_is_the_prompts_script() -> None:
+    assert score("language", "これは日本語です", prompt=["東京はどこですか"]) == 1
+    assert score("language", "This is English", prompt=["東京はどこですか"]) == 0
+    assert score("language", "это ответ", prompt=[[{"role": "user", "content": "вопрос"}]]) == 1
+    assert score("language", "42", prompt=["how many?"]) is None
+    assert script_of("这是中文") == "CJK" and script_of("日本のこと") == "JAPANESE"
+
+
+def test_lengths() -> None:
+    assert score("length", "x" * 200) == 1 and score("length", "") == 0
+    assert score("length", "x" * 50, target=100) == 0.5
+    short, long = (score("cosine_length", "x" * n, right=[1.0]) for n in (10, 900))
+    assert short is not None and long is not None and short > long >= 0.5
+    wrong, longer = (score("cosine_length", "x" * n, right=[0.0]) for n in (10, 900))
+    assert wrong is not None and longer is not None and wrong < longer <= -0.5
+
+
+def test_every_reward_takes_any_text() -> None:
+    texts = ["", " ", "\x00", "𝒳", "a" * 3000, "\\frac{", "<think>", "1/0", "{" * 200]  # noqa: RUF001
+    for name, function in REWARDS.items():
+        found = function(texts, answer=["1"] * len(texts), prompt=["?"] * len(texts))
+        assert len(found) == len(texts), name
+
+
+# The grader, with rewards that misbehave
+
+OWN = """
+import ctypes, os, socket, subprocess, sys, time
+
+def act(completions, **columns):
+    return [do(text) for text in completions]
+
+def do(text):
+    if text == "hang":
+        while True:
+            pass
+    if text == "hang in C":
+        time.sleep(1000)
+    if text == "exit":
+        os._exit(3)
+    if text == "segfault":
+        ctypes.string_at(0)
+    if text == "raise":
+        raise ValueError("no")
+    if text == "fork":
+        for _ in range(3):
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "left behind"])
+        while True:
+            pass
+    if text == "print":
+        end = time.time() + 0.3
+        while time.time() < end:
+            print("x" * 10000)
+            print("y" * 10000, file=sys.stderr)
+    if text == "none":
+        return None
+    return float(len(text))
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("own") / "rewards.py"
+    path.write_text(OWN)
+    return f"{path}:act"
+
+
+@pytest.fixture
+def grader(own: str) -> Iterator[Grader]:
+    made = Grader([RewardConfig(name=own)], num_workers=2, deadline_s=1.5)
+    yield made
+    made.close()
+
+
+def processes_left() -> list[str]:
+    found: list[str] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if "left behind" in words:
+                found.append(entry.name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("hang", "timeout"),
+        ("hang in C", "timeout"),
+        ("exit", "crash"),
+        ("segfault", "crash"),
+        ("raise", "error"),
+        ("fork", "timeout"),
+    ],
+)
+def test_a_fault_costs_its_own_sample_alone(
+    grader: Grader, text: str, fault: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    started = time.monotonic()
+    found = grader.grade(["a", "bb", text, "ccc", "dddd"], {})
+    assert [one.reward for one in found] == [1, 2, None, 3, 4]
+    assert found[2].fault == fault and grader.counts == {fault: 1}
+    assert time.monotonic() - started < 30
+    assert [one.reward for one in grader.grade(["a", "bb"], {})] == [1, 2]  # and goes on
+    time.sleep(0.2)
+    assert processes_left() == []
+    assert "no" not in capfd.readouterr().err
+
+
+def test_what_a_reward_prints_is_not_seen(
+    grader: Grader, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert grader.grade(["print"], {})[0].reward == 5
+    assert capfd.readouterr() == ("", "")
+
+
+def test_none_leaves_a_sample_out(own: str) -> None:
+    configs = TypeAdapter(list[Reward]).validate_python(
+        ["exact", {"name": own, "weight": 0.5}, {"name": "length", "options": {"target": 4}}]
+    )
+    grader = Grader(configs, num_workers=1, deadline_s=5)
+    found = grader.grade(["none", "four"], {"answer": [None, "four"]})
+    grader.close()
+    # What applies is summed; where nothing applies there is no reward.
+    assert found[0].parts == {"exact": None, "act": None, "length": 1.0}
+    assert found[0].reward == 1.0 and found[1].reward == pytest.approx(1 + 0.5 * 4 + 1)
+    alone = Grader([RewardConfig(name=own)], num_workers=1, deadline_s=5)
+    assert alone.grade(["none"], {})[0].reward is None
+    alone.close()
+
+
+def test_order_and_columns_are_kept(own: str) -> None:
+    grader = Grader([RewardConfig(name="exact")], num_workers=3, deadline_s=5)
+    texts = [str(i) for i in range(40)]
+    golds = [str(i if i % 3 else -1) for i in range(40)]
+    found = grader.grade(texts, {"answer": golds})
+    grader.close()
+    assert [one.reward for one in found] == [float(i % 3 > 0) for i in range(40)]
+
+
+def test_workers_end_with_the_grader(own: str) -> None:
+    grader = Grader([RewardConfig(name=own)], num_workers=2, deadline_s=5)
+    grader.grade(["a"], {})
+    pids = [worker._process.pid for worker in grader._workers]
+    grader.close()
+    for pid in pids:
+        assert pid is not None
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("def f(:", "cannot be run: SyntaxError"),
+        ("import nothing_like_it", "cannot be run: ModuleNotFoundError"),
+        ("def emojy(c): ...", "has no function emoji. Did you mean 'emojy'?"),
+    ],
+)
+def test_an_own_file_that_does_not_work(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        Grader([RewardConfig(name=f"{path}:emoji")], 1, 1.0)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_reward() -> None:
+    with pytest.raises(ConfigError, match=r"'lenght' is not known.*Did you mean 'length'"):
+        find_reward("lenght")

@@ -1,0 +1,177 @@
+"""Reinforcement learning from the command line: what a run leaves, replays and survives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moetrain.testing import ranks
+from moetrain.testing.gloo import Workers
+from moetrain.weights.compare import compare
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "examples" / "grpo_tiny.yaml"
+SETTINGS = (
+    "train.steps=4 train.eval_every=2 checkpoint.every=2 checkpoint.export_hf=true"
+    " rollout.prompts_per_step=4 rollout.group_size=4 rollout.eval_prompts=4"
+    " observe.tensorboard=false"
+).split()
+# What a clock or the machine decides.
+MEASURED = ("seconds", "tokens_per_s", "memory_gib", "push/")
+
+
+def start(run_dir: Path, *more: str, nproc: int = 2) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "moetrain", "train", str(RECIPE), "--nproc", str(nproc)]
+    return subprocess.Popen(
+        [*command, *SETTINGS, f"run_dir={run_dir}", *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def train(run_dir: Path, *more: str, nproc: int = 2) -> None:
+    process = start(run_dir, *more, nproc=nproc)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+
+
+def rows(run_dir: Path, *, whole: bool = False) -> list[dict[str, Any]]:
+    file = run_dir / "ledger.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = [json.loads(line) for line in lines]
+    if whole:
+        return found
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in found]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    train(run_dir, "parallel.ep=2")
+    return run_dir
+
+
+def test_what_a_step_says(whole: Path) -> None:
+    steps = [row for row in rows(whole, whole=True) if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    for row in steps:
+        assert row["push/logprob_gap"] <= 1e-3 and row["mismatch/abs"] <= 1e-3
+        assert row["staleness"] == 0 and 0 < row["entropy"]
+        assert 0 <= row["reward/short"] <= 1
+        assert row["reward/mean"] == pytest.approx(row["reward/short"])
+        assert 1 <= row["length/mean"] <= 16 and 0 <= row["clip/high"] <= 1
+        for phase in ("sample", "score", "train", "push"):
+            assert row[f"seconds/{phase}"] > 0
+    held_out = [row for row in rows(whole) if "eval_reward/mean" in row]
+    assert [row["step"] for row in held_out] == [2, 4]
+    files = sorted(path.name for path in (whole / "rollouts").iterdir())
+    assert files == [f"{i:08d}.jsonl" for i in range(1, 5)]
+
+
+def test_a_replay_gives_the_same_losses_without_an_engine(whole: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", "parallel.ep=2", f"rollout.replay={whole / 'rollouts'}")
+    wanted = [row for row in rows(whole) if "loss" in row]
+    assert rows(tmp_path / "run") == wanted
+    assert list(compare(tmp_path / "run" / "hf", whole / "hf")) == []
+
+
+def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
+    """In the middle of sampling for step 3: what was sampled stays, and all is as it would have
+    been.
+    """
+    run_dir = tmp_path / "run"
+    process = start(run_dir, "parallel.ep=2")
+    part = run_dir / "rollouts" / "00000003.partial.jsonl"
+    wait_for(lambda: part.exists() and part.stat().st_size > 0, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    train(run_dir, "parallel.ep=2")
+    assert rows(run_dir) == rows(whole)
+    assert list(compare(run_dir / "hf", whole / "hf")) == []
+
+
+def test_told_to_stop_and_resumed(whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(run_dir, "parallel.ep=2")
+    wait_for(lambda: len(rows(run_dir)) >= 1, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    train(run_dir, "parallel.ep=2")
+    assert [row for row in rows(run_dir) if "loss" in row] == [
+        row for row in rows(whole) if "loss" in row
+    ]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2"])
+def test_every_layout_samples_and_learns_the_same(whole: Path, tmp_path: Path, layout: str) -> None:
+    train(tmp_path / "run", layout)
+    for found, wanted in zip(rows(tmp_path / "run", whole=True), rows(whole), strict=True):
+        if "loss" in wanted:
+            assert found["push/logprob_gap"] <= 1e-3
+            assert found["reward/mean"] == pytest.approx(wanted["reward/mean"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("rollout.steps_off=1",),
+        ("method={name: dapo, max_length: 16, soft_length: 8}",),
+        ("method={name: dr_grpo, length: 16, beta: 0.1, inner_steps: 2}",),
+        ("method={name: ppo, beta: 0.05}",),
+        ("method=gspo", "adapter={rank: 4}", "rollout.routing_replay=true"),
+    ],
+    ids=lambda more: more[0],
+)
+def test_methods_and_modes(tmp_path: Path, more: tuple[str, ...]) -> None:
+    train(tmp_path / "run", "parallel.ep=2", "train.steps=3", *more)
+    steps = [row for row in rows(tmp_path / "run", whole=True) if "loss" in row]
+    assert all(row["push/logprob_gap"] <= 1e-3 and row["mismatch/abs"] <= 1e-3 for row in steps[:1])
+    ahead = "steps_off" in more[0]
+    assert [row["staleness"] for row in steps] == ([0, 1, 1] if ahead else [0, 0, 0])
+    if "beta" in more[0] and "ppo" not in more[0]:
+        assert abs(steps[0]["kl"]) < 1e-4 < steps[-1]["kl"]
+    if "ppo" in more[0]:
+        assert steps[-1]["value/loss"] < steps[0]["value/loss"]
+
+
+def test_a_push_that_does_not_arrive_stops_the_run(workers: Workers, tmp_path: Path) -> None:
+    said = workers.run(2, ranks.train_with_a_deaf_engine, str(RECIPE), str(tmp_path / "run"))
+    for text in said:
+        assert "serves other weights than the trainer holds" in text and "rollout.tolerance" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("rewards=[accurracy]",), "'accurracy' is not known"),
+        (("rewards=[./none.py:f]",), "is not a file"),
+        (("rewards=[./examples/rewards/emoji.py:f]",), "has no function f"),
+        (("rollout.replay=/nonexistent",), "has no batch of step 1"),
+        (("rollout.max_tokens=600",), "No record"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_mistake_is_one_line(tmp_path: Path, more: tuple[str, ...], message: str) -> None:
+    process = start(tmp_path / "run", *more, nproc=1)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert len(err.splitlines()) == 1 and message in err
