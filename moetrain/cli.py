@@ -69,9 +69,11 @@ def _train(args: Arguments) -> int:
 
 
 def _score_arguments(parser: Parser) -> None:
-    parser.add_argument("model", help="Hugging Face folder or Megatron checkpoint")
-    parser.add_argument("data", type=Path, help="JSONL with `tokens` (ids) or `text`")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument(
+        "model", help="Hugging Face folder or Megatron checkpoint; or a recipe with a reference"
+    )
+    parser.add_argument("data", nargs="?", default="", help="JSONL with `tokens` (ids) or `text`")
+    parser.add_argument("--out", type=Path, metavar="FILE")
     _ranks(parser)
 
 
@@ -80,9 +82,16 @@ def _score(args: Arguments) -> int:
 
     if launch.joined(args.nproc) is None and (args.nproc or 1) > 1:
         return launch.run_local([sys.executable, "-m", "moetrain", *args.argv], args.nproc)
+    if args.model.endswith((".yaml", ".yml")):
+        from moetrain.config.load import load_recipe
+        from moetrain.loops.reference import fill
+
+        return fill(load_recipe(Path(args.model), [args.data, *args.overrides][not args.data :]))
+    if not args.data or args.out is None:
+        raise MoetrainError("score: give MODEL DATA --out FILE, or a recipe with a reference.")
     from moetrain.loops.score import score
 
-    return score(args.model, args.data, args.out, args.overrides)
+    return score(args.model, Path(args.data), args.out, args.overrides)
 
 
 def _tokenizer_arguments(parser: Parser) -> None:

@@ -67,6 +67,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_recipe_can_be_scored_ahead(runs: Path) -> None:
+    recipe = EXAMPLES / "lora_dpo_tiny.yaml"
+    settings = (FEW, "data.seq_len=128", f"data.cache={runs / 'cache'}", "run_dir=/nonexistent")
+    done = moetrain("score", recipe, *settings)
+    assert done.returncode == 0, done.stderr
+    folders = [line.split(": ")[1] for line in done.stdout.splitlines()]
+    assert folders == [str(f) for f in (runs / "cache" / "reference").iterdir()] * 2
+    refused = moetrain("score", EXAMPLES / "simpo_tiny.yaml")
+    assert refused.returncode == 2 and "has no reference" in refused.stderr
+
+
 def test_the_cached_reference_is_the_base_as_transformers_has_it(runs: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moetrain.config.recipe import Recipe
 from moetrain.data.cache import cache_root, key_of, publish
-from moetrain.data.loader import build_set
+from moetrain.data.loader import build_set, prepare
 from moetrain.data.sets import PackedSet
 from moetrain.engine import Engine
 from moetrain.errors import DataError
@@ -63,6 +63,23 @@ def reference_of(
         seconds = time.perf_counter() - started
         report(f"reference log-probs of {data.num_items} answers in {seconds:.0f} s: {folder}")
     return folder / "logp.npy"
+
+
+def fill(recipe: Recipe) -> int:
+    """`moetrain score RECIPE`: put a recipe's reference log-probs into the cache, for all runs that
+    ask for the same. Collective; returns the exit code.
+    """
+    method = METHODS[recipe.method.name]
+    if "ref_logp" not in method.needs:
+        raise DataError(f"method {method.name} has no reference: there is nothing to score.")
+    prepare(recipe)
+    engine = Engine(recipe, train=False)
+    for held_out in (False, True):
+        path = reference_of(recipe, engine, lambda line: None, held_out=held_out)
+        if path is not None and engine.mesh.is_main:
+            print(f"{'held out' if held_out else 'train'}: {path.parent}")
+    engine.close()
+    return 0
 
 
 def _score(engine: Engine, data: PackedSet, *, shows: bool) -> Tensor:
