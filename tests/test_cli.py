@@ -49,7 +49,6 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["train", RECIPE, "--nproc", "0"],
         ["train", RECIPE, "--nproc", "-1"],
         ["train", RECIPE, "--nproc", "two"],
-        ["score", "m", "d"],
         ["convert", "hf2hf", "a", "b"],
         ["convert", "verify", "a", "b", "c"],
         ["tokenizer", "train", "x"],
@@ -60,6 +59,14 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_words_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(*argv) == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["m"], ["m", "d"], ["m", "--out", "f"]])
+def test_score_wants_a_model_data_and_a_file(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["score", *words]) == 2
+    assert "give MODEL DATA --out FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
