@@ -65,7 +65,7 @@ def test_wrong_words_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str])
 def test_score_wants_a_model_data_and_a_file(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["score", *words]) == 2
+    assert cli.main(["score", *words]) == 2
     assert "give MODEL DATA --out FILE" in capsys.readouterr().err
 
 

@@ -165,6 +165,11 @@ def _held_out_prompts() -> list[dict[str, object]]:
     return checkable.prompts(64, seed=8)
 
 
+def _first_answers() -> list[dict[str, object]]:
+    avoid = frozenset(str(record["prompt"]) for record in _held_out_prompts())
+    return checkable.starts(4000, seed=4, avoid=avoid)
+
+
 def _prompts_to_try() -> list[dict[str, object]]:
     avoid = frozenset(str(record["prompt"]) for record in _held_out_prompts())
     return checkable.prompts(1000, seed=7, avoid=avoid)
@@ -217,6 +222,7 @@ ASSETS: dict[str, Callable[[Path], Path]] = {
     "checkable-sft-eval": lambda root: _records(root, "checkable-sft-eval", _held_out_questions),
     "checkable-pairs": lambda root: _records(root, "checkable-pairs", _pairs_to_learn),
     "checkable-pairs-eval": lambda root: _records(root, "checkable-pairs-eval", _held_out_pairs),
+    "checkable-starts": lambda root: _records(root, "checkable-starts", _first_answers),
     "checkable-prompts": lambda root: _records(root, "checkable-prompts", _prompts_to_try),
     "checkable-prompts-eval": lambda root: _records(
         root, "checkable-prompts-eval", _held_out_prompts

@@ -183,6 +183,19 @@ def prompts(
     return [{"prompt": question, "answer": answer} for question, answer in found.items()]
 
 
+def starts(
+    num_records: int, seed: int, *, avoid: frozenset[str] = frozenset()
+) -> list[dict[str, object]]:
+    """`prompt` and `completion` of the same kinds, to learn the form from; questions may return."""
+    rng = random.Random(seed)
+    made: list[dict[str, object]] = []
+    while len(made) < num_records:
+        question, answer = rng.choice(TRIABLE)(rng)
+        if question not in avoid:
+            made.append({"prompt": question, "completion": answer})
+    return made
+
+
 def pairs(
     num_records: int, seed: int, *, avoid: frozenset[str] = frozenset()
 ) -> list[dict[str, object]]:
