@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 help:
-	@echo "make quickstart   set up .venv, then train a small model end to end (about 12 minutes on 2 cores)"
+	@echo "make quickstart   set up .venv, then train a small model end to end (about 7 minutes on 2 cores)"
 	@echo "make test         set up .venv, then run the tests"
 	@echo "make check        ruff, pyright, import-linter"
 	@echo "make fix          format, sort imports, regenerate docs/recipes.md"

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from moetrain.config.megatron import OWNED
 from moetrain.config.method import MethodConfig
 from moetrain.config.online import OnlineMethod
 from moetrain.config.rewards import Reward
@@ -373,6 +374,16 @@ class Recipe(Section):
         """The method and its rollouts, for a loop that samples."""
         assert isinstance(self.method, OnlineMethod) and self.rollout is not None
         return self.method, self.rollout
+
+    @field_validator("megatron")
+    @classmethod
+    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key in OWNED:
+                raise ValueError(
+                    f"megatron.{key} is set by moetrain from the model and the layout. Remove it."
+                )
+        return value
 
     @model_validator(mode="after")
     def _samples_or_not(self) -> Self:

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from moetrain.config.megatron import OWNED
 from moetrain.config.recipe import Recipe
 from moetrain.engine.backend import layer_specs
 from moetrain.engine.mesh import Mesh
@@ -138,12 +139,9 @@ def _default_fields(
 def _passed_through(
     recipe: Recipe, owned: dict[str, Any], defaults: dict[str, Any]
 ) -> dict[str, Any]:
+    assert owned.keys() <= OWNED, f"config/megatron.py lacks {sorted(owned.keys() - OWNED)}"
     known = {f.name for f in dataclasses.fields(TransformerConfig)}
     for key in recipe.megatron:
-        if key in owned:
-            raise ConfigError(
-                f"megatron.{key} is set by moetrain from the model and the layout. Remove it."
-            )
         if key not in known:
             raise ConfigError(
                 f"megatron.{key} is not a TransformerConfig field.{nearest(key, known)}"
