@@ -153,6 +153,24 @@ def test_methods_and_modes(tmp_path: Path, more: tuple[str, ...]) -> None:
         assert steps[-1]["value/loss"] < steps[0]["value/loss"]
 
 
+def test_a_reward_that_hangs_costs_its_answer(tmp_path: Path) -> None:
+    """And is counted in the ledger; the run goes on."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import time\n"
+        "def slow(completions, **columns):\n"
+        "    if len(completions[0]) % 7 == 3: time.sleep(60)\n"
+        "    if len(completions[0]) % 7 == 5: raise ValueError\n"
+        "    return [float(len(completions[0]))]\n"
+    )
+    settings = (f"rewards=[{own}:slow]", "rollout.reward_seconds=0.3", "train.steps=2")
+    train(tmp_path / "run", *settings, nproc=1)
+    steps = [row for row in rows(tmp_path / "run", whole=True) if "loss" in row]
+    faults = sum(row.get("faults/timeout", 0) + row.get("faults/error", 0) for row in steps)
+    assert faults > 0
+    assert faults == sum(row["faults/dropped/ungraded"] for row in steps)
+
+
 def test_a_push_that_does_not_arrive_stops_the_run(workers: Workers, tmp_path: Path) -> None:
     said = workers.run(2, ranks.train_with_a_deaf_engine, str(RECIPE), str(tmp_path / "run"))
     for text in said:

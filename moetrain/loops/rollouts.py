@@ -6,9 +6,10 @@ that a killed run loses none.
 """
 
 import hashlib
+import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -75,12 +76,6 @@ class Store:
         write_lines(self._partial(step), (sample.to_json() for sample in samples))
         return self._partial(step).open("a", encoding="utf-8")
 
-    def forget_after(self, step: int) -> None:
-        """Drop batches that no checkpoint knows of: they will be made again."""
-        for path in self.folder.glob("*.jsonl"):
-            if int(path.name.split(".")[0]) > step:
-                path.unlink()
-
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}.jsonl"
 
@@ -126,6 +121,7 @@ class Collector:
         done = self.store.finished(step)
         seconds = {"sample": 0.0, "score": 0.0}
         counts: Counter[str] = Counter()
+        before = self.engine.counts + self.grader.counts
         groups: list[Group] = []
         spare: list[Group] = []  # without signal; better than an empty step
         for _ in range(MAX_ROUNDS if self.drops else 1):
@@ -141,6 +137,7 @@ class Collector:
             counts["dropped/no_signal"] += len(useless)
             if len(groups) >= self.num_prompts:
                 break
+        counts += self.engine.counts + self.grader.counts - before
         missing = self.num_prompts - len(groups)
         batch = Batch(step, (*groups, *spare[:missing]), cursor, seconds, dict(counts))
         if not batch.groups:
@@ -164,7 +161,7 @@ class Collector:
 
             def keep(sample: Sample) -> None:
                 done[sample.prompt_id, sample.index] = sample
-                file.writelines(lines([sample.to_json()]))
+                file.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
                 file.flush()
 
             if requests:
@@ -223,13 +220,6 @@ def seed_of(seed: int, prompt_id: str, index: int) -> int:
     """A seed for one answer, the same whoever samples it and when."""
     digest = hashlib.sha256(f"{seed} {prompt_id} {index}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
-
-
-def lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """JSONL."""
-    import json
-
-    return (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 class timed:

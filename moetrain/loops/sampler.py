@@ -8,6 +8,7 @@ while the others, and its own main thread, wait in short rounds in which a signa
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
@@ -101,7 +102,7 @@ class Replayed:
         return {}
 
     def state_dict(self, batch: Batch) -> dict[str, Any]:
-        return {"cursor": batch.cursor}
+        return {"cursor": batch.cursor, "fingerprint": self.prompts.train.fingerprint}
 
 
 class Driver:
@@ -289,8 +290,6 @@ class Live:
         return found
 
     def _answers(self, driver: Driver) -> dict[str, float]:
-        from dataclasses import replace
-
         seconds: dict[str, float] = {}
         prompts = {prompt.id: prompt for prompt in self.prompts.held_out}
         greedy = replace(driver.sampling, temperature=0.0, routes=False)

@@ -266,7 +266,8 @@ def train_with_a_deaf_engine(recipe: str, run_dir: str) -> str:
             return {} if version else super().push(weights, version)
 
     rollout.ENGINES["embedded"] = lambda recipe, hf, tokenizer: Deaf(hf, tokenizer)
-    settings = ["train.steps=2", f"run_dir={run_dir}", "observe.progress=false", "optim.lr=1e-2"]
+    settings = ["train.steps=3", f"run_dir={run_dir}", "observe.progress=false", "optim.lr=1e-2"]
+    settings += ["rewards=[{name: length, options: {target: 40}}]", "optim.warmup=0"]
     try:
         train(load_recipe(Path(recipe), settings))
     except RolloutError as error:
