@@ -166,8 +166,18 @@ def held_out(num_records: int, seed: int) -> list[dict[str, object]]:
     ]
 
 
+def _then(rng: random.Random) -> Exchange:
+    first, second = rng.sample(WORDS, 2)
+    return f"Say {first} and then {second}.", f"{first} {second}"
+
+
+def _swap(rng: random.Random) -> Exchange:
+    first, second = rng.sample(WORDS, 2)
+    return f"Swap these words: {first}, {second}.", f"{second}, {first}"
+
+
 # What a small model can come to do by trying, on questions that it has not seen too.
-TRIABLE: tuple[Kind, ...] = (_larger, _repeat)
+TRIABLE: tuple[Kind, ...] = (_then, _swap)
 
 
 def prompts(
