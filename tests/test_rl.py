@@ -73,7 +73,7 @@ def test_what_a_step_says(whole: Path) -> None:
         for phase in ("sample", "score", "train", "push"):
             assert row[f"seconds/{phase}"] > 0
     held_out = [row for row in rows(whole) if "eval_reward/mean" in row]
-    assert [row["step"] for row in held_out] == [2, 4]
+    assert [row["step"] for row in held_out] == [0, 2, 4]
     files = sorted(path.name for path in (whole / "rollouts").iterdir())
     assert files == [f"{i:08d}.jsonl" for i in range(1, 5)]
 

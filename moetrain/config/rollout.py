@@ -34,7 +34,10 @@ class RolloutConfig(Section):
         default=None, description="learn from another run's rollouts folder, without an engine"
     )
     eval_prompts: Count | None = Field(
-        default=None, description="held-out prompts that are answered greedily; default: all"
+        default=None, description="held-out prompts that are answered; default: all"
+    )
+    eval_temperature: float = Field(
+        default=0.0, ge=0, description="of answers to held-out prompts; 0: greedy"
     )
     routing_replay: bool = Field(
         default=False, description="train with the experts that were chosen at rollout"

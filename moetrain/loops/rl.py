@@ -64,6 +64,8 @@ def _loop(
     recipe = job.recipe
     method = METHODS[recipe.method.name]
     state: dict[str, Any] = {}
+    if step == 0 and prompts.held_out:
+        _evaluate(sampler, report, step)
     while step < last:
         started = time.perf_counter()
         batch = sampler.take(step + 1)
@@ -82,15 +84,19 @@ def _loop(
         stopped = batch is None or stop.agreed()
         due = step == last or is_due(step, recipe.train.eval_every)
         if due and prompts.held_out and not stopped:
-            found = sampler.evaluate(step)
-            if found:
-                report.held_out({"step": step, **found})
+            _evaluate(sampler, report, step)
         if state and (stopped or step == last or is_due(step, recipe.checkpoint.every)):
             job.checkpoints.save(engine, step, state)
         if stopped and step < last:
             report.say(f"stopped by a signal at step {step}; start again to resume")
             return False
     return True
+
+
+def _evaluate(sampler: Sampler, report: Reporter, step: int) -> None:
+    found = sampler.evaluate(step)
+    if found:  # a replay answers nothing
+        report.held_out({"step": step, **found})
 
 
 def length(recipe: Recipe, num_prompts: int) -> int:

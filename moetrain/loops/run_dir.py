@@ -35,6 +35,7 @@ FREE = (
     "optim.offload",
     "rollout.engine",
     "rollout.eval_prompts",
+    "rollout.eval_temperature",
     "rollout.reward_seconds",
     "rollout.reward_workers",
     "rollout.tolerance",

@@ -49,7 +49,7 @@ class Sampler(Protocol):
         ...
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Rewards of greedy answers to the held-out prompts."""
+        """Rewards of answers to the held-out prompts."""
         ...
 
     def state_dict(self, batch: Batch) -> dict[str, Any]:
@@ -292,8 +292,8 @@ class Live:
     def _answers(self, driver: Driver) -> dict[str, float]:
         seconds: dict[str, float] = {}
         prompts = {prompt.id: prompt for prompt in self.prompts.held_out}
-        greedy = replace(driver.sampling, temperature=0.0, routes=False)
-        requests = [Request(p, 0, seed_of(0, p.id, 0), greedy) for p in prompts.values()]
+        sampling = replace(driver.sampling, temperature=self.rollout.eval_temperature, routes=False)
+        requests = [Request(p, 0, seed_of(0, p.id, 0), sampling) for p in prompts.values()]
         samples = []
         with timed(seconds, "seconds"):
             driver.engine.generate(requests, samples.append)
