@@ -109,6 +109,22 @@ def test_weights_of_tokens_carry_no_gradient() -> None:
         assert torch.allclose(logp.grad, -weight(logp.detach().exp()))
 
 
+def test_odds_of_a_sure_answer_are_numbers() -> None:
+    """P = 1 and next to it, in fp32: the odds stand still where they would be infinite."""
+    from moetrain.methods.orpo import log_odds_ratio
+
+    sure = torch.tensor([0.0, -1e-9, -1e-5, -0.5], requires_grad=True)
+    unsure = torch.full((4,), -2.0)
+    found = log_odds_ratio(sure, unsure)
+    found.sum().backward()
+    assert sure.grad is not None and sure.grad.isfinite().all() and (sure.grad > 0).all()
+    p, q = sure.detach().double().exp(), unsure.double().exp()
+    wanted = (p / (1 - p)).log() - (q / (1 - q)).log()
+    torch.testing.assert_close(found.detach().double()[2:], wanted[2:], rtol=1e-6, atol=0)
+    torch.testing.assert_close(sure.grad.double()[2:], 1 / (1 - p[2:]), rtol=1e-3, atol=0)
+    assert (found[:2] > 14).all() and found.isfinite().all()
+
+
 PAIRED = [c for c in CASES if c["method"]["name"] not in ("sft", "dft")]
 
 

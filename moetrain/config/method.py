@@ -107,7 +107,11 @@ class SimpoMethod(MethodSection):
 
     name: Literal["simpo"] = Field(default="simpo", description="`method: simpo` for short")
     beta: float = Field(default=2.0, gt=0, description="scale of the mean log-probs")
-    gamma: float = Field(default=1.0, ge=0, description="margin of the rewards to reach")
+    gamma: float = Field(
+        default=1.0,
+        ge=0,
+        description="margin of the rewards to reach, gamma itself, not gamma / beta",
+    )
 
 
 class RewardMethod(MethodSection):

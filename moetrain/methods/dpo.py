@@ -3,8 +3,9 @@
 h = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)]
 
 dpo: -log sigma(beta h) (arXiv 2305.18290, eq. 7), with label smoothing e:
--(1 - e) log sigma(beta h) - e log sigma(-beta h). ipo: (h - 1 / (2 beta))^2 with log-probs a token
-(arXiv 2310.12036, eq. 17). hinge: max(0, 1 - beta h) (SLiC, arXiv 2305.10425, eq. 3).
+-(1 - e) log sigma(beta h) - e log sigma(-beta h). ipo: (h - 1 / (2 beta))^2 (arXiv 2310.12036,
+eq. 17), with log-probs a token as in TRL where the paper has sums. hinge: max(0, 1 - beta h) (SLiC,
+arXiv 2305.10425, eq. 3).
 """
 
 from collections.abc import Callable

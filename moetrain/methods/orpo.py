@@ -2,7 +2,7 @@
 
 L = L_NLL(y_w) - beta mean log sigma(log [odds(y_w|x) / odds(y_l|x)]), odds(y) = P(y) / (1 - P(y)),
 where log P(y) is the mean log-prob a token. The two terms have counts of their own: tokens of the
-chosen answers, and pairs.
+chosen answers, and pairs. TRL's likelihood term also scores the prompt; the paper's does not.
 """
 
 import torch
@@ -22,12 +22,16 @@ from moetrain.methods.pairs import (
 )
 from moetrain.ops.packed import Packed
 
+# A short answer that the model is sure of rounds to P = 1, where the odds and their gradient are
+# infinite, and 0 * inf is what would reach the weights. From here on the odds stay as they are.
+SUREST = -1e-6
+
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
     """[m] from mean log-probs [m]."""
 
     def log_not(logp: Tensor) -> Tensor:  # log(1 - P)
-        return torch.log1p(-logp.exp())
+        return torch.log(-torch.expm1(logp.clamp(max=SUREST)))
 
     return (chosen - rejected) - (log_not(chosen) - log_not(rejected))
 

@@ -1,6 +1,9 @@
 """Simple preference optimisation, without a reference (arXiv 2405.14734, eq. 6):
 
 L = -log sigma(beta [log pi(y_w|x) / |y_w| - log pi(y_l|x) / |y_l|] - gamma).
+
+gamma is the paper's, as TRL's `simpo_gamma`, and not the ratio gamma / beta that the paper tunes.
+Defaults are the paper's (beta 2, ratio 0.5); TRL has CPO's beta of 0.1.
 """
 
 import torch.nn.functional as F

@@ -162,12 +162,14 @@ def orpo(rng: torch.Generator) -> Any:
     return case("orpo", {"beta": 0.3}, logp, mask, None, likelihood - losses.mean())
 
 
-def kto(rng: torch.Generator) -> Any:
+def kto(rng: torch.Generator, *, near: bool = False) -> Any:
+    """`near`: the mismatched answers' mean ratio is below 0, which counts as 0."""
     settings = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
     logp, mask = answers(rng, 2 * NUM_PAIRS)
     other, other_mask = answers(rng, 2 * NUM_PAIRS)
     reference = logp.sum(1) + torch.randn(2 * NUM_PAIRS, generator=rng)
-    other_reference = other.sum(1) - torch.rand(2 * NUM_PAIRS, generator=rng)
+    gap = torch.rand(2 * NUM_PAIRS, generator=rng)
+    other_reference = other.sum(1) + (gap if near else -gap)
     trainer = bare(
         trl.KTOTrainer,
         loss_type="kto",
@@ -232,6 +234,11 @@ def main() -> None:
         reward(rng, margin=True, center=0.05),
         tokens(rng, "sft", "nll"),
         tokens(rng, "dft", "dft"),
+        kto(rng, near=True),
+        reward(rng, margin=True, center=None),
+        reward(rng, margin=False, center=0.05),
+        pair_case(rng, "ipo", {"beta": 0.1}, ["ipo"]),
+        pair_case(rng, "hinge", {"beta": 1.0}, ["hinge"]),
     ]
     content = {"trl": trl.__version__, "command": COMMAND, "cases": cases}
     json.dump(content, sys.stdout, indent=1)
