@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain import __version__
+from moetrain import __version__, cli_answers
+from moetrain.cli_common import Arguments, Parser, add_overrides, positive
 from moetrain.errors import MoetrainError
-
-Parser = argparse.ArgumentParser
-Arguments = argparse.Namespace
 
 
 @dataclass(frozen=True)
@@ -23,19 +21,11 @@ class Command:
     run: Callable[[Arguments], int]
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def _ranks(parser: Parser) -> None:
     parser.add_argument(
-        "--nproc", type=_positive, default=None, metavar="N", help="start N local ranks (default 1)"
+        "--nproc", type=positive, default=None, metavar="N", help="start N local ranks (default 1)"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted recipe keys; values are YAML"
-    )
+    add_overrides(parser)
 
 
 def _train_arguments(parser: Parser) -> None:
@@ -99,7 +89,7 @@ def _tokenizer_arguments(parser: Parser) -> None:
     parser.add_argument(
         "inputs", nargs="+", type=Path, help="text or JSONL files, or folders of them"
     )
-    parser.add_argument("--vocab-size", type=_positive, default=32000, metavar="N")
+    parser.add_argument("--vocab-size", type=positive, default=32000, metavar="N")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 
@@ -154,7 +144,7 @@ def _convert_arguments(parser: Parser) -> None:
         if action == "expand":
             own.add_argument(
                 "--every",
-                type=_positive,
+                type=positive,
                 default=4,
                 metavar="K",
                 help="a new block after every K-th (default 4)",
@@ -194,7 +184,7 @@ def _sweep_arguments(parser: Parser) -> None:
         "--out", type=Path, metavar="DIR", help="of the runs (default: run_dir with -sweep)"
     )
     parser.add_argument(
-        "--task", type=_positive, metavar="K", help="run line K of DIR/sweep.jsonl alone"
+        "--task", type=positive, metavar="K", help="run line K of DIR/sweep.jsonl alone"
     )
     _ranks(parser)
 
@@ -234,7 +224,7 @@ def _swift_arguments(parser: Parser) -> None:
     own.add_argument("command_text", metavar="COMMAND", help="its text, or a script; - for stdin")
     own.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
     own.add_argument(
-        "--steps", type=_positive, metavar="N", help="of the run, to count a warm-up fraction"
+        "--steps", type=positive, metavar="N", help="of the run, to count a warm-up fraction"
     )
     line = "the `megatron` command of a recipe"
     own = actions.add_parser("export", help=line, description=line)
@@ -272,6 +262,15 @@ def _quickstart(args: Arguments) -> int:
 COMMANDS: dict[str, Command] = {
     "train": Command("train by a recipe", _train_arguments, _train),
     "score": Command("per-token log-probs of given sequences", _score_arguments, _score),
+    "sample": Command(
+        "several answers to each prompt", cli_answers.sample_arguments, cli_answers.sample
+    ),
+    "pairs": Command(
+        "preference pairs from answers", cli_answers.pairs_arguments, cli_answers.pairs
+    ),
+    "eval": Command(
+        "a benchmark answered and scored", cli_answers.eval_arguments, cli_answers.eval
+    ),
     "tokenizer": Command("train a byte-level BPE tokenizer", _tokenizer_arguments, _tokenizer),
     "data": Command("index a corpus for pretraining", _data_arguments, _data),
     "convert": Command("checkpoints, adapters, deeper models", _convert_arguments, _convert),

@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CODE = sorted((ROOT / "moetrain").rglob("*.py")) + sorted((ROOT / "tools").rglob("*.py"))
-EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+BENCHES = sorted((ROOT / "examples" / "evals").glob("*.yaml"))
+EXAMPLES = sorted(set((ROOT / "examples").rglob("*.yaml")) - set(BENCHES))
 MOETRAIN = Path(sys.executable).with_name("moetrain")
 MAX_FILE, MAX_FUNCTION = 400, 60
 # What a command that only reads or plans a recipe may not load: each costs from half a second up.
@@ -102,6 +103,14 @@ def test_every_example_is_a_recipe(path: Path) -> None:
     from moetrain.config.load import load_recipe
 
     assert load_recipe(path).run_dir.parts, "a recipe names its run_dir"
+
+
+@pytest.mark.parametrize("path", BENCHES, ids=name_of)
+def test_every_benchmark_is_one(path: Path) -> None:
+    from moetrain.config.bench import load_bench
+
+    bench = load_bench(path)
+    assert bench.source or bench.data.startswith("builtin:"), "say where its file is to be had"
 
 
 def test_constraints_are_names_and_versions() -> None:

@@ -47,23 +47,26 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and lay `a.b=value` overrides over it (values are YAML). Raises
     ConfigError.
     """
+    return recipe_from(read_content(path, overrides, "a recipe"), source=str(path))
+
+
+def read_content(path: Path, overrides: Sequence[str], what: str) -> dict[str, Any]:
+    """The mapping in a YAML file with overrides laid over it. Raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}. Save it so.") from None
     except OSError as error:
         raise ConfigError(
-            f"{path}: {error.strerror}. Give the path of a recipe, for example one of examples/."
+            f"{path}: {error.strerror}. Give the path of {what}, for example one of examples/."
         ) from None
     content = _parse(text, str(path))
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: a recipe is a mapping of sections, not {type(content).__name__}"
-        )
+        raise ConfigError(f"{path}: {what} is a mapping of sections, not {type(content).__name__}")
     sections = cast(dict[str, Any], content)
     for override in overrides:
         apply_override(sections, override)
-    return recipe_from(sections, source=str(path))
+    return sections
 
 
 def recipe_from(content: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
@@ -73,7 +76,7 @@ def recipe_from(content: Mapping[str, Any], *, source: str = "recipe") -> Recipe
     try:
         return Recipe.model_validate(given)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from None
+        raise ConfigError(f"{source}: {explain(error)}") from None
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
@@ -127,8 +130,8 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not YAML ({error}); quote it to have text") from None
 
 
-def _explain(error: ValidationError) -> str:
-    """The first problem in one line: dotted key, what was given, what is allowed."""
+def explain(error: ValidationError, root: type[BaseModel] = Recipe) -> str:
+    """The first problem of a `root` in one line: dotted key, what was given, what is allowed."""
     # A misspelt key comes first: it is why another one is missing.
     wrong_keys = ("extra_forbidden", "invalid_key")
     first = min(error.errors(), key=lambda problem: problem["type"] not in wrong_keys)
@@ -140,8 +143,8 @@ def _explain(error: ValidationError) -> str:
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     given: Any = first["input"]
     if first["type"] in wrong_keys:
-        allowed = _fields_at(location[:-1], method)
-        hint = _hint(key, location, allowed)
+        allowed = _fields_at(location[:-1], method, root)
+        hint = _hint(key, location, allowed, root)
         return f"unknown key '{key}'.{hint} Allowed there: {', '.join(sorted(allowed))}{more}"
     if first["type"] == "missing":
         return f"'{key}' is missing; add it{more}"
@@ -152,20 +155,20 @@ def _explain(error: ValidationError) -> str:
         return f"'method.name' is {name!r}; allowed: {', '.join(_methods())}{more}"
     shown = repr(given) if len(repr(given)) < 80 else type(given).__name__
     if first["type"] == "model_type":
-        keys = ", ".join(_fields_at(location))
+        keys = ", ".join(_fields_at(location, root=root))
         return f"'{key}' is {shown}, not a section. Keys there: {keys}{more}"
     return f"'{key}' is {shown}: {str(first['msg'])[0].lower()}{str(first['msg'])[1:]}{more}"
 
 
-def _hint(key: str, location: Sequence[str], allowed: Sequence[str]) -> str:
+def _hint(key: str, location: Sequence[str], allowed: Sequence[str], root: type[BaseModel]) -> str:
     """The nearest key of the same section, else this one's home in another, else any near one."""
     *parents, leaf = location
     # Without the section's name, which would make everything in it look alike.
     near = nearest(leaf, allowed).replace(" '", " '" + "".join(f"{name}." for name in parents), 1)
-    homes = sorted(known for known in _all_keys() if known.split(".")[-1] == leaf)
+    homes = sorted(known for known in _all_keys(root) if known.split(".")[-1] == leaf)
     if not near and homes:
         return f" Did you mean {' or '.join(repr(home) for home in homes)}?"
-    return near or nearest(key, _all_keys())
+    return near or nearest(key, _all_keys(root))
 
 
 def _methods() -> list[str]:
@@ -182,9 +185,11 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _fields_at(location: Sequence[str], method: str | None = None) -> list[str]:
+def _fields_at(
+    location: Sequence[str], method: str | None = None, root: type[BaseModel] = Recipe
+) -> list[str]:
     """The keys of a section; under `method`, those of the method that is named."""
-    models: list[type[BaseModel]] = [Recipe]
+    models: list[type[BaseModel]] = [root]
     for name in location:
         models = [
             m
@@ -198,10 +203,10 @@ def _fields_at(location: Sequence[str], method: str | None = None) -> list[str]:
     return sorted({name for model in named or models for name in model.model_fields})
 
 
-def _all_keys() -> set[str]:
-    """Every dotted key of a recipe."""
+def _all_keys(root: type[BaseModel]) -> set[str]:
+    """Every dotted key of a recipe or a benchmark."""
     keys: set[str] = set()
-    for name, field in Recipe.model_fields.items():
+    for name, field in root.model_fields.items():
         below = {
             f"{name}.{leaf}" for model in _models(field.annotation) for leaf in model.model_fields
         }

@@ -70,14 +70,16 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.is_file():
         return
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise DataError(
-                f"{path}:{number} is not a JSON object ({error}). Remove the line, or the file."
-            ) from error
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise DataError(
+                    f"{path}:{number} is not a JSON object ({error}). Remove the line, or the file."
+                ) from error
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,7 +1,9 @@
 """An engine around a model as it lies on disk, for what needs no recipe: scoring and conversion."""
 
+import copy
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from moetrain.config.load import apply_override, load_recipe, recipe_from
 from moetrain.config.recipe import ModelConfig, ParallelConfig, Recipe
+from moetrain.data.cache import key_of
 from moetrain.engine import Engine, device
 from moetrain.engine.checkpoint import Checkpoints
 from moetrain.engine.source import ModelSource, find_model
@@ -18,6 +21,9 @@ from moetrain.weights.adapter import InitialAdapter
 from moetrain.weights.reader import SafetensorsReader
 
 BF16 = "bfloat16"
+# A weight file is known by its size and what stands at so many places in it: reading 470 GB to the
+# last byte would take longer than the run's first hour.
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
 def stored_dtypes(source: ModelSource) -> set[str]:
@@ -30,8 +36,31 @@ def stored_dtypes(source: ModelSource) -> set[str]:
     return {str(source.hf.get("dtype") or source.hf.get("torch_dtype") or BF16)}
 
 
-def recipe_for(model: str, out: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe that only names `model` and its dtype; `overrides` as on the command line.
+def model_in(model: str) -> str:
+    """The model that a run_dir holds: its export, else its last checkpoint; any other folder as it
+    is.
+    """
+    run = Path(model).expanduser()
+    if not (run / "resolved.yaml").is_file():
+        return model
+    if (run / "hf" / "config.json").is_file():
+        return str(run / "hf")
+    latest = Checkpoints(run, keep=1).latest()
+    if latest is None:
+        raise CheckpointError(
+            f"{run} has neither hf nor a checkpoint yet. Let the run come so far."
+        )
+    return str(latest)
+
+
+def recipe_for(
+    model: str,
+    out: Path,
+    overrides: Sequence[str] = (),
+    sections: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """A recipe that only names `model` and its dtype, with further `sections`; `overrides` as on
+    the command line.
 
     The dtype is bf16 for a checkpoint that is bf16 throughout and fp32 for any other, so that no
     weight is rounded.
@@ -44,7 +73,7 @@ def recipe_for(model: str, out: Path, overrides: Sequence[str] = ()) -> Recipe:
         "method": "sft",
         "data": {"train": ["-"]},
         "train": {"steps": 1},
-    }
+    } | copy.deepcopy(dict(sections or {}))
     for override in overrides:
         apply_override(content, override)
     return recipe_from(content, source="command line")
@@ -83,3 +112,28 @@ def adapter_of(
     assert engine.adapters is not None
     base = recipe.model.path or "random weights"
     return engine.adapters, base, engine.export_adapter(), engine.initial_adapter
+
+
+def model_digest(recipe: Recipe, source: ModelSource) -> str:
+    """A name for a model's weights and configuration."""
+    parts: list[Any] = [source.hf]
+    folder = source.folder or source.megatron
+    if folder is None or recipe.model.init == "random":
+        parts += [recipe.seed, recipe.model.init_std]
+    else:
+        parts += [_file_digest(path) for path in _weight_files(folder)]
+    return key_of(parts)
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    yield from sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".distcp"))
+
+
+def _file_digest(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{path.name} {size}".encode())
+    with path.open("rb") as file:
+        for i in range(SAMPLES):
+            file.seek(max(0, (size - SAMPLE_BYTES) * i // (SAMPLES - 1)))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -5,10 +5,9 @@ precision, so that all runs of a sweep read one file and no second model is ever
 """
 
 import contextlib
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,13 @@ from moetrain.data.loader import build_set, prepare
 from moetrain.data.sets import PackedSet
 from moetrain.engine import Engine
 from moetrain.errors import DataError
+from moetrain.loops.models import model_digest
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed
 from moetrain.ops.segment import segment_sum
 
 VERSION = 1
 PACKS_AT_A_TIME = 8  # of one data-parallel rank, between two words to the progress display
-# A weight file is known by its size and what stands at so many places in it: reading 470 GB to the
-# last byte would take longer than the run's first hour.
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
 def reference_of(
@@ -108,35 +105,10 @@ def _identity(recipe: Recipe, engine: Engine, data: PackedSet) -> dict[str, Any]
     """All that decides the numbers, by what a user would call it."""
     return {
         "version": VERSION,
-        "model": _model_digest(recipe, engine),
+        "model": model_digest(recipe, engine.source),
         "dtype": recipe.model.dtype,
         "data or tokenizer": data.sequences_fingerprint,
     }
-
-
-def _model_digest(recipe: Recipe, engine: Engine) -> str:
-    source = engine.source
-    parts: list[Any] = [source.hf]
-    folder = source.folder or source.megatron
-    if folder is None or recipe.model.init == "random":
-        parts += [recipe.seed, recipe.model.init_std]
-    else:
-        parts += [_file_digest(path) for path in _weight_files(folder)]
-    return key_of(parts)
-
-
-def _weight_files(folder: Path) -> Iterator[Path]:
-    yield from sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".distcp"))
-
-
-def _file_digest(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{path.name} {size}".encode())
-    with path.open("rb") as file:
-        for i in range(SAMPLES):
-            file.seek(max(0, (size - SAMPLE_BYTES) * i // (SAMPLES - 1)))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _write(folder: Path, table: Tensor, identity: dict[str, Any]) -> None:

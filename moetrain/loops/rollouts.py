@@ -21,6 +21,7 @@ from moetrain.data.groups import Graded, Group
 from moetrain.data.prompts import PromptOrder
 from moetrain.data.samples import Prompt, Sample, read_lines, write_lines
 from moetrain.errors import DataError
+from moetrain.rewards import Graded as Verdict
 from moetrain.rewards import Grader
 from moetrain.rollout.base import Request, RolloutEngine, Sampling
 
@@ -151,21 +152,8 @@ class Collector:
     def _sample(
         self, step: int, prompts: Sequence[Prompt], done: dict[tuple[str, int], Sample]
     ) -> None:
-        requests = [
-            Request(prompt, index, seed_of(self.seed, prompt.id, index), self.sampling)
-            for prompt in prompts
-            for index in range(self.group_size)
-            if (prompt.id, index) not in done
-        ]
         with self.store.open(step, done.values()) as file:
-
-            def keep(sample: Sample) -> None:
-                done[sample.prompt_id, sample.index] = sample
-                file.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
-                file.flush()
-
-            if requests:
-                self.engine.generate(requests, keep)
+            draw(self.engine, prompts, self.group_size, self.sampling, self.seed, done, file)
 
     def _grade(
         self,
@@ -198,15 +186,49 @@ class Collector:
         )
 
 
+def draw(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    num: int,
+    sampling: Sampling,
+    seed: int,
+    done: dict[tuple[str, int], Sample],
+    file: TextIO,
+    told: Callable[[], None] = lambda: None,
+) -> None:
+    """`num` answers to each prompt, but for those that are `done`. Each is in `done` and on disk,
+    at the end of `file`, as it ends; then `told` hears of it.
+    """
+    requests = [
+        Request(prompt, index, seed_of(seed, prompt.id, index), sampling)
+        for prompt in prompts
+        for index in range(num)
+        if (prompt.id, index) not in done
+    ]
+
+    def keep(sample: Sample) -> None:
+        done[sample.prompt_id, sample.index] = sample
+        file.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
+        file.flush()
+        told()
+
+    if requests:
+        engine.generate(requests, keep)
+
+
 def grade(grader: Grader, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Graded | None]:
     """Each answer with its reward; None where the rewards have none to give."""
-    names = sorted({name for prompt, _ in pairs for name in prompt.columns})
-    columns = {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names}
-    found = grader.grade([sample.text for _, sample in pairs], columns)
     return [
         None if one.reward is None else Graded(sample, one.reward, one.parts)
-        for (_, sample), one in zip(pairs, found, strict=True)
+        for (_, sample), one in zip(pairs, verdicts(grader, pairs), strict=True)
     ]
+
+
+def verdicts(grader: Grader, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Verdict]:
+    """What the rewards say of each answer, from its text and its prompt's columns."""
+    names = sorted({name for prompt, _ in pairs for name in prompt.columns})
+    columns = {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names}
+    return grader.grade([sample.text for _, sample in pairs], columns)
 
 
 def tensors(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:

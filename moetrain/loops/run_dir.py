@@ -158,19 +158,22 @@ def write_run_files(
     into run_dir.
     """
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
-    environment = {
+    own = environment() | {"recipe_hash": recipe_hash(recipe), **parameters}
+    _replace(recipe.run_dir / "ranks.json", json.dumps(ranks, indent=1))
+    _replace(recipe.run_dir / "environment.json", json.dumps(own, indent=1))
+    _replace(recipe.run_dir / "resolved.yaml", dump_recipe(recipe))
+
+
+def environment() -> dict[str, Any]:
+    """What an output was made with: versions, git commit, command, machine."""
+    return {
         "moetrain": moetrain.__version__,
         "git": _git_commit(),
-        "recipe_hash": recipe_hash(recipe),
         "command": sys.argv,
         "host": platform.node(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in VERSIONS},
-        **parameters,
     }
-    _replace(recipe.run_dir / "ranks.json", json.dumps(ranks, indent=1))
-    _replace(recipe.run_dir / "environment.json", json.dumps(environment, indent=1))
-    _replace(recipe.run_dir / "resolved.yaml", dump_recipe(recipe))
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

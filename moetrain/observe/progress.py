@@ -54,3 +54,45 @@ class ProgressDisplay:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class CountDisplay:
+    """Shows how many of `total` things are done, on stderr: a bar on a terminal, else a line every
+    ten seconds and one at the end.
+    """
+
+    def __init__(self, name: str, total: int, done: int = 0):
+        self.name, self.total, self.done = name, total, done
+        self.console = Console(highlight=False, soft_wrap=True, stderr=True)
+        self._last_line = time.monotonic()
+        self._started, self._first = time.monotonic(), done
+        self._bar: Progress | None = None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(name, total=total, completed=done, figures="")
+            self._bar.start()
+
+    def advance(self, figures: str = "") -> None:
+        """One more is done."""
+        self.done += 1
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, figures=figures)
+            return
+        now = time.monotonic()
+        if self.done == self.total or now - self._last_line >= QUIET_SECONDS:
+            self._last_line = now
+            rate = (self.done - self._first) / max(now - self._started, 1e-9)
+            line = f"{self.name} {self.done}/{self.total}  {rate:.1f}/s  {figures}"
+            self.console.print(line.rstrip(), markup=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()

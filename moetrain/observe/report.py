@@ -83,7 +83,11 @@ def columns_of(runs: Sequence[Run]) -> list[Column]:
         if key not in _OWN and _differs(key, runs)
     ]
     scores = _keys([r.scores for r in runs])
-    columns += [Column(k, "evaluation", [r.scores.get(k) for r in runs], 1) for k in scores]
+    for key in scores:
+        columns.append(Column(key, "evaluation", [r.scores.get(key) for r in runs], 1))
+        halves = [r.spreads.get(key) for r in runs]
+        if any(_given([*halves])):  # what two runs' difference is to be held against
+            columns.append(Column(f"{key} ±", "evaluation", [*halves]))
     finals = [r.final for r in runs]
     found: list[Column] = []
     for key in _keys(finals):

@@ -16,7 +16,7 @@ from moetrain.observe.ledger import Row, read_ledger
 PLAN = "sweep.jsonl"  # of a sweep's folder: one line a run
 LOG = "train.log"  # what a sweep's run printed
 TAIL_BYTES = 1 << 16
-_MARKS = ("resolved.yaml", "ledger.jsonl", "checkpoints", LOG)
+_MARKS = ("resolved.yaml", "ledger.jsonl", "checkpoints", LOG, "evals")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Run:
     planned: dict[str, Any] = field(default_factory=dict)  # what the sweep meant to lay over it
     best: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    spreads: dict[str, float] = field(default_factory=dict)  # half of a score's 95 % interval
     problems: list[str] = field(default_factory=list)
     num_steps: int | None = None
 
@@ -176,6 +177,7 @@ def read_run(folder: Path, name: str, planned: Mapping[str, Any] | None = None) 
     rows = _rows(folder / "ledger.jsonl", problems)
     total = num_steps(folder)
     step = int(rows[-1]["step"]) if rows else 0
+    scores, spreads = _scores(folder / "evals", problems)
     return Run(
         name=name,
         path=folder,
@@ -184,7 +186,8 @@ def read_run(folder: Path, name: str, planned: Mapping[str, Any] | None = None) 
         settings=_settings(folder / "resolved.yaml", problems),
         planned=dict(planned or {}),
         best=_best(folder / "checkpoints" / "best.json", problems),
-        scores=_scores(folder / "evals", problems),
+        scores=scores,
+        spreads=spreads,
         problems=problems,
         num_steps=total,
     )
@@ -219,6 +222,8 @@ def _status(folder: Path, step: int, total: int | None, problems: list[str]) -> 
         return "failed"
     if step:
         return "stopped" if total is not None else "unknown length"
+    if not any((folder / mark).exists() for mark in _MARKS[:-1]) and _is_run(folder):
+        return "scores only"
     return "no steps" if _is_run(folder) else "not started"
 
 
@@ -282,15 +287,27 @@ def _best(path: Path, problems: list[str]) -> str | None:
         return None
 
 
-def _scores(folder: Path, problems: list[str]) -> dict[str, float]:
+def _scores(folder: Path, problems: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """(scores, half of their intervals) of `evals/*.json`: one `score` each, or several `scores` by
+    name.
+    """
     scores: dict[str, float] = {}
+    spreads: dict[str, float] = {}
     for path in sorted(folder.glob("*.json")):
+        if path.name.endswith(".manifest.json"):
+            continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            scores[str(content["name"])] = float(content["score"])
-        except (OSError, ValueError, TypeError, KeyError):
+            name = str(content["name"])
+            for part, own in content.get("scores", {"": content}).items():
+                key = f"{name} {part}".rstrip()
+                scores[key] = float(own["score"])
+                if "interval" in own:
+                    low, high = own["interval"]
+                    spreads[key] = (float(high) - float(low)) / 2
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             problems.append(f"evals/{path.name} has no name and score")
-    return scores
+    return scores, spreads
 
 
 def _json(text: str) -> Any:

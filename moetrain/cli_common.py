@@ -1,0 +1,20 @@
+"""What the commands' arguments have in common."""
+
+import argparse
+
+Parser = argparse.ArgumentParser
+Arguments = argparse.Namespace
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def add_overrides(parser: Parser) -> None:
+    """`key=value` words."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted recipe keys; values are YAML"
+    )

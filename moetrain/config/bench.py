@@ -1,0 +1,73 @@
+"""What a benchmark is: a file of questions, and how they are asked and scored. Imports no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from moetrain.config.load import explain, read_content
+from moetrain.config.rewards import Reward
+from moetrain.config.rollout import RolloutConfig
+from moetrain.config.section import Section
+from moetrain.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class BenchConfig(Section):
+    """A benchmark."""
+
+    name: str = Field(min_length=1, description="what the report calls it")
+    data: str = Field(description="file of records, from the folder of this one; or builtin:NAME")
+    source: str = Field(default="", description="where to get the file; said when it is missing")
+    question: str = Field(default="question", description="column of the question")
+    answer: str | None = Field(
+        default=None, description="column of the right answer; scorers see it as `answer`"
+    )
+    where: dict[str, Any] = Field(
+        default_factory=dict[str, Any], description="only records with these values"
+    )
+    prompt: str = Field(
+        default="{question}",
+        description="what is asked; {question} and {COLUMN} stand for the record's",
+    )
+    system: str | None = Field(default=None, description="a system message before it")
+    scorer: Reward = Field(description="a reward: accuracy, exact, judge, code, FILE.py:FUNCTION")
+    right: float = Field(default=1.0, description="least score of a right answer")
+    scale: tuple[float, float] | None = Field(
+        default=None, description="tell the mean score as a number from the first to the second"
+    )
+    samples: Count = Field(default=1, description="answers to each question")
+    pass_at: list[Count] = Field(
+        default=[1], description="k of pass@k; none: only the mean score is told"
+    )
+    vote: bool = Field(default=True, description="majority vote, where there are several answers")
+    limit: Count | None = Field(default=None, description="first questions only, for a quick look")
+    seed: int = Field(default=1234, description="of the answers")
+    rollout: RolloutConfig = Field(
+        default=RolloutConfig(), description="who answers; eval_temperature is the temperature"
+    )
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.pass_at and max(self.pass_at) > self.samples:
+            raise ValueError(
+                f"pass_at {max(self.pass_at)} needs as many answers; samples is {self.samples}"
+            )
+        if self.samples > 1 and self.rollout.eval_temperature == 0:
+            raise ValueError(
+                f"samples={self.samples} greedy answers are one and the same: set"
+                " rollout.eval_temperature"
+            )
+        return self
+
+
+def load_bench(path: Path, overrides: Sequence[str] = ()) -> BenchConfig:
+    """Read a benchmark's YAML and lay overrides over it. Raises ConfigError."""
+    content = read_content(path, overrides, "a benchmark")
+    content.setdefault("name", path.stem)
+    try:
+        return BenchConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, BenchConfig)}") from None

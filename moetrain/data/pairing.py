@@ -1,0 +1,253 @@
+"""From graded answers to preference pairs and to instruction data.
+
+The rejected answer is the wrong one that the model was surest of (Cho et al. 2025): the highest
+mean log-prob a token. The chosen one is a right answer of about its length, so that what is learned
+is neither to be long nor to be short.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+BINS = (0.25, 0.5, 0.75, 1.0)  # of difficulty: upper ends of the share of right answers
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer; `confidence` is its mean log-prob a token, `length` its tokens."""
+
+    text: str
+    reward: float
+    confidence: float
+    length: int
+
+
+@dataclass
+class Asked:
+    """A prompt and its different answers that could be learned from."""
+
+    id: str
+    source: int
+    messages: list[dict[str, Any]]
+    answers: list[Answer]
+    num_graded: int = 0  # also of answers that are cut, empty, or the same as another
+    num_right: int = 0
+
+    @property
+    def share_right(self) -> float:
+        return self.num_right / max(1, self.num_graded)
+
+    @property
+    def bin(self) -> int:
+        return next(i for i, end in enumerate(BINS) if self.share_right <= end)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to choose. A reward of at least `right` is a right answer, one of at most `wrong` a wrong
+    one. No bin of difficulty gives more than `balance` times their mean (0: as it comes).
+    """
+
+    right: float = 1.0
+    wrong: float = 0.0
+    by: str | None = None  # the part of the reward that counts; None: the whole
+    per_prompt: int = 1
+    balance: float = 2.0
+    shares: tuple[float, ...] | None = None  # of the sources; None: as it comes
+    num: int | None = None  # at most so many
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one record: a prompt, and of a pair the rejected answer."""
+
+    asked: Asked
+    rank: int  # how many of its prompt come before it
+    answer: Answer
+
+
+@dataclass
+class Chosen:
+    """Records, and how many prompts gave none for what reason."""
+
+    records: list[dict[str, Any]]
+    reasons: Counter[str]
+    left_out: Counter[str]  # records
+    per_source: list[int]
+
+
+def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[Asked]:
+    """(source, prompt with its answers as JSON) -> prompts, each once: one that returns in its
+    source brings more answers, one that another source has asked is left to that.
+    """
+    found: dict[str, Asked] = {}
+    texts: dict[str, set[str]] = {}
+    for source, row in rows:
+        messages = row["prompt"]["columns"]["prompt"]
+        key = plain(" ".join(str(message.get("content")) for message in messages))
+        asked = found.setdefault(key, Asked(row["prompt"]["id"], source, messages, []))
+        if asked.source != source:
+            continue
+        seen = texts.setdefault(key, set())
+        # The surest of answers that read the same stands for all of them.
+        for content in sorted(row["answers"], key=confidence, reverse=True):
+            reward = content["parts"].get(choice.by) if choice.by else content["reward"]
+            if reward is None:
+                continue
+            asked.num_graded += 1
+            asked.num_right += reward >= choice.right
+            text = content["text"].strip()
+            usable = content["finish"] == "stop" and text
+            if usable and plain(text) not in seen:
+                seen.add(plain(text))
+                num = len(content["tokens"])
+                asked.answers.append(Answer(text, reward, confidence(content), num))
+    return list(found.values())
+
+
+def confidence(answer: dict[str, Any]) -> float:
+    """Mean log-prob a token, under the distribution that it was drawn from."""
+    return sum(answer["logprobs"]) / max(1, len(answer["logprobs"]))
+
+
+def plain(text: str) -> str:
+    """What two texts that read the same have in common."""
+    return re.sub(r"\s+", " ", text).strip().casefold()
+
+
+def pairs(asked: Sequence[Asked], choice: Choice) -> Chosen:
+    """TRL's `prompt`, `chosen`, `rejected`, with what they were chosen by beside them."""
+    reasons: Counter[str] = Counter()
+    slots: list[Slot] = []
+    for one in asked:
+        wrong = [a for a in one.answers if a.reward <= choice.wrong]
+        if not wrong or not _right(one, choice):
+            reasons[_lack(one, choice)] += 1
+            continue
+        surest = sorted(wrong, key=lambda a: -a.confidence)[: choice.per_prompt]
+        slots += [Slot(one, rank, answer) for rank, answer in enumerate(surest)]
+    kept, left_out, per_source = _selected(slots, choice)
+    records: list[dict[str, Any]] = []
+    tilt = 0  # tokens by which chosen answers are longer in all
+    for slot in kept:
+        best = min(_right(slot.asked, choice), key=_mismatch(slot.answer, tilt))
+        tilt += best.length - slot.answer.length
+        records.append(_pair(slot, best))
+    return Chosen(records, reasons, left_out, per_source)
+
+
+def _mismatch(rejected: Answer, tilt: int) -> Callable[[Answer], tuple[int, float]]:
+    def cost(answer: Answer) -> tuple[int, float]:
+        more = answer.length - rejected.length
+        return abs(more) + abs(tilt + more), -answer.confidence
+
+    return cost
+
+
+def right_answers(asked: Sequence[Asked], choice: Choice) -> Chosen:
+    """`messages` with a right answer, of middling length among the right ones: instruction data by
+    rejection sampling.
+    """
+    reasons: Counter[str] = Counter()
+    slots: list[Slot] = []
+    for one in asked:
+        right = _right(one, choice)
+        if not right:
+            reasons[_lack(one, choice)] += 1
+            continue
+        middle = median(answer.length for answer in right)
+        best = sorted(right, key=lambda a: abs(a.length - middle))[: choice.per_prompt]
+        slots += [Slot(one, rank, answer) for rank, answer in enumerate(best)]
+    kept, left_out, per_source = _selected(slots, choice)
+    records = [
+        {"messages": [*slot.asked.messages, _turn(slot.answer)], **_told(slot.asked)}
+        for slot in kept
+    ]
+    return Chosen(records, reasons, left_out, per_source)
+
+
+def _right(asked: Asked, choice: Choice) -> list[Answer]:
+    return [answer for answer in asked.answers if answer.reward >= choice.right]
+
+
+def _lack(asked: Asked, choice: Choice) -> str:
+    """Why a prompt gives nothing."""
+    if not asked.num_graded:
+        return "without a grade"
+    if not asked.num_right:
+        return "none right"
+    if asked.num_right == asked.num_graded:
+        return "all right" if _right(asked, choice) else "right ones cut at the limit"
+    if not _right(asked, choice):
+        return "right ones cut at the limit"
+    return "wrong ones cut at the limit, or neither right nor wrong"
+
+
+def _selected(slots: list[Slot], choice: Choice) -> tuple[list[Slot], Counter[str], list[int]]:
+    """(those that stay, in a shuffled order; how many are left out for what; how many of each
+    source).
+    """
+    rng = random.Random(choice.seed)
+    rng.shuffle(slots)
+    slots.sort(key=lambda slot: slot.rank)  # a prompt's second answer only after all first ones
+    num_sources = len(choice.shares or ()) or 1 + max((s.asked.source for s in slots), default=0)
+    left_out: Counter[str] = Counter()
+    own: list[list[Slot]] = []
+    for source in range(num_sources):
+        mine = [slot for slot in slots if slot.asked.source == source]
+        own.append(_evened(mine, choice.balance))
+        left_out["too many of their difficulty"] += len(mine) - len(own[-1])
+    wanted = [len(part) for part in own]
+    total = sum(wanted)
+    shares = choice.shares or tuple(n / total for n in wanted if total)
+    if shares:
+        most = min(n / share for n, share in zip(wanted, shares, strict=True) if share)
+        most = min(most, choice.num or most)
+        wanted = [min(n, round(most * share)) for n, share in zip(wanted, shares, strict=True)]
+    left_out["more than the shares or the number asked for"] += total - sum(wanted)
+    kept = [slot for part, n in zip(own, wanted, strict=True) for slot in part[:n]]
+    rng.shuffle(kept)
+    return kept, left_out, wanted
+
+
+def _evened(slots: list[Slot], balance: float) -> list[Slot]:
+    """Without what is more than `balance` times the mean of the bins of difficulty."""
+    sizes = Counter(slot.asked.bin for slot in slots)
+    if not balance or not sizes:
+        return slots
+    most = balance * len(slots) / len(sizes)
+    taken: Counter[int] = Counter()
+    kept: list[Slot] = []
+    for slot in slots:
+        taken[slot.asked.bin] += 1
+        if taken[slot.asked.bin] <= most:
+            kept.append(slot)
+    return kept
+
+
+def _turn(answer: Answer) -> dict[str, str]:
+    return {"role": "assistant", "content": answer.text}
+
+
+def _told(asked: Asked) -> dict[str, Any]:
+    return {"id": asked.id, "source": asked.source, "share_right": round(asked.share_right, 4)}
+
+
+def _pair(slot: Slot, chosen: Answer) -> dict[str, Any]:
+    figures = {
+        f"{name}_{key}": value
+        for name, answer in (("chosen", chosen), ("rejected", slot.answer))
+        for key, value in (("tokens", answer.length), ("logp", round(answer.confidence, 5)))
+    }
+    return {
+        "prompt": slot.asked.messages,
+        "chosen": [_turn(chosen)],
+        "rejected": [_turn(slot.answer)],
+        **_told(slot.asked),
+        **figures,
+    }

@@ -1,0 +1,1 @@
+"""Evaluation: benchmark files, pass@k, majority vote, judged answers."""

@@ -1,0 +1,160 @@
+"""`moetrain eval`: a benchmark's questions answered and scored, and the scores where the report
+finds them.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moetrain.config.bench import BenchConfig, load_bench
+from moetrain.data.cache import write_text
+from moetrain.data.loader import tokenizer_of
+from moetrain.data.samples import read_lines
+from moetrain.errors import DataError
+from moetrain.evals.questions import locate, read_questions
+from moetrain.evals.scores import Score, majority, mean_of, pass_at_k, share, vote_of
+from moetrain.loops.answers import Row
+from moetrain.loops.run_dir import environment
+from moetrain.loops.sample import (
+    EXIT_STOPPED,
+    answer_all,
+    answering_recipe,
+    prompt_room,
+    told,
+)
+from moetrain.rewards.accuracy import final
+
+OF_THE_RECIPE = ("model.", "data.", "parallel.", "adapter.")  # overrides
+
+
+def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -> int:
+    """Answer the benchmark at `path` with `model` into `out` and write the scores beside it, and
+    into the run's `evals` where the model is a run's. Returns the exit code.
+
+    Overrides are the benchmark's keys, and of a recipe model, data, parallel and adapter.
+    """
+    own, others = _parted(overrides)
+    bench = load_bench(path, own)
+    given = any(o.startswith("data=") for o in own)  # on the command line: from where one stands
+    data = locate(bench, Path() if given else path.parent)
+    sections: dict[str, Any] = {
+        "method": "grpo",
+        "seed": bench.seed,
+        "data": {"train": [str(data)]},
+        "rollout": bench.rollout.model_dump(mode="json", exclude_unset=True),
+        "rewards": [bench.scorer.model_dump(mode="json")],
+    }
+    recipe = answering_recipe(model, out, others, sections)
+    folder, template = tokenizer_of(recipe), recipe.data.chat_template
+    prompts = read_questions(bench, data, folder, template, prompt_room(recipe))
+    notes = {"model": model, "bench": bench.model_dump(mode="json")}
+    temperature = bench.rollout.eval_temperature
+    counts = answer_all(recipe, prompts, out, bench.samples, notes, bench.name, temperature)
+    if counts is None:
+        return EXIT_STOPPED
+    wanted = {prompt.id for prompt in prompts}
+    scores = scored(bench, (row for row in read_lines(out) if row["prompt"]["id"] in wanted))
+    content = _content(bench, model, out, scores, len(prompts), dict(counts))
+    for place in _places(bench, Path(recipe.model.path or ""), out):
+        write_text(place, json.dumps(content, indent=1) + "\n")
+        print(f"{bench.name}: {place}")
+    _show(bench, scores, len(prompts))
+    print(f"{counts['answers']} answers in {out}: {told(counts)}")
+    return 0
+
+
+def _parted(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(of the benchmark, of the recipe)."""
+    others = [o for o in overrides if o.startswith(OF_THE_RECIPE)]
+    return [o for o in overrides if o not in others], others
+
+
+def scored(bench: BenchConfig, rows: Iterable[Row]) -> dict[str, Score]:
+    """Name -> score over the questions. Answers that could not be graded are left out; DataError
+    when there are no others.
+    """
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        graded = [answer for answer in row["answers"] if answer["reward"] is not None]
+        graded = graded[: bench.samples]
+        if not graded:
+            continue
+        for name, value in _values(bench, graded).items():
+            found.setdefault(name, []).append(value)
+    if not found:
+        raise DataError(
+            f"{bench.name}: no answer was graded. The scorer {bench.scorer.name} gave None for all:"
+            " look at its columns (`answer`), or at the faults in the manifest."
+        )
+    return {name: _mean(bench, name, values) for name, values in found.items()}
+
+
+def _values(bench: BenchConfig, graded: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The scores of one question."""
+    rewards = [float(answer["reward"]) for answer in graded]
+    if not bench.pass_at:
+        return {"score": fmean(rewards)}
+    right = [reward >= bench.right for reward in rewards]
+    num = len(right)
+    values = {f"pass@{k}": pass_at_k(num, sum(right), k) for k in bench.pass_at if k <= num}
+    if bench.vote and bench.samples > 1:
+        votes = [vote_of(final(answer["text"])) for answer in graded]
+        values[f"maj@{bench.samples}"] = majority(votes, right)
+    return values
+
+
+def _mean(bench: BenchConfig, name: str, values: Sequence[float]) -> Score:
+    bounded = all(0 <= value <= 1 for value in values)
+    score = share(values) if bounded else mean_of(values)
+    if name != "score" or bench.scale is None:
+        return score
+    low, high = bench.scale
+    return Score(*(low + (high - low) * x for x in (score.value, score.low, score.high)))
+
+
+def _content(
+    bench: BenchConfig,
+    model: str,
+    out: Path,
+    scores: Mapping[str, Score],
+    num: int,
+    counts: Mapping[str, int],
+) -> dict[str, Any]:
+    """What `moetrain report` reads: `name` and `scores`, each with its 95 % interval."""
+    return {
+        "name": bench.name,
+        "scores": {
+            name: {"score": score.value, "interval": [score.low, score.high]}
+            for name, score in scores.items()
+        },
+        "questions": num,
+        "counts": counts,
+        "model": model,
+        "answers": str(out),
+        "bench": bench.model_dump(mode="json"),
+        **environment(),
+    }
+
+
+def _places(bench: BenchConfig, model: Path, out: Path) -> list[Path]:
+    """Beside the answers, and in the run that the model is of."""
+    beside = out.with_suffix(".json")
+    run = next((p for p in (model, *model.parents) if (p / "resolved.yaml").is_file()), None)
+    if run is None:
+        return [beside]
+    own = run / "evals" / f"{bench.name}.json"
+    return [beside] if own.resolve() == beside.resolve() else [beside, own]
+
+
+def _show(bench: BenchConfig, scores: Mapping[str, Score], num: int) -> None:
+    table = Table(title=f"{bench.name}, {num} questions")
+    for column in ("", "score", "95 % interval"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, score in scores.items():
+        table.add_row(name, f"{score.value:.4f}", f"{score.low:.4f} to {score.high:.4f}")
+    Console(highlight=False).print(table)

@@ -1,0 +1,82 @@
+"""A benchmark's questions as prompts."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moetrain.config.bench import BenchConfig
+from moetrain.data import assets, tokenizer
+from moetrain.data.chat import Chat
+from moetrain.data.formats import FormatError
+from moetrain.data.prompts import read_prompt
+from moetrain.data.rejects import Reject
+from moetrain.data.samples import Prompt
+from moetrain.data.sources import find_sources, read_rows
+from moetrain.errors import ConfigError, DataError
+
+
+def locate(bench: BenchConfig, folder: Path) -> Path:
+    """The benchmark's file; `folder` is that of its YAML. DataError when it is not there."""
+    if assets.is_builtin(bench.data):
+        return assets.resolve(bench.data)
+    path = folder / Path(bench.data).expanduser()
+    if not path.exists():
+        hint = f" {bench.source}" if bench.source else " Check `data`."
+        raise DataError(f"{bench.name}: its questions are not in {path}.{hint}")
+    return path
+
+
+def read_questions(
+    bench: BenchConfig, path: Path, tokenizer_folder: Path, template: str | None, room: int
+) -> list[Prompt]:
+    """Every question, in the file's order; `room` is the most tokens of a prompt.
+
+    Raises DataError for the first record that cannot be asked: a benchmark that loses questions is
+    another benchmark.
+    """
+    chat = Chat(tokenizer.load(tokenizer_folder), template)
+    found: list[Prompt] = []
+    ids: dict[str, int] = {}
+    for row in (row for source in find_sources([path]) for row in read_rows(source)):
+        where = f"{row.file}:{row.line}"
+        if isinstance(row, Reject):
+            raise DataError(f"{where}: {row.reason}. Mend the file.")
+        if any(row.value.get(key) != value for key, value in bench.where.items()):
+            continue
+        try:
+            prompt = read_prompt(_asked(bench, row.value, where), chat, room)
+        except FormatError as error:
+            raise DataError(f"{where}: {error}.") from None
+        number = ids[prompt.id] = ids.get(prompt.id, 0) + 1
+        found.append(prompt if number == 1 else replace(prompt, id=f"{prompt.id}#{number}"))
+        if len(found) == bench.limit:
+            break
+    if not found:
+        only = f" with {bench.where}" if bench.where else ""
+        raise DataError(f"{path} has no record{only}. Check `data` and `where` of {bench.name}.")
+    return found
+
+
+def _asked(bench: BenchConfig, record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The record as one to answer: messages under `prompt`, the right answer under `answer`."""
+    for column in filter(None, (bench.question, bench.answer)):
+        if record.get(column) in (None, ""):
+            raise DataError(
+                f"{where} has no {column!r}; its keys are {', '.join(record)}. Set `question` and"
+                f" `answer` of {bench.name}."
+            )
+    columns = {str(name): value for name, value in record.items()}
+    try:
+        text = bench.prompt.format_map(columns | {"question": record[bench.question]})
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise ConfigError(
+            f"{bench.name}: prompt cannot be filled in ({error}); {where} has {', '.join(columns)}."
+            " Write {{ and }} for braces."
+        ) from None
+    messages = [{"role": "system", "content": bench.system}] if bench.system else []
+    messages.append({"role": "user", "content": text})
+    own = {name: value for name, value in columns.items() if name != "messages"}
+    if bench.answer is not None:
+        own["answer"] = record[bench.answer]
+    return own | {"prompt": messages}

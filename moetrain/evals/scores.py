@@ -1,0 +1,83 @@
+"""What is made of graded answers: scores a question, and how sure their mean is.
+
+Legend: n answers to a question, c of them right; q questions.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+Z = 1.959964  # of 95 %
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over questions and where it lies with 95 % probability.
+
+    The spread is that of questions: it says how another sample of questions would come out, and
+    counts the answers to one question as the one observation that they are.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def pass_at_k(num: int, right: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): that at least one of k answers is right, without bias (Chen et
+    al. 2021, arXiv 2107.03374, eq. 1). `k` may not exceed `num`.
+    """
+    assert 0 <= right <= num and 1 <= k <= num
+    if num - right < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(num - right + 1, num + 1))
+
+
+def majority(votes: Sequence[str], right: Sequence[bool]) -> float:
+    """Whether the answer that most agree on is right: the share of right ones among the largest
+    groups where there are several, as if one of them were drawn.
+    """
+    sizes = Counter(votes)
+    most = max(sizes.values())
+    winners = [vote for vote, size in sizes.items() if size == most]
+    shares = [
+        fmean(r for vote, r in zip(votes, right, strict=True) if vote == winner)
+        for winner in winners
+    ]
+    return fmean(shares)
+
+
+def vote_of(text: str) -> str:
+    """An answer without what does not matter: case, blanks, thousands' commas, a full stop."""
+    plain = " ".join(text.split()).casefold().strip("$*` ").rstrip(".")
+    number = plain.replace(",", "")
+    try:
+        return f"{float(number):.10g}"
+    except ValueError:
+        return plain
+
+
+def share(values: Sequence[float]) -> Score:
+    """The mean of values from 0 to 1, with Wilson's interval for as many yes-or-no questions as
+    their spread is worth: it neither leaves [0, 1] nor shrinks to nothing when all are equal.
+    """
+    q = len(values)
+    mean = fmean(values)
+    spread = fmean((v - mean) ** 2 for v in values)
+    worth = q * mean * (1 - mean) / spread if spread > 0 else q
+    scale = Z * Z / worth
+    middle = (mean + scale / 2) / (1 + scale)
+    half = Z * math.sqrt(mean * (1 - mean) / worth + scale / (4 * worth)) / (1 + scale)
+    return Score(mean, min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half)))
+
+
+def mean_of(values: Sequence[float]) -> Score:
+    """The mean of any values, two standard errors each way; without bounds for a single one."""
+    q = len(values)
+    mean = fmean(values)
+    if q < 2:
+        return Score(mean, -math.inf, math.inf)
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (q - 1) / q)
+    return Score(mean, mean - Z * error, mean + Z * error)
