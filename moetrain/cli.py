@@ -1,6 +1,5 @@
 """The command line: one table of commands. Nothing heavy is imported before a command is chosen."""
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence

@@ -35,7 +35,8 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     path = tmp_path_factory.mktemp("rewards") / "own.py"
     path.write_text(
-        "def even(completions, **columns):\n    return [float(len(c) % 2 == 0) for c in completions]\n"
+        "def even(completions, **columns):\n"
+        "    return [float(len(c) % 2 == 0) for c in completions]\n"
     )
     return path
 
