@@ -252,6 +252,23 @@ def _swift(args: Arguments) -> int:
     return 0
 
 
+def _doctor_arguments(parser: Parser) -> None:
+    parser.add_argument("recipe", type=Path, nargs="?")
+    _ranks(parser)
+
+
+def _doctor(args: Arguments) -> int:
+    from moetrain.cluster import doctor, launch
+
+    world_size = launch.joined(args.nproc)
+    if world_size is None and (args.nproc or 1) > 1:
+        return launch.run_local([sys.executable, "-m", "moetrain", *args.argv], args.nproc)
+    recipe, overrides = args.recipe, args.overrides
+    if recipe is not None and "=" in str(recipe) and not recipe.exists():
+        raise MoetrainError(f"doctor: {recipe} overrides no recipe. Give RECIPE before it.")
+    return doctor.main(recipe, overrides, world_size)
+
+
 def _quickstart(args: Arguments) -> int:
     from moetrain.loops.quickstart import main
 
@@ -276,6 +293,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command("runs over a grid of settings", _sweep_arguments, _sweep),
     "report": Command("runs side by side: page, CSV, table", _report_arguments, _report),
     "swift": Command("recipes from and to ms-swift's commands", _swift_arguments, _swift),
+    "doctor": Command("what would fail in the job, before it", _doctor_arguments, _doctor),
     "quickstart": Command(
         "a whole small run on this machine",
         lambda p: p.add_argument("--out", type=Path, default=Path("runs/quickstart")) and None,

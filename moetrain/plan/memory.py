@@ -79,6 +79,21 @@ def static_bytes(
     return stages
 
 
+def checkpoint_bytes(
+    table: Mapping[str, BoundRule], recipe: Recipe, trained: Mapping[str, BoundRule]
+) -> int:
+    """Bytes of one checkpoint of the recipe on disk: the weights (with an adapter its own alone),
+    and of what is trained an fp32 copy and the two moments. Megatron writes that copy beside fp32
+    weights too.
+    """
+    held = table if recipe.adapter is None else trained
+    weights = _BYTES[recipe.model.dtype] * sum(rule.num_params for rule in held.values())
+    if not recipe.checkpoint.save_optimizer:
+        return weights
+    state = 4 + 2 * _BYTES[recipe.optim.state_dtype]
+    return weights + state * sum(rule.num_params for rule in trained.values())
+
+
 def _on_rank(
     table: Mapping[str, BoundRule], *, held: set[int], stage: int, plan: MeshPlan, dims: Dims
 ) -> tuple[int, int]:

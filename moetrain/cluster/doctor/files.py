@@ -1,0 +1,277 @@
+"""The folder that a run writes, and what it reads: model, tokenizer, data."""
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from moetrain.cluster.doctor.base import GIB, Finding, Subject, fail, ok, skip, warn, worst
+from moetrain.plan.memory import checkpoint_bytes
+
+PROBE_BYTES = 16 * 2**20
+SEEN_SECONDS = 10.0  # for the other nodes to see a file: NFS caches folders for some seconds
+SLOW_MB_S = 50.0
+FILES_LEFT = 100_000
+RECORDS = 64  # of each data file that are read as training will
+
+SHARED_REMEDY = "put run_dir on a file system that all nodes mount, and bind it into the image"
+
+
+def shared(subject: Subject) -> Finding:
+    """Write, fsync, rename and read back beside run_dir, from the first rank; every node looks."""
+    ranks = subject.ranks
+    first = ranks is None or ranks.rank == 0
+    folder = _existing(subject.recipe.run_dir)
+    probe = folder / f".moetrain-doctor-{uuid.uuid4().hex[:12]}"
+    if ranks is not None:
+        probe = ranks.gather(probe)[0]
+    found = _write(probe) if first else ok("")
+    try:
+        if ranks is None:
+            return found
+        told = ranks.gather((found.level, probe.name))[0]
+        blind = ranks.gather(None if _sees(probe) else ranks.nodes[ranks.rank])
+        if told[0] == found.level.FAIL or not first:
+            return found
+        missing = sorted({node for node in blind if node is not None})
+        if missing:
+            return fail(f"{folder} of {ranks.nodes[0]} is not seen on {', '.join(missing)}",
+                        SHARED_REMEDY)  # fmt: skip
+        nodes = len(ranks.leaders)
+        return Finding(found.level, f"{found.text}, seen by {nodes} nodes", found.remedy)
+    finally:
+        if first:
+            shutil.rmtree(probe, ignore_errors=True)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    folder = folder.expanduser().absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _write(probe: Path) -> Finding:
+    """What happened to a file that was written, flushed, renamed over another and read back."""
+    content = os.urandom(PROBE_BYTES)
+    part, final = probe / "part", probe / "final"
+    try:
+        probe.mkdir()
+        final.write_bytes(b"old")
+        started = time.perf_counter()
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, final)
+        seconds = time.perf_counter() - started
+        same = final.read_bytes() == content
+        skew = final.stat().st_mtime - time.time()
+    except OSError as error:
+        return fail(
+            f"{error.filename or probe.parent} cannot be written: {error.strerror}",
+            "give run_dir a folder that this user may write, with room",
+        )
+    if not same:
+        return fail(f"{probe.parent} gives back other bytes than were written", SHARED_REMEDY)
+    speed = PROBE_BYTES / 1e6 / seconds
+    said = f"{probe.parent}: {PROBE_BYTES >> 20} MiB written, flushed, renamed at {speed:.0f} MB/s"
+    if abs(skew) > 5:
+        return warn(
+            f"{said}; its clock is {skew:.0f} s from this node's",
+            "let the file server and the nodes follow one time server",
+        )
+    if speed < SLOW_MB_S:
+        return warn(said, "put run_dir on the parallel file system, not on a home folder")
+    return ok(said)
+
+
+def _sees(probe: Path) -> bool:
+    end = time.monotonic() + SEEN_SECONDS
+    while time.monotonic() < end:
+        try:
+            os.listdir(probe.parent)  # makes NFS look again
+            if (probe / "final").stat().st_size == PROBE_BYTES:
+                return True
+        except OSError:
+            pass
+        time.sleep(0.2)
+    return False
+
+
+def space(subject: Subject) -> Finding:
+    """Whether the checkpoints that the recipe keeps have room where run_dir is."""
+    plan = subject.plan
+    assert plan is not None
+    recipe, (table, _) = plan.recipe, plan.model
+    folder = _existing(recipe.run_dir)
+    usage, inodes = shutil.disk_usage(folder), os.statvfs(folder)
+    one = checkpoint_bytes(table, recipe, plan.learns)
+    # One is always being written beside those that stay.
+    count = recipe.checkpoint.keep + 1 + (recipe.checkpoint.best is not None)
+    sizes = f"{count} checkpoints of {one / GIB:.2f} GiB"
+    said = f"{usage.free / GIB:.1f} GiB free for {sizes} in {folder}"
+    remedy = "make room, set checkpoint.keep lower, or checkpoint.save_optimizer=false"
+    if usage.free < 2 * one:
+        return fail(said, remedy)
+    if usage.free < count * one:
+        return warn(said, remedy)
+    if inodes.f_files and inodes.f_favail < FILES_LEFT:
+        return warn(f"{inodes.f_favail} files may still be made in {folder}", "remove old files")
+    return ok(said)
+
+
+def model(subject: Subject) -> Finding:
+    """The model's folder, and that every file of weights that its index names is there."""
+    path = subject.recipe.model.path
+    if path is None or path.startswith("builtin:"):
+        return ok(f"{path or 'from scratch'}: nothing to be read")
+    folder = Path(path)
+    remedy = "set model.path to where it lies; bind that folder into the image"
+    config = next((n for n in ("moetrain.json", "config.json") if (folder / n).is_file()), None)
+    if config is None:
+        return fail(f"model.path={path} has no config.json and no moetrain.json", remedy)
+    if config == "moetrain.json" or subject.recipe.model.init == "random":
+        return ok(f"{path}: {config}")
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        files = sorted(set(index["weight_map"].values()))
+    except FileNotFoundError:
+        files = ["model.safetensors"]
+    except (OSError, ValueError, KeyError) as error:
+        return fail(f"{path}: its index is damaged ({error})", "copy the model again")
+    gone = [name for name in files if not os.access(folder / name, os.R_OK)]
+    if gone:
+        return fail(
+            f"{path}: {len(gone)} of {len(files)} files of weights are missing, first {gone[0]}",
+            "copy the model again",
+        )
+    size = sum((folder / name).stat().st_size for name in files)
+    return ok(f"{path}: {len(files)} files of weights, {size / GIB:.1f} GiB")
+
+
+def tokenizer(subject: Subject) -> Finding:
+    """The tokenizer loads, fits the model, and its template marks what is to be learned."""
+    from moetrain.data import tokenizer as tokenizers
+    from moetrain.data.chat import Chat
+    from moetrain.data.formats import to_conversation
+    from moetrain.data.loader import CORPUS, FEEDS, model_vocab, tokenizer_of
+
+    recipe = subject.recipe
+    corpus = FEEDS.get(recipe.method.name) == CORPUS
+    if corpus and recipe.model.tokenizer is None and recipe.model.hf is not None:
+        return skip("an indexed corpus needs none")
+    loaded = tokenizers.load(tokenizer_of(recipe))
+    num_tokens = tokenizers.vocab_of(loaded)
+    tokenizers.check_vocab(num_tokens, model_vocab(recipe), f"The tokenizer {loaded.name_or_path}")
+    tokenizers.end_of_document(loaded)
+    if corpus:
+        return ok(f"{num_tokens} tokens")
+    chat = Chat(loaded, recipe.data.chat_template)
+    talk = {"messages": [{"role": "user", "content": "2 + 2"},
+                         {"role": "assistant", "content": "It is 4."}]}  # fmt: skip
+    marked = chat.mark(to_conversation(talk))
+    learned = "".join(m.text[a:b] for m in marked for a, b in m.spans)
+    if "It is 4." not in learned or "2 + 2" in learned:
+        return fail(
+            f"the chat template marks {learned!r} of an answer 'It is 4.'",
+            "give data.chat_template one that marks assistant turns with {% generation %}",
+        )
+    return ok(f"{num_tokens} tokens, chat template marks answers")
+
+
+def data(subject: Subject) -> Finding:
+    """Every path of data.train and data.eval opens, and its first records can be learned from."""
+    from moetrain.data.loader import CORPUS, FEEDS, KINDS
+
+    recipe = subject.recipe
+    given = [*recipe.data.train, *recipe.data.eval]
+    paths = [path for path in given if not path.startswith("builtin:")]
+    if not paths:
+        return ok(f"{', '.join(given)}: made here")
+    feed = FEEDS.get(recipe.method.name)
+    if feed == CORPUS:
+        return _corpora(paths)
+    results = list(_read(subject, paths, KINDS[feed]) if feed else _read_prompts(subject, paths))
+    bad = [(where, reason) for where, reason in results if reason]
+    said = f"{len(results) - len(bad)} of the first {len(results)} records of {len(paths)} paths"
+    if not bad:
+        return ok(f"{said} can be used")
+    where, reason = bad[0]
+    share = len(bad) / len(results)
+    verdict = fail if share > recipe.data.max_rejected else warn
+    return verdict(
+        f"{said} can be used; {where}: {reason}",
+        f"mend the records, or set data.max_rejected (now {recipe.data.max_rejected})",
+    )
+
+
+def _rows(paths: list[str]) -> Iterator[Any]:
+    from moetrain.data.sources import find_sources, read_rows
+
+    for path in paths:
+        for source in find_sources([path]):
+            yield from islice(read_rows(source), RECORDS)
+
+
+def _read(subject: Subject, paths: list[str], kind: Any) -> Iterator[tuple[str, str | None]]:
+    from moetrain.data.encode import Encoder, Spec
+    from moetrain.data.loader import tokenizer_of
+
+    data = subject.recipe.data
+    spec = Spec(
+        inputs=tuple(paths),
+        tokenizer=tokenizer_of(subject.recipe),
+        seq_len=data.seq_len,
+        too_long=data.too_long,
+        seed=subject.recipe.seed,
+        chat_template=data.chat_template,
+    )
+    for result in Encoder(kind, spec)(list(_rows(paths))):
+        yield f"{result.file}:{result.line}", result.reason
+
+
+def _read_prompts(subject: Subject, paths: list[str]) -> Iterator[tuple[str, str | None]]:
+    from moetrain.data import tokenizer as tokenizers
+    from moetrain.data.chat import Chat
+    from moetrain.data.formats import FormatError
+    from moetrain.data.loader import tokenizer_of
+    from moetrain.data.prompts import read_prompt
+    from moetrain.data.rejects import Reject
+
+    recipe = subject.recipe
+    chat = Chat(tokenizers.load(tokenizer_of(recipe)), recipe.data.chat_template)
+    for row in _rows(paths):
+        where = f"{row.file}:{row.line}"
+        if isinstance(row, Reject):
+            yield where, row.reason
+            continue
+        try:
+            read_prompt(row.value, chat, recipe.data.seq_len - recipe.sampling[1].max_tokens)
+        except FormatError as error:
+            yield where, str(error)
+        else:
+            yield where, None
+
+
+def _corpora(paths: list[str]) -> Finding:
+    findings: list[Finding] = []
+    total = 0
+    for path in paths:
+        prefix = path.removesuffix(".bin").removesuffix(".idx")
+        for suffix in (".idx", ".bin"):
+            file = Path(prefix + suffix)
+            if not os.access(file, os.R_OK):
+                findings.append(
+                    fail(
+                        f"{file} is not there, or not for this user to read",
+                        f"moetrain data index INPUT --tokenizer FOLDER --out {prefix}",
+                    )
+                )
+                continue
+            total += file.stat().st_size
+    return worst(findings, f"{len(paths)} indexed corpora, {total / GIB:.2f} GiB")

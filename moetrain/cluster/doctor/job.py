@@ -1,0 +1,31 @@
+"""The recipe: what its layout divides into."""
+
+from moetrain.cluster.doctor.base import Finding, Subject, fail, ok
+from moetrain.plan import dry_run
+from moetrain.plan.mesh import plan_mesh
+
+
+def layout(subject: Subject) -> Finding:
+    """Whether model, batch and world divide by the layout."""
+    plan = subject.plan
+    assert plan is not None
+    recipe = plan.recipe
+    dry_run.check(recipe, plan.num_ranks, dry=True)
+    mesh = plan_mesh(recipe.parallel, plan.num_ranks)
+    axes = " ".join(f"{k}={v}" for k, v in vars(mesh).items() if v > 1 and k != "world_size")
+    asked = recipe.cluster.nodes and recipe.cluster.nodes * recipe.cluster.gpus_per_node
+    ranks = subject.ranks
+    if ranks is not None and plan.num_procs is None:
+        nodes = len(ranks.leaders)
+        if recipe.cluster.nodes not in (None, nodes):
+            return fail(
+                f"{nodes} nodes were started where cluster.nodes={recipe.cluster.nodes}",
+                "start as many (sbatch --nodes), or override cluster.nodes",
+            )
+    if plan.num_procs and asked and asked != plan.num_procs:
+        return fail(
+            f"{plan.num_procs} ranks were started where cluster.nodes={recipe.cluster.nodes} and"
+            f" gpus_per_node={recipe.cluster.gpus_per_node} make {asked}",
+            "start as many, or override cluster.nodes",
+        )
+    return ok(f"{plan.num_ranks} ranks: {axes or 'nothing is split'}")
