@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from moetrain.config.load import load_recipe
-from moetrain.data.loader import build_set
-from moetrain.data.sets import PackedSet
+from moetrain.data.loader import build_eval
+from moetrain.ops.packed import Packed
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -73,44 +73,58 @@ def test_a_recipe_can_be_scored_ahead(runs: Path) -> None:
     done = moetrain("score", recipe, *settings)
     assert done.returncode == 0, done.stderr
     folders = [line.split(": ")[1] for line in done.stdout.splitlines()]
-    assert folders == [str(f) for f in (runs / "cache" / "reference").iterdir()] * 2
+    assert folders == [str(f) for f in (runs / "cache" / "reference").glob("[!.]*")] * 2
     refused = moetrain("score", EXAMPLES / "simpo_tiny.yaml")
     assert refused.returncode == 2 and "has no reference" in refused.stderr
 
 
-def test_the_cached_reference_is_the_base_as_transformers_has_it(runs: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    recipe = load_recipe(
-        EXAMPLES / "lora_dpo_tiny.yaml", ["data.seq_len=128", f"data.cache={runs / 'cache'}"]
-    )
-    data = build_set(recipe, held_out=True)
-    assert isinstance(data, PackedSet)
-    (table,) = (np.load(path) for path in (runs / "cache" / "reference").glob("*/logp.npy"))
-    from moetrain.data import assets
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        assets.resolve("builtin:qwen3-moe-tiny"), dtype=torch.float32
-    )
-    pack = data[0]
+@torch.no_grad()
+def scored(model: Any, pack: Packed) -> dict[int, float]:
+    """Number of an answer in its data -> sum of its log-probs, by transformers on the whole
+    sequence.
+    """
     assert pack.prefix is not None
-    checked = 0
+    found: dict[int, float] = {}
     for i in range(pack.num_sequences):
         if pack.extras["role"][i] == 0:
             continue
         own = slice(*pack.cu_seqlens[i : i + 2].tolist())
         parent = int(pack.prefix[i])
-        before = pack.tokens[slice(*pack.cu_seqlens[parent : parent + 2].tolist())][
-            : 0 if parent < 0 else None
-        ]
-        tokens = torch.cat([before, pack.tokens[own]])
-        with torch.no_grad():
-            logits = model(tokens[None]).logits[0, len(before) :]
+        before = pack.tokens[slice(*pack.cu_seqlens[parent : parent + 2].tolist())]
+        before = before[: 0 if parent < 0 else None]
+        logits = model(torch.cat([before, pack.tokens[own]])[None]).logits[0, len(before) :]
         logp = torch.log_softmax(logits, -1).gather(1, pack.labels[own, None])[:, 0]
-        wanted = float((logp * pack.loss_mask[own]).sum())
-        assert table[pack.extras["item"][i]] == pytest.approx(wanted, abs=1e-3)
-        checked += 1
-    assert checked >= 4
+        found[int(pack.extras["item"][i])] = float((logp * pack.loss_mask[own]).sum())
+    return found
+
+
+def test_the_cached_reference_gives_the_loss_of_a_live_one(runs: Path) -> None:
+    """Against transformers: the cache is the base's log-probs, and the held-out loss after the
+    last step is that of the trained model with the base beside it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from moetrain.data import assets
+
+    settings = [*SHORT, f"data.cache={runs / 'cache'}"]
+    held_out = build_eval(load_recipe(EXAMPLES / "lora_dpo_tiny.yaml", settings), 0, 1)
+    assert held_out is not None
+    (table,) = (np.load(path) for path in (runs / "cache" / "reference").glob("*/logp.npy"))
+    load: Any = AutoModelForCausalLM.from_pretrained
+    base = load(assets.resolve("builtin:qwen3-moe-tiny"), dtype=torch.float32)
+    trained = load(runs / "first" / "hf", dtype=torch.float32)
+    losses: list[float] = []
+    for pack in held_out:
+        policy, live = scored(trained, pack), scored(base, pack)
+        for item, value in live.items():
+            assert table[item] == pytest.approx(value, abs=1e-4)
+        items = list(live)
+        for good, bad in zip(items[::2], items[1::2], strict=True):
+            h = (policy[good] - live[good]) - (policy[bad] - live[bad])
+            losses.append(math.log1p(math.exp(-0.1 * h)))
+    assert len(losses) >= 2 and max(losses) - min(losses) > 1e-3
+    (row,) = (row for row in rows(runs / "first") if row.get("eval_loss") and row["step"] == 4)
+    assert row["eval_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
 def test_before_the_first_update_policy_and_reference_are_one(runs: Path) -> None:
@@ -123,7 +137,7 @@ def test_before_the_first_update_policy_and_reference_are_one(runs: Path) -> Non
 
 
 def test_a_cache_of_another_model_is_refused(runs: Path, tmp_path: Path) -> None:
-    (folder,) = (runs / "cache" / "reference").iterdir()
+    (folder,) = (runs / "cache" / "reference").glob("[!.]*")
     recipe, own = EXAMPLES / "lora_dpo_tiny.yaml", f"data.reference={folder}"
     same = train(recipe, tmp_path / "same", own, FEW)
     assert same.returncode == 0, same.stderr

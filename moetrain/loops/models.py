@@ -1,7 +1,6 @@
 """An engine around a model as it lies on disk, for what needs no recipe: scoring and conversion."""
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +17,10 @@ from moetrain.engine.source import ModelSource, find_model
 from moetrain.errors import CheckpointError
 from moetrain.families.adapter import AdapterTable
 from moetrain.weights.adapter import InitialAdapter
+from moetrain.weights.digest import file_digest
 from moetrain.weights.reader import SafetensorsReader
 
 BF16 = "bfloat16"
-# A weight file is known by its size and what stands at so many places in it: reading 470 GB to the
-# last byte would take longer than the run's first hour.
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
 def stored_dtypes(source: ModelSource) -> set[str]:
@@ -121,19 +118,9 @@ def model_digest(recipe: Recipe, source: ModelSource) -> str:
     if folder is None or recipe.model.init == "random":
         parts += [recipe.seed, recipe.model.init_std]
     else:
-        parts += [_file_digest(path) for path in _weight_files(folder)]
+        parts += [file_digest(path) for path in _weight_files(folder)]
     return key_of(parts)
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:
     yield from sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".distcp"))
-
-
-def _file_digest(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{path.name} {size}".encode())
-    with path.open("rb") as file:
-        for i in range(SAMPLES):
-            file.seek(max(0, (size - SAMPLE_BYTES) * i // (SAMPLES - 1)))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()

@@ -4,7 +4,6 @@ They lie in the cache under a key of the model, the data (with its tokenizer and
 precision, so that all runs of a sweep read one file and no second model is ever in memory.
 """
 
-import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from moetrain.config.recipe import Recipe
-from moetrain.data.cache import cache_root, key_of, publish
+from moetrain.data.cache import build_once, cache_root, key_of
 from moetrain.data.loader import build_set, prepare
 from moetrain.data.sets import PackedSet
 from moetrain.engine import Engine
@@ -29,7 +28,7 @@ from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed
 from moetrain.ops.segment import segment_sum
 
-VERSION = 1
+VERSION = 2
 PACKS_AT_A_TIME = 8  # of one data-parallel rank, between two words to the progress display
 
 
@@ -55,8 +54,9 @@ def reference_of(
         started = time.perf_counter()
         table = _score(engine, data, shows=engine.mesh.is_main and recipe.observe.progress)
         if engine.mesh.is_main:
-            _write(folder, table, identity)
+            keep(folder, table, identity)
         dist.barrier()
+        keep(folder, table, identity)  # where a node has a cache of its own
         seconds = time.perf_counter() - started
         report(f"reference log-probs of {data.num_items} answers in {seconds:.0f} s: {folder}")
     return folder / "logp.npy"
@@ -105,26 +105,20 @@ def _identity(recipe: Recipe, engine: Engine, data: PackedSet) -> dict[str, Any]
     """All that decides the numbers, by what a user would call it."""
     return {
         "version": VERSION,
-        "model": model_digest(recipe, engine.source),
+        "model": _on_main(engine, lambda: model_digest(recipe, engine.source)),
         "dtype": recipe.model.dtype,
         "data or tokenizer": data.sequences_fingerprint,
     }
 
 
-def _write(folder: Path, table: Tensor, identity: dict[str, Any]) -> None:
+def keep(folder: Path, table: Tensor, identity: dict[str, Any]) -> None:
+    """Put a reference into the cache. Another run may have been as quick, with equal numbers."""
+
     def fill(tmp: Path) -> None:
         np.save(tmp / "logp.npy", table.numpy())
         (tmp / "identity.json").write_text(json.dumps(identity, indent=1))
 
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # another run was as quick, with equal numbers
-            publish(folder, fill)
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be written: {error.strerror or error}. Point data.cache or"
-            " $MOETRAIN_CACHE at a folder with room."
-        ) from error
+    build_once(folder, fill)
 
 
 def _check(folder: Path, identity: dict[str, Any]) -> None:
@@ -143,6 +137,21 @@ def _check(folder: Path, identity: dict[str, Any]) -> None:
                 f"({found.get(name)}, not {wanted}). Leave data.reference out, or give those of"
                 f" this run."
             )
+
+
+def _on_main(engine: Engine, find: Callable[[], str]) -> str:
+    """What the main rank finds; DataError on all ranks when it cannot read."""
+    said: list[tuple[str, str | None]] = [("", None)]
+    if engine.mesh.is_main:
+        try:
+            said = [(find(), None)]
+        except OSError as error:
+            said = [("", f"{error.filename}: {error.strerror or error}. Is the model whole?")]
+    dist.broadcast_object_list(said, src=0, device=engine.device)
+    found, problem = said[0]
+    if problem is not None:
+        raise DataError(problem)
+    return found
 
 
 def _everywhere(here: bool) -> bool:

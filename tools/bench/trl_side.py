@@ -1,4 +1,5 @@
-"""TRL's half of against_trl.py, in TRL's environment: trl_side.py sft|dpo MODEL DATA RECORDS_A_STEP
+"""TRL's half of against_trl.py, in TRL's environment:
+trl_side.py sft|dpo SETTING MODEL DATA RECORDS_A_STEP
 
 Prints one JSON line: seconds of all steps, their number, and the tokens of all records.
 """
@@ -11,8 +12,22 @@ from typing import Any
 
 import torch
 import trl
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+# method -> what a user of TRL 1.16 can choose on a CPU; each makes the same steps from as many
+# records. Its DPO falls back to padding where padding_free is asked for.
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "sft": {
+        "sorted": {"train_sampling_strategy": "sequential"},
+        "one by one": {"per_device_train_batch_size": 1},
+        "padding-free": {"padding_free": True, "max_length": None},
+    },
+    "dpo": {
+        "sorted": {"train_sampling_strategy": "sequential"},
+        "one by one": {"per_device_train_batch_size": 1},
+    },
+}
 
 
 class Clock(TrainerCallback):
@@ -35,39 +50,49 @@ def conversation(row: dict[str, str]) -> dict[str, Any]:
     return turns
 
 
+def length(row: dict[str, Any]) -> int:
+    """In characters, of the longest text that a batch would be padded to."""
+    answers = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
+    return len(row["prompt"]) + max(map(len, answers))
+
+
 def num_tokens(tokenizer: Any, row: dict[str, Any]) -> int:
     answers = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
     texts = [tokenizer.apply_chat_template(row["prompt"] + a, tokenize=False) for a in answers]
     return sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
-def main(method: str, folder: str, data: str, records_a_step: int) -> None:
+def main(method: str, setting: str, folder: str, data: str, records_a_step: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    records = load_dataset("json", data_files=data, split="train").map(conversation)
-    common: dict[str, Any] = dict(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=records_a_step,
-        num_train_epochs=1,
-        learning_rate=1e-4,
-        max_length=1024,
-        train_sampling_strategy="group_by_length",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+    rows = sorted(load_dataset("json", data_files=data, split="train"), key=length, reverse=True)
+    records = Dataset.from_list(rows).map(conversation)
+    settings: dict[str, Any] = (
+        dict(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=records_a_step,
+            num_train_epochs=1,
+            learning_rate=1e-4,
+            max_length=1024,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        | SETTINGS[method][setting]
     )
+    a_batch = settings["per_device_train_batch_size"]
+    settings["gradient_accumulation_steps"] = records_a_step // a_batch
     clock = Clock()
     if method == "sft":
-        args: Any = trl.SFTConfig(**common, completion_only_loss=True)
+        args: Any = trl.SFTConfig(**settings, completion_only_loss=True)
         kind: Any = trl.SFTTrainer
     else:
-        del common["train_sampling_strategy"]
-        args = trl.DPOConfig(**common, precompute_ref_log_probs=True)
+        args = trl.DPOConfig(**settings, precompute_ref_log_probs=True)
         kind = trl.DPOTrainer
     trainer = kind(
         model=model,
@@ -87,4 +112,4 @@ def main(method: str, folder: str, data: str, records_a_step: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))
