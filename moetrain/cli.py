@@ -269,6 +269,21 @@ def _doctor(args: Arguments) -> int:
     return doctor.main(recipe, overrides, world_size)
 
 
+def _serve_arguments(parser: Parser) -> None:
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--port", type=positive, required=True, metavar="N")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _serve(args: Arguments) -> int:
+    from moetrain.config.load import load_recipe
+    from moetrain.plan.dry_run import read_hf_config
+    from moetrain.rollout.serve import serve
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    return serve(recipe, dict(read_hf_config(recipe.model)), args.port)
+
+
 def _quickstart(args: Arguments) -> int:
     from moetrain.loops.quickstart import main
 
@@ -287,6 +302,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         "a benchmark answered and scored", cli_answers.eval_arguments, cli_answers.eval
     ),
+    "serve": Command("a vLLM server for rollout.address", _serve_arguments, _serve),
     "tokenizer": Command("train a byte-level BPE tokenizer", _tokenizer_arguments, _tokenizer),
     "data": Command("index a corpus for pretraining", _data_arguments, _data),
     "convert": Command("checkpoints, adapters, deeper models", _convert_arguments, _convert),

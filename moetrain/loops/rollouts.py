@@ -111,6 +111,8 @@ class Collector:
     group_size: int
     seed: int
     drops: Drops | None = None
+    # Faults that a batch has counted; those of the push before it are among them.
+    _told: Counter[str] = field(default_factory=Counter[str])
 
     def batch(self, step: int, cursor: int) -> Batch:
         """The batch of `step`, from prompt number `cursor` on; what of it is on disk is taken from
@@ -122,7 +124,6 @@ class Collector:
         done = self.store.finished(step)
         seconds = {"sample": 0.0, "score": 0.0}
         counts: Counter[str] = Counter()
-        before = self.engine.counts + self.grader.counts
         groups: list[Group] = []
         spare: list[Group] = []  # without signal; better than an empty step
         for _ in range(MAX_ROUNDS if self.drops else 1):
@@ -138,7 +139,9 @@ class Collector:
             counts["dropped/no_signal"] += len(useless)
             if len(groups) >= self.num_prompts:
                 break
-        counts += self.engine.counts + self.grader.counts - before
+        faults = self.engine.counts + self.grader.counts
+        counts += faults - self._told
+        self._told = faults
         missing = self.num_prompts - len(groups)
         batch = Batch(step, (*groups, *spare[:missing]), cursor, seconds, dict(counts))
         if not batch.groups:

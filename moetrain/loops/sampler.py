@@ -231,7 +231,10 @@ class Live:
         while not self._shared(lambda driver: driver.wait(step)):
             if self.stop.agreed():
                 return None
-        return self._shared(lambda driver: driver.result(step))
+        batch = self._shared(lambda driver: driver.result(step))
+        if not self.rollout.steps_off:  # training has the device to itself
+            self._shared(lambda driver: driver.engine.sleep())
+        return batch
 
     def push(self, step: int) -> dict[str, float]:
         """Prove that the rollout engine serves these weights; else once more from a fresh start.
@@ -240,6 +243,7 @@ class Live:
         """
         while not self._shared(lambda driver: driver.pause()):
             pass
+        self._shared(lambda driver: driver.engine.wake())
         limit = tolerance_of(self.recipe)
         figures: dict[str, float] = {}
         for attempt in ("push", "reload"):
@@ -278,9 +282,10 @@ class Live:
         tokens.
         """
         probe: Probe = self._shared(lambda driver: driver.engine.probe(self._probes))
-        packs = [from_tokens(sequence) for sequence in probe.sequences]
-        scored = self.engine.logprobs(packs)
-        return gap_of(probe, [own[:-1].tolist() for own in scored])
+        distinct = list(dict.fromkeys(probe.sequences))  # servers mostly say the same
+        scored = self.engine.logprobs([from_tokens(sequence) for sequence in distinct])
+        ours = {own: logp[:-1].tolist() for own, logp in zip(distinct, scored, strict=True)}
+        return gap_of(probe, [ours[sequence] for sequence in probe.sequences])
 
     def evaluate(self, step: int) -> dict[str, float]:
         while not self._shared(lambda driver: driver.pause()):

@@ -14,8 +14,15 @@ def _embedded(recipe: Recipe, hf: dict[str, Any], tokenizer: Path) -> RolloutEng
     return Embedded(hf, tokenizer)
 
 
+def _vllm(recipe: Recipe, hf: dict[str, Any], tokenizer: Path) -> RolloutEngine:
+    from moetrain.rollout.opening import open_fleet
+
+    return open_fleet(recipe, hf, tokenizer)
+
+
 ENGINES: dict[str, Callable[[Recipe, dict[str, Any], Path], RolloutEngine]] = {
     "embedded": _embedded,
+    "vllm": _vllm,
 }
 
 

@@ -1,0 +1,80 @@
+"""Requests dealt out to servers, and dealt out again when one is lost; an answer that has come is
+never asked for again.
+"""
+
+import math
+import threading
+from collections import deque
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from moetrain.rollout.base import Request
+
+
+class Deal:
+    """The requests of one call, shared by a thread a server. Answers to one prompt stay together,
+    since its keys and values are then computed once.
+    """
+
+    def __init__(self, requests: Sequence[Request], num_servers: int):
+        self.requests = requests
+        numbers = range(len(requests))
+        groups = [list(own) for _, own in groupby(numbers, lambda i: requests[i].prompt.id)]
+        self._share = math.ceil(len(groups) / num_servers)
+        self._open = deque(groups)
+        self._left = set(numbers)
+        self._over = False
+        self._changed = threading.Condition(threading.RLock())
+
+    def take(self) -> list[int]:
+        """A server's next requests; waits while others hold all that is left. Empty at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or bool(self._open))
+            if self._over:
+                return []
+            taken = [self._open.popleft() for _ in range(min(self._share, len(self._open)))]
+            return [number for group in taken for number in group]
+
+    def give_back(self, numbers: Sequence[int]) -> None:
+        """Those of `numbers` that have no answer yet; another server, or the same, takes them."""
+        with self._changed:
+            left = [number for number in numbers if number in self._left]
+            groups = groupby(left, lambda i: self.requests[i].prompt.id)
+            self._open.extendleft([list(own) for _, own in groups][::-1])
+            self._changed.notify_all()
+
+    def finish(self, number: int) -> bool:
+        """Whether this is the first answer to a request."""
+        with self._changed:
+            first = number in self._left
+            self._left.discard(number)
+            if not self._left:
+                self.end()
+            return first
+
+    def end(self) -> None:
+        """Nothing more is taken."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    @property
+    def over(self) -> bool:
+        return self._over
+
+
+def as_json(number: int, request: Request) -> dict[str, Any]:
+    """A request as the server reads it."""
+    sampling = request.sampling
+    return {
+        "number": number,
+        "tokens": request.prompt.tokens,
+        "seed": request.seed,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "stop_ids": sampling.stop_ids,
+        "routes": sampling.routes,
+    }

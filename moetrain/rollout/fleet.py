@@ -1,0 +1,321 @@
+"""vLLM servers behind the protocol of a rollout engine: one or many, started here or given by
+address. A server that is dead, hung or out of its mind is started again with the weights that it
+should have, and its unfinished requests are dealt out again.
+"""
+
+import base64
+import json
+import queue
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moetrain.data.samples import Sample
+from moetrain.errors import RolloutError
+from moetrain.rollout.base import PROBE_TOKENS, Probe, Request
+from moetrain.rollout.client import QueueFull, ServerLost
+from moetrain.rollout.dealing import Deal, as_json
+from moetrain.rollout.servers import Server
+from moetrain.rollout.transfer import Transfer
+
+FULL_SECONDS = 0.5  # between two looks at a full queue
+MAX_LOSSES = 3  # of one server while it draws one batch
+SHARD_BYTES = 5_000_000_000
+
+
+class Fleet:
+    """All servers of a run.
+
+    Args:
+        servers: at least one.
+        folder: takes the weights of a push through files; every server must see it.
+        hf: content of config.json.
+        tokenizer: its folder.
+        start_timeout: seconds that a start or a push may take.
+        transfer: how weights go to running servers; None: through files.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        folder: Path,
+        hf: dict[str, Any],
+        tokenizer: Path,
+        start_timeout: float,
+        transfer: Transfer | None,
+    ):
+        from transformers import AutoTokenizer
+
+        self.servers, self.folder, self.hf = servers, folder, hf
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer))
+        self.start_timeout, self.transfer = start_timeout, transfer
+        self.counts: Counter[str] = Counter()
+        self.version = -1
+        self._weights: Path | None = None  # of `version`, where a push left them on disk
+        self._from_folder = False  # the next push starts the servers from files
+        self._closed = False
+        self._lock = threading.Lock()
+
+    # Sampling
+
+    def generate(self, requests: Sequence[Request], on_sample: Callable[[Sample], None]) -> None:
+        """Draw all, on all servers; nothing that has come is drawn again."""
+        deal = Deal(requests, len(self.servers))
+        found: queue.SimpleQueue[Sample | BaseException] = queue.SimpleQueue()
+        for server in self.servers:
+            args = (server, deal, found)
+            threading.Thread(target=self._work, args=args, daemon=True, name="rollout").start()
+        try:
+            for _ in requests:
+                one = found.get()
+                if isinstance(one, BaseException):
+                    raise one
+                on_sample(one)
+        finally:
+            deal.end()
+
+    def _work(self, server: Server, deal: Deal, found: "queue.SimpleQueue[Any]") -> None:
+        """A server's thread. What it raises is raised by `generate`."""
+        losses = 0
+        try:
+            while numbers := deal.take():
+                try:
+                    self._draw(server, deal, numbers, found)
+                except QueueFull as full:
+                    self._await_room(server, deal, numbers, full.room, found)
+                except ServerLost as lost:
+                    self._count(lost.fault)
+                    deal.give_back(numbers)
+                    losses += 1
+                    if losses > MAX_LOSSES:
+                        raise RolloutError(
+                            f"A rollout server was lost {losses} times in one batch; the last time:"
+                            f" {lost}. What was sampled is on disk; start again to go on."
+                        ) from lost
+                    self._recover(server)
+        except BaseException as error:
+            if not self._closed:
+                found.put(error)
+
+    def _draw(
+        self, server: Server, deal: Deal, numbers: Sequence[int], found: "queue.SimpleQueue[Any]"
+    ) -> None:
+        waiting = set(numbers)
+        body = {
+            "version": self.version,
+            "requests": [as_json(number, deal.requests[number]) for number in numbers],
+        }
+        for answer in server.client.stream("/generate", body):
+            if deal.over:
+                return
+            if "error" in answer:
+                raise RolloutError(f"vLLM refuses a prompt: {answer['error']}.")
+            number = answer["number"]
+            waiting.discard(number)
+            if deal.finish(number):
+                found.put(self._sample(deal.requests[number], answer))
+        if waiting:
+            raise ServerLost("dead", f"{server.client.address} left {len(waiting)} answers out")
+
+    def _await_room(
+        self,
+        server: Server,
+        deal: Deal,
+        numbers: Sequence[int],
+        room: int,
+        found: "queue.SimpleQueue[Any]",
+    ) -> None:
+        """Let a full server have what it takes, and others the rest."""
+        self._count("queue_full")
+        deal.give_back(numbers[room:])
+        if not room:
+            time.sleep(FULL_SECONDS)
+            return
+        try:
+            self._draw(server, deal, numbers[:room], found)
+        except QueueFull:
+            deal.give_back(numbers[:room])
+        except ServerLost:
+            deal.give_back(numbers[:room])
+            raise
+
+    def _sample(self, request: Request, answer: dict[str, Any]) -> Sample:
+        tokens = tuple(answer["tokens"])
+        return Sample(
+            prompt_id=request.prompt.id,
+            index=request.index,
+            tokens=tokens,
+            logprobs=tuple(answer["logprobs"]),
+            text=self.tokenizer.decode(tokens, skip_special_tokens=True),
+            finish="length" if answer["finish"] == "length" else "stop",
+            version=self.version,
+            routes=_routes(answer["routes"]) if request.sampling.routes else None,
+        )
+
+    def _recover(self, server: Server) -> None:
+        """Start a lost server again with the weights of now."""
+        if self._closed:
+            raise RolloutError("The rollout servers were closed.")
+        if self._weights is None:
+            server.close()
+            raise RolloutError(
+                "A rollout server was lost, and its weights went from GPU to GPU, so it cannot be"
+                " started again before the next push. What was sampled is on disk; start again to"
+                " go on, or set rollout.push=file."
+            )
+        server.fresh(self._weights, self.version)
+        self._count("restarts")
+
+    def _count(self, fault: str) -> None:
+        with self._lock:
+            self.counts[f"server/{fault}"] += 1
+
+    # Weights
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
+        """Through files into all servers, or from GPU to GPU."""
+        started = time.perf_counter()
+        if self.transfer is not None and not self._from_folder:
+            self._each(lambda server: None if server.running else server.begin())
+            begun = time.perf_counter()
+            clients = [server.client for server in self.servers]
+            try:
+                self.transfer.send(clients, weights, version)
+            except ServerLost as lost:
+                raise RolloutError(
+                    f"A push did not arrive: {lost}. Start again to go on."
+                ) from lost
+            self._weights, self.version = None, version
+            return {"start": begun - started, "transfer": time.perf_counter() - begun}
+        folder = self._write(weights, version)
+        written = time.perf_counter()
+        self._each(lambda server: self._load(server, folder, version))
+        self._forget_all_but(folder)
+        self._weights, self.version, self._from_folder = folder, version, False
+        return {"export": written - started, "load": time.perf_counter() - written}
+
+    def _load(self, server: Server, folder: Path, version: int) -> None:
+        if server.running and not self._from_folder:
+            body = {"folder": str(folder), "version": version}
+            try:
+                server.client.post("/push", body, self.start_timeout)
+                return
+            except ServerLost as lost:
+                self._count(lost.fault)
+                self._count("restarts")
+        server.fresh(folder, version)
+
+    def _each(self, do: Callable[[Server], None]) -> None:
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            for done in [pool.submit(do, server) for server in self.servers]:
+                done.result()
+
+    def _write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Path:
+        """A Hugging Face folder without a tokenizer: only ids travel."""
+        folder = self.folder / f"{version:08d}"
+        part = folder.with_suffix(".part")
+        try:
+            for old in (part, folder):
+                shutil.rmtree(old, ignore_errors=True)
+            part.mkdir(parents=True)
+            (part / "config.json").write_text(json.dumps(self.hf))
+            for number, tensors in enumerate(_shards(weights)):
+                save_file(tensors, part / f"{number:05d}.safetensors", {"format": "pt"})
+            part.rename(folder)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise RolloutError(
+                f"The weights of step {version} cannot be written to {self.folder}: {error}. Make"
+                " room there."
+            ) from error
+        return folder
+
+    def _forget_all_but(self, folder: Path) -> None:
+        for old in self.folder.iterdir():
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def reload(self) -> None:
+        """Start the servers from files at the next push."""
+        self._from_folder = True
+        self._count("reloads")
+
+    # The proof
+
+    def probe(self, sequences: Sequence[tuple[int, ...]]) -> Probe:
+        """What every server says, one after the other."""
+        body = {"sequences": sequences, "num_tokens": PROBE_TOKENS}
+        given: list[tuple[int, ...]] = []
+        scored: list[list[float]] = []
+        answers: list[Sample] = []
+        for server in self.servers:
+            said = self._proved(server, body)
+            given += sequences
+            scored += said["scored"]
+            answers += [
+                Sample(str(i), 0, tuple(a["tokens"]), tuple(a["logprobs"]), "", "length", 0)
+                for i, a in enumerate(said["answers"])
+            ]
+        return Probe.of(given, scored, answers)
+
+    def _proved(self, server: Server, body: dict[str, Any]) -> dict[str, Any]:
+        for _ in range(MAX_LOSSES):
+            try:
+                return server.client.post("/probe", body)
+            except ServerLost as lost:  # since the push
+                self._count(lost.fault)
+                self._recover(server)
+        raise RolloutError(f"A rollout server was lost {MAX_LOSSES} times while it was probed.")
+
+    def sleep(self) -> None:
+        """Free the GPU that servers share with the trainer; others keep what they have."""
+        self._tell("/sleep")
+
+    def wake(self) -> None:
+        """Take the memory again; weights are pushed after it."""
+        self._tell("/wake")
+
+    def _tell(self, path: str) -> None:
+        if self.transfer is None or not self.transfer.shares_the_gpu:
+            return
+        for server in self.servers:
+            try:
+                if server.running:
+                    server.client.post(path, timeout=self.start_timeout)
+            except ServerLost as lost:  # the next push begins it again
+                self._count(lost.fault)
+                server.close()
+
+    def close(self) -> None:
+        self._closed = True
+        for server in self.servers:
+            server.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _shards(weights: Iterable[tuple[str, Tensor]]) -> Iterable[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in weights:
+        shard[name] = tensor.to("cpu", copy=True).contiguous()
+        size += tensor.nbytes
+        if size >= SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+    if shard:
+        yield shard
+
+
+def _routes(packed: dict[str, Any]) -> NDArray[np.int16]:
+    flat = np.frombuffer(base64.b64decode(packed["int16"]), "<i2")
+    return flat.reshape(packed["shape"]).astype(np.int16)

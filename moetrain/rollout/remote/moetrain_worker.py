@@ -1,0 +1,154 @@
+"""What vLLM's workers get from moetrain: pushes of weights that hold on the CPU, too, and the
+router's choices. Imported in vLLM's processes, which have no moetrain. Written for vLLM 0.32.
+"""
+
+import base64
+import glob
+import os
+import time
+from functools import partial
+from typing import Any
+
+WITH_ROUTES = "routes-"  # head of the ids of requests whose routing is recorded
+
+
+class Worker:
+    """Methods that vLLM's workers get (`worker_extension_cls`); reached through collective_rpc."""
+
+    vllm_config: Any
+    model_config: Any
+    model_runner: Any
+    _schema: dict[str, list[int]] | None = None
+    _routes: dict[str, dict[int, list[Any]]] | None = None
+
+    def push_folder(self, folder: str) -> dict[str, float]:
+        """Load all tensors of a Hugging Face folder into the running model."""
+        from safetensors import safe_open
+        from vllm.config import set_current_vllm_config
+
+        started = time.perf_counter()
+        self.check_schema(_schema_of(folder))
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.reload_weights(
+                weights_iterator=(
+                    (name, file.get_tensor(name))
+                    for path in _files(folder)
+                    for file in [safe_open(path, framework="pt")]
+                    for name in file.keys()
+                ),
+                is_checkpoint_format=True,
+            )
+            self.finish_push()
+        return {"load": time.perf_counter() - started}
+
+    def check_schema(self, found: dict[str, list[int]]) -> None:
+        """Refuse tensors that are not those that were served first: vLLM fills what
+        is missing from a layer with whatever is in memory.
+        """
+        if self._schema is None:  # a server that began without weights believes the first push
+            self._schema = _schema_of(self.model_config.model) or found
+        wrong = [n for n in self._schema | found if self._schema.get(n) != found.get(n)]
+        if wrong:
+            raise ValueError(f"missing, unknown or of another shape: {sorted(wrong)[:4]}")
+
+    def finish_push(self) -> None:
+        """What a reload of weights leaves undone on the CPU, and routes of the past."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from vllm.platforms import current_platform
+
+        self._routes = None if self._routes is None else {}
+        if not current_platform.is_cpu():
+            return
+        # A tied lm_head has no tensor of its own, so its prepacked copy would stay the old one.
+        for module in self.model_runner.get_model().modules():
+            if isinstance(module, VocabParallelEmbedding):
+                module.quant_method.process_weights_after_loading(module)
+
+    def moe_layers(self) -> list[int]:
+        """Numbers of the layers with experts."""
+        return sorted(runner.layer_id for runner in self._runners())
+
+    def record_routes(self) -> None:
+        """From now on note the experts of requests with WITH_ROUTES. vLLM's own way
+        (enable_return_routed_experts) needs Triton, which the CPU lacks.
+        """
+        self._routes = {}
+        for runner in self._runners():
+            runner.router.set_capture_fn(partial(self._record, runner.layer_id))
+
+    def take_routes(self, request: str) -> dict[str, Any] | None:
+        """[tokens, MoE layers, experts of a token] of a request, packed; forgotten here. None
+        where it was not seen.
+        """
+        import torch
+
+        found = [key for key in self._routes or {} if key.startswith(request + "-")]
+        if not found:
+            return None
+        assert self._routes is not None
+        layers = self._routes.pop(found[0])
+        rows = []
+        for layer in sorted(layers):
+            end = max(start + len(ids) for start, ids in layers[layer])
+            chosen = torch.full((end, layers[layer][0][1].size(1)), -1, dtype=torch.int32)
+            for start, ids in layers[layer]:
+                chosen[start : start + len(ids)] = ids
+            rows.append(chosen)
+        return packed(torch.stack(rows, 1).numpy())
+
+    def _runners(self) -> list[Any]:
+        from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+        return [m for m in self.model_runner.get_model().modules() if isinstance(m, MoERunner)]
+
+    def _record(self, layer: int, ids: Any) -> None:
+        batch, starts = self.model_runner.input_batch, self.model_runner.query_start_loc.np
+        assert self._routes is not None
+        for row, request in enumerate(batch.req_ids):
+            if request.startswith(WITH_ROUTES):
+                first = int(batch.num_computed_tokens_cpu[row])
+                own = ids[int(starts[row]) : int(starts[row + 1])].int().clone()
+                self._routes.setdefault(request, {}).setdefault(layer, []).append((first, own))
+
+
+def packed(routes: Any) -> dict[str, Any]:
+    """An integer array as JSON."""
+    numbers = base64.b64encode(routes.astype("<i2").tobytes()).decode()
+    return {"shape": list(routes.shape), "int16": numbers}
+
+
+def _files(folder: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(folder, "*.safetensors")))
+
+
+def _schema_of(folder: str) -> dict[str, list[int]]:
+    """Name -> shape of all tensors of a folder."""
+    from safetensors import safe_open
+
+    found: dict[str, list[int]] = {}
+    for path in _files(folder):
+        with safe_open(path, framework="pt") as file:
+            found |= {n: list(file.get_slice(n).get_shape()) for n in file.keys()}
+    return found
+
+
+def _repack_experts() -> None:
+    """vLLM 0.32 on the CPU packs expert weights for its kernel at the first load alone; a reload
+    puts plain numbers where packed ones are read, and nothing says so. Without a kernel it takes
+    every load for the first.
+    """
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as module
+    from vllm.platforms import current_platform
+
+    method = module.UnquantizedFusedMoEMethod
+    original = method.process_weights_after_loading
+
+    def process(self: Any, layer: Any) -> Any:
+        if current_platform.is_cpu():
+            self.moe_kernel = None
+        return original(self, layer)
+
+    method.process_weights_after_loading = process
+
+
+_repack_experts()

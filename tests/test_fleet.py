@@ -1,0 +1,308 @@
+"""Servers behind the rollout protocol, without vLLM: a small HTTP server speaks its protocol, and
+misbehaves. tests/system has the real one.
+"""
+
+import json
+import os
+import stat
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from moetrain.config.rollout import RolloutConfig
+from moetrain.data import assets
+from moetrain.data.samples import Prompt, Sample
+from moetrain.errors import RolloutError
+from moetrain.rollout.base import Request, Sampling
+from moetrain.rollout.client import Client, QueueFull, ServerLost
+from moetrain.rollout.dealing import Deal
+from moetrain.rollout.fleet import Fleet
+from moetrain.rollout.process import interpreter, token_of
+from moetrain.rollout.servers import Given
+from moetrain.rollout.transfer import buckets, described
+
+TOKEN = "a-token"
+
+
+class Small(ThreadingHTTPServer):
+    """Answers every request with one token, its number; `faults` are used up one a call."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.version: int | None = None
+        self.pid = 1
+        self.faults: list[str] = []
+        self.room = 1000
+        self.drawn: Counter[int] = Counter()
+        self.calls: list[str] = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Small
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        self._serve({})
+
+    def do_POST(self) -> None:
+        self._serve(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def _serve(self, body: dict[str, Any]) -> None:
+        small = self.server
+        small.calls.append(self.path)
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            return self._say(401, {"error": "the token is missing or wrong"})
+        if self.path == "/health":
+            return self._say(200, {"version": small.version, "pid": small.pid})
+        if self.path == "/push":
+            small.version = body["version"]
+            return self._say(200, {})
+        if self.path == "/reload":
+            small.pid, small.version = small.pid + 1, body["version"]
+            return self._say(200, {})
+        if self.path == "/probe":
+            greedy = {"tokens": [1], "logprobs": [-1.0], "finish": "length"}
+            scored = [[-0.5] * (len(own) - 1) for own in body["sequences"]]
+            return self._say(200, {"scored": scored, "answers": [greedy] * len(scored)})
+        return self._generate(body)
+
+    def _generate(self, body: dict[str, Any]) -> None:
+        small = self.server
+        if body["version"] != small.version:
+            return self._say(409, {"error": "other weights"})
+        if len(body["requests"]) > small.room:
+            return self._say(429, {"error": "full", "room": small.room})
+        fault = small.faults.pop(0) if small.faults else ""
+        self.send_response(200)
+        self.end_headers()
+        for count, request in enumerate(body["requests"]):
+            if fault and count == len(body["requests"]) // 2:
+                if fault == "hangs":
+                    time.sleep(3)
+                return
+            small.drawn[request["number"]] += 1
+            answer = {"tokens": [request["number"]], "logprobs": [-1.0], "finish": "stop"}
+            self.wfile.write(json.dumps(answer | {"number": request["number"]}).encode() + b"\n\n")
+
+    def _say(self, status: int, content: dict[str, Any]) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return assets.resolve("builtin:stdlib-tokenizer", assets.cache_root(None))
+
+
+def fleet_of(smalls: list[Small], tmp_path: Path, tokenizer: Path) -> Fleet:
+    servers = [Given(Client(s.address, TOKEN, 1.0), 5.0) for s in smalls]
+    for server in servers:
+        server.begin()
+    fleet = Fleet(servers, tmp_path / "weights", {}, tokenizer, 5.0, None)
+    fleet.push([("w", torch.ones(2))], 7)
+    return fleet
+
+
+def requests(num_prompts: int, each: int = 4) -> list[Request]:
+    sampling = Sampling(8)
+    prompts = [Prompt(str(i), (1, 2, 3), {}) for i in range(num_prompts)]
+    return [Request(p, index, index, sampling) for p in prompts for index in range(each)]
+
+
+def drawn(fleet: Fleet, num_prompts: int) -> list[Sample]:
+    found: list[Sample] = []
+    fleet.generate(requests(num_prompts), found.append)
+    return found
+
+
+def test_two_servers_share_the_prompts(tmp_path: Path, tokenizer: Path) -> None:
+    smalls = [Small(), Small()]
+    found = drawn(fleet_of(smalls, tmp_path, tokenizer), 6)
+    keys = {(sample.prompt_id, sample.index): sample.tokens for sample in found}
+    assert keys == {(str(i // 4), i % 4): (i,) for i in range(24)}
+    assert all(sample.version == 7 for sample in found)
+    groups = [{number // 4 for number in small.drawn} for small in smalls]
+    assert not groups[0] & groups[1]  # a prompt's answers stay together
+    assert {len(own) for own in groups} == {3} or {len(own) for own in groups} == {0, 6}
+
+
+@pytest.mark.parametrize(("fault", "counted"), [("dies", "dead"), ("hangs", "timeout")])
+def test_a_lost_server_loses_nothing(
+    tmp_path: Path, tokenizer: Path, fault: str, counted: str
+) -> None:
+    """What it had answered is not drawn again; the rest is, after a fresh start."""
+    small = Small()
+    fleet = fleet_of([small], tmp_path, tokenizer)
+    small.faults = [fault]
+    found = drawn(fleet, 5)
+    assert sorted(sample.tokens[0] for sample in found) == list(range(20))
+    assert set(small.drawn.values()) == {1}
+    assert fleet.counts == {f"server/{counted}": 1, "server/restarts": 1}
+    assert small.pid == 2
+
+
+def test_the_others_take_over(tmp_path: Path, tokenizer: Path) -> None:
+    smalls = [Small(), Small()]
+    fleet = fleet_of(smalls, tmp_path, tokenizer)
+    smalls[0].faults = ["hangs"]
+    assert len(drawn(fleet, 6)) == 24
+    assert smalls[0].drawn + smalls[1].drawn == Counter(range(24))
+
+
+def test_a_server_that_is_lost_again_and_again_ends_it(tmp_path: Path, tokenizer: Path) -> None:
+    small = Small()
+    fleet = fleet_of([small], tmp_path, tokenizer)
+    small.faults = ["dies"] * 4
+    with pytest.raises(RolloutError, match=r"lost 4 times in one batch.*start again"):
+        drawn(fleet, 40)
+
+
+def test_a_full_queue_takes_what_it_has_room_for(tmp_path: Path, tokenizer: Path) -> None:
+    small = Small()
+    fleet = fleet_of([small], tmp_path, tokenizer)
+    small.room = 7
+    assert len(drawn(fleet, 5)) == 20
+    assert set(small.drawn.values()) == {1}
+    assert fleet.counts["server/queue_full"] == 2
+    threading.Timer(0.7, lambda: setattr(small, "room", 100)).start()
+    small.room = 0
+    assert len(drawn(fleet, 1)) == 4
+
+
+def test_other_weights_are_put_right(tmp_path: Path, tokenizer: Path) -> None:
+    small = Small()
+    fleet = fleet_of([small], tmp_path, tokenizer)
+    small.version = 3  # as one that somebody else has pushed to
+    assert len(drawn(fleet, 2)) == 8
+    assert fleet.counts == {"server/refused": 1, "server/restarts": 1} and small.version == 7
+
+
+def test_a_push_reload_and_probe(tmp_path: Path, tokenizer: Path) -> None:
+    smalls = [Small(), Small()]
+    fleet = fleet_of(smalls, tmp_path, tokenizer)
+    assert fleet.push([("w", torch.ones(2))], 8).keys() == {"export", "load"}
+    assert [small.version for small in smalls] == [8, 8] and smalls[0].pid == 1
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["00000008"]
+    fleet.reload()
+    fleet.push([("w", torch.ones(2))], 8)
+    assert [small.pid for small in smalls] == [2, 2]
+    probe = fleet.probe([(1, 2, 3)])
+    assert probe.sequences == ((1, 2, 3), (1, 2, 3), (1, 2, 3, 1), (1, 2, 3, 1))
+    fleet.close()
+    assert not (tmp_path / "weights").exists()
+
+
+def test_the_token(tmp_path: Path) -> None:
+    small = Small()
+    small.version = 0
+    for path in ("/generate", "/push", "/reload", "/probe"):
+        with pytest.raises(RolloutError, match=r"the token.*MOETRAIN_ROLLOUT_TOKEN"):
+            Client(small.address, "wrong", 1.0).post(path, {})
+    assert small.version == 0 and small.pid == 1
+    file = tmp_path / "new" / "token"
+    made = token_of(file, make=True)
+    assert len(made) == 64 and token_of(file, make=False) == made
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.chmod(0o644)
+    with pytest.raises(RolloutError, match="can be read by others: chmod 600"):
+        token_of(file, make=True)
+    with pytest.raises(RolloutError, match="cannot be read"):
+        token_of(tmp_path / "none", make=False)
+
+
+def test_no_token_for_given_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOETRAIN_ROLLOUT_TOKEN", raising=False)
+    with pytest.raises(RolloutError, match="set MOETRAIN_ROLLOUT_TOKEN"):
+        token_of(None, make=False)
+    assert token_of(None, make=True) != token_of(None, make=True)
+
+
+@pytest.mark.parametrize(
+    "address", ["localhost:80", "https://a:1", "http://a", "http://a:no", "http://a:99999"]
+)
+def test_bad_addresses(address: str) -> None:
+    with pytest.raises(RolloutError, match="is not http://HOST:PORT"):
+        Client(address, TOKEN, 1.0)
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    small = Small()
+    small.shutdown()
+    small.server_close()
+    with pytest.raises(ServerLost, match="Refused"):
+        Client(small.address, TOKEN, 1.0).get("/health")
+    with pytest.raises(RolloutError, match="Start it with `moetrain serve`"):
+        Given(Client(small.address, TOKEN, 1.0), 1.0).begin()
+    with pytest.raises(RolloutError, match=r"rollout.python=/none is no program.*make vllm-cpu"):
+        interpreter(Path("/none"))
+
+
+def test_full_is_no_fault_of_the_server() -> None:
+    small = Small()
+    small.version, small.room = 1, 0
+    body = {"version": 1, "requests": [{"number": 0}]}
+    with pytest.raises(QueueFull):
+        list(Client(small.address, TOKEN, 1.0).stream("/generate", body))
+
+
+def test_a_deal_gives_back_what_has_no_answer() -> None:
+    deal = Deal(requests(4), 2)
+    first = deal.take()
+    assert first == list(range(8))
+    for number in (0, 5):
+        assert deal.finish(number) and not deal.finish(number)
+    deal.give_back(first)
+    again = deal.take()
+    assert again == [1, 2, 3, 4, 6, 7]
+    rest = deal.take()
+    assert rest == list(range(8, 16))
+    for number in (*again, *rest):
+        deal.finish(number)
+    assert deal.over and deal.take() == []
+
+
+def test_buckets_keep_the_order() -> None:
+    weights = [(str(i), torch.zeros(size)) for i, size in enumerate((3, 3, 9, 1, 2))]
+    cut = list(buckets(weights, 24))
+    assert [[name for name, _ in own] for own in cut] == [["0", "1"], ["2"], ["3", "4"]]
+    assert described(cut[1]) == {"names": ["2"], "dtype_names": ["float32"], "shapes": [[9]]}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"push": "ipc", "address": ["http://a:1"]},
+        {"push": "ipc", "tensor_parallel": 2},
+        {"push": "ipc", "num_servers": 2},
+        {"engine": "vlm"},
+        {"timeout": 0},
+    ],
+    ids=str,
+)
+def test_recipes_that_cannot_be(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        RolloutConfig.model_validate(given)
+
+
+def test_weights_that_cannot_be_written(tmp_path: Path, tokenizer: Path) -> None:
+    fleet = Fleet([], tmp_path / "file", {}, tokenizer, 5.0, None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RolloutError, match=r"cannot be written.*Make room"):
+        fleet.push([("w", torch.ones(2))], 1)
+    assert os.listdir(tmp_path) == ["file"]
