@@ -2,6 +2,8 @@
 
 import math
 import random
+from dataclasses import replace
+from itertools import batched
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from moetrain.config.method import MethodConfig
-from moetrain.methods import METHODS
+from moetrain.methods import METHODS, chord
 from moetrain.methods import online as parts
 from moetrain.methods.base import Out
 from moetrain.ops.packed import Packed, concat, pack_one, pad_to
@@ -181,11 +183,15 @@ SETTINGS: list[dict[str, Any]] = [
     {"name": "grpo", "mismatch": "tis", "beta": 0.1},
     {"name": "grpo", "mismatch": "mask", "mismatch_cap": 1.5, "beta": 0.1, "kl_estimator": "k1"},
     {"name": "dr_grpo", "mismatch": "sequence", "length": 9, "beta": 0.2, "kl_estimator": "k2"},
+    {"name": "dr_grpo", "mismatch": "none", "length": 7},
+    {"name": "grpo", "mismatch": "sequence", "mismatch_cap": 1.1},
     {"name": "dapo", "mismatch": "tis", "mismatch_cap": 1.2},
+    {"name": "dapo", "mismatch": "mask", "mismatch_cap": 1.3, "beta": 0.1, "kl_estimator": "k2"},
     {"name": "gspo", "mismatch": "none", "clip_low": 0.01, "clip_high": 0.02, "beta": 0.1},
     {"name": "gspo", "mismatch": "tis"},
     {"name": "ppo", "mismatch": "none", "gamma": 0.9, "lam": 0.8, "beta": 0.3},
     {"name": "ppo", "mismatch": "tis", "value_clip": 0.05},
+    {"name": "ppo", "mismatch": "mask", "mismatch_cap": 1.4},
 ]
 
 
@@ -225,3 +231,70 @@ def test_k2_and_k3_are_never_negative(logp: float, ref: float) -> None:
     a, b = torch.tensor([logp], dtype=DOUBLE), torch.tensor([ref], dtype=DOUBLE)
     assert parts.divergence(a, b, "k2") >= 0 and parts.divergence(a, b, "k3") >= -1e-12
     assert parts.divergence(a, b, "k1") == a - b
+
+
+def shown(num: int, prompt: int, seed: int) -> Packed:
+    """A demonstration of `num` tokens behind a prompt, which nobody sampled."""
+    rng = random.Random(seed)
+    logp = [0.0] * prompt + [-rng.uniform(0.01, 3) for _ in range(num)]
+    own = Answer(rng, num).packed(prompt)
+    per_token = {name: torch.zeros_like(value) for name, value in own.per_token.items()}
+    per_token["logp"] = torch.tensor(logp, dtype=DOUBLE)
+    extras = {name: torch.zeros_like(value) for name, value in own.extras.items()}
+    return replace(own, per_token=per_token, extras=extras | {"role": torch.tensor([2])})
+
+
+@pytest.mark.parametrize("phi", [True, False])
+def test_chord_is_grpo_and_weighted_fine_tuning(phi: bool) -> None:
+    settings = {"name": "chord", "mismatch": "tis", "beta": 0.1, "phi": phi}
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(settings)
+    weight = 0.3
+    found = answers()
+    demos = [shown(num, i % 3, i) for i, num in enumerate((4, 9, 1))]
+
+    grpo = sum(sum(tokens_of(a, cfg)) / len(a.old) for a in found) / len(found)
+    tokens = [x for d in demos for x in d.per_token["logp"][d.loss_mask > 0].tolist()]
+    p = [math.exp(x) for x in tokens]
+    scale = [q * (1 - q) if phi else 1.0 for q in p]
+    sft = -sum(w * x for w, x in zip(scale, tokens, strict=True)) / len(tokens)
+    wanted = (1 - weight) * grpo + weight * sft
+
+    units = [with_share(a.packed(i % 3), 1 - weight) for i, a in enumerate(found)]
+    units += [with_share(d, weight) for d in demos]
+    for order in (range(9), [8, 0, 1, 7, 2, 3, 6, 4, 5]):
+        for size in (9, 4, 1):
+            packs = [concat([units[i] for i in own]) for own in batched(order, size)]
+            assert total(cfg, packs) == pytest.approx(wanted, rel=1e-6)
+
+
+def with_share(pack: Packed, share: float) -> Packed:
+    extras = pack.extras | {"share": torch.tensor([share], dtype=DOUBLE)}
+    return replace(pack, extras=extras)
+
+
+def total(cfg: Any, packs: list[Packed]) -> float:
+    """The loss of a batch of these packs."""
+    method = METHODS[cfg.name]
+    assert method.online is not None
+    terms: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for pack in packs:
+        pack = pad_to(pack, pack.num_tokens + 4)
+        pack.per_token.update(method.online.targets(pack, cfg))
+        made, _ = method.loss(Out(logp=pack.per_token["logp"]), pack, cfg, {})
+        for name, count in method.count(pack, cfg).items():
+            terms[name] = terms.get(name, 0.0) + float(made[name])
+            counts[name] = counts.get(name, 0.0) + float(count)
+    return sum(terms[name] / counts[name] for name in terms)
+
+
+def test_mu_rises_and_falls_along_a_cosine() -> None:
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(
+        {"name": "chord", "mu_peak": 0.9, "mu_valley": 0.1, "mu_warmup": 4, "mu_decay": 10}
+    )
+    found = [chord.mu(step, cfg) for step in range(1, 31)]
+    assert found[:5] == pytest.approx([0, 0.225, 0.45, 0.675, 0.9])
+    assert found[9] == pytest.approx(0.5) and found[14:] == pytest.approx([0.1] * 16)
+    assert found[4:15] == sorted(found[4:15], reverse=True)
+    for step in (1, 7, 40):
+        assert sum(chord.shares(step, cfg)) == pytest.approx(1)

@@ -15,8 +15,9 @@ from torch import Tensor
 from moetrain.config.method import MethodConfig
 from moetrain.data.groups import Graded, Group, pack_groups
 from moetrain.data.samples import Prompt, Sample
+from moetrain.loops.demonstrations import beside
 from moetrain.methods import METHODS
-from moetrain.ops.packed import Packed
+from moetrain.ops.packed import Packed, concat, from_tokens, pack_one
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
 
@@ -27,7 +28,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo", "clip_low": 0.1, "clip_high": 0.1, "mismatch_cap": 1.3},
     "dapo": {"name": "dapo", "mismatch": "mask", "mismatch_cap": 1.5},
     "gspo": {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05, "mismatch": "none"},
+    "dr_grpo": {"name": "dr_grpo", "length": 5, "mismatch": "sequence", "mismatch_cap": 1.2},
+    "chord": {"name": "chord", "mismatch_cap": 1.3, "packs": 2},
 }
+SHARE = 0.4  # mu of chord
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one": (1, {}),
     "tp2": (2, {"tp": 2}),
@@ -35,6 +39,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "ep2": (2, {"ep": 2}),
     "cp2": (2, {"cp": 2}),
 }
+
+
+def section_of(method: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe needs for a method."""
+    shown = ["none"] if method["name"] == "chord" else []
+    data = {"demonstrations": shown}
+    return {"method": method, "rollout": {}, "rewards": ["length"], "data": data}
 
 
 def groups(model: Any) -> list[Group]:
@@ -77,6 +88,8 @@ def packs_of(found: list[Group], method: str, *, seq_len: int, min_packs: int) -
     rewards = torch.tensor([a.reward for g in found for a in g.answers])
     numbers = torch.tensor([i for i, g in enumerate(found) for _ in g.answers])
     values = {"advantage": online.advantages(rewards, numbers, cfg), "reward": rewards}
+    if online.shares is not None:
+        values["share"] = torch.full_like(rewards, 1 - SHARE)
     packs = pack_groups(found, values, seq_len=seq_len, min_packs=min_packs)
     samples = [a.sample for g in found for a in g.answers]
     for pack in packs:
@@ -88,7 +101,26 @@ def packs_of(found: list[Group], method: str, *, seq_len: int, min_packs: int) -
                 old[start:end] = torch.tensor(old_of(samples[item]))
         pack.per_token["old_logp"] = old
         pack.per_token.update(online.targets(pack, cfg))
+    if online.shares is not None:
+        packs += [beside(concat(own), packs[0], SHARE) for own in dealt_shown(min_packs)]
     return packs
+
+
+def shown() -> list[tuple[int, tuple[int, ...]]]:
+    """(tokens of the prompt, all tokens) of two demonstrations."""
+    rng = random.Random(5)
+    return [(num, tuple(rng.randrange(1, 200) for _ in range(num + 6))) for num in (3, 8)]
+
+
+def dealt_shown(num_packs: int) -> list[list[Packed]]:
+    """The demonstrations in one pack, or in a pack each."""
+    made: list[Packed] = []
+    for num, tokens in shown():
+        own = from_tokens(tokens)
+        mask = own.loss_mask.clone()
+        mask[: num - 1] = 0
+        made.append(pack_one(own.tokens, own.labels, mask))
+    return [made] if num_packs == 1 else [[one] for one in made]
 
 
 def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[str, Tensor]]:
@@ -111,6 +143,8 @@ def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[
             weight = (old - rollout).exp()
             if cfg.mismatch == "tis":
                 weight = weight.clamp(max=cfg.mismatch_cap)
+            elif cfg.mismatch == "sequence":
+                weight = weight.prod().clamp(max=cfg.mismatch_cap).expand(len(old))
             elif cfg.mismatch == "mask":
                 inside = (weight >= 1 / cfg.mismatch_cap) & (weight <= cfg.mismatch_cap)
                 weight = weight * inside
@@ -124,7 +158,16 @@ def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[
             means.append(losses.mean())
             sums.append(losses.sum())
             num_tokens += len(old)
-    loss = torch.stack(sums).sum() / num_tokens if method == "dapo" else torch.stack(means).mean()
+    loss = torch.stack(means).mean()
+    if method == "dapo":
+        loss = torch.stack(sums).sum() / num_tokens
+    elif method == "dr_grpo":
+        loss = torch.stack(sums).sum() / (len(sums) * cfg.length)
+    elif method == "chord":
+        own = [scored(model, tokens[:num], tokens[num:]) for num, tokens in shown()]
+        p = torch.cat(own).detach().exp()
+        taught = -(p * (1 - p) * torch.cat(own)).sum() / p.numel()
+        loss = (1 - SHARE) * loss + SHARE * taught
     loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return loss.item(), as_on_disk(model, grads)
@@ -141,7 +184,7 @@ def test_gradients_equal_transformers(
     world, parallel = LAYOUTS[layout]
     packs = packs_of(found, method, seq_len=60, min_packs=2)
     assert len(packs) > 1
-    section = {"method": SETTINGS[method], "rollout": {}, "rewards": ["length"]}
+    section = section_of(SETTINGS[method])
     answer = workers.run(world, ranks.gradients_of_packs, folder, parallel, packs, section)[0]
     assert answer[0] == pytest.approx(loss, rel=1e-4, abs=1e-6)
     for name, grad in answer[2].items():
@@ -154,7 +197,7 @@ def test_how_a_batch_is_cut_changes_nothing(workers: Workers, tiny: Tiny, method
     folder, model = tiny("qwen3_moe")
     found = groups(model)
     settings = SETTINGS.get(method, {"name": "ppo"})
-    section = {"method": settings, "rollout": {}, "rewards": ["length"]}
+    section = section_of(settings)
 
     def run(world: int, seq_len: int, min_packs: int, parallel: dict[str, int]) -> Any:
         packs = (ppo_packs if method == "ppo" else packs_of)(

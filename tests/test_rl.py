@@ -137,6 +137,10 @@ def test_every_layout_samples_and_learns_the_same(whole: Path, tmp_path: Path, l
         ("method={name: dapo, max_length: 16, soft_length: 8}",),
         ("method={name: dr_grpo, length: 16, beta: 0.1, inner_steps: 2}",),
         ("method={name: ppo, beta: 0.05}",),
+        (
+            "method={name: chord, packs: 2, mu_decay: 2}",
+            "data.demonstrations=builtin:checkable-starts",
+        ),
         ("method=gspo", "adapter={rank: 4}", "rollout.routing_replay=true"),
     ],
     ids=lambda more: more[0],
@@ -149,6 +153,8 @@ def test_methods_and_modes(tmp_path: Path, more: tuple[str, ...]) -> None:
     assert [row["staleness"] for row in steps] == ([0, 1, 1] if ahead else [0, 0, 0])
     if "beta" in more[0] and "ppo" not in more[0]:
         assert abs(steps[0]["kl"]) < 1e-4 < steps[-1]["kl"]
+    if "chord" in more[0]:
+        assert [row["mu"] for row in steps] == pytest.approx([0.9, 0.475, 0.05], abs=1e-4)
     if "ppo" in more[0]:
         assert steps[-1]["value/loss"] < steps[0]["value/loss"]
 

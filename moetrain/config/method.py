@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from moetrain.config.online import (
+    ChordMethod,
     DapoMethod,
     DrGrpoMethod,
     GrpoMethod,
@@ -141,6 +142,7 @@ MethodConfig = Annotated[
     | DrGrpoMethod
     | DapoMethod
     | GspoMethod
-    | PpoMethod,
+    | PpoMethod
+    | ChordMethod,
     Field(discriminator="name"),
 ]

@@ -96,3 +96,25 @@ class PpoMethod(OnlineMethod):
     value_clip: float = Field(
         default=0.2, gt=0, description="how far a value may move from the one at rollout"
     )
+
+
+class ChordMethod(OnlineMethod):
+    """GRPO and weighted fine-tuning on demonstrations in one loss, mu deciding between them."""
+
+    demonstrated: ClassVar[bool] = True
+    name: Literal["chord"] = Field(default="chord", description="`method: chord` for short")
+    mu_peak: float = Field(
+        default=0.9, ge=0, le=1, description="weight of data.demonstrations after the warm-up"
+    )
+    mu_valley: float = Field(default=0.05, ge=0, le=1, description="their weight in the end")
+    mu_warmup: int = Field(default=0, ge=0, description="steps over which mu rises from 0")
+    mu_decay: Count = Field(
+        default=200, description="steps over which mu falls to mu_valley, along a cosine"
+    )
+    phi: bool = Field(
+        default=True, description="a demonstration's token weighs p (1 - p); false: all the same"
+    )
+    packs: Count = Field(
+        default=4,
+        description="of demonstrations (data.seq_len tokens) an optimizer step, over all ranks",
+    )

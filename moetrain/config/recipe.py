@@ -127,6 +127,10 @@ class DataConfig(Section):
         default=None, description="blend weights of data.train, for pretrain and cpt"
     )
     eval: Paths = Field(default_factory=list, description="held-out data, as data.train")
+    demonstrations: Paths = Field(
+        default_factory=list,
+        description="worked answers, as for sft, that chord learns from beside its own",
+    )
     seq_len: Count = Field(
         default=4096, description="tokens of a pack, and the most of one sequence"
     )
@@ -384,6 +388,17 @@ class Recipe(Section):
                     f"megatron.{key} is set by moetrain from the model and the layout. Remove it."
                 )
         return value
+
+    @model_validator(mode="after")
+    def _demonstrated_or_not(self) -> Self:
+        if self.method.demonstrated and not self.data.demonstrations:
+            raise ValueError(f"method {self.method.name} needs data.demonstrations")
+        if self.data.demonstrations and not self.method.demonstrated:
+            raise ValueError(
+                f"method {self.method.name} takes no data.demonstrations: chord does. Leave them"
+                " out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _samples_or_not(self) -> Self:

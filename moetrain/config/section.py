@@ -19,6 +19,7 @@ class MethodSection(Section):
     scalar_head: ClassVar[bool] = False  # the model ends in one number a token
     value_head: ClassVar[bool] = False  # it has one beside the vocabulary
     samples: ClassVar[bool] = False  # it learns from rollouts
+    demonstrated: ClassVar[bool] = False  # and from data.demonstrations beside them
 
     @property
     def kl_limit(self) -> float | None:

@@ -1,7 +1,7 @@
 """From graded answers to packs to learn from, and what there is to see in them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,41 +10,54 @@ from moetrain.config.recipe import Recipe
 from moetrain.data.groups import Group, pack_groups
 from moetrain.engine import Engine, StepResult
 from moetrain.engine.snapshot import Weights
+from moetrain.loops.demonstrations import Demonstrations
 from moetrain.loops.rollouts import Batch, tensors
 from moetrain.methods import METHODS
 from moetrain.methods.base import Online
 from moetrain.ops.packed import Packed
 
 
-def learned_packs(
-    recipe: Recipe, engine: Engine, batch: Batch, reference: Weights | None
-) -> list[list[Packed]]:
-    """This data-parallel rank's packs of each optimizer step, with all that the method asks for.
-    Collective.
-    """
-    method, _ = recipe.sampling
-    online = METHODS[recipe.method.name].online
-    assert online is not None
-    mesh = engine.mesh
-    values = _values(recipe, online, batch)
-    parts: list[list[Packed]] = []
-    for groups, own in _dealt(batch.groups, values, method.inner_steps):
-        packs = pack_groups(groups, own, seq_len=recipe.data.seq_len, min_packs=mesh.dp_size)
-        parts.append(packs[mesh.dp_rank :: mesh.dp_size])
-    flat = [pack for part in parts for pack in part]
-    ready = iter(_completed(recipe, online, engine, flat, reference))
-    return [[next(ready) for _ in part] for part in parts]
+@dataclass
+class Lessons:
+    """What packs are made with: the reference of a KL, where there is one, and worked answers."""
+
+    recipe: Recipe
+    engine: Engine
+    reference: Weights | None
+    demonstrations: Demonstrations
+
+    def packs(self, batch: Batch) -> list[list[Packed]]:
+        """This data-parallel rank's packs of each optimizer step, with all that the method asks
+        for. Collective.
+        """
+        recipe, mesh = self.recipe, self.engine.mesh
+        method, _ = recipe.sampling
+        online = METHODS[recipe.method.name].online
+        assert online is not None
+        values = _values(recipe, online, batch)
+        parts: list[list[Packed]] = []
+        for groups, own in _dealt(batch.groups, values, method.inner_steps):
+            packs = pack_groups(groups, own, seq_len=recipe.data.seq_len, min_packs=mesh.dp_size)
+            parts.append(packs[mesh.dp_rank :: mesh.dp_size])
+        flat = [pack for part in parts for pack in part]
+        ready = iter(_completed(recipe, online, self.engine, flat, self.reference))
+        whole = [[next(ready) for _ in part] for part in parts]
+        share = online.shares(batch.step, recipe.method)[1] if online.shares else 0.0
+        return [part + self.demonstrations.next(part[0], share) for part in whole]
 
 
 def _values(recipe: Recipe, online: Online, batch: Batch) -> dict[str, Tensor]:
-    """[answers] fp32 each: the shaped reward and the advantage."""
+    """[answers] fp32 each: the shaped reward, the advantage, the weight where there is one."""
     rewards, numbers = tensors(batch.groups)
     samples = [answer.sample for answer in batch.answers]
     if online.shape is not None:
         lengths = torch.tensor([float(len(sample.tokens)) for sample in samples])
         truncated = torch.tensor([sample.finish == "length" for sample in samples])
         rewards = online.shape(rewards, lengths, truncated, recipe.method)
-    return {"reward": rewards, "advantage": online.advantages(rewards, numbers, recipe.method)}
+    values = {"reward": rewards, "advantage": online.advantages(rewards, numbers, recipe.method)}
+    if online.shares is not None:
+        values["share"] = torch.full_like(rewards, online.shares(batch.step, recipe.method)[0])
+    return values
 
 
 def _dealt(

@@ -8,9 +8,9 @@ from typing import Any
 from moetrain.config.recipe import Recipe
 from moetrain.data.prompts import PromptSet, prepare_prompts
 from moetrain.engine import Engine
-from moetrain.engine.snapshot import Weights
+from moetrain.loops.demonstrations import open_demonstrations
 from moetrain.loops.job import Job, is_due, step_row
-from moetrain.loops.learn import learned_packs, summary, totals
+from moetrain.loops.learn import Lessons, summary, totals
 from moetrain.loops.rollouts import timed
 from moetrain.loops.sampler import Sampler, open_sampler
 from moetrain.loops.stop import EXIT_STOPPED, StopSignal
@@ -36,12 +36,14 @@ def train(recipe: Recipe) -> int:
     reference = engine.snapshot() if method.beta else None
     engine.continue_adapter()
     step, state = job.resume(engine, lambda r: length(r, len(prompts.train.prompts)))
+    lessons = Lessons(recipe, engine, reference, open_demonstrations(recipe, engine.mesh))
+    lessons.demonstrations.load_state_dict(state.get("demonstrations", {}))
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal(engine.device))
         report = stack.enter_context(job.begin(engine, step, num_steps, prompts.lines))
         sampler = stack.enter_context(open_sampler(recipe, engine, prompts, stop))
         sampler.start(step, num_steps, state)
-        finished = _loop(job, engine, prompts, reference, sampler, stop, report, step, num_steps)
+        finished = _loop(job, engine, prompts, lessons, sampler, stop, report, step, num_steps)
         if finished:
             job.end(engine)
         report.finish()
@@ -53,7 +55,7 @@ def _loop(
     job: Job,
     engine: Engine,
     prompts: PromptSet,
-    reference: Weights | None,
+    lessons: Lessons,
     sampler: Sampler,
     stop: StopSignal,
     report: Reporter,
@@ -72,7 +74,7 @@ def _loop(
         if batch is not None:
             seconds = dict(batch.seconds)
             with timed(seconds, "train"):
-                parts = learned_packs(recipe, engine, batch, reference)
+                parts = lessons.packs(batch)
                 results = [engine.step(packs, method) for packs in parts]
             step += 1
             with timed(seconds, "push"):
@@ -81,6 +83,7 @@ def _loop(
             row |= summary(batch, step - 1) | proof
             report.step(row | {f"seconds/{name}": value for name, value in seconds.items()})
             state = {"step": step, "prompts": sampler.state_dict(batch)}
+            state["demonstrations"] = lessons.demonstrations.state_dict()
         stopped = batch is None or stop.agreed()
         due = step == last or is_due(step, recipe.train.eval_every)
         if due and prompts.held_out and not stopped:

@@ -1,6 +1,7 @@
 """Training methods by the name that a recipe gives them."""
 
 from moetrain.methods.base import Estimate, Known, Method, Metrics, Out, Terms
+from moetrain.methods.chord import CHORD
 from moetrain.methods.chord_sft import CHORD_SFT
 from moetrain.methods.dft import DFT
 from moetrain.methods.dpo import DPO, HINGE, IPO
@@ -32,6 +33,7 @@ METHODS: dict[str, Method] = {
     "dapo": DAPO,
     "gspo": GSPO,
     "ppo": PPO,
+    "chord": CHORD,
 }
 
 __all__ = ["METHODS", "Estimate", "Known", "Method", "Metrics", "Out", "Terms"]

@@ -60,12 +60,15 @@ class Online:
     before the step; None: keep all.
     targets(batch, cfg) -> values per token to add to a pack whose `per_token` has old_logp,
     rollout_logp and, for methods that ask for them, ref_logp and old_value.
+    shares(step, cfg) -> (weight of a step's answers, of data.demonstrations beside them), steps
+    from 1, given to each sequence as extras["share"]; None: there are answers alone.
     """
 
     advantages: Callable[[Tensor, Tensor, Any], Tensor]
     shape: Callable[[Tensor, Tensor, Tensor, Any], Tensor] | None = None
     drops: Callable[[Tensor, Tensor, Any], Tensor] | None = None
     targets: Callable[[Packed, Any], dict[str, Tensor]] = _no_targets
+    shares: Callable[[int, Any], tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)

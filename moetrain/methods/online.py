@@ -13,7 +13,7 @@ from moetrain.methods.base import Metrics, Out
 from moetrain.ops.packed import Packed
 from moetrain.ops.segment import segment_sum
 
-ANSWER = 1  # `role` of a sampled answer
+ANSWER, DEMONSTRATION = 1, 2  # `role` of a sampled answer, of one that somebody else gave
 
 # Advantages, from the rewards [n] of all answers and the group [n] of each
 

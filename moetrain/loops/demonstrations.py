@@ -1,0 +1,73 @@
+"""Worked answers that a method learns from beside its rollouts."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.config.method import SftMethod
+from moetrain.config.online import ChordMethod
+from moetrain.config.recipe import Recipe
+from moetrain.data.loader import Loader, Shuffled, build_train
+from moetrain.data.rejects import check_rejects
+from moetrain.engine.mesh import Mesh
+from moetrain.errors import DataError
+from moetrain.methods.online import DEMONSTRATION
+from moetrain.ops.packed import Packed
+
+
+class Demonstrations:
+    """This data-parallel rank's share of a stream of packs; of none for most methods."""
+
+    def __init__(self, loader: Loader | None):
+        self._loader = loader
+
+    def next(self, like: Packed, share: float) -> list[Packed]:
+        """Packs for an optimizer step, with the fields that `like`, a pack of answers, has."""
+        if self._loader is None:
+            return []
+        return [beside(pack, like, share) for pack in self._loader.next()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream."""
+        return {} if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken; {} is the beginning."""
+        if self._loader is not None and state:
+            self._loader.load_state_dict(dict(state))
+
+
+def open_demonstrations(recipe: Recipe, mesh: Mesh) -> Demonstrations:
+    """The recipe's data.demonstrations. Collective. Raises DataError."""
+    method = recipe.method
+    if not isinstance(method, ChordMethod):
+        return Demonstrations(None)
+    if method.packs % mesh.dp_size:
+        raise DataError(
+            f"method.packs={method.packs} does not divide over {mesh.dp_size} data-parallel ranks:"
+            f" use a multiple of {mesh.dp_size}."
+        )
+    data = recipe.data.model_copy(update={"train": recipe.data.demonstrations})
+    train = recipe.train.model_copy(update={"global_batch": method.packs})
+    own = recipe.model_copy(update={"method": SftMethod(), "data": data, "train": train})
+    loader = build_train(own, mesh.dp_rank, mesh.dp_size)
+    assert isinstance(loader.packs, Shuffled)
+    found = loader.packs.data
+    check_rejects(found.rejects(), found.stats.num_records, recipe.data.max_rejected)
+    return Demonstrations(loader)
+
+
+def beside(pack: Packed, like: Packed, share: float) -> Packed:
+    """A pack of instruction data as one of answers: what it does not have is 0."""
+    scored = torch.zeros(pack.num_sequences).index_add(0, pack.sequence_ids, pack.loss_mask)
+    role = (scored > 0) * DEMONSTRATION
+
+    def empty(part: dict[str, Tensor], num: int) -> dict[str, Tensor]:
+        return {name: value.new_zeros(num, *value.shape[1:]) for name, value in part.items()}
+
+    extras = empty(like.extras, pack.num_sequences)
+    extras |= {"role": role.to(like.extras["role"].dtype), "share": (role > 0) * share}
+    return replace(pack, extras=extras, per_token=empty(like.per_token, pack.num_tokens))
