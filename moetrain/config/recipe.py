@@ -3,12 +3,9 @@
 Unknown keys are refused by `moetrain.config.load`, which names the nearest right one.
 """
 
-import os
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     ValidationInfo,
@@ -16,31 +13,17 @@ from pydantic import (
     model_validator,
 )
 
+from moetrain.config.data import DataConfig
 from moetrain.config.megatron import OWNED
 from moetrain.config.method import MethodConfig
 from moetrain.config.online import OnlineMethod
 from moetrain.config.rewards import Reward
 from moetrain.config.rollout import RolloutConfig
-from moetrain.config.section import Section
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+from moetrain.config.section import Count, Folder, Fraction, Location, Paths, Section
 
 
 def _as_method(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
-
-
-def _expand_home(value: str) -> str:
-    return os.path.expanduser(value)  # in YAML and after `key=` no shell does it
-
-
-Location = Annotated[str, AfterValidator(_expand_home)]
-Folder = Annotated[Path, AfterValidator(lambda path: Path(_expand_home(str(path))))]
-Paths = Annotated[list[Location], BeforeValidator(_as_list)]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class ModelConfig(Section):
@@ -113,68 +96,6 @@ class ParallelConfig(Section):
             )
         if self.sp and self.tp == 1:
             raise ValueError("parallel.sp=true needs parallel.tp > 1; leave sp out")
-        return self
-
-
-class DataConfig(Section):
-    """What to train and evaluate on."""
-
-    train: Paths = Field(
-        min_length=1,
-        description="path or list; index prefixes for pretrain and cpt; builtin:NAME too",
-    )
-    weights: list[float] | None = Field(
-        default=None, description="blend weights of data.train, for pretrain and cpt"
-    )
-    eval: Paths = Field(default_factory=list, description="held-out data, as data.train")
-    demonstrations: Paths = Field(
-        default_factory=list,
-        description="worked answers, as for sft, that chord learns from beside its own",
-    )
-    seq_len: Count = Field(
-        default=4096, description="tokens of a pack, and the most of one sequence"
-    )
-    too_long: Literal["truncate", "reject"] = Field(
-        default="truncate",
-        description="of records over data.seq_len; the rejected are in rejected.jsonl",
-    )
-    max_rejected: Fraction = Field(
-        default=0.05, description="stop when a larger share of records is unusable"
-    )
-    pack: bool = Field(
-        default=True,
-        description="several records in one pack, which do not see each other; not for corpora",
-    )
-    share_prompt: bool = Field(
-        default=True,
-        description="compute a preference record's prompt once; false: two whole sequences",
-    )
-    cache: Folder | None = Field(
-        default=None, description="default: MOETRAIN_CACHE, else ~/.cache/moetrain"
-    )
-    reference: Folder | None = Field(
-        default=None,
-        description="folder of reference log-probs made elsewhere; default: computed, and cached",
-    )
-    shuffle: bool = Field(
-        default=True, description="a new order every epoch; pretrain and cpt always shuffle"
-    )
-    chat_template: Location | None = Field(
-        default=None, description="a template file to use in place of the tokenizer's"
-    )
-    num_workers: int = Field(
-        default=0, ge=0, description="processes that tokenize records; 0: none but this one"
-    )
-
-    @model_validator(mode="after")
-    def _weight_each(self) -> Self:
-        if self.weights is not None and len(self.weights) != len(self.train):
-            raise ValueError(
-                f"data.weights has {len(self.weights)} numbers for {len(self.train)} data.train "
-                f"paths"
-            )
-        if any(weight < 0 for weight in self.weights or ()):
-            raise ValueError(f"data.weights holds a negative number: {self.weights}")
         return self
 
 

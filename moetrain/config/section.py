@@ -1,8 +1,25 @@
 """What every part of a recipe is, and every method's."""
 
-from typing import ClassVar
+import os
+from pathlib import Path
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _expand_home(value: str) -> str:
+    return os.path.expanduser(value)  # in YAML and after `key=` no shell does it
+
+
+Location = Annotated[str, AfterValidator(_expand_home)]
+Folder = Annotated[Path, AfterValidator(lambda path: Path(_expand_home(str(path))))]
+Paths = Annotated[list[Location], BeforeValidator(_as_list)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):

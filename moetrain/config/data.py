@@ -1,0 +1,69 @@
+"""The `data` section: what to train and evaluate on."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from moetrain.config.section import Count, Folder, Fraction, Location, Paths, Section
+
+
+class DataConfig(Section):
+    """What to train and evaluate on."""
+
+    train: Paths = Field(
+        min_length=1,
+        description="path or list; index prefixes for pretrain and cpt; builtin:NAME too",
+    )
+    weights: list[float] | None = Field(
+        default=None, description="blend weights of data.train, for pretrain and cpt"
+    )
+    eval: Paths = Field(default_factory=list, description="held-out data, as data.train")
+    demonstrations: Paths = Field(
+        default_factory=list,
+        description="worked answers, as for sft, that chord learns from beside its own",
+    )
+    seq_len: Count = Field(
+        default=4096, description="tokens of a pack, and the most of one sequence"
+    )
+    too_long: Literal["truncate", "reject"] = Field(
+        default="truncate",
+        description="of records over data.seq_len; the rejected are in rejected.jsonl",
+    )
+    max_rejected: Fraction = Field(
+        default=0.05, description="stop when a larger share of records is unusable"
+    )
+    pack: bool = Field(
+        default=True,
+        description="several records in one pack, which do not see each other; not for corpora",
+    )
+    share_prompt: bool = Field(
+        default=True,
+        description="compute a preference record's prompt once; false: two whole sequences",
+    )
+    cache: Folder | None = Field(
+        default=None, description="default: MOETRAIN_CACHE, else ~/.cache/moetrain"
+    )
+    reference: Folder | None = Field(
+        default=None,
+        description="folder of reference log-probs made elsewhere; default: computed, and cached",
+    )
+    shuffle: bool = Field(
+        default=True, description="a new order every epoch; pretrain and cpt always shuffle"
+    )
+    chat_template: Location | None = Field(
+        default=None, description="a template file to use in place of the tokenizer's"
+    )
+    num_workers: int = Field(
+        default=0, ge=0, description="processes that tokenize records; 0: none but this one"
+    )
+
+    @model_validator(mode="after")
+    def _weight_each(self) -> Self:
+        if self.weights is not None and len(self.weights) != len(self.train):
+            raise ValueError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.train)} data.train "
+                f"paths"
+            )
+        if any(weight < 0 for weight in self.weights or ()):
+            raise ValueError(f"data.weights holds a negative number: {self.weights}")
+        return self
