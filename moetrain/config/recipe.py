@@ -17,7 +17,7 @@ from moetrain.config.data import DataConfig
 from moetrain.config.megatron import OWNED
 from moetrain.config.method import MethodConfig
 from moetrain.config.online import OnlineMethod
-from moetrain.config.rewards import Reward
+from moetrain.config.rewards import Reward, Rewards
 from moetrain.config.rollout import RolloutConfig
 from moetrain.config.section import Count, Folder, Fraction, Location, Paths, Section
 
@@ -283,7 +283,7 @@ class Recipe(Section):
     rollout: RolloutConfig | None = Field(
         default=None, description="who samples, for methods that learn from rollouts"
     )
-    rewards: list[Reward] = Field(
+    rewards: Rewards = Field(
         default_factory=list[Reward],
         description="what grades: names, FILE.py:FUNCTION, or {name, weight, options}",
     )

@@ -1,10 +1,231 @@
 """The `rewards` list of a recipe: names, own files, weights and options."""
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from moetrain.config.section import Section
+from moetrain.errors import nearest
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+JUDGE_PROMPT = """You grade an answer. Be strict; do not reward length.
+
+Question:
+{prompt}
+
+Answer:
+{completion}
+
+Write one sentence of reasons, then a last line `Score: N` with N from 0 to 10."""
+
+
+def web_address(value: str) -> str:
+    """Raises ValueError when it is none."""
+    if not re.match(r"https?://[^/\s]+", value):
+        raise ValueError(f"{value!r} is not an address such as http://127.0.0.1:8000/v1")
+    return value
+
+
+class NoOptions(Section):
+    """Nothing to set."""
+
+
+class FormatOptions(Section):
+    """Of `format`."""
+
+    pattern: str | None = Field(
+        default=None,
+        description="a regular expression for the whole completion; default: think and answer tags",
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"is not a regular expression: {error}") from None
+        return value
+
+
+class LengthOptions(Section):
+    """Of `length`."""
+
+    target: Count = Field(default=200, description="characters of the best length")
+
+
+class CosineLengthOptions(Section):
+    """Of `cosine_length`."""
+
+    max_length: Count = Field(default=1000, description="characters from which length is the same")
+    right_short: float = Field(default=1.0, description="a right answer of no length")
+    right_long: float = Field(default=0.5, description="a right answer of max_length")
+    wrong_short: float = Field(default=-1.0, description="a wrong answer of no length")
+    wrong_long: float = Field(default=-0.5, description="a wrong answer of max_length")
+
+
+class RepetitionOptions(Section):
+    """Of `repetition`."""
+
+    n: Count = Field(default=3, description="words that are compared together")
+    max_penalty: float = Field(
+        default=1.0, ge=0, description="subtracted where nothing but repetition is"
+    )
+
+
+Script = Literal[
+    "LATIN", "CJK", "JAPANESE", "HANGUL", "CYRILLIC", "ARABIC", "DEVANAGARI", "GREEK", "HEBREW",
+    "THAI",
+]  # fmt: skip
+
+
+class LanguageOptions(Section):
+    """Of `language`."""
+
+    script: Script | None = Field(default=None, description="of the answer; default: the prompt's")
+
+
+class CodeOptions(Section):
+    """Of `code`."""
+
+    scoring: Literal["pass_fail", "partial", "weighted_sum"] = Field(
+        default="pass_fail",
+        description="all cases or nothing; the share that passes; the first and 0.1 of the second",
+    )
+    languages: list[Literal["python", "cpp"]] = Field(
+        default=["python", "cpp"],
+        min_length=1,
+        description="that are graded; a block without a label is in the first",
+    )
+    sandbox: Literal["auto", "bubblewrap", "namespaces", "piston"] = Field(
+        default="auto",
+        description="auto: bubblewrap where it works, else namespaces, else the run is refused",
+    )
+    url: str | None = Field(
+        default=None, description="of a Piston server, e.g. http://127.0.0.1:2000/api/v2"
+    )
+    seconds: Seconds = Field(default=4.0, description="for one case, by the clock and of CPU")
+    budget_seconds: Seconds = Field(
+        default=30.0, description="for all cases of an answer; what is left then has failed"
+    )
+    compile_seconds: Seconds = Field(default=20.0, description="for a C++ compiler")
+    memory_mb: Count = Field(default=512, description="address space of a process")
+    file_mb: Count = Field(default=16, description="of a file, of the output, and of all files")
+    processes: Count = Field(default=4, description="processes and threads at a time")
+    tolerance: float = Field(
+        default=0.0, ge=0, description="relative or absolute, between numbers of the output"
+    )
+    python: str | None = Field(
+        default=None,
+        description="the interpreter to run; default: this one, without its environment's packages",
+    )
+    read: list[str] = Field(
+        default=[], description="further folders that programs may read (never write)"
+    )
+    concurrency: Count | None = Field(
+        default=None, description="answers at a time; default: rollout.reward_workers"
+    )
+
+    @model_validator(mode="after")
+    def _with_its_server(self) -> "CodeOptions":
+        if (self.sandbox == "piston") != (self.url is not None):
+            raise ValueError("sandbox: piston and url go together")
+        return self
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        return value if value is None else web_address(value)
+
+
+class RewardModelOptions(Section):
+    """Of `reward_model`."""
+
+    path: str = Field(description="a Hugging Face folder with a sequence classification head")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: as it was saved"
+    )
+    batch_size: Count = Field(default=8, description="answers at a time")
+    max_tokens: Count = Field(
+        default=4096, description="a longer conversation loses its first tokens"
+    )
+    chat_template: str | None = Field(
+        default=None, description="text or file; default: the tokenizer's"
+    )
+    seconds: Seconds = Field(default=120.0, description="for a batch")
+    start_seconds: Seconds = Field(default=600.0, description="to load the model")
+
+
+class JudgeOptions(Section):
+    """Of `judge`."""
+
+    url: str = Field(description="of an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1")
+    model: str = Field(description="its name for the model")
+    prompt: str = Field(
+        default=JUDGE_PROMPT,
+        description="{prompt}, {completion} and {COLUMN} stand for the sample's",
+    )
+    pattern: str = Field(
+        default=r"[Ss]core\W*(-?\d+(?:\.\d+)?)",
+        description="finds the number in the judge's words; the last match counts",
+    )
+    low: float = Field(default=0.0, description="the number that gives 0")
+    high: float = Field(default=10.0, description="the number that gives 1")
+    max_tokens: Count = Field(default=512, description="of the judge's words")
+    temperature: float = Field(default=0.0, ge=0, description="of the judge")
+    seconds: Seconds = Field(default=60.0, description="for one request")
+    retries: int = Field(
+        default=3, ge=0, description="of a request that failed for a passing fault"
+    )
+    concurrency: Count = Field(default=8, description="requests at a time")
+    key_env: str = Field(
+        default="MOETRAIN_JUDGE_KEY", description="the environment variable with the server's key"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, value: str) -> str:
+        return web_address(value)
+
+    @model_validator(mode="after")
+    def _usable(self) -> "JudgeOptions":
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            raise ValueError(f"pattern is not a regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError("pattern must have one group, which is the number")
+        if "{completion}" not in self.prompt:
+            raise ValueError("prompt must have {completion} in it")
+        if self.low == self.high:
+            raise ValueError("low and high must differ")
+        return self
+
+
+OPTIONS: dict[str, type[Section]] = {
+    "accuracy": NoOptions,
+    "exact": NoOptions,
+    "format": FormatOptions,
+    "length": LengthOptions,
+    "cosine_length": CosineLengthOptions,
+    "repetition": RepetitionOptions,
+    "language": LanguageOptions,
+    "code": CodeOptions,
+    "reward_model": RewardModelOptions,
+    "judge": JudgeOptions,
+}
+"""What each reward of moetrain can be told."""
 
 
 class RewardConfig(Section):
@@ -15,11 +236,49 @@ class RewardConfig(Section):
     options: dict[str, Any] = Field(
         default_factory=dict[str, Any], description="keyword arguments of the reward"
     )
+    label: str = Field(default="", description="in the ledger; default: the name or the function's")
 
-    @property
-    def label(self) -> str:
-        """What the ledger calls it: the function's name of an own file."""
-        return self.name.rpartition(":")[2]
+    @model_validator(mode="before")
+    @classmethod
+    def _resolved(cls, value: Any) -> Any:
+        """With the reward's options checked and complete, and a label."""
+        if not isinstance(value, dict):
+            return value
+        given = dict(cast(dict[str, Any], value))
+        name: object = given.get("name")
+        options: object = given.get("options") or {}
+        if not isinstance(name, str) or not isinstance(options, dict):
+            return given
+        given["options"] = _checked(name, cast(dict[str, Any], options))
+        given["label"] = given.get("label") or name.rpartition(":")[2]
+        return given
+
+
+def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    if ":" in name:  # of a user's own file: its keyword arguments
+        return options
+    if name not in OPTIONS:
+        raise ValueError(
+            f"rewards: {name!r} is not known; there are {', '.join(OPTIONS)}, and"
+            f" FILE.py:FUNCTION.{nearest(name, OPTIONS)}"
+        )
+    section = OPTIONS[name]
+    try:
+        return section.model_validate(options).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            allowed = ", ".join(section.model_fields) or "none"
+            raise ValueError(
+                f"rewards: {name} has no option {key!r}.{nearest(key, section.model_fields)}"
+                f" It has: {allowed}."
+            ) from None
+        if first["type"] == "missing":
+            raise ValueError(f"rewards: {name} needs the option {key!r}.") from None
+        said = str(first["msg"]).removeprefix("Value error, ")
+        where = f"option {key}: " if key else ""
+        raise ValueError(f"rewards: {name}: {where}{said[0].lower()}{said[1:]}.") from None
 
 
 def _as_reward(value: object) -> object:
@@ -27,3 +286,14 @@ def _as_reward(value: object) -> object:
 
 
 Reward = Annotated[RewardConfig, BeforeValidator(_as_reward)]
+
+
+def _distinct(rewards: list[RewardConfig]) -> list[RewardConfig]:
+    labels = [reward.label for reward in rewards]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two are called {twice!r}: give one of them another label")
+    return rewards
+
+
+Rewards = Annotated[list[Reward], AfterValidator(_distinct)]

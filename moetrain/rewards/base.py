@@ -1,8 +1,10 @@
 """What a reward is."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from moetrain.config.rewards import RewardConfig
 
 Scores = list[float | None]
 """One for each completion; None where the reward does not apply."""
@@ -11,6 +13,51 @@ RewardFunction = Callable[..., Scores]
 """TRL's signature: f(completions: list[str], **columns: list[Any]) -> Scores. Options of the recipe
 come as keyword arguments beside the columns.
 """
+
+
+@dataclass(frozen=True)
+class Item:
+    """A completion to grade."""
+
+    number: int
+    text: str
+    columns: Mapping[str, Any]  # of its record; `prompt` has the messages that it answers
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What rewards say of one completion."""
+
+    values: Mapping[str, float | None] = field(default_factory=dict[str, float | None])  # by label
+    fault: str | None = None  # "timeout", "crash" or "error": then the completion is left out
+    notes: tuple[str, ...] = ()  # what the ledger counts: "code_timeout", ...
+    detail: str = ""  # of a fault, for people
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The processes that serve a reward."""
+
+    num_workers: int
+    batch: int  # completions that a worker is handed at a time
+    seconds: float  # without any answer after which a worker is ended
+    start_seconds: float = 60.0  # to be ready
+
+
+class Service(Protocol):
+    """A reward, or several, in processes of their own. Made there, by its configs and the shape."""
+
+    def grade(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
+        """(number, answer) of each item, in any order, each as soon as there is one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How rewards of one kind are served."""
+
+    make: Callable[[Sequence[RewardConfig]], Service]  # runs in the worker; MoetrainError
+    shape: Callable[[Mapping[str, Any], Shape], Shape]  # (options, the recipe's) -> its own
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,7 @@ def find_reward(name: str) -> RewardFunction:
     """One of `REWARDS`, or the function of FILE.py:FUNCTION. Raises ConfigError."""
     if name in REWARDS:
         return REWARDS[name]
-    file, colon, function = name.rpartition(":")
-    if not colon:
-        raise ConfigError(
-            f"rewards: {name!r} is not known; there are {', '.join(REWARDS)}, and FILE.py:FUNCTION."
-            f"{nearest(name, REWARDS)}"
-        )
+    file, _, function = name.rpartition(":")
     path = Path(file).expanduser()
     if not path.is_file():
         raise ConfigError(f"rewards: {name}: {path} is not a file. Check the path.")

@@ -1,168 +1,89 @@
-"""Processes that grade: warm, with a deadline for each completion, and replaced when one hangs or
-dies. What happens to one completion costs no other.
-"""
+"""Grades completions by the recipe's rewards, each kind in processes of its own."""
 
-import multiprocessing
-import os
-import signal
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection, wait
+from itertools import chain
+from multiprocessing.connection import wait
 from typing import Any
 
 from moetrain.config.rewards import RewardConfig
 from moetrain.errors import ConfigError
-from moetrain.rewards.base import Graded
-from moetrain.rewards.find import find_reward
-
-START_SECONDS = 60.0  # for a worker to import what the rewards need
-Item = tuple[int, str, dict[str, Any]]  # number, completion, its columns
+from moetrain.rewards.base import Answer, Graded, Item, Shape
+from moetrain.rewards.functions import FUNCTIONS
+from moetrain.rewards.pool import Pool
+from moetrain.rewards.services import SERVICES
 
 
 class Grader:
     """Grades completions by the weighted sum of rewards.
 
     Args:
-        configs: the recipe's rewards. Raises ConfigError when one cannot be found.
-        num_workers: processes.
-        deadline_s: seconds that one completion may take.
+        configs: the recipe's rewards. Raises ConfigError when one cannot be had.
+        num_workers: processes for rewards that are functions.
+        deadline_s: seconds that one completion may take them.
     """
 
     def __init__(self, configs: Sequence[RewardConfig], num_workers: int, deadline_s: float):
         if not configs:
             raise ConfigError("rewards is empty: name at least one, such as `rewards: [accuracy]`.")
-        for config in configs:
-            find_reward(config.name)
-        self.configs, self.deadline_s = list(configs), deadline_s
-        self.counts: Counter[str] = Counter()
-        self._workers = [_Worker(self.configs) for _ in range(num_workers)]
+        self.configs = list(configs)
+        self.counts: Counter[str] = Counter()  # of faults and notes
+        self.said = ""  # the detail of the last fault
+        recipe = Shape(num_workers, 1, deadline_s)
+        functions = [config for config in configs if config.name not in SERVICES]
+        self._pools = [Pool(FUNCTIONS, functions, recipe)] if functions else []
+        try:
+            for config in configs:
+                if config.name in SERVICES:
+                    kind = SERVICES[config.name]
+                    shape = kind.shape(config.options, recipe)
+                    self._pools.append(Pool(kind, [config], shape))
+            for pool in self._pools:
+                pool.wait_ready()
+        except BaseException:
+            self.close()
+            raise
 
     def grade(
         self, completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> list[Graded]:
         """One verdict for each completion, in order; `columns` have a value for each."""
-        queue: deque[Item] = deque(
-            (i, text, {name: values[i] for name, values in columns.items()})
+        items = [
+            Item(i, text, {name: values[i] for name, values in columns.items()})
             for i, text in enumerate(completions)
-        )
-        found: dict[int, Graded] = {}
-        while len(found) < len(completions):
-            for worker in self._workers:
-                if worker.item is None and queue:
-                    worker.send(queue.popleft())
-            self._collect(found)
-        return [found[i] for i in range(len(completions))]
+        ]
+        for pool in self._pools:
+            pool.ask(items)
+        found: list[list[Answer]] = [[] for _ in items]
+        missing = len(items) * len(self._pools)
+        while missing:
+            for pool in self._pools:
+                pool.send()
+            patience = min(pool.deadline for pool in self._pools) - time.monotonic()
+            wait([pipe for pool in self._pools for pipe in pool.pipes], max(0.0, patience))
+            for number, answer in chain.from_iterable(pool.answers() for pool in self._pools):
+                found[number].append(answer)
+                self._count(answer)
+                missing -= 1
+        return [self._verdict(answers) for answers in found]
 
-    def _collect(self, found: dict[int, Graded]) -> None:
-        """Take what is ready, and end what is past its deadline."""
-        busy = [worker for worker in self._workers if worker.item is not None]
-        now = time.monotonic()
-        patience = max(0.0, min(worker.deadline(self.deadline_s) for worker in busy) - now)
-        wait([worker.pipe for worker in busy], patience)
-        for place, worker in enumerate(self._workers):
-            if worker.item is None:
-                continue
-            number = worker.item[0]
-            fault: str | None = None
-            try:
-                if worker.pipe.poll():
-                    answer = worker.pipe.recv()
-                    if answer == "ready":
-                        worker.begin()
-                        continue
-                    found[number] = self._verdict(answer)
-                    worker.item = None
-                    continue
-                if time.monotonic() >= worker.deadline(self.deadline_s):
-                    fault = "timeout"
-            except (EOFError, OSError):
-                fault = "crash"
-            if fault is not None:
-                worker.close()
-                self._workers[place] = _Worker(self.configs)
-                self.counts[fault] += 1
-                found[number] = Graded(None, {}, fault)
+    def _count(self, answer: Answer) -> None:
+        self.counts.update(answer.notes)
+        if answer.fault is not None:
+            self.counts[answer.fault] += 1
+            self.said = answer.detail or answer.fault
 
-    def _verdict(self, answer: dict[str, float | None] | str) -> Graded:
-        if isinstance(answer, str):  # what the reward raised
-            self.counts["error"] += 1
-            return Graded(None, {}, "error")
-        applies = [c for c in self.configs if answer[c.label] is not None]
-        if not applies:
-            return Graded(None, answer)
-        return Graded(sum(c.weight * (answer[c.label] or 0.0) for c in applies), answer)
+    def _verdict(self, answers: Sequence[Answer]) -> Graded:
+        parts = {name: value for answer in answers for name, value in answer.values.items()}
+        fault = next((answer.fault for answer in answers if answer.fault is not None), None)
+        if fault is not None:
+            return Graded(None, parts, fault)
+        terms = [c.weight * value for c in self.configs if (value := parts[c.label]) is not None]
+        return Graded(sum(terms) if terms else None, parts)
 
     def close(self) -> None:
         """End all workers, and what they have started."""
-        for worker in self._workers:
-            worker.close()
-        self._workers = []
-
-
-class _Worker:
-    """One process and the completion in its hands."""
-
-    def __init__(self, configs: Sequence[RewardConfig]):
-        context = multiprocessing.get_context("forkserver")
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, list(configs)), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.item: Item | None = None
-        self._since = time.monotonic()
-        self._is_ready = False
-
-    def send(self, item: Item) -> None:
-        self.item = item
-        if self._is_ready:
-            self.begin()
-
-    def begin(self) -> None:
-        """Hand it over: the clock runs from here."""
-        self._is_ready = True
-        self._since = time.monotonic()
-        try:
-            self.pipe.send(self.item)
-        except OSError:
-            pass  # it has died: the next look at the pipe says so
-
-    def deadline(self, seconds: float) -> float:
-        return self._since + (seconds if self._is_ready else START_SECONDS)
-
-    def close(self) -> None:
-        try:
-            os.killpg(self._process.pid or 0, signal.SIGKILL)  # it leads a group of its own
-        except (ProcessLookupError, PermissionError):
-            self._process.kill()
-        self._process.join()
-        self.pipe.close()
-
-
-def _serve(pipe: Connection, configs: Sequence[RewardConfig]) -> None:
-    """In a worker: one completion after the other, in the main thread, since math-verify and many
-    own rewards use signals.
-    """
-    os.setsid()
-    silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 1)
-    os.dup2(silent, 2)
-    functions = [(config, find_reward(config.name)) for config in configs]
-    for config, _ in functions:
-        if config.name == "accuracy":
-            import math_verify  # noqa: F401  # seconds, which no completion should pay
-    pipe.send("ready")
-    while True:
-        try:
-            _, text, columns = pipe.recv()
-        except EOFError:
-            return
-        lists = {name: [value] for name, value in columns.items()}
-        try:
-            answer: Any = {}
-            for config, function in functions:
-                scores = function([text], **{**lists, **config.options})
-                answer[config.label] = None if scores[0] is None else float(scores[0])
-        except Exception as error:  # a user's own code, which may fail in any way
-            answer = f"{type(error).__name__}: {error}"
-        pipe.send(answer)
+        for pool in self._pools:
+            pool.close()
+        self._pools = []

@@ -28,19 +28,26 @@ def cosine_length(
     completions: list[str],
     right: list[float | None] | None = None,
     max_length: int = 1000,
+    right_short: float = 1.0,
+    right_long: float = 0.5,
+    wrong_short: float = -1.0,
+    wrong_long: float = -0.5,
     **columns: Any,
 ) -> Scores:
     """Short right answers are worth most, short wrong ones least (arXiv 2502.03373, section 3.2).
 
-    `right` is a column with 1 for right answers; without one all count as right. From 1 to 0.5 with
-    the length in characters when right, from -1 to -0.5 when wrong.
+    `right` is a column with 1 for right answers; without one all count as right. Half a cosine over
+    the length in characters leads from *_short at none to *_long at `max_length`.
     """
     marks = right or [1.0] * len(completions)
     scores: Scores = []
     for text, mark in zip(completions, marks, strict=True):
         share = min(len(text), max_length) / max_length
-        size = 0.75 + 0.25 * math.cos(share * math.pi)
-        scores.append(None if mark is None else size if mark > 0.5 else -size)
+        near = 0.5 + 0.5 * math.cos(share * math.pi)  # 1 at no length, 0 at max_length
+        short, long = (
+            (right_short, right_long) if mark and mark > 0.5 else (wrong_short, wrong_long)
+        )
+        scores.append(None if mark is None else long + near * (short - long))
     return scores
 
 
@@ -82,8 +89,14 @@ def script_of(text: str) -> str | None:
     return max(counts, key=lambda name: counts[name]) if counts else None
 
 
-def language(completions: list[str], prompt: list[Any] | None = None, **columns: Any) -> Scores:
-    """1 when the completion is in the prompt's script, 0 when not; None when either has no letters.
+def language(
+    completions: list[str],
+    prompt: list[Any] | None = None,
+    script: str | None = None,
+    **columns: Any,
+) -> Scores:
+    """1 when the completion is in the prompt's script (or in `script`), 0 when not; None when
+    either has no letters.
 
     Scripts, not languages: what goes wrong in practice is an answer that slips into another script,
     and no model is needed to see it.
@@ -91,6 +104,6 @@ def language(completions: list[str], prompt: list[Any] | None = None, **columns:
     prompts = prompt or [""] * len(completions)
     scores: Scores = []
     for text, asked in zip(completions, prompts, strict=True):
-        own, wanted = script_of(text), script_of(text_of(asked))
+        own, wanted = script_of(text), script or script_of(text_of(asked))
         scores.append(None if own is None or wanted is None else float(own == wanted))
     return scores

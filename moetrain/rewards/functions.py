@@ -1,0 +1,46 @@
+"""Rewards that are functions, the recipe's all together, a completion at a time."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moetrain.config.rewards import RewardConfig
+from moetrain.rewards.base import Answer, Item, Kind, Shape
+from moetrain.rewards.find import find_reward
+
+
+class Functions:
+    """What the recipe's functions say of a completion."""
+
+    def __init__(self, configs: Sequence[RewardConfig]):
+        self._found = [(config, find_reward(config.name)) for config in configs]
+        if any(config.name == "accuracy" for config in configs):
+            import math_verify  # noqa: F401  # seconds, which no completion should pay
+
+    def grade(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
+        for item in items:
+            yield item.number, self._answer(item)
+
+    def _answer(self, item: Item) -> Answer:
+        lists = {name: [value] for name, value in item.columns.items()}
+        values: dict[str, float | None] = {}
+        try:
+            for config, function in self._found:
+                (score,) = function([item.text], **{**lists, **config.options})
+                values[config.label] = None if score is None else _finite(float(score))
+        except Exception as error:  # a user's own code, which may fail in any way
+            return Answer(fault="error", detail=f"{config.label}: {type(error).__name__}: {error}")
+        return Answer(values)
+
+
+def _finite(score: float) -> float:
+    if not math.isfinite(score):
+        raise ValueError(f"the reward is {score}")
+    return score
+
+
+def _shape(options: Mapping[str, Any], recipe: Shape) -> Shape:
+    return recipe
+
+
+FUNCTIONS = Kind(Functions, _shape)

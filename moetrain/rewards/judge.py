@@ -1,0 +1,120 @@
+"""A judge model behind an OpenAI-compatible server: its words, and the number in them."""
+
+import asyncio
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import httpx
+
+from moetrain.config.rewards import JudgeOptions, RewardConfig
+from moetrain.errors import ConfigError
+from moetrain.rewards.base import Answer, Item, Kind, Shape, text_of
+from moetrain.rewards.remote import Remote, RemoteError
+
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+class Judge:
+    """Answers as a judge sees them, from 0 to 1; many requests at a time."""
+
+    def __init__(self, configs: Sequence[RewardConfig]):
+        (config,) = configs
+        self.label = config.label
+        self.options = JudgeOptions.model_validate(config.options)
+        self.remote = _remote(self.options)
+        self._loop = asyncio.Runner()
+        self._free = asyncio.Semaphore(self.options.concurrency)
+        self._client = httpx.AsyncClient(timeout=None)
+        try:
+            self._loop.run(self._words("Say: Score: 0"))
+        except RemoteError as error:
+            key = "is set" if os.environ.get(self.options.key_env) else "is not set"
+            raise ConfigError(
+                f"rewards: {self.label}: {error}. Look at url and model; the key is read from the"
+                f" environment variable {self.options.key_env}, which {key}."
+            ) from None
+
+    def grade(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
+        pending = {self._loop.get_loop().create_task(self._answer(item)) for item in items}
+        while pending:
+            done, pending = self._loop.run(_first(pending))
+            for task in done:
+                yield task.result()
+
+    async def _answer(self, item: Item) -> tuple[int, Answer]:
+        nothing = {self.label: None}
+        try:
+            words = await self._words(fill(self.options.prompt, item))
+        except RemoteError as error:
+            detail = f"{self.label}: {error}"
+            return item.number, Answer(nothing, error.fault, ("judge_unanswered",), detail)
+        value = self._value(words)
+        if value is None:
+            detail = f"{self.label}: no number in {words[-200:]!r}"
+            return item.number, Answer(nothing, "error", ("judge_unreadable",), detail)
+        return item.number, Answer({self.label: value})
+
+    async def _words(self, prompt: str) -> str:
+        body = {
+            "model": self.options.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": self.options.max_tokens,
+            "temperature": self.options.temperature,
+        }
+        async with self._free:
+            said = await self.remote.post(self._client, "chat/completions", body)
+        try:
+            return str(said["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError):
+            raise RemoteError(
+                "error", f"{self.remote.url}: {str(said)[:200]} is not a chat completion"
+            ) from None
+
+    def _value(self, words: str) -> float | None:
+        """None where there is no number, or one off the scale."""
+        found = re.findall(self.options.pattern, words)
+        if not found:
+            return None
+        try:
+            low, high = self.options.low, self.options.high
+            value = (float(found[-1]) - low) / (high - low)
+        except ValueError:
+            return None
+        return value if 0 <= value <= 1 else None
+
+
+async def _first(
+    tasks: set[asyncio.Task[tuple[int, Answer]]],
+) -> tuple[set[asyncio.Task[tuple[int, Answer]]], set[asyncio.Task[tuple[int, Answer]]]]:
+    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+
+def fill(prompt: str, item: Item) -> str:
+    """`prompt` with {completion} and {COLUMN} replaced, and other braces as they are."""
+    words = {**item.columns, "completion": item.text}
+
+    def put(found: re.Match[str]) -> str:
+        if found[1] not in words:
+            return found[0]
+        value = words[found[1]]
+        return text_of(value) if found[1] == "prompt" else str(value)
+
+    return _FIELD.sub(put, prompt)
+
+
+def _remote(options: JudgeOptions) -> Remote:
+    key = os.environ.get(options.key_env)
+    return Remote(options.url, key, options.seconds, options.retries)
+
+
+def _shape(options: Mapping[str, Any], recipe: Shape) -> Shape:
+    longest = _remote(JudgeOptions.model_validate(options)).longest
+    return replace(
+        recipe, num_workers=1, batch=4096, seconds=longest + 10.0, start_seconds=longest + 60.0
+    )
+
+
+JUDGE = Kind(Judge, _shape)

@@ -1,0 +1,229 @@
+"""Processes that grade: warm, watched, and replaced when one hangs or dies. What happens to one
+completion costs no other.
+"""
+
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from moetrain.config.rewards import RewardConfig
+from moetrain.errors import ConfigError, MoetrainError
+from moetrain.rewards.base import Answer, Item, Kind, Shape
+from moetrain.rewards.keeper import kept
+
+LARGEST_FILE = 1 << 30  # bytes that a worker may write to one file
+Batch = tuple[Item, ...]
+
+
+class Pool:
+    """The processes of one kind, and the completions that wait for them."""
+
+    def __init__(self, kind: Kind, configs: Sequence[RewardConfig], shape: Shape):
+        self.kind, self.configs, self.shape = kind, tuple(configs), shape
+        self._queue: deque[Batch] = deque()
+        self._workers = [self._started() for _ in range(shape.num_workers)]
+
+    @property
+    def labels(self) -> list[str]:
+        return [config.label for config in self.configs]
+
+    @property
+    def pipes(self) -> list[Connection]:
+        """Where something is expected."""
+        return [worker.pipe for worker in self._workers if worker.is_busy]
+
+    @property
+    def deadline(self) -> float:
+        """The next time at which a worker is late (time.monotonic)."""
+        return min((w.deadline for w in self._workers if w.is_busy), default=float("inf"))
+
+    def wait_ready(self) -> None:
+        """Raises ConfigError when a reward cannot be had."""
+        for worker in self._workers:
+            if not worker.pipe.poll(max(0.0, worker.deadline - time.monotonic())):
+                raise ConfigError(
+                    f"rewards: {', '.join(self.labels)} was not ready after"
+                    f" {self.shape.start_seconds:g} s. Look at what it does when it is loaded."
+                )
+            try:
+                worker.receive()
+            except EOFError:
+                raise ConfigError(
+                    f"rewards: {', '.join(self.labels)}: its process ended as it was loaded."
+                ) from None
+
+    def ask(self, items: Sequence[Item]) -> None:
+        """Put completions in the queue."""
+        size = self.shape.batch
+        self._queue.extend(tuple(items[i : i + size]) for i in range(0, len(items), size))
+
+    def send(self) -> None:
+        """Give waiting completions to workers without any."""
+        for worker in self._workers:
+            if not worker.is_busy and self._queue:
+                worker.send(self._queue.popleft())
+
+    def answers(self) -> Iterator[tuple[int, Answer]]:
+        """What is there by now; what is late or dead is replaced."""
+        for place, worker in enumerate(self._workers):
+            if not worker.is_busy:
+                continue
+            fault = None
+            try:
+                while worker.is_busy and worker.pipe.poll():
+                    yield from worker.receive()
+                if worker.is_busy and time.monotonic() >= worker.deadline:
+                    fault = "timeout"
+            except (EOFError, OSError):
+                fault = "crash"
+            if fault is not None:
+                left = worker.left
+                worker.close()
+                self._workers[place] = self._started()
+                yield from self._blamed(left, fault)
+
+    def _blamed(self, items: Batch, fault: str) -> Iterator[tuple[int, Answer]]:
+        """One item is to blame; of several, one: halves are tried again until it is alone."""
+        if len(items) == 1:
+            yield items[0].number, Answer(dict.fromkeys(self.labels), fault)
+        else:
+            middle = len(items) // 2
+            self._queue.extendleft((items[middle:], items[:middle]))
+
+    def _started(self) -> "_Worker":
+        return _Worker(self.kind, self.configs, self.shape)
+
+    def close(self) -> None:
+        """End all workers, and what they have started."""
+        for worker in self._workers:
+            worker.let_go()
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+        self._queue.clear()
+
+
+class _Worker:
+    """One process and the completions in its hands."""
+
+    def __init__(self, kind: Kind, configs: tuple[RewardConfig, ...], shape: Shape):
+        context = multiprocessing.get_context("forkserver")
+        self.pipe, theirs = context.Pipe()
+        self._leash, tied = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, tied, kind, configs), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        tied.close()
+        self._shape = shape
+        self._left: dict[int, Item] = {}
+        self._is_ready = False
+        self._since = time.monotonic()
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._left)
+
+    @property
+    def left(self) -> Batch:
+        """What it has not answered."""
+        return tuple(self._left.values())
+
+    @property
+    def deadline(self) -> float:
+        limit = self._shape.seconds if self._is_ready else self._shape.start_seconds
+        return self._since + limit
+
+    def send(self, items: Batch) -> None:
+        self._left = {item.number: item for item in items}
+        if self._is_ready:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Hand them over: the clock runs from here."""
+        self._since = time.monotonic()
+        try:
+            self.pipe.send(self.left)
+        except OSError:
+            pass  # it has died: the next look at the pipe says so
+
+    def receive(self) -> Iterator[tuple[int, Answer]]:
+        """The next message. ConfigError when it says that the reward cannot be had."""
+        said: Any = self.pipe.recv()
+        self._since = time.monotonic()
+        if isinstance(said, MoetrainError):
+            raise said
+        if self._is_ready:
+            number, answer = said
+            del self._left[number]
+            return iter([(number, answer)])
+        self._is_ready = True
+        if self._left:
+            self._begin()
+        return iter(())
+
+    def let_go(self) -> None:
+        """Begin to end it."""
+        self._leash.close()
+
+    def close(self) -> None:
+        """End it, and what it has started."""
+        self._leash.close()
+        self._process.join(5.0)
+        if self._process.exitcode is None:
+            try:
+                os.killpg(self._process.pid or 0, signal.SIGKILL)  # it leads a group of its own
+            except (ProcessLookupError, PermissionError):
+                self._process.kill()
+            self._process.join()
+        self.pipe.close()
+
+
+def _serve(
+    pipe: Connection, leash: Connection, kind: Kind, configs: tuple[RewardConfig, ...]
+) -> None:
+    """In a worker: what it is handed, batch after batch, in the main thread, since math-verify and
+    many own rewards use signals.
+    """
+
+    def work() -> None:
+        _restrict()
+        try:
+            service = kind.make(configs)
+        except Exception as error:  # a user's own code, models and drivers: told to the trainer
+            if not isinstance(error, MoetrainError):
+                labels = ", ".join(config.label for config in configs)
+                said = str(error).partition("\n")[0]
+                error = ConfigError(f"rewards: {labels}: {type(error).__name__}: {said}")
+            pipe.send(error)
+            return
+        pipe.send("ready")
+        while True:
+            try:
+                items = pipe.recv()
+            except EOFError:
+                return
+            for answer in service.grade(items):
+                pipe.send(answer)
+
+    kept(work, leash.fileno())
+
+
+def _restrict() -> None:
+    """Silent, bounded in what it writes, and the first to go where memory ends."""
+    silent = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(silent, stream)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = LARGEST_FILE if hard == resource.RLIM_INFINITY else min(LARGEST_FILE, hard)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    Path("/proc/self/oom_score_adj").write_text("1000")

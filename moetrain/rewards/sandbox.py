@@ -1,0 +1,292 @@
+"""Runs a program on text where it can reach nothing: no network, no file but its own and the
+system's, no process but its own, and little memory, time, output and disk.
+
+By bubblewrap, or by namespaces of our own (jail.py). Whichever it is has to prove itself on this
+machine before any program is run; where neither does there is a ConfigError, and no unsafe run.
+"""
+
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from moetrain.errors import ConfigError
+from moetrain.rewards import seccomp
+
+MB = 1 << 20
+HOME = "/tmp/home"
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": HOME, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+SYSTEM = ("/bin", "/sbin", "/lib", "/lib64", "/lib32", "/usr")
+SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
+# Root's programs each run as a user of their own, so that the kernel counts their processes apart.
+FIRST_UID, NUM_UIDS = 20000, 40000
+MAX_TOLD = 1 << 16
+
+File = tuple[bytes, int]  # content, mode
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one run; sizes in bytes."""
+
+    seconds: float  # by the clock; of CPU as many, rounded up, for each process
+    memory: int = 512 * MB  # address space of a process
+    file: int = 16 * MB  # a file, the output, and all files together
+    processes: int = 4  # and threads
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a run ended. "broken": the sandbox could not start it, which says nothing about it."""
+
+    end: Literal["exit", "timeout", "output", "broken"]
+    code: int  # over 128: of the signal that ended it
+    out: bytes
+    said: str  # the end of its standard error, for people
+    seconds: float
+
+
+class Sandbox:
+    """Ready to run programs, one at a time.
+
+    Args:
+        kind: "auto" takes bubblewrap where it works, else namespaces.
+        read: further folders that programs may read.
+        python: the interpreter for programs; None: this one (without the packages of its virtual
+            environment), or else the system's.
+    """
+
+    def __init__(self, kind: str = "auto", read: Sequence[str] = (), python: str | None = None):
+        self.read, self.links = _system(read)
+        self.filter = _file(seccomp.program())
+        self.uid = FIRST_UID + os.getpid() % NUM_UIDS if _is_real_root() else None
+        self.tools = {name: _tool(name) for name in ("prlimit", "setpriv")}
+        own = (os.path.realpath(sys.executable), "/usr/bin/python3")
+        self._pythons = own if python is None else (os.path.expanduser(python),)
+        self.python, self._proc = self._pythons[0], True
+        kinds = ("bubblewrap", "namespaces") if kind == "auto" else (kind,)
+        found = {one: self._try(one) for one in kinds}
+        self.kind = next((one for one, trouble in found.items() if trouble is None), None)
+        if self.kind is None:
+            troubles = "; ".join(f"{one}: {trouble}" for one, trouble in found.items())
+            raise ConfigError(
+                f"There is no safe sandbox for code on this machine ({troubles}). Install"
+                " bubblewrap or allow user namespaces (sysctl user.max_user_namespaces,"
+                " kernel.apparmor_restrict_unprivileged_userns=0; in a container its seccomp"
+                " profile), or set sandbox: piston with a url."
+            )
+
+    def run(
+        self,
+        command: Sequence[str],
+        stdin: bytes = b"",
+        files: Mapping[str, File] | None = None,
+        limits: Limits | None = None,
+    ) -> Ran:
+        """Run `command` in an empty folder with `files` in it.
+
+        Everything that it started has ended, or is being ended by the kernel, when this returns.
+        """
+        assert self.kind is not None
+        return self._run(self.kind, command, stdin, files or {}, limits or Limits(5.0))
+
+    def _run(
+        self,
+        kind: str,
+        command: Sequence[str],
+        stdin: bytes,
+        files: Mapping[str, File],
+        limits: Limits,
+    ) -> Ran:
+        streams = [_file(stdin), _file(), _file()]
+        status = _file()
+        given = [(_file(data), f"{HOME}/{name}", mode) for name, (data, mode) in files.items()]
+        limited = [*self._limit(limits), *command]
+        start = self._bubblewrap if kind == "bubblewrap" else self._namespaces
+        fds = [status, self.filter, *(fd for fd, _, _ in given)]
+        os.lseek(self.filter, 0, os.SEEK_SET)
+        started = time.monotonic()
+        try:
+            process = subprocess.Popen(
+                start(limited, given, status, limits.file),
+                stdin=streams[0],
+                stdout=streams[1],
+                stderr=streams[2],
+                pass_fds=fds,
+                env={},
+                cwd="/",
+                start_new_session=True,
+            )
+            in_time = _wait(process, limits.seconds)
+            seconds = time.monotonic() - started
+            told = _told(os.pread(status, MAX_TOLD, 0))
+            out = os.pread(streams[1], limits.file, 0)
+            sizes = [os.fstat(fd).st_size for fd in streams[1:]]
+            said = os.pread(streams[2], 2000, max(0, sizes[1] - 2000)).decode(errors="replace")
+        finally:
+            for fd in (*streams, status, *(fd for fd, _, _ in given)):
+                os.close(fd)
+        code = told.get("exit-code", -1)
+        if not in_time or code == 128 + 24:  # SIGXCPU
+            return Ran("timeout", code, out, said, seconds)
+        if code < 0 or "error" in told:
+            return Ran("broken", code, out, str(told.get("error", said)).strip(), seconds)
+        end = "output" if max(sizes) >= limits.file else "exit"
+        return Ran(end, code, out, said, seconds)
+
+    def _limit(self, limits: Limits) -> list[str]:
+        cpu = int(limits.seconds) + 1
+        ours = 2 if self.uid is None else 0  # starter and init are the user's processes, too
+        words = [
+            f"--nproc={limits.processes + ours}",
+            f"--as={limits.memory}",
+            f"--fsize={limits.file}",
+            f"--cpu={cpu}:{cpu + 1}",
+            f"--stack={min(limits.memory // 4, 64 * MB)}",
+            "--nofile=64",
+            "--core=0",
+        ]
+        return [self.tools["prlimit"], *words]
+
+    def _bubblewrap(
+        self, command: list[str], files: list[tuple[int, str, int]], status: int, space: int
+    ) -> list[str]:
+        words = [_tool("bwrap"), "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+        words += ["--die-with-parent", "--new-session", "--clearenv"]
+        if self.uid is None:
+            words += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
+        else:
+            words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+            who = [f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"]
+            setpriv = [self.tools["setpriv"], *who, "--inh-caps=-all", "--no-new-privs"]
+            command = [*setpriv, *command]
+        words += ["--perms", "1777", "--size", str(space), "--tmpfs", "/tmp"]
+        words += ["--perms", "1777", "--dir", HOME]
+        for path in self.read:
+            for parent in reversed(Path(path).parents[:-1]):  # else as closed as on the host
+                words += ["--perms", "0755", "--dir", str(parent)]
+            words += ["--ro-bind", path, path]
+        for path, target in self.links:
+            words += ["--symlink", target, path]
+        words += ["--proc", "/proc"] if self._proc else []
+        words += ["--dev", "/dev", "--remount-ro", "/dev"]
+        for fd, path, mode in files:
+            words += ["--perms", f"{mode:o}", "--file", str(fd), path]
+        for name, value in ENVIRONMENT.items():
+            words += ["--setenv", name, value]
+        words += ["--seccomp", str(self.filter), "--json-status-fd", str(status)]
+        return [*words, "--chdir", HOME, "--remount-ro", "/", "--", *command]
+
+    def _namespaces(
+        self, command: list[str], files: list[tuple[int, str, int]], status: int, space: int
+    ) -> list[str]:
+        job = {
+            "parent": os.getpid(),
+            "uid": self.uid,
+            "read": self.read,
+            "links": self.links,
+            "files": files,
+            "filter": self.filter,
+            "status": status,
+            "space": space,
+            "home": HOME,
+            "command": command,
+            "environment": ENVIRONMENT,
+        }
+        return [sys.executable, "-I", "-S", "-c", _JAIL, json.dumps(job)]
+
+    def _try(self, kind: str) -> str | None:
+        """What keeps a kind from being used here: a run of probe.py has to find every door shut."""
+        if kind == "bubblewrap" and shutil.which("bwrap") is None:
+            return "not installed"
+        program = {"probe.py": (_PROBE, 0o644)}
+        ran = Ran("broken", -1, b"", "", 0.0)
+        with tempfile.NamedTemporaryFile() as ours:
+            os.chmod(ours.name, 0o644)
+            # An interpreter may need what is not visible there (LD_LIBRARY_PATH), and a container
+            # that hides parts of its /proc lets no other be mounted.
+            for python, proc in product(self._pythons, (True, False)):
+                self.python, self._proc = python, proc
+                words = [self.python, "-I", "-S", "probe.py", str(os.getpid()), ours.name]
+                ran = self._run(kind, words, b"", program, Limits(20.0))
+                if ran.end == "exit" and ran.out == b"shut":
+                    return None
+        said = (ran.out.decode(errors="replace") + " " + ran.said).strip().splitlines()
+        return (said or [f"{ran.end} {ran.code}"])[-1]
+
+
+_JAIL = Path(__file__).with_name("jail.py").read_text()
+_PROBE = Path(__file__).with_name("probe.py").read_bytes()
+
+
+def _system(read: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """What every program may read, and symbolic links such as /bin."""
+    links = [(path, os.readlink(path)) for path in SYSTEM if os.path.islink(path)]
+    whole = [path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path)]
+    own = [] if sys.base_prefix.startswith("/usr") else [os.path.realpath(sys.base_prefix)]
+    further = [os.path.realpath(os.path.expanduser(path)) for path in read]
+    for path in further:
+        if not os.path.exists(path):
+            raise ConfigError(f"rewards: code: read: {path} does not exist. Check the path.")
+    files = [path for path in SYSTEM_FILES if os.path.exists(path)]
+    return [*whole, *files, *own, *further], links
+
+
+def _is_real_root() -> bool:
+    """Root, and not only in a namespace of users that holds no others."""
+    if os.geteuid() != 0:
+        return False
+    rows = [
+        [int(word) for word in line.split()]
+        for line in Path("/proc/self/uid_map").read_text().splitlines()
+    ]
+    last = FIRST_UID + NUM_UIDS
+    return any(first <= FIRST_UID and first + num >= last for first, _, num in rows)
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name, path="/usr/bin:/bin:/usr/local/bin")
+    if found is None:
+        raise ConfigError(f"The sandbox for code needs {name}: install util-linux.")
+    return found
+
+
+def _file(data: bytes = b"") -> int:
+    """A file in memory that holds `data`; what is written to it is bounded by the file limit."""
+    fd = os.memfd_create("moetrain")
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
+    """Whether it ended by itself; it has ended in any case."""
+    handle = os.pidfd_open(process.pid)
+    try:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        ended = bool(poll.poll(seconds * 1000))
+    finally:
+        os.close(handle)
+        process.kill()
+        process.wait()
+    return ended
+
+
+def _told(said: bytes) -> dict[str, Any]:
+    """What bubblewrap, or jail.py, says of the run."""
+    told: dict[str, Any] = {}
+    for line in said.decode(errors="replace").splitlines():
+        told |= json.loads(line)
+    return told
