@@ -1,5 +1,6 @@
 """Recipes: what is resolved, what is refused, and in which words. No torch."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -232,3 +233,65 @@ def test_builtin_model_is_of_a_known_family() -> None:
     tiny = dims["qwen3-moe-tiny"]
     assert (tiny.experts, tiny.top_k, tiny.head_dim) == (8, 2, 32)
     assert tiny.head_dim != tiny.hidden // tiny.heads
+
+
+# Rewards
+
+GRPO = """
+run_dir: runs/x
+model: {path: "builtin:qwen3-moe-tiny"}
+method: grpo
+data: {train: a.jsonl}
+train: {steps: 3}
+rollout: {}
+rewards: [accuracy, {name: format, weight: 0.2}, "./own.py:emoji"]
+"""
+
+
+def test_rewards_are_resolved(tmp_path: Path) -> None:
+    more = "rewards=[exact,{name: length, options: {target: 9}},{name: ./o.py:f, options: {k: 1}}]"
+    rewards = load(tmp_path, text=GRPO).rewards
+    assert [(r.label, r.weight) for r in rewards] == [
+        ("accuracy", 1.0),
+        ("format", 0.2),
+        ("emoji", 1.0),
+    ]
+    rewards = load(tmp_path, more, text=GRPO).rewards
+    assert [r.options for r in rewards] == [{}, {"target": 9}, {"k": 1}]
+    judge = "{name: judge, label: strict, options: {url: http://h/v1, model: m}}"
+    recipe = load(tmp_path, f"rewards=[code,{judge}]", text=GRPO)
+    assert [r.label for r in recipe.rewards] == ["code", "strict"]
+    assert recipe.rewards[0].options["scoring"] == "pass_fail"
+    again = load(tmp_path, text=dump_recipe(recipe))
+    assert again.rewards == recipe.rewards
+
+
+JUDGE = "name: judge, options: {model: m, url: http://h/v1"
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ("[acuracy]", "'acuracy' is not known.*Did you mean 'accuracy'"),
+        ("[my_rewards.py]", "FILE.py:FUNCTION"),
+        ("[exact, exact]", "two are called 'exact'"),
+        ("[a.py:f, b.py:f]", "two are called 'f'"),
+        ("[{name: length, options: {traget: 3}}]", "no option 'traget'.*Did you mean 'target'"),
+        ("[{name: length, options: {target: 0}}]", "length: option target: .*greater"),
+        ("[{name: exact, options: {x: 1}}]", "exact has no option 'x'.*It has: none"),
+        ("[{name: format, options: {pattern: '('}}]", "is not a regular expression"),
+        ("[{name: language, options: {script: klingon}}]", "option script: .*'JAPANESE'"),
+        ("[{name: code, options: {sandbox: docker}}]", "option sandbox: .*'bubblewrap'"),
+        ("[{name: code, options: {sandbox: piston}}]", "piston and url go together"),
+        ("[{name: code, options: {languages: []}}]", "option languages: "),
+        ("[judge]", "judge needs the option"),
+        ("[reward_model]", "reward_model needs the option 'path'"),
+        ("[{name: judge, options: {model: m, url: h}}]", "'h' is not an address"),
+        (f"[{{{JUDGE}, pattern: x}}}}]", "one group"),
+        (f"[{{{JUDGE}, pattern: '('}}}}]", "not a regular expression"),
+        (f"[{{{JUDGE}, prompt: hello}}}}]", "must have {completion} in it"),
+        (f"[{{{JUDGE}, low: 1, high: 1}}}}]", "must differ"),
+    ],
+)
+def test_rewards_are_refused(tmp_path: Path, rewards: str, message: str) -> None:
+    assert re.search(message, refusal(tmp_path, f"rewards={rewards}", text=GRPO))

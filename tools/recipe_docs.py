@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from moetrain.config.recipe import Recipe
+from moetrain.config.rewards import OPTIONS
 
 DOC = Path(__file__).parent.parent / "docs" / "recipes.md"
 HEAD = """# Recipes
@@ -64,6 +65,8 @@ def show_default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is None:
         return "not set"
+    if isinstance(value, str):
+        return f"`{value}`" if value and "\n" not in value else "a text" if value else "not set"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return f"`{value}`"
@@ -96,6 +99,15 @@ def section(key: str, model: type[BaseModel]) -> list[str]:
     return [(model.__doc__ or "").strip(), "", *table(rows)]
 
 
+def reward_options() -> list[str]:
+    """What each reward can be told."""
+    lines: list[str] = []
+    for name, model in OPTIONS.items():
+        if model.model_fields:
+            lines += [f"### rewards: {name}", "", *section("options", model)[2:]]
+    return lines
+
+
 def text() -> str:
     """The whole page."""
     fields = Recipe.model_fields
@@ -110,6 +122,8 @@ def text() -> str:
                 name = model.model_fields["name"].default
                 lines += [f"### {key}: {name}", ""]
             lines += section(key, model)
+        if key == "rewards":
+            lines += reward_options()
     return "\n".join(lines).rstrip() + "\n"
 
 

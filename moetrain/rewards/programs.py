@@ -35,7 +35,7 @@ LANGUAGES = {
         run=("./main",),
     ),
 }
-COMPILER = Limits(0.0, memory=4096 * MB, file=64 * MB, processes=16)
+COMPILER = Limits(0.0, memory=2048 * MB, file=64 * MB, processes=16)
 
 
 class Broken(Exception):
