@@ -203,7 +203,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reward")
     tokenizer = fit(["how long is it, and what is it worth? as long as it is wide"] * 3, 300)
     tokenizer.save_pretrained(str(folder))
-    fields = CONFIGS["qwen3_moe"] | {"vocab_size": 320, "num_labels": 1}
+    fields: dict[str, Any] = CONFIGS["qwen3_moe"] | {"vocab_size": 320, "num_labels": 1}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(0)
     made = AutoModelForSequenceClassification.from_config(config).float()
