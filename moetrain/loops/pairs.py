@@ -1,5 +1,6 @@
 """`moetrain pairs`: preference pairs, or instruction data, from files of graded answers."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from moetrain.data.samples import read_lines, write_lines
 from moetrain.errors import DataError
 from moetrain.loops.answers import Row, check_manifest, manifest_of
 from moetrain.loops.run_dir import environment
+from moetrain.observe.progress import CountDisplay
 
 
 def choose(
@@ -83,10 +85,12 @@ def _files(source: Path) -> list[Path]:
 
 
 def _rows(files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, Row]]:
+    display = CountDisplay("prompts", sum(_num_lines(path) for own in files for path in own))
     for source, own in enumerate(files):
         for path in own:
             found = False
             for number, row in enumerate(read_lines(path), 1):
+                display.advance()
                 if "cursor" in row:  # the head of a step's rollouts
                     continue
                 if not {"prompt", "answers"} <= row.keys():
@@ -98,6 +102,12 @@ def _rows(files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, Row]]:
                 yield source, row
             if not found:
                 raise DataError(f"{path} holds no whole prompt yet.")
+    display.close()
+
+
+def _num_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
 def _parted(
@@ -106,7 +116,8 @@ def _parted(
     """By prompt, so that none is on both sides; a prompt's side depends on itself alone."""
 
     def is_held_out(record: Mapping[str, Any]) -> bool:
-        return int(record["id"][:8], 16) < held_out * 2**32
+        digest = hashlib.sha256(str(record["id"]).encode()).hexdigest()
+        return int(digest[:8], 16) < held_out * 2**32
 
     return (
         [record for record in records if not is_held_out(record)],

@@ -118,6 +118,8 @@ def answer_all(
                 stack.callback(engine.close)
                 engine.push(weights_of(recipe, source), 0)
                 Answering(engine, grader, sampling, num, recipe.seed).run(prompts, file, name)
+                if grader.said:
+                    print(f"the last fault of a reward: {grader.said}")
             counts = counted(file.rows())
             file.finish(counts)
             return counts

@@ -58,7 +58,7 @@ class ProgressDisplay:
 
 class CountDisplay:
     """Shows how many of `total` things are done, on stderr: a bar on a terminal, else a line every
-    ten seconds and one at the end.
+    ten seconds and one at the end of what took longer.
     """
 
     def __init__(self, name: str, total: int, done: int = 0):
@@ -86,7 +86,8 @@ class CountDisplay:
             self._bar.update(self._task, completed=self.done, figures=figures)
             return
         now = time.monotonic()
-        if self.done == self.total or now - self._last_line >= QUIET_SECONDS:
+        ends = self.done == self.total and now - self._started >= QUIET_SECONDS
+        if ends or now - self._last_line >= QUIET_SECONDS:
             self._last_line = now
             rate = (self.done - self._first) / max(now - self._started, 1e-9)
             line = f"{self.name} {self.done}/{self.total}  {rate:.1f}/s  {figures}"
