@@ -94,6 +94,7 @@ def test_empty_section_has_its_defaults(tmp_path: Path) -> None:
     [
         ("optim.lrr=1", ["'optim.lrr'", "Did you mean 'optim.lr'?", "warmup"]),
         ("train.lr=1", ["'train.lr'", "Did you mean 'optim.lr'?", "global_batch"]),
+        ("method.gamma=1", ["'method.gamma'. It is a key of simpo, ppo. Allowed there: "]),
         ("tp=2", ["'tp'", "Did you mean 'parallel.tp'?"]),
         ("modle.path=x", ["'modle'", "Did you mean 'model'?"]),
         ("method.beta=1", ["'method.beta'", "name"]),

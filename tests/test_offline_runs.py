@@ -4,6 +4,7 @@ out of a run, a deepened model.
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,12 +138,22 @@ def test_before_the_first_update_policy_and_reference_are_one(runs: Path) -> Non
 
 
 def test_a_cache_of_another_model_is_refused(runs: Path, tmp_path: Path) -> None:
+    from moetrain.data import assets
+
     (folder,) = (runs / "cache" / "reference").glob("[!.]*")
     recipe, own = EXAMPLES / "lora_dpo_tiny.yaml", f"data.reference={folder}"
     same = train(recipe, tmp_path / "same", own, FEW)
     assert same.returncode == 0, same.stderr
-    data = "data.train=builtin:checkable-pairs"
-    for changes, word in ((("model.init=random", FEW), "model"), ((data,), "data or tokenizer")):
+    other = tmp_path / "tokenizer"  # another one, though these data have the same tokens in it
+    shutil.copytree(assets.resolve("builtin:stdlib-tokenizer"), other)
+    words = json.loads((other / "tokenizer.json").read_text())
+    words["model"]["merges"] = words["model"]["merges"][:-1]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    for changes, word in (
+        (("model.init=random", FEW), "model"),
+        ((f"model.tokenizer={other}", FEW), "tokenizer"),
+        (("data.train=builtin:checkable-pairs",), "data"),
+    ):
         done = train(recipe, tmp_path / "other", own, *changes)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert f"another {word}" in done.stderr

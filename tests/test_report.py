@@ -258,6 +258,7 @@ def in_browser(page: Path, script: str) -> Any:
     text = page.read_text().replace("<meta charset", told + "<meta charset", 1)
     probe.write_text(text.replace("</html>", answer + "</html>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900"]
+    flags += ["--no-first-run", "--disable-background-networking"]
     profile = f"--user-data-dir={page.parent / 'profile'}"
     done = subprocess.run(
         [browser, *flags, profile, "--dump-dom", probe.as_uri()],

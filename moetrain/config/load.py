@@ -166,6 +166,9 @@ def _hint(key: str, location: Sequence[str], allowed: Sequence[str], root: type[
     # Without the section's name, which would make everything in it look alike.
     near = nearest(leaf, allowed).replace(" '", " '" + "".join(f"{name}." for name in parents), 1)
     homes = sorted(known for known in _all_keys(root) if known.split(".")[-1] == leaf)
+    if not near and key in homes:
+        owners = [name for name in _methods() if leaf in _fields_at(parents, name)]
+        return f" It is a key of {', '.join(owners)}."
     if not near and homes:
         return f" Did you mean {' or '.join(repr(home) for home in homes)}?"
     return near or nearest(key, _all_keys(root))

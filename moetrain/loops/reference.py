@@ -1,6 +1,6 @@
 """Reference log-probs: what the model says of every answer before it is trained, computed once.
 
-They lie in the cache under a key of the model, the data (with its tokenizer and template) and the
+They lie in the cache under a key of the model, the tokenizer, the tokens of the data and the
 precision, so that all runs of a sweep read one file and no second model is ever in memory.
 """
 
@@ -18,9 +18,10 @@ from rich.progress import track
 from torch import Tensor
 
 from moetrain.config.recipe import Recipe
-from moetrain.data.cache import build_once, cache_root, key_of
-from moetrain.data.loader import build_set, prepare
+from moetrain.data.cache import build_once, cache_root, digest_files, key_of
+from moetrain.data.loader import build_set, prepare, tokenizer_of
 from moetrain.data.sets import PackedSet
+from moetrain.data.tokenizer import tokenizer_files
 from moetrain.engine import Engine
 from moetrain.errors import DataError
 from moetrain.loops.models import model_digest
@@ -107,8 +108,14 @@ def _identity(recipe: Recipe, engine: Engine, data: PackedSet) -> dict[str, Any]
         "version": VERSION,
         "model": _on_main(engine, lambda: model_digest(recipe, engine.source)),
         "dtype": recipe.model.dtype,
-        "data or tokenizer": data.sequences_fingerprint,
+        "tokenizer": _tokenizer_digest(recipe),
+        "data": data.sequences_fingerprint,
     }
+
+
+def _tokenizer_digest(recipe: Recipe) -> str:
+    files = tokenizer_files(tokenizer_of(recipe))
+    return key_of([digest for _, digest in digest_files(files, cache_root(recipe.data.cache))])
 
 
 def keep(folder: Path, table: Tensor, identity: dict[str, Any]) -> None:
@@ -127,8 +134,8 @@ def _check(folder: Path, identity: dict[str, Any]) -> None:
         found = json.loads((folder / "identity.json").read_text())
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{folder} holds no reference log-probs ({error}). Remove it, or leave data.reference"
-            " out: they are computed then."
+            f"{folder} holds no reference log-probs ({error}). Leave data.reference out, or remove"
+            " it from the cache: they are computed then."
         ) from error
     for name, wanted in identity.items():
         if found.get(name) != wanted:
