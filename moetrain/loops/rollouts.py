@@ -148,6 +148,8 @@ class Collector:
             raise DataError(
                 f"Step {step}: no prompt kept two graded answers. The rewards gave None for the"
                 " rest; look at their columns, or raise rollout.group_size."
+                + f" The last fault: {self.grader.said}"
+                * bool(self.grader.said)
             )
         self.store.write(batch)
         return batch

@@ -72,7 +72,7 @@ class Grader:
         self.counts.update(answer.notes)
         if answer.fault is not None:
             self.counts[answer.fault] += 1
-            self.said = answer.detail or answer.fault
+            self.said = " ".join((answer.detail or answer.fault).split())[:300]
 
     def _verdict(self, answers: Sequence[Answer]) -> Graded:
         parts = {name: value for answer in answers for name, value in answer.values.items()}
