@@ -16,6 +16,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from moetrain.config.load import load_recipe
 from moetrain.config.rollout import RolloutConfig
 from moetrain.data import assets
 from moetrain.data.samples import Prompt, Sample
@@ -25,9 +26,11 @@ from moetrain.rollout.client import Client, QueueFull, ServerLost
 from moetrain.rollout.dealing import Deal
 from moetrain.rollout.fleet import Fleet
 from moetrain.rollout.process import interpreter, token_of
+from moetrain.rollout.serve import serve
 from moetrain.rollout.servers import Given
 from moetrain.rollout.transfer import buckets, described
 
+RECIPE = Path(__file__).parents[1] / "examples" / "grpo_tiny.yaml"
 TOKEN = "a-token"
 
 
@@ -222,7 +225,7 @@ def test_the_token(tmp_path: Path) -> None:
     file.chmod(0o644)
     with pytest.raises(RolloutError, match="can be read by others: chmod 600"):
         token_of(file, make=True)
-    with pytest.raises(RolloutError, match="cannot be read"):
+    with pytest.raises(RolloutError, match="cannot be read or made"):
         token_of(tmp_path / "none", make=False)
 
 
@@ -306,3 +309,25 @@ def test_weights_that_cannot_be_written(tmp_path: Path, tokenizer: Path) -> None
     with pytest.raises(RolloutError, match=r"cannot be written.*Make room"):
         fleet.push([("w", torch.ones(2))], 1)
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["rollout.address=[http://a:1]"], "a server has rollout.host"),
+        (["rollout.push=nccl"], "needs GPUs. Take file"),
+        (["rollout.token_file=/proc/none"], "cannot be"),
+        ([], "set MOETRAIN_ROLLOUT_TOKEN or rollout.token_file"),
+    ],
+    ids=str,
+)
+def test_servers_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
+) -> None:
+    if torch.cuda.is_available() and "nccl" in message:
+        pytest.skip("there are GPUs here")
+    monkeypatch.delenv("MOETRAIN_ROLLOUT_TOKEN", raising=False)
+    recipe = load_recipe(RECIPE, [f"run_dir={tmp_path / 'run'}", *more])
+    with pytest.raises(RolloutError, match=message):
+        serve(recipe, {}, 1)
+    assert not (tmp_path / "run").exists()

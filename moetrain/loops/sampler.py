@@ -30,6 +30,7 @@ from moetrain.rollout.parity import gap_of, tolerance_of
 
 ROUND_SECONDS = 2.0
 NUM_PROBES = 4  # prompts that are scored on both sides after every push
+PROBE_LENGTH = 72  # tokens at least: two blocks of a prefix cache, or a stale one is not seen
 T = TypeVar("T")
 
 
@@ -209,7 +210,10 @@ class Live:
         self.engine, self.prompts = engine, prompts
         self.stop, self.driver = stop, driver
         self._last = self._asked = 0
-        self._probes = [p.tokens for p in prompts.train.prompts[:NUM_PROBES]]
+        length = min(PROBE_LENGTH, recipe.data.seq_len // 2)
+        self._probes = [
+            p.tokens * -(-length // len(p.tokens)) for p in prompts.train.prompts[:NUM_PROBES]
+        ]
 
     def start(self, step: int, last: int, state: dict[str, Any]) -> None:
         self._last, self._asked = last, step

@@ -165,20 +165,18 @@ def token_of(file: Path | None, *, make: bool) -> str:
     if file is None:
         token = os.environ.get(TOKEN, "") or (secrets.token_hex(32) if make else "")
         if not token:
-            raise RolloutError(
-                f"rollout.address needs the servers' token: set {TOKEN} or rollout.token_file."
-            )
+            raise RolloutError(f"The servers' token is wanted: set {TOKEN} or rollout.token_file.")
         return token
-    if make and not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-            out.write(secrets.token_hex(32) + "\n")
     try:
+        if make and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+                out.write(secrets.token_hex(32) + "\n")
         mode = stat.S_IMODE(file.stat().st_mode)
         token = file.read_text().strip()
     except OSError as error:
         raise RolloutError(
-            f"The token file {file} cannot be read: {error.strerror}. `moetrain serve` with"
+            f"The token file {file} cannot be read or made: {error.strerror}. `moetrain serve` with"
             f" rollout.token_file={file} makes one."
         ) from error
     if mode & 0o077:

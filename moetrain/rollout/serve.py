@@ -12,7 +12,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.errors import RolloutError
 from moetrain.rollout.client import Client, ServerLost
 from moetrain.rollout.opening import env_of, launch_of, token_of, way_of
-from moetrain.rollout.process import ServerProcess
+from moetrain.rollout.process import ServerProcess, interpreter
 
 LOOK_SECONDS = 2.0
 SHORT_SECONDS = 10.0  # a server that lives no longer than this, three times, has a lasting problem
@@ -31,6 +31,7 @@ def serve(recipe: Recipe, hf: dict[str, Any], port: int) -> int:
     if way == "ipc":
         raise RolloutError("rollout.push=ipc: the trainer starts that server itself.")
     token = token_of(rollout.token_file, make=rollout.token_file is not None)
+    interpreter(rollout.python)
     folder = recipe.run_dir.absolute() / "servers" / f"port{port}"
     launch = launch_of(recipe, hf, folder, token, way, env_of(rollout, way, 0, behind=0), port)
     stop = threading.Event()

@@ -2,6 +2,7 @@
 serve given weights from a fresh start.
 """
 
+import sys
 import time
 from pathlib import Path
 from typing import Protocol
@@ -84,7 +85,7 @@ class Given:
     def _until(self, folder: Path | None, version: int | None) -> None:
         """Ask until another process than the one so far answers, and serves `version`."""
         deadline = time.monotonic() + self.start_timeout
-        said = "nothing"
+        said = ""
         while time.monotonic() < deadline:
             try:
                 found = self.client.get("/health", HEALTH_SECONDS)
@@ -93,6 +94,8 @@ class Given:
                     return
                 self.client.post("/reload", {"folder": str(folder), "version": version})
             except ServerLost as lost:
+                if not said:
+                    print(f"moetrain: waiting for a server: {lost}", file=sys.stderr, flush=True)
                 said = str(lost)
             time.sleep(POLL_SECONDS)
         raise RolloutError(

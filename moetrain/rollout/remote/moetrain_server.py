@@ -55,6 +55,7 @@ class Service:
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         self.settings, self.file = settings, file
         self.version: int | None = settings["version"]  # None: unknown weights, nothing is drawn
+        self.loading = False  # the engine's loop stands still then, for minutes in a large model
         self.unfinished = 0
         self.layers: list[int] = []
         self._numbers = count()
@@ -69,7 +70,8 @@ class Service:
 
     async def health(self, body: dict[str, Any]) -> Any:
         await self.engine.check_health()
-        await self.engine.is_sleeping()  # goes through the engine's loop: it turns
+        if not self.loading:
+            await self.engine.is_sleeping()  # goes through the engine's loop: it turns
         return {
             "version": self.version,
             "unfinished": self.unfinished,
@@ -208,14 +210,14 @@ class Service:
 
     async def _hold(self) -> None:
         """No request runs while weights change; what is left of earlier ones is dropped."""
-        self.version = None
+        self.version, self.loading = None, True
         await self.engine.pause_generation(mode="abort", clear_cache=True)
 
     async def _serve(self, version: int) -> None:
         if not await self.engine.reset_prefix_cache():
             raise Refused(500, "vLLM did not reset its prefix cache")
         await self.engine.resume_generation()
-        self.version = version
+        self.version, self.loading = version, False
 
     async def reload(self, body: dict[str, Any]) -> Any:
         wanted = self.settings | {"model": body["folder"], "version": body["version"]}
