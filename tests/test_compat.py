@@ -60,6 +60,16 @@ def test_the_mend_is_still_needed(mend: str) -> None:
     assert done.returncode == 0, f"{mend} can go: {done.stderr[-500:]}"
 
 
+def test_the_fields_of_megatrons_config_are_known() -> None:
+    import dataclasses
+
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from moetrain.config.megatron_fields import FIELDS
+
+    assert {field.name for field in dataclasses.fields(TransformerConfig)} == FIELDS
+
+
 def test_a_device_context_still_counts() -> None:
     """transformers builds a model `with torch.device("meta")` in the same process."""
     code = (

@@ -56,6 +56,7 @@ def test_defaults_and_shorthands(tmp_path: Path) -> None:
         ("method.name=pretrain", "method.name", "pretrain"),
         ("observe.wandb.project=x=y", "observe.wandb", {"project": "x=y"}),
         ("megatron.moe_permute_fusion=true", "megatron", {"moe_permute_fusion": True}),
+        ("parallel={pp: 2, vpp: 1}", "parallel.vpp", None),  # no interleaving
     ],
 )
 def test_override(tmp_path: Path, override: str, key: str, value: Any) -> None:
@@ -124,6 +125,8 @@ def test_empty_section_has_its_defaults(tmp_path: Path) -> None:
         ("optim.lr=.inf", ["'optim.lr'", "finite"]),
         ("optim.offload=2", ["'optim.offload'", "less than or equal to 1"]),
         ("optim.schedule=cosin", ["'optim.schedule'", "'cosine'", "'wsd'"]),
+        ("megatron.moe_permute_fuzion=true", ["not a TransformerConfig", "'moe_permute_fusion'"]),
+        ("megatron.recompute_modules=[moe]", ["'moe'", "train.recompute=full"]),
         ("data.train=[]", ["'data.train'"]),
         ("data.weights=[1, 2]", ["2 numbers for 1"]),
         ("run_dir=null", ["'run_dir' is missing"]),
@@ -170,8 +173,8 @@ def test_unreadable_file(tmp_path: Path) -> None:
 
 
 def test_merge_keys_still_work(tmp_path: Path) -> None:
-    text = BASE + "optim: &o {lr: 1}\nmegatron: {<<: *o, a: 2}\n"
-    assert load(tmp_path, text=text).megatron == {"lr": 1, "a": 2}
+    text = BASE + "optim: &o {lr: 1}\nobserve: {wandb: {<<: *o, a: 2}}\n"
+    assert load(tmp_path, text=text).observe.wandb == {"lr": 1, "a": 2}
 
 
 @settings(max_examples=50, deadline=None)

@@ -97,3 +97,34 @@ def test_a_failed_build_leaves_nothing_and_the_next_succeeds(tmp_path: Path) -> 
         found = list(pool.map(lambda _: build_once(tmp_path / "a", build), range(8)))
     assert len(made) == 1 and set(found) == {tmp_path / "a"}
     assert (tmp_path / "a" / "whole").is_file()
+
+
+def test_offline_means_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_HUB_OFFLINE, as the Hub's client reads it when it is imported."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="no/such-tokenizer is no folder here and cannot be had"):
+        tokenizer.load("no/such-tokenizer")
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}})
+    )
+    with pytest.raises(DataError, match="cannot be loaded"):
+        tokenizer.load(tmp_path)
+    assert not marker.exists()
+
+
+def test_a_tokenizer_from_the_command_line(tmp_path: Path) -> None:
+    from moetrain import cli
+
+    (tmp_path / "a.txt").write_text("the quick brown fox " * 50)
+    out = str(tmp_path / "made")
+    assert cli.main(["tokenizer", "train", str(tmp_path), "--vocab-size", "270", "--out", out]) == 0
+    loaded = tokenizer.load(out)
+    assert tokenizer.vocab_of(loaded) == 270
+    assert loaded.decode(loaded("the fox")["input_ids"]) == "the fox"

@@ -280,6 +280,12 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     assert model_vocab(made) == 300
     with pytest.raises(DataError, match="has 400 tokens but the model's vocab_size is 300"):
         prepare(made)
+    folder = tmp_path / "megatron"  # a checkpoint knows it too
+    folder.mkdir()
+    (folder / "moetrain.json").write_text(json.dumps({"hf": hf}))
+    model = {"hf": None, "path": str(folder)}
+    with pytest.raises(DataError, match="has 400 tokens but the model's vocab_size is 300"):
+        prepare(recipe(tmp_path, data={"train": str(path)}, model=model))
 
 
 def test_a_full_cache_says_so(tmp_path: Path) -> None:

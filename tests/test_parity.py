@@ -123,6 +123,30 @@ MORE: dict[str, tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]]
     "pp2, tied": ("llama", {"tie_word_embeddings": True}, 2, {"pp": 2}, {}),
     "tp2 without sp": ("llama", {}, 2, {"tp": 2, "sp": False}, {}),
     "dense layers between": ("qwen3_moe", {"decoder_sparse_step": 2}, 2, {"ep": 2}, {}),
+    "llama 3's rotary scaling": (
+        "llama",
+        # Of the four wavelengths one is short, one between and two are long.
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 0.125,
+                "high_freq_factor": 2.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+        1,
+        {},
+        {},
+    ),
+    "linear rotary scaling": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}},
+        1,
+        {},
+        {},
+    ),
     "top-k not renormalised": ("qwen3_moe", {"norm_topk_prob": False}, 1, {}, {}),
     "full recompute": ("qwen3_moe", {}, 2, {"tp": 2}, {"train": {"recompute": "full"}}),
     "full recompute, pp2-ep2": (
@@ -183,6 +207,31 @@ def test_first_twenty_losses_agree_across_layouts(workers: Workers, tiny: Tiny) 
                 assert norm_a == pytest.approx(norm_b, rel=1e-4), name
                 assert router_a["aux_loss"] == pytest.approx(router_b["aux_loss"], rel=1e-4), name
                 assert router_a["z_loss"] == pytest.approx(router_b["z_loss"], rel=1e-4), name
+            assert found[0][2] == pytest.approx(wanted[0][2], rel=1e-4), name  # every layer's load
+
+
+OVERLAPPED: dict[str, tuple[str, dict[str, Any], int, dict[str, int]]] = {
+    # name: (family, changes of its config, world, layout)
+    "dp2-pp2, tied": ("llama", {"tie_word_embeddings": True}, 4, {"pp": 2}),
+    "dp2-ep2": ("qwen3_moe", {}, 2, {"ep": 2}),
+}
+
+
+@pytest.mark.parametrize("case", OVERLAPPED)
+def test_overlapped_traffic_changes_nothing(workers: Workers, tmp_path: Path, case: str) -> None:
+    """Not a bit, over steps between which the weights are read: the gather of one step is due in
+    the next.
+    """
+    family, changes, world, parallel = OVERLAPPED[case]
+    save_model(family, tmp_path, **changes)
+    steps = [sequences(seed) for seed in range(3)]
+    apart, overlapped = (
+        workers.run(
+            world, ranks.losses, str(tmp_path), parallel, steps, 4, {"train": {"overlap": overlap}}
+        )
+        for overlap in (False, True)
+    )
+    assert apart == overlapped
 
 
 @pytest.mark.parametrize("num_packs", [1, 2, 3, 6])

@@ -47,7 +47,7 @@ MIDDLE: dict[str, Any] = TINY | {
 }
 
 
-def recipe(hf: dict[str, Any] = TINY, **sections: dict[str, Any]) -> Recipe:
+def recipe(hf: dict[str, Any] = TINY, **sections: Any) -> Recipe:
     content: dict[str, Any] = {
         "run_dir": "r",
         "model": {"hf": hf, **sections.pop("model", {})},
@@ -163,6 +163,16 @@ def test_dense_model_has_no_expert_axes() -> None:
 def test_batch_that_does_not_divide() -> None:
     with pytest.raises(ConfigError, match=r"train.global_batch=8.*3 data-parallel.*Use 9"):
         check(recipe(), 3)
+
+
+def test_continued_pretraining_wants_weights() -> None:
+    with pytest.raises(ConfigError, match=r"cpt goes on from given weights"):
+        check(recipe(method="cpt"), 1)
+
+
+def test_fp32_has_nothing_to_offload() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.offload.*model\.dtype=fp32"):
+        check(recipe(model={"dtype": "fp32"}, optim={"offload": 0.5}), 1)
 
 
 def by_hand(hf: dict[str, Any], layers: int) -> tuple[int, int]:

@@ -55,8 +55,13 @@ def test_what_a_run_leaves_behind(workers: Workers, tmp_path: Path) -> None:
     assert [(r["step"], "eval_loss" in r) for r in made] == [
         (s, e) for s in range(1, 7) for e in ((False, True) if s % 2 == 0 else (False,))
     ]
-    ledger_keys = {"step", "loss", "tokens", "lr", "grad_norm", "router/dead_experts"}
+    ledger_keys = {"step", "loss", "tokens", "lr", "grad_norm"}
+    loads = [f"{layer}{name}" for layer in ("", "layer0/", "layer3/")
+             for name in ("load_max_over_mean", "dead_experts")]  # fmt: skip
+    ledger_keys |= {f"router/{name}" for name in ("aux_loss", "z_loss", *loads)}
     assert made[0].keys() >= ledger_keys
+    first = json.loads((run.run_dir / "ledger.jsonl").read_text().splitlines()[0])
+    assert first["tokens_per_s"] > 0 and first["memory_gib"] > 0
     assert made[-2]["loss"] < made[0]["loss"]
     names = {path.name for path in run.run_dir.iterdir()}
     assert names >= {"resolved.yaml", "environment.json", "ranks.json", "loss.png", "tensorboard"}

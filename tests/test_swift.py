@@ -143,7 +143,11 @@ MEANINGS = [
         "--report_to wandb --wandb_project p --wandb_exp_name n",
         {"observe.wandb": {"project": "p", "name": "n"}, "observe.tensorboard": False},
     ),
-    (BASE, """--megatron_extra_kwargs '{"moe_n": 1}'""", {"megatron": {"moe_n": 1}}),
+    (
+        BASE,
+        """--megatron_extra_kwargs '{"moe_router_num_groups": 1}'""",
+        {"megatron": {"moe_router_num_groups": 1}},
+    ),
     # what ms-swift takes without a flag
     (
         BASE,

@@ -1,4 +1,11 @@
-"""TransformerConfig fields that follow from the model, the layout and the rest of a recipe."""
+"""What a recipe's `megatron:` section may hold: the TransformerConfig fields that do not follow from
+the model, the layout and the rest of the recipe.
+"""
+
+from typing import Any
+
+from moetrain.config.megatron_fields import FIELDS
+from moetrain.errors import nearest
 
 OWNED = frozenset(
     """
@@ -13,3 +20,21 @@ OWNED = frozenset(
     pipeline_model_parallel_layout
     """.split()
 )
+
+
+def passed_through(fields: dict[str, Any]) -> dict[str, Any]:
+    """The section as given; ValueError for a field that is not Megatron's, or is moetrain's."""
+    for key in fields:
+        if key not in FIELDS:
+            raise ValueError(
+                f"megatron.{key} is not a TransformerConfig field.{nearest(key, FIELDS)}"
+            )
+        if key in OWNED:
+            raise ValueError(
+                f"megatron.{key} is set by moetrain from the model and the layout. Remove it."
+            )
+    if "moe" in (fields.get("recompute_modules") or []):
+        raise ValueError(
+            "megatron.recompute_modules cannot hold 'moe' here. Use train.recompute=full."
+        )
+    return fields

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from moetrain.config.data import DataConfig
-from moetrain.config.megatron import OWNED
+from moetrain.config.megatron import passed_through
 from moetrain.config.method import MethodConfig
 from moetrain.config.online import OnlineMethod
 from moetrain.config.rewards import Reward, Rewards
@@ -88,9 +88,14 @@ class ParallelConfig(Section):
     def _follows_tp(cls, value: bool | None, info: ValidationInfo) -> bool:
         return info.data.get("tp", 1) > 1 if value is None else value
 
+    @field_validator("vpp")
+    @classmethod
+    def _none_for_one(cls, value: int | None) -> int | None:
+        return None if value == 1 else value  # Megatron would take 1 for interleaving
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.vpp or 1) > 1 and self.pp == 1:
+        if self.vpp and self.pp == 1:
             raise ValueError(
                 f"parallel.vpp={self.vpp} needs parallel.pp > 1; set pp or leave vpp out"
             )
@@ -165,7 +170,7 @@ class TrainConfig(Section):
         description="computed again to save memory: selective is attention, full every layer",
     )
     overlap: bool = Field(
-        default=True, description="overlap gradient and parameter traffic with computation (GPU)"
+        default=True, description="overlap gradient and parameter traffic with computation"
     )
 
     @model_validator(mode="after")
@@ -290,7 +295,7 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
     cluster: ClusterConfig = ClusterConfig()
-    megatron: dict[str, Any] = Field(
+    megatron: Annotated[dict[str, Any], AfterValidator(passed_through)] = Field(
         default_factory=dict, description="TransformerConfig fields moetrain does not own"
     )
 
@@ -299,16 +304,6 @@ class Recipe(Section):
         """The method and its rollouts, for a loop that samples."""
         assert isinstance(self.method, OnlineMethod) and self.rollout is not None
         return self.method, self.rollout
-
-    @field_validator("megatron")
-    @classmethod
-    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key in value:
-            if key in OWNED:
-                raise ValueError(
-                    f"megatron.{key} is set by moetrain from the model and the layout. Remove it."
-                )
-        return value
 
     @model_validator(mode="after")
     def _demonstrated_or_not(self) -> Self:

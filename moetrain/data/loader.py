@@ -302,10 +302,7 @@ def num_steps(recipe: Recipe, num_packs: int | None = None) -> int:
 
 
 def model_vocab(recipe: Recipe) -> int | None:
-    """The model's vocab_size as its configuration says.
-
-    None when there is none to be read (a Megatron checkpoint).
-    """
+    """The model's vocab_size as its configuration says; None when there is none to be read."""
     hf: Any = recipe.model.hf
     path = recipe.model.path
     if hf is None and path is not None and assets.is_builtin(path):
@@ -313,8 +310,11 @@ def model_vocab(recipe: Recipe) -> int | None:
 
         hf = builtin.MODELS.get(path.removeprefix("builtin:"))
     elif hf is None and path is not None:
-        config = Path(path).expanduser() / "config.json"
-        hf = json.loads(config.read_text()) if config.is_file() else None
+        config, note = (Path(path) / name for name in ("config.json", "moetrain.json"))
+        if note.is_file():  # a Megatron checkpoint
+            hf = json.loads(note.read_text()).get("hf")
+        elif config.is_file():
+            hf = json.loads(config.read_text())
     vocab = hf.get("vocab_size") if isinstance(hf, dict) else None
     return int(vocab) if vocab is not None else None
 

@@ -31,6 +31,19 @@ from moetrain.engine.router import PackedMoE, PackedRouter
 from moetrain.errors import ConfigError
 from moetrain.families.dims import Dims
 
+# Transformer Engine keeps a norm inside the linear layer that follows it: its name -> ours.
+TE_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def _names_on_disk(moe: bool) -> dict[str, str]:
+    """Checkpoints have Transformer Engine's names whatever wrote them, so that a run may change its
+    backend; a norm before experts stands alone there too.
+    """
+    return {ours: te for te, ours in TE_NAMES.items() if not (moe and te.startswith("mlp."))}
+
 
 def choose_backend(wanted: str, device: torch.device) -> str:
     """Resolve `model.backend`: te where Transformer Engine imports on a GPU, torch elsewhere."""
@@ -133,6 +146,7 @@ def _torch_layer(config: TransformerConfig, dims: Dims, moe: bool) -> ModuleSpec
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_names_on_disk(moe),
         ),
     )
 
@@ -163,6 +177,7 @@ def _te_layer_apart(config: TransformerConfig, dims: Dims, moe: bool) -> ModuleS
     layer.input_layernorm = TENorm
     layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
     layer.pre_mlp_layernorm = TENorm
+    layer.sharded_state_dict_keys_map = _names_on_disk(moe)
     if moe:
         ours: MoESubmodules = layer.mlp.keywords["submodules"]
         layer.mlp = partial(cast(Any, PackedMoE), submodules=replace(ours, experts=GroupedExperts))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,19 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def model_state(chunks: list[PackedGPT]) -> dict[str, Any]:
-    """All weights of this rank as sharded tensors."""
-    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+    """All weights of this rank as sharded tensors.
+
+    Without `_extra_state`, where Transformer Engine keeps what fp8 needs: nothing here, and the
+    torch backend has no such thing for a run that changes its backend.
+    """
+    return {
+        f"model{i}": {
+            name: part
+            for name, part in chunk.sharded_state_dict().items()
+            if not name.endswith("_extra_state")
+        }
+        for i, chunk in enumerate(chunks)
+    }
 
 
 def fill(chunks: list[PackedGPT], loaded: dict[str, Any]) -> None:
@@ -39,17 +51,26 @@ def save(folder: Path, content: dict[str, Any], optimizer: Any, state: dict[str,
     """Write `content` (sharded tensors), the optimizer when given, and `state` into `folder` (made
     here, by all ranks together).
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    with _together():
+        folder.mkdir(parents=True, exist_ok=True)
     if optimizer is not None:
         with counted(optimizer, state["steps_done"]):
             content["optimizer"] = optimizer.sharded_state_dict(content, metadata=_METADATA)
     dist_checkpointing.save(content, str(folder), validate_access_integrity=False)
-    if dist.get_rank() == 0:
-        (folder / "state.json").write_text(
-            json.dumps(state | {"has_optimizer": optimizer is not None})
-        )
-    dist.barrier()
+    with _together():
+        if dist.get_rank() == 0:
+            (folder / "state.json").write_text(
+                json.dumps(state | {"has_optimizer": optimizer is not None})
+            )
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """No rank goes on before all have come out, be it by an error: the others would wait for it."""
+    try:
+        yield
+    finally:
+        dist.barrier()
 
 
 def load_weights(chunks: list[PackedGPT], folder: Path) -> None:
@@ -127,17 +148,22 @@ class Checkpoints:
             for stale in self.folder.glob(".writing_*"):
                 shutil.rmtree(stale, ignore_errors=True)
         dist.barrier()
-        self._write(engine, temporary, state)
+        self._check(engine, temporary, self._write(engine, temporary, state))
+        problem = ""
         if engine.mesh.is_main:
-            _sync(temporary)
-            os.rename(temporary, final)
-            _sync(self.folder)
-            self._remember(final, metric)
-            self._drop_old()
-        dist.barrier()
+            try:
+                _sync(temporary)
+                os.rename(temporary, final)
+                _sync(self.folder)
+                self._remember(final, metric)
+                self._drop_old()
+            except OSError as error:
+                problem = str(error.strerror or error)
+        self._check(engine, temporary, problem)
         return final
 
-    def _write(self, engine: "Engine", temporary: Path, state: dict[str, Any]) -> None:
+    def _write(self, engine: "Engine", temporary: Path, state: dict[str, Any]) -> str:
+        """What this rank could not do, or nothing."""
         problem = ""
         try:
             engine.save(temporary, state, optimizer=self.optimizer)
@@ -145,6 +171,10 @@ class Checkpoints:
             problem = "not everything could be written"
         except Exception as error:  # a full disk surfaces as one of several upstream errors
             problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return problem
+
+    def _check(self, engine: "Engine", temporary: Path, problem: str) -> None:
+        """Collective: go on when no rank had a problem, else remove the rest and raise."""
         problems: list[Any] = [None] * engine.mesh.world_size
         dist.all_gather_object(problems, problem)
         first = next((p for p in problems if p), None)

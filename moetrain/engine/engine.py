@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from moetrain.engine.optim import (
     clip_and_step,
     learning_rate,
     make_optimizer,
+    set_rates,
     settled,
     wrap,
 )
@@ -90,11 +90,11 @@ class Engine:
         self.family = family_of(self.source.hf)
         self.dims = replace(self.family.dims(self.source.hf), value_head=recipe.method.value_head)
         check_layout(self.dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
+        if recipe.train.deterministic:
+            device.ask_for_determinism()
+        torch.use_deterministic_algorithms(recipe.train.deterministic)
         self.device = device.start()
         self.backend = choose_backend(recipe.model.backend, self.device)
-        if recipe.train.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
-        torch.use_deterministic_algorithms(recipe.train.deterministic)
         self.mesh = start_mesh(recipe.parallel, recipe.seed)
         self.rules = expand(self.family, self.dims)
         self.num_steps = recipe.train.steps or 0  # the loop sets it where epochs decide
@@ -197,6 +197,7 @@ class Engine:
         self.monitor.start_step(tokens)
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
+            chunk.force_all_reduce = self.whole_gradients
             chunk.train()
         self.optimizer.zero_grad()
         kept = self.run(batches, objective.head(counts, known), forward_only=False)
@@ -212,8 +213,7 @@ class Engine:
                 f"the last checkpoint without them."
             )
         lr = learning_rate(step, recipe.optim, self.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(self.optimizer, lr, recipe.optim.weight_decay)
         clip_and_step(self.optimizer, grad_norm, recipe.optim.clip_grad)
         self.steps_done = step
         router = self.monitor.summary(self.moe_layers) if self.dims.experts else {}

@@ -63,11 +63,6 @@ class GroupedExperts(MegatronModule):
         times its probability.
         """
         ends = tokens_per_expert.to(hidden.device).cumsum(0).to(torch.int32)
-        if hidden.size(0) == 0:
-            # Nothing arrived, but every weight needs a gradient for the data-parallel buckets to
-            # complete.
-            idle = sum((p.sum() for p in self.parameters() if p.requires_grad), probs.sum())
-            return hidden + idle.to(hidden.dtype) * 0, None
         gate, up = self.linear_fc1(hidden, ends).chunk(2, -1)  # [t, f] each
         act = (F.silu(gate) * up * probs.unsqueeze(-1)).to(hidden.dtype)
         return self.linear_fc2(act, ends), None

@@ -3,7 +3,6 @@
 Legend: t tokens of the pack, c = t/cp local tokens, h hidden, d head_dim.
 """
 
-import dataclasses
 import importlib.util
 import math
 from typing import Any, cast
@@ -25,7 +24,6 @@ from moetrain.config.recipe import Recipe
 from moetrain.engine.backend import layer_specs
 from moetrain.engine.mesh import Mesh
 from moetrain.engine.router import PackedRouter, RouterMonitor
-from moetrain.errors import ConfigError, nearest
 from moetrain.families.dims import Dims
 from moetrain.plan.mesh import stage_layers
 
@@ -86,8 +84,9 @@ def transformer_config(
             moe_layer_freq=[int(is_moe) for is_moe in dims.moe_layers],
             moe_grouped_gemm=backend == "te",
         )
+    assert owned.keys() <= OWNED, f"config/megatron.py lacks {sorted(owned.keys() - OWNED)}"
     defaults = _default_fields(recipe, dims, device, backend)
-    return TransformerConfig(**owned | _passed_through(recipe, owned, defaults))
+    return TransformerConfig(**owned | defaults | recipe.megatron)
 
 
 def _layout_fields(recipe: Recipe, dims: Dims) -> dict[str, Any]:
@@ -136,23 +135,6 @@ def _default_fields(
     return defaults
 
 
-def _passed_through(
-    recipe: Recipe, owned: dict[str, Any], defaults: dict[str, Any]
-) -> dict[str, Any]:
-    assert owned.keys() <= OWNED, f"config/megatron.py lacks {sorted(owned.keys() - OWNED)}"
-    known = {f.name for f in dataclasses.fields(TransformerConfig)}
-    for key in recipe.megatron:
-        if key not in known:
-            raise ConfigError(
-                f"megatron.{key} is not a TransformerConfig field.{nearest(key, known)}"
-            )
-    if "moe" in recipe.megatron.get("recompute_modules", []):
-        raise ConfigError(
-            "megatron.recompute_modules cannot hold 'moe' here. Use train.recompute=full."
-        )
-    return defaults | recipe.megatron
-
-
 class Rotary(nn.Module):
     """Rotary angles by position, as transformers computes them (default, linear and llama3
     scaling).
@@ -191,8 +173,8 @@ class _Head(ColumnParallelLinear):
     parameter-gather hooks.
     """
 
-    def forward(self) -> Tensor:  # type: ignore[override]
-        return self.weight
+    def forward(self) -> Tensor | None:  # type: ignore[override]
+        return self.weight  # None where the first stage's embedding is the output projection too
 
 
 class PackedGPT(GPTModel):
@@ -220,8 +202,8 @@ class PackedGPT(GPTModel):
     def forward(
         self, tokens: Tensor, position_ids: Tensor, segments: Tensor, sequences: Tensor
     ) -> Tensor:
-        """tokens, position_ids [c], segments [2, n+1] (attention.segment_table), sequences [2, c]
-        (router.sequence_table) -> [c, 1, h], over tp with SP.
+        """tokens, position_ids [c], segments [2, n+1] (attention.segment_table), sequences
+        [n, 1, c] (router.sequence_table) -> [c, 1, h], over tp with SP.
 
         The last stage returns hidden states gathered over tensor ranks [c, 1, h], ready for
         `token_logprobs`.
@@ -261,10 +243,13 @@ class PackedGPT(GPTModel):
         return self.value_head(shared).squeeze(-1).float()
 
     def head_weight(self) -> Tensor:
-        """[v_local, h]: this tensor rank's rows of the output projection."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer()
+        """[v_local, h]: this tensor rank's rows of the output projection.
+
+        A last stage's own copy of tied embeddings is asked for by a call too: its parameter gather
+        is waited for nowhere else.
+        """
+        own = self.output_layer()
+        return self.shared_embedding_or_output_weight() if own is None else own
 
 
 def build(

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.engine.device import numbers
 from moetrain.engine.mesh import Mesh
 from moetrain.errors import DataError
 from moetrain.methods.base import Known, Method, Out
@@ -48,7 +49,7 @@ class Objective:
         sums.append(sum(float(batch.valid.sum()) for batch in batches))
         table = torch.tensor(sums, dtype=torch.float64, device=self.device)
         dist.all_reduce(table, group=self.mesh.dp_group)
-        *found, tokens = table.tolist()
+        *found, tokens = numbers(table)
         if not any(found):
             raise DataError(
                 "A global batch has nothing to learn from. Check the loss mask and data.seq_len."
@@ -88,7 +89,7 @@ class Objective:
                 values = [torch.as_tensor(x).double() for x in (row["loss"], *flat)]
                 sums += torch.stack([x.to(self.device) for x in values])
         dist.all_reduce(sums)
-        loss, *pairs = sums.tolist()
+        loss, *pairs = numbers(sums)
         means = {n: pairs[2 * i] / max(pairs[2 * i + 1], 1e-12) for i, n in enumerate(names[0])}
         return {"loss": loss, **means}
 

@@ -5,11 +5,13 @@ function.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moetrain.config.recipe import OptimConfig, Recipe
@@ -53,7 +55,7 @@ def wrap(
     """Megatron's DDP around each chunk: gradients accumulate in one buffer, reduced over the
     data-parallel group.
     """
-    overlap = recipe.train.overlap and torch.cuda.is_available()
+    overlap = recipe.train.overlap
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=recipe.optim.grad_dtype == "fp32",
@@ -66,14 +68,16 @@ def wrap(
     ]
     config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     if overlap:
-        config.grad_sync_func = (
-            [w.start_grad_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].start_grad_sync
-        )
-        if len(wrapped) > 1:
-            config.param_sync_func = [w.start_param_sync for w in wrapped]
-        else:
-            config.param_sync_func = wrapped[0].start_param_sync
+        # Parameters are gathered by the hooks of the modules that read them, each in its turn.
+        starts = [partial(_start_grad_sync, w) for w in wrapped]
+        config.grad_sync_func = starts if len(starts) > 1 else starts[0]
     return wrapped
+
+
+def _start_grad_sync(model: DistributedDataParallel, *unused: Any) -> None:
+    """As megatron-core 0.19.2's start_grad_sync, which forgets `force_all_reduce`."""
+    for group in model.bucket_groups + model.expert_parallel_bucket_groups:
+        group.start_grad_sync(force_all_reduce=model.force_all_reduce)
 
 
 @contextmanager
@@ -105,8 +109,13 @@ def make_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe, backe
             )
         low = {"bf16": torch.bfloat16, "fp8": torch.uint8}[cfg.state_dtype]
         extra = dict(use_precision_aware_optimizer=True, exp_avg_dtype=low, exp_avg_sq_dtype=low)
-    if cfg.offload and torch.cuda.is_available():
-        extra |= dict(optimizer_cpu_offload=True, optimizer_offload_fraction=cfg.offload)
+    if cfg.offload and has_device():
+        # Without the precision-aware path the fp32 main weights would stay on the device too.
+        extra |= dict(
+            optimizer_cpu_offload=True,
+            optimizer_offload_fraction=cfg.offload,
+            use_precision_aware_optimizer=True,
+        )
     config = OptimizerConfig(
         optimizer="adam",
         lr=cfg.lr,
@@ -127,13 +136,23 @@ def make_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe, backe
     )
 
 
+def has_device() -> bool:
+    """Whether weights lie elsewhere than on the host, so that there is something to offload."""
+    return torch.cuda.is_available()
+
+
 def start_state(optimizer: Any) -> None:
     """Give torch's AdamW an empty state, so that a checkpoint can be read into it.
 
     megatron-core 0.19.2 asks for every parameter's `step` before loading, which its own
-    init_state_fn forgets. Apex's and Transformer Engine's Adam keep it elsewhere.
+    init_state_fn forgets. Apex's and Transformer Engine's Adam keep it elsewhere. An optimizer that
+    is partly on the host has parameters of its own, which a step on noise makes; what is loaded
+    then replaces them and the weights.
     """
-    for inner in _torch_adams(optimizer):
+    for inner in _stepping(optimizer):
+        if isinstance(inner, HybridDeviceOptimizer):
+            inner.dummy_step()
+            continue
         for group in inner.param_groups:
             for param in group["params"]:
                 if not inner.state[param]:
@@ -151,9 +170,10 @@ def part_steps(optimizer: Any) -> None:
     parameter: the bias correction, and with it the run, would silently differ from the
     uninterrupted one.
     """
-    for inner in _torch_adams(optimizer):
+    for inner in _stepping(optimizer):
         for state in inner.state.values():
-            state["step"] = state["step"].clone()
+            if "step" in state:
+                state["step"] = state["step"].clone()
 
 
 @contextmanager
@@ -163,7 +183,7 @@ def counted(optimizer: Any, step: int) -> Iterator[None]:
     megatron-core 0.19.2 reads the step off the parameters, of which a rank has none when fewer are
     trained than ranks share them, and fails there.
     """
-    empty = [inner for inner in _torch_adams(optimizer) if not inner.state]
+    empty = [inner for inner in _stepping(optimizer) if not inner.state]
     for inner in empty:
         inner.state["none"] = {"step": torch.tensor(float(step))}  # type: ignore[index]
     try:
@@ -173,9 +193,20 @@ def counted(optimizer: Any, step: int) -> Iterator[None]:
             inner.state.pop("none", None)  # type: ignore[call-overload]
 
 
-def _torch_adams(optimizer: Any) -> list[torch.optim.AdamW]:
+def _stepping(optimizer: Any) -> list[Any]:
+    """The inner optimizers that keep a `step` per parameter: torch's, and those on the host."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
+    kinds = (torch.optim.AdamW, HybridDeviceOptimizer)
+    return [part.optimizer for part in parts if isinstance(part.optimizer, kinds)]
+
+
+def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:
+    """Of every group. Megatron only marks the groups that take no decay (`wd_mult`); to heed the
+    mark is its scheduler's, which is not used here.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay * group["wd_mult"]
 
 
 def clip_and_step(optimizer: Any, grad_norm: float, clip: float) -> None:

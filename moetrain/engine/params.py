@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moetrain.engine.backend import TE_NAMES
 from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
 from moetrain.weights.transport import LocalParam
 
-# Transformer Engine keeps a norm inside the linear layer that follows it.
-_TE_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
 _GROUPED = re.compile(r"\.mlp\.experts\.linear_fc[12]\.(?:weight|lora_[AB])(\d*)$")
 _ADAPTER = re.compile(r"\.lora\.(A|B|magnitude)$")
 
@@ -41,7 +37,7 @@ def canonical_name(name: str, chunk: PackedGPT) -> str:
         return name
     local, rest = name.removeprefix("decoder.layers.").split(".", 1)
     layer = chunk.decoder.layers[int(local)]
-    return f"decoder.layers.{layer.layer_number - 1}.{_TE_NAMES.get(rest, rest)}"
+    return f"decoder.layers.{layer.layer_number - 1}.{TE_NAMES.get(rest, rest)}"
 
 
 def canonical(

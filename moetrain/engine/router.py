@@ -19,6 +19,8 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from moetrain.engine.device import numbers
+
 
 @dataclass
 class RouterMonitor:
@@ -62,12 +64,10 @@ class RouterMonitor:
         flat = torch.cat(
             [self.sums[name].flatten() for name in ("load", "aux_loss", "z_loss")]
         ).float()
-        flat = flat.to(
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else "cpu"
-        )
+        if torch.cuda.is_available():  # also where no router of this rank has added anything
+            flat = flat.cuda()
         dist.all_reduce(flat)
+        flat = torch.tensor(numbers(flat))
         size = self.num_layers * self.num_experts
         load = flat[:size].view(self.num_layers, self.num_experts)[moe_layers]
         imbalance = load.amax(1) / load.mean(1).clamp(min=1e-9)
@@ -181,15 +181,18 @@ class PackedRouter(TopKRouter):
 
 
 def sequence_table(ids: Tensor, num_sequences: int, routes: Tensor | None = None) -> Tensor:
-    """[2, t/cp] int64 for Megatron's `padding_mask`: the sequence of each token (-1 in the tail),
-    and how many there are. With routes [t/cp, l, k] of the l MoE layers (experts from 1, 0 where
-    the router chooses), l k rows more.
+    """[n, 1, t/cp] int64 for Megatron's `padding_mask`: the sequence of each token (-1 in the
+    tail). With routes [t/cp, l, k] of the l MoE layers (experts from 1, 0 where the router
+    chooses), [n, 1 + l k, t/cp].
 
-    The number is the pack's, the same on context ranks that see different sequences. A tensor,
-    since recomputation saves tensors only.
+    n is the pack's number of sequences, the same on context ranks that see different ones. It is a
+    size, of a dimension that is repeated without memory, because reading a value would make the
+    host wait for the device in every layer. A tensor, since recomputation saves tensors only.
     """
-    table = torch.stack([ids, torch.full_like(ids, num_sequences)])
-    return table if routes is None else torch.cat([table, routes.flatten(1).T.to(table.dtype)])
+    table = ids[None]
+    if routes is not None:
+        table = torch.cat([table, routes.flatten(1).T.to(table.dtype)])
+    return table.expand(num_sequences, *table.shape)
 
 
 class PackedMoE(MoELayer):
@@ -209,11 +212,12 @@ class PackedMoE(MoELayer):
     ) -> Any:
         """hidden_states [c, 1, h]; `padding_mask` is what `sequence_table` makes."""
         assert padding_mask is not None
-        self.router.sequence_ids = padding_mask[0]
-        self.router.num_sequences = int(padding_mask[1, 0])
+        self.router.num_sequences = padding_mask.size(0)
+        table = padding_mask[0]
+        self.router.sequence_ids = table[0]
         self.router.routes = None
-        if padding_mask.size(0) > 2:
+        if table.size(0) > 1:
             k = self.config.moe_router_topk
             before = sum(self.config.moe_layer_freq[: self.layer_number - 1])  # MoE layers
-            self.router.routes = padding_mask[2 + before * k : 2 + (before + 1) * k].T
+            self.router.routes = table[1 + before * k : 1 + (before + 1) * k].T
         return super().forward(hidden_states, intermediate_tensors=intermediate_tensors)

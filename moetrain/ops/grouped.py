@@ -20,6 +20,10 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     `ends [e]` int32 says where each expert's rows end, the last at t. Any floating dtype, the same
     for both; differentiable in both.
     """
+    if x.size(0) == 0:
+        # Nothing arrived; the weight has its gradient all the same, of zeros, since the
+        # data-parallel buckets wait for every weight's.
+        return x @ weight[0].T
     n, k = weight.shape[1:]
     size = x.element_size()
     if n * size % ROW_BYTES == 0 and k * size % ROW_BYTES == 0:

@@ -94,6 +94,18 @@ def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> tuple[Family,
             f"data-parallel ranks. "
             f"Use {-(-recipe.train.global_batch // plan.dp) * plan.dp}."
         )
+    if recipe.method.name == "cpt" and (
+        recipe.model.hf is not None or recipe.model.init == "random"
+    ):
+        raise ConfigError(
+            "method cpt goes on from given weights: set model.path without model.init=random, or "
+            "method.name=pretrain."
+        )
+    if recipe.optim.offload and recipe.model.dtype == "fp32":
+        raise ConfigError(
+            "optim.offload keeps the fp32 main weights of a bf16 model on the host, and "
+            "model.dtype=fp32 has none. Use bf16, or leave optim.offload out."
+        )
     trained(recipe, family, dims)
     return family, dims
 

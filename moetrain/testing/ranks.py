@@ -108,13 +108,37 @@ def losses(
     num_packs: int,
     sections: dict[str, Any],
 ) -> list[tuple[float, float, dict[str, float]]]:
-    """(loss, gradient norm, router figures) of successive steps."""
+    """(loss, gradient norm, router figures) of successive steps, the weights exported between the
+    first two.
+    """
     engine = Engine(recipe_for(model, parallel, **sections))
     out: list[tuple[float, float, dict[str, float]]] = []
     for sequences in steps:
+        if len(out) == 1:
+            for _ in engine.export():
+                pass
         result = engine.step(_mine(packs_of(sequences, num_packs), engine), METHODS["sft"])
         out.append((result.loss, result.grad_norm, result.router))
     return out
+
+
+def stepped(
+    model: str, sequences: Lists, sections: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights before and after a step."""
+    engine = Engine(recipe_for(model, {}, **sections))
+    before = {name: w.clone() for name, w in engine.export()}
+    engine.step(packs_of(sequences, 1), METHODS["sft"])
+    return before, {name: w.clone() for name, w in engine.export()}
+
+
+def names_on_disk(model: str) -> set[str]:
+    """What a checkpoint calls the weights."""
+    from moetrain.engine.checkpoint import model_state
+
+    engine = Engine(recipe_for(model, {}), train=False)
+    parts = model_state(engine.chunks)["model0"].values()
+    return {part.key for part in parts}
 
 
 def round_trip(model: str, parallel: dict[str, Any]) -> dict[str, Tensor]:
