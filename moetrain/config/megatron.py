@@ -1,6 +1,4 @@
-"""What a recipe's `megatron:` section may hold: the TransformerConfig fields that do not follow from
-the model, the layout and the rest of the recipe.
-"""
+"""What a recipe's `megatron:` section may hold: fields that follow from nothing else in it."""
 
 from typing import Any
 

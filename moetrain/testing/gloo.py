@@ -4,10 +4,13 @@ seconds.
 
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from moetrain.errors import MoetrainError
 
 
 def _serve(rank: int, pipe: Connection) -> None:
@@ -78,29 +81,44 @@ class Workers:
         port = free_port()
         for _, pipe in self.ranks[:world]:
             pipe.send((world, port, function, args))
-        answers: list[Any] = []
-        for rank, (process, pipe) in enumerate(self.ranks[:world]):
-            failed_before = any(not ok for ok, _ in answers)
-            try:
-                if pipe.poll(5 if failed_before else timeout):
-                    answers.append(pipe.recv())
-                    continue
-                problem = f"did not answer in {timeout} s"
-            except EOFError:
-                problem = f"died with exit code {process.exitcode}"
-            if failed_before:
+        answers = self._answers(world, timeout)
+        failures = [(rank, *answer) for rank, (ok, answer) in answers.items() if not ok]
+        if failures:
+            self.close()  # the others may wait for the failed rank for ever
+            # A rank that gives up breaks the connections of others, which may be heard of first.
+            rank, error, trace = min(failures, key=lambda f: not isinstance(f[1], MoetrainError))
+            if error is not None:
+                error.add_note(f"rank {rank} of {world}:\n{trace}")
+                raise error
+            raise RuntimeError(f"rank {rank} of {world}: {trace}")
+        return [answers[rank][1] for rank in range(world)]
+
+    def _answers(self, world: int, timeout: float) -> dict[int, tuple[bool, Any]]:
+        """What each rank said, in the order in which they did. Once one has failed, the others,
+        which may wait for it, have 5 seconds.
+        """
+        answers: dict[int, tuple[bool, Any]] = {}
+        pending = {pipe: rank for rank, (_, pipe) in enumerate(self.ranks[:world])}
+        end = time.monotonic() + timeout
+        while pending:
+            ready = wait(list(pending), max(end - time.monotonic(), 0))
+            if not ready:
+                if all(ok for ok, _ in answers.values()):
+                    late = min(pending.values())
+                    answers[late] = (False, (None, f"did not answer in {timeout} s"))
                 break
-            self.close()
-            raise RuntimeError(f"rank {rank} of {world} {problem}")
-        for rank, (ok, answer) in enumerate(answers):
-            if not ok:
-                self.close()  # the others may wait for the failed rank for ever
-                error, trace = answer
-                if error is not None:
-                    error.add_note(f"rank {rank} of {world}:\n{trace}")
-                    raise error
-                raise RuntimeError(f"rank {rank} of {world}:\n{trace}")
-        return [answer for _, answer in answers]
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = pending.pop(pipe)
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    process = self.ranks[rank][0]
+                    process.join(5)
+                    answers[rank] = (False, (None, f"died with exit code {process.exitcode}"))
+                if not answers[rank][0]:
+                    end = min(end, time.monotonic() + 5)
+        return answers
 
     def close(self) -> None:
         """Kill all ranks; the next run starts new ones."""
