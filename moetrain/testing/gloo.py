@@ -6,15 +6,17 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, popen_forkserver
 from multiprocessing.connection import Connection, wait
+from types import SimpleNamespace
 from typing import Any
 
 from moetrain.errors import MoetrainError
 
 
 def _serve(rank: int, pipe: Connection) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo on the CPU, on a machine with a GPU too
     # Daemonic to the parent, so that they end with it; but Megatron's save starts a process itself.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     import torch
@@ -47,9 +49,29 @@ def _serve(rank: int, pipe: Connection) -> None:
                 pipe.send((False, (None, answer[1][1])))
 
 
+_server = forkserver.ForkServer()
+_server.set_forkserver_preload(["moetrain.testing.preload"])
+
+
+@contextmanager
+def _own_server() -> Iterator[None]:
+    """Processes start from a server of our own: the one that a process has by default may serve
+    others too, who want nothing imported.
+    """
+    everyones = popen_forkserver.forkserver
+    ours = SimpleNamespace(
+        connect_to_new_process=_server.connect_to_new_process, read_signed=forkserver.read_signed
+    )
+    vars(popen_forkserver)["forkserver"] = ours
+    try:
+        yield
+    finally:
+        vars(popen_forkserver)["forkserver"] = everyones
+
+
 # Megatron's DDP is in a circle through C++ that Python's collector does not see, so that every
 # engine leaves its process groups behind, 58 threads of gloo each; thousands of them spin.
-RUNS_OF_A_RANK = 25
+RUNS_OF_A_RANK = 10
 
 
 class Workers:
@@ -72,11 +94,13 @@ class Workers:
         self._num_runs += 1
         if self._num_runs > RUNS_OF_A_RANK:
             self.close()
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         while len(self.ranks) < world:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(len(self.ranks), theirs), daemon=True)
-            process.start()
+            with _own_server():
+                process.start()
+            theirs.close()  # else the end of the rank would not be heard
             self.ranks.append((process, ours))
         port = free_port()
         for _, pipe in self.ranks[:world]:
