@@ -6,6 +6,7 @@ Unknown keys are refused by `moetrain.config.load`, which names the nearest righ
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     ValidationInfo,
