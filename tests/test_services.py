@@ -267,7 +267,8 @@ def test_what_is_no_reward_model(model: Path, tmp_path: Path, tiny: Any) -> None
     for file in model.iterdir():
         if file.name not in ("config.json", "model.safetensors"):
             shutil.copy(file, folder)
-    refused(tmp_path, "has no config.json")
+    with pytest.raises(ConfigError, match="has no config"):
+        Grader([config(tmp_path)], num_workers=1, deadline_s=5)
     refused(folder, "has 2 labels, and a reward model has one")
     changed = json.loads((folder / "config.json").read_text())
     changed |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -277,5 +278,5 @@ def test_what_is_no_reward_model(model: Path, tmp_path: Path, tiny: Any) -> None
 
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        Grader([config(folder)], num_workers=1, deadline_s=5)
+        RewardModel([config(folder)])
     assert "\n" not in str(caught.value)

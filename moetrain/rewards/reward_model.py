@@ -22,8 +22,6 @@ class RewardModel:
     """A sequence-classification model with one label, resident in this process."""
 
     def __init__(self, configs: Sequence[RewardConfig]):
-        import torch
-
         (config,) = configs
         self.label = config.label
         self.options = RewardModelOptions.model_validate(config.options)
@@ -33,6 +31,8 @@ class RewardModel:
                 f"rewards: {self.label}: {folder} has no config.json. Give the folder of a model"
                 " that `method: reward` trained, such as runs/reward/hf."
             )
+        import torch
+
         self.chat = Chat(tokenizer.load(folder), self.options.chat_template)
         device = self.options.device
         if device == "auto":
