@@ -271,6 +271,14 @@ def test_a_fault_costs_its_own_sample_alone(
     assert capfd.readouterr() == ("", "")
 
 
+def test_mathematics_that_never_ends_costs_its_own_answer_alone() -> None:
+    """A tower of powers that math-verify works at for ever, in code that hears no signal."""
+    accuracy = Grader([RewardConfig(name="accuracy")], num_workers=1, deadline_s=3)
+    found = accuracy.grade(["2", "9^9^9^9", "2"], {"answer": ["2"] * 3})
+    accuracy.close()
+    assert [one.reward for one in found] == [1, None, 1] and accuracy.counts == {"timeout": 1}
+
+
 def test_what_a_reward_prints_is_not_seen(
     grader: Grader, capfd: pytest.CaptureFixture[str]
 ) -> None:
