@@ -158,7 +158,9 @@ def test_a_recipe_asks_for_an_extra() -> None:
 @pytest.fixture
 def labels() -> dict[str, str]:
     """Of an image that was built from this checkout."""
-    packages = {image.PACKAGE + name: version for name, version in versions.here().items()}
+    names = (*versions.TOGETHER, *versions.wanted(ROOT))
+    held = {name: version for name in names if (version := versions.installed(name)) is not None}
+    packages = {image.PACKAGE + name: version for name, version in held.items()}
     commit = image._commit(ROOT)
     assert commit is not None
     return {image.VERSION: "0.1.0", image.COMMIT: commit, **packages}

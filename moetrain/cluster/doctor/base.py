@@ -109,6 +109,7 @@ class Subject:
     plan: Planned | None
     ranks: "Ranks | None" = None
     recipe_path: Path | None = None
+    image: bool = False  # it is an image's packages that are looked at
     meeting: str = ""  # why the ranks did not meet, when they should have
 
     @property

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import moetrain
@@ -84,7 +85,10 @@ def compare(
         for name, version in labels.items()
         if name.startswith(PACKAGE)
     }
-    for finding in (*out_of_range(versions, checkout), *missing_extras(versions, subject)):
+    for finding in (
+        *out_of_range(versions, checkout),
+        *missing_extras(versions, replace(subject, image=True)),
+    ):
         yield fail(f"in it, {finding.text}", REBUILD)
     commit = _commit(checkout) if checkout else None
     if commit is not None and labels.get(COMMIT) != commit:

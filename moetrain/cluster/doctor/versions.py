@@ -129,23 +129,21 @@ def _parsed(lines: list[str]) -> Iterator[Requirement]:
             continue
 
 
-def needs_of(subject: Subject) -> dict[str, str]:
-    """Optional packages that the recipe asks for -> the key that does."""
-    if subject.plan is None:
-        return {}
-    found = {TE: "model.backend"} if subject.recipe.model.backend == "te" else {}
-    if subject.recipe.rollout is not None and "vllm" in str(subject.recipe.rollout.engine):
-        found[VLLM] = "rollout.engine"
-    return found
-
-
 def missing_extras(versions: Versions, subject: Subject) -> Iterator[Finding]:
-    extras = {TE: "te", VLLM: "vllm"}
-    for name, key in needs_of(subject).items():
-        if name not in versions:
+    """Optional packages that the recipe asks for and that are not there."""
+    if subject.plan is None:
+        return
+    recipe = subject.recipe
+    asked = {TE: ("te", "model.backend", recipe.model.backend == "te")}
+    if subject.image:
+        # Elsewhere vLLM has an interpreter of its own, whose packages are not these.
+        sampler = recipe.rollout.engine if recipe.rollout else None
+        asked[VLLM] = ("vllm", "rollout.engine", sampler == "vllm")
+    for name, (extra, key, is_asked) in asked.items():
+        if is_asked and name not in versions:
             yield fail(
                 f"{key} asks for {name}, which is not installed",
-                f"install the '{extras[name]}' extra, or take the image",
+                f"install the '{extra}' extra, or take the image",
             )
 
 
