@@ -107,6 +107,14 @@ def test_table_page_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert not re.search(r"(src|href)=|url\(|@import|https?://(?!www\.w3\.org)", out.read_text())
 
 
+def test_what_runs_are_compared_by_comes_first(tmp_path: Path) -> None:
+    figures = {"entropy": 1.0, "kl": 0.1, "logps/chosen": -9.0, "rewards/accuracies": 0.9}
+    make_run(tmp_path / "a", figures=figures)
+    columns = report.columns_of(find_runs([tmp_path]))
+    keys = [column.key for column in columns if column.group == "training"]
+    assert keys == ["loss", "rewards/accuracies", "kl", "entropy", "logps/chosen"]
+
+
 def test_key_only_in_some_runs(tmp_path: Path) -> None:
     """A key that another run's settings lack differs from it; null is a value."""
     make_run(tmp_path / "a", "data.cache=/x")

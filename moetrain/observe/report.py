@@ -27,6 +27,8 @@ _LAYER = re.compile(r"router/layer(\d+)/(\w+)")
 _HEAT = "load_max_over_mean"
 # Said of the machine and the optimizer rather than of what was learned.
 _HEALTH = ("lr", "tokens", "seconds", "tokens_per_s", "memory_gib", "grad_norm", "eval_seconds")
+# What runs are compared by stands before the rest of its group.
+_FIRST = ("loss", "rewards/accuracies", "rewards/margins", "kl")
 _UNPLOTTED = ("tokens", "seconds")
 _OWN = ("run_dir",)  # differs by its nature
 
@@ -94,7 +96,7 @@ def columns_of(runs: Sequence[Run]) -> list[Column]:
         if not _LAYER.fullmatch(key):
             found.append(Column(key, _group(key), [f.get(key) for f in finals], _better(key)))
     for group in ("held out", "training", "health"):
-        columns += [column for column in found if column.group == group]
+        columns += sorted((c for c in found if c.group == group), key=_rank)
     columns.append(Column("best checkpoint", "run", [r.best for r in runs]))
     return [c for c in columns if c.key in ("run", "status", "steps") or any(_given(c.cells))]
 
@@ -124,6 +126,11 @@ def _group(key: str) -> str:
     if key in _HEALTH or key.startswith("router/"):
         return "health"
     return "held out" if key.startswith("eval_") else "training"
+
+
+def _rank(column: Column) -> int:
+    key = column.key.removeprefix("eval_")
+    return _FIRST.index(key) if key in _FIRST else len(_FIRST)
 
 
 def _better(key: str) -> int:
