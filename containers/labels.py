@@ -11,7 +11,11 @@ commit, *only = sys.argv[1:]
 if not only:
     print("org.moetrain.version", metadata.version("moetrain"))
     print("org.moetrain.commit", commit)
-packages = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version for d in metadata.distributions()}
+packages: dict[str, str] = {}
+for (
+    found
+) in metadata.distributions():  # in the order in which Python imports them: the first counts
+    packages.setdefault(re.sub(r"[-_.]+", "-", found.name).lower(), found.version)
 for name in sorted(packages):
     if not only or name in only:
         print(f"org.moetrain.package.{name}", packages[name])
