@@ -16,7 +16,7 @@ name=$1 dir=$2
 shift 2
 # shellcheck source=containers/packages.sh
 . "$here/packages.sh"
-packages_of "$name" || usage
+packages_of "$name" >/dev/null || usage
 python=${PYTHON:-python3}
 mkdir -p "$dir"
 packages_of "$name" >"$dir/requirements.txt"
