@@ -30,6 +30,7 @@ def pairs_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--sft", action="store_true", help="right answers as instruction data")
     parser.add_argument("--shares", metavar="S,S", help="of the sources, e.g. 0.7,0.3")
+    parser.add_argument("--cut", action="store_true", help="take answers cut at the limit, too")
     parser.add_argument("--num", type=positive, metavar="N", help="at most so many records")
     parser.add_argument("--per-prompt", type=positive, default=1, metavar="N", help="records (1)")
     parser.add_argument("--by", metavar="NAME", help="a part of the reward (default: all of it)")
@@ -64,6 +65,7 @@ def pairs(args: Arguments) -> int:
         right=args.right,
         wrong=args.wrong,
         by=args.by,
+        cut=args.cut,
         per_prompt=args.per_prompt,
         balance=args.balance,
         shares=shares,

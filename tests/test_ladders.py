@@ -43,6 +43,7 @@ def test_every_stage_runs(ladder: str, tmp_path: Path) -> None:
         "PROMPTS": "prompts.jsonl",
         "REWARD": "./even.py:even",
         "BENCH": "bench.yaml",
+        "CHOICE": "--cut",  # after one step no answer ends by itself
     }
     script = f"examples/{ladder}/run.sh"
     done = subprocess.run(

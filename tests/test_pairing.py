@@ -78,6 +78,11 @@ def test_prompts_without_a_pair_are_counted_by_reason() -> None:
     }
 
 
+def test_answers_that_are_cut_count_where_asked_for() -> None:
+    one = row("d", answer("1", 1.0, finish="length"), answer("2", 0.0))
+    assert len(chosen_of(one, cut=True).records) == 1
+
+
 def test_lengths_balance() -> None:
     """Right answers are mostly longer than wrong ones: choosing evens it out."""
     rows = [

@@ -17,10 +17,10 @@ score() { $moetrain eval "$1" $bench --out $runs/$2/evals/checkable.jsonl; }
 score builtin:qwen3-moe-tiny base
 train 1_cold_start "$@"
 score $runs/1_cold_start 1_cold_start
-train 2_grpo train.steps=40 train.eval_every=20 checkpoint.every=20 "$@"
+train 2_grpo train.steps=40 rollout.prompts_per_step=16 checkpoint.every=20 "$@"
 score $runs/2_grpo 2_grpo
 $moetrain sample $runs/2_grpo $prompts --out $runs/samples.jsonl -k 8 "rewards=[$reward]" rollout.max_tokens=24
-$moetrain pairs $runs/samples.jsonl --out $runs/sft.jsonl --sft --per-prompt 2 --balance 0
+$moetrain pairs $runs/samples.jsonl --out $runs/sft.jsonl --sft --per-prompt 2 --balance 0 $CHOICE
 train 3_sft "$@"
 score $runs/3_sft 3_sft
 train 4_grpo_all "$@"

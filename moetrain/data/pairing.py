@@ -54,6 +54,7 @@ class Choice:
 
     right: float = 1.0
     wrong: float = 0.0
+    cut: bool = False  # whether answers cut at the limit are answers, too
     by: str | None = None  # the part of the reward that counts; None: the whole
     per_prompt: int = 1
     balance: float = 2.0
@@ -102,7 +103,7 @@ def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[A
             asked.num_graded += 1
             asked.num_right += reward >= choice.right
             text = content["text"].strip()
-            usable = content["finish"] == "stop" and text
+            usable = text and (choice.cut or content["finish"] == "stop")
             if usable and plain(text) not in seen:
                 seen.add(plain(text))
                 num = len(content["tokens"])
