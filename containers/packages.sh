@@ -25,10 +25,11 @@ packages_of() {
       grep -vE "$tools|$nvidia|^(torch|triton)==" "$checkout/constraints.txt"
       cat "$checkout/containers/gpu.txt"
       ;;
-    # vLLM's own, and of ours what it does not name.
+    # vLLM's own, and of ours what it does not name. Servers read no data, and datasets wants an older
+    # fsspec and huggingface-hub than vLLM has.
     rollout)
       cat "$checkout/containers/rollout.txt"
-      grep -vE "$tools|$nvidia" "$checkout/constraints.txt" | not_in "$checkout/containers/rollout.txt"
+      grep -vE "$tools|$nvidia|^datasets==" "$checkout/constraints.txt" | not_in "$checkout/containers/rollout.txt"
       ;;
     *) return 1 ;;
   esac
