@@ -38,7 +38,9 @@ def _train_arguments(parser: Parser) -> None:
 
 
 def _train(args: Arguments) -> int:
+    from moetrain import pulse
     from moetrain.cluster import launch
+    from moetrain.cluster.watchdog import Watch
     from moetrain.config.load import load_recipe
     from moetrain.plan.dry_run import check, dry_run
 
@@ -47,9 +49,13 @@ def _train(args: Arguments) -> int:
         print(dry_run(recipe, args.nproc))
         return 0
     world_size = launch.joined(args.nproc)
-    check(recipe, world_size or args.nproc or 1)  # mistakes show before any process starts
-    if world_size is None and (args.nproc or 1) > 1:
-        return launch.run_local([sys.executable, "-m", "moetrain", *args.argv], args.nproc)
+    planned = (args.nproc or 1) * launch.num_nodes(args.nproc)
+    check(recipe, world_size or planned)  # mistakes show before any process starts
+    if world_size is None and planned > 1:
+        watch = Watch(recipe.cluster.hang_seconds, recipe.run_dir / "stacks")
+        command = [sys.executable, "-m", "moetrain", *args.argv]
+        return launch.run_local(command, args.nproc, watch)
+    pulse.listen()
     if recipe.method.samples:
         from moetrain.loops.rl import train
     else:
@@ -69,7 +75,8 @@ def _score_arguments(parser: Parser) -> None:
 def _score(args: Arguments) -> int:
     from moetrain.cluster import launch
 
-    if launch.joined(args.nproc) is None and (args.nproc or 1) > 1:
+    planned = (args.nproc or 1) * launch.num_nodes(args.nproc)
+    if launch.joined(args.nproc) is None and planned > 1:
         return launch.run_local([sys.executable, "-m", "moetrain", *args.argv], args.nproc)
     if args.model.endswith((".yaml", ".yml")):
         from moetrain.config.load import load_recipe
@@ -192,7 +199,8 @@ def _sweep(args: Arguments) -> int:
     from moetrain.cluster import launch
     from moetrain.loops import sweep
 
-    plan = sweep.plan_sweep(args.recipe, args.grid, args.overrides, args.nproc, args.out)
+    nodes = launch.num_nodes(args.nproc)
+    plan = sweep.plan_sweep(args.recipe, args.grid, args.overrides, args.nproc, args.out, nodes)
     if args.task:
         return sweep.run_task(plan, args.task)
     if launch.joined(None) is not None:
@@ -202,6 +210,30 @@ def _sweep(args: Arguments) -> int:
     if args.jobs == "slurm":
         return sweep.submit(plan, args.argv)
     return sweep.run_sweep(plan, args.argv)
+
+
+def _requeue_arguments(parser: Parser) -> None:
+    parser.add_argument("--codes", required=True, help="exit codes of the step and its nodes")
+    parser.add_argument("--told", choices=["USR1", "TERM", "nothing"], default="nothing")
+    parser.add_argument("--retries", type=int, default=3, metavar="N")
+    parser.add_argument("--pause", type=int, default=60, metavar="SECONDS")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="-- and the step's own words")
+
+
+def _requeue(args: Arguments) -> int:
+    from moetrain.cluster.requeue import after, cause
+    from moetrain.config.load import load_recipe
+    from moetrain.loops.sweep import plan_sweep
+
+    job = parse([word for word in args.words if word != "--"])
+    if job.command == "sweep":
+        plan = plan_sweep(job.recipe, job.grid, job.overrides, job.nproc, job.out, checks=False)
+        run_dir = plan.runs[job.task - 1].recipe.run_dir
+    else:
+        run_dir = load_recipe(job.recipe, job.overrides).run_dir
+    code = cause([int(code) for code in args.codes.split()])
+    print(after(run_dir, code, args.told, args.retries, args.pause))
+    return 0
 
 
 def _report_arguments(parser: Parser) -> None:
@@ -307,6 +339,7 @@ COMMANDS: dict[str, Command] = {
     "data": Command("index a corpus for pretraining", _data_arguments, _data),
     "convert": Command("checkpoints, adapters, deeper models", _convert_arguments, _convert),
     "sweep": Command("runs over a grid of settings", _sweep_arguments, _sweep),
+    "requeue": Command("for slurm/: what comes after a step", _requeue_arguments, _requeue),
     "report": Command("runs side by side: page, CSV, table", _report_arguments, _report),
     "swift": Command("recipes from and to ms-swift's commands", _swift_arguments, _swift),
     "doctor": Command("what would fail in the job, before it", _doctor_arguments, _doctor),
@@ -318,10 +351,8 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. A user's mistake is one line on stderr and exit code
-    2.
-    """
+def parse(argv: Sequence[str]) -> Arguments:
+    """The arguments of a command line; argparse exits where it is none."""
     parser = Parser(
         prog="moetrain", description="Train large mixture-of-experts models on Megatron Core."
     )
@@ -329,13 +360,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.help, description=command.help))
-    argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser.parse_known_args(argv)
-    args.argv = argv  # what local ranks are started with
+    args.argv = list(argv)  # what local ranks are started with
     for word in rest:  # argparse gathers overrides only where they stand together
         if "overrides" not in args or word.startswith("-"):
             parser.error(f"unrecognized arguments: {word}")
         args.overrides.append(word)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. A user's mistake is one line on stderr and exit code
+    2.
+    """
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
         return COMMANDS[args.command].run(args)
     except MoetrainError as error:

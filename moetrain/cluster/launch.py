@@ -1,6 +1,7 @@
-"""Local ranks: start them, hand signals on, and let none outlive another.
+"""The ranks of this node: start them, hand signals on, and let none outlive another.
 
-Under torchrun or srun the ranks are there already and nothing is started.
+Under torchrun the ranks are there already and nothing is started. Under srun they are too, unless
+it has started one task a node and --nproc says how many ranks each of them is to start.
 """
 
 import os
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO
 
+from moetrain.cluster.watchdog import HUNG, Line, Watch, Watchdog
 from moetrain.errors import ConfigError, DivergedError, MoetrainError
 from moetrain.loops.child import die_with
 
@@ -34,11 +36,13 @@ def joined(num_procs: int | None, environ: MutableMapping[str, str] = os.environ
     (--nproc) says something else than the launcher.
     """
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
+        if num_nodes(num_procs, environ) > 1:
+            return None
         _adopt_slurm(environ)
     if "RANK" not in environ or "WORLD_SIZE" not in environ:
         return None
     world_size = int(environ["WORLD_SIZE"])
-    if num_procs not in (None, world_size):
+    if num_procs not in (None, world_size, int(environ.get("LOCAL_WORLD_SIZE", world_size))):
         raise ConfigError(
             f"--nproc {num_procs}, but torchrun or srun has started {world_size} ranks already. "
             f"Leave --nproc out there."
@@ -51,14 +55,35 @@ def _adopt_slurm(environ: MutableMapping[str, str]) -> None:
     env = environ
     if "SLURM_PROCID" not in env or "SLURM_STEP_NODELIST" not in env:
         return
-    num_tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
-    if int(num_tasks) == 1:
+    num_tasks = _num_tasks(env)
+    if num_tasks == 1:
         return
-    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], num_tasks
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], str(num_tasks)
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    _meet(env)
+
+
+def num_nodes(num_procs: int | None, environ: MutableMapping[str, str] = os.environ) -> int:
+    """Nodes whose launchers start this job's ranks: several when srun has started one task on each
+    and --nproc is given, else 1.
+    """
+    if num_procs is None or "SLURM_STEP_NODELIST" not in environ or "RANK" in environ:
+        return 1
+    nodes = int(environ.get("SLURM_STEP_NUM_NODES", "1"))
+    return nodes if nodes == _num_tasks(environ) else 1
+
+
+def _num_tasks(env: MutableMapping[str, str]) -> int:
+    return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1"))
+
+
+def _meet(env: MutableMapping[str, str]) -> None:
+    """Where the ranks of a Slurm step meet, when nobody has said it."""
     env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
     # One port for every rank of a step without asking each other, below Linux's ephemeral ports.
+    # A restarted job takes another one: what it was may still hold the old.
     step = int(env.get("SLURM_JOB_ID", "0")) * 31 + int(env.get("SLURM_STEP_ID", "0"))
+    step += int(env.get("SLURM_RESTART_COUNT", "0")) * 7
     env.setdefault("MASTER_PORT", str(20000 + step % 12000))
 
 
@@ -76,47 +101,64 @@ class _Rank:
     number: int
     process: subprocess.Popen[bytes]
     log: IO[bytes] | None  # the stderr of all ranks but the first
+    line: Line
 
     @property
     def code(self) -> int | None:
         return self.process.poll()
 
 
-def run_local(command: Sequence[str], num_procs: int) -> int:
-    """Run `command` as `num_procs` ranks on this machine; returns 0, or the exit code of the rank
-    that failed.
+def run_local(command: Sequence[str], num_procs: int, watch: Watch | None = None) -> int:
+    """Run `command` as `num_procs` ranks on this node; returns 0, or the exit code of the rank that
+    failed, or HUNG when nothing has moved for as long as `watch` says.
 
-    The first rank speaks. Of the others' stderr the failed one's is shown, when it is the cause and
-    the first rank has not said as much. SIGTERM, SIGHUP and SIGUSR1 are handed on, and SIGINT as a
-    SIGTERM, so that ranks finish the step, save and leave; a second SIGINT kills them.
+    The job's first rank speaks. Of the others' stderr the failed one's is shown, when it is the
+    cause and the first rank has not said as much. SIGTERM, SIGHUP and SIGUSR1 are handed on, and
+    SIGINT as a SIGTERM, so that ranks finish the step, save and leave; a second SIGINT kills them.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    shared = os.environ | {
-        "WORLD_SIZE": str(num_procs),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    shared.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_procs)))
+    shared, first = _world(num_procs, watch)
     die_with_parent = die_with(os.getpid())
     with ExitStack() as stack:
         ranks: list[_Rank] = []
         asked = stack.enter_context(_handing_on(ranks))
-        for number in range(num_procs):
+        for local in range(num_procs):
+            number = first + local
             log = stack.enter_context(tempfile.TemporaryFile()) if number else None
+            line = Line.open()
+            stack.callback(line.close)
             process = subprocess.Popen(
                 command,
-                env=shared | {"RANK": str(number), "LOCAL_RANK": str(number)},
+                env=shared | line.env | {"RANK": str(number), "LOCAL_RANK": str(local)},
                 stdout=subprocess.DEVNULL if number else None,
                 stderr=log,
                 start_new_session=True,
                 preexec_fn=die_with_parent,
+                pass_fds=line.fds,
             )
-            ranks.append(_Rank(number, process, log))
+            line.started()
+            ranks.append(_Rank(number, process, log, line))
             if asked:  # while they were being started
                 process.terminate()
-        return _wait(ranks, asked)
+        return _wait(ranks, asked, Watchdog(watch) if watch is not None else None)
+
+
+def _world(num_procs: int, watch: Watch | None) -> tuple[dict[str, str], int]:
+    """(what the ranks of this node share of their environment, the number of the first)."""
+    shared = dict(os.environ)
+    nodes = num_nodes(num_procs)
+    node = int(shared["SLURM_NODEID"]) if nodes > 1 else 0
+    if nodes > 1:
+        _meet(shared)
+    else:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"WORLD_SIZE": str(nodes * num_procs), "LOCAL_WORLD_SIZE": str(num_procs)}
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_procs)))
+    if watch is not None:  # a collective that gives up first would leave no stacks
+        shared.setdefault("MOETRAIN_TIMEOUT_MINUTES", str(max(10.0, watch.seconds / 60 + 5)))
+    return shared, node * num_procs
 
 
 @contextmanager
@@ -143,13 +185,18 @@ def _handing_on(ranks: list[_Rank]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[_Rank], asked: list[int]) -> int:
+def _wait(ranks: list[_Rank], asked: list[int], watchdog: Watchdog | None) -> int:
     ended: list[_Rank] = []
     while len(ended) < len(ranks):
         _collect(ranks, ended)
         # A rank that was told to stop and left is no failure: the others may still be saving.
         if any(rank.code not in (0, _STOPPED) for rank in ended):
             break
+        moved = [rank.line.moved() for rank in ranks]
+        if watchdog is not None and watchdog.hangs(any(moved)):
+            watchdog.write_stacks([(rank.number, rank.process, rank.line) for rank in ranks])
+            _end(ranks, ended, gently=False)
+            return HUNG
         time.sleep(POLL_SECONDS)
     else:
         return _told_to_stop(asked) if any(rank.code for rank in ended) else 0
@@ -173,12 +220,12 @@ def _collect_until(ranks: list[_Rank], ended: list[_Rank], seconds: float) -> No
         _collect(ranks, ended)
 
 
-def _end(ranks: list[_Rank], ended: list[_Rank]) -> None:
+def _end(ranks: list[_Rank], ended: list[_Rank], *, gently: bool = True) -> None:
     """End what still runs, and then what the ranks have started."""
     for rank in ranks:
-        if rank.code is None:
+        if gently and rank.code is None:
             rank.process.terminate()
-    _collect_until(ranks, ended, GRACE_SECONDS)
+    _collect_until(ranks, ended, GRACE_SECONDS if gently else 0.0)
     for rank in ranks:
         try:
             os.killpg(rank.process.pid, signal.SIGKILL)  # a rank leads its own group

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from moetrain.config.cluster import ClusterConfig
 from moetrain.config.data import DataConfig
 from moetrain.config.megatron import passed_through
 from moetrain.config.method import MethodConfig
@@ -250,20 +251,6 @@ class ObserveConfig(Section):
     tensorboard: bool = Field(default=True, description="write <run_dir>/tensorboard")
     wandb: dict[str, Any] | None = Field(default=None, description="arguments of wandb.init")
     progress: bool = Field(default=True, description="a progress bar on the first rank")
-
-
-class ClusterConfig(Section):
-    """The machines the run is meant for; the dry run counts with them."""
-
-    gpu: str = Field(default="H100-80GB", description="its memory is what the dry run warns about")
-    gpus_per_node: Count = Field(default=8, description="ranks of a node")
-    nodes: Count | None = Field(
-        default=None, description="the dry run's world is nodes * gpus_per_node"
-    )
-    world_size: Count | None = Field(
-        default=None,
-        description="the dry run's ranks, in place of nodes; default: the fewest the layout takes",
-    )
 
 
 class Recipe(Section):

@@ -25,6 +25,7 @@ from moetrain.families.dims import Dims
 from moetrain.methods.base import Out
 from moetrain.ops.logprob import token_logprobs
 from moetrain.ops.packed import Packed, concat, pad_to
+from moetrain.pulse import beat
 
 # What a method makes of one micro-batch: (what to differentiate, what to keep). Runs on the last
 # stage only.
@@ -102,6 +103,7 @@ class Runner:
     def _forward(
         self, head: Head, data: Iterator[Packed], model: Any
     ) -> tuple[Tensor, Callable[..., Any]]:
+        beat()
         on_host = next(data)
         # Logits exist for scored tokens alone: prompts and padding cost no vocabulary.
         scored = self._mine(on_host.loss_mask).nonzero()[:, 0].to(self.device)

@@ -9,6 +9,7 @@ from moetrain.engine import Engine, StepResult
 from moetrain.engine.checkpoint import Checkpoints
 from moetrain.engine.optim import learning_rate
 from moetrain.loops.run_dir import RunLock, check_recipe, check_schedule, write_run_files
+from moetrain.loops.starts import record_start
 from moetrain.observe.reporter import Reporter
 from moetrain.observe.sinks import check_sinks
 from moetrain.plan.mesh import rank_table
@@ -56,13 +57,13 @@ class Job:
         """Write the run's own files; the reporter to enter, which first says `lines`."""
         recipe = self.recipe
         if self.is_first:
-            write_run_files(recipe, rank_table(engine.mesh.plan), {"num_steps": num_steps})
+            recipe.run_dir.mkdir(parents=True, exist_ok=True)
             self._lock.take()
+            write_run_files(recipe, rank_table(engine.mesh.plan), {"num_steps": num_steps})
+            lines = [*lines, record_start(recipe.run_dir, step)]
         report = Reporter(recipe, num_steps, step, speaks=engine.mesh.is_main)
         for line in lines:
             report.say(line)
-        if step:
-            report.say(f"resumed {recipe.run_dir} at step {step}")
         return report
 
     def end(self, engine: Engine) -> None:

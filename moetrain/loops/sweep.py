@@ -91,9 +91,13 @@ def plan_sweep(
     overrides: Sequence[str] = (),
     num_procs: int | None = None,
     out: Path | None = None,
+    num_nodes: int = 1,
+    *,
+    checks: bool = True,
 ) -> Sweep:
     """The runs of a sweep, each of them validated. Raises MoetrainError for the first that cannot
-    be. `out` is by default the recipe's run_dir with -sweep behind it.
+    be. `out` is by default the recipe's run_dir with -sweep behind it; `num_procs` ranks are
+    started on each of `num_nodes`.
     """
     axes = _axes(grids, overrides)
     base = [word for word in overrides if word.partition("=")[0] != "run_dir"]
@@ -111,7 +115,8 @@ def plan_sweep(
                 out = first.run_dir.with_name(first.run_dir.name + "-sweep")
             words.append(_text_override("run_dir", str(out / name)))
             recipe = load_recipe(path, words)
-            check(recipe, num_procs or world_size(recipe, None))
+            if checks:
+                check(recipe, num_nodes * num_procs if num_procs else world_size(recipe, None))
         except MoetrainError as error:
             raise ConfigError(f"run {name}: {error}") from None
         same = recipe.model_copy(update={"run_dir": Path()}).model_dump_json()

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from moetrain.errors import WeightsError
 from moetrain.families.dims import Dims
 from moetrain.families.rules import BoundRule, ignored_keys
+from moetrain.pulse import beat
 from moetrain.weights.reader import Reader
 
 Table = Mapping[str, BoundRule]
@@ -80,6 +81,7 @@ def load(local: Iterable[LocalParam], table: Table, reader: Reader, dims: Dims) 
     check_names((p.name for p in params), table, reader, dims)
     _check_shards(params, table, dims)
     for param in params:
+        beat()
         rule = table[param.name]
         slices = rule.layout.parts(dims, param.tp_rank, param.tp_size)
         parts = tuple(reader.read(key, cut) for key, cut in zip(rule.hf, slices, strict=True))
@@ -120,6 +122,7 @@ def export(
     rank = dist.get_rank() if dist.is_initialized() else 0
     device = next(iter(mine.values())).tensor.device if mine else torch.device("cpu")
     for name, rule in table.items():
+        beat()
         owner, dtype = owners[name]
         param = mine.get(name)
         parts: tuple[Tensor, ...] | None = None

@@ -1,0 +1,78 @@
+"""Why a run started each time, and how each start ended: `<run_dir>/starts.jsonl`. No torch.
+
+A start is {"start": fresh | resumed | requeued, "step", ...}, written by the run; an end is {"end":
+its exit code, "step": of the newest checkpoint, "crash", ...}, written by the batch script. A start
+without an end was lost with its node. Order is that of the lines: no clock is asked.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read_starts(run_dir: Path) -> list[Row]:
+    """The rows so far; a line cut short by a kill is left out."""
+    try:
+        lines = (run_dir / "starts.jsonl").read_text().split("\n")
+    except OSError:
+        return []
+    rows: list[Row] = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def add_row(run_dir: Path, row: Mapping[str, Any]) -> None:
+    """Append a row and wait until it is on disk. Raises OSError."""
+    path = run_dir / "starts.jsonl"
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("" if whole else "\n") + json.dumps(dict(row) | _place()) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def record_start(run_dir: Path, step: int) -> str:
+    """Record a start from checkpoint `step` (0: none); what to tell the user of it."""
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    why = "requeued" if restart else "resumed" if step else "fresh"
+    add_row(run_dir, {"start": why, "step": step})
+    start = f"requeued (restart {restart} of Slurm job {_place()['job']})" if restart else why
+    after = f", from step {step}" if step else ", from the beginning" if restart else ""
+    return f"start {len([r for r in read_starts(run_dir) if 'start' in r])}: {start}{after}"
+
+
+def saved_step(run_dir: Path) -> int:
+    """The step of the newest published checkpoint; 0 without one."""
+    names = [path.name.removeprefix("step_") for path in run_dir.glob("checkpoints/step_*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def streak(rows: list[Row], step: int) -> int:
+    """How often the run has broken off since it came to checkpoint `step`, the newest."""
+    count, later = 0, "end"
+    for row in reversed(rows):
+        is_start = "start" in row
+        # A start whose next row is a start has no end: its node was lost.
+        broke = later == "start" if is_start else bool(row.get("crash"))
+        if row.get("step") != step or (not is_start and not broke):
+            break
+        count += broke
+        later = "start" if is_start else "end"
+    return count
+
+
+def _place() -> Row:
+    job = os.environ.get("SLURM_JOB_ID")
+    place: Row = {"host": platform.node()}
+    if job is not None:
+        place |= {"job": int(job), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+    return place

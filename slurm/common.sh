@@ -1,0 +1,106 @@
+# shellcheck shell=bash
+# What the scripts beside this one share; each sources it. A script says `train RECIPE [key=value ...]`, and the job then starts
+# one launcher a node, hears Slurm's signals, and queues itself again when its time is over or something broke.
+set -euo pipefail
+
+die() { echo "moetrain: error: $*" >&2; exit 2; }
+
+[[ -n ${SLURM_JOB_ID:-} ]] || die "this is a batch script: submit it with sbatch slurm/NAME.sh"
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# 1. The site. The environment of sbatch comes before the file.
+site=${MOETRAIN_SITE:-$repo/slurm/site.env}
+[[ -r $site ]] || die "$site: not readable. Restore slurm/site.env, or set MOETRAIN_SITE to your own."
+# shellcheck source=slurm/site.env
+source "$site"
+[[ -n ${MOETRAIN_WORK:-} ]] || die "$site: MOETRAIN_WORK is empty. Give the folder that holds models/, data/ and runs/."
+[[ -d $MOETRAIN_WORK ]] || die "$site: MOETRAIN_WORK=$MOETRAIN_WORK is no folder on $(hostname). Give one that all nodes see."
+
+# 2. What runs: in the image when there is one, bare otherwise.
+if [[ -n ${MOETRAIN_IMAGE:-} ]]; then
+  [[ -e $MOETRAIN_IMAGE ]] || die "$site: MOETRAIN_IMAGE=$MOETRAIN_IMAGE does not exist. Build it with containers/build.sh, or leave it empty."
+  command -v apptainer >/dev/null || die "MOETRAIN_IMAGE is set and there is no apptainer on $(hostname). Load its module."
+  inside=(apptainer exec --bind "$repo,$MOETRAIN_WORK${MOETRAIN_BIND:+,$MOETRAIN_BIND}" --pwd "$MOETRAIN_WORK")
+  [[ -e /dev/nvidiactl ]] && inside+=(--nv)
+  moetrain=("${inside[@]}" "$MOETRAIN_IMAGE" moetrain)
+else
+  moetrain=("${MOETRAIN_BIN:-$repo/.venv/bin/moetrain}")
+  command -v "${moetrain[0]}" >/dev/null || die "$site: no moetrain at ${moetrain[0]}. Set MOETRAIN_IMAGE or MOETRAIN_BIN."
+fi
+cd "$MOETRAIN_WORK"
+
+# 3. Where the ranks meet, and what NCCL and Megatron need.
+restarts=${SLURM_RESTART_COUNT:-0}
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + restarts * 7) % 12000))
+export MASTER_ADDR MASTER_PORT
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}       # Megatron: communication is queued before computation
+export NVTE_FWD_LAYERNORM_SM_MARGIN=${NVTE_FWD_LAYERNORM_SM_MARGIN:-16}    # room on the GPU for NCCL beside Transformer Engine
+export NVTE_BWD_LAYERNORM_SM_MARGIN=${NVTE_BWD_LAYERNORM_SM_MARGIN:-16}
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1} # a lost peer ends the rank, it does not wait
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+ranks=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+ranks=${ranks##*:} # h100:8 is 8
+
+# 4. Signals. Slurm sends USR1 to this script ahead of the time limit (--signal=B:USR1@300), TERM before it takes the nodes away.
+told=
+heard=0
+step=
+hear() {
+  told=$1
+  heard=$((heard + 1))
+  echo "moetrain: $(date -Is) Slurm says $1; the step in hand is finished and saved"
+  if [[ -n $step ]]; then kill "-$1" "$step" 2>/dev/null || true; fi
+}
+trap 'hear USR1' USR1
+trap 'hear TERM' TERM
+
+# Run a command of moetrain on every node, one launcher each; returns srun's exit code. Each node's own is left in $ends: srun's
+# is the highest, which is that of those whom it has ended itself.
+ends=$MOETRAIN_WORK/.ends-$SLURM_JOB_ID-$restarts
+on_nodes() {
+  local code before
+  mkdir -p "$ends"
+  # shellcheck disable=SC2016 # for the nodes to expand
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    bash -c 'trap : USR1 TERM; "${@:2}"; code=$?; echo "$code" >"$1/$SLURM_NODEID"; exit "$code"' - "$ends" \
+    "${moetrain[@]}" "$@" --nproc "$ranks" &
+  step=$!
+  while :; do
+    before=$heard code=0
+    wait "$step" || code=$?
+    if [[ $heard == "$before" ]]; then break; fi # else a signal has ended the wait, not the step
+  done
+  step=
+  return "$code"
+}
+
+# 5. What comes after: done, stop with the reason, or queue the job again.
+state() { scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p'; }
+
+again() { # SECONDS: from now until the job may start
+  trap '' TERM USR1 # Slurm now ends this script
+  scontrol requeue "$SLURM_JOB_ID" || die "this job cannot be queued again; submit it anew, it goes on from its last checkpoint"
+  scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$1" || true
+  sleep 600
+}
+
+run() { # a command of moetrain with its words
+  local code=0 verdict codes
+  echo "moetrain: $(date -Is) job $SLURM_JOB_ID, restart $restarts, on $SLURM_JOB_NODELIST"
+  "${moetrain[@]}" "$@" --nproc "$((ranks * SLURM_JOB_NUM_NODES))" --dry-run >/dev/null || exit 2 # a mistake is told once
+  on_nodes "$@" || code=$?
+  codes=$(cat "$ends"/* 2>/dev/null | tr '\n' ' ')
+  rm -rf "$ends"
+  if [[ $code == 0 ]]; then exit 0; fi
+  # Cancelled, preempted or out of time: Slurm has decided already.
+  [[ $(state) == RUNNING ]] || exit "$code"
+  verdict=$("${moetrain[@]}" requeue --codes "$code $codes" --told "${told:-nothing}" --retries "$MOETRAIN_RETRIES" \
+    --pause "$MOETRAIN_PAUSE" -- "$@" --nproc "$ranks") || exit "$code"
+  echo "moetrain: $(date -Is) $verdict"
+  if [[ $verdict == "again in "* ]]; then again "$(cut -d ' ' -f 3 <<<"$verdict")"; fi
+  exit "$code"
+}
+
+train() { run train "$repo/$1" "${@:2}"; }
