@@ -67,6 +67,7 @@ on_nodes() {
     bash -c 'trap : USR1 TERM; "${@:2}"; code=$?; echo "$code" >"$1/$SLURM_NODEID"; exit "$code"' - "$ends" \
     "${moetrain[@]}" "$@" --nproc "$ranks" &
   step=$!
+  if [[ -n $told ]]; then kill "-$told" "$step"; fi # it came before there was a step
   while :; do
     before=$heard code=0
     wait "$step" || code=$?
@@ -83,7 +84,7 @@ again() { # SECONDS: from now until the job may start
   trap '' TERM USR1 # Slurm now ends this script
   scontrol requeue "$SLURM_JOB_ID" || die "this job cannot be queued again; submit it anew, it goes on from its last checkpoint"
   scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$1" || true
-  sleep 600
+  exit 0
 }
 
 run() { # a command of moetrain with its words
@@ -91,12 +92,12 @@ run() { # a command of moetrain with its words
   echo "moetrain: $(date -Is) job $SLURM_JOB_ID, restart $restarts, on $SLURM_JOB_NODELIST"
   "${moetrain[@]}" "$@" --nproc "$((ranks * SLURM_JOB_NUM_NODES))" --dry-run >/dev/null || exit 2 # a mistake is told once
   on_nodes "$@" || code=$?
-  codes=$(cat "$ends"/* 2>/dev/null | tr '\n' ' ')
+  codes=$(cat "$ends"/* 2>/dev/null || true) # none where the launchers were killed
   rm -rf "$ends"
   if [[ $code == 0 ]]; then exit 0; fi
   # Cancelled, preempted or out of time: Slurm has decided already.
   [[ $(state) == RUNNING ]] || exit "$code"
-  verdict=$("${moetrain[@]}" requeue --codes "$code $codes" --told "${told:-nothing}" --retries "$MOETRAIN_RETRIES" \
+  verdict=$("${moetrain[@]}" requeue --codes "$code ${codes//$'\n'/ }" --told "${told:-nothing}" --retries "$MOETRAIN_RETRIES" \
     --pause "$MOETRAIN_PAUSE" -- "$@" --nproc "$ranks") || exit "$code"
   echo "moetrain: $(date -Is) $verdict"
   if [[ $verdict == "again in "* ]]; then again "$(cut -d ' ' -f 3 <<<"$verdict")"; fi

@@ -1,7 +1,6 @@
 """Which run_dir a recipe may continue, and what is written beside the outputs."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from moetrain.config.load import apply_override, load_recipe, recipe_from
 from moetrain.config.recipe import OptimConfig, Recipe
 from moetrain.errors import ConfigError, MoetrainError
-from moetrain.loops.run_dir import RunLock, check_recipe, check_schedule, write_run_files
+from moetrain.loops.run_dir import check_recipe, check_schedule, write_run_files
 from moetrain.observe.sinks import check_sinks
 
 
@@ -86,14 +85,3 @@ def test_wandb_is_asked_for_but_not_installed(tmp_path: Path) -> None:
     check_sinks(make_recipe(tmp_path))
     with pytest.raises(MoetrainError, match="pip install wandb"):
         check_sinks(make_recipe(tmp_path, "observe.wandb={project: x}"))
-
-
-def test_a_folder_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RunLock, "PATIENCE", 0.3)
-    RunLock(tmp_path / "new").take()
-    assert not (tmp_path / "new").exists()
-    holder = RunLock(tmp_path)
-    holder.take()
-    holder.take()
-    with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on"):
-        RunLock(tmp_path).take()

@@ -1,4 +1,4 @@
-"""What becomes of a job whose step has ended: queued again, or stopped with the reason. No torch."""
+"""What becomes of a job whose step has ended: queued again, or stopped with the reason."""
 
 import signal
 from collections.abc import Sequence
@@ -7,10 +7,15 @@ from pathlib import Path
 
 from moetrain.cluster.watchdog import HUNG
 from moetrain.errors import DivergedError, MoetrainError
-from moetrain.loops.starts import add_row, read_starts, saved_step, streak
+from moetrain.loops.starts import Row, add_row, read_starts, saved_step, streak
 
 SAVED = 128 + signal.SIGTERM  # the exit code of a run that was told to stop, saved and left
 LONGEST_PAUSE = 3600  # seconds
+SAID = {
+    "USR1": "its time was over",
+    "TERM": "Slurm said SIGTERM",
+    "nothing": "a signal to its ranks ended it",
+}
 FOR_GOOD = {
     MoetrainError.exit_code: "a mistake that another start would meet again (its message is above)",
     DivergedError.exit_code: "the loss or a gradient was not finite (see above)",
@@ -41,18 +46,24 @@ def cause(codes: Sequence[int]) -> int:
     return min(codes, key=rate)
 
 
-def judge(code: int, told: str, broken: int, step: int, retries: int, pause: int) -> Verdict:
+def judge(code: int, told: str, rows: list[Row], step: int, retries: int, pause: int) -> Verdict:
     """The verdict on exit code `code` after Slurm's signal `told` (USR1, TERM or nothing).
 
-    broken: how often the run has broken off since checkpoint `step`. A new checkpoint clears the
-    account, so that a long run may lose a node a week and a broken one does not run for ever.
+    rows: of starts.jsonl; `step`: of the newest checkpoint. A new checkpoint clears the account of
+    what broke off, so that a long run may lose a node a week and a broken one does not go on for
+    ever.
     """
     if code in FOR_GOOD:
         return Verdict(False, FOR_GOOD[code])
-    if code == SAVED and told != "nothing":
-        ends = "its time is over" if told == "USR1" else "Slurm said SIGTERM"
-        return Verdict(True, f"{ends}; saved at step {step}")
-    what = {HUNG: "it hung", SAVED: "a signal to its ranks ended it"}.get(code, f"exit code {code}")
+    started = next((row["step"] for row in reversed(rows) if "start" in row), 0)
+    what = f"exit code {code}"
+    if code == HUNG:
+        what = "it hung"
+    elif code == SAVED:
+        what = SAID[told]
+        if step > started:
+            return Verdict(True, f"{what}, saved at step {step}")
+    broken = streak(rows, step)
     place = f"checkpoint {step}" if step else "the beginning"
     if broken >= retries:
         return Verdict(
@@ -68,10 +79,11 @@ def judge(code: int, told: str, broken: int, step: int, retries: int, pause: int
 def after(run_dir: Path, code: int, told: str, retries: int, pause: int) -> Verdict:
     """Judge, and record the end in the run's starts.jsonl."""
     step = saved_step(run_dir)
-    verdict = judge(code, told, streak(read_starts(run_dir), step), step, retries, pause)
-    if run_dir.is_dir():  # a mistake found at once has made none
+    verdict = judge(code, told, read_starts(run_dir), step, retries, pause)
+    if verdict.crash or run_dir.is_dir():  # a mistake found at once leaves no folder
         row = {"end": code, "step": step, "crash": verdict.crash, "verdict": str(verdict)}
         try:
+            run_dir.mkdir(parents=True, exist_ok=True)
             add_row(run_dir, row)
         except OSError as error:
             return Verdict(False, f"{run_dir} cannot be written ({error.strerror}): {verdict.why}")

@@ -17,6 +17,7 @@ from moetrain import pulse
 
 HUNG = 75  # exit code: sysexits' EX_TEMPFAIL, "try again"
 MAX_PASSED = 1.0  # seconds that one look may count: a launcher that was itself stopped saw nothing
+STARTING = 4  # times as long may pass before the first progress: a hundred nodes import torch
 WRITE_SECONDS = 3.0  # for the ranks to write their stacks
 OTHERS_SECONDS = 5.0  # for the launchers of other nodes to do the same, before srun ends them
 
@@ -73,6 +74,7 @@ class Watchdog:
 
     watch: Watch
     quiet: float = 0.0
+    has_begun: bool = False
     _looked: float = field(default_factory=time.monotonic)
 
     def hangs(self, moved: bool) -> bool:
@@ -80,7 +82,8 @@ class Watchdog:
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, MAX_PASSED), now
         self.quiet = 0.0 if moved else self.quiet + passed
-        return self.quiet > self.watch.seconds
+        self.has_begun |= moved
+        return self.quiet > self.watch.seconds * (1 if self.has_begun else STARTING)
 
     def write_stacks(self, ranks: list[tuple[int, "Popen[bytes]", Line]]) -> None:
         """Have every rank (number, process, line) write its stacks, and say where they are."""
@@ -100,7 +103,7 @@ class Watchdog:
         except OSError as error:
             where = f" Their stacks could not be written: {error.strerror}."
         sys.stderr.write(
-            f"moetrain: ranks {numbers} have not moved for {self.watch.seconds:.0f} s"
+            f"moetrain: ranks {numbers} have not moved for {self.quiet:.0f} s"
             f" (cluster.hang_seconds); ended.{where}\n"
         )
         time.sleep(OTHERS_SECONDS)

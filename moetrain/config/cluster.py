@@ -24,5 +24,6 @@ class ClusterConfig(Section):
     hang_seconds: float = Field(
         default=900.0,
         gt=0,
-        description="without any progress, after which ranks write their stacks and are ended",
+        description="without any progress, after which ranks write their stacks and are ended; four"
+        " times as long until the first",
     )

@@ -240,6 +240,10 @@ class CheckpointConfig(Section):
         description="held-out metric whose lowest checkpoint is kept, e.g. eval_loss",
     )
     export_hf: bool = Field(default=False, description="write <run_dir>/hf at the end")
+    background: bool = Field(
+        default=True,
+        description="write while training goes on, from a copy in host memory; false: wait for it",
+    )
     save_optimizer: bool = Field(
         default=True, description="false: small checkpoints, from which a run cannot resume"
     )

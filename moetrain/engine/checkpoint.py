@@ -1,27 +1,25 @@
-"""Checkpoints in Megatron's torch_dist format: written aside, published by one rename, kept by
-number and by merit.
-"""
+"""One checkpoint in Megatron's torch_dist format: saved while training goes on, and read back."""
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint.api import CheckpointException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
+import moetrain
+from moetrain.engine.manifest import Entry, entries
+from moetrain.engine.manifest import write as write_manifest
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.optim import counted, part_steps, start_state
 from moetrain.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from moetrain.engine.engine import Engine
+from moetrain.pulse import beat
 
 # The optimizer's state by model tensor, not by rank: it can be read back at another layout.
+FORMAT = 1  # of what a checkpoint's folder holds beside Megatron's files
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -47,30 +45,107 @@ def fill(chunks: list[PackedGPT], loaded: dict[str, Any]) -> None:
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)
 
 
-def save(folder: Path, content: dict[str, Any], optimizer: Any, state: dict[str, Any]) -> None:
-    """Write `content` (sharded tensors), the optimizer when given, and `state` into `folder` (made
-    here, by all ranks together).
+class Saving:
+    """A save under way. Making one is collective and blocks for the plan and the copy to host
+    memory; a thread then writes, and reads back, what is this rank's.
     """
-    with _together():
-        folder.mkdir(parents=True, exist_ok=True)
-    if optimizer is not None:
-        with counted(optimizer, state["steps_done"]):
-            content["optimizer"] = optimizer.sharded_state_dict(content, metadata=_METADATA)
-    dist_checkpointing.save(content, str(folder), validate_access_integrity=False)
-    with _together():
+
+    def __init__(
+        self, folder: Path, content: dict[str, Any], optimizer: Any, state: dict[str, Any]
+    ):
+        """Save `content` (sharded tensors), the optimizer when given, and `state` into `folder`
+        (made here, by all ranks together).
+        """
+        self.folder = folder
+        self.files: dict[str, Entry] = {}
+        self._problem: BaseException | None = None
+        self._note = state | {"format": FORMAT, "has_optimizer": optimizer is not None}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._problem = error
+        _agree(self._problem)
+        if optimizer is not None:
+            with counted(optimizer, state["steps_done"]):
+                content["optimizer"] = optimizer.sharded_state_dict(content, metadata=_METADATA)
+        request: Any = dist_checkpointing.save(
+            content,
+            str(folder),
+            validate_access_integrity=False,
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
+        # What follows in upstream's list is done in `finish`: there, a full disk on the first rank
+        # would leave the others in a barrier.
+        self._write_index: Callable[[], None] = request.finalize_fns[0]
+        arguments = list(request.async_fn_args)
+        if request.async_fn is not None:
+            arguments[1] = _on_host(request.preload_fn())
+        self._thread = threading.Thread(
+            target=self._write, args=(request.async_fn, arguments), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def _write(self, write: Callable[..., None] | None, arguments: list[Any]) -> None:
+        try:
+            if write is not None:
+                write(*arguments)
+                self.files = entries(self.folder.glob(f"__{arguments[0]}_*"))
+        except BaseException as error:  # handed to the main thread by `finish`
+            self._problem = error
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part is."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for the thread, and write the index and the manifest. Collective; raises what any
+        rank met.
+        """
+        while self._thread.is_alive():
+            self._thread.join(1.0)
+            beat()
+        _agree(self._problem)
+        self._write_index()
+        known = _gathered(self.files)
+        problem: Exception | None = None
         if dist.get_rank() == 0:
-            (folder / "state.json").write_text(
-                json.dumps(state | {"has_optimizer": optimizer is not None})
-            )
+            try:
+                (self.folder / "state.json").write_text(json.dumps(self._note))
+                save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
+                write_manifest(self.folder, {k: v for files in known for k, v in files.items()})
+            except OSError as error:
+                problem = error
+        _agree(problem)
 
 
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """No rank goes on before all have come out, be it by an error: the others would wait for it."""
-    try:
-        yield
-    finally:
-        dist.barrier()
+def _gathered(mine: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def _agree(problem: BaseException | None) -> None:
+    """OSError on every rank when one has a problem, since all must leave a save together."""
+    lines = _gathered(None if problem is None else _line(problem))
+    first = next((line for line in lines if line), None)
+    if first is not None:
+        raise OSError(first)
+
+
+def _on_host(buckets: Any) -> Any:
+    """Megatron's write buckets with tensors of their own: what is on the host already, upstream
+    hands on as it is, and the next step would write into it.
+    """
+    return [
+        (path, key, (blobs, [(item, tensor.clone()) for item, tensor in tensors]))
+        for path, key, (blobs, tensors) in buckets
+    ]
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def load_weights(chunks: list[PackedGPT], folder: Path) -> None:
@@ -83,6 +158,12 @@ def restore(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the checkpoint holds for `content` and the optimizer, and the saved `state`."""
     state = json.loads((folder / "state.json").read_text())
+    if state.pop("format", 0) > FORMAT:
+        raise CheckpointError(
+            f"{folder} was written by a newer moetrain (its format is above {FORMAT}, this is"
+            f" {moetrain.__version__}). Update moetrain, or start a new run_dir from an exported"
+            " model."
+        )
     if optimizer is not None and not state.pop("has_optimizer", True):
         raise CheckpointError(
             f"{folder} holds weights without optimizer state, so a run cannot resume from it. "
@@ -101,126 +182,3 @@ def restore_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
     """Give the optimizer what `restore` read for it, once the weights are in their place."""
     optimizer.load_state_dict(loaded["optimizer"])
     part_steps(optimizer)
-
-
-class Checkpoints:
-    """The checkpoints of a run: `<run_dir>/checkpoints/step_00000010`, each complete the moment its
-    name exists.
-
-    Args:
-        keep: how many of the newest stay; the best one stays besides.
-        best: name of the held-out metric whose lowest value is the best checkpoint, or None.
-    """
-
-    def __init__(
-        self, run_dir: Path, *, keep: int, best: str | None = None, optimizer: bool = True
-    ):
-        self.folder = run_dir / "checkpoints"
-        self.keep, self.best_name, self.optimizer = keep, best, optimizer
-
-    def all(self) -> list[Path]:
-        """Published checkpoints, oldest first."""
-        return sorted(p for p in self.folder.glob("step_*") if p.is_dir())
-
-    def latest(self) -> Path | None:
-        """The newest published checkpoint. A half-written one has another name and is never seen
-        here.
-        """
-        found = self.all()
-        return found[-1] if found else None
-
-    def best(self) -> Path | None:
-        """The checkpoint with the lowest held-out metric so far."""
-        record = self.folder / "best.json"
-        return self.folder / json.loads(record.read_text())["name"] if record.is_file() else None
-
-    def save(
-        self, engine: "Engine", step: int, state: dict[str, Any], metric: float | None = None
-    ) -> Path:
-        """Write and publish step `step`, then drop the oldest beyond `keep`. Raises
-        CheckpointError; nothing is lost then.
-        """
-        final = self.folder / f"step_{step:08d}"
-        if final.is_dir():
-            return final
-        temporary = self.folder / f".writing_{step:08d}"
-        if engine.mesh.is_main:
-            for stale in self.folder.glob(".writing_*"):
-                shutil.rmtree(stale, ignore_errors=True)
-        dist.barrier()
-        self._check(engine, temporary, self._write(engine, temporary, state))
-        problem = ""
-        if engine.mesh.is_main:
-            try:
-                _sync(temporary)
-                os.rename(temporary, final)
-                _sync(self.folder)
-                self._remember(final, metric)
-                self._drop_old()
-            except OSError as error:
-                problem = str(error.strerror or error)
-        self._check(engine, temporary, problem)
-        return final
-
-    def _write(self, engine: "Engine", temporary: Path, state: dict[str, Any]) -> str:
-        """What this rank could not do, or nothing."""
-        problem = ""
-        try:
-            engine.save(temporary, state, optimizer=self.optimizer)
-        except CheckpointException:  # torch's, which is no Exception: some rank could not write
-            problem = "not everything could be written"
-        except Exception as error:  # a full disk surfaces as one of several upstream errors
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return problem
-
-    def _check(self, engine: "Engine", temporary: Path, problem: str) -> None:
-        """Collective: go on when no rank had a problem, else remove the rest and raise."""
-        problems: list[Any] = [None] * engine.mesh.world_size
-        dist.all_gather_object(problems, problem)
-        first = next((p for p in problems if p), None)
-        if first:
-            if engine.mesh.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            dist.barrier()
-            free = shutil.disk_usage(self.folder).free / 2**30 if self.folder.is_dir() else 0.0
-            raise CheckpointError(
-                f"Saving to {self.folder} failed ({first}; {free:.2f} GiB free). Earlier "
-                f"checkpoints are whole: "
-                "make room or set checkpoint.keep lower, and start again to resume."
-            )
-
-    def _remember(self, final: Path, metric: float | None) -> None:
-        record = self.folder / "best.json"
-        if self.best_name is None or metric is None:
-            return
-        if not record.is_file() or metric < json.loads(record.read_text())["value"]:
-            part = record.with_suffix(".part")
-            part.write_text(
-                json.dumps({"name": final.name, "metric": self.best_name, "value": metric})
-            )
-            os.replace(part, record)
-
-    def _drop_old(self) -> None:
-        best = self.best()
-        for old in self.all()[: -self.keep] if self.keep else []:
-            if old != best:
-                # Renamed first, so that a kill in the middle of the removal leaves no half
-                # checkpoint under a good name.
-                doomed = old.with_name(f".writing_old_{old.name}")
-                os.rename(old, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
-
-    def restore(self, engine: "Engine", path: Path) -> dict[str, Any]:
-        """Bring `engine` to checkpoint `path`; returns the state saved with it."""
-        return engine.restore(path)
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder's files and entries to the disk, so that a rename never publishes unwritten
-    data.
-    """
-    for path in [p for p in folder.iterdir() if p.is_file()] + [folder]:
-        with contextlib.suppress(OSError):
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)

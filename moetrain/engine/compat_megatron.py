@@ -3,6 +3,7 @@
 Each mend says what breaks without it. tests/test_compat.py fails when one is no longer needed.
 """
 
+import contextlib
 import queue
 from typing import Any
 
@@ -23,6 +24,7 @@ def install() -> None:
         _without_gpu()
     _with_torch_adam()
     _save_in_this_process()
+    _fail_together()
 
 
 def _with_torch_adam() -> None:
@@ -45,13 +47,30 @@ def _save_in_this_process() -> None:
     """A save's writers hand results to a queue, which upstream serves from a process of its own.
 
     That process imports the whole program again (5 s and 560 MB a rank at the first save) and
-    outlives a killed rank for ever. The writers are threads of this process, since we save
-    synchronously, so a plain queue serves.
+    outlives a killed rank for ever. Our writers are threads of this process, and one save is under
+    way at a time, so a plain queue serves.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     results: queue.Queue[Any] = queue.Queue()
     filesystem_async.get_write_results_queue = lambda mp_mode="spawn": results
+
+
+def _fail_together() -> None:
+    """A disk that is full when the first rank writes a checkpoint's index, which it does last.
+
+    Upstream raises there while the other ranks wait in a broadcast, for ever. Without an index the
+    checkpoint is refused a moment later, on all ranks (`manifest.write`).
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    finish = FileSystemWriterAsync.finish
+
+    def finish_if_it_can(self: Any, metadata: Any, results: Any) -> None:
+        with contextlib.suppress(OSError):
+            finish(self, metadata, results)
+
+    FileSystemWriterAsync.finish = finish_if_it_can  # type: ignore[method-assign]
 
 
 def _without_gpu() -> None:

@@ -1,6 +1,5 @@
 """The engine: few verbs over Megatron Core, the same on two CPU cores and on H100 nodes."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -53,7 +52,7 @@ from moetrain.weights.adapter import InitialAdapter
 from moetrain.weights.peft import write_peft
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.reader import Reader
-from moetrain.weights.writer import copy_tokenizer, write_hf
+from moetrain.weights.writer import write_hf
 
 
 @dataclass(frozen=True)
@@ -370,16 +369,21 @@ class Engine:
         """Write weights, optimizer and `state` (JSON) into `folder`, which must be empty.
         Publishing is the caller's.
         """
+        self.begin_save(folder, state, optimizer=optimizer).finish()
+
+    def begin_save(
+        self, folder: Path, state: dict[str, Any], *, optimizer: bool = True
+    ) -> checkpoint.Saving:
+        """As `save`, up to the copy of all that to host memory; `finish` of what it returns does
+        the rest.
+        """
         kept = self.optimizer if optimizer else None
         with settled(self.wrapped):
             state = state | {"steps_done": self.steps_done}
-            checkpoint.save(folder, self._content(), kept, state)
+            saving = checkpoint.Saving(folder, self._content(), kept, state)
         if self.mesh.is_main:
-            note: dict[str, Any] = {"hf": self.source.hf_for_export(self.recipe)}
-            if self.adapters is not None:
-                note["adapter_of"] = self.recipe.model.path or "random weights"
-            (folder / "moetrain.json").write_text(json.dumps(note, indent=1))
-            copy_tokenizer(self.source.tokenizer, folder)
+            self.source.describe(folder, self.recipe)
+        return saving
 
     def _content(self) -> dict[str, Any]:
         """What a checkpoint holds of the model: all of it, or its adapters."""

@@ -16,6 +16,7 @@ from moetrain.families import Family, family_of, with_scalar_head
 from moetrain.families.dims import Dims
 from moetrain.families.rules import expand, head_names
 from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
+from moetrain.weights.writer import copy_tokenizer
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ class ModelSource:
         if self.folder is not None and recipe.model.init != "random":
             return self.hf
         return {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe.model.dtype]} | self.hf
+
+    def describe(self, folder: Path, recipe: Recipe) -> None:
+        """Write beside a checkpoint what model it is of (moetrain.json), and its tokenizer."""
+        note: dict[str, Any] = {"hf": self.hf_for_export(recipe)}
+        if recipe.adapter is not None:
+            note["adapter_of"] = recipe.model.path or "random weights"
+        (folder / "moetrain.json").write_text(json.dumps(note, indent=1))
+        copy_tokenizer(self.tokenizer, folder)
 
 
 def find_model(model: ModelConfig, scalar_head: bool = False) -> ModelSource:

@@ -6,9 +6,15 @@ from typing import Any
 
 from moetrain.config.recipe import Recipe
 from moetrain.engine import Engine, StepResult
-from moetrain.engine.checkpoint import Checkpoints
+from moetrain.engine.checkpoints import Checkpoints
 from moetrain.engine.optim import learning_rate
-from moetrain.loops.run_dir import RunLock, check_recipe, check_schedule, write_run_files
+from moetrain.loops.lock import RunLock
+from moetrain.loops.run_dir import (
+    check_recipe,
+    check_schedule,
+    check_writable,
+    write_run_files,
+)
 from moetrain.loops.starts import record_start
 from moetrain.observe.reporter import Reporter
 from moetrain.observe.sinks import check_sinks
@@ -27,29 +33,33 @@ class Job:
         check_sinks(recipe)
         self._lock = RunLock(recipe.run_dir)
         if self.is_first:
+            if (recipe.run_dir / "checkpoints").is_dir():
+                check_writable(recipe.run_dir)
             self._lock.take()
         self._earlier = check_recipe(recipe)
+        self._damaged: list[str] = []
         self.checkpoints = Checkpoints(
             recipe.run_dir,
             keep=recipe.checkpoint.keep,
             best=recipe.checkpoint.best,
             optimizer=recipe.checkpoint.save_optimizer,
+            background=recipe.checkpoint.background,
         )
 
     def resume(
         self, engine: Engine, num_steps: Callable[[Recipe], int]
     ) -> tuple[int, dict[str, Any]]:
-        """Bring the engine to the latest checkpoint: (its step, its state); (0, {}) without one.
+        """Bring the engine to the newest checkpoint that is whole: (its step, its state); (0, {})
+        without one.
 
         `num_steps` is the loop's reading of a recipe's length. Raises ConfigError when learning
         rates of the steps that are done would be others now.
         """
-        path = self.checkpoints.latest()
-        if path is None:
+        state, self._damaged = self.checkpoints.restore(engine)
+        if state is None:
             return 0, {}
         earlier = self._earlier
         assert earlier is not None, "a run_dir with checkpoints and without a recipe is refused"
-        state = self.checkpoints.restore(engine, path)
         check_schedule(earlier, self.recipe, state["step"], num_steps, learning_rate)
         return int(state["step"]), state
 
@@ -57,21 +67,25 @@ class Job:
         """Write the run's own files; the reporter to enter, which first says `lines`."""
         recipe = self.recipe
         if self.is_first:
-            recipe.run_dir.mkdir(parents=True, exist_ok=True)
+            check_writable(recipe.run_dir)
             self._lock.take()
             write_run_files(recipe, rank_table(engine.mesh.plan), {"num_steps": num_steps})
-            lines = [*lines, record_start(recipe.run_dir, step)]
+            lines = [*lines, record_start(recipe.run_dir, step, self._damaged), *self._damaged]
         report = Reporter(recipe, num_steps, step, speaks=engine.mesh.is_main)
         for line in lines:
             report.say(line)
         return report
 
     def end(self, engine: Engine) -> None:
-        """Write what the recipe asks for once the last step is done."""
+        """Write what the recipe asks for once the last step is done and saved."""
         if self.recipe.adapter is not None:
             engine.export_peft(self.recipe.run_dir / "adapter")
         if self.recipe.checkpoint.export_hf:
             engine.export_hf(self.recipe.run_dir / "hf")
+
+    def close(self) -> None:
+        """Give the run_dir free."""
+        self._lock.release()
 
 
 def is_due(step: int, every: int | None) -> bool:

@@ -12,7 +12,7 @@ from moetrain.config.load import apply_override, load_recipe, recipe_from
 from moetrain.config.recipe import ModelConfig, ParallelConfig, Recipe
 from moetrain.data.cache import key_of
 from moetrain.engine import Engine, device
-from moetrain.engine.checkpoint import Checkpoints
+from moetrain.engine.checkpoints import Checkpoints
 from moetrain.engine.source import ModelSource, find_model
 from moetrain.errors import CheckpointError
 from moetrain.families.adapter import AdapterTable

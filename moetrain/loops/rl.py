@@ -47,6 +47,7 @@ def train(recipe: Recipe) -> int:
         if finished:
             job.end(engine)
         report.finish()
+    job.close()
     engine.close()
     return 0 if finished else EXIT_STOPPED
 
@@ -84,12 +85,15 @@ def _loop(
             report.step(row | {f"seconds/{name}": value for name, value in seconds.items()})
             state = {"step": step, "prompts": sampler.state_dict(batch)}
             state["demonstrations"] = lessons.demonstrations.state_dict()
+        job.checkpoints.tick(engine)
         stopped = batch is None or stop.agreed()
         due = step == last or is_due(step, recipe.train.eval_every)
         if due and prompts.held_out and not stopped:
             _evaluate(sampler, report, step)
         if state and (stopped or step == last or is_due(step, recipe.checkpoint.every)):
             job.checkpoints.save(engine, step, state)
+        if stopped or step == last:
+            job.checkpoints.close(engine)
         if stopped and step < last:
             report.say(f"stopped by a signal at step {step}; start again to resume")
             return False

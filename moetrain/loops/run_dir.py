@@ -2,22 +2,20 @@
 outputs.
 """
 
-import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import moetrain
 from moetrain.config.load import dump_recipe, load_recipe, recipe_hash
 from moetrain.config.recipe import OptimConfig, Recipe
-from moetrain.errors import ConfigError
+from moetrain.errors import CheckpointError, ConfigError
 
 # What may differ from one start of a run to the next: it decides where, how fast and how watched,
 # not what is learned.
@@ -73,44 +71,20 @@ VERSIONS = (
 WAY_OUT = "Give the run the recipe it was started with, or another run_dir."
 
 
-class RunLock:
-    """Keeps a second job out of a run_dir; one process of a job (rank 0) holds it until it ends.
-
-    After a kill of the launcher its ranks may live on for some seconds: `take` waits for them.
+def check_writable(run_dir: Path) -> None:
+    """Make `run_dir` and its checkpoints folder, and write a file there. Raises CheckpointError: a
+    run that cannot save shall say so before its first step.
     """
-
-    PATIENCE = 30.0  # seconds
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._file: IO[str] | None = None
-
-    def take(self) -> None:
-        """Take the lock unless it is held or there is no folder yet; ConfigError when another job
-        keeps it.
-        """
-        if self._file is not None or not self.folder.is_dir():
-            return
-        file = (self.folder / ".lock").open("a+")
-        deadline = time.monotonic() + self.PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    raise ConfigError(
-                        f"{self.folder} is in use by {file.read().strip() or 'another job'}."
-                        " Stop that job, or give another run_dir."
-                    ) from None
-                time.sleep(0.2)
-            except OSError:  # a file system without locks
-                break
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        self._file = file
+    probe = run_dir / "checkpoints" / f".probe-{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"1")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"{probe.parent} cannot be written ({error.strerror}). Make it writable and free space,"
+            " or give another run_dir."
+        ) from None
 
 
 def check_recipe(recipe: Recipe) -> Recipe | None:

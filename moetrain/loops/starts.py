@@ -8,7 +8,7 @@ without an end was lost with its node. Order is that of the lines: no clock is a
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,14 @@ def add_row(run_dir: Path, row: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def record_start(run_dir: Path, step: int) -> str:
-    """Record a start from checkpoint `step` (0: none); what to tell the user of it."""
+def record_start(run_dir: Path, step: int, damaged: Sequence[str] = ()) -> str:
+    """Record a start from checkpoint `step` (0: none), and what was said of damaged ones; what to
+    tell the user of it.
+    """
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     why = "requeued" if restart else "resumed" if step else "fresh"
-    add_row(run_dir, {"start": why, "step": step})
+    note = {"damaged": list(damaged)} if damaged else {}
+    add_row(run_dir, {"start": why, "step": step} | note)
     start = f"requeued (restart {restart} of Slurm job {_place()['job']})" if restart else why
     after = f", from step {step}" if step else ", from the beginning" if restart else ""
     return f"start {len([r for r in read_starts(run_dir) if 'start' in r])}: {start}{after}"

@@ -41,6 +41,7 @@ def train(recipe: Recipe) -> int:
         if finished:
             job.end(engine)
         report.finish()
+    job.close()
     engine.close()
     return 0 if finished else EXIT_STOPPED
 
@@ -63,6 +64,7 @@ def _loop(
             step += 1
             report.step(step_row(step, result, time.perf_counter() - started))
 
+            job.checkpoints.tick(engine)
             stopped = stop.agreed()
             saves = step == last or is_due(step, recipe.checkpoint.every)
             metric = None
@@ -78,6 +80,8 @@ def _loop(
             if saves or stopped:
                 state = {"step": step, "loader": loader.state_dict()}
                 job.checkpoints.save(engine, step, state, metric)
+            if stopped or step == last:
+                job.checkpoints.close(engine)
             if stopped and step < last:
                 report.say(f"stopped by a signal at step {step}; start again to resume")
                 return False

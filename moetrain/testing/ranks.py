@@ -2,6 +2,7 @@
 returns plain tensors.
 """
 
+import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from moetrain.config.load import recipe_from
 from moetrain.engine import Engine
+from moetrain.engine.checkpoint import Saving
 from moetrain.families.adapter import AdapterTable
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed, concat, from_tokens
@@ -261,6 +263,37 @@ def trained_and_resumed(
     second.restore(folder / "checkpoint")
     second.step(packs, METHODS["sft"])
     return before, after, weights(second)
+
+
+def saved_in_the_background(
+    model: str, parallel: dict[str, Any], sequences: Lists, folder: Path
+) -> tuple[bool, dict[str, Tensor], dict[str, Tensor]]:
+    """(whether the save still wrote after another step, weights when it began, weights restored).
+
+    Nothing is written before that step is done, so what is written is what was copied.
+    """
+    cls: Any = Saving
+    write, go = cls._write, threading.Event()
+
+    def write_later(*args: Any) -> None:
+        assert go.wait(60)
+        write(*args)
+
+    cls._write = write_later
+    try:
+        engine = Engine(recipe_for(model, parallel))
+        packs = _mine(packs_of(sequences, 2), engine)
+        engine.step(packs, METHODS["sft"])
+        before = {name: w.clone() for name, w in engine.export()}
+        saving = engine.begin_save(folder / "checkpoint", {})
+        engine.step(packs, METHODS["sft"])
+        is_writing = not saving.is_written
+        go.set()
+        saving.finish()
+    finally:
+        cls._write = write
+    engine.restore(folder / "checkpoint")
+    return is_writing, before, {name: w.clone() for name, w in engine.export()}
 
 
 def gradients_of_packs(

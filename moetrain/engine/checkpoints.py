@@ -1,0 +1,225 @@
+"""The checkpoints of a run: written aside, verified, published by one rename, kept by number and by
+merit.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from moetrain.engine.checkpoint import Saving
+from moetrain.engine.manifest import damage
+from moetrain.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from moetrain.engine.engine import Engine
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A checkpoint that is being written."""
+
+    saving: Saving
+    final: Path
+    metric: float | None
+
+
+class Checkpoints:
+    """The checkpoints of a run: `<run_dir>/checkpoints/step_00000010`, each complete the moment its
+    name exists.
+
+    Args:
+        keep: how many of the newest stay; the best one stays besides.
+        best: name of the held-out metric whose lowest value is the best checkpoint, or None.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep: int,
+        best: str | None = None,
+        optimizer: bool = True,
+        background: bool = False,
+    ):
+        self.folder = run_dir / "checkpoints"
+        self.keep, self.best_name, self.optimizer = keep, best, optimizer
+        self.background = background
+        self._flight: _Flight | None = None
+        self._removal: threading.Thread | None = None
+
+    def all(self) -> list[Path]:
+        """Published checkpoints, oldest first."""
+        return sorted(p for p in self.folder.glob("step_*") if p.is_dir())
+
+    def latest(self) -> Path | None:
+        """The newest published checkpoint. A half-written one has another name and is never seen
+        here.
+        """
+        found = self.all()
+        return found[-1] if found else None
+
+    def best(self) -> Path | None:
+        """The checkpoint with the lowest held-out metric so far."""
+        record = self.folder / "best.json"
+        return self.folder / json.loads(record.read_text())["name"] if record.is_file() else None
+
+    def save(
+        self, engine: "Engine", step: int, state: dict[str, Any], metric: float | None = None
+    ) -> Path:
+        """Save step `step`: write it, or have it written in the background until `tick` or `settle`
+        publishes it. Collective. Raises CheckpointError; earlier checkpoints stay.
+        """
+        self.settle(engine)
+        final = self.folder / f"step_{step:08d}"
+        if final.is_dir():
+            return final
+        temporary = self.folder / f".writing_{step:08d}"
+        if engine.mesh.is_main:
+            for stale in self.folder.glob(".writing_*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        dist.barrier()
+
+        def begin() -> Saving:
+            return engine.begin_save(temporary, state, optimizer=self.optimizer)
+
+        saving = self._together(engine, temporary, begin)
+        self._flight = _Flight(saving, final, metric)
+        if not self.background:
+            self.settle(engine)
+        return final
+
+    def tick(self, engine: "Engine") -> None:
+        """Publish what has been written since, if every rank is done. Collective; call it between
+        steps.
+        """
+        if self._flight is None:
+            return
+        done = torch.tensor(float(self._flight.saving.is_written), device=engine.device)
+        dist.all_reduce(done, dist.ReduceOp.MIN)
+        if done:
+            self.settle(engine)
+
+    def settle(self, engine: "Engine") -> None:
+        """Wait for the save under way and publish it; then drop the oldest beyond `keep`.
+        Collective.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        self._together(engine, flight.saving.folder, flight.saving.finish)
+        if engine.mesh.is_main:
+            _sync(flight.saving.folder)
+            os.rename(flight.saving.folder, flight.final)
+            _sync(self.folder)
+            self._remember(flight.final, flight.metric)
+            self._drop_old()
+        dist.barrier()
+
+    def close(self, engine: "Engine") -> None:
+        """Leave nothing behind that is not finished. Collective."""
+        self.settle(engine)
+        if self._removal is not None:
+            self._removal.join()
+
+    def _together(self, engine: "Engine", temporary: Path, do: Callable[[], T]) -> T:
+        """What `do` gives; CheckpointError on every rank when it fails on one."""
+        problem, given = "", None
+        try:
+            given = do()
+        except CheckpointException:  # torch's, which is no Exception: some rank could not write
+            problem = "not everything could be written"
+        except Exception as error:  # a full disk surfaces as one of several upstream errors
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        problems: list[Any] = [None] * engine.mesh.world_size
+        dist.all_gather_object(problems, problem)
+        first = next((p for p in problems if p), None)
+        if first:
+            if engine.mesh.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            dist.barrier()
+            free = shutil.disk_usage(self.folder).free / 2**30 if self.folder.is_dir() else 0.0
+            raise CheckpointError(
+                f"Saving to {self.folder} failed ({first}; {free:.2f} GiB free). Earlier "
+                f"checkpoints are whole: "
+                "make room or set checkpoint.keep lower, and start again to resume."
+            )
+        assert given is not None or not problem
+        return given  # type: ignore[return-value]
+
+    def _remember(self, final: Path, metric: float | None) -> None:
+        record = self.folder / "best.json"
+        if self.best_name is None or metric is None:
+            return
+        if not record.is_file() or metric < json.loads(record.read_text())["value"]:
+            part = record.with_suffix(".part")
+            part.write_text(
+                json.dumps({"name": final.name, "metric": self.best_name, "value": metric})
+            )
+            os.replace(part, record)
+
+    def _drop_old(self) -> None:
+        """Rename, so that a kill leaves no half checkpoint under a good name, and remove aside: it
+        may take long on a shared file system.
+        """
+        best = self.best()
+        doomed: list[Path] = []
+        for old in self.all()[: -self.keep] if self.keep else []:
+            if old != best:
+                doomed.append(old.with_name(f".writing_old_{old.name}"))
+                os.rename(old, doomed[-1])
+        if self._removal is not None:
+            self._removal.join()
+        self._removal = threading.Thread(target=_remove, args=(doomed,), daemon=True)
+        self._removal.start()
+
+    def restore(self, engine: "Engine") -> tuple[dict[str, Any] | None, list[str]]:
+        """Bring `engine` to the newest checkpoint that is whole: (the state saved with it, or None
+        without one, what to tell the user of damaged ones). Collective.
+
+        Raises CheckpointError when there are checkpoints and none is whole.
+        """
+        said: list[str] = []
+        found = self.all()
+        dist.barrier()  # no rank renames one before all have looked
+        for path in reversed(found):
+            problem = damage(path)
+            if not problem:
+                return engine.restore(path), said
+            said.append(f"{path} is damaged ({problem}); the checkpoint before it is taken")
+            if engine.mesh.is_main:
+                with contextlib.suppress(OSError):  # of another name, it is not in the way
+                    os.rename(path, path.with_name(f"damaged_{path.name}"))
+        if found:
+            raise CheckpointError(
+                f"{said[-1].partition(';')[0]}, and no checkpoint before it is whole. Start a new"
+                " run_dir."
+            )
+        return None, said
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Flush a folder's files and entries to the disk, so that a rename never publishes unwritten
+    data.
+    """
+    for path in [p for p in folder.iterdir() if p.is_file()] + [folder]:
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)

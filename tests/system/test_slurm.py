@@ -1,0 +1,140 @@
+"""The scripts in slurm/ on a real Slurm: two nodes train, are interrupted, and finish all the
+same.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.system import slurm_cluster
+from tests.system.site import TINY, Site
+from tests.system.slurm_cluster import Cluster
+
+STEPS = 8
+LONG = (*TINY, "parallel.pp=2", "train.steps=40", "checkpoint.every=5")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    reason = slurm_cluster.missing()
+    if reason is not None:
+        pytest.skip(f"{reason}: that the scripts in slurm/ run, requeue and resume stays unproven")
+    folder = tmp_path_factory.mktemp("slurm")
+    cluster = Cluster(folder, num_real=3)  # two for a job, one for another beside it
+    try:
+        cluster.start()
+        yield Site(cluster, folder / "work")
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def whole(site: Site) -> str:
+    """An uninterrupted run of LONG."""
+    site.done(site.submit("dpo_235b.sh", *LONG, "run_dir=runs/whole"))
+    return "whole"
+
+
+def equal(site: Site, run: str, whole: str) -> None:
+    """Bit for bit: every loss, and the weights."""
+    assert site.rows(run) == site.rows(whole)
+    assert site.adapter(run) == site.adapter(whole)
+
+
+def test_dpo_across_two_nodes_at_pp2_and_ep2(site: Site) -> None:
+    """LoRA-DPO by the script for 235B learns the same in both layouts."""
+    words = (*TINY, f"train.steps={STEPS}", "checkpoint.every=4")
+    jobs = {
+        axis: site.submit("dpo_235b.sh", *words, f"parallel.{axis}=2", f"run_dir=runs/{axis}")
+        for axis in ("pp", "ep")
+    }
+    for axis, job in jobs.items():
+        said = site.done(job)
+        assert "start 1: fresh" in said
+        ranks = (site.work / "runs" / axis / "ranks.json").read_text()
+        assert f'"{axis}": 1' in ranks
+    pp, ep = site.rows("pp"), site.rows("ep")
+    assert len(pp) == len(ep) == STEPS
+    for ours, theirs in zip(pp, ep, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert pp[-1]["loss"] < pp[0]["loss"]
+
+
+def begin(site: Site, run: str, *more: str) -> int:
+    """Submit LONG and wait until it has a checkpoint, and steps after it."""
+    job = site.submit("dpo_235b.sh", *LONG, f"run_dir=runs/{run}", *more)
+    site.cluster.wait(lambda: len(site.rows(run)) >= 12, "12 steps", 240)
+    return job
+
+
+def test_time_limit(site: Site, whole: str) -> None:
+    """Slurm's own USR1 ahead of the time limit: saved, queued again, resumed, bit-equal."""
+    job = begin(site, "limit")
+    with site.stopped("limit"):  # as long as Slurm takes to look at its limits: half a minute
+        site.cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=5")
+        site.cluster.wait(lambda: "Slurm says USR1" in site.said(job), "USR1", 90)
+    site.cluster.wait(lambda: site.cluster.job(job)["Restarts"] == "1", "the requeue", 120)
+    site.cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    said = site.done(job)
+    assert "again in 0 s: its time was over, saved at step" in said
+    assert f"requeued (restart 1 of Slurm job {job}), from step" in said
+    equal(site, "limit", whole)
+
+
+def test_scancel_kill(site: Site, whole: str) -> None:
+    """SIGKILL to the step's tasks: the launchers die, and with them their ranks."""
+    job = begin(site, "killed")
+    site.cluster.call("scancel", "--signal=KILL", f"{job}.0")
+    assert "again in 1 s: exit code 137, time 1 since checkpoint" in site.done(job)
+    equal(site, "killed", whole)
+
+
+def test_a_rank_that_stands_still(site: Site, whole: str) -> None:
+    """SIGSTOP of one rank: both nodes write stacks, the job is queued again."""
+    job = begin(site, "hung", "cluster.hang_seconds=30")
+    os.kill(site.ranks("hung")[1], signal.SIGSTOP)
+    assert "again in 1 s: it hung, time 1 since checkpoint" in site.done(job)
+    stacks = [(site.work / f"runs/hung/stacks/rank_0000{i}.txt").read_text() for i in (0, 1)]
+    assert "(stopped)" in stacks[1] and "(stopped)" not in stacks[0]
+    assert all("supervised.py" in text for text in stacks)
+    equal(site, "hung", whole)
+
+
+def test_a_node_is_lost(site: Site, whole: str) -> None:
+    """Slurm ends the job and queues it again; the start that has no end is on the account."""
+    job = begin(site, "lost")
+    node = f"NodeName={site.cluster.node(2)}"
+    site.cluster.call("scontrol", "update", node, "State=DOWN", "Reason=test")
+    site.cluster.wait(lambda: not site.ranks("lost"), "the end of its ranks")
+    site.cluster.call("scontrol", "update", node, "State=RESUME")
+    site.cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    assert "requeued (restart 1" in site.done(job)
+    assert [("end" in row) for row in site.starts("lost")] == [False, False]
+    equal(site, "lost", whole)
+
+
+def test_a_job_that_always_breaks_off_is_stopped(site: Site) -> None:
+    """With a longer pause each time, and the reason in the end."""
+    site.write_bin('[[ " $* " == *" --dry-run "* || $1 == requeue ]] || kill -KILL $$')
+    try:
+        job = site.submit("dpo_235b.sh", *LONG, "run_dir=runs/broken")
+        assert site.cluster.finished(job, 120)["JobState"] == "FAILED"
+    finally:
+        site.write_bin()
+    said = site.said(job)
+    for number, seconds in enumerate((1, 2, 4), start=1):
+        assert f"again in {seconds} s: exit code 137, time {number} since the beginning" in said
+    assert "stopped: exit code 137; it broke off 4 times since the beginning" in said
+
+
+def test_two_jobs_on_one_folder(site: Site) -> None:
+    first = begin(site, "shared")
+    with site.stopped("shared"):
+        alone = ("--nodes=1", "--gpus-per-node=2")
+        second = site.submit("dpo_235b.sh", *LONG, "run_dir=runs/shared", options=alone)
+        site.cluster.finished(second, 120)
+    assert "runs/shared is in use by" in site.said(second)
+    assert site.said(second).count("moetrain: error:") == 1
+    site.done(first)
