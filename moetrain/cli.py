@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain import __version__, cli_answers
+from moetrain import __version__, cli_answers, cli_cluster
 from moetrain.cli_common import Arguments, Parser, add_overrides, positive
 from moetrain.errors import MoetrainError
 
@@ -48,13 +48,12 @@ def _train(args: Arguments) -> int:
     if args.dry_run:
         print(dry_run(recipe, args.nproc))
         return 0
-    world_size = launch.joined(args.nproc)
-    planned = (args.nproc or 1) * launch.num_nodes(args.nproc)
-    check(recipe, world_size or planned)  # mistakes show before any process starts
-    if world_size is None and planned > 1:
-        watch = Watch(recipe.cluster.hang_seconds, recipe.run_dir / "stacks")
-        command = [sys.executable, "-m", "moetrain", *args.argv]
-        return launch.run_local(command, args.nproc, watch)
+    world_size = launch.joined(args.nproc) or (args.nproc or 1) * launch.num_nodes(args.nproc)
+    check(recipe, world_size)  # mistakes show before any process starts
+    watch = Watch(recipe.cluster.hang_seconds, recipe.run_dir / "stacks")
+    code = launch.as_ranks(args.argv, args.nproc, watch)
+    if code is not None:
+        return code
     pulse.listen()
     if recipe.method.samples:
         from moetrain.loops.rl import train
@@ -75,9 +74,9 @@ def _score_arguments(parser: Parser) -> None:
 def _score(args: Arguments) -> int:
     from moetrain.cluster import launch
 
-    planned = (args.nproc or 1) * launch.num_nodes(args.nproc)
-    if launch.joined(args.nproc) is None and planned > 1:
-        return launch.run_local([sys.executable, "-m", "moetrain", *args.argv], args.nproc)
+    code = launch.as_ranks(args.argv, args.nproc)
+    if code is not None:
+        return code
     if args.model.endswith((".yaml", ".yml")):
         from moetrain.config.load import load_recipe
         from moetrain.loops.reference import fill
@@ -217,7 +216,7 @@ def _requeue_arguments(parser: Parser) -> None:
     parser.add_argument("--told", choices=["USR1", "TERM", "nothing"], default="nothing")
     parser.add_argument("--retries", type=int, default=3, metavar="N")
     parser.add_argument("--pause", type=int, default=60, metavar="SECONDS")
-    parser.add_argument("words", nargs=argparse.REMAINDER, help="-- and the step's own words")
+    parser.add_argument("words", nargs="...", help="-- and the step's own words")
 
 
 def _requeue(args: Arguments) -> int:
@@ -284,23 +283,6 @@ def _swift(args: Arguments) -> int:
     return 0
 
 
-def _doctor_arguments(parser: Parser) -> None:
-    parser.add_argument("recipe", type=Path, nargs="?")
-    _ranks(parser)
-
-
-def _doctor(args: Arguments) -> int:
-    from moetrain.cluster import doctor, launch
-
-    world_size = launch.joined(args.nproc)
-    if world_size is None and (args.nproc or 1) > 1:
-        return launch.run_local([sys.executable, "-m", "moetrain", *args.argv], args.nproc)
-    recipe, overrides = args.recipe, args.overrides
-    if recipe is not None and "=" in str(recipe) and not recipe.exists():
-        raise MoetrainError(f"doctor: {recipe} overrides no recipe. Give RECIPE before it.")
-    return doctor.main(recipe, overrides, world_size)
-
-
 def _serve_arguments(parser: Parser) -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--port", type=positive, required=True, metavar="N")
@@ -339,10 +321,13 @@ COMMANDS: dict[str, Command] = {
     "data": Command("index a corpus for pretraining", _data_arguments, _data),
     "convert": Command("checkpoints, adapters, deeper models", _convert_arguments, _convert),
     "sweep": Command("runs over a grid of settings", _sweep_arguments, _sweep),
+    "launch": Command("a recipe as a Slurm job", cli_cluster.launch_arguments, cli_cluster.launch),
     "requeue": Command("for slurm/: what comes after a step", _requeue_arguments, _requeue),
     "report": Command("runs side by side: page, CSV, table", _report_arguments, _report),
     "swift": Command("recipes from and to ms-swift's commands", _swift_arguments, _swift),
-    "doctor": Command("what would fail in the job, before it", _doctor_arguments, _doctor),
+    "doctor": Command(
+        "what would fail in the job, before it", cli_cluster.doctor_arguments, cli_cluster.doctor
+    ),
     "quickstart": Command(
         "a whole small run on this machine",
         lambda p: p.add_argument("--out", type=Path, default=Path("runs/quickstart")) and None,

@@ -63,7 +63,7 @@ on_nodes() {
   local code before
   mkdir -p "$ends"
   # shellcheck disable=SC2016 # for the nodes to expand
-  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit="$([[ $1 == doctor ]] && echo 0 || echo 1)" \
     bash -c 'trap : USR1 TERM; "${@:2}"; code=$?; echo "$code" >"$1/$SLURM_NODEID"; exit "$code"' - "$ends" \
     "${moetrain[@]}" "$@" --nproc "$ranks" &
   step=$!
@@ -80,17 +80,22 @@ on_nodes() {
 # 5. What comes after: done, stop with the reason, or queue the job again.
 state() { scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p'; }
 
-again() { # SECONDS: from now until the job may start
+again() { # SECONDS: from now until the job may start; a start that is due before Slurm is done with this one waits two minutes
+  local pause=$(($1 > 10 ? $1 : 10))
   trap '' TERM USR1 # Slurm now ends this script
   scontrol requeue "$SLURM_JOB_ID" || die "this job cannot be queued again; submit it anew, it goes on from its last checkpoint"
-  scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$1" || true
+  scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$pause" || true
   exit 0
 }
 
 run() { # a command of moetrain with its words
   local code=0 verdict codes
   echo "moetrain: $(date -Is) job $SLURM_JOB_ID, restart $restarts, on $SLURM_JOB_NODELIST"
-  "${moetrain[@]}" "$@" --nproc "$((ranks * SLURM_JOB_NUM_NODES))" --dry-run >/dev/null || exit 2 # a mistake is told once
+  if [[ $1 == train && $MOETRAIN_DOCTOR != no ]]; then
+    on_nodes doctor "${@:2}" || code=$? # 1 is a warning
+    if [[ $code != 0 && $(sort -n "$ends"/* | tail -n 1) != 1 ]]; then die "doctor: see above; MOETRAIN_DOCTOR=no starts all the same"; fi
+    code=0
+  fi
   on_nodes "$@" || code=$?
   codes=$(cat "$ends"/* 2>/dev/null || true) # none where the launchers were killed
   rm -rf "$ends"
@@ -104,4 +109,15 @@ run() { # a command of moetrain with its words
   exit "$code"
 }
 
-train() { run train "$repo/$1" "${@:2}"; }
+# A recipe of this repository, or of MOETRAIN_WORK, or an absolute one.
+recipe() { if [[ $1 != /* && -e $repo/$1 ]]; then echo "$repo/$1"; else echo "$1"; fi; }
+
+train() { # RECIPE [key=value ...]
+  run train "$(recipe "$1")" "${@:2}"
+}
+
+alone() { # a command of moetrain that is one process
+  local words=() word
+  for word in "$@"; do words+=("$(recipe "$word")"); done
+  exec srun --nodes=1 --ntasks=1 "${moetrain[@]}" "${words[@]}"
+}

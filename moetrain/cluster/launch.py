@@ -63,6 +63,16 @@ def _adopt_slurm(environ: MutableMapping[str, str]) -> None:
     _meet(env)
 
 
+def as_ranks(argv: Sequence[str], num_procs: int | None, watch: Watch | None = None) -> int | None:
+    """Run `moetrain *argv` as the ranks that --nproc asks for, and return the exit code; None when
+    this process is a rank, or the only one, and is to do the work itself.
+    """
+    if joined(num_procs) is not None or (num_procs or 1) * num_nodes(num_procs) == 1:
+        return None
+    assert num_procs is not None, "several nodes are those of --nproc"
+    return run_local([sys.executable, "-m", "moetrain", *argv], num_procs, watch)
+
+
 def num_nodes(num_procs: int | None, environ: MutableMapping[str, str] = os.environ) -> int:
     """Nodes whose launchers start this job's ranks: several when srun has started one task on each
     and --nproc is given, else 1.

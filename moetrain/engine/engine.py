@@ -366,17 +366,13 @@ class Engine:
     # Checkpoints
 
     def save(self, folder: Path, state: dict[str, Any], *, optimizer: bool = True) -> None:
-        """Write weights, optimizer and `state` (JSON) into `folder`, which must be empty.
-        Publishing is the caller's.
-        """
+        """Write weights, optimizer and `state` (JSON) into `folder`, which must be empty."""
         self.begin_save(folder, state, optimizer=optimizer).finish()
 
     def begin_save(
         self, folder: Path, state: dict[str, Any], *, optimizer: bool = True
     ) -> checkpoint.Saving:
-        """As `save`, up to the copy of all that to host memory; `finish` of what it returns does
-        the rest.
-        """
+        """As `save`, up to a copy in host memory; `finish` of what it returns does the rest."""
         kept = self.optimizer if optimizer else None
         with settled(self.wrapped):
             state = state | {"steps_done": self.steps_done}

@@ -320,7 +320,7 @@ def submit(sweep: Sweep, argv: Sequence[str]) -> int:
         return 0
     if shutil.which("sbatch") is None:
         raise MoetrainError("sbatch is not on this machine. Run the line above on a login node.")
-    return subprocess.run(command, check=False).returncode
+    return subprocess.run(command, cwd=script.parents[1], check=False).returncode
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -21,7 +21,7 @@ TINY = (
     "model.path=builtin:qwen3-moe-tiny model.dtype=fp32 parallel.tp=1 parallel.pp=1 parallel.ep=1"
     " data.train=pairs.jsonl data.eval=[] checkpoint.best=null data.seq_len=128 data.cache=cache"
     " train.epochs=null train.global_batch=4 train.recompute=none train.eval_every=null"
-    " observe.tensorboard=false method.kl_budget=null"
+    " observe.tensorboard=false method.kl_budget=null cluster.nodes=2 cluster.gpus_per_node=1"
 ).split()
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1")
 # What a clock or the machine decides.
@@ -49,12 +49,18 @@ class Site:
         )
         self.bin.chmod(0o755)
 
-    def submit(self, script: str, *words: str, options: tuple[str, ...] = TWO_NODES) -> int:
+    def submit(
+        self,
+        script: str,
+        *words: str,
+        options: tuple[str, ...] = TWO_NODES,
+        doctor: str = "no",
+    ) -> int:
         """sbatch of a script in slurm/ with its words; the job's number."""
         out = ("--chdir", str(ROOT), "--output", str(self.work / "%j.out"))
-        env = {"WORK": str(self.work), "BIN": str(self.bin), "PAUSE": "1"}
+        env = {"WORK": str(self.work), "BIN": str(self.bin), "PAUSE": "1", "DOCTOR": doctor}
         env = {f"MOETRAIN_{name}": value for name, value in env.items()}
-        return self.cluster.submit(*out, *options, f"{ROOT}/slurm/{script}", *words, **env)
+        return self.cluster.submit(*out, *options, f"{ROOT}/slurm/{script}", *words, env=env)
 
     def said(self, job: int) -> str:
         """All that a job has printed."""
@@ -91,7 +97,7 @@ class Site:
                 words = (folder / "environ").read_bytes().split(b"\0")
             except OSError:  # it has ended
                 continue
-            env = dict(word.partition(b"=")[::2] for word in words)
+            env = {key: value for key, _, value in (word.partition(b"=") for word in words)}
             mine = env.get(b"MOETRAIN_WORK") == os.fsencode(self.work) and b"RANK" in env
             if mine and f"run_dir=runs/{run}".encode() in command:
                 found[int(env[b"RANK"])] = int(folder.name)

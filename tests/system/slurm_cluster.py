@@ -123,11 +123,11 @@ class Cluster:
             _end([int(path.read_text()) for path in self.folder.glob("*.pid")])
             self._forget_nodes()
 
-    def call(self, *command: str, check: bool = True, **env: str) -> str:
+    def call(self, *command: str, check: bool = True, env: Mapping[str, str] | None = None) -> str:
         """Run one of Slurm's commands; its output."""
         done = subprocess.run(
             command,
-            env=self.env | env,
+            env={**self.env, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -138,14 +138,15 @@ class Cluster:
         assert not check or done.returncode == 0, f"{command}: {done.stdout}"
         return done.stdout
 
-    def submit(self, *words: str, **env: str) -> int:
+    def submit(self, *words: str, env: Mapping[str, str] | None = None) -> int:
         """sbatch; the job's number."""
-        return int(self.call("sbatch", "--parsable", *words, **env).split(";")[0])
+        return int(self.call("sbatch", "--parsable", *words, env=env).split(";")[0])
 
     def job(self, number: int | str) -> Mapping[str, str]:
         """What scontrol says of a job."""
         text = self.call("scontrol", "show", "job", "-o", str(number))
-        return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
+        words = (word.partition("=") for word in text.split())
+        return {key: value for key, equals, value in words if equals}
 
     def finished(self, number: int | str, seconds: float = 180) -> Mapping[str, str]:
         """Wait until a job has ended and stays so; what scontrol says of it."""

@@ -2,14 +2,17 @@
 same.
 """
 
+import csv
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.system import slurm_cluster
-from tests.system.site import TINY, Site
+from tests.system.site import ROOT, TINY, TWO_NODES, Site
 from tests.system.slurm_cluster import Cluster
 
 STEPS = 8
@@ -62,6 +65,16 @@ def test_dpo_across_two_nodes_at_pp2_and_ep2(site: Site) -> None:
     assert pp[-1]["loss"] < pp[0]["loss"]
 
 
+def test_the_doctor_looks_first(site: Site) -> None:
+    """Both nodes: they meet, and lack the GPUs that the job was given."""
+    job = site.submit("dpo_235b.sh", *LONG, "run_dir=runs/looked", doctor="yes")
+    assert site.cluster.finished(job, 240)["ExitCode"] == "2:0"
+    said = site.said(job)
+    assert "2 ranks on 2 nodes met at" in said and "FAIL  gpus" in said
+    assert said.splitlines()[-1].startswith("moetrain: error: doctor: see above")
+    assert not (site.work / "runs" / "looked" / "ledger.jsonl").exists()
+
+
 def begin(site: Site, run: str, *more: str) -> int:
     """Submit LONG and wait until it has a checkpoint, and steps after it."""
     job = site.submit("dpo_235b.sh", *LONG, f"run_dir=runs/{run}", *more)
@@ -108,8 +121,8 @@ def test_a_node_is_lost(site: Site, whole: str) -> None:
     node = f"NodeName={site.cluster.node(2)}"
     site.cluster.call("scontrol", "update", node, "State=DOWN", "Reason=test")
     site.cluster.wait(lambda: not site.ranks("lost"), "the end of its ranks")
-    site.cluster.call("scontrol", "update", node, "State=RESUME")
-    site.cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    site.cluster.call("scontrol", "update", node, "State=RESUME", check=False)  # or it is back
+    site.cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+10", check=False)
     assert "requeued (restart 1" in site.done(job)
     assert [("end" in row) for row in site.starts("lost")] == [False, False]
     equal(site, "lost", whole)
@@ -138,3 +151,36 @@ def test_two_jobs_on_one_folder(site: Site) -> None:
     assert "runs/shared is in use by" in site.said(second)
     assert site.said(second).count("moetrain: error:") == 1
     site.done(first)
+
+
+def test_a_sweep_fills_the_report(site: Site) -> None:
+    """An array, one line of the sweep each, of two nodes; what is done ends at once."""
+    words = (*TINY, "parallel.pp=2", "train.steps=2")
+    grid = ("examples/dpo_235b.yaml", "--grid", "optim.lr=1e-3,1e-4", "--out", "runs/sweep")
+    for says in ("start 1: fresh", "done before, skipped"):
+        job = site.submit("sweep.sh", *grid, *words, options=(*TWO_NODES, "--array=1-2"))
+        for task in (1, 2):
+            found = site.cluster.finished(f"{job}_{task}", 240)
+            number = int(found["JobId"])
+            assert found["JobState"] == "COMPLETED" and says in site.said(number), site.said(number)
+    report = [str(site.bin), "report", "runs/sweep", "--csv", "sweep.csv"]
+    subprocess.run(report, cwd=site.work, check=True, capture_output=True)
+    head, *rows = csv.reader((site.work / "sweep.csv").read_text().splitlines())
+    table = [dict(zip(head, row, strict=True)) for row in rows]
+    assert [float(row["optim.lr"]) for row in table] == [1e-4, 1e-3] or len(table) == 2
+    assert all(row["status"] == "finished" and float(row["loss"]) > 0 for row in table)
+
+
+def test_every_script_is_accepted(tmp_path: Path) -> None:
+    """By a Slurm of 32 nodes with 8 GPUs, as it stands, and never run."""
+    if (reason := slurm_cluster.missing()) is not None:
+        pytest.skip(f"{reason}: that Slurm accepts the scripts stays unproven")
+    cluster = Cluster(tmp_path, num_real=slurm_cluster.NUM_NODES)
+    try:
+        cluster.start()
+        for path in sorted((ROOT / "slurm").glob("*.sh")):
+            if path.name != "common.sh":
+                said = cluster.call("sbatch", "--test-only", "--partition=whole", str(path))
+                assert "to start at" in said, said
+    finally:
+        cluster.stop()

@@ -1,0 +1,55 @@
+"""`moetrain launch`: a recipe as an sbatch script like those in slurm/. No torch."""
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import moetrain
+from moetrain.config.load import load_recipe
+from moetrain.errors import ConfigError, MoetrainError
+from moetrain.plan.dry_run import check
+
+REPO = Path(moetrain.__file__).resolve().parents[1]
+HEAD = """\
+#!/usr/bin/env bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --gpus-per-node={gpus}
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time={time}
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+"""
+
+
+def script_of(path: Path, overrides: Sequence[str], nodes: int | None, time: str) -> str:
+    """The script that runs the recipe on `nodes` nodes. Raises MoetrainError for a recipe that
+    cannot be, and for nodes that its layout does not fit: before the queue, not after it.
+    """
+    recipe = load_recipe(path, overrides)
+    cluster = recipe.cluster
+    if nodes is not None and cluster.nodes not in (None, nodes):
+        overrides = [*overrides, f"cluster.nodes={nodes}"]
+    nodes = nodes or cluster.nodes
+    if nodes is None:
+        raise ConfigError(f"{path} says no cluster.nodes. Give --nodes.")
+    check(recipe, nodes * cluster.gpus_per_node, dry=True)
+    common = REPO / "slurm" / "common.sh"
+    if not common.is_file():
+        raise ConfigError(f"{common} is not there. Install moetrain from its repository.")
+    head = HEAD.format(name=path.stem, nodes=nodes, gpus=cluster.gpus_per_node, time=time)
+    words = shlex.join([str(path.resolve()), *overrides])
+    return f"{head}source {shlex.quote(str(common))}\ntrain {words}\n"
+
+
+def submit(script: str) -> int:
+    """Hand a script to sbatch; its exit code."""
+    if shutil.which("sbatch") is None:
+        raise MoetrainError("sbatch is not on this machine. Print the script with --dry-run.")
+    return subprocess.run(["sbatch"], input=script, text=True, check=False).returncode
