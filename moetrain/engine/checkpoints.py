@@ -119,13 +119,16 @@ class Checkpoints:
         if flight is None:
             return
         self._together(engine, flight.saving.folder, flight.saving.finish)
-        if engine.mesh.is_main:
-            _sync(flight.saving.folder)
-            os.rename(flight.saving.folder, flight.final)
-            _sync(self.folder)
-            self._remember(flight.final, flight.metric)
-            self._drop_old()
-        dist.barrier()
+
+        def publish() -> None:
+            if engine.mesh.is_main:
+                _sync(flight.saving.folder)
+                os.rename(flight.saving.folder, flight.final)
+                _sync(self.folder)
+                self._remember(flight.final, flight.metric)
+                self._drop_old()
+
+        self._together(engine, flight.saving.folder, publish)
 
     def close(self, engine: "Engine") -> None:
         """Leave nothing behind that is not finished. Collective."""
