@@ -1,0 +1,240 @@
+"""The real vLLM, on the CPU: one server for most tests, started once by `moetrain serve`."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "examples" / "grpo_tiny.yaml"
+PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+REMOTE = ROOT / "moetrain" / "rollout" / "remote"
+SETTINGS = (
+    *"train.steps=2 train.eval_every=2 checkpoint.every=2 observe.tensorboard=false".split(),
+    *"rollout.prompts_per_step=4 rollout.group_size=4 rollout.eval_prompts=4".split(),
+    "rollout.engine=vllm",
+    "rollout.engine_args={max_model_len: 512}",
+)
+TIMEOUT = 400
+
+
+def moetrain(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "moetrain", words[0], str(RECIPE), *SETTINGS, *words[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def train(run_dir: Path, *more: str) -> None:
+    process = moetrain("train", f"run_dir={run_dir}", "--nproc", "2", *more)
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, err
+
+
+def steps(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "ledger.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@dataclass
+class Served:
+    address: str
+    token_file: Path
+    process: subprocess.Popen[str]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (f"rollout.address=[{self.address}]", f"rollout.token_file={self.token_file}")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token = folder / "token"
+    words = (f"run_dir={folder / 'run'}", f"rollout.token_file={token}")
+    process = moetrain("serve", "--port", str(port), "rollout.routing_replay=true", *words)
+    ready = folder / "run" / "servers" / f"port{port}" / "ready.json"
+    try:
+        wait_for(ready.is_file, process)
+        yield Served(f"http://127.0.0.1:{port}", token, process)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def whole(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks with expert parallelism."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    train(run_dir, "parallel.ep=2", *served.words)
+    return run_dir
+
+
+def test_nothing_is_open_without_the_token(served: Served) -> None:
+    paths = ["/health", "/generate", "/probe", "/push", "/reload", "/sleep", "/wake", "/nothing"]
+    paths += [f"/transfer/{step}" for step in ("init", "start", "update", "finish")]
+    for path in paths:
+        for token in (None, "wrong"):
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            request = urllib.request.Request(served.address + path, b"{}", headers)
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=20)
+            assert refused.value.code == 401, path
+
+
+def test_trainer_and_server_agree(whole: Path) -> None:
+    rows = steps(whole)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["push/logprob_gap"] <= 1e-3 and row["mismatch/abs"] <= 1e-3
+        assert row["push/reloads"] == 0
+
+
+@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2"])
+def test_at_other_layouts_too(served: Served, tmp_path: Path, layout: str) -> None:
+    train(tmp_path / "run", layout, *served.words)
+    assert all(row["push/logprob_gap"] <= 1e-3 for row in steps(tmp_path / "run"))
+
+
+def test_the_same_losses_by_replay_and_beside_the_embedded_sampler(
+    whole: Path, tmp_path: Path
+) -> None:
+    """Engines draw different tokens from the same seed. So the tokens are vLLM's in all three: read
+    without an engine, and by a run that pushes to the embedded one and proves it.
+    """
+    wanted = [row["loss"] for row in steps(whole)]
+    train(tmp_path / "replay", "parallel.ep=2", f"rollout.replay={whole / 'rollouts'}")
+    assert [row["loss"] for row in steps(tmp_path / "replay")] == wanted
+    shutil.copytree(whole / "rollouts", tmp_path / "embedded" / "rollouts")
+    train(tmp_path / "embedded", "parallel.ep=2", "rollout.engine=embedded")
+    rows = steps(tmp_path / "embedded")
+    assert [row["loss"] for row in rows] == wanted
+    assert all(row["push/logprob_gap"] <= 1e-3 for row in rows)
+
+
+def test_killed_stopped_and_full(tmp_path: Path) -> None:
+    """In the middle of sampling; the run goes on, nothing that had come is lost."""
+    run_dir = tmp_path / "run"
+    process = moetrain(
+        *("train", f"run_dir={run_dir}", "--nproc", "2", "parallel.ep=2", "train.steps=3"),
+        *("rollout.max_queue=12", "rollout.timeout=15", "rollout.max_tokens=200"),
+    )
+    kept: dict[int, list[str]] = {}
+    for step, number in ((2, signal.SIGKILL), (3, signal.SIGSTOP)):
+        partial = run_dir / "rollouts" / f"{step:08d}.partial.jsonl"
+        wait_for(lambda p=partial: p.is_file() and p.read_text().count("\n") > 0, process)
+        pid = json.loads((run_dir / "servers" / "0" / "ready.json").read_text())["pid"]
+        os.killpg(pid, number)
+        kept[step] = partial.read_text().splitlines()[:-1]
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, err
+    rows = steps(run_dir)
+    assert sum(row.get("faults/server/dead", 0) for row in rows) == 1
+    assert sum(row.get("faults/server/timeout", 0) for row in rows) == 1
+    assert sum(row.get("faults/server/restarts", 0) for row in rows) == 2
+    assert all(row["faults/server/queue_full"] >= 1 for row in rows)
+    assert all(row["push/logprob_gap"] <= 1e-3 for row in rows)
+    for step, lines in kept.items():
+        text = (run_dir / "rollouts" / f"{step:08d}.jsonl").read_text()
+        _, *groups = map(json.loads, text.splitlines())
+        final = {
+            (answer["prompt_id"], answer["index"]): answer["tokens"]
+            for group in groups
+            for answer in group["answers"]
+        }
+        assert len(final) == 16
+        for answer in map(json.loads, lines):
+            assert final[answer["prompt_id"], answer["index"]] == answer["tokens"]
+
+
+def broken_python(folder: Path, change: Callable[[str], str]) -> Path:
+    """An interpreter that finds another moetrain_worker first."""
+    folder.mkdir()
+    worker = (REMOTE / "moetrain_worker.py").read_text()
+    assert change(worker) != worker
+    (folder / "moetrain_worker.py").write_text(change(worker))
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={folder}:$PYTHONPATH exec {PYTHON} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+def test_what_vllm_serves_after_a_plain_push_is_caught_and_mended(tmp_path: Path) -> None:
+    """Without our mend vLLM 0.32 serves wrong log-probs after a push in place."""
+    python = broken_python(
+        tmp_path / "broken", lambda text: text.replace("\n_repack_experts()\n", "\n")
+    )
+    train(tmp_path / "run", "parallel.ep=2", "train.steps=1", f"rollout.python={python}")
+    (row,) = steps(tmp_path / "run")
+    assert row["push/reloads"] == 1 and row["push/logprob_gap"] <= 1e-3
+
+
+def test_weights_that_never_arrive_stop_the_run(tmp_path: Path) -> None:
+    spoil = """
+def _spoil() -> None:
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as module
+
+    method = module.UnquantizedFusedMoEMethod
+    original = method.process_weights_after_loading
+
+    def process(self: Any, layer: Any) -> Any:
+        layer.w2_weight.data.mul_(1.5)
+        return original(self, layer)
+
+    method.process_weights_after_loading = process
+
+"""
+    python = broken_python(
+        tmp_path / "broken",
+        lambda text: text.replace(
+            "\n_repack_experts()\n", spoil + "\n_repack_experts()\n_spoil()\n"
+        ),
+    )
+    run_dir = tmp_path / "run"
+    process = moetrain(
+        *("train", f"run_dir={run_dir}", "--nproc", "2", "parallel.ep=2"),
+        f"rollout.python={python}",
+    )
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 2, err
+    assert "differ by" in err and "after a push and a reload" in err, err
+    assert not (run_dir / "ledger.jsonl").exists() or not steps(run_dir)
+
+
+def test_routes_bring_training_closer_to_the_rollout(tmp_path: Path) -> None:
+    """A bf16 server beside an fp32 trainer, so that their routers disagree now and then."""
+    own = "rollout.engine_args={max_model_len: 512, dtype: bfloat16}"
+    more = ("parallel.ep=2", "rollout.tolerance=0.25", "train.steps=1", own)
+    size = ("rollout.prompts_per_step=8", "rollout.group_size=8", "optim.lr=1e-4")
+    train(tmp_path / "with", "rollout.routing_replay=true", *more, *size)
+    replay = f"rollout.replay={tmp_path / 'with' / 'rollouts'}"
+    train(tmp_path / "without", replay, *more, *size)
+    (replayed,), (plain,) = steps(tmp_path / "with"), steps(tmp_path / "without")
+    print("mismatch/abs with and without routes:", replayed["mismatch/abs"], plain["mismatch/abs"])
+    assert replayed["mismatch/abs"] < plain["mismatch/abs"]
