@@ -20,14 +20,7 @@ from moetrain.engine.lora import attach
 from moetrain.engine.mesh import start_mesh
 from moetrain.engine.model import DTYPES, build, transformer_config
 from moetrain.engine.objective import Objective
-from moetrain.engine.optim import (
-    clip_and_step,
-    learning_rate,
-    make_optimizer,
-    set_rates,
-    settled,
-    wrap,
-)
+from moetrain.engine.optim import clip_and_step, make_optimizer, set_rates, settled, wrap
 from moetrain.engine.params import (
     freeze,
     local_adapters,
@@ -35,7 +28,7 @@ from moetrain.engine.params import (
     local_merged,
     local_params,
 )
-from moetrain.engine.router import RouterMonitor
+from moetrain.engine.router import RouterMonitor, watch
 from moetrain.engine.snapshot import Weights, as_before, snapshot
 from moetrain.engine.source import ModelSource, find_model
 from moetrain.engine.step import Runner, micro_batches
@@ -106,7 +99,9 @@ class Engine:
         )
         self.config = transformer_config(recipe, self.dims, self.device, self.backend)
         adapted = recipe.adapter is not None
-        self.chunks = build(self.config, self.dims, self.mesh, self.backend, self.monitor, adapted)
+        with self.device:  # Megatron's router makes its weight where torch makes tensors
+            self.chunks = build(self.config, self.dims, self.mesh, self.backend, adapted)
+        watch(self.chunks, self.monitor)
         self.optimizer: Any = None
         self.adapters: AdapterTable | None = None
         self.initial_adapter: InitialAdapter | None = None
@@ -211,8 +206,7 @@ class Engine:
                 f"was updated. Sequences: {names}. Look at them, lower optim.lr, or resume from "
                 f"the last checkpoint without them."
             )
-        lr = learning_rate(step, recipe.optim, self.num_steps)
-        set_rates(self.optimizer, lr, recipe.optim.weight_decay)
+        lr = set_rates(self.optimizer, step, recipe.optim, self.num_steps)
         clip_and_step(self.optimizer, grad_norm, recipe.optim.clip_grad)
         self.steps_done = step
         router = self.monitor.summary(self.moe_layers) if self.dims.experts else {}

@@ -23,7 +23,6 @@ from moetrain.config.megatron import OWNED
 from moetrain.config.recipe import Recipe
 from moetrain.engine.backend import layer_specs
 from moetrain.engine.mesh import Mesh
-from moetrain.engine.router import PackedRouter, RouterMonitor
 from moetrain.families.dims import Dims
 from moetrain.plan.mesh import stage_layers
 
@@ -257,7 +256,6 @@ def build(
     dims: Dims,
     mesh: Mesh,
     backend: str,
-    monitor: RouterMonitor,
     adapted: bool = False,
 ) -> list[PackedGPT]:
     """This rank's model chunks, one per virtual pipeline stage, with uninitialised weights;
@@ -282,8 +280,5 @@ def build(
             vp_stage=stage,
             dims=dims,
         )
-        for module in model.modules():
-            if isinstance(module, PackedRouter):
-                module.monitor = monitor
         chunks.append(model)
     return chunks

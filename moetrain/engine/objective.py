@@ -79,7 +79,7 @@ class Objective:
         one rank of each data-parallel replica contributes.
         """
         names: list[Any] = [sorted(kept[0]["metrics"]) if kept else []]
-        if self.mesh.world_size > 1:
+        if self.mesh.world_size > 1 and self.device.type != "meta":
             last = self.mesh.plan.world_size - 1  # always on the last stage
             dist.broadcast_object_list(names, src=last, device=self.device)
         sums = torch.zeros(1 + 2 * len(names[0]), dtype=torch.float64, device=self.device)

@@ -200,13 +200,17 @@ def _stepping(optimizer: Any) -> list[Any]:
     return [part.optimizer for part in parts if isinstance(part.optimizer, kinds)]
 
 
-def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:
-    """Of every group. Megatron only marks the groups that take no decay (`wd_mult`); to heed the
-    mark is its scheduler's, which is not used here.
+def set_rates(optimizer: Any, step: int, cfg: OptimConfig, num_steps: int) -> float:
+    """The learning rate of `step`, after telling it and the weight decay to every group.
+
+    Megatron only marks the groups that take no decay (`wd_mult`); to heed the mark is its
+    scheduler's, which is not used here.
     """
+    lr = learning_rate(step, cfg, num_steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
-        group["weight_decay"] = weight_decay * group["wd_mult"]
+        group["weight_decay"] = cfg.weight_decay * group["wd_mult"]
+    return lr
 
 
 def clip_and_step(optimizer: Any, grad_norm: float, clip: float) -> None:

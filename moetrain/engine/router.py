@@ -5,7 +5,7 @@ Legend: c local tokens (t over context and sequence-parallel ranks), n sequences
     experts, k experts a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.moe_utils import (
     topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
-from torch import Tensor
+from torch import Tensor, nn
 
 from moetrain.engine.device import numbers
 
@@ -178,6 +178,14 @@ class PackedRouter(TopKRouter):
         weight = counts[:n] / length[:n]  # [n, E]
         scale = chosen.size(1) / (self.topk * self.monitor.num_tokens)
         return (weight[ids.clamp(min=0)] * probs * valid.unsqueeze(-1)).sum() * scale
+
+
+def watch(chunks: Sequence[nn.Module], monitor: RouterMonitor) -> None:
+    """Give the routers of a model what they share."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, PackedRouter):
+                module.monitor = monitor
 
 
 def sequence_table(ids: Tensor, num_sequences: int, routes: Tensor | None = None) -> Tensor:

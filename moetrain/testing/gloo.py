@@ -58,15 +58,16 @@ def _own_server() -> Iterator[None]:
     """Processes start from a server of our own: the one that a process has by default may serve
     others too, who want nothing imported.
     """
-    everyones = popen_forkserver.forkserver
+    starter: Any = popen_forkserver
+    everyones = starter.forkserver
     ours = SimpleNamespace(
         connect_to_new_process=_server.connect_to_new_process, read_signed=forkserver.read_signed
     )
-    vars(popen_forkserver)["forkserver"] = ours
+    starter.forkserver = ours
     try:
         yield
     finally:
-        vars(popen_forkserver)["forkserver"] = everyones
+        starter.forkserver = everyones
 
 
 # Megatron's DDP is in a circle through C++ that Python's collector does not see, so that every
