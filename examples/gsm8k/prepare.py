@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 NUM_HELD_OUT = 473
+NUM_PAIRS = 2000  # about as many as the 200 steps of dpo.yaml learn from; each has its reference
 FINAL = re.compile(r"#### (-?[\d,]+)\s*$")
 
 
@@ -50,8 +51,8 @@ def main(source: Path, folder: Path) -> None:
             for row in own
         ]
         write(folder / f"sft-{part}.jsonl", plain)
-        write(folder / f"pairs-{part}.jsonl", pairs)
-        print(f"{folder}: {len(own)} records to {part} on")
+        write(folder / f"pairs-{part}.jsonl", pairs[:NUM_PAIRS])
+        print(f"{folder}: {len(own)} records and {min(len(own), NUM_PAIRS)} pairs to {part} on")
 
 
 if __name__ == "__main__":
