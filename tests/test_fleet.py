@@ -188,6 +188,17 @@ def test_a_full_queue_takes_what_it_has_room_for(tmp_path: Path, tokenizer: Path
     assert len(drawn(fleet, 1)) == 4
 
 
+def test_lost_while_its_queue_is_full(tmp_path: Path, tokenizer: Path) -> None:
+    """Each answer is drawn once all the same."""
+    small = Small()
+    fleet = fleet_of([small], tmp_path, tokenizer)
+    small.room, small.faults = 7, ["dies", "", "hangs"]
+    assert sorted(s.tokens[0] for s in drawn(fleet, 5)) == list(range(20))
+    assert set(small.drawn.values()) == {1}
+    assert fleet.counts["server/dead"] == fleet.counts["server/timeout"] == 1
+    assert fleet.counts["server/restarts"] == 2
+
+
 def test_other_weights_are_put_right(tmp_path: Path, tokenizer: Path) -> None:
     small = Small()
     fleet = fleet_of([small], tmp_path, tokenizer)

@@ -27,14 +27,18 @@ class Deal:
         self._over = False
         self._changed = threading.Condition(threading.RLock())
 
-    def take(self) -> list[int]:
-        """A server's next requests; waits while others hold all that is left. Empty at the end."""
+    def take(self, room: int | None = None) -> list[int]:
+        """A server's next requests, at most `room`; waits while others hold all that is left. Empty
+        at the end.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._over or bool(self._open))
             if self._over:
                 return []
             taken = [self._open.popleft() for _ in range(min(self._share, len(self._open)))]
-            return [number for group in taken for number in group]
+            numbers = [number for group in taken for number in group]
+            self.give_back(numbers[room:] if room is not None else [])
+            return numbers[:room]
 
     def give_back(self, numbers: Sequence[int]) -> None:
         """Those of `numbers` that have no answer yet; another server, or the same, takes them."""

@@ -87,15 +87,18 @@ class Fleet:
     def _work(self, server: Server, deal: Deal, found: "queue.SimpleQueue[Any]") -> None:
         """A server's thread. What it raises is raised by `generate`."""
         losses = 0
+        room: int | None = None
         try:
-            while numbers := deal.take():
+            while numbers := deal.take(room):
+                room = None
                 try:
                     self._draw(server, deal, numbers, found)
                 except QueueFull as full:
-                    self._await_room(server, deal, numbers, full.room, found)
+                    self._count("queue_full")
+                    room = full.room or None
+                    time.sleep(0 if room else FULL_SECONDS)
                 except ServerLost as lost:
                     self._count(lost.fault)
-                    deal.give_back(numbers)
                     losses += 1
                     if losses > MAX_LOSSES:
                         raise RolloutError(
@@ -110,43 +113,26 @@ class Fleet:
     def _draw(
         self, server: Server, deal: Deal, numbers: Sequence[int], found: "queue.SimpleQueue[Any]"
     ) -> None:
-        waiting = set(numbers)
+        """Draw `numbers`; what has not come when the server fails or is full is given back."""
         body = {
             "version": self.version,
             "requests": [as_json(number, deal.requests[number]) for number in numbers],
         }
-        for answer in server.client.stream("/generate", body):
-            if deal.over:
-                return
-            if "error" in answer:
-                raise RolloutError(f"vLLM refuses a prompt: {answer['error']}.")
-            number = answer["number"]
-            waiting.discard(number)
-            if deal.finish(number):
-                found.put(self._sample(deal.requests[number], answer))
-        if waiting:
-            raise ServerLost("dead", f"{server.client.address} left {len(waiting)} answers out")
-
-    def _await_room(
-        self,
-        server: Server,
-        deal: Deal,
-        numbers: Sequence[int],
-        room: int,
-        found: "queue.SimpleQueue[Any]",
-    ) -> None:
-        """Let a full server have what it takes, and others the rest."""
-        self._count("queue_full")
-        deal.give_back(numbers[room:])
-        if not room:
-            time.sleep(FULL_SECONDS)
-            return
+        waiting = set(numbers)
         try:
-            self._draw(server, deal, numbers[:room], found)
-        except QueueFull:
-            deal.give_back(numbers[:room])
-        except ServerLost:
-            deal.give_back(numbers[:room])
+            for answer in server.client.stream("/generate", body):
+                if deal.over:
+                    return
+                if "error" in answer:
+                    raise RolloutError(f"vLLM refuses a prompt: {answer['error']}.")
+                number = answer["number"]
+                waiting.discard(number)
+                if deal.finish(number):
+                    found.put(self._sample(deal.requests[number], answer))
+            if waiting:
+                raise ServerLost("dead", f"{server.client.address} left {len(waiting)} answers out")
+        except (QueueFull, ServerLost):
+            deal.give_back(numbers)
             raise
 
     def _sample(self, request: Request, answer: dict[str, Any]) -> Sample:
