@@ -50,7 +50,10 @@ def _train(args: Arguments) -> int:
         return 0
     world_size = launch.joined(args.nproc) or (args.nproc or 1) * launch.num_nodes(args.nproc)
     check(recipe, world_size)  # mistakes show before any process starts
-    watch = Watch(recipe.cluster.hang_seconds, recipe.run_dir / "stacks")
+    quiet = recipe.cluster.hang_seconds
+    if recipe.rollout is not None:  # the other ranks wait in one collective while a server starts
+        quiet += recipe.rollout.start_timeout
+    watch = Watch(quiet, recipe.run_dir / "stacks")
     code = launch.as_ranks(args.argv, args.nproc, watch)
     if code is not None:
         return code

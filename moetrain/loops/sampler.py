@@ -23,6 +23,7 @@ from moetrain.loops.rollouts import Batch, Collector, Store, grade, seed_of, tim
 from moetrain.loops.stop import StopSignal
 from moetrain.methods import METHODS
 from moetrain.ops.packed import from_tokens
+from moetrain.pulse import beat
 from moetrain.rewards import Grader
 from moetrain.rollout import open_engine
 from moetrain.rollout.base import Probe, Request, RolloutEngine, Sampling
@@ -336,6 +337,7 @@ class Live:
         said = [problem, answer]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(said, src=0, device=self.engine.device)
+        beat()  # a rollout engine that hangs is noticed by its client, not by the launcher
         if said[0] is not None:
             raise said[0]
         return said[1]
