@@ -40,7 +40,7 @@ export NVTE_BWD_LAYERNORM_SM_MARGIN=${NVTE_BWD_LAYERNORM_SM_MARGIN:-16}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1} # a lost peer ends the rank, it does not wait
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-ranks=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+ranks=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE_HET_GROUP_0:-${SLURM_GPUS_ON_NODE:-1}}} # with --exclusive the last is the whole node's
 ranks=${ranks##*:} # h100:8 is 8
 
 # 4. Signals. Slurm sends USR1 to this script ahead of the time limit (--signal=B:USR1@300), TERM before it takes the nodes away.
@@ -114,6 +114,22 @@ recipe() { if [[ $1 != /* && -e $repo/$1 ]]; then echo "$repo/$1"; else echo "$1
 
 train() { # RECIPE [key=value ...]
   run train "$(recipe "$1")" "${@:2}"
+}
+
+# The nodes behind `#SBATCH hetjob` serve, one server a node, and the trainers in front of it are told where.
+train_beside_servers() { # RECIPE [key=value ...]
+  local path nodes port=$((MASTER_PORT + 1)) addresses i
+  path=$(recipe "$1")
+  [[ -n ${SLURM_JOB_NODELIST_HET_GROUP_1:-} ]] || die "no nodes for the servers: this script is a job of two parts, see #SBATCH hetjob in it"
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1")
+  for i in "${!nodes[@]}"; do addresses+="${addresses:+,}http://${nodes[i]}:$((port + i))"; done
+  MOETRAIN_ROLLOUT_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') # for this start alone; srun hands it on
+  export MOETRAIN_ROLLOUT_TOKEN
+  # shellcheck disable=SC2016 # for the nodes to expand
+  srun --het-group=1 --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
+    bash -c 'exec "${@:2}" --port "$(($1 + SLURM_NODEID))" rollout.host="$SLURMD_NODENAME"' - "$port" \
+    "${moetrain[@]}" serve "$path" "${@:2}" &
+  run train "$path" "${@:2}" "rollout.address=[$addresses]"
 }
 
 alone() { # a command of moetrain that is one process

@@ -23,7 +23,8 @@ def name_of(path: Path) -> str:
 
 
 def test_they_are_all_there() -> None:
-    wanted = "pretrain_235b cpt_235b sft_30b sft_235b dft_235b dpo_30b dpo_235b eval convert sweep"
+    wanted = "pretrain_235b cpt_235b sft_30b sft_235b dft_235b dpo_30b dpo_235b grpo_30b"
+    wanted += " grpo_235b eval convert sweep"
     assert set(wanted.split()) <= {path.stem for path in JOBS}
 
 
@@ -56,12 +57,13 @@ def options(text: str) -> dict[str, str]:
 def test_a_script_is_what_launch_prints(path: Path) -> None:
     """And the nodes it asks for are the recipe's, which its layout fits."""
     recipe = ROOT / "examples" / f"{path.stem}.yaml"
-    if "hetjob" in path.read_text():
-        pytest.skip("launch writes no heterogeneous jobs")
     command = [sys.executable, "-m", "moetrain", "launch", str(recipe), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert options(path.read_text()) == options(done.stdout)
+    ours, theirs = (text.split("#SBATCH hetjob\n") for text in (path.read_text(), done.stdout))
+    assert list(map(options, ours)) == list(map(options, theirs))
+    verbs = [text[-1].splitlines()[-1].split()[0] for text in (ours, theirs)]
+    assert verbs == ["train_beside_servers" if ours[1:] else "train"] * 2
 
 
 def test_launch(tmp_path: Path) -> None:

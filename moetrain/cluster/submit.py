@@ -8,6 +8,7 @@ from pathlib import Path
 
 import moetrain
 from moetrain.config.load import load_recipe
+from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.plan.dry_run import check
 
@@ -25,6 +26,14 @@ HEAD = """\
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
+"""
+SERVERS = """\
+#SBATCH hetjob
+#SBATCH --nodes={nodes}
+#SBATCH --gpus-per-node={gpus}
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
 """
 
 
@@ -44,8 +53,23 @@ def script_of(path: Path, overrides: Sequence[str], nodes: int | None, time: str
     if not common.is_file():
         raise ConfigError(f"{common} is not there. Install moetrain from its repository.")
     head = HEAD.format(name=path.stem, nodes=nodes, gpus=cluster.gpus_per_node, time=time)
+    verb = "train"
+    if _wants_servers(recipe):
+        assert recipe.rollout is not None
+        head += SERVERS.format(nodes=recipe.rollout.num_servers, gpus=cluster.gpus_per_node)
+        verb = "train_beside_servers"
     words = shlex.join([str(path.resolve()), *overrides])
-    return f"{head}source {shlex.quote(str(common))}\ntrain {words}\n"
+    return f"{head}source {shlex.quote(str(common))}\n{verb} {words}\n"
+
+
+def _wants_servers(recipe: Recipe) -> bool:
+    """Whether rollouts come from servers that nobody has started and that need GPUs of their own:
+    a node for each of `rollout.num_servers`, in a second part of the job.
+    """
+    rollout = recipe.rollout
+    if rollout is None or rollout.engine != "vllm" or rollout.replay is not None:
+        return False
+    return not rollout.address and rollout.push != "ipc"
 
 
 def submit(script: str) -> int:

