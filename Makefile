@@ -31,9 +31,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/moetrain quickstart
 
-# One thread a process: the tests start up to four ranks on two cores.
+# One thread a process: the tests start up to four ranks on two cores. They wait for each other half of the time, so two files run
+# at once.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
