@@ -151,8 +151,10 @@ def test_methods_and_modes(tmp_path: Path, more: tuple[str, ...]) -> None:
     assert all(row["push/logprob_gap"] <= 1e-3 and row["mismatch/abs"] <= 1e-3 for row in steps[:1])
     ahead = "steps_off" in more[0]
     assert [row["staleness"] for row in steps] == ([0, 1, 1] if ahead else [0, 0, 0])
-    if "beta" in more[0] and "ppo" not in more[0]:
-        assert abs(steps[0]["kl"]) < 1e-4 < steps[-1]["kl"]
+    if "beta" in more[0]:
+        assert steps[-1]["kl"] > 1e-4
+        if "inner_steps" not in more[0]:  # else the second has moved already
+            assert abs(steps[0]["kl"]) < 1e-4
     if "chord" in more[0]:
         assert [row["mu"] for row in steps] == pytest.approx([0.9, 0.475, 0.05], abs=1e-4)
     if "ppo" in more[0]:
@@ -170,6 +172,7 @@ def test_a_reward_that_hangs_costs_its_answer(tmp_path: Path) -> None:
         "    return [float(len(completions[0]))]\n"
     )
     settings = (f"rewards=[{own}:slow]", "rollout.reward_seconds=0.3", "train.steps=2")
+    settings += ("data.eval=[]",)  # whose faults would be counted, too
     train(tmp_path / "run", *settings, nproc=1)
     steps = [row for row in rows(tmp_path / "run", whole=True) if "loss" in row]
     faults = sum(row.get("faults/timeout", 0) + row.get("faults/error", 0) for row in steps)

@@ -184,7 +184,7 @@ def test_another_model_and_other_prompts_are_refused(
     model = tmp_path / "model"
     shutil.copytree(assets.resolve(MODEL), model)
     tensors = load_file(model / "model.safetensors")
-    tensors["lm_head.weight"][0, 0] += 1
+    tensors["lm_head.weight"] += 1  # as training changes it: nearly everywhere
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     other = [str(model) if word == MODEL else word for word in command(prompts, rewards, whole)]
     assert cli.main(other) == 2

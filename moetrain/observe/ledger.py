@@ -32,12 +32,12 @@ def read_ledger(path: Path) -> list[Row]:
 
 class Ledger:
     """Appends rows. `step`: the step that the run continues from; what was written past it is
-    dropped.
+    dropped, and all of it for a run from the start, which looks at its held-out data again.
     """
 
     def __init__(self, path: Path, step: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_ledger(path) if row["step"] <= step]
+        kept = [row for row in read_ledger(path) if row["step"] <= step and step]
         _write_whole(path, "".join(_line(row) for row in kept))
         self._file = path.open("a", encoding="utf-8")
 

@@ -8,7 +8,7 @@ import resource
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         self._leash, tied = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, tied, kind, configs), daemon=True
+            target=_serve, args=(theirs, tied, kind, configs, dict(os.environ)), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -188,11 +188,17 @@ class _Worker:
 
 
 def _serve(
-    pipe: Connection, leash: Connection, kind: Kind, configs: tuple[RewardConfig, ...]
+    pipe: Connection,
+    leash: Connection,
+    kind: Kind,
+    configs: tuple[RewardConfig, ...],
+    environment: Mapping[str, str],
 ) -> None:
     """In a worker: what it is handed, batch after batch, in the main thread, since math-verify and
     many own rewards use signals.
     """
+    os.environ.clear()  # the fork server's, as it was when it was started
+    os.environ.update(environment)
 
     def work() -> None:
         _restrict()
