@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.data_helpers import PAIRS, write_jsonl
+from tests.system.images import APPTAINER
 from tests.system.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -55,11 +56,15 @@ class Site:
         *words: str,
         options: tuple[str, ...] = TWO_NODES,
         doctor: str = "no",
+        image: Path | None = None,
     ) -> int:
         """sbatch of a script in slurm/ with its words; the job's number."""
         out = ("--chdir", str(ROOT), "--output", str(self.work / "%j.out"))
         env = {"WORK": str(self.work), "BIN": str(self.bin), "PAUSE": "1", "DOCTOR": doctor}
         env = {f"MOETRAIN_{name}": value for name, value in env.items()}
+        if image is not None:
+            path = f"{APPTAINER.parent}:{os.environ['PATH']}"
+            env |= {"MOETRAIN_IMAGE": str(image), "PATH": path, "OMP_NUM_THREADS": "1"}
         return self.cluster.submit(*out, *options, f"{ROOT}/slurm/{script}", *words, env=env)
 
     def said(self, job: int) -> str:

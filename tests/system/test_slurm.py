@@ -3,6 +3,7 @@ same.
 """
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.system import slurm_cluster
+from tests.system.images import cpu_image
 from tests.system.site import ROOT, TINY, TWO_NODES, Site
 from tests.system.slurm_cluster import Cluster
 
@@ -192,6 +194,16 @@ def test_grpo_beside_servers_on_other_nodes(site: Site) -> None:
     assert [row["step"] for row in steps] == [1, 2], said
     assert all(row["push/logprob_gap"] <= 1e-3 for row in steps)
     assert "ready at http" in said
+
+
+def test_inside_the_image(site: Site, tmp_path: Path) -> None:
+    """The same job with MOETRAIN_IMAGE: what trains is the image's moetrain, on both nodes."""
+    words = (*TINY, "parallel.pp=2", "train.steps=2", "run_dir=runs/image")
+    said = site.done(site.submit("dpo_235b.sh", *words, image=cpu_image(tmp_path)), 400)
+    assert "start 1: fresh" in said
+    assert len(site.rows("image")) == 2
+    environment = json.loads((site.work / "runs" / "image" / "environment.json").read_text())
+    assert environment["python"].startswith("3.13")  # not this one
 
 
 def test_every_script_is_accepted(tmp_path: Path) -> None:
