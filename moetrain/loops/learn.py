@@ -31,7 +31,7 @@ class Lessons:
         for. Collective.
         """
         recipe, mesh = self.recipe, self.engine.mesh
-        method, _ = recipe.sampling
+        method, rollout = recipe.sampling
         online = METHODS[recipe.method.name].online
         assert online is not None
         values = _values(recipe, online, batch)
@@ -40,10 +40,17 @@ class Lessons:
             packs = pack_groups(groups, own, seq_len=recipe.data.seq_len, min_packs=mesh.dp_size)
             parts.append(packs[mesh.dp_rank :: mesh.dp_size])
         flat = [pack for part in parts for pack in part]
+        if not rollout.routing_replay:  # rollouts of a run that had it hold the choices
+            flat = [_without_routes(pack) for pack in flat]
         ready = iter(_completed(recipe, online, self.engine, flat, self.reference))
         whole = [[next(ready) for _ in part] for part in parts]
         share = online.shares(batch.step, recipe.method)[1] if online.shares else 0.0
         return [part + self.demonstrations.next(part[0], share) for part in whole]
+
+
+def _without_routes(pack: Packed) -> Packed:
+    kept = {name: value for name, value in pack.per_token.items() if name != "routes"}
+    return replace(pack, per_token=kept)
 
 
 def _values(recipe: Recipe, online: Online, batch: Batch) -> dict[str, Tensor]:
