@@ -21,14 +21,7 @@ class ProgressDisplay:
         self._last_line = 0.0
         self._bar: Progress | None = None
         if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
+            self._bar = _bar(self.console)
             self._task = self._bar.add_task(name, total=num_steps, completed=step, figures="")
             self._bar.start()
 
@@ -68,14 +61,7 @@ class CountDisplay:
         self._started, self._first = time.monotonic(), done
         self._bar: Progress | None = None
         if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
+            self._bar = _bar(self.console)
             self._task = self._bar.add_task(name, total=total, completed=done, figures="")
             self._bar.start()
 
@@ -97,3 +83,14 @@ class CountDisplay:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
