@@ -192,15 +192,20 @@ except OSError: print('full')
 }
 
 
-def marked() -> int:
-    """Processes of this machine with the mark in their command."""
+def marked(first: str = "", last: str = "") -> int:
+    """Processes of this machine with the mark in their command, and with these arguments."""
     found = 0
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                found += MARK.encode() in (entry / "cmdline").read_bytes()
-            except OSError:
-                pass
+                _, *words = (entry / "cmdline").read_text().split("\0")
+            except (OSError, ValueError):
+                continue
+            found += (
+                any(MARK in word for word in words)
+                and first in ("", words[0])
+                and last in ("", words[-2])
+            )
     return found
 
 

@@ -180,6 +180,7 @@ def test_the_host_saw_nothing_of_it(attacked: dict[str, Any]) -> None:
 
 
 def test_a_program_ends_with_the_process_that_runs_it(kind: str) -> None:
+    """Once it has started: while bubblewrap still sets up, its death is nobody's signal."""
     script = (
         "import sys; from moetrain.rewards.sandbox import *\n"
         f"s = Sandbox({kind!r}); print('ready', flush=True)\n"
@@ -187,7 +188,7 @@ def test_a_program_ends_with_the_process_that_runs_it(kind: str) -> None:
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        wait_for(lambda: marked() > 1)
+        wait_for(lambda: marked(first="-c", last=MARK) == 1)
         process.send_signal(signal.SIGKILL)
     wait_for(lambda: marked() == 0)
 

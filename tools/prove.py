@@ -2,7 +2,8 @@
 """`make prove`: break a run in every way, many times, and write the table of docs/reliability.md.
 
 Each fault happens to a run of two ranks at a moment drawn by chance; the run is started again and
-must end with the weights and losses of an uninterrupted one, bit for bit.
+must end with the weights and losses of an uninterrupted one, bit for bit. Disks are filled and made
+read-only in a mount namespace of its own (unshare).
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY = 24, 6
+DISK = "1g"  # many checkpoints; what ends it is the ballast
 SETTINGS = [
     *f"train.steps={STEPS} checkpoint.every={EVERY} checkpoint.keep=3 data.seq_len=64".split(),
     *"train.eval_every=8 train.eval_packs=4 checkpoint.export_hf=true".split(),
@@ -44,6 +46,7 @@ class Run:
 
     folder: Path
     process: subprocess.Popen[bytes] | None = None
+    hung: bool = False
 
     def start(self, *more: str) -> None:
         log = (self.folder.parent / f"{self.folder.name}.log").open("ab")
@@ -51,10 +54,15 @@ class Run:
         self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
         log.close()
 
-    def code(self, seconds: float = 900) -> int:
-        """Wait for the end."""
+    def code(self, seconds: float = 600) -> int:
+        """Wait for the end; a run that hangs has code -9 and is not survived."""
         assert self.process is not None
-        return self.process.wait(seconds)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.hung = True
+            return self.process.wait()
 
     def ranks(self) -> list[int]:
         """The process ids of its ranks."""
@@ -64,7 +72,8 @@ class Run:
 
     def rows(self) -> list[dict[str, float]]:
         path = self.folder / "ledger.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # the last may be half written
         return [{k: v for k, v in json.loads(r).items() if k not in MEASURED} for r in lines]
 
     def step(self) -> int:
@@ -150,38 +159,95 @@ def second(run: Run) -> None:
     assert other.code() == 2 or run.process is None or run.process.poll() is not None
 
 
+def small_disk(run: Run) -> None:
+    run.folder.mkdir()
+    mount("-t", "tmpfs", "-o", f"size={DISK}", "none", str(run.folder))
+
+
+def fill(run: Run) -> None:
+    """Not a byte is left, for the ledger neither."""
+    with (run.folder / "ballast").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+        except OSError:
+            pass
+
+
+def heal_disk(run: Run) -> None:
+    """All that was saved, where there is room."""
+    (run.folder / "ballast").unlink()
+    kept = Path(shutil.copytree(run.folder, run.folder.with_suffix(".kept")))
+    subprocess.run(["umount", str(run.folder)], check=True)
+    run.folder.rmdir()
+    kept.rename(run.folder)
+
+
+def read_only(run: Run) -> None:
+    """Of the folder of checkpoints, as when a file system fails under it."""
+    path = run.folder / "checkpoints"
+    path.mkdir(exist_ok=True)
+    mount("--bind", str(path), str(path))
+    mount("-o", "remount,bind,ro", str(path))
+
+
+def writable(run: Run) -> None:
+    subprocess.run(["umount", str(run.folder / "checkpoints")], check=True)
+
+
+def mount(*words: str) -> None:
+    subprocess.run(["mount", *words], check=True)
+
+
 def nothing(run: Run) -> None:
     pass
 
 
-FAULTS: dict[str, tuple[Callable[[Run], None], Callable[[Run], None]]] = {
-    "kill -9 of a rank, at any step": (somewhere, kill),
-    "kill -9 of a rank, during a save": (saving, kill),
-    "kill -9 of a rank, during an evaluation": (evaluating, kill),
-    "kill -9 of a rank, during the load of a checkpoint": (loading, kill),
-    "kill -9 of the launcher, at any step": (somewhere, kill_launcher),
-    "SIGSTOP of a rank": (somewhere, stop),
-    "a bit flipped in the newest checkpoint": (corrupt, nothing),
-    "a second job on the run folder": (second, nothing),
+@dataclass(frozen=True)
+class Fault:
+    """Of a started run: `harm` at the end of `moment`. What heals it comes after the run's end."""
+
+    moment: Callable[[Run], None]
+    harm: Callable[[Run], None]
+    heal: Callable[[Run], None] = nothing
+    before: Callable[[Run], None] = nothing
+
+
+FAULTS = {
+    "kill -9 of a rank, at any step": Fault(somewhere, kill),
+    "kill -9 of a rank, during a save": Fault(saving, kill),
+    "kill -9 of a rank, during an evaluation": Fault(evaluating, kill),
+    "kill -9 of a rank, during the load of a checkpoint": Fault(loading, kill),
+    "kill -9 of the launcher, at any step": Fault(somewhere, kill_launcher),
+    "SIGSTOP of a rank": Fault(somewhere, stop),
+    "a full disk": Fault(somewhere, fill, heal_disk, small_disk),
+    "a folder of checkpoints that becomes read-only": Fault(somewhere, read_only, writable),
+    "a bit flipped in the newest checkpoint": Fault(corrupt, nothing),
+    "a second job on the run folder": Fault(second, nothing),
 }
 
 
-def prove(fault: str, run: Run, whole: Run, outcome: Outcome) -> None:
+def prove(name: str, run: Run, whole: Run, outcome: Outcome) -> None:
     """One run with one fault."""
-    moment, harm = FAULTS[fault]
+    fault = FAULTS[name]
+    fault.before(run)
     run.start()
-    moment(run)
-    harm(run)
+    fault.moment(run)
+    fault.harm(run)
     lost = 0
     outcome.runs += 1
-    for _ in range(3):
-        if run.code() == 0:
+    for number in range(3):
+        code = run.code()
+        if number == 0:
+            fault.heal(run)
+        if code == 0:
             break
         saved = run.saved()
         at = int(saved[-1].name.removeprefix("step_")) if saved else 0
         lost += run.step() - at
         run.start()
-    if run.code() == 0 and run.rows() == whole.rows() and run.weights() == whole.weights():
+    same = run.code() == 0 and run.rows() == whole.rows() and run.weights() == whole.weights()
+    if same and not run.hung:
         outcome.survived += 1
         outcome.lost.append(max(lost, 0))
         shutil.rmtree(run.folder)
@@ -209,6 +275,10 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/prove"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if "MOETRAIN_PROVE" not in os.environ:
+        words = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
+        words += [sys.executable, *sys.argv]
+        os.execvpe("unshare", words, os.environ | {"MOETRAIN_PROVE": "1"})
     random.seed(args.seed)
     folder = args.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,16 +1,8 @@
 #!/bin/sh
 # The ladder of InstructGPT (arXiv 2203.02155) on two cores: demonstrations, a reward model, PPO against it. Run it from the repository;
 # started again, it goes on where it was. Words go to every training stage: examples/instructgpt/run.sh train.steps=2
-set -e
-moetrain=${MOETRAIN:-moetrain}
-ranks=${RANKS:---nproc 2 parallel.ep=2}
-prompts=${PROMPTS:-builtin:checkable-prompts}
-reward=${REWARD:-exact} # what says which answers are right
-bench=${BENCH:-examples/evals/checkable.yaml}
-runs=runs/instructgpt
-
-train() { recipe=$1; shift; $moetrain train examples/instructgpt/$recipe.yaml $ranks "$@"; }
-score() { $moetrain eval $runs/$1 $bench --out $runs/$1/evals/checkable.jsonl; }
+ladder=instructgpt
+. examples/ladder.sh
 
 train 1_sft "$@"
 score 1_sft

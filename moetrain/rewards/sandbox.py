@@ -58,6 +58,9 @@ class Ran:
 class Sandbox:
     """Ready to run programs, one at a time.
 
+    A running program ends with the process that started it. One that bubblewrap (0.8) is just
+    setting up when that process is killed may stay: keeper.py ends those of the graders.
+
     Args:
         kind: "auto" takes bubblewrap where it works, else namespaces.
         read: further folders that programs may read.
