@@ -61,33 +61,44 @@ def spans(table: list[list[int]], runs: list[tuple[int, int]]) -> list[Span]:
     return pieces
 
 
-def _take(x: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
-    if len(ranges) == 1:
-        return x[slice(*ranges[0])]
-    return torch.cat([x[start:end] for start, end in ranges])
+def _pieces(x: Tensor, ranges: list[tuple[tuple[int, int], ...]]) -> list[Tensor]:
+    """The rows of each of `ranges`. Cut once: the gradient of a slice is as large as all of x."""
+    cuts = sorted(
+        {0, x.size(0), *(place for each in ranges for bounds in each for place in bounds)}
+    )
+    number = {place: i for i, place in enumerate(cuts)}
+    parts = x.split([end - start for start, end in itertools.pairwise(cuts)])
+    found: list[Tensor] = []
+    for each in ranges:
+        own = [part for a, b in each for part in parts[number[a] : number[b]]]
+        found.append(own[0] if len(own) == 1 else torch.cat(own))
+    return found
 
 
 def _attend_sdpa(
     q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], scale: float | None
 ) -> Tensor:
     """q [c, a, d], k and v [t, g, d] -> [c, a, d], one SDPA call a span."""
+    ranges = [piece.keys for piece in pieces]
+    queries = q.split([piece.end - piece.start for piece in pieces])  # spans cover them in order
+    keys, values = _pieces(k, ranges), _pieces(v, ranges)
     out: list[Tensor] = []
-    for piece in pieces:
+    for piece, one_q, one_k, one_v in zip(pieces, queries, keys, values, strict=True):
         num_q, num_k = piece.end - piece.start, piece.num_keys
         mask = None
         if num_q != num_k:  # the queries are the tail of the keys: causal from the lower right
             mask = torch.ones(num_q, num_k, dtype=torch.bool, device=q.device).tril(num_k - num_q)
         heads = F.scaled_dot_product_attention(
-            q[piece.start : piece.end].transpose(0, 1)[None],
-            _take(k, piece.keys).transpose(0, 1)[None],
-            _take(v, piece.keys).transpose(0, 1)[None],
+            one_q.transpose(0, 1)[None],
+            one_k.transpose(0, 1)[None],
+            one_v.transpose(0, 1)[None],
             attn_mask=mask,
             is_causal=mask is None,
             scale=scale,
             enable_gqa=True,
         )
         out.append(heads[0].transpose(0, 1))
-    return torch.cat(out)  # spans cover the local tokens in order
+    return torch.cat(out)
 
 
 def _attend_varlen(

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+ROWS = 64  # tokens whose exponentials exist beside their logits
+
 
 def token_logprobs(
     hidden: Tensor,
@@ -34,14 +36,15 @@ def token_logprobs(
 
     The gradient of `hidden` is this rank's partial one: the caller sums it over `group`. That of
     `weight` is accumulated in fp32 and cast to the weight's dtype at the end. At most `[chunk, v]`
-    logits exist at a time, in the backward too.
+    logits exist at a time, in the backward too; those of a single chunk are kept for it, which is
+    when they would be computed again.
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and labels.shape == hidden.shape[:1]
     assert chunk > 0 and temperature > 0
     apply: Callable[..., tuple[Tensor, Tensor]] = _TokenLogprobs.apply  # pyright: ignore
-    logp, entropy = apply(
-        hidden, weight, labels, group, vocab_start, vocab_size, chunk, temperature, with_entropy
-    )
+    keep = torch.is_grad_enabled() and hidden.shape[0] <= chunk
+    split = (group, vocab_start, vocab_size)
+    logp, entropy = apply(hidden, weight, labels, *split, chunk, temperature, with_entropy, keep)
     return logp, entropy if with_entropy else None
 
 
@@ -56,6 +59,22 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """[c, v] fp32."""
+    logits = _matmul(hidden, weight.t())
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _add(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
+    """total += a @ b in fp32; `fresh`: whatever it held counts as 0."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b, beta=0 if fresh else 1)
+    elif fresh:
+        total.copy_(_matmul(a, b))
+    else:
+        total += _matmul(a, b)
 
 
 def _own(labels: Tensor, vocab_start: int, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -75,29 +94,38 @@ def _statistics(
     chunk: int,
     temperature: float,
     with_entropy: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Over this rank's rows, `[4, t]` fp32: max m, sum of exp(l - m), logit of the label (0 if
-    elsewhere), sum of (l - m) exp(l - m).
+    elsewhere), sum of (l - m) exp(l - m); and exp(l - m) of the last chunk `[c, v]`.
     """
     t, num_rows = hidden.shape[0], weight.shape[0]
     stats = torch.zeros(4, t, dtype=torch.float32, device=hidden.device)
+    exps = stats.new_zeros(0, num_rows)
     if num_rows == 0:
         stats[0] = -torch.inf
-        return stats
+        return stats, exps
     for part in _chunks(t, chunk):
-        logits = _matmul(hidden[part].to(weight.dtype), weight.t()).div_(temperature)  # [c, v]
+        del exps
+        logits = _logits(hidden[part].to(weight.dtype), weight, temperature)
         rows, here = _own(labels[part], vocab_start, num_rows)
         stats[2, part] = logits.gather(1, rows[:, None])[:, 0].mul_(here)
         top = logits.amax(dim=1)
         stats[0, part] = top
         logits.sub_(top[:, None])
-        if with_entropy:
-            exps = logits.exp()
-            stats[1, part] = exps.sum(dim=1)
-            stats[3, part] = exps.mul_(logits).sum(dim=1)
-        else:
-            stats[1, part] = logits.exp_().sum(dim=1)
-    return stats
+        exps = _exp_(logits, stats[3, part]) if with_entropy else logits.exp_()
+        stats[1, part] = exps.sum(dim=1)
+        del logits
+    return stats, exps
+
+
+def _exp_(logits: Tensor, products: Tensor) -> Tensor:
+    """exp in place, and the sum of l exp(l) of each row `[c]`; no second `[c, v]` for it."""
+    for part in _chunks(len(logits), ROWS):
+        rows = logits[part]
+        exps = rows.exp()
+        products[part] = rows.mul_(exps).sum(dim=1)
+        rows.copy_(exps)
+    return logits
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -113,9 +141,10 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk: int,
         temperature: float,
         with_entropy: bool,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         num_rows = min(max(vocab_size - vocab_start, 0), weight.shape[0])
-        stats = _statistics(
+        stats, exps = _statistics(
             hidden, weight[:num_rows], labels, vocab_start, chunk, temperature, with_entropy
         )
         top = stats[0].clone()
@@ -131,12 +160,10 @@ class _TokenLogprobs(torch.autograd.Function):
             dist.all_reduce(sums, group=group)  # pyright: ignore
         lse = top + sums[0].log()
         ctx.save_for_backward(hidden, weight, labels, lse)
-        ctx.vocab_start, ctx.num_rows, ctx.chunk, ctx.temperature = (
-            vocab_start,
-            num_rows,
-            chunk,
-            temperature,
-        )
+        # Given up by the backward as it reads it, hence no saved tensor.
+        ctx.kept = (exps, (stats[0] - lse).exp()) if keep else None
+        ctx.vocab_start, ctx.num_rows = vocab_start, num_rows
+        ctx.chunk, ctx.temperature = chunk, temperature
         entropy = sums[0].log() - sums[2] / sums[0]
         ctx.mark_non_differentiable(entropy)
         return sums[1] - lse, entropy
@@ -148,18 +175,26 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_logp = grads[0].float()
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
+        kept, ctx.kept = ctx.kept, None
         for part in _chunks(hidden.shape[0], ctx.chunk) if ctx.num_rows else ():
             inputs = hidden[part].to(weight.dtype)
-            logits = _matmul(inputs, live.t()).div_(ctx.temperature)  # [c, v]
+            if kept is None:
+                exps = _logits(inputs, live, ctx.temperature).sub_(lse[part, None]).exp_()
+                scale = torch.ones_like(grad_logp[part])
+            else:
+                exps, scale = kept
+            # d logp / d logits = onehot - p, and p = exps * scale
+            share = grad_logp[part] / ctx.temperature
             rows, here = _own(labels[part], ctx.vocab_start, ctx.num_rows)
-            # d logp / d logits = onehot - p
-            grad = logits.sub_(lse[part, None]).exp_().neg_()
-            grad.scatter_add_(1, rows[:, None], here.to(grad.dtype)[:, None])
-            grad = grad.mul_(grad_logp[part, None] / ctx.temperature).to(weight.dtype)
+            grad = exps.mul_((-share * scale)[:, None])
+            grad.scatter_add_(1, rows[:, None], (share * here)[:, None])
+            grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = _matmul(grad, live).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight[: ctx.num_rows] += _matmul(grad.t(), inputs)
+                _add(grad_weight[: ctx.num_rows], grad.t(), inputs, fresh=part.start == 0)
+        if grad_weight is not None:
+            grad_weight[ctx.num_rows if len(hidden) else 0 :] = 0
         cast = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, cast, None, None, None, None, None, None, None
+        return grad_hidden, cast, *[None] * 8

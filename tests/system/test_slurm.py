@@ -78,21 +78,19 @@ def test_the_doctor_looks_first(site: Site) -> None:
     assert not (site.work / "runs" / "looked" / "ledger.jsonl").exists()
 
 
-def begin(site: Site, run: str, *more: str) -> int:
+def begin(site: Site, run: str, *more: str, options: tuple[str, ...] = TWO_NODES) -> int:
     """Submit LONG and wait until it has a checkpoint, and steps after it."""
-    job = site.submit("dpo_235b.sh", *LONG, f"run_dir=runs/{run}", *more)
+    job = site.submit("dpo_235b.sh", *LONG, f"run_dir=runs/{run}", *more, options=options)
     site.cluster.wait(lambda: len(site.rows(run)) >= 12, "12 steps", 240)
     return job
 
 
 def test_time_limit(site: Site, whole: str) -> None:
     """Slurm's own USR1 ahead of the time limit: saved, queued again, resumed, bit-equal."""
-    job = begin(site, "limit")
-    with site.stopped("limit"):  # as long as Slurm takes to look at its limits: half a minute
-        site.cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=5")
-        site.cluster.wait(lambda: "Slurm says USR1" in site.said(job), "USR1", 90)
-    site.cluster.wait(lambda: site.cluster.job(job)["Restarts"] == "1", "the requeue", 120)
-    site.cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    options = (*TWO_NODES, "--signal=B:USR1@60", "--time=3")
+    job = begin(site, "limit", options=options)
+    with site.stopped("limit"):  # it would end before: two minutes
+        site.cluster.wait(lambda: "Slurm says USR1" in site.said(job), "USR1", 180)
     said = site.done(job)
     assert "again in 0 s: its time was over, saved at step" in said
     assert f"requeued (restart 1 of Slurm job {job}), from step" in said
