@@ -52,7 +52,7 @@ def test_every_stage_runs(ladder: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     runs = tmp_path / "runs" / ladder
     for stage in LADDERS[ladder]:
-        rows = [json.loads(line) for line in (runs / stage / "ledger.jsonl").open()]
+        rows = [json.loads(r) for r in (runs / stage / "ledger.jsonl").read_text().splitlines()]
         assert any(row["step"] == 1 and "loss" in row for row in rows), stage
         assert (runs / stage / "hf" / "model.safetensors").is_file()
     table = (runs / "report.csv").read_text().splitlines()

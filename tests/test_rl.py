@@ -161,23 +161,43 @@ def test_methods_and_modes(tmp_path: Path, more: tuple[str, ...]) -> None:
         assert steps[-1]["value/loss"] < steps[0]["value/loss"]
 
 
-def test_a_reward_that_hangs_costs_its_answer(tmp_path: Path) -> None:
-    """And is counted in the ledger; the run goes on."""
+HOSTILE = """
+import os, socket, tempfile, time
+
+def hostile(completions, **columns):
+    kind = sum(map(ord, completions[0])) % 8
+    if kind == 0:
+        time.sleep(60)
+    if kind == 1:
+        os.kill(os.getpid(), 9)
+    if kind == 2 and os.fork() == 0:
+        time.sleep(600)
+    if kind == 3:
+        socket.create_server(("127.0.0.1", 0))
+    if kind == 4:
+        with tempfile.TemporaryFile() as file:
+            for _ in range(10_000):
+                file.write(bytes(1 << 20))
+    while kind == 5:
+        print("no end")
+    if kind == 6:
+        raise ValueError
+    return [float(len(completions[0]))]
+"""
+
+
+def test_a_hostile_reward_costs_its_answers(tmp_path: Path) -> None:
+    """It hangs, dies, forks, listens, writes 10 GB, prints for ever: counted; the run goes on."""
     own = tmp_path / "own.py"
-    own.write_text(
-        "import time\n"
-        "def slow(completions, **columns):\n"
-        "    if len(completions[0]) % 7 == 3: time.sleep(60)\n"
-        "    if len(completions[0]) % 7 == 5: raise ValueError\n"
-        "    return [float(len(completions[0]))]\n"
-    )
-    settings = (f"rewards=[{own}:slow]", "rollout.reward_seconds=0.3", "train.steps=2")
+    own.write_text(HOSTILE)
+    settings = (f"rewards=[{own}:hostile]", "rollout.reward_seconds=0.5", "train.steps=2")
     settings += ("data.eval=[]",)  # whose faults would be counted, too
     train(tmp_path / "run", *settings, nproc=1)
     steps = [row for row in rows(tmp_path / "run", whole=True) if "loss" in row]
-    faults = sum(row.get("faults/timeout", 0) + row.get("faults/error", 0) for row in steps)
-    assert faults > 0
-    assert faults == sum(row["faults/dropped/ungraded"] for row in steps)
+    kinds = ("timeout", "crash", "error")
+    faults = {kind: sum(row.get(f"faults/{kind}", 0) for row in steps) for kind in kinds}
+    assert min(faults.values()) > 0
+    assert sum(faults.values()) == sum(row["faults/dropped/ungraded"] for row in steps)
 
 
 def test_a_push_that_does_not_arrive_stops_the_run(workers: Workers, tmp_path: Path) -> None:
@@ -194,6 +214,7 @@ def test_a_push_that_does_not_arrive_stops_the_run(workers: Workers, tmp_path: P
         (("rewards=[./examples/rewards/emoji.py:f]",), "has no function f"),
         (("rollout.replay=/nonexistent",), "has no batch of step 1"),
         (("rollout.max_tokens=600",), "No record"),
+        (("rollout.engine=vllm", "rollout.python=/none"), "is no program"),
     ],
     ids=lambda value: str(value),
 )

@@ -16,6 +16,7 @@ from moetrain.loops.sampler import Sampler, open_sampler
 from moetrain.loops.stop import EXIT_STOPPED, StopSignal
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
+from moetrain.rollout import check_engine
 
 
 def train(recipe: Recipe) -> int:
@@ -27,6 +28,8 @@ def train(recipe: Recipe) -> int:
     """
     method, rollout = recipe.sampling
     job = Job(recipe)
+    if job.is_first:
+        check_engine(recipe)
     prompts = prepare_prompts(recipe)
     engine = Engine(recipe)
     num_steps = length(recipe, len(prompts.train.prompts))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ROWS = 64  # tokens whose exponentials exist beside their logits
+ROWS = 16  # tokens of a chunk that are worked on at one time: what a cache holds
 
 
 def token_logprobs(
@@ -109,23 +109,23 @@ def _statistics(
         logits = _logits(hidden[part].to(weight.dtype), weight, temperature)
         rows, here = _own(labels[part], vocab_start, num_rows)
         stats[2, part] = logits.gather(1, rows[:, None])[:, 0].mul_(here)
-        top = logits.amax(dim=1)
-        stats[0, part] = top
-        logits.sub_(top[:, None])
-        exps = _exp_(logits, stats[3, part]) if with_entropy else logits.exp_()
-        stats[1, part] = exps.sum(dim=1)
-        del logits
+        for some in _chunks(len(logits), chunk if logits.is_cuda else ROWS):
+            _exp_(logits[some], stats[:, part][:, some], with_entropy)
+        exps = logits
     return stats, exps
 
 
-def _exp_(logits: Tensor, products: Tensor) -> Tensor:
-    """exp in place, and the sum of l exp(l) of each row `[c]`; no second `[c, v]` for it."""
-    for part in _chunks(len(logits), ROWS):
-        rows = logits[part]
-        exps = rows.exp()
-        products[part] = rows.mul_(exps).sum(dim=1)
-        rows.copy_(exps)
-    return logits
+def _exp_(logits: Tensor, stats: Tensor, with_entropy: bool) -> None:
+    """exp(l - m) of rows `[c, v]` in place, and what `_statistics` says of them but the label."""
+    stats[0] = logits.amax(dim=1)
+    logits.sub_(stats[0, :, None])
+    if with_entropy:
+        exps = logits.exp()
+        stats[3] = logits.mul_(exps).sum(dim=1)
+        logits.copy_(exps)
+    else:
+        logits.exp_()
+    stats[1] = logits.sum(dim=1)
 
 
 class _TokenLogprobs(torch.autograd.Function):

