@@ -5,6 +5,7 @@ Each mend says what breaks without it. tests/test_compat.py fails when one is no
 
 import contextlib
 import queue
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -73,9 +74,25 @@ def _fail_together() -> None:
     FileSystemWriterAsync.finish = finish_if_it_can  # type: ignore[method-assign]
 
 
-def _without_gpu() -> None:
-    import megatron.core.jit as jit
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """torch.compile gives functions back as they are.
 
+    Megatron decorates with it while it is imported, and the first use brings in torch's whole
+    compiler: 1.5 of 4.7 seconds that a process takes to start.
+    """
+    compile_it = torch.compile
+    any_torch: Any = torch
+    any_torch.compile = lambda model=None, **options: model or (lambda function: function)
+    try:
+        yield
+    finally:
+        any_torch.compile = compile_it
+
+
+def _without_gpu() -> None:
+    with _uncompiled():
+        import megatron.core.jit as jit
     # jit_fuser is torch.compile: on CPU it would call a C++ compiler in the first step of every
     # process.
     jit.disable_jit_fuser()
