@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from moetrain import cli
 from moetrain.config.rewards import RewardConfig
 from moetrain.data.tokenizer import fit
 from moetrain.errors import ConfigError
@@ -280,3 +281,22 @@ def refused(folder: Path, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         RewardModel([config(folder)])
     assert "\n" not in str(caught.value)
+
+
+def test_a_benchmark_is_judged(url: str, tmp_path: Path) -> None:
+    """The mean of the judge's numbers, which here are the answers' lengths."""
+    rows = [{"input": f"Say {i}.", "output": str(i), "eval_aspect": "short"} for i in range(3)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "judged.jsonl"
+    bench = Path(__file__).parents[1] / "examples" / "evals" / "elyza_tasks_100.yaml"
+    options = {"url": url, "prompt": "'Answer: {completion}'", "low": 0, "high": 1000}
+    words = [f"scorer.options.{name}={value}" for name, value in options.items()]
+    words += [f"data={tmp_path / 'tasks.jsonl'}", "scale=[0,1000]", "rollout.max_tokens=8"]
+    command = ["eval", "builtin:qwen3-moe-tiny", str(bench), "--out", str(out), *words]
+    assert cli.main(command) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    lengths = [len(answer["text"]) for row in rows for answer in row["answers"]]
+    score = json.loads(out.with_suffix(".json").read_text())
+    assert len(lengths) == 3
+    (found,) = score["scores"].values()
+    assert found["score"] == pytest.approx(sum(lengths) / 3)
