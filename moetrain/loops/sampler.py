@@ -6,6 +6,7 @@ while the others, and its own main thread, wait in short rounds in which a signa
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -253,8 +254,9 @@ class Live:
         figures: dict[str, float] = {}
         for attempt in ("push", "reload"):
             figures |= self._send(step, attempt)
+            sent = time.perf_counter()
             gap = self._gap()
-            figures["push/logprob_gap"] = gap
+            figures |= {"push/probe_s": time.perf_counter() - sent, "push/logprob_gap": gap}
             if gap <= limit:
                 break
         else:

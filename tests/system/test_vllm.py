@@ -130,6 +130,23 @@ def test_more_prompts_than_one_pass_takes(served: Served, tmp_path: Path) -> Non
     assert not any(name.startswith("faults/server") for name in row)
 
 
+def test_a_benchmark_has_the_same_greedy_answers_from_either_engine(
+    served: Served, tmp_path: Path
+) -> None:
+    bench = ROOT / "examples" / "evals" / "checkable.yaml"
+    command = [sys.executable, "-m", "moetrain", "eval", "builtin:qwen3-moe-tiny", str(bench)]
+    small = "limit=6 samples=1 pass_at=[1] rollout.max_tokens=12 rollout.eval_temperature=0".split()
+    answers: list[list[Any]] = []
+    for engine in (("rollout.engine=embedded",), ("rollout.engine=vllm", *served.words)):
+        out = tmp_path / f"{len(answers)}.jsonl"
+        words = [*command, "--out", str(out), *small, *engine]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        rows = map(json.loads, out.read_text().splitlines())
+        answers.append(sorted(a["tokens"] for row in rows for a in row["answers"]))
+    assert len(answers[0]) == 6 and answers[0] == answers[1]
+
+
 def test_the_same_losses_by_replay_and_beside_the_embedded_sampler(
     whole: Path, tmp_path: Path
 ) -> None:

@@ -3,12 +3,12 @@
     python tools/bench/against_trl.py --trl-python ENV/bin/python [--folder DIR] [--records 160]
 
 The model is a tiny Qwen3-MoE with a real-sized vocabulary (151,936), in fp32; prompts and answers
-have log-normal lengths, short and long mixed. Both sides learn all records once, in the same number
-of optimizer steps. Tokens are those of the records as they are (a pair is two whole sequences),
-whatever either side computes. TRL runs in every setting that may be its best here (trl_side.py:
-sorted by length, one record at a time, padding-free; liger has no CPU kernels), reference log-probs
-computed before the clock starts; the ratio is to the fastest. Memory is anonymous memory (RssAnon),
-the peak of samples.
+have log-normal lengths, short and long mixed. Both sides learn all records once, moetrain in as
+many optimizer steps as TRL or some more (a step takes whole packs). Tokens are those of the records
+as they are (a pair is two whole sequences), whatever either side computes. TRL runs in every
+setting that may be its best here (trl_side.py: sorted by length, one record at a time,
+padding-free; liger has no CPU kernels), reference log-probs computed before the clock starts; the
+ratio is to the fastest. Memory is anonymous memory (RssAnon), the peak of samples.
 """
 
 import argparse
@@ -142,6 +142,7 @@ def ours(
     """A run by the command line; seconds are those of its ledger."""
     run_dir = folder / f"run_{method}"
     shutil.rmtree(run_dir, ignore_errors=True)
+    num_steps, num_packs = once(method, model, data, folder, num_steps)
     settings = [
         f"run_dir={run_dir}",
         f"model.path={model}",
@@ -152,7 +153,7 @@ def ours(
         f"data.cache={folder / 'cache'}",
         "optim.lr=1e-4",
         f"train.steps={num_steps}",
-        f"train.global_batch={packs_a_step(method, model, data, folder, num_steps)}",
+        f"train.global_batch={num_packs}",
         "observe.progress=false",
         "observe.tensorboard=false",
         "checkpoint.save_optimizer=false",
@@ -169,8 +170,8 @@ def ours(
     return {"seconds": sum(row["seconds"] for row in rows), "steps": len(rows), "gib": peak}
 
 
-def packs_a_step(method: str, model: Path, data: Path, folder: Path, num_steps: int) -> int:
-    """So many that the records are learned once."""
+def once(method: str, model: Path, data: Path, folder: Path, num_steps: int) -> tuple[int, int]:
+    """(steps, packs a step) in which the records are learned once, in `num_steps` or a few more."""
     from moetrain.config.load import recipe_from
     from moetrain.data.loader import prepare
 
@@ -183,7 +184,9 @@ def packs_a_step(method: str, model: Path, data: Path, folder: Path, num_steps: 
             "train": {"steps": num_steps},
         }
     )
-    return math.ceil(prepare(recipe).num_packs / num_steps)
+    num_packs = prepare(recipe).num_packs
+    a_step = max(1, num_packs // num_steps)
+    return math.ceil(num_packs / a_step), a_step
 
 
 def show(method: str, side: str, found: dict[str, float], tokens: float) -> None:
