@@ -213,6 +213,8 @@ def _wait(ranks: list[_Rank], asked: list[int], watchdog: Watchdog | None) -> in
     _collect_until(ranks, ended, OWN_END_SECONDS)
     causes = [rank for rank in ended if rank.code not in (0, _STOPPED)]
     _end(ranks, ended)
+    # A slow first rank may have said meanwhile what the cause is.
+    causes += [rank for rank in ranks if rank not in causes and rank.code in _USER_ERRORS]
     if asked and all((rank.code or 0) < 0 for rank in causes):
         return _told_to_stop(asked)
     return _report(causes)

@@ -92,6 +92,9 @@ class PpoMethod(OnlineMethod):
     name: Literal["ppo"] = Field(default="ppo", description="`method: ppo` for short")
     gamma: float = Field(default=1.0, gt=0, le=1, description="discount a token")
     lam: float = Field(default=0.95, ge=0, le=1, description="of generalised advantage estimation")
+    whiten: bool = Field(
+        default=True, description="advantages of a batch's tokens have mean 0 and deviation 1"
+    )
     value_weight: float = Field(default=0.1, ge=0, description="of the value loss")
     value_clip: float = Field(
         default=0.2, gt=0, description="how far a value may move from the one at rollout"

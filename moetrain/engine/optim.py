@@ -137,7 +137,7 @@ def make_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe, backe
     if not has_device():  # on the host torch's AdamW goes over memory ten times, fused once
         for inner in _stepping(optimizer):
             for group in inner.param_groups:
-                group["fused"] = True
+                group["fused"] = all(param.device.type == "cpu" for param in group["params"])
     return optimizer
 
 

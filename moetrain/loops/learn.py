@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.config.recipe import Recipe
@@ -14,6 +15,7 @@ from moetrain.loops.demonstrations import Demonstrations
 from moetrain.loops.rollouts import Batch, tensors
 from moetrain.methods import METHODS
 from moetrain.methods.base import Online
+from moetrain.methods.online import answer_mask
 from moetrain.ops.packed import Packed
 
 
@@ -108,7 +110,29 @@ def _completed(
             known["ref_logp"] = other
         pack = replace(pack, per_token=known)
         done.append(replace(pack, per_token=known | online.targets(pack, recipe.method)))
-    return done
+    return whitened(done, engine.mesh.dp_group) if online.whiten(recipe.method) else done
+
+
+def whitened(packs: Sequence[Packed], group: dist.ProcessGroup | None) -> list[Packed]:
+    """Packs whose `advantage` has mean 0 and deviation 1 over the answers' tokens of all packs of
+    `group`. Collective.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    for pack in packs:
+        own = pack.per_token["advantage"][answer_mask(pack) > 0].double().cpu()
+        sums += torch.stack([torch.tensor(float(len(own))), own.sum(), own.square().sum()])
+    if group is not None and group.size() > 1:
+        shared = sums.cuda() if torch.cuda.is_available() else sums
+        dist.all_reduce(shared, group=group)
+        sums = shared.cpu()
+    num, mean, square = sums[0].clamp_min(1), sums[1] / sums[0], sums[2] / sums[0]
+    scale = (square - mean.square()).clamp_min(0).mul(num / (num - 1).clamp_min(1)).sqrt() + 1e-8
+
+    def change(pack: Packed) -> Packed:
+        own = (pack.per_token["advantage"] - float(mean)) / float(scale) * answer_mask(pack)
+        return replace(pack, per_token=pack.per_token | {"advantage": own})
+
+    return [change(pack) for pack in packs]
 
 
 def totals(results: Sequence[StepResult]) -> StepResult:

@@ -60,6 +60,8 @@ class Online:
     before the step; None: keep all.
     targets(batch, cfg) -> values per token to add to a pack whose `per_token` has old_logp,
     rollout_logp and, for methods that ask for them, ref_logp and old_value.
+    whiten(cfg) -> whether `advantage` is brought to mean 0 and deviation 1 over the tokens of the
+    global batch after that.
     shares(step, cfg) -> (weight of a step's answers, of data.demonstrations beside them), steps
     from 1, given to each sequence as extras["share"]; None: there are answers alone.
     """
@@ -68,6 +70,7 @@ class Online:
     shape: Callable[[Tensor, Tensor, Tensor, Any], Tensor] | None = None
     drops: Callable[[Tensor, Tensor, Any], Tensor] | None = None
     targets: Callable[[Packed, Any], dict[str, Tensor]] = _no_targets
+    whiten: Callable[[Any], bool] = lambda cfg: False
     shares: Callable[[int, Any], tuple[float, float]] | None = None
 
 

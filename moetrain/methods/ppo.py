@@ -5,7 +5,8 @@ L = -mean_t w_t min(r_t A_t, clip(r_t) A_t)
 
 A_t and R_t come from generalised advantage estimation over an answer whose reward stands on its
 last token; the KL to the reference is taken off each token's reward (InstructGPT, arXiv 2203.02155,
-eq. 2), so it is no term of the loss.
+eq. 2), so it is no term of the loss. A_t is whitened over the batch (arXiv 2006.05990):
+while the values are still wrong, all that was sampled would else be pushed away, or drawn near.
 """
 
 import torch
@@ -46,6 +47,11 @@ def targets(batch: Packed, cfg: PpoMethod) -> dict[str, Tensor]:
     return {"advantage": advantage, "return": returns}
 
 
+def whiten(cfg: PpoMethod) -> bool:
+    """As the recipe says."""
+    return cfg.whiten
+
+
 def loss(out: Out, batch: Packed, cfg: PpoMethod, known: Known) -> tuple[Terms, Metrics]:
     """Each token counts the same."""
     assert out.value is not None
@@ -67,4 +73,4 @@ def count(batch: Packed, cfg: object) -> Terms:
     return {"loss": num, "value": num}
 
 
-PPO = Method("ppo", loss, count, NEEDS, online=Online(raw, targets=targets))
+PPO = Method("ppo", loss, count, NEEDS, online=Online(raw, targets=targets, whiten=whiten))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORDS = (
     "train.steps=1 train.eval_every=1 train.global_batch=2 train.micro_batch=1"
     " rollout.prompts_per_step=2 rollout.group_size=2 rollout.eval_prompts=2"
