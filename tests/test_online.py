@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 from dataclasses import replace
 from itertools import batched
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from moetrain.config.method import MethodConfig
+from moetrain.loops.learn import whitened
 from moetrain.methods import METHODS, chord
 from moetrain.methods import online as parts
 from moetrain.methods.base import Out
@@ -219,6 +221,18 @@ def test_advantages_of_a_group_sum_to_nothing(values: list[float], num_groups: i
     found = parts.centred(rewards, group, None)
     for g in range(int(group.max()) + 1):
         assert float(found[group == g].sum()) == pytest.approx(0, abs=1e-9)
+
+
+def test_advantages_are_whitened_over_all_tokens_of_all_packs() -> None:
+    cfg: Any = TypeAdapter(MethodConfig).validate_python({"name": "ppo"})
+    packs = [answer.packed(3) for answer in answers()]
+    known = [pack.per_token | parts.broadcast_advantage(pack, cfg) for pack in packs]
+    packs = [replace(pack, per_token=own) for pack, own in zip(packs, known, strict=True)]
+    tokens = [a.advantage for a in answers() for _ in a.old]
+    mean, deviation = statistics.mean(tokens), statistics.stdev(tokens)
+    for pack, answer in zip(whitened(packs, None), answers(), strict=True):
+        wanted = [0.0] * 3 + [(answer.advantage - mean) / deviation] * len(answer.old)
+        assert pack.per_token["advantage"].tolist() == pytest.approx(wanted, abs=1e-6)
 
 
 def test_long_answers_are_shaped_down() -> None:
