@@ -136,7 +136,7 @@ def test_every_layout_samples_and_learns_the_same(whole: Path, tmp_path: Path, l
         ("rollout.steps_off=1",),
         ("method={name: dapo, max_length: 16, soft_length: 8}",),
         ("method={name: dr_grpo, length: 16, beta: 0.1, inner_steps: 2}",),
-        ("method={name: ppo, beta: 0.05}",),
+        ("method={name: ppo, beta: 0.05, value_weight: 1.0}",),
         (
             "method={name: chord, packs: 2, mu_decay: 2}",
             "data.demonstrations=builtin:checkable-starts",
