@@ -43,6 +43,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             init(job)
+        tell(job, {"child-pid": pid})
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         tell(job, {"exit-code": code if code >= 0 else 128 - code})
     except OSError as error:

@@ -30,6 +30,7 @@ SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
 # Root's programs each run as a user of their own, so that the kernel counts their processes apart.
 FIRST_UID, NUM_UIDS = 20000, 40000
 MAX_TOLD = 1 << 16
+END_SECONDS = 10  # for the kernel, which has killed it
 
 File = tuple[bytes, int]  # content, mode
 
@@ -97,7 +98,7 @@ class Sandbox:
     ) -> Ran:
         """Run `command` in an empty folder with `files` in it.
 
-        Everything that it started has ended, or is being ended by the kernel, when this returns.
+        Everything that it started has ended when this returns.
         """
         assert self.kind is not None
         return self._run(self.kind, command, stdin, files or {}, limits or Limits(5.0))
@@ -132,6 +133,7 @@ class Sandbox:
             in_time = _wait(process, limits.seconds)
             seconds = time.monotonic() - started
             told = _told(os.pread(status, MAX_TOLD, 0))
+            _wait_for_init(told.get("child-pid"))
             out = os.pread(streams[1], limits.file, 0)
             sizes = [os.fstat(fd).st_size for fd in streams[1:]]
             said = os.pread(streams[2], 2000, max(0, sizes[1] - 2000)).decode(errors="replace")
@@ -285,6 +287,22 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
         process.kill()
         process.wait()
     return ended
+
+
+def _wait_for_init(pid: int | None) -> None:
+    """Until the first process of the program's namespace is gone, which takes the others along:
+    they would count among those of the next program.
+    """
+    if pid is None:
+        return
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    poll.poll(END_SECONDS * 1000)
+    os.close(handle)
 
 
 def _told(said: bytes) -> dict[str, Any]:
