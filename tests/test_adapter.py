@@ -134,6 +134,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, tuple[str, ...]]] = {
     "mixtral by its own names": ("mixtral", {}, "pissa", ("w1", "w3", "block_sparse_moe.gate")),
     "llama": ("llama", {}, "pissa", ("all-linear",)),
     "qwen3": ("qwen3", {}, "dora", ("all-linear",)),
+    "qwen2": ("qwen2", {}, "dora", ("all-linear",)),
 }
 
 

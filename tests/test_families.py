@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from moetrain.config.builtin import published
+from moetrain.config.hub_models import PUBLISHED
 from moetrain.errors import ConfigError
 from moetrain.families import (
     FAMILIES,
@@ -39,6 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": 5,
         "num_experts_per_tok": 3,
     },
+    "Qwen2ForCausalLM": {**SIZES, "model_type": "qwen2"},
     "Qwen3ForCausalLM": {**SIZES, "model_type": "qwen3"},
     "Qwen3MoeForCausalLM": {
         **SIZES,
@@ -156,9 +159,16 @@ def test_bound_rules_carry_global_layer_and_expert_numbers() -> None:
     assert all(bound.expert is None or ".experts." in name for name, bound in table.items())
 
 
+def test_a_window_that_is_off_is_no_window() -> None:
+    """Qwen2.5 ships `sliding_window` with `use_sliding_window: false`, which switches it off."""
+    family, config = FAMILIES["Qwen2ForCausalLM"], CONFIGS["Qwen2ForCausalLM"]
+    window = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 2}
+    assert family.dims({**config, **window}) == family.dims(config)
+
+
 def test_qkv_bias_has_its_rule() -> None:
-    family = FAMILIES["LlamaForCausalLM"]
-    dims = replace(family.dims(CONFIGS["LlamaForCausalLM"]), qkv_bias=True)
+    family = FAMILIES["Qwen2ForCausalLM"]
+    dims = family.dims(CONFIGS["Qwen2ForCausalLM"])
     bound = expand(family, dims)["decoder.layers.0.self_attention.linear_qkv.bias"]
     assert bound.hf_shapes == ((48,), (16,), (16,))
     assert bound.local_shape(dims, 1, 2) == (40,)
@@ -173,88 +183,70 @@ def test_a_table_that_takes_something_twice_is_a_defect() -> None:
             expand(replace(family, rules=(*family.rules, extra)), dims)
 
 
-# As published: the tables count the parameters that the model cards' safetensors do.
-PUBLISHED: dict[str, tuple[int, str, dict[str, Any]]] = {
-    "Qwen3-30B-A3B": (
-        30_532_122_624,
-        "Qwen3MoeForCausalLM",
-        {
-            "head_dim": 128,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_attention_heads": 32,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "num_hidden_layers": 48,
-            "num_key_value_heads": 4,
-            "vocab_size": 151936,
-            "sliding_window": None,
-            "use_sliding_window": False,
-            "rope_theta": 1000000.0,
-            "rope_scaling": None,
-        },
-    ),
-    "Qwen3-235B-A22B": (
-        235_093_634_560,
-        "Qwen3MoeForCausalLM",
-        {
-            "head_dim": 128,
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "moe_intermediate_size": 1536,
-            "num_attention_heads": 64,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "num_hidden_layers": 94,
-            "num_key_value_heads": 4,
-            "vocab_size": 151936,
-        },
-    ),
-    "Mixtral-8x7B": (
-        46_702_792_704,
-        "MixtralForCausalLM",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_hidden_layers": 32,
-            "num_key_value_heads": 8,
-            "num_local_experts": 8,
-            "vocab_size": 32000,
-        },
-    ),
-    "Llama-3.2-1B": (
-        1_235_814_400,
-        "LlamaForCausalLM",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_attention_heads": 32,
-            "num_hidden_layers": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "tie_word_embeddings": True,
-            "vocab_size": 128256,
-            "rope_theta": 500000.0,
-            "rope_scaling": {
-                "factor": 32.0,
-                "high_freq_factor": 4.0,
-                "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 8192,
-                "rope_type": "llama3",
-            },
-        },
-    ),
+# As published: the tables count the parameters that the model cards' safetensors do (tied output
+# layers once).
+NUM_PARAMS = {
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen2.5-14B": 14_770_033_664,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Qwen2.5-72B": 72_706_203_648,
+    "DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.3-70B": 70_553_706_496,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+}
+MIXTRAL = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "vocab_size": 32000,
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", NUM_PARAMS)
 def test_published_models_have_their_published_number_of_parameters(name: str) -> None:
-    num_params, architecture, hf = PUBLISHED[name]
-    family = FAMILIES[architecture]
+    hf = PUBLISHED[name]
+    family = family_of(hf)
     table = expand(family, family.dims(hf))
-    assert sum(bound.num_params for bound in table.values()) == num_params
+    assert sum(bound.num_params for bound in table.values()) == NUM_PARAMS[name]
+
+
+def test_mixtral_has_its_published_number_of_parameters() -> None:
+    family = FAMILIES["MixtralForCausalLM"]
+    table = expand(family, family.dims(MIXTRAL))
+    assert sum(bound.num_params for bound in table.values()) == 46_702_792_704
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "Qwen2.5-7B"),
+        ("Qwen/Qwen2.5-72B-Instruct", "Qwen2.5-72B"),
+        ("models/Qwen2.5-1.5B", "Qwen2.5-1.5B"),
+        ("Qwen/Qwen2.5-Coder-32B-Instruct", "Qwen2.5-Coder-32B"),
+        ("Qwen/Qwen2.5-Math-7B", "Qwen2.5-Math-7B"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Distill-Qwen-1.5B"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "Qwen3-4B"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", None),
+        ("Qwen/Qwen2-57B-A14B-Instruct", None),
+        ("Qwen/Qwen3-Embedding-8B", None),
+    ],
+)
+def test_a_published_model_is_known_by_its_name(path: str, wanted: str | None) -> None:
+    assert published(path) == (None if wanted is None else PUBLISHED[wanted])
 
 
 @pytest.mark.parametrize(
@@ -313,6 +305,13 @@ def test_defaults_are_transformers() -> None:
     ("architecture", "change", "words"),
     [
         ("Qwen3ForCausalLM", {"use_sliding_window": True}, "use_sliding_window = true .* false"),
+        ("Qwen2ForCausalLM", {"use_sliding_window": True}, "use_sliding_window = true .* false"),
+        (
+            "Qwen2ForCausalLM",
+            {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1},
+            "use_sliding_window = true",
+        ),
+        ("Qwen2ForCausalLM", {"num_key_value_heads": None}, "num_key_value_heads is missing"),
         ("Qwen3ForCausalLM", {"layer_types": ["sliding_attention"]}, "sliding_attention"),
         ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias = true"),
         ("Qwen3ForCausalLM", {"attention_dropout": 0.1}, "attention_dropout = 0.1"),

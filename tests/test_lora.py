@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "dense, tied": ("qwen3", 1, {}, {"rank": 4, "target": "all-linear"}),
     "dense, tied, pp2": ("qwen3", 2, {"pp": 2}, {"rank": 4, "target": "all-linear"}),
     "dense, tp2": ("llama", 2, {"tp": 2}, {"rank": 4, "target": "all-linear"}),
+    "dense, biases, tp2": ("qwen2", 2, {"tp": 2}, {"rank": 4, "target": ["q_proj", "v_proj"]}),
     "dense, tp2 without sp": ("llama", 2, {"tp": 2, "sp": False}, {"rank": 4}),
 }  # fmt: skip
 
@@ -93,9 +94,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+EVERYWHERE = [("qwen3_moe", kind) for kind in KINDS]
+EVERYWHERE += [("qwen2", "attention"), ("qwen2", "dora")]  # q, k and v have biases
+
+
+@pytest.mark.parametrize(("family", "kind"), EVERYWHERE)
 def test_a_trained_adapter_is_the_same_everywhere(
-    workers: Workers, tiny: Tiny, tmp_path: Path, kind: str
+    workers: Workers, tiny: Tiny, tmp_path: Path, family: str, kind: str
 ) -> None:
     """Trained at TP2 EP2: the live model, the merged one, the checkpoint at one process, the PEFT
     folder in PEFT and the PEFT folder gone on from all say the same.
@@ -103,11 +108,12 @@ def test_a_trained_adapter_is_the_same_everywhere(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder, model = tiny("qwen3_moe")
+    folder, model = tiny(family)
+    experts = {"ep": 2} if family == "qwen3_moe" else {}
     tokens = sequences()[0]
     sections = {"adapter": KINDS[kind], "optim": {"lr": 1e-2}}
     arguments = (sequences(), tmp_path, sections)
-    answers = workers.run(2, ranks.trained_adapter, folder, {"tp": 2, "ep": 2}, *arguments)
+    answers = workers.run(2, ranks.trained_adapter, folder, {"tp": 2} | experts, *arguments)
     live, merged = answers[0]
     with torch.no_grad():
         base = model(torch.tensor([tokens])).logits[0]
@@ -121,7 +127,7 @@ def test_a_trained_adapter_is_the_same_everywhere(
         in_peft = PeftModel.from_pretrained(fresh, tmp_path / "peft").eval()
         found = in_peft(torch.tensor([tokens])).logits[0]
         torch.testing.assert_close(found, live, **close)
-        for layout, world in (({"ep": 2}, 2), ({"pp": 2}, 2)):
+        for layout, world in ((experts, 2), ({"pp": 2}, 2)):
             answers = workers.run(
                 world, ranks.continued_adapter, folder, layout, tokens, tmp_path, sections
             )

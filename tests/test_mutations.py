@@ -8,14 +8,17 @@ import torch
 
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
-from moetrain.testing.mutations import MUTATIONS
+from moetrain.testing.mutations import DENSE_MUTATIONS, MUTATIONS
+
+CASES = [("qwen3_moe", mutation) for mutation in MUTATIONS]
+CASES += [("qwen2", mutation) for mutation in DENSE_MUTATIONS]
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize(("family", "mutation"), CASES)
 def test_logits_catch_what_the_round_trip_does_not(
-    workers: Workers, tiny: Callable[[str], tuple[str, Any]], mutation: str
+    workers: Workers, tiny: Callable[[str], tuple[str, Any]], family: str, mutation: str
 ) -> None:
-    folder, model = tiny("qwen3_moe")
+    folder, model = tiny(family)
     tokens = [3, 14, 15, 92, 65, 35, 89, 79, 32]
     with torch.no_grad():
         wanted = model(torch.tensor([tokens])).logits[0]

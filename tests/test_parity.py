@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 }
 CASES = [("qwen3_moe", layout) for layout in LAYOUTS] + [
     (family, layout)
-    for family in ("qwen3", "llama", "mixtral")
+    for family in ("qwen3", "qwen2", "llama", "mixtral")
     for layout in ("one", "tp2-sp", "pp2")
 ]
 
@@ -129,6 +129,9 @@ MORE: dict[str, tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]]
     ),
     "pp2, one layer on the first": ("qwen3_moe", {}, 2, {"pp": 2, "first_stage_layers": 1}, {}),
     "pp2, tied": ("llama", {"tie_word_embeddings": True}, 2, {"pp": 2}, {}),
+    "pp2, tied, with biases": ("qwen2", {"tie_word_embeddings": True}, 2, {"pp": 2}, {}),
+    "tp4 of 2 KV heads, with biases": ("qwen2", {"num_key_value_heads": 2}, 4, {"tp": 4}, {}),
+    "tp2-cp2, with biases": ("qwen2", {}, 4, {"tp": 2, "cp": 2}, {}),
     "tp2 without sp": ("llama", {}, 2, {"tp": 2, "sp": False}, {}),
     "dense layers between": ("qwen3_moe", {"decoder_sparse_step": 2}, 2, {"ep": 2}, {}),
     "llama 3's rotary scaling": (
@@ -255,14 +258,14 @@ def test_packing_changes_nothing(workers: Workers, tiny: Tiny, num_packs: int) -
         assert (grad - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "llama", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "qwen2", "llama", "mixtral"])
 @pytest.mark.parametrize("layout", ["one", "tp2-ep2", "pp2"])
 def test_round_trip_is_bit_exact(workers: Workers, tiny: Tiny, family: str, layout: str) -> None:
     from safetensors import safe_open
 
     folder, _ = tiny(family)
     world, parallel = LAYOUTS[layout]
-    if family in ("qwen3", "llama"):
+    if family in ("qwen3", "qwen2", "llama"):
         parallel = {k: v for k, v in parallel.items() if k != "ep"}
     found = workers.run(world, ranks.round_trip, folder, parallel)[0]
     with safe_open(f"{folder}/model.safetensors", "pt") as file:

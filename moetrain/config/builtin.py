@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from moetrain.config.hub_models import PUBLISHED
+
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3-moe-tiny": {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -29,44 +31,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "dtype": "float32",
     },
-}
-
-
-def _qwen3_moe(**sizes: int) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "vocab_size": 151936,
-        "head_dim": 128,
-        "num_key_value_heads": 4,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": False,
-        **sizes,
-    }
-
-
-# What a dry run counts with when the folder of a published model, known by its name, is not here.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "Qwen3-30B-A3B": _qwen3_moe(
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-    ),
-    "Qwen3-235B-A22B": _qwen3_moe(
-        hidden_size=4096,
-        intermediate_size=12288,
-        moe_intermediate_size=1536,
-        num_hidden_layers=94,
-        num_attention_heads=64,
-    ),
 }
 
 

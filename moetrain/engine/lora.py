@@ -239,7 +239,11 @@ def _add(module: Any, args: Any, output: Any) -> Any:
     lora = module.lora
     total = output + lora(*args).to(output.dtype)
     if isinstance(lora, Lora) and lora.magnitude is not None:
-        total = total * lora.stretch(module.weight).to(total.dtype)
+        factor = lora.stretch(module.weight).to(total.dtype)
+        total = total * factor
+        own = module.bias  # in the output already, and not to be stretched; TE has an empty one
+        if own is not None and own.numel():
+            total = total + own * (1 - factor)
     return (total, bias) if is_pair else total
 
 

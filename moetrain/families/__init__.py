@@ -4,7 +4,7 @@ Imports no torch.
 """
 
 from moetrain.errors import ConfigError, nearest
-from moetrain.families import llama, mixtral, qwen3, qwen3_moe
+from moetrain.families import llama, mixtral, qwen2, qwen3, qwen3_moe
 from moetrain.families.dims import (
     Dims,
     HfConfig,
@@ -33,6 +33,7 @@ __all__ = [
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": llama.FAMILY,
     "MixtralForCausalLM": mixtral.FAMILY,
+    "Qwen2ForCausalLM": qwen2.FAMILY,
     "Qwen3ForCausalLM": qwen3.FAMILY,
     "Qwen3MoeForCausalLM": qwen3_moe.FAMILY,
 }

@@ -114,6 +114,7 @@ def read_dims(
     hf: HfConfig,
     *,
     qk_norm: bool,
+    qkv_bias: bool = False,
     head_dim: int | None = None,
     groups_default_to_heads: bool = False,
     norm_eps: float = 1e-6,
@@ -160,6 +161,7 @@ def read_dims(
         experts=experts,
         top_k=top_k,
         moe_ffn=moe_ffn,
+        qkv_bias=qkv_bias,
         norm_topk=norm_topk,
         scalar_head=scalar_head,
     )

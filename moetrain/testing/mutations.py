@@ -36,6 +36,14 @@ def swapped_key_value(table: Table) -> dict[str, BoundRule]:
     return _each(table, "linear_qkv.weight", lambda r: replace(r, hf=(r.hf[0], r.hf[2], r.hf[1])))
 
 
+def swapped_key_value_bias(table: Table) -> dict[str, BoundRule]:
+    return _each(table, "linear_qkv.bias", lambda r: replace(r, hf=(r.hf[0], r.hf[2], r.hf[1])))
+
+
+def swapped_dense_gate_up(table: Table) -> dict[str, BoundRule]:
+    return _each(table, "mlp.linear_fc1", lambda r: replace(r, hf=r.hf[::-1]))
+
+
 def wrong_router_order(table: Table) -> dict[str, BoundRule]:
     return _each(table, "mlp.router", lambda r: replace(r, layout=_Reversed(r.layout.shape)))
 
@@ -58,5 +66,12 @@ MUTATIONS: dict[str, Callable[[Table], dict[str, BoundRule]]] = {
     "swapped_key_value": swapped_key_value,
     "wrong_router_order": wrong_router_order,
     "off_by_one_expert": off_by_one_expert,
+    "none": lambda table: dict(table),
+}
+# The same of a dense family with biases.
+DENSE_MUTATIONS: dict[str, Callable[[Table], dict[str, BoundRule]]] = {
+    "swapped_dense_gate_up": swapped_dense_gate_up,
+    "swapped_key_value": swapped_key_value,
+    "swapped_key_value_bias": swapped_key_value_bias,
     "none": lambda table: dict(table),
 }

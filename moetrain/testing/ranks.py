@@ -154,11 +154,11 @@ def round_trip(model: str, parallel: dict[str, Any]) -> dict[str, Tensor]:
 
 def mutated_logits(model: str, tokens: Sequence[int], mutation: str) -> tuple[Tensor, bool]:
     """(logits [t, v], whether the round trip is bit-exact) under a wrong weight table."""
-    from moetrain.testing.mutations import MUTATIONS
+    from moetrain.testing.mutations import DENSE_MUTATIONS, MUTATIONS
 
     engine = Engine(recipe_for(model, {}), train=False)
     before = {name: w.clone() for name, w in engine.export()}
-    engine.rules = MUTATIONS[mutation](engine.rules)
+    engine.rules = (MUTATIONS | DENSE_MUTATIONS)[mutation](engine.rules)
     engine.load(engine.source.reader(engine.recipe, engine.family, engine.dims))
     exact = all(torch.equal(before[name], w) for name, w in engine.export())
     return logits_of(engine, tokens), exact

@@ -30,6 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         mlp_only_layers=[],
     ),
     "qwen3": COMMON | dict(model_type="qwen3", tie_word_embeddings=True),
+    "qwen2": COMMON | dict(model_type="qwen2"),
     "llama": COMMON | dict(model_type="llama"),
     "mixtral": COMMON
     | dict(model_type="mixtral", num_local_experts=6, num_experts_per_tok=2, intermediate_size=28),
@@ -54,5 +55,7 @@ def save_model(family: str, folder: Path, **changes: Any) -> Any:
                 param.normal_(0, 0.08)
             elif "norm" in name:
                 param.uniform_(0.7, 1.3)
+            else:  # a bias, which starts at 0
+                param.normal_(0, 0.3)
     model.save_pretrained(folder)
     return model
