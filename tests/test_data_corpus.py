@@ -69,7 +69,7 @@ def stream(made: Any, dp_size: int, steps: int) -> list[list[int]]:
     for _ in range(steps):
         shares = [rank.next() for rank in ranks]
         packs = [shares[r][i] for i in range(len(shares[0])) for r in range(dp_size)]
-        found.extend(pack.tokens.tolist() for pack in packs)
+        found.extend(pack.tokens.tolist() for pack in packs if pack.valid.any())
     return found
 
 

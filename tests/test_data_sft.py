@@ -1,6 +1,7 @@
 """From files to packs: sources, rejects, the cache, a stream that no layout or resume changes."""
 
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,36 @@ def test_a_pack_holds_shifted_labels_inside_each_sequence(tmp_path: Path) -> Non
 
 def test_an_epoch_learns_every_answer_once(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions())
-    made = recipe(tmp_path, data={"train": str(path)}, train={"epochs": 1, "global_batch": 1})
+    made = recipe(tmp_path, data={"train": str(path)}, train={"epochs": 2, "global_batch": 1})
     loader = build_train(made, 0, 1)
-    packs = [pack for _ in range(num_steps(made)) for pack in loader.next()]
+    packs = [pack for _ in range(num_steps(made) // 2) for pack in loader.next()]
     answers = sorted(f"{r['messages'][1]['content']}<|im_end|>" for r in questions())
     assert sorted(texts(packs)) == answers
     assert loader.epoch() == 1.0
-    again = [pack for _ in range(num_steps(made)) for pack in loader.next()]
+    again = [pack for _ in range(num_steps(made) // 2) for pack in loader.next()]
     assert sorted(texts(again)) == answers and not same(again, packs)
+
+
+@pytest.mark.parametrize(("epochs", "share"), [(1, 1.0), (0.5, 0.5), (1.5, 1.5), (1e-9, 0.0)])
+def test_epochs_read_no_record_more(tmp_path: Path, epochs: float, share: float) -> None:
+    """No further epoch begins to fill the last batch, which may be smaller; at any layout."""
+    path = write_jsonl(tmp_path / "a.jsonl", questions(22))
+    batch = 8  # 22 packs an epoch
+    data = {"train": str(path), "pack": False}
+    made = recipe(tmp_path, data=data, train={"epochs": epochs, "global_batch": batch})
+    alone, most = build_train(made, 0, 1), max(1, int(22 * share))
+    steps = [alone.next() for _ in range(num_steps(made))]
+    assert sum(map(len, steps)) == most and alone.steps_left() == 0
+    assert all(len(packs) == batch for packs in steps[:-1])
+    seen = [name for packs in steps for pack in packs for name in pack.ids if name]
+    assert max(map(seen.count, seen)) == math.ceil(most / 22)
+    ranks = [build_train(made, rank, 4) for rank in range(4)]
+    for packs in steps:
+        shares = [rank.next() for rank in ranks]
+        assert len(set(map(len, shares))) == 1  # pipelines want as many everywhere
+        dealt = [share[i] for i in range(len(shares[0])) for share in shares]
+        assert same(dealt[: len(packs)], packs)
+        assert not any(pack.valid.any() for pack in dealt[len(packs) :])
 
 
 @pytest.mark.parametrize("pack", [True, False])

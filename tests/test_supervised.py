@@ -89,3 +89,25 @@ def test_a_run_is_prolonged_and_equals_a_long_one(workers: Workers, tmp_path: Pa
             )
             assert workers.run(2, train, made) == [0, 0]
     assert rows(make_recipe(tmp_path, "short")) == rows(make_recipe(tmp_path, "long"))
+
+
+def test_epochs_end_where_the_data_does(workers: Workers, tmp_path: Path) -> None:
+    """On two ranks, with a smaller last step; prolonged, the run goes on with the next record."""
+    constant = {"lr": 1e-3, "schedule": "constant"}
+    found: dict[float, list[int]] = {}
+    for epochs in (1, 2):
+        made = make_recipe(
+            tmp_path,
+            optim=constant,
+            train={"epochs": epochs, "eval_every": None, "global_batch": 32},
+            data={"eval": [], "pack": False},
+        )
+        assert workers.run(2, train, made) == [0, 0]
+        found[epochs] = [row["tokens"] for row in rows(made)]
+    assert len(found[1]) == 2 and found[1][1] < 0.7 * found[1][0]  # 48 packs
+    assert found[2][:2] == found[1] and sum(found[2]) == 2 * sum(found[1])
+
+
+def test_steps_that_move_nothing_are_refused(workers: Workers, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"decay_steps=2 ends before .* step 6 is 0"):
+        workers.run(1, train, make_recipe(tmp_path, optim={"decay_steps": 2}))

@@ -24,6 +24,18 @@ from moetrain.config.rollout import RolloutConfig
 from moetrain.config.section import Count, Folder, Fraction, Location, Paths, Section
 
 
+def _whole_or_share(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError(
+            f"optim.warmup={value} is no number of steps and no share of them: give a whole number,"
+            " or less than 1"
+        )
+    return value if 0 < value < 1 else int(value)
+
+
+WarmUp = Annotated[float, AfterValidator(_whole_or_share)]
+
+
 def _as_method(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
@@ -114,15 +126,19 @@ class OptimConfig(Section):
     min_lr: float = Field(
         default=0.0, ge=0, description="where the schedule ends; not for constant"
     )
-    schedule: Literal["cosine", "wsd", "constant"] = Field(
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
         default="cosine", description="after the warm-up; wsd holds lr and decays at the end"
     )
-    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up from 0")
+    warmup: WarmUp = Field(
+        default=0,
+        ge=0,
+        description="steps of linear warm-up from 0; less than 1: a share of the run's steps",
+    )
     decay_steps: Count | None = Field(
         default=None,
-        description="steps that the decay takes; default: cosine all, wsd the last tenth",
+        description="steps that the decay takes; default: wsd the last tenth, the others all",
     )
-    wsd_decay: Literal["linear", "cosine", "exponential"] = Field(
+    wsd_decay: Literal["linear", "cosine", "exponential", "minus_sqrt"] = Field(
         default="linear", description="shape of wsd's decay"
     )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
@@ -150,7 +166,10 @@ class TrainConfig(Section):
 
     steps: Count | None = Field(default=None, description="optimizer steps; this or train.epochs")
     epochs: float | None = Field(
-        default=None, gt=0, description="passes over data.train; this or train.steps"
+        default=None,
+        gt=0,
+        description="passes over data.train, with a smaller last step where they end; this or"
+        " train.steps",
     )
     global_batch: Count = Field(
         default=8, description="packs of data.seq_len tokens per optimizer step, over all ranks"

@@ -1,19 +1,12 @@
-"""What a run reads: the endless stream of training packs, its place in it, and the held-out packs.
-
-The stream is one for the whole job: step s takes its packs [s*G, (s+1)*G) for a global batch of G,
-and DP rank r of them every dp_size-th from r. So neither the layout nor a resume changes what is
-learned when.
-"""
+"""What a run reads: from a recipe's data section to the streams of training and held-out packs."""
 
 import json
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets, preference, sft, tokenizer
@@ -21,6 +14,7 @@ from moetrain.data.cache import cache_root
 from moetrain.data.encode import Kind, Spec
 from moetrain.data.rejects import Reject, check_rejects, write_rejects
 from moetrain.data.sets import PackedSet, build
+from moetrain.data.stream import EvalPacks, Loader, Packs
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed
 
@@ -45,18 +39,6 @@ KINDS: dict[str, Kind] = {
     "pairs": preference.PAIRS,
     "labels": preference.LABELS,
 }
-
-
-class Packs(Protocol):
-    """Packs of the same length, `len` of them an epoch, in an order per epoch."""
-
-    fingerprint: str  # equal for equal content and order
-
-    def __len__(self) -> int: ...
-
-    def at(self, epoch: int, number: int) -> Packed:
-        """The `number`-th pack of an epoch."""
-        ...
 
 
 class Shuffled:
@@ -93,95 +75,6 @@ class Corpus:
         return self.data.get(epoch, number)
 
 
-class Loader:
-    """This DP rank's share of the training stream.
-
-    Every rank of the job makes one, TP and PP neighbours the same.
-    """
-
-    def __init__(self, packs: Packs, global_batch: int, dp_rank: int, dp_size: int) -> None:
-        if global_batch % dp_size:
-            raise DataError(
-                f"train.global_batch {global_batch} does not divide over {dp_size} data-parallel"
-                " ranks:"
-                f" use a multiple of {dp_size}."
-            )
-        self.packs, self.global_batch, self.dp_rank, self.dp_size = (
-            packs,
-            global_batch,
-            dp_rank,
-            dp_size,
-        )
-        self._position = 0  # packs of the job's stream that are used up
-
-    def next(self) -> list[Packed]:
-        """global_batch / dp_size packs of [seq_len] tokens, and one step further in the stream."""
-        start, self._position = self._position, self._position + self.global_batch
-        per_epoch = len(self.packs)
-        numbers = range(start + self.dp_rank, self._position, self.dp_size)
-        return [self.packs.at(*divmod(number, per_epoch)) for number in numbers]
-
-    def epoch(self) -> float:
-        """How often the data has been gone through."""
-        return self._position / len(self.packs)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the stream: small, and the same on every rank and at every layout."""
-        return {"position": self._position, "fingerprint": self.packs.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. DataError when the data is not the same."""
-        if state["fingerprint"] != self.packs.fingerprint:
-            raise DataError(
-                "The checkpoint was taken with other training data (or data.seq_len, data.pack,"
-                " seed, tokenizer or"
-                " chat template): restore what it was made with, or start another run_dir."
-            )
-        self._position = int(state["position"])
-
-
-class EvalPacks(Sequence[Packed]):
-    """This DP rank's held-out packs. Every rank has the same number.
-
-    Where packs run out, one without valid tokens.
-    """
-
-    def __init__(self, packs: Packs, limit: int | None, dp_rank: int, dp_size: int) -> None:
-        self.packs, self.dp_rank, self.dp_size = packs, dp_rank, dp_size
-        self.num_packs = min(
-            len(packs), limit if limit is not None else len(packs)
-        )  # over all ranks
-
-    def __len__(self) -> int:
-        return -(-self.num_packs // self.dp_size)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = index * self.dp_size + self.dp_rank
-        return self.packs.at(0, number) if number < self.num_packs else blank(self.packs.at(0, 0))
-
-    def __iter__(self) -> Iterator[Packed]:
-        return (self[i] for i in range(len(self)))
-
-
-def blank(like: Packed) -> Packed:
-    """A pack of the same length that is padding throughout."""
-    zeros = torch.zeros_like(like.tokens)
-    return Packed(
-        tokens=zeros,
-        labels=zeros.clone(),
-        position_ids=torch.arange(like.num_tokens),
-        cu_seqlens=torch.tensor([0, like.num_tokens], dtype=torch.int32),
-        loss_mask=torch.zeros_like(like.loss_mask),
-        valid=torch.zeros_like(like.valid),
-        extras={name: value.new_zeros(1, *value.shape[1:]) for name, value in like.extras.items()},
-        ids=("",),
-    )
-
-
 @dataclass(frozen=True)
 class Prepared:
     """What `prepare` found, for the run to say."""
@@ -209,7 +102,8 @@ def prepare(recipe: Recipe) -> Prepared:
         check_rejects(data.rejects(), data.stats.num_records, recipe.data.max_rejected)
     steps = num_steps(recipe, len(train) if train is not None else 0)
     if isinstance(train, Corpus):
-        for epoch in range(math.ceil(steps * recipe.train.global_batch / len(train))):
+        most = limit(recipe, len(train)) or steps * recipe.train.global_batch
+        for epoch in range(math.ceil(most / len(train))):
             train.data.epoch(epoch)
     lines = [
         _describe(name, packs, recipe)
@@ -262,7 +156,7 @@ def build_train(
     """
     packs = _packs(recipe, held_out=False, reference=reference)
     assert packs is not None
-    return Loader(packs, recipe.train.global_batch, dp_rank, dp_size)
+    return Loader(packs, recipe.train.global_batch, dp_rank, dp_size, limit(recipe, len(packs)))
 
 
 def build_eval(
@@ -287,18 +181,27 @@ def build_set(recipe: Recipe, *, held_out: bool) -> PackedSet | None:
 
 
 def num_steps(recipe: Recipe, num_packs: int | None = None) -> int:
-    """Optimizer steps of the run.
-
-    Train.steps, or as many as train.epochs need, the last one filled from the next.
+    """Optimizer steps of the run: train.steps, or as many as train.epochs take, the last one with
+    what is left.
     """
     if recipe.train.steps is not None:
         return recipe.train.steps
-    assert recipe.train.epochs is not None
     if num_packs is None:
         packs = _packs(recipe, held_out=False)
         assert packs is not None
         num_packs = len(packs)
-    return max(1, math.ceil(recipe.train.epochs * num_packs / recipe.train.global_batch - 1e-9))
+    most = limit(recipe, num_packs)
+    assert most is not None
+    return math.ceil(most / recipe.train.global_batch)
+
+
+def limit(recipe: Recipe, num_packs: int) -> int | None:
+    """Packs that train.epochs reads, one at least, and no part of one more; None with train.steps,
+    which read as many as they need.
+    """
+    if recipe.train.epochs is None:
+        return None
+    return max(1, math.floor(recipe.train.epochs * num_packs + 1e-9))
 
 
 def model_vocab(recipe: Recipe) -> int | None:

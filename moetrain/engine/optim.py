@@ -21,32 +21,45 @@ from moetrain.errors import ConfigError
 
 def learning_rate(step: int, cfg: OptimConfig, num_steps: int) -> float:
     """The rate of optimizer step `step` (from 1) of `num_steps`: linear warm-up, then the schedule
-    down to min_lr.
+    down towards min_lr.
 
-    cosine and constant follow arXiv 1608.03983 without restarts; wsd holds lr and decays over the
-    last `decay_steps` (a tenth of the run when not given; arXiv 2404.06395).
+    After the warm-up it is the rate that transformers' schedulers and Megatron-LM give that step:
+    they count from 0, so that the last step still moves, and min_lr is where a step after it would
+    be. The warm-up counts from 1, so that the first step moves too. wsd (arXiv 2404.06395) holds lr
+    and decays over the last `decay_steps`, a tenth of the run when not given.
     """
-    if step <= cfg.warmup:
-        return cfg.lr * step / cfg.warmup
+    warmup = warmup_steps(cfg, num_steps)
+    if step <= warmup:
+        return cfg.lr * step / warmup
     if cfg.schedule == "constant":
         return cfg.lr
-    span = max(num_steps - cfg.warmup, 1)
-    if cfg.schedule == "cosine":
-        span = cfg.decay_steps or span
-        return cfg.min_lr + (cfg.lr - cfg.min_lr) * _shape("cosine", (step - cfg.warmup) / span)
-    decay = cfg.decay_steps or max(span // 10, 1)
-    progress = (step - (num_steps - decay)) / decay
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * _shape(cfg.wsd_decay, progress)
+    span = max(num_steps - warmup, 1)
+    if cfg.schedule == "wsd":
+        decay = cfg.decay_steps or max(span // 10, 1)
+        shape, start = cfg.wsd_decay, num_steps - decay
+    else:
+        decay = cfg.decay_steps or span
+        shape, start = cfg.schedule, warmup
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * _shape(shape, (step - 1 - start) / decay)
+
+
+def warmup_steps(cfg: OptimConfig, num_steps: int) -> int:
+    """Steps of the warm-up; a share of the run is rounded up, as in transformers."""
+    return math.ceil(cfg.warmup * num_steps - 1e-9) if cfg.warmup < 1 else int(cfg.warmup)
 
 
 def _shape(kind: str, progress: float) -> float:
-    """1 at progress 0 and below, 0 at 1 and above (exponential: a hundredth at 1)."""
+    """1 at progress 0 and below, 0 at 1 and above; wsd's are Megatron-LM's."""
     x = min(max(progress, 0.0), 1.0)
-    if kind == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * x))
-    if kind == "exponential":
-        return 0.01**x
-    return 1.0 - x
+    match kind:
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * x))
+        case "exponential":
+            return 2 * 0.5**x - 1
+        case "minus_sqrt":
+            return 1 - math.sqrt(x)
+        case _:
+            return 1.0 - x
 
 
 def wrap(

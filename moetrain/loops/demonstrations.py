@@ -51,7 +51,10 @@ def open_demonstrations(recipe: Recipe, mesh: Mesh) -> Demonstrations:
             f" use a multiple of {mesh.dp_size}."
         )
     data = recipe.data.model_copy(update={"train": recipe.data.demonstrations})
-    train = recipe.train.model_copy(update={"global_batch": method.packs})
+    # As often as answers are learned from, so train.epochs does not count them.
+    train = recipe.train.model_copy(
+        update={"global_batch": method.packs, "epochs": None, "steps": 1}
+    )
     own = recipe.model_copy(update={"method": SftMethod(), "data": data, "train": train})
     loader = build_train(own, mesh.dp_rank, mesh.dp_size)
     assert isinstance(loader.packs, Shuffled)

@@ -8,6 +8,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.engine import Engine, StepResult
 from moetrain.engine.checkpoints import Checkpoints
 from moetrain.engine.optim import learning_rate
+from moetrain.errors import ConfigError
 from moetrain.loops.lock import RunLock
 from moetrain.loops.run_dir import (
     check_recipe,
@@ -64,8 +65,17 @@ class Job:
         return int(state["step"]), state
 
     def begin(self, engine: Engine, step: int, num_steps: int, lines: list[str]) -> Reporter:
-        """Write the run's own files; the reporter to enter, which first says `lines`."""
+        """Write the run's own files; the reporter to enter, which first says `lines`. Raises
+        ConfigError when the schedule leaves the last steps nothing to learn at.
+        """
         recipe = self.recipe
+        optim, last = recipe.optim, engine.num_steps
+        if optim.lr and learning_rate(last, optim, last) == 0:
+            raise ConfigError(
+                f"optim.decay_steps={optim.decay_steps} ends before the run: the learning rate of"
+                f" step {last} is 0, and nothing moves. Give optim.min_lr, or leave"
+                " optim.decay_steps out."
+            )
         if self.is_first:
             check_writable(recipe.run_dir)
             self._lock.take()

@@ -36,6 +36,8 @@ def train(recipe: Recipe) -> int:
     step, state = job.resume(engine, num_steps)
     if step:
         loader.load_state_dict(state["loader"])
+        # A run whose last step was a smaller one, prolonged, may need one more.
+        engine.num_steps = max(engine.num_steps, step + (loader.steps_left() or 0))
     with job.begin(engine, step, engine.num_steps, lines) as report:
         finished = _loop(job, engine, loader, held_out, report, step)
         if finished:
