@@ -32,6 +32,7 @@ class Spec:
     share_prompt: bool = True
     chat_template: str | None = None
     model_vocab: int | None = None
+    held_out: bool = False  # of inputs that are folders with splits
     num_workers: int = 0  # decides how fast, not what
 
 

@@ -255,6 +255,7 @@ def _packs(recipe: Recipe, *, held_out: bool, reference: Path | None = None) -> 
         share_prompt=recipe.data.share_prompt,
         chat_template=recipe.data.chat_template,
         model_vocab=model_vocab(recipe),
+        held_out=held_out,
         num_workers=recipe.data.num_workers,
     )
     data = PackedSet(build(KINDS[feed], spec, root))

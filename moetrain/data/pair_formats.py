@@ -3,7 +3,6 @@
 One small function a format, in one table.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,8 @@ REJECTED_KEYS = ("rejected", "rejected_response", "rejected_messages")
 LABEL_KEYS = ("label", "kto_tag")  # TRL's and ms-swift's; LLaMA-Factory's
 # A list of messages that begins with one of these is a whole conversation and not its end.
 OPENING_ROLES = ("system", "developer", "user")
+
+LARGEST = 3.4028234663852886e38  # a float32's, which margins are kept as
 
 Two = tuple[list[Message], list[Message]]
 
@@ -195,8 +196,9 @@ def _margin(record: Record) -> float | None:
     margin = record.get("margin")
     if margin is None:
         return None
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise FormatError(f"margin must be a number, not {margin!r}")
+    number = isinstance(margin, int | float) and not isinstance(margin, bool)
+    if not number or not abs(margin) <= LARGEST:
+        raise FormatError(f"margin must be a number, not {margin!r:.40}")
     return float(margin)
 
 

@@ -5,7 +5,7 @@ every layout and after every restart.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from moetrain.errors import DataError
 
 # Where a record keeps its prompt: messages, or a text that is a user's only message.
 KEYS = ("prompt", "messages", "question", "problem")
+AGAIN = "-"  # in the id of a record that stands in the files before, with how often
 
 
 def read_prompts(
@@ -33,18 +34,19 @@ def read_prompts(
     *,
     template: str | None = None,
     max_tokens: int | None = None,
+    held_out: bool = False,
 ) -> tuple[list[Prompt], list[Reject]]:
     """(usable prompts in the order of the files, rejected records).
 
     A record has `prompt` (text or messages), `messages` (an assistant's last turn is left out),
     `question` or `problem`; its other fields are columns for rewards. A prompt over `max_tokens`
-    is rejected. Raises DataError where nothing is usable.
+    is rejected; `held_out` as for `find_sources`. Raises DataError where nothing is usable.
     """
     chat = Chat(tokenizers.load(tokenizer_folder), template)
     prompts: list[Prompt] = []
     rejects: list[Reject] = []
     seen: dict[str, int] = {}
-    for source in find_sources(inputs):
+    for source in find_sources(inputs, held_out=held_out):
         for row in read_rows(source):
             if isinstance(row, Reject):
                 rejects.append(row)
@@ -55,16 +57,21 @@ def read_prompts(
                 rejects.append(Reject(row.file, row.line, str(error)))
                 continue
             number = seen[prompt.id] = seen.get(prompt.id, 0) + 1
-            if number == 1:
-                prompts.append(prompt)
-            else:
-                rejects.append(Reject(row.file, row.line, "the same record stands there before"))
+            # One that returns is asked as often as it stands there, under a name of its own.
+            again = replace(prompt, id=f"{prompt.id}{AGAIN}{number}")
+            prompts.append(prompt if number == 1 else again)
     if not prompts:
         first = f" The first: {rejects[0].file}:{rejects[0].line}: {rejects[0].reason}." * bool(
             rejects
         )
         raise DataError(f"No record in {', '.join(map(str, inputs))} can be used.{first}")
     return prompts, rejects
+
+
+def told_repeats(prompts: Iterable[Prompt]) -> str:
+    """How many of the prompts are records that others are too, in words."""
+    num = sum(AGAIN in prompt.id for prompt in prompts)
+    return f", {num} of them records that stand there before" if num else ""
 
 
 def read_prompt(record: Mapping[str, Any], chat: Chat, max_tokens: int | None = None) -> Prompt:
@@ -153,16 +160,16 @@ def prepare_prompts(recipe: Recipe) -> PromptSet:
     room = recipe.data.seq_len - rollout.max_tokens
     root = cache_root(recipe.data.cache)
 
-    def read(paths: Sequence[str]) -> tuple[list[Prompt], list[Reject]]:
+    def read(paths: Sequence[str], held_out: bool) -> tuple[list[Prompt], list[Reject]]:
         inputs = [assets.resolve(path, root) for path in paths]
         template = recipe.data.chat_template
-        return read_prompts(inputs, folder, template=template, max_tokens=room)
+        return read_prompts(inputs, folder, template=template, max_tokens=room, held_out=held_out)
 
-    prompts, rejects = read(recipe.data.train)
+    prompts, rejects = read(recipe.data.train, False)
     check_rejects(rejects, len(prompts) + len(rejects), recipe.data.max_rejected)
-    held_out, more = read(recipe.data.eval) if recipe.data.eval else ([], [])
+    held_out, more = read(recipe.data.eval, True) if recipe.data.eval else ([], [])
     write_rejected(recipe, rejects + more)
-    line = f"train: {len(prompts)} prompts"
+    line = f"train: {len(prompts)} prompts{told_repeats(prompts)}"
     if rejects:
         line += f"; {len(rejects)} rejected, see {recipe.run_dir / 'rejected.jsonl'}"
     order = PromptOrder(prompts, recipe.seed, recipe.data.shuffle)

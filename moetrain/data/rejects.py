@@ -21,8 +21,10 @@ class Reject:
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
     """Write one JSON object a line; the file appears whole or not at all (DataError)."""
     lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects]
+    # A file's name may be bytes that are no text: Python has half characters there, JSON escapes.
+    text = "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
     try:
-        write_text(path, "".join(lines))
+        write_text(path, text)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
 

@@ -63,7 +63,7 @@ def build(kind: Kind, spec: Spec, root: Path) -> Path:
     DataError: an input is missing, no record is usable, the tokenizer is larger than the model's
     vocabulary.
     """
-    sources = find_sources(spec.inputs)
+    sources = find_sources(spec.inputs, held_out=spec.held_out)
     template = template_text(spec.chat_template)
     content = {
         "version": VERSION,
@@ -85,7 +85,8 @@ def build(kind: Kind, spec: Spec, root: Path) -> Path:
 
 def _results(spec: Spec, encoder: Encoder) -> Iterator[Result]:
     """Encode every record, in input order whatever the number of workers."""
-    rows = (row for source in find_sources(spec.inputs) for row in read_rows(source))
+    sources = find_sources(spec.inputs, held_out=spec.held_out)
+    rows = (row for source in sources for row in read_rows(source))
     chunks = batched(rows, CHUNK)
     if spec.num_workers < 1:
         for chunk in chunks:

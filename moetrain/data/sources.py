@@ -3,18 +3,18 @@
 JSONL, JSON, parquet, a Hugging Face dataset folder, text, folders of these.
 """
 
-import json
+import glob
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moetrain.data import folders, tables
+from moetrain.data.parsing import parse_json, parse_list, with_parsed_messages
 from moetrain.data.rejects import Reject
 from moetrain.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
-# Any of these makes a folder one written by `datasets.save_to_disk`.
-HF_MARKERS = ("dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -38,32 +38,41 @@ class Source:
     read: Callable[[Path], Iterator[Row | Reject]]
 
 
-def find_sources(inputs: Iterable[str | Path]) -> list[Source]:
+def find_sources(inputs: Iterable[str | Path], *, held_out: bool = False) -> list[Source]:
     """What the inputs stand for, in their order, folders in name order.
 
-    DataError when one is missing or empty.
+    An input is a file, a folder, or a pattern of these (`data/train_sft-*.parquet`). Of a folder
+    with splits it is the train split, or with `held_out` the validation or test split.
+    DataError when one is missing, empty, or could mean several splits.
     """
-    return [source for given in inputs for source in _find(Path(given).expanduser())]
+    return [source for given in inputs for source in _find(Path(given).expanduser(), held_out)]
 
 
-def _find(path: Path) -> list[Source]:
+def _find(path: Path, held_out: bool) -> list[Source]:
     if not path.exists():
-        raise DataError(
-            f"{path} does not exist. Give a file, a folder of files or a Hugging Face dataset"
-            " folder."
-        )
+        if not glob.has_magic(str(path)):
+            raise DataError(
+                f"{path} does not exist. Give a file, a folder of files or a Hugging Face dataset"
+                " folder."
+            )
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        if not found:
+            raise DataError(f"{path} means no file that is there.")
+        return [source for one in found for source in _find(one, held_out)]
     if path.is_file():
         return [_file_source(path)]
-    if any((path / marker).is_file() for marker in HF_MARKERS):
-        files = tuple(
-            sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("cache-"))
-        )
-        return [Source(path, files, _read_hf)]
-    found = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix in READERS)
-    found = [f for f in found if not any(p.startswith(".") for p in f.relative_to(path).parts)]
-    if not found:
+    if (path / folders.SAVED).is_file():
+        return [_saved_source(path)]
+    parts = folders.parts_of(path, READERS, TEXT_SUFFIXES)
+    if not parts:
         raise DataError(f"{path} holds no data file; the endings read are {', '.join(READERS)}.")
-    return [_file_source(file) for file in found]
+    taken = folders.chosen(path, parts, TEXT_SUFFIXES, held_out)
+    return [_saved_source(part) if part.is_dir() else _file_source(part) for part in taken]
+
+
+def _saved_source(path: Path) -> Source:
+    files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("cache-"))
+    return Source(path, tuple(files), _read_hf)
 
 
 def _file_source(path: Path) -> Source:
@@ -88,14 +97,9 @@ def _parse(raw: bytes, file: str, line: int) -> Row | Reject:
     if not raw.strip():
         return Reject(file, line, "empty line")
     try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Reject(file, line, f"not UTF-8 at byte {error.start}")
-    except json.JSONDecodeError as error:
-        return Reject(file, line, f"malformed JSON at column {error.colno}: {error.msg}")
-    except RecursionError:
-        return Reject(file, line, "malformed JSON: nested too deeply")
-    return _row(value, file, line)
+        return _row(parse_json(raw), file, line)
+    except ValueError as error:
+        return Reject(file, line, str(error))
 
 
 def _row(value: Any, file: str, line: int) -> Row | Reject:
@@ -103,7 +107,10 @@ def _row(value: Any, file: str, line: int) -> Row | Reject:
         return Reject(file, line, f"a record must be an object, not {type(value).__name__}")
     if not value:
         return Reject(file, line, "empty record")
-    return Row(value, file, line)
+    try:
+        return Row(with_parsed_messages(value), file, line)
+    except ValueError as error:
+        return Reject(file, line, str(error))
 
 
 def _read_jsonl(path: Path) -> Iterator[Row | Reject]:
@@ -120,13 +127,21 @@ def _read_json(path: Path) -> Iterator[Row | Reject]:
         yield from _read_jsonl(path)
         return
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        for row, value in enumerate(parse_list(path.read_text(encoding="utf-8-sig")), start=1):
+            if isinstance(value, ValueError):
+                yield Reject(str(path), row, str(value))
+            else:
+                yield _row(value, str(path), row)
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is not valid JSON: {error}. Mend it or store one record a line (.jsonl)."
         ) from error
-    for row, value in enumerate(values, start=1):
-        yield _row(value, str(path), row)
+
+
+def _table_row(value: dict[str, Any] | str, path: Path, line: int) -> Row | Reject:
+    if isinstance(value, str):
+        return Reject(str(path), line, value)
+    return _row(value, str(path), line)
 
 
 def _read_parquet(path: Path) -> Iterator[Row | Reject]:
@@ -137,34 +152,29 @@ def _read_parquet(path: Path) -> Iterator[Row | Reject]:
     try:
         table = pyarrow.parquet.ParquetFile(path)
         for batch in table.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
+            for value in tables.records(batch):
                 row += 1
-                yield _row(value, str(path), row)
-    except pyarrow.ArrowException as error:
+                yield _table_row(value, path, row)
+    except (pyarrow.ArrowException, RecursionError) as error:
         raise DataError(
             f"{path} is not a readable parquet file: {str(error).splitlines()[0]}"
         ) from error
 
 
 def _read_hf(path: Path) -> Iterator[Row | Reject]:
-    """A folder of `save_to_disk`; of several splits only `train` is taken without being named."""
+    """A folder of `save_to_disk` with one data set."""
     import datasets
 
     try:
-        loaded = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, ValueError, KeyError) as error:
+        loaded: Any = datasets.load_from_disk(str(path))
+        batches = loaded.with_format("arrow").iter(1024)
+        row = 0
+        for batch in batches:
+            for value in tables.records(batch):
+                row += 1
+                yield _table_row(value, path, row)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not a readable Hugging Face dataset folder: {error}") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        name = "train" if "train" in loaded else next(iter(loaded))
-        if len(loaded) > 1 and name != "train":
-            raise DataError(
-                f"{path} has the splits {', '.join(map(str, loaded))}: give the folder of one,"
-                f" {path}/{name}."
-            )
-        loaded = loaded[name]
-    for row, value in enumerate(loaded, start=1):
-        assert isinstance(value, dict)
-        yield _row(value, str(path), row)
 
 
 def _read_text(path: Path) -> Iterator[Row | Reject]:

@@ -1,12 +1,13 @@
 """Tokenizers: train one, find one, load one."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetrain.data.cache import publish
-from moetrain.data.rejects import Reject
+from moetrain.data.rejects import Reject, write_rejects
 from moetrain.data.sources import find_sources, read_rows
 from moetrain.errors import DataError
 
@@ -58,15 +59,23 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out: str | Path) -> Pat
 
     The folder has a ChatML template, `<|im_end|>` as end of sequence and `<|endoftext|>` as padding
     and end of document. `vocab_size` counts special tokens; a small corpus can give fewer.
-    DataError when it is too small for bytes and special tokens, or `out` exists.
+    Records that cannot be read go to `out`.rejected.jsonl. DataError when it is too small for bytes
+    and special tokens, `out` exists, or there is no text.
     """
     out = Path(out).expanduser()
     if out.exists():
         raise DataError(f"{out} exists. Give another folder or remove it.")
-    texts = (
-        text for source in find_sources(inputs) for row in read_rows(source) for text in _texts(row)
-    )
-    trained = fit(texts, vocab_size)
+    rejects: list[Reject] = []
+    texts = _all_texts(inputs, rejects)
+    first = next(texts, None)
+    if first is None:
+        why = "".join(f"; {r.file}:{r.line}: {r.reason}" for r in rejects[:1])
+        raise DataError(f"There is no text in {', '.join(map(str, inputs))}{why}.")
+    trained = fit(chain([first], texts), vocab_size)
+    if rejects:
+        listed = out.with_name(out.name + ".rejected.jsonl")
+        write_rejects(listed, rejects)
+        print(f"{len(rejects)} records cannot be read, see {listed}")
     try:
         return publish(out, lambda folder: trained.save_pretrained(str(folder)))
     except OSError as error:
@@ -110,12 +119,20 @@ def fit(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     return fast
 
 
-def _texts(row: Any) -> list[str]:
+def _all_texts(inputs: Iterable[str | Path], rejects: list[Reject]) -> Iterator[str]:
+    """Every text of every record; those that cannot be read go to `rejects`."""
+    for source in find_sources(inputs):
+        for row in read_rows(source):
+            if isinstance(row, Reject):
+                rejects.append(row)
+            else:
+                yield from _texts(row.value)
+
+
+def _texts(record: Any) -> list[str]:
     """Every text in a record, however it is nested."""
-    if isinstance(row, Reject):
-        return []
     found: list[str] = []
-    todo: list[Any] = [row.value]
+    todo: list[Any] = [record]
     while todo:
         value = todo.pop()
         if isinstance(value, str):

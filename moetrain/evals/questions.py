@@ -9,7 +9,7 @@ from moetrain.config.bench import BenchConfig
 from moetrain.data import assets, tokenizer
 from moetrain.data.chat import Chat
 from moetrain.data.formats import FormatError
-from moetrain.data.prompts import read_prompt
+from moetrain.data.prompts import AGAIN, read_prompt
 from moetrain.data.rejects import Reject
 from moetrain.data.samples import Prompt
 from moetrain.data.sources import find_sources, read_rows
@@ -38,7 +38,7 @@ def read_questions(
     chat = Chat(tokenizer.load(tokenizer_folder), template)
     found: list[Prompt] = []
     ids: dict[str, int] = {}
-    for row in (row for source in find_sources([path]) for row in read_rows(source)):
+    for row in (row for source in find_sources([path], held_out=True) for row in read_rows(source)):
         where = f"{row.file}:{row.line}"
         if isinstance(row, Reject):
             raise DataError(f"{where}: {row.reason}. Mend the file.")
@@ -49,7 +49,7 @@ def read_questions(
         except FormatError as error:
             raise DataError(f"{where}: {error}.") from None
         number = ids[prompt.id] = ids.get(prompt.id, 0) + 1
-        found.append(prompt if number == 1 else replace(prompt, id=f"{prompt.id}#{number}"))
+        found.append(prompt if number == 1 else replace(prompt, id=f"{prompt.id}{AGAIN}{number}"))
         if len(found) == bench.limit:
             break
     if not found:

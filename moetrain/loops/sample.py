@@ -16,7 +16,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.data import assets
 from moetrain.data.cache import cache_root
 from moetrain.data.loader import tokenizer_of
-from moetrain.data.prompts import read_prompts
+from moetrain.data.prompts import read_prompts, told_repeats
 from moetrain.data.rejects import check_rejects, write_rejects
 from moetrain.data.samples import Prompt
 from moetrain.data.tokenizer import stop_ids
@@ -82,6 +82,8 @@ def _prompts(recipe: Recipe, out: Path) -> list[Prompt]:
     template = recipe.data.chat_template
     room = prompt_room(recipe)
     found, rejects = read_prompts(inputs, tokenizer_of(recipe), template=template, max_tokens=room)
+    if told := told_repeats(found):
+        print(f"{len(found)} prompts{told}")
     check_rejects(rejects, len(found) + len(rejects), recipe.data.max_rejected)
     if rejects:
         path = out.with_name(out.stem + ".rejected.jsonl")

@@ -210,11 +210,12 @@ def data(subject: Subject) -> Finding:
     )
 
 
-def _rows(paths: list[str]) -> Iterator[Any]:
+def _rows(subject: Subject, paths: list[str]) -> Iterator[Any]:
     from moetrain.data.sources import find_sources, read_rows
 
     for path in paths:
-        for source in find_sources([path]):
+        held_out = path not in subject.recipe.data.train
+        for source in find_sources([path], held_out=held_out):
             yield from islice(read_rows(source), RECORDS)
 
 
@@ -231,7 +232,7 @@ def _read(subject: Subject, paths: list[str], kind: Any) -> Iterator[tuple[str, 
         seed=subject.recipe.seed,
         chat_template=data.chat_template,
     )
-    for result in Encoder(kind, spec)(list(_rows(paths))):
+    for result in Encoder(kind, spec)(list(_rows(subject, paths))):
         yield f"{result.file}:{result.line}", result.reason
 
 
@@ -245,7 +246,7 @@ def _read_prompts(subject: Subject, paths: list[str]) -> Iterator[tuple[str, str
 
     recipe = subject.recipe
     chat = Chat(tokenizers.load(tokenizer_of(recipe)), recipe.data.chat_template)
-    for row in _rows(paths):
+    for row in _rows(subject, paths):
         where = f"{row.file}:{row.line}"
         if isinstance(row, Reject):
             yield where, row.reason

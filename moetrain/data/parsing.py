@@ -1,0 +1,125 @@
+"""JSON as people's files have it: parsed into what can be worked with, or refused with a reason."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+# An escape of half a character, which Python takes for a text and nothing can encode.
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+LONE = re.compile("[\ud800-\udfff]")
+# Of lists and objects in each other: what goes through a record must come to its end.
+MAX_DEPTH = 100
+MAX_DIGITS = 4300  # Python's own limit
+TOO_LONG = f"a number has more than {MAX_DIGITS} digits"
+TOO_DEEP = f"nested too deeply (more than {MAX_DEPTH} levels)"
+
+
+def parse_json(raw: bytes | str) -> Any:
+    """A JSON text's value. ValueError with the reason where it has none that can be used."""
+    try:
+        text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+        value = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"malformed JSON at column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"malformed JSON: {TOO_DEEP}") from None
+    except ValueError:
+        raise ValueError(TOO_LONG) from None
+    if text.count("[") + text.count("{") > MAX_DEPTH or HALF.search(text):
+        check(value)
+    return value
+
+
+def parse_list(text: str) -> Iterator[Any]:
+    """The items of a JSON list, with a ValueError in place of each that cannot be used.
+
+    Raises ValueError or RecursionError where the text is not JSON.
+    """
+    long = LongNumber()
+
+    def number(digits: str) -> Any:
+        return int(digits) if len(digits) <= MAX_DIGITS else long
+
+    for value in json.loads(text, parse_int=number):
+        try:
+            check(value)
+        except ValueError as error:
+            yield error
+        else:
+            yield value
+
+
+class LongNumber:
+    """Stands for a number that Python does not read, so that it costs one record and not all."""
+
+
+def check(value: Any) -> None:
+    """ValueError when a JSON value cannot be worked with: too deep, too long a number, or half of a
+    character in a text, which no encoding has.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, str):
+                if lone := LONE.search(one):
+                    code = f"\\u{ord(lone[0]):04x}"
+                    raise ValueError(f"a text holds half of a character ({code}, a lone surrogate)")
+            elif isinstance(one, dict):
+                below += [*one, *one.values()]
+            elif isinstance(one, list):
+                below += one
+            elif isinstance(one, LongNumber):
+                raise ValueError(TOO_LONG)
+        if not below:
+            return
+        level = below
+    raise ValueError(TOO_DEEP)
+
+
+# Where a record may have messages (or tools): alone there, or in place of a text.
+LISTS = ("messages", "conversations", "rejected_messages", "tools")
+ANSWERS = ("prompt", "completion", "chosen", "rejected", "rejected_response")
+
+
+def with_parsed_messages(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its messages as objects where they are texts of JSON: `datasets` from 4.7 on
+    writes them so, into JSONL and parquet alike, when their keys differ. ValueError as parse_json.
+    """
+    found: dict[str, Any] = {}
+    for key in LISTS + ANSWERS:
+        value = record.get(key)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            parsed = _parsed(value)
+            if key in LISTS or _are_messages(parsed):
+                found[key] = parsed
+        elif isinstance(value, list) and value and all(_is_object(item) for item in value):
+            found[key] = [_parsed(item) for item in value]
+    kwargs = record.get("chat_template_kwargs")
+    if _is_object(kwargs):
+        found["chat_template_kwargs"] = _parsed(kwargs)
+    return record | found if found else record
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("{")
+
+
+def _parsed(text: Any) -> Any:
+    """What a text says, or the text itself where it is not JSON."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return parse_json(text)
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in value)
+    )

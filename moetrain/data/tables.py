@@ -1,0 +1,161 @@
+"""Rows of Arrow tables (parquet files, saved data sets) as the records that were put in.
+
+A table has one type for all its rows, so it stores more than a record said, and says it otherwise:
+keys that a record lacks become nulls, texts that look like dates become timestamps, objects with
+uneven keys become texts of JSON. Here that is taken back, as far as the table still tells.
+"""
+
+import base64
+import datetime
+import decimal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from moetrain.data.parsing import parse_json
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Mend = Callable[[Any], Any]
+# What Arrow raises for a value that Python has no room for, and what mending raises.
+UNREADABLE = (ValueError, OverflowError, ArithmeticError, RecursionError)
+
+
+def records(batch: "pyarrow.RecordBatch | pyarrow.Table") -> Iterator[dict[str, Any] | str]:
+    """The rows of a batch: a record each, or the reason why it cannot be read."""
+    menders = {field.name: mender(field.type) for field in batch.schema}
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except UNREADABLE:  # one row of them; each by itself tells which
+        rows = [_alone(batch.slice(i, 1)) for i in range(batch.num_rows)]
+    for row in rows:
+        try:
+            yield row if isinstance(row, str) else _mended(row, menders)
+        except UNREADABLE as error:
+            yield _reason(error)
+
+
+def _alone(batch: Any) -> Any:
+    try:
+        return batch.to_pylist()[0]
+    except UNREADABLE as error:
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    said = str(error).splitlines() or [type(error).__name__]
+    return f"a value cannot be read: {said[0]}"
+
+
+def _mended(row: dict[str, Any], menders: dict[str, Mend | None]) -> dict[str, Any]:
+    """Every row has every column, so a null there says nothing."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if value is not None:
+            mend = menders[name]
+            found[name] = value if mend is None else mend(value)
+    return found
+
+
+def without_added_nulls(value: dict[str, Any], valueless: frozenset[str]) -> dict[str, Any]:
+    """An object of a table without the nulls that stand for keys which it never had.
+
+    A table does not tell these from a record's own, so this is a guess where it must be one:
+    - the content of a message that calls tools is its own (it is null in OpenAI's form);
+    - a key of `valueless`, which no object of the table has a value for, is there because some
+      record said null, so it stays in objects that lack nothing else (`"default": null` in the
+      schema of a tool) and goes from those that are of another shape anyway;
+    - every other null goes. The items of lists are nobody's addition and not looked at here.
+    """
+    lacking = {key for key, item in value.items() if item is None}
+    if not lacking:
+        return value
+    own = valueless if lacking <= valueless else frozenset[str]()
+    if value.get("tool_calls"):
+        own |= {"content"}
+    return {key: item for key, item in value.items() if key not in lacking - own}
+
+
+def mender(kind: "pyarrow.DataType") -> Mend | None:
+    """What makes of a value of this type the record's own; None where it is that already."""
+    import pyarrow
+    import pyarrow.types as types
+
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        if kind.extension_name in EXTENSIONS:
+            return EXTENSIONS[kind.extension_name]
+        return mender(kind.storage_type)
+    if types.is_struct(kind):
+        return _object(kind)
+    if types.is_map(kind):
+        return _map(mender(kind.item_type))
+    if hasattr(kind, "value_type"):  # all lists; dictionary and run-end encoded
+        own = mender(kind.value_type)
+        return own if own is None or not hasattr(kind, "value_field") else _list(own)
+    return next((mend for is_kind, mend in SCALARS if getattr(types, is_kind)(kind)), None)
+
+
+def _object(kind: Any) -> Mend:
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    menders = {field.name: own for field in fields if (own := mender(field.type)) is not None}
+    valueless = frozenset(field.name for field in fields if str(field.type) == "null")
+
+    def mend(value: Any) -> Any:
+        kept = without_added_nulls(value, valueless)
+        return {
+            key: menders[key](item) if item is not None and key in menders else item
+            for key, item in kept.items()
+        }
+
+    return mend
+
+
+def _list(own: Mend) -> Mend:
+    return lambda value: [None if item is None else own(item) for item in value]
+
+
+def _map(own: Mend | None) -> Mend:
+    def mend(value: Any) -> Any:
+        return {str(key): item if item is None or own is None else own(item) for key, item in value}
+
+    return mend
+
+
+def time_text(value: datetime.datetime) -> str:
+    """A timestamp as the text that it was read from: `datasets` makes timestamps of a column of
+    dates, and an answer `2024-01-05` is no time of day.
+    """
+    if value.tzinfo is not None:
+        return value.isoformat().replace("+00:00", "Z")
+    midnight = value.time() == datetime.time() and not getattr(value, "nanosecond", 0)
+    return str(value.date() if midnight else value)
+
+
+def _number(value: decimal.Decimal) -> int | float | str:
+    """The number that JSON would have; a text where a float would be another one."""
+    if value == value.to_integral_value():
+        return int(value)
+    return float(value) if decimal.Decimal(repr(float(value))) == value else str(value)
+
+
+def _bytes(value: bytes) -> str:
+    """Text that its writer did not call so; base64 of anything else."""
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return base64.b64encode(value).decode("ascii")
+
+
+EXTENSIONS: dict[str, Mend] = {"arrow.json": parse_json, "arrow.uuid": str}
+SCALARS: tuple[tuple[str, Mend], ...] = (
+    ("is_timestamp", time_text),
+    ("is_date", str),
+    ("is_time", str),
+    ("is_duration", str),
+    ("is_interval", str),
+    ("is_decimal", _number),
+    ("is_binary", _bytes),
+    ("is_large_binary", _bytes),
+    ("is_fixed_size_binary", _bytes),
+    ("is_binary_view", _bytes),
+)
