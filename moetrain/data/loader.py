@@ -15,6 +15,7 @@ from moetrain.data.encode import Kind, Spec
 from moetrain.data.rejects import Reject, check_rejects, write_rejects
 from moetrain.data.sets import PackedSet, build
 from moetrain.data.stream import EvalPacks, Loader, Packs
+from moetrain.data.tokenizer_check import check_beside_model
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed
 
@@ -110,6 +111,7 @@ def prepare(recipe: Recipe) -> Prepared:
         for name, packs in (("train", train), ("eval", held_out))
         if packs is not None
     ]
+    lines += told_of_tokenizer(recipe) if sets else []
     return Prepared(
         num_packs=len(train) if train is not None else 0,
         num_steps=steps,
@@ -204,8 +206,8 @@ def limit(recipe: Recipe, num_packs: int) -> int | None:
     return max(1, math.floor(recipe.train.epochs * num_packs + 1e-9))
 
 
-def model_vocab(recipe: Recipe) -> int | None:
-    """The model's vocab_size as its configuration says; None when there is none to be read."""
+def model_hf(recipe: Recipe) -> dict[str, Any]:
+    """The model's Hugging Face configuration; {} when there is none to be read."""
     hf: Any = recipe.model.hf
     path = recipe.model.path
     if hf is None and path is not None and assets.is_builtin(path):
@@ -218,8 +220,19 @@ def model_vocab(recipe: Recipe) -> int | None:
             hf = json.loads(note.read_text()).get("hf")
         elif config.is_file():
             hf = json.loads(config.read_text())
-    vocab = hf.get("vocab_size") if isinstance(hf, dict) else None
+    return hf if isinstance(hf, dict) else {}
+
+
+def model_vocab(recipe: Recipe) -> int | None:
+    """The model's vocab_size as its configuration says; None when there is none to be read."""
+    vocab = model_hf(recipe).get("vocab_size")
     return int(vocab) if vocab is not None else None
+
+
+def told_of_tokenizer(recipe: Recipe) -> list[str]:
+    """What is to be said of the run's tokenizer beside the model that it exports. DataError."""
+    said = check_beside_model(tokenizer_of(recipe), model_hf(recipe).get("model_type"))
+    return [f"note: {said}"] if said else []
 
 
 def tokenizer_of(recipe: Recipe) -> Path:

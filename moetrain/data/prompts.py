@@ -17,7 +17,7 @@ from moetrain.data import tokenizer as tokenizers
 from moetrain.data.cache import cache_root
 from moetrain.data.chat import Chat
 from moetrain.data.formats import FormatError, read_message
-from moetrain.data.loader import model_vocab, tokenizer_of, write_rejected
+from moetrain.data.loader import model_vocab, tokenizer_of, told_of_tokenizer, write_rejected
 from moetrain.data.rejects import Reject, check_rejects
 from moetrain.data.samples import Prompt
 from moetrain.data.sources import find_sources, read_rows
@@ -173,4 +173,4 @@ def prepare_prompts(recipe: Recipe) -> PromptSet:
     if rejects:
         line += f"; {len(rejects)} rejected, see {recipe.run_dir / 'rejected.jsonl'}"
     order = PromptOrder(prompts, recipe.seed, recipe.data.shuffle)
-    return PromptSet(order, held_out[: rollout.eval_prompts], [line])
+    return PromptSet(order, held_out[: rollout.eval_prompts], [line, *told_of_tokenizer(recipe)])

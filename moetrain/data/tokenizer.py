@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moetrain.data.cache import publish
 from moetrain.data.rejects import Reject, write_rejects
 from moetrain.data.sources import find_sources, read_rows
+from moetrain.data.tokenizer_check import check_read_as_written
 from moetrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -178,7 +179,10 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def load(name: str | Path) -> "PreTrainedTokenizerFast":
-    """Load a tokenizer; code that comes with it is not run. DataError when it is not a fast one."""
+    """Load a tokenizer; code that comes with it is not run.
+
+    DataError when it is not a fast one, or is read otherwise than its tokenizer.json says.
+    """
     folder = locate(name)
     from transformers import AutoTokenizer
 
@@ -195,6 +199,7 @@ def load(name: str | Path) -> "PreTrainedTokenizerFast":
         raise DataError(
             f"The tokenizer in {folder} has no tokenizer.json, needed to find assistant turns."
         )
+    check_read_as_written(loaded, folder)
     return loaded
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moetrain.data import tokenizer as tokenizers
 from moetrain.data.samples import Prompt, Sample
 from moetrain.errors import RolloutError
 from moetrain.rollout.base import PROBE_TOKENS, Probe, Request, Sampling
@@ -36,10 +37,8 @@ class Embedded:
     """
 
     def __init__(self, hf: dict[str, Any], tokenizer: Path):
-        from transformers import AutoTokenizer
-
         self.hf = hf
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer))
+        self.tokenizer: Any = tokenizers.load(tokenizer)
         self.counts: Counter[str] = Counter()
         self.model: Any = None
         self.version = -1

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moetrain.data import tokenizer as tokenizers
 from moetrain.data.samples import Sample
 from moetrain.errors import RolloutError
 from moetrain.rollout.base import PROBE_TOKENS, Probe, Request
@@ -54,10 +55,8 @@ class Fleet:
         start_timeout: float,
         transfer: Transfer | None,
     ):
-        from transformers import AutoTokenizer
-
         self.servers, self.folder, self.hf = servers, folder, hf
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer))
+        self.tokenizer: Any = tokenizers.load(tokenizer)
         self.start_timeout, self.transfer = start_timeout, transfer
         self.counts: Counter[str] = Counter()
         self.version = -1
