@@ -18,6 +18,18 @@ class DataConfig(Section):
         default=None, description="blend weights of data.train, for pretrain and cpt"
     )
     eval: Paths = Field(default_factory=list, description="held-out data, as data.train")
+    eval_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the records of each data.train path, one at least, that is held out"
+        " and evaluated on, in place of data.eval; not for corpora",
+    )
+    take: list[Count | None] | None = Field(
+        default=None,
+        description="records of each data.train path that are used, chosen by the seed (without"
+        " data.shuffle: the first); null: all; more than there are: some again; not for corpora",
+    )
     demonstrations: Paths = Field(
         default_factory=list,
         description="worked answers, as for sft, that chord learns from beside its own",
@@ -64,6 +76,12 @@ class DataConfig(Section):
                 f"data.weights has {len(self.weights)} numbers for {len(self.train)} data.train "
                 f"paths"
             )
+        if self.take is not None and len(self.take) != len(self.train):
+            raise ValueError(
+                f"data.take has {len(self.take)} numbers for {len(self.train)} data.train paths"
+            )
+        if self.eval and self.eval_share:
+            raise ValueError("data.eval and data.eval_share exclude each other: leave one out")
         if any(weight < 0 for weight in self.weights or ()):
             raise ValueError(f"data.weights holds a negative number: {self.weights}")
         return self

@@ -317,6 +317,17 @@ class Recipe(Section):
         return self.method, self.rollout
 
     @model_validator(mode="after")
+    def _records_or_corpora(self) -> Self:
+        chosen = {"take": self.data.take is not None, "eval_share": self.data.eval_share > 0}
+        given = [key for key, is_given in chosen.items() if is_given]
+        if given and self.method.name in ("pretrain", "cpt"):
+            raise ValueError(
+                f"data.{given[0]} chooses records, and method {self.method.name} reads corpora: "
+                f"leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _demonstrated_or_not(self) -> Self:
         if self.method.demonstrated and not self.data.demonstrations:
             raise ValueError(f"method {self.method.name} needs data.demonstrations")

@@ -14,6 +14,7 @@ from moetrain.data import tokenizer
 from moetrain.data.chat import Chat, Encoded
 from moetrain.data.formats import Conversation, FormatError, MissingError
 from moetrain.data.rejects import Reject
+from moetrain.data.selection import Selection
 from moetrain.data.sources import Row
 
 Extras = Mapping[str, tuple[float, ...]]  # name -> a value per sequence of a group
@@ -33,6 +34,7 @@ class Spec:
     chat_template: str | None = None
     model_vocab: int | None = None
     held_out: bool = False  # of inputs that are folders with splits
+    selection: Selection | None = None  # None: every record
     num_workers: int = 0  # decides how fast, not what
 
 

@@ -13,6 +13,7 @@ from moetrain.data import assets, preference, sft, tokenizer
 from moetrain.data.cache import cache_root
 from moetrain.data.encode import Kind, Spec
 from moetrain.data.rejects import Reject, check_rejects, write_rejects
+from moetrain.data.selection import Selection
 from moetrain.data.sets import PackedSet, build
 from moetrain.data.stream import EvalPacks, Loader, Packs
 from moetrain.data.tokenizer_check import check_beside_model
@@ -166,7 +167,7 @@ def build_eval(
 ) -> EvalPacks | None:
     """The held-out packs of one DP rank, at most train.eval_packs over all.
 
-    None without data.eval.
+    None without data.eval and data.eval_share.
     """
     packs = _packs(recipe, held_out=True, reference=reference)
     return (
@@ -175,7 +176,9 @@ def build_eval(
 
 
 def build_set(recipe: Recipe, *, held_out: bool) -> PackedSet | None:
-    """The set behind the packs, in its own order; None for corpora, or without data.eval."""
+    """The set behind the packs, in its own order; None for corpora, or without
+    data.eval and data.eval_share.
+    """
     if FEEDS[recipe.method.name] == CORPUS:
         return None
     packs = _packs(recipe, held_out=held_out)
@@ -249,7 +252,11 @@ def tokenizer_of(recipe: Recipe) -> Path:
 
 def _packs(recipe: Recipe, *, held_out: bool, reference: Path | None = None) -> Packs | None:
     root = cache_root(recipe.data.cache)
+    selection = Selection.of(recipe)
     given = recipe.data.eval if held_out else recipe.data.train
+    if held_out and selection is not None:
+        selection = selection.other() if selection.share else None
+        given = recipe.data.train if selection else given
     if not given:
         if held_out:
             return None
@@ -268,7 +275,8 @@ def _packs(recipe: Recipe, *, held_out: bool, reference: Path | None = None) -> 
         share_prompt=recipe.data.share_prompt,
         chat_template=recipe.data.chat_template,
         model_vocab=model_vocab(recipe),
-        held_out=held_out,
+        held_out=held_out and selection is None,
+        selection=selection,
         num_workers=recipe.data.num_workers,
     )
     data = PackedSet(build(KINDS[feed], spec, root))

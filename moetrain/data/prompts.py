@@ -20,7 +20,7 @@ from moetrain.data.formats import FormatError, read_message
 from moetrain.data.loader import model_vocab, tokenizer_of, told_of_tokenizer, write_rejected
 from moetrain.data.rejects import Reject, check_rejects
 from moetrain.data.samples import Prompt
-from moetrain.data.sources import find_sources, read_rows
+from moetrain.data.selection import Selection, rows_of
 from moetrain.errors import DataError
 
 # Where a record keeps its prompt: messages, or a text that is a user's only message.
@@ -35,6 +35,7 @@ def read_prompts(
     template: str | None = None,
     max_tokens: int | None = None,
     held_out: bool = False,
+    selection: Selection | None = None,
 ) -> tuple[list[Prompt], list[Reject]]:
     """(usable prompts in the order of the files, rejected records).
 
@@ -46,20 +47,19 @@ def read_prompts(
     prompts: list[Prompt] = []
     rejects: list[Reject] = []
     seen: dict[str, int] = {}
-    for source in find_sources(inputs, held_out=held_out):
-        for row in read_rows(source):
-            if isinstance(row, Reject):
-                rejects.append(row)
-                continue
-            try:
-                prompt = read_prompt(row.value, chat, max_tokens)
-            except FormatError as error:
-                rejects.append(Reject(row.file, row.line, str(error)))
-                continue
-            number = seen[prompt.id] = seen.get(prompt.id, 0) + 1
-            # One that returns is asked as often as it stands there, under a name of its own.
-            again = replace(prompt, id=f"{prompt.id}{AGAIN}{number}")
-            prompts.append(prompt if number == 1 else again)
+    for row in rows_of([str(path) for path in inputs], selection, held_out=held_out):
+        if isinstance(row, Reject):
+            rejects.append(row)
+            continue
+        try:
+            prompt = read_prompt(row.value, chat, max_tokens)
+        except FormatError as error:
+            rejects.append(Reject(row.file, row.line, str(error)))
+            continue
+        number = seen[prompt.id] = seen.get(prompt.id, 0) + 1
+        # One that returns is asked as often as it stands there, under a name of its own.
+        again = replace(prompt, id=f"{prompt.id}{AGAIN}{number}")
+        prompts.append(prompt if number == 1 else again)
     if not prompts:
         first = f" The first: {rejects[0].file}:{rejects[0].line}: {rejects[0].reason}." * bool(
             rejects
@@ -160,14 +160,25 @@ def prepare_prompts(recipe: Recipe) -> PromptSet:
     room = recipe.data.seq_len - rollout.max_tokens
     root = cache_root(recipe.data.cache)
 
-    def read(paths: Sequence[str], held_out: bool) -> tuple[list[Prompt], list[Reject]]:
+    def read(
+        paths: Sequence[str], held_out: bool, selection: Selection | None = None
+    ) -> tuple[list[Prompt], list[Reject]]:
         inputs = [assets.resolve(path, root) for path in paths]
-        template = recipe.data.chat_template
-        return read_prompts(inputs, folder, template=template, max_tokens=room, held_out=held_out)
+        return read_prompts(
+            inputs,
+            folder,
+            template=recipe.data.chat_template,
+            max_tokens=room,
+            held_out=held_out,
+            selection=selection,
+        )
 
-    prompts, rejects = read(recipe.data.train, False)
+    selection = Selection.of(recipe)
+    prompts, rejects = read(recipe.data.train, False, selection)
     check_rejects(rejects, len(prompts) + len(rejects), recipe.data.max_rejected)
     held_out, more = read(recipe.data.eval, True) if recipe.data.eval else ([], [])
+    if selection is not None and selection.share:
+        held_out, more = read(recipe.data.train, False, selection.other())
     write_rejected(recipe, rejects + more)
     line = f"train: {len(prompts)} prompts{told_repeats(prompts)}"
     if rejects:

@@ -30,7 +30,8 @@ from moetrain.data.cache import build_once, digest_files, key_of
 from moetrain.data.chat import template_text
 from moetrain.data.encode import Encoder, Group, Kind, Result, Spec
 from moetrain.data.rejects import Reject, read_rejects, write_rejects
-from moetrain.data.sources import find_sources, read_rows
+from moetrain.data.selection import rows_of
+from moetrain.data.sources import find_sources
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed, concat, pack_one, pad_to
 
@@ -65,7 +66,7 @@ def build(kind: Kind, spec: Spec, root: Path) -> Path:
     """
     sources = find_sources(spec.inputs, held_out=spec.held_out)
     template = template_text(spec.chat_template)
-    content = {
+    content: dict[str, Any] = {
         "version": VERSION,
         "files": digest_files([f for source in sources for f in source.files], root),
         "tokenizer": [
@@ -75,6 +76,8 @@ def build(kind: Kind, spec: Spec, root: Path) -> Path:
         "template": template,
         "spec": [spec.seq_len, spec.too_long, spec.seed, spec.pack, spec.share_prompt],
     }
+    if spec.selection is not None:
+        content["selection"] = spec.selection.key()
     folder = root / kind.name / key_of(content)
     build_once(folder, lambda tmp: _write(kind, spec, tmp))
     tokenizer.check_vocab(
@@ -85,8 +88,7 @@ def build(kind: Kind, spec: Spec, root: Path) -> Path:
 
 def _results(spec: Spec, encoder: Encoder) -> Iterator[Result]:
     """Encode every record, in input order whatever the number of workers."""
-    sources = find_sources(spec.inputs, held_out=spec.held_out)
-    rows = (row for source in sources for row in read_rows(source))
+    rows = rows_of(spec.inputs, spec.selection, held_out=spec.held_out)
     chunks = batched(rows, CHUNK)
     if spec.num_workers < 1:
         for chunk in chunks:
