@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetrain import __version__, cli_answers, cli_cluster
-from moetrain.cli_common import Arguments, Parser, add_overrides, positive
+from moetrain.cli_common import Arguments, Parser, add_overrides, positive, share
 from moetrain.errors import MoetrainError
 
 
@@ -123,12 +123,29 @@ def _data_arguments(parser: Parser) -> None:
         metavar="PREFIX",
         help="PREFIX.bin and PREFIX.idx are written",
     )
+    parser.add_argument(
+        "--text-key", default="text", metavar="KEY", help="of a record's document (text)"
+    )
+    parser.add_argument(
+        "--max-rejected",
+        type=share,
+        default=0.05,
+        metavar="SHARE",
+        help="stop when more of the records are no documents (0.05)",
+    )
 
 
 def _data(args: Arguments) -> int:
     from moetrain.data.corpus import index
 
-    index(args.inputs, args.tokenizer, args.out)
+    stats = index(
+        args.inputs,
+        args.tokenizer,
+        args.out,
+        text_key=args.text_key,
+        max_rejected=args.max_rejected,
+    )
+    print(stats.told(args.out))
     return 0
 
 

@@ -26,7 +26,13 @@ def test_megatron_reads_what_was_written(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     (tmp_path / "one.txt").write_text("A whole file.")
-    records = [{"text": "What is 1 plus 1?"}, {"text": ""}, {"other": "x"}, {"text": "2"}]
+    records = [
+        {"text": "What is 1 plus 1?"},
+        {"text": ""},
+        {"other": "x"},
+        {"text": "2"},
+        {"text": 2},
+    ]
     write_jsonl(tmp_path / "two.jsonl", records)
     inputs = [tmp_path / "one.txt", tmp_path / "two.jsonl"]
     with pytest.raises(DataError, match=r"2 of 5 records were rejected .*--max-rejected"):
@@ -42,14 +48,15 @@ def test_megatron_reads_what_was_written(tmp_path: Path) -> None:
     ]
     assert dataset.document_indices.tolist() == [0, 1, 2, 3]
     assert (stats.num_documents, stats.num_rejected, stats.vocab) == (3, 2, 400)
+    assert stats.num_empty == 1
     assert stats.num_tokens == sum(dataset.sequence_lengths)
     rejected = [
         json.loads(line)
         for line in (tmp_path / "out" / "c.rejected.jsonl").read_text().splitlines()
     ]
     assert [(r["line"], r["reason"].split(";")[0]) for r in rejected] == [
-        (2, "text is empty"),
         (3, "no text under 'text'"),
+        (5, "no text under 'text'"),
     ]
 
 
@@ -194,3 +201,75 @@ def test_ranks_of_a_gloo_group_share_the_stream(
     )
     alone = stream(elsewhere, 1, num_steps(elsewhere))
     assert [t for pair in zip(*shares, strict=True) for t in pair] == alone
+
+
+def test_empty_documents_are_counted_and_not_held_against_the_limit(tmp_path: Path) -> None:
+    """A crawl has many; in a table an empty one may be null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = ["one", "", None, " \n", "two"]
+    lines = [*({"text": text} for text in texts), "", {"text": None, "url": "x"}]
+    write_jsonl(tmp_path / "a.jsonl", lines)
+    pq.write_table(pa.table({"text": texts, "url": ["x"] * 5}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("\n")
+    stats = corpus.index([tmp_path], tokenizer_folder(), tmp_path / "c", max_rejected=0.0)
+    assert (stats.num_documents, stats.num_empty, stats.num_rejected) == (4, 9, 0)
+    assert not (tmp_path / "c.rejected.jsonl").exists()
+    assert "9 empty ones skipped" in stats.told(tmp_path / "c")
+
+
+def test_a_limit_passed_early_stops_and_passed_late_keeps_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "FEWEST", 200)
+    monkeypatch.setattr(corpus, "EARLY", 400)
+    good = [{"text": f"{i}"} for i in range(450)]
+    write_jsonl(tmp_path / "late.jsonl", [*good, *[{"no": 1}] * 50])
+    with pytest.raises(DataError, match=r"50 of 500 .*--max-rejected.* 450 documents is whole"):
+        corpus.index([tmp_path / "late.jsonl"], tokenizer_folder(), tmp_path / "late")
+    prefix = tmp_path / "late"
+    kept = corpus.CorpusSet([str(prefix)], None, seq_len=8, seed=1, root=tmp_path / "cache")
+    assert len(kept) > 40
+    rejected = (tmp_path / "late.rejected.jsonl").read_text().splitlines()
+    assert len(rejected) == 50
+    # Nothing after the first few hundred records is read, however long the file.
+    write_jsonl(tmp_path / "early.jsonl", [*[{"no": 1}] * 150, *good, *good])
+    with pytest.raises(DataError, match=r"1\d\d of [2-4]\d\d records were rejected"):
+        corpus.index([tmp_path / "early.jsonl"], tokenizer_folder(), tmp_path / "early")
+    assert not list(tmp_path.glob("early.*.idx")) + list(tmp_path.glob("early*.bin"))
+
+
+def test_a_corpus_that_is_listed_twice_or_copied_is_refused(tmp_path: Path) -> None:
+    """megatron-core 0.19 would give each sample twice in a row."""
+    import shutil
+
+    a, b = make(tmp_path, "a"), make(tmp_path, "b", offset=500)
+    copied = tmp_path / "copied"
+    for suffix in (".bin", ".idx"):
+        shutil.copyfile(f"{a}{suffix}", f"{copied}{suffix}")
+    how: dict[str, Any] = {"seq_len": 32, "seed": 1, "root": tmp_path / "cache"}
+    for prefixes in ([a, b, a], [a, Path(f"{a}.bin")], [copied, b, a]):
+        for weights in (None, [1.0] * len(prefixes)):
+            with pytest.raises(DataError, match=r"once more: .*train.epochs"):
+                corpus.CorpusSet([str(p) for p in prefixes], weights, **how)
+    # The same lengths are not the same corpus.
+    other = bytearray(Path(f"{a}.bin").read_bytes())
+    other[-1] ^= 1
+    Path(f"{copied}.bin").write_bytes(other)
+    assert len(corpus.CorpusSet([str(a), str(copied)], None, **how)) > 0
+
+
+def test_an_index_with_several_sequences_a_document_is_refused(tmp_path: Path) -> None:
+    """As Megatron's own tool makes with --split-sentences: GPTDataset would shuffle sentences."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "s.bin"), dtype=np.uint16)
+    for document in range(20):
+        for sentence in range(5):
+            builder.add_item(torch.full((8,), 5 * document + sentence))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "s.idx"))
+    with pytest.raises(DataError, match="100 sequences in 20 documents"):
+        corpus.CorpusSet([str(tmp_path / "s")], None, seq_len=16, seed=1, root=tmp_path / "cache")

@@ -6,29 +6,28 @@ prefix.idx (documents).
 
 import json
 import os
-import struct
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import batched
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from moetrain.data import index_files
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.cache import build_once, digest_files, key_of, write_text
-from moetrain.data.rejects import Reject, check_rejects, write_rejects
+from moetrain.data.rejects import NOTHING_THERE, Reject, check_rejects, write_rejects
 from moetrain.data.sources import Row, find_sources, read_rows
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed, pack_one
 
 CHUNK = 128  # documents tokenised together
-MAGIC = b"MMIDIDX\x00\x00"
-# Magic, version, dtype's code, sequences, documents; then a length (int32) and a pointer (int64)
-# for each sequence and an int64 for each document.
-HEADER = struct.Struct("<9sQBQQ")
+# Up to so many records a share of bad ones stops the work; what took longer is kept all the same.
+EARLY = 10_000
+FEWEST = 1000  # that a share is of
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,16 @@ class IndexStats:
     num_rejected: int
     vocab: int
     tokenizer: str
+    num_empty: int = 0  # documents without text, which are nobody's fault
+
+    def told(self, prefix: Path) -> str:
+        """In words."""
+        line = f"{prefix}: {self.num_documents} documents, {self.num_tokens} tokens"
+        if self.num_empty:
+            line += f"; {self.num_empty} empty ones skipped"
+        if self.num_rejected:
+            line += f"; {self.num_rejected} records rejected, see {prefix}.rejected.jsonl"
+        return line
 
 
 def index(
@@ -52,24 +61,20 @@ def index(
 ) -> IndexStats:
     """Tokenise documents into `out`.bin and `out`.idx, each ended by the end-of-document token.
 
-    A document is a text file or the `text_key` of a record. Skipped ones go to
-    `out`.rejected.jsonl. The files appear only when both are complete. DataError when an input is
-    missing, nothing is left or too much is rejected.
-    """
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    A document is a text file or the `text_key` of a record; empty ones are counted and skipped.
+    Records that are none go to `out`.rejected.jsonl. The files appear only when both are complete.
 
+    Raises DataError when an input is missing, nothing is left or too much is rejected: within the
+    first EARLY records before anything is written, later with the files written all the same.
+    """
     loaded = tokenizers.load(tokenizer)
     eod = tokenizers.end_of_document(loaded)
-    vocab = tokenizers.vocab_of(loaded)
+    found = _Documents(inputs, text_key)
     prefix = _prefix(out)
-    rejects: list[Reject] = []
     num_documents = num_tokens = 0
-    scratch = f"{prefix}.tmp-{uuid.uuid4().hex[:8]}"
-    builder: Any = None
-    try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        builder = IndexedDatasetBuilder(f"{scratch}.bin", dtype=DType.optimal_dtype(vocab))
-        for texts in batched(_documents(inputs, text_key, rejects), CHUNK):
+    early = True
+    with _written(prefix, tokenizers.vocab_of(loaded)) as (builder, publish):
+        for texts in batched(found, CHUNK):
             batch = loaded(
                 list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
             )
@@ -78,19 +83,58 @@ def index(
                 builder.end_document()
                 num_documents += 1
                 num_tokens += len(ids) + 1
-        if rejects:
-            write_rejects(Path(f"{prefix}.rejected.jsonl"), rejects)
-        check_rejects(rejects, num_documents + len(rejects), max_rejected, "--max-rejected")
+            records = num_documents + len(found.rejects)
+            early = records <= EARLY
+            if early and records >= FEWEST:
+                check_rejects(found.rejects, records, max_rejected, "--max-rejected")
+        num_records = num_documents + len(found.rejects)
+        if found.rejects:
+            write_rejects(Path(f"{prefix}.rejected.jsonl"), found.rejects)
+        if early:
+            check_rejects(found.rejects, num_records, max_rejected, "--max-rejected")
         if num_documents == 0:
             names = ", ".join(map(str, inputs))
             raise DataError(f"There is no document in {names}: each record needs {text_key!r}.")
+        stats = IndexStats(
+            num_documents,
+            num_tokens,
+            len(found.rejects),
+            tokenizers.vocab_of(loaded),
+            str(tokenizer),
+            found.num_empty,
+        )
+        publish(stats)
+    try:
+        check_rejects(found.rejects, num_records, max_rejected, "--max-rejected")
+    except DataError as error:
+        raise DataError(
+            f"{error} The index of the other {num_documents} documents is whole, in {prefix}."
+        ) from None
+    return stats
+
+
+@contextmanager
+def _written(prefix: Path, vocab: int) -> Iterator[tuple[Any, Callable[[IndexStats], None]]]:
+    """(what documents are added to, what gives the files their names when all are there). DataError
+    when they cannot be written.
+    """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    scratch = f"{prefix}.tmp-{uuid.uuid4().hex[:8]}"
+    builder: Any = None
+
+    def publish(stats: IndexStats) -> None:
         builder.finalize(f"{scratch}.idx")
-        stats = IndexStats(num_documents, num_tokens, len(rejects), vocab, str(tokenizer))
         write_text(Path(f"{prefix}.json"), json.dumps(asdict(stats), indent=1))
         # Data first, index last, and none between: an index of other data would be believed.
         Path(f"{prefix}.idx").unlink(missing_ok=True)
         os.replace(f"{scratch}.bin", f"{prefix}.bin")
         os.replace(f"{scratch}.idx", f"{prefix}.idx")
+
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        builder = IndexedDatasetBuilder(f"{scratch}.bin", dtype=DType.optimal_dtype(vocab))
+        yield builder, publish
     except OSError as error:
         raise DataError(f"{prefix} cannot be written: {error.strerror or error}.") from error
     finally:
@@ -98,28 +142,34 @@ def index(
             builder.data_file.close()
         for suffix in (".bin", ".idx"):
             Path(scratch + suffix).unlink(missing_ok=True)
-    return stats
 
 
-def _documents(inputs: Iterable[str | Path], text_key: str, rejects: list[Reject]) -> Iterator[str]:
-    for source in find_sources(inputs):
-        for row in read_rows(source):
-            found = _document(row, text_key)
-            if isinstance(found, Reject):
-                rejects.append(found)
+class _Documents:
+    """The texts of all records, in order; what is none is noted as they are gone through."""
+
+    def __init__(self, inputs: Iterable[str | Path], text_key: str):
+        self.sources, self.text_key = find_sources(inputs), text_key
+        self.rejects: list[Reject] = []
+        self.num_empty = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for row in (row for source in self.sources for row in read_rows(source)):
+            if isinstance(row, Reject) and row.reason not in NOTHING_THERE:
+                self.rejects.append(row)
+            elif isinstance(row, Reject) or self._is_empty(row):
+                self.num_empty += 1
+            elif isinstance(text := row.value.get(self.text_key), str):
+                yield text
             else:
-                yield found
+                keys = sorted(map(str, row.value))
+                reason = f"no text under {self.text_key!r}; the keys are {keys}"
+                self.rejects.append(Reject(row.file, row.line, reason))
 
-
-def _document(row: Row | Reject, text_key: str) -> str | Reject:
-    if isinstance(row, Reject):
-        return row
-    text = row.value.get(text_key)
-    if not isinstance(text, str):
-        return Reject(
-            row.file, row.line, f"no text under {text_key!r}; the keys are {sorted(row.value)}"
-        )
-    return text if text.strip() else Reject(row.file, row.line, f"{text_key} is empty")
+    def _is_empty(self, row: Row) -> bool:
+        if self.text_key not in row.value:
+            return self.text_key in row.nulls
+        text = row.value[self.text_key]
+        return text is None or (isinstance(text, str) and not text.strip())
 
 
 def _prefix(path: str | Path) -> Path:
@@ -166,10 +216,14 @@ class CorpusSet:
             model_vocab,
         )
         self._epochs: dict[int, Any] = {}
-        files = [_existing(p, suffix) for p in self.prefixes for suffix in (".idx", ".bin")]
+        files = [
+            index_files.existing(p, suffix) for p in self.prefixes for suffix in (".idx", ".bin")
+        ]
         for prefix in self.prefixes:
-            _check_made_for(prefix, model_vocab)
-        self.num_samples = [_num_samples(p, seq_len) for p in self.prefixes]
+            index_files.check_made_for(prefix, model_vocab)
+        self.num_samples = [index_files.num_samples(p, seq_len) for p in self.prefixes]
+        indexes = [digest for _, digest in digest_files(files[::2], root)]
+        index_files.check_once(self.prefixes, indexes)
         if weights is not None and len(weights) != len(prefixes):
             raise DataError(
                 f"data.weights has {len(weights)} entries for {len(prefixes)} corpora: give one"
@@ -178,9 +232,7 @@ class CorpusSet:
         self.weights = list(weights) if weights is not None and len(prefixes) > 1 else None
         # Megatron names its cached orders by path, not by content: a folder per content keeps a re-
         # made index from being read in the order of the old one.
-        content = [digest for _, digest in digest_files(files[::2], root)] + [
-            f.stat().st_size for f in files[1::2]
-        ]
+        content = [*indexes, *(f.stat().st_size for f in files[1::2])]
         self.fingerprint = key_of([content, self.weights, seq_len, seed, held_out])
         self._cache = root / "corpus" / self.fingerprint
 
@@ -249,51 +301,3 @@ class CorpusSet:
         where = f"{', '.join(map(str, self.prefixes))} epoch {epoch} sample {number}"
         tokenizers.check_vocab(largest + 1, self.model_vocab, f"The index behind {where}")
         return pack_one(tokens, labels, torch.ones(self.seq_len), id=where)
-
-
-def _existing(prefix: Path, suffix: str) -> Path:
-    file = Path(f"{prefix}{suffix}")
-    if not file.is_file():
-        raise DataError(
-            f"{file} does not exist: pretraining reads index prefixes. Make one with"
-            f" `moetrain data index INPUT --tokenizer FOLDER --out {prefix}`."
-        )
-    return file
-
-
-def _check_made_for(prefix: Path, model_vocab: int | None) -> None:
-    """Refuse an index that says it was made with more tokens than the embedding has."""
-    note = Path(f"{prefix}.json")
-    if note.is_file():
-        stats = json.loads(note.read_text())
-        tokenizers.check_vocab(
-            int(stats.get("vocab", 0)), model_vocab, f"The tokenizer of the index {prefix}"
-        )
-
-
-def _num_samples(prefix: Path, seq_len: int) -> int:
-    """How many samples of seq_len (and a token after) an index holds. DataError when damaged.
-
-    Read here and not by IndexedDataset, which says nothing clear of a damaged file.
-    """
-    from megatron.core.datasets.indexed_dataset import DType
-
-    size = os.path.getsize(f"{prefix}.idx")
-    with open(f"{prefix}.idx", "rb") as file:
-        head = file.read(HEADER.size)
-    if len(head) < HEADER.size or not head.startswith(MAGIC):
-        raise DataError(f"{prefix}.idx is not a Megatron index, or is cut short: make it again.")
-    _, _, code, num_sequences, num_documents = HEADER.unpack(head)
-    if size < HEADER.size + num_sequences * 12 + num_documents * 8:
-        raise DataError(f"{prefix}.idx is cut short: make it again.")
-    lengths = np.memmap(f"{prefix}.idx", np.int32, "r", offset=HEADER.size, shape=(num_sequences,))
-    num_tokens, width = int(lengths.sum(dtype=np.int64)), DType.size(DType.dtype_from_code(code))
-    if os.path.getsize(f"{prefix}.bin") < num_tokens * width:
-        raise DataError(
-            f"{prefix}.bin is cut short: the index counts {num_tokens} tokens of {width} bytes."
-        )
-    if num_tokens <= seq_len:
-        raise DataError(
-            f"{prefix} has {num_tokens} tokens: too few for a sample of data.seq_len {seq_len} + 1."
-        )
-    return (num_tokens - 1) // seq_len

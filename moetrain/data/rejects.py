@@ -8,6 +8,9 @@ from pathlib import Path
 from moetrain.data.cache import write_text
 from moetrain.errors import DataError
 
+# Reasons for which no record is missed.
+EMPTY_LINE, EMPTY_FILE = NOTHING_THERE = ("empty line", "empty file")
+
 
 @dataclass(frozen=True)
 class Reject:

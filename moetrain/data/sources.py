@@ -11,7 +11,7 @@ from typing import Any
 
 from moetrain.data import folders, tables
 from moetrain.data.parsing import parse_json, parse_list, with_parsed_messages
-from moetrain.data.rejects import Reject
+from moetrain.data.rejects import EMPTY_FILE, EMPTY_LINE, Reject
 from moetrain.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
@@ -21,12 +21,14 @@ TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 class Row:
     """A record and where it stands.
 
-    `line` counts lines of a text file or rows of a table, from 1.
+    `line` counts lines of a text file or rows of a table, from 1; `nulls` are the columns of a
+    table that this row has nothing in.
     """
 
     value: Mapping[str, Any]
     file: str
     line: int
+    nulls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,20 @@ def read_rows(source: Source) -> Iterator[Row | Reject]:
 def _parse(raw: bytes, file: str, line: int) -> Row | Reject:
     """One line of a JSONL file."""
     if not raw.strip():
-        return Reject(file, line, "empty line")
+        return Reject(file, line, EMPTY_LINE)
     try:
         return _row(parse_json(raw), file, line)
     except ValueError as error:
         return Reject(file, line, str(error))
 
 
-def _row(value: Any, file: str, line: int) -> Row | Reject:
+def _row(value: Any, file: str, line: int, nulls: tuple[str, ...] = ()) -> Row | Reject:
     if not isinstance(value, dict):
         return Reject(file, line, f"a record must be an object, not {type(value).__name__}")
-    if not value:
+    if not value and not nulls:
         return Reject(file, line, "empty record")
     try:
-        return Row(with_parsed_messages(value), file, line)
+        return Row(with_parsed_messages(value), file, line, nulls)
     except ValueError as error:
         return Reject(file, line, str(error))
 
@@ -138,10 +140,11 @@ def _read_json(path: Path) -> Iterator[Row | Reject]:
         ) from error
 
 
-def _table_row(value: dict[str, Any] | str, path: Path, line: int) -> Row | Reject:
-    if isinstance(value, str):
-        return Reject(str(path), line, value)
-    return _row(value, str(path), line)
+def _table_row(found: tables.Found, path: Path, line: int) -> Row | Reject:
+    if isinstance(found, str):
+        return Reject(str(path), line, found)
+    value, nulls = found
+    return _row(value, str(path), line, nulls)
 
 
 def _read_parquet(path: Path) -> Iterator[Row | Reject]:
@@ -184,7 +187,7 @@ def _read_text(path: Path) -> Iterator[Row | Reject]:
     except UnicodeDecodeError as error:
         yield Reject(str(path), 1, f"not UTF-8 at byte {error.start}")
         return
-    yield Row({"text": text}, str(path), 1) if text.strip() else Reject(str(path), 1, "empty file")
+    yield Row({"text": text}, str(path), 1) if text.strip() else Reject(str(path), 1, EMPTY_FILE)
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row | Reject]]] = {

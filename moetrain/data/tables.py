@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     import pyarrow
 
 Mend = Callable[[Any], Any]
+# A record and the columns that it has nothing in, or the reason why it cannot be read.
+Found = tuple[dict[str, Any], tuple[str, ...]] | str
 # What Arrow raises for a value that Python has no room for, and what mending raises.
 UNREADABLE = (ValueError, OverflowError, ArithmeticError, RecursionError)
 
 
-def records(batch: "pyarrow.RecordBatch | pyarrow.Table") -> Iterator[dict[str, Any] | str]:
-    """The rows of a batch: a record each, or the reason why it cannot be read."""
+def records(batch: "pyarrow.RecordBatch | pyarrow.Table") -> Iterator[Found]:
+    """The rows of a batch."""
     menders = {field.name: mender(field.type) for field in batch.schema}
     try:
         rows: list[Any] = batch.to_pylist()
@@ -47,14 +49,17 @@ def _reason(error: Exception) -> str:
     return f"a value cannot be read: {said[0]}"
 
 
-def _mended(row: dict[str, Any], menders: dict[str, Mend | None]) -> dict[str, Any]:
+def _mended(row: dict[str, Any], menders: dict[str, Mend | None]) -> Found:
     """Every row has every column, so a null there says nothing."""
     found: dict[str, Any] = {}
+    nulls: list[str] = []
     for name, value in row.items():
-        if value is not None:
+        if value is None:
+            nulls.append(name)
+        else:
             mend = menders[name]
             found[name] = value if mend is None else mend(value)
-    return found
+    return found, tuple(nulls)
 
 
 def without_added_nulls(value: dict[str, Any], valueless: frozenset[str]) -> dict[str, Any]:
