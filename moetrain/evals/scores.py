@@ -4,10 +4,15 @@ Legend: n answers to a question, c of them right; q questions.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+
+from moetrain.rewards.compare import plain_words
+from moetrain.rewards.meaning import Algebra, Group, Named, Number, Reading, Region, Words
+from moetrain.rewards.reading import readings
 
 Z = 1.959964  # of 95 %
 
@@ -50,13 +55,36 @@ def majority(votes: Sequence[str], right: Sequence[bool]) -> float:
 
 
 def vote_of(text: str) -> str:
-    """An answer without what does not matter: case, blanks, thousands' commas, a full stop."""
-    plain = " ".join(text.split()).casefold().strip("$*` ").rstrip(".")
-    number = plain.replace(",", "")
-    try:
-        return f"{float(number):.10g}"
-    except ValueError:
-        return plain
+    """A name for what an answer says: two answers are one vote where it is the same, so votes are
+    classes whatever the order in which answers come. Numbers are exact, with their unit;
+    expressions are told apart as they are written.
+    """
+    found = readings(text)
+    return _named(found[0]) if found else ""
+
+
+def _named(one: Reading) -> str:
+    match one:
+        case Number():
+            return f"{one.value} {one.unit or ''}".strip()
+        case Algebra():
+            return f"{re.sub(r'(?<!\d)\s+|\s+(?!\d)', '', one.text)} {one.unit or ''}".strip()
+        case Words():
+            return plain_words(one.text)
+        case Named():
+            return _named(one.content)
+        case Group(bracket="{" | "", items=items):
+            names = sorted(map(_named, items))
+            return names[0] if len(set(names)) == 1 and one.bracket else f"{{{'; '.join(names)}}}"
+        case Group():
+            return f"{one.bracket}{'; '.join(map(_named, one.items))}"
+        case Region():
+            ends = [
+                f"{piece.has_low:d}{'' if piece.low is None else _named(piece.low)}"
+                f"..{'' if piece.high is None else _named(piece.high)}{piece.has_high:d}"
+                for piece in one.pieces
+            ]
+            return f"<{' '.join(ends)}>"
 
 
 def share(values: Sequence[float]) -> Score:

@@ -1,125 +1,190 @@
-"""Whether an answer is right, as mathematics or as text."""
+"""Whether an answer is right, as mathematics or as words."""
 
 import re
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from moetrain.rewards.base import Scores
+from moetrain.data.thoughts import after_thought
+from moetrain.rewards.base import Scores, text_of
+from moetrain.rewards.compare import same
+from moetrain.rewards.meaning import Reading
+from moetrain.rewards.plain import even
+from moetrain.rewards.reading import is_words, readings
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_CJK = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]"
-_BESIDE = re.compile(rf"(?<={_CJK})(?=[-\d$\\])|(?<=[\d%$}}])(?={_CJK})")
-_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
-_LETTER = re.compile(r"\(?([a-z])[).:]?")
-_ANSWER = re.compile(r"\banswer\s*(?:is|:)\s*:?\s*([^\n]+)", re.IGNORECASE)
-_PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{4,}|[\n$]|\\\(")
-_FINAL = re.compile(r"####\s*(.+?)\s*$")
-
-LONGEST = 200  # characters that are read as one expression
+_TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_BETWEEN = re.compile(r"[\s$]*(?:,|;|,?\s*(?:and|or)|和|或)[\s$]*")
+_LEAD = re.compile(
+    r"(?:\w+, )?(?:(?:so|thus|hence|therefore|the|my|final|correct|right),?\s+)*answer\s*"
+    r"(?:is|:|=)\s*:?\s*(?=\S)",
+    re.IGNORECASE,
+)
+_SAID = re.compile(
+    r"\banswer\s*(?:is|:)\s*:?\s*([^\n]+)|(?:答案|答え|正解|答)\s*(?:是|为|為|は|[::])\s*([^\n]+)",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(
+    r"(?<=[^\s.])[.!](?:\s+(?=[^\s\d])|$)|[。!]"
+    r"|,?\s+(?=(?:not|and not|because|since|as|which|where|but)\b)"
+)
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$([^$\n]+?)(?<!\\)\$",
+                      re.DOTALL)  # fmt: skip
+_NUMERAL = re.compile(
+    r"(?:US\$|[$€£¥₹₩])?\s*(?<![a-zA-Z0-9_.^{/])-?(?:\d+\s+\d+\s*/\s*\d+(?!\d)|\d[\d.,'_]*(?:[eE][-+]?\d+)?(?:\s*/\s*\d[\d.,]*)?"
+    r"|\.\d+)(?:\s*\^\s*\{?-?\d+\}?)?(?:\s*\\?%)?"
+)
+LONGEST_TEXT = 20_000  # characters, from its end, in which an answer is looked for
+_OPERATOR = re.compile(r"(?:^|[\s\d])(?:mod|div|log|ln|sqrt|choose)$|[*\\^/=<>+]$")
 
 
 def accuracy(
-    completions: list[str],
+    completions: Sequence[Any],
     answer: list[Any] | None = None,
     solution: list[Any] | None = None,
+    opened: list[str] | None = None,
     **columns: Any,
 ) -> Scores:
-    """1 or 0 against the column `answer` (or `solution`); None where the record has neither.
+    """1 or 0 against the column `answer` (where it is None, `solution`); None where the record has
+    neither.
 
-    LaTeX and plain numbers by math-verify, anything else as words. Of a completion, what stands in
-    <answer> tags, in the last \\boxed{} or behind #### is read where there is such a thing.
+    Of a completion, what stands in <answer> tags, in the last \\boxed{} or behind #### is read as
+    it stands, where there is such a thing; else what it says that the answer is, or the last
+    formula or number in it.
     """
-    golds = answer if answer is not None else solution
-    if golds is None:
-        return [None] * len(completions)
+    num = len(completions)
+    golds = [
+        first if first is not None else second
+        for first, second in zip(answer or [None] * num, solution or [None] * num, strict=True)
+    ]
     return [
-        None if gold is None else float(equal(final(str(gold)), final(text)))
-        for text, gold in zip(completions, golds, strict=True)
+        None if gold is None else float(equal(str(gold), said(text_of(text), begun)))
+        for text, gold, begun in zip(completions, golds, opened or [""] * num, strict=True)
     ]
 
 
-def exact(completions: list[str], answer: list[Any] | None = None, **columns: Any) -> Scores:
+def exact(
+    completions: Sequence[Any],
+    answer: list[Any] | None = None,
+    opened: list[str] | None = None,
+    **columns: Any,
+) -> Scores:
     """1 when the completion is the column `answer`, but for outer blanks; None without one."""
-    golds = answer or [None] * len(completions)
+    num = len(completions)
     return [
-        None if gold is None else float(text.strip() == str(gold).strip())
-        for text, gold in zip(completions, golds, strict=True)
+        None if gold is None else float(said(text_of(text), begun).strip() == str(gold).strip())
+        for text, gold, begun in zip(
+            completions, answer or [None] * num, opened or [""] * num, strict=True
+        )
     ]
+
+
+def said(text: str, opened: str = "") -> str:
+    """An answer without its thought; nothing where the thought has no end."""
+    return after_thought(text, opened) or ""
+
+
+def equal(gold: str, given: str) -> bool:
+    """The same text, or the same mathematics; either may be the right one."""
+    given = given.strip()
+    if not given:
+        return False
+    if gold.strip() == given:
+        return True
+    return any(
+        same(wanted, other) for wanted in _readings(gold, True) for other in _readings(given)
+    )
+
+
+def _readings(text: str, is_gold: bool = False) -> list[Reading]:
+    own, is_marked = marked(text)
+    found: list[Reading] = []
+    for candidate in [own] if is_marked else _candidates(own, not is_gold):
+        found += readings(_LEAD.sub("", candidate, count=1) if is_marked else candidate)
+        # Words are what they are wherever they stand; of numbers, the surest place alone counts.
+        if not all(is_words(one) for one in found):
+            break
+    return found
 
 
 def final(text: str) -> str:
     """The part of an answer that is compared."""
+    own, is_marked = marked(text)
+    if is_marked:
+        return own.strip()
+    last = ""
+    for candidate in _candidates(own):
+        last = candidate
+        if not all(is_words(one) for one in readings(candidate)):
+            return candidate.strip()
+    return own.strip() if not _SAID.search(own) else last.strip()
+
+
+def marked(text: str) -> tuple[str, bool]:
+    """(what is compared, whether a tag, a box or #### says that it is the answer)."""
     tagged = _TAGGED.findall(text)
     if tagged:
         text = tagged[-1]
-    marked = _FINAL.search(text)
-    return (boxed(text) or (marked.group(1) if marked else text)).strip()
+    box = boxed(text)
+    if box is not None:
+        return box, True
+    _, mark, line = text.rstrip().rpartition("\n")[2].rpartition("####")
+    return (line, True) if mark else (text, bool(tagged))
 
 
 def boxed(text: str) -> str | None:
-    """What the last \\boxed{...} holds."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    """What the last \\boxed{...} holds, and those before it that it is listed with; nothing where
+    it has no end.
+    """
+    found: list[tuple[int, int, str]] = []
+    place = 0
+    while start := _BOX.search(text, place):
+        place, content = _box(text, start.end())
+        found.append((start.start(), place, content))
+    if not found:
         return None
+    parts = [found[-1][2]]
+    for before, after in zip(found[-2::-1], found[:0:-1], strict=True):
+        if not _BETWEEN.fullmatch(text[before[1] : after[0]]):
+            break
+        parts.insert(0, before[2])
+    return ", ".join(parts)
+
+
+def _box(text: str, start: int) -> tuple[int, str]:
+    """(its end, its content) of a box whose brace is at `start`; or a single word's."""
+    if text[start : start + 1] != "{":
+        word = re.compile(r"[^\s$]*").match(text, start)
+        assert word is not None
+        return word.end(), word[0]
     depth = 0
-    for place in range(start + len("\\boxed"), len(text)):
+    for place in range(start, len(text)):
+        if text[place - 1] == "\\":
+            continue
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:
-            return text[start + len("\\boxed{") : place]
-    return None
+            return place + 1, text[start + 1 : place]
+    return len(text), ""
 
 
-def equal(gold: str, given: str) -> bool:
-    """The same text, or the same mathematics."""
-    gold, given = _even(gold), _even(given)
-    if _plain(gold) in (_plain(given), _plain(_said(given))) or _same_number(gold, given):
-        return True
-    from math_verify import verify
-
-    # The first reading of the gold answer that there is; any of the other.
-    wanted = next(_readings(gold), None)
-    return wanted is not None and any(
-        verify(wanted, other, timeout_seconds=None) for other in _readings(given, whole_first=False)
-    )
-
-
-def _readings(text: str, whole_first: bool = True) -> Iterator[list[Any]]:
-    """What math-verify makes of `text`: as one expression, where it is no prose, and of those in
-    it.
+def _candidates(text: str, numbers: bool = True) -> Iterator[str]:
+    """Where an answer stands in a text that marks none: all of it, where it says that it is, in
+    the last formula, in the last number.
     """
-    from math_verify import parse
-
-    texts = [text]
-    if len(text) <= LONGEST and not _PROSE.search(text):
-        texts.insert(0 if whole_first else 1, f"\\boxed{{{text}}}")
-    for one in texts:
-        found: list[Any] = parse(one, parsing_timeout=None)
-        if found:
-            yield found
-
-
-def _even(text: str) -> str:
-    """Digits and signs in their usual width, money without its sign, numbers apart from words."""
-    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\\$", "")
-    return _BESIDE.sub(" ", text).strip()
-
-
-def _plain(text: str) -> str:
-    """As words that are compared: (B), \\text{b} and B. are the same."""
-    text = _TEXT.sub(r"\1", text).strip(" .。\"'`*$").casefold()
-    letter = _LETTER.fullmatch(text)
-    return letter.group(1) if letter else " ".join(text.split())
-
-
-def _said(text: str) -> str:
-    """What follows the last "answer is", or nothing."""
-    found = _ANSWER.findall(text)
-    return found[-1] if found else "\0"
-
-
-def _same_number(gold: str, given: str) -> bool:
-    try:
-        return float(gold) == float(given)
-    except ValueError:
-        return False
+    text = text.strip()[-LONGEST_TEXT:]
+    if "\n" not in text:
+        yield text
+    told = _SAID.findall(text)
+    if told:
+        line = told[-1][0] or told[-1][1]
+        yield _SENTENCE.split(line)[0]
+        text = text[text.rindex(line) :]
+    formulas = [next(filter(None, found)) for found in _FORMULA.findall(text)]
+    if formulas:
+        yield formulas[-1]
+    text = even(text)
+    for found in reversed(list(_NUMERAL.finditer(text)) if numbers else []):
+        before = text[: found.start()].rstrip()
+        if not before.endswith(" not"):
+            if not _OPERATOR.search(before):
+                yield found[0]
+            return

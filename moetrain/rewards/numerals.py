@@ -1,0 +1,124 @@
+"""Numbers as people write them: grouped, with a decimal comma, as fractions, mixed, in powers of
+ten, with money before them or a unit behind.
+"""
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+
+from moetrain.rewards.meaning import Number
+from moetrain.rewards.units import MONEY, scaled, unit_of
+
+MOST_DIGITS = 400
+
+_INT = r"\d+"
+_DECIMAL = re.compile(r"(\d*)\.(\d+)|(\d+)\.?")
+_GROUPED = re.compile(r"[1-9]\d{0,2}(?:([, '_])\d{3})(?:\1\d{3})*(\.\d+)?")
+_INDIAN = re.compile(r"\d{1,2}(?:,\d{2})+,\d{3}(\.\d+)?")
+_POINTED = re.compile(r"[1-9]\d{0,2}(?:([. ])\d{3})(?:\1\d{3})*,\d+|[1-9]\d{0,2}(?:\.\d{3}){2,}")
+DECIMAL_COMMA = re.compile(r"\d+,\d+")
+_FRAC = r"\\frac\s*(?:\{\s*(-?[\d., ]+?)\s*\}|(\d))\s*(?:\{\s*(-?[\d., ]+?)\s*\}|(\d))"
+_LATEX = re.compile(_FRAC)
+_SLASH = re.compile(r"([\d.,]+)\s*/\s*([\d.,]+)")
+_ASIAN = re.compile(r"(\d+)\s*(?:分\s*の|分之)\s*(\d+)")
+_MIXED = re.compile(rf"({_INT})\s+({_INT})\s*/\s*({_INT})|({_INT})\s*{_FRAC}")
+_SCIENCE = re.compile(
+    r"(-?[\d.,]+)\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:\{\s*([-+]?\d{1,3})\s*\}|([-+]?\d{1,3}))"
+    r"|([\d.]+)[eE]([-+]?\d{1,3})"
+)
+_RAISED = re.compile(r"(\d{1,6})\s*\^\s*(?:\{\s*(-?\d{1,2})\s*\}|(-?\d{1,2}))")
+_HEAD = re.compile(
+    rf"(?:[\d.,]+\s*(?:\\times|\\cdot|\*)\s*)?\d+\s*\^\s*(?:\{{[^{{}}]*\}}|-?\d+)"
+    rf"|{_INT}\s+{_INT}\s*/\s*{_INT}|(?:{_INT}\s*)?{_FRAC}|\d+\s*(?:分\s*の|分之)\s*\d+"
+    rf"|\d[\d.,'_]*(?:[eE][-+]?\d+(?![\da-zA-Z]))?\s*/\s*\d[\d.,]*"
+    r"|(?:\d{1,3}(?: \d{3})+(?!\d)(?:[.,]\d+)?|\d[\d.,'_]*\d|\d|\.\d+)"
+    r"(?:[eE][-+]?\d+(?![\da-zA-Z]))?"
+)
+
+
+def numbers(text: str) -> Iterator[Number]:
+    """What `text` can mean as one number with its unit."""
+    sign, rest = _signed(text)
+    money = next((mark for mark in MONEY if rest.startswith(mark)), None)
+    if money is not None:
+        more, rest = _signed(rest[len(money) :])
+        sign *= more
+    head = _HEAD.match(rest)
+    if head is None:
+        return
+    tail = rest[head.end() :]
+    apart = not tail or not tail[0].isalpha() or not tail[0].isascii()
+    factor, left = scaled(tail.strip())
+    unit = unit_of(left, apart or factor != 1) if left else None
+    if left and unit is None:
+        return
+    if money is not None:
+        own = unit_of(money.removeprefix("US"), True)
+        if unit not in (None, own):
+            return
+        unit = own
+    for value, digits in _values(head.group().strip()):
+        yield Number(sign * value * factor, unit, digits if factor == 1 else 0)
+
+
+def _signed(text: str) -> tuple[int, str]:
+    text = text.strip()
+    if text[:1] in ("-", "+"):
+        return (-1 if text[0] == "-" else 1), text[1:].strip()
+    return 1, text
+
+
+def _values(text: str) -> Iterator[tuple[Fraction, int]]:
+    """(value, digits behind the point) of a number without sign and unit."""
+    if len(text) > MOST_DIGITS:
+        return
+    try:
+        yield from _written(text)
+        for value in _made(text):
+            yield value, 0
+    except (ZeroDivisionError, ValueError):
+        return
+
+
+def _written(text: str) -> Iterator[tuple[Fraction, int]]:
+    plain = _DECIMAL.fullmatch(text)
+    if plain:
+        yield Fraction(text.rstrip(".")), len(plain[2] or "")
+    elif _GROUPED.fullmatch(text) or _INDIAN.fullmatch(text):
+        bare = re.sub("[, '_]", "", text)
+        yield Fraction(bare), len(bare.partition(".")[2])
+    elif _POINTED.fullmatch(text):
+        bare = re.sub(r"[. ]", "", text).replace(",", ".")
+        yield Fraction(bare), len(bare.partition(".")[2])
+    elif DECIMAL_COMMA.fullmatch(text):
+        bare = text.replace(",", ".")
+        yield Fraction(bare), len(bare.partition(".")[2])
+
+
+def _made(text: str) -> Iterator[Fraction]:
+    """Fractions, mixed numbers, powers."""
+    if found := _ASIAN.fullmatch(text):
+        yield Fraction(int(found[2]), int(found[1]))
+    elif found := _SLASH.fullmatch(text):
+        yield _one(found[1]) / _one(found[2])
+    elif found := _LATEX.fullmatch(text):
+        yield _one(found[1] or found[2]) / _one(found[3] or found[4])
+    elif found := _MIXED.fullmatch(text):
+        count, up, down = (x for x in found.groups() if x is not None)
+        part = _one(up) / _one(down)
+        if 0 < part < 1:
+            yield int(count) + part
+    elif found := _SCIENCE.fullmatch(text):
+        base, power = (x for x in found.groups() if x is not None)
+        yield _one(base) * Fraction(10) ** int(power)
+    elif found := _RAISED.fullmatch(text):
+        yield Fraction(int(found[1])) ** int(found[2] or found[3])
+
+
+def _one(text: str) -> Fraction:
+    """A decimal number. Raises ValueError."""
+    sign, rest = _signed(text)
+    found = next(_written(rest), None)
+    if found is None:
+        raise ValueError(text)
+    return sign * found[0]

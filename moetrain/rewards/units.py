@@ -1,0 +1,164 @@
+"""What may stand behind or before a number: units, money, words for large numbers.
+
+One name stands for all spellings of a unit. Units are not converted into each other: 1 m is not
+100 cm here, as a question asks for one of them.
+"""
+
+import re
+from fractions import Fraction
+
+_CJK = r"\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+_ASIAN = re.compile(rf"[{_CJK}]{{1,8}}")
+_WORDS = re.compile(r"[a-z]{3,}(?:[- ][a-z]{2,}){0,3}")
+_POWER = re.compile(r"(.+?)\s*(?:\^\s*\{?\s*(-?\d)\s*\}?|(?<=[a-z])([23]))")
+_PER = re.compile(r"\s*/\s*|\s+per\s+")
+
+# spellings of one unit, the first its name
+_SAME = """
+$ usd dollar dollars us$ us-dollar us-dollars
+€ eur euro euros
+£ gbp pound-sterling pounds-sterling quid
+¥ 円 yen jpy エン
+元 yuan rmb cny 块 人民币
+₹ inr rupee rupees rs
+₩ krw won 원
+cent cents ¢
+mm millimeter millimeters millimetre millimetres 毫米 ミリメートル ミリ
+cm centimeter centimeters centimetre centimetres 厘米 公分 センチメートル センチ
+dm decimeter decimeters decimetre decimetres
+m meter meters metre metres 米 メートル
+km kilometer kilometers kilometre kilometres kms 千米 公里 キロメートル
+in inch inches
+ft foot feet
+yd yard yards
+mi mile miles
+g gram grams gramme grammes 克 グラム
+kg kilogram kilograms kilo kilos kgs 千克 公斤 キログラム キロ
+mg milligram milligrams 毫克 ミリグラム
+lb lbs pound pounds
+oz ounce ounces
+l L liter liters litre litres 升 リットル
+ml mL milliliter milliliters millilitre millilitres 毫升 ミリリットル
+s sec secs second seconds 秒
+min mins minute minutes 分 分钟 分間 分鐘
+h hr hrs hour hours 小时 時間 小時
+day days 日 天 日間
+week weeks wk wks 週間 周 星期
+month months か月 ヶ月 个月 個月 カ月
+year years yr yrs 年 年間 岁-年
+mph mi/h
+km/h kmh kph kmph
+m/s mps
+deg degree degrees ° 度
+℃ °C degC degrees-celsius degree-celsius celsius 摄氏度
+℉ °F degF degrees-fahrenheit degree-fahrenheit fahrenheit
+rad radian radians
+hz Hz hertz
+khz kHz kilohertz
+N newton newtons
+J joule joules
+kj kJ kilojoules kilojoule
+W watt watts
+mW milliwatt milliwatts
+MW megawatt megawatts
+kw kW kilowatt kilowatts
+kwh kWh
+V volt volts
+A amp amps ampere amperes
+K kelvin kelvins
+Pa pascal pascals
+mol mole moles
+unit units
+個 个 箇 개 つ
+人 名
+匹 只
+本 根
+枚 张 張
+"""
+_NAMES: dict[str, str] = {}
+for _line in _SAME.split("\n"):
+    _spellings = [word.replace("-", " ") for word in _line.split()]
+    _NAMES.update(dict.fromkeys(_spellings, _spellings[0] if _spellings else ""))
+
+MONEY = ("US$", "$", "€", "£", "¥", "₹", "₩")  # before a number
+SINGLE = frozenset("m g s l L h N J W V A K".split())  # letters that a variable could be, too
+
+# Words with which something else is said than what is counted.
+_NO_UNITS = frozenset(
+    """is are was were be not no or and to than then of plus minus times divided over more less most
+    least at exactly approximately about around if mod modulo log ln exp sqrt sin cos tan cot sec
+    csc arcsin arccos arctan sinh cosh tanh max min gcd lcm det lim sum prod pi infinity inf inv div
+    choose dozen hundred thousand million billion trillion half halves third thirds fourth fourths
+    quarter quarters fifth fifths sixth sixths seventh eighth eighths ninth tenth tenths hundredth
+    hundredths percent out from with without the for when where but only never wrong right true
+    false between either neither nor except unless greater smaller larger equal equals""".split()
+)
+_NO_ASIAN = re.compile(
+    r"以上|以下|以内|未満|未满|超|より|大于|小于|至少|最多|または|或|と|和|か$|ではな|不是|じゃな|約|余|倍"
+)
+_ENDING = re.compile(r"(?:です|である|だ|になる|になります|となる|となります|でした|입니다|이다)$")
+
+SCALES = {
+    "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+    "trillion": 10**12, "十": 10, "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "十万": 10**5,
+    "百万": 10**6, "千万": 10**7, "億": 10**8, "亿": 10**8, "兆": 10**12, "만": 10**4, "억": 10**8,
+}  # fmt: skip
+_SCALE = re.compile(rf"({'|'.join(sorted(SCALES, key=len, reverse=True))})(?![a-z])\s*")
+_SHARE = re.compile(r"\\?%|percent(?:age points?)?|per cent|パーセント|퍼센트|\u2030")
+
+
+def scaled(rest: str) -> tuple[Fraction, str]:
+    """(the factor that `rest`, which follows a number, begins with, what comes after it)."""
+    share = _SHARE.match(rest)
+    if share:
+        factor = Fraction(1, 1000 if share.group() == "\u2030" else 100)
+        return factor, rest[share.end() :].strip()
+    found = _SCALE.match(rest)
+    return (Fraction(SCALES[found[1]]), rest[found.end() :]) if found else (Fraction(1), rest)
+
+
+def unit_of(text: str, apart: bool) -> str | None:
+    """The name of the unit that is all of `text`; None where it is none. A unit that a variable
+    could be called, and one that no table has, have to stand `apart` from their number.
+    """
+    text = _ENDING.sub("", " ".join(text.split())).strip(" .")
+    if not text:
+        return None
+    known = _known(text)
+    if known is not None:
+        return known if apart or text not in SINGLE else None
+    if _ASIAN.fullmatch(text):
+        return None if _NO_ASIAN.search(text) else text
+    if apart and _WORDS.fullmatch(text) and not _NO_UNITS & set(re.split(r"[- ]", text)):
+        last = re.split(r"[- ]", text)[-1]  # of "red apples", "large red apples": what is counted
+        return last.removesuffix("s") if len(last) > 3 else last
+    return None
+
+
+def _known(text: str) -> str | None:
+    """Of the tables, with powers and fractions of such."""
+    if text in _NAMES:
+        return _NAMES[text]
+    if len(text) > 2 and text.casefold() in _NAMES:
+        return _NAMES[text.casefold()]
+    over = _PER.split(text)
+    if len(over) == 2:
+        parts = [_known(part) for part in over]
+        joined = f"{parts[0]}/{parts[1]}"
+        return None if None in parts else _NAMES.get(joined, joined)
+    for word, power in (("square ", 2), ("sq ", 2), ("sq. ", 2), ("cubic ", 3), ("平方", 2),
+                        ("立方", 3), ("cu ", 3)):  # fmt: skip
+        if text.startswith(word):
+            return _raised(text[len(word) :], power)
+    for word, power in ((" squared", 2), (" cubed", 3)):
+        if text.endswith(word):
+            return _raised(text[: -len(word)], power)
+    found = _POWER.fullmatch(text)
+    if found:
+        return _raised(found[1], int(found[2] or found[3]))
+    return None
+
+
+def _raised(text: str, power: int) -> str | None:
+    base = _known(text.strip())
+    return None if base is None or "^" in base else f"{base}^{power}"
