@@ -237,6 +237,10 @@ class RewardConfig(Section):
         default_factory=dict[str, Any], description="keyword arguments of the reward"
     )
     label: str = Field(default="", description="in the ledger; default: the name or the function's")
+    batch_size: Count | None = Field(
+        default=None,
+        description="completions that FILE.py:FUNCTION is called with; default: a prompt's",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -251,6 +255,11 @@ class RewardConfig(Section):
             return given
         given["options"] = _checked(name, cast(dict[str, Any], options))
         given["label"] = given.get("label") or name.rpartition(":")[2]
+        if given.get("batch_size") is not None and ":" not in name:
+            raise ValueError(
+                f"rewards: batch_size is for FILE.py:FUNCTION; {name} sees each completion alone"
+                " (reward_model has the option batch_size)."
+            )
         return given
 
 

@@ -21,10 +21,12 @@ from moetrain.data.loader import model_vocab, tokenizer_of, told_of_tokenizer, w
 from moetrain.data.rejects import Reject, check_rejects
 from moetrain.data.samples import Prompt
 from moetrain.data.selection import Selection, rows_of
+from moetrain.data.thoughts import opened_by
 from moetrain.errors import DataError
 
 # Where a record keeps its prompt: messages, or a text that is a user's only message.
 KEYS = ("prompt", "messages", "question", "problem")
+TAIL = 48  # tokens at the end of a prompt in which a thought can begin
 AGAIN = "-"  # in the id of a record that stands in the files before, with how often
 
 
@@ -100,7 +102,9 @@ def read_prompt(record: Mapping[str, Any], chat: Chat, max_tokens: int | None = 
     columns = {name: value for name, value in record.items() if name not in KEYS}
     columns["prompt"] = messages
     content = json.dumps(columns, sort_keys=True, default=str).encode()
-    return Prompt(hashlib.sha256(content).hexdigest()[:16], tuple(map(int, ids)), columns)
+    name = hashlib.sha256(content).hexdigest()[:16]
+    opened = opened_by(tokenizer.decode(ids[-TAIL:], skip_special_tokens=False))
+    return Prompt(name, tuple(map(int, ids)), columns, opened, isinstance(record[key], str))
 
 
 def _messages(value: Any, key: str) -> list[dict[str, Any]]:
@@ -134,7 +138,7 @@ class PromptOrder:
             number = int(order[number])
         prompt = self.prompts[number]
         return (
-            prompt if epoch == 0 else Prompt(f"{prompt.id}#{epoch}", prompt.tokens, prompt.columns)
+            prompt if epoch == 0 else replace(prompt, id=f"{prompt.id}#{epoch}")
         )
 
 

@@ -20,6 +20,8 @@ class Prompt:
     id: str  # of its content; "#k" behind it in the k-th epoch after the first
     tokens: tuple[int, ...]  # the chat template applied, with its generation prompt
     columns: dict[str, Any]  # the record's fields, for rewards; "prompt" holds the messages
+    opened: str = ""  # the thought that the template began for the answer, such as "<think>\n"
+    is_text: bool = False  # the record gave its prompt as text, not as messages
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Sample:
     index: int  # which answer to its prompt
     tokens: tuple[int, ...]  # with the end-of-turn token where it ended by itself
     logprobs: tuple[float, ...]  # of each token, under the distribution that it was drawn from
-    text: str  # without special tokens
+    text: str  # special tokens too, but for those that ended it
     finish: Literal["stop", "length"]
     version: int  # of the weights: 0 before the first step
     # [prompt + answer - 1, MoE layers, top_k] int16: the router's choices, where asked for

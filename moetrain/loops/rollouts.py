@@ -93,7 +93,7 @@ def _row(group: Group) -> dict[str, Any]:
 
 
 def _group(row: dict[str, Any]) -> Group:
-    prompt = Prompt(row["prompt"]["id"], tuple(row["prompt"]["tokens"]), row["prompt"]["columns"])
+    prompt = Prompt(**row["prompt"] | {"tokens": tuple(row["prompt"]["tokens"])})
     answers = (Graded(Sample.from_json(a), a["reward"], a["parts"]) for a in row["answers"])
     return Group(prompt, tuple(answers))
 

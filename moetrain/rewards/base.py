@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moetrain.config.rewards import RewardConfig
+from moetrain.data.thoughts import after_thought
 
 Scores = list[float | None]
 """One for each completion; None where the reward does not apply."""
 
 RewardFunction = Callable[..., Scores]
-"""TRL's signature: f(completions: list[str], **columns: list[Any]) -> Scores. Options of the recipe
-come as keyword arguments beside the columns.
+"""f(completions: list, **columns: list) -> Scores. Options of the recipe come as keyword arguments
+beside the columns; how a user's own function is called stands in own.py.
 """
 
 
@@ -22,6 +23,16 @@ class Item:
     number: int
     text: str
     columns: Mapping[str, Any]  # of its record; `prompt` has the messages that it answers
+    opened: str = ""  # the thought that the prompt has begun, such as "<think>\n"
+    is_text: bool = False  # the record's prompt is text
+    tokens: tuple[int, ...] | None = None  # where it was sampled
+    step: int = 0  # of the run, and its last one
+    last: int = 0
+
+    @property
+    def said(self) -> str:
+        """Without its thought; nothing where that was cut."""
+        return after_thought(self.text, self.opened) or ""
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,8 @@ class Answer:
     fault: str | None = None  # "timeout", "crash" or "error": then the completion is left out
     notes: tuple[str, ...] = ()  # what the ledger counts: "code_timeout", ...
     detail: str = ""  # of a fault, for people
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])  # beside it in the rollouts
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])  # of a whole batch
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class Shape:
     batch: int  # completions that a worker is handed at a time
     seconds: float  # without any answer after which a worker is ended
     start_seconds: float = 60.0  # to be ready
+    is_grouped: bool = False  # no batch has answers to two prompts
 
 
 class Service(Protocol):
@@ -67,6 +81,7 @@ class Graded:
     reward: float | None  # the weighted sum of the parts; None: leave the completion out
     parts: Mapping[str, float | None]  # by name
     fault: str | None = None  # "timeout", "crash" or "error": then the reward is None
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what functions have logged
 
 
 def text_of(message: Any) -> str:

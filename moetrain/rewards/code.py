@@ -22,7 +22,7 @@ class Code:
 
     A record has the cases in `tests` (or another of COLUMNS): [{input, output}, ...], {inputs,
     outputs}, or either as JSON. Of an answer, the last block ```python or ```cpp is run. None
-    without cases, 0 without a block.
+    without cases, 0 without a block. A program in a thought is none.
     """
 
     def __init__(self, configs: Sequence[RewardConfig]):
@@ -43,7 +43,7 @@ class Code:
         cases = cases_of(item.columns)
         if not cases:
             return Answer({self.label: None})
-        found = block(item.text, self.options.languages, item.columns.get("language"))
+        found = block(item.said, self.options.languages, item.columns.get("language"))
         if found is None:
             return self._scored(0, cases, "missing")
         program = self.runner.program(*found)

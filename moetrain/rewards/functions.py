@@ -1,4 +1,4 @@
-"""Rewards that are functions, the recipe's all together, a completion at a time."""
+"""Moetrain's rewards that are functions, the recipe's all together, a completion at a time."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +22,14 @@ class Functions:
             yield item.number, self._answer(item)
 
     def _answer(self, item: Item) -> Answer:
-        lists = {name: [value] for name, value in item.columns.items()}
+        lists = {name: [value] for name, value in item.columns.items() if name != "completions"}
+        lists["opened"] = [item.opened]
         values: dict[str, float | None] = {}
         try:
             for config, function in self._found:
                 (score,) = function([item.text], **{**lists, **config.options})
                 values[config.label] = None if score is None else _finite(float(score))
-        except Exception as error:  # a user's own code, which may fail in any way
+        except Exception as error:  # columns hold anything
             return Answer(fault="error", detail=f"{config.label}: {type(error).__name__}: {error}")
         return Answer(values)
 

@@ -10,7 +10,9 @@ from typing import Any
 from moetrain.config.rewards import RewardConfig
 from moetrain.errors import ConfigError
 from moetrain.rewards.base import Answer, Graded, Item, Shape
+from moetrain.rewards.find import REWARDS
 from moetrain.rewards.functions import FUNCTIONS
+from moetrain.rewards.own import own_kind
 from moetrain.rewards.pool import Pool
 from moetrain.rewards.services import SERVICES
 
@@ -30,13 +32,14 @@ class Grader:
         self.configs = list(configs)
         self.counts: Counter[str] = Counter()  # of faults and notes
         self.said = ""  # the detail of the last fault
+        self.metrics: dict[str, list[float]] = {}  # what functions have logged, to be taken
         recipe = Shape(num_workers, 1, deadline_s)
-        functions = [config for config in configs if config.name not in SERVICES]
+        functions = [config for config in configs if config.name in REWARDS]
         self._pools = [Pool(FUNCTIONS, functions, recipe)] if functions else []
         try:
             for config in configs:
-                if config.name in SERVICES:
-                    kind = SERVICES[config.name]
+                if config.name not in REWARDS:
+                    kind = SERVICES.get(config.name) or own_kind(config.batch_size)
                     shape = kind.shape(config.options, recipe)
                     self._pools.append(Pool(kind, [config], shape))
             for pool in self._pools:
@@ -49,10 +52,15 @@ class Grader:
         self, completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> list[Graded]:
         """One verdict for each completion, in order; `columns` have a value for each."""
-        items = [
-            Item(i, text, {name: values[i] for name, values in columns.items()})
-            for i, text in enumerate(completions)
-        ]
+        return self.grade_items(
+            [
+                Item(i, text, {name: values[i] for name, values in columns.items()})
+                for i, text in enumerate(completions)
+            ]
+        )
+
+    def grade_items(self, items: Sequence[Item]) -> list[Graded]:
+        """One verdict for each, in order; they are numbered from 0."""
         for pool in self._pools:
             pool.ask(items)
         found: list[list[Answer]] = [[] for _ in items]
@@ -70,17 +78,21 @@ class Grader:
 
     def _count(self, answer: Answer) -> None:
         self.counts.update(answer.notes)
+        for name, value in answer.metrics.items():
+            self.metrics.setdefault(name, []).append(value)
         if answer.fault is not None:
             self.counts[answer.fault] += 1
             self.said = " ".join((answer.detail or answer.fault).split())[:300]
 
     def _verdict(self, answers: Sequence[Answer]) -> Graded:
-        parts = {name: value for answer in answers for name, value in answer.values.items()}
+        values = {name: value for answer in answers for name, value in answer.values.items()}
+        parts = {config.label: values.get(config.label) for config in self.configs}
+        extra = {name: value for answer in answers for name, value in answer.extra.items()}
         fault = next((answer.fault for answer in answers if answer.fault is not None), None)
         if fault is not None:
-            return Graded(None, parts, fault)
+            return Graded(None, parts, fault, extra)
         terms = [c.weight * value for c in self.configs if (value := parts[c.label]) is not None]
-        return Graded(sum(terms) if terms else None, parts)
+        return Graded(sum(terms) if terms else None, parts, None, extra)
 
     def close(self) -> None:
         """End all workers, and what they have started."""

@@ -46,6 +46,8 @@ class Judge:
 
     async def _answer(self, item: Item) -> tuple[int, Answer]:
         nothing = {self.label: None}
+        if not item.said.strip():  # a thought that was cut, or no word: there is nothing to judge
+            return item.number, Answer({self.label: 0.0})
         try:
             words = await self._words(fill(self.options.prompt, item))
         except RemoteError as error:
@@ -94,7 +96,7 @@ async def _first(
 
 def fill(prompt: str, item: Item) -> str:
     """`prompt` with {completion} and {COLUMN} replaced, and other braces as they are."""
-    words = {**item.columns, "completion": item.text}
+    words = {**item.columns, "completion": item.said}
 
     def put(found: re.Match[str]) -> str:
         if found[1] not in words:

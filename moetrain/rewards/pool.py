@@ -9,6 +9,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import batched, groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,12 @@ class Pool:
 
     def ask(self, items: Sequence[Item]) -> None:
         """Put completions in the queue."""
-        size = self.shape.batch
-        self._queue.extend(tuple(items[i : i + size]) for i in range(0, len(items), size))
+        for _, own in groupby(items, self._group):
+            self._queue.extend(batched(own, self.shape.batch))
+
+    def _group(self, item: Item) -> Any:
+        """What completions of one batch have in common."""
+        return item.columns.get("prompt") if self.shape.is_grouped else None
 
     def send(self) -> None:
         """Give waiting completions to workers without any."""

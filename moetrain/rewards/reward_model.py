@@ -66,7 +66,7 @@ class RewardModel:
         prompt = item.columns.get("prompt") or []
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        messages = [*prompt, {"role": "assistant", "content": item.text}]
+        messages = [*prompt, {"role": "assistant", "content": item.opened + item.text}]
         trained = [*[False] * len(prompt), True]
         encoded = self.chat.encode(self.chat.mark(Conversation(messages, trained)))
         if not encoded or not encoded[-1].mask.any():

@@ -3,6 +3,7 @@
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 from moetrain.rewards.base import Scores, text_of
@@ -13,19 +14,30 @@ THINKING = re.compile(
 _WORD = re.compile(r"[぀-ヿ㐀-䶿一-鿿豈-﫿]|\w+")
 
 
-def format(completions: list[str], pattern: str | None = None, **columns: Any) -> Scores:
-    """1 when the whole completion is <think>…</think><answer>…</answer> (or matches `pattern`)."""
+def format(
+    completions: Sequence[Any],
+    pattern: str | None = None,
+    opened: list[str] | None = None,
+    **columns: Any,
+) -> Scores:
+    """1 when the whole completion, with what the prompt has begun of it, is
+    <think>…</think><answer>…</answer> (or matches `pattern`).
+    """
     wanted = THINKING if pattern is None else re.compile(pattern, re.DOTALL)
-    return [float(wanted.fullmatch(text) is not None) for text in completions]
+    begun = opened or [""] * len(completions)
+    return [
+        float(wanted.fullmatch(start + text_of(text)) is not None)
+        for start, text in zip(begun, completions, strict=True)
+    ]
 
 
-def length(completions: list[str], target: int = 200, **columns: Any) -> Scores:
+def length(completions: Sequence[Any], target: int = 200, **columns: Any) -> Scores:
     """1 at `target` characters, falling linearly to 0 at none and at twice as many."""
-    return [max(0.0, 1 - abs(len(text) - target) / target) for text in completions]
+    return [max(0.0, 1 - abs(len(text) - target) / target) for text in map(text_of, completions)]
 
 
 def cosine_length(
-    completions: list[str],
+    completions: Sequence[Any],
     right: list[float | None] | None = None,
     max_length: int = 1000,
     right_short: float = 1.0,
@@ -41,7 +53,7 @@ def cosine_length(
     """
     marks = right or [1.0] * len(completions)
     scores: Scores = []
-    for text, mark in zip(completions, marks, strict=True):
+    for text, mark in zip(map(text_of, completions), marks, strict=True):
         share = min(len(text), max_length) / max_length
         near = 0.5 + 0.5 * math.cos(share * math.pi)  # 1 at no length, 0 at max_length
         short, long = (
@@ -57,13 +69,13 @@ def words(text: str) -> list[str]:
 
 
 def repetition(
-    completions: list[str], n: int = 3, max_penalty: float = 1.0, **columns: Any
+    completions: Sequence[Any], n: int = 3, max_penalty: float = 1.0, **columns: Any
 ) -> Scores:
     """From 0 down to -max_penalty: the share of n-grams that stood there before (arXiv 2502.03373,
     section 3.3).
     """
     scores: Scores = []
-    for text in completions:
+    for text in map(text_of, completions):
         own = words(text)
         grams = [tuple(own[i : i + n]) for i in range(len(own) - n + 1)]
         share = 1 - len(set(grams)) / len(grams) if grams else 0.0
@@ -90,7 +102,7 @@ def script_of(text: str) -> str | None:
 
 
 def language(
-    completions: list[str],
+    completions: Sequence[Any],
     prompt: list[Any] | None = None,
     script: str | None = None,
     **columns: Any,
@@ -103,7 +115,7 @@ def language(
     """
     prompts = prompt or [""] * len(completions)
     scores: Scores = []
-    for text, asked in zip(completions, prompts, strict=True):
+    for text, asked in zip(map(text_of, completions), prompts, strict=True):
         own, wanted = script_of(text), script or script_of(text_of(asked))
         scores.append(None if own is None or wanted is None else float(own == wanted))
     return scores

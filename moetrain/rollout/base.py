@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -95,3 +95,13 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """End what was started."""
         ...
+
+
+def text_of_answer(tokenizer: Any, tokens: Sequence[int], stop_ids: Sequence[int]) -> str:
+    """What was said, without the tokens that ended it. Other special tokens are part of it: marks
+    of a thought are, in some models, and rewards have to see them.
+    """
+    end = len(tokens)
+    while end and tokens[end - 1] in stop_ids:
+        end -= 1
+    return tokenizer.decode(list(tokens[:end]), skip_special_tokens=False)

@@ -23,7 +23,7 @@ from torch import Tensor
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.samples import Prompt, Sample
 from moetrain.errors import RolloutError
-from moetrain.rollout.base import PROBE_TOKENS, Probe, Request, Sampling
+from moetrain.rollout.base import PROBE_TOKENS, Probe, Request, Sampling, text_of_answer
 
 BATCH = 64  # answers drawn together
 
@@ -67,7 +67,7 @@ class Embedded:
                 index=request.index,
                 tokens=tuple(drawing.own(row)),
                 logprobs=tuple(drawing.logprobs[row][: drawing.lengths[row]]),
-                text=self.tokenizer.decode(drawing.own(row), skip_special_tokens=True),
+                text=text_of_answer(self.tokenizer, drawing.own(row), sampling.stop_ids),
                 finish="length" if row in drawing.open_rows else "stop",
                 version=self.version,
                 routes=drawing.routes(row) if sampling.routes else None,

@@ -23,7 +23,7 @@ from torch import Tensor
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.samples import Sample
 from moetrain.errors import RolloutError
-from moetrain.rollout.base import PROBE_TOKENS, Probe, Request
+from moetrain.rollout.base import PROBE_TOKENS, Probe, Request, text_of_answer
 from moetrain.rollout.client import QueueFull, ServerLost
 from moetrain.rollout.dealing import Deal, as_json
 from moetrain.rollout.servers import Server
@@ -141,7 +141,7 @@ class Fleet:
             index=request.index,
             tokens=tokens,
             logprobs=tuple(answer["logprobs"]),
-            text=self.tokenizer.decode(tokens, skip_special_tokens=True),
+            text=text_of_answer(self.tokenizer, tokens, request.sampling.stop_ids),
             finish="length" if answer["finish"] == "length" else "stop",
             version=self.version,
             routes=_routes(answer["routes"]) if request.sampling.routes else None,

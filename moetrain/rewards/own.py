@@ -1,0 +1,153 @@
+"""Rewards that are functions of a user's own file, called as TRL 1.16 calls them: by keyword, with
+lists over a batch.
+"""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from moetrain.config.rewards import RewardConfig
+from moetrain.rewards.base import Answer, Item, Kind, Shape, text_of
+from moetrain.rewards.find import find_reward
+
+LARGEST = 64  # answers to one prompt in a batch, where the recipe names no batch_size
+# Columns that are told otherwise; "prompt" alone is given to who asks for it by name.
+RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What there is here of transformers' TrainerState."""
+
+    global_step: int
+    max_steps: int
+
+
+@dataclass
+class Logged:
+    """What a function logs beside its rewards."""
+
+    num: int
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    extra: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    def __post_init__(self) -> None:
+        self.extra = [{} for _ in range(self.num)]
+
+    def metric(self, name: str, value: float) -> None:
+        self.metrics[name] = float(value)
+
+    def column(self, column: str, values: Sequence[Any]) -> None:
+        for own, value in zip(self.extra, values, strict=True):
+            own[column] = value if isinstance(value, str | int | float | None) else str(value)
+
+
+class Own:
+    """A function of a file, and the batches that it is called with."""
+
+    def __init__(self, configs: Sequence[RewardConfig]):
+        (config,) = configs
+        self.label, self.options = config.label, config.options
+        self.function: Callable[..., Any] = find_reward(config.name)
+        self.is_async = inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(
+            getattr(self.function, "__call__", None)  # noqa: B004  # an object's may be async
+        )
+        self.takes = _names(self.function)
+
+    def grade(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
+        """Where a batch raises, its halves are tried, until those to blame are alone."""
+        try:
+            scores, logged = self._scores(items)
+        except Exception as error:  # a user's own code, which may fail in any way
+            if len(items) > 1:
+                middle = len(items) // 2
+                yield from self.grade(items[:middle])
+                yield from self.grade(items[middle:])
+                return
+            yield items[0].number, self._fault(f"{type(error).__name__}: {error}")
+            return
+        for place, (item, score) in enumerate(zip(items, scores, strict=True)):
+            if score is not None and not math.isfinite(score):
+                yield item.number, self._fault(f"ValueError: the reward is {score}")
+                continue
+            yield (
+                item.number,
+                Answer(
+                    {self.label: score},
+                    extra=logged.extra[place],
+                    metrics=logged.metrics if place == 0 else {},
+                ),
+            )
+
+    def _fault(self, said: str) -> Answer:
+        return Answer({self.label: None}, "error", detail=f"{self.label}: {said}")
+
+    def _scores(self, items: Sequence[Item]) -> tuple[list[float | None], Logged]:
+        logged = Logged(len(items))
+        found = self.function(**self._arguments(items, logged))
+        if self.is_async:
+            found = asyncio.run(found)
+        if isinstance(found, str | Mapping) or not hasattr(found, "__iter__"):
+            raise TypeError(f"it returned {found!r:.80}, not a list with a reward for each")
+        scores = [None if score is None else float(score) for score in found]
+        if len(scores) != len(items):
+            raise ValueError(f"it returned {len(scores)} rewards for {len(items)} completions")
+        return scores, logged
+
+    def _arguments(self, items: Sequence[Item], logged: Logged) -> dict[str, Any]:
+        """TRL's, and those of the recipe; a function without **kwargs gets what it names."""
+        names = dict.fromkeys(name for item in items for name in item.columns)
+        given: dict[str, Any] = {
+            name: [item.columns.get(name) for item in items]
+            for name in names
+            if name not in RESERVED
+        }
+        given["prompts"] = [prompt_of(item) for item in items]
+        given["completions"] = [completion_of(item) for item in items]
+        if all(item.tokens is not None for item in items):
+            given["completion_ids"] = [list(item.tokens or ()) for item in items]
+        given["trainer_state"] = TrainerState(items[0].step, items[0].last)
+        given["log_extra"], given["log_metric"] = logged.column, logged.metric
+        given |= self.options
+        if self.takes is None:
+            return given
+        if "prompt" in self.takes:
+            given["prompt"] = given["prompts"]
+        return {name: value for name, value in given.items() if name in self.takes}
+
+
+def prompt_of(item: Item) -> Any:
+    """Messages, or text where the record has text."""
+    prompt = item.columns.get("prompt", "")
+    return text_of(prompt) if item.is_text else prompt
+
+
+def completion_of(item: Item) -> Any:
+    """An assistant's message in a list, where the prompt is messages; else text."""
+    if item.is_text or isinstance(item.columns.get("prompt", ""), str):
+        return item.text
+    return [{"role": "assistant", "content": item.text}]
+
+
+def _names(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Those of its arguments; None where it takes any."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # builtins may have none
+        return None
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in found):
+        return None
+    return frozenset(one.name for one in found)
+
+
+def own_kind(batch_size: int | None) -> Kind:
+    """Of a function that sees so many completions at a time; None: the answers to one prompt."""
+    return Kind(Own, partial(_shape, batch_size))
+
+
+def _shape(batch_size: int | None, options: Mapping[str, Any], recipe: Shape) -> Shape:
+    return replace(recipe, batch=batch_size or LARGEST, is_grouped=batch_size is None)
