@@ -108,10 +108,19 @@ def test_scores_are_means_over_questions() -> None:
         row("b", ("7", 0.0), ("8", 1.0), ("7", 0.0)),
         row("c", ("x", None), ("y", None), ("z", None)),  # nothing could be graded
     ]
-    scores = scored(config, rows)
+    scores = scored(config.model_copy(update={"ungraded": "leave_out"}), rows)
     assert scores["pass@1"].value == pytest.approx((2 / 3 + 1 / 3) / 2)
     assert scores["pass@2"].value == pytest.approx((1 + 2 / 3) / 2)
     assert scores["maj@3"].value == 0.5
+    assert {score.num for score in scores.values()} == {2}
+    # What could not be graded is wrong, where nothing else is said.
+    scores = scored(config, rows)
+    assert scores["pass@1"].value == pytest.approx((2 / 3 + 1 / 3) / 3)
+    assert scores["pass@2"].value == pytest.approx((1 + 2 / 3) / 3)
+    assert scores["maj@3"].value == pytest.approx(1 / 3)
+    assert {score.num for score in scores.values()} == {3}
+    half = [row("a", ("4", 1.0), ("4", None), ("5", None))]
+    assert scored(config, half)["pass@1"].value == pytest.approx(1 / 3)
     with pytest.raises(MoetrainError, match="no answer was graded"):
         scored(config, rows[2:])
 
@@ -246,6 +255,7 @@ def test_a_model_is_asked_scored_and_resumed(
     said = capsys.readouterr().out
     assert "pass@2" in said and "maj@2" in said and "95 % interval" in said
     score = json.loads(out.with_suffix(".json").read_text())
+    assert all(one["n"] == 4 for one in score["scores"].values())
     assert score["questions"] == 4 and score["counts"]["answers"] == 8
     assert 0 <= score["scores"]["pass@1"]["score"] <= score["scores"]["pass@2"]["score"] <= 1
     before = out.read_text()

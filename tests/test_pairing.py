@@ -213,3 +213,20 @@ def test_other_files_are_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "s.jsonl:1 is no prompt with answers; its keys are question" in capsys.readouterr().err
     assert cli.main(["pairs", str(tmp_path / "no"), "--out", str(tmp_path / "o.jsonl")]) == 2
     assert "neither a file of `moetrain sample`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_a_cut_thought_is_never_given_an_end(opened: str) -> None:
+    """Also not with --cut: the template would close it, and nobody sampled that."""
+    begin = "" if opened else "<think>\n"
+    question = row(
+        "q",
+        answer(f"{begin}hm</think>4", 1.0, tokens=6),
+        answer(f"{begin}hm and then 5", 0.0, -0.1, finish="length"),
+        answer(f"{begin}hm</think>5 and", 0.0, -0.5, finish="length"),
+    )
+    question["prompt"]["opened"] = opened
+    (record,) = chosen_of(question, cut=True).records
+    assert record["chosen"][0]["content"] == "<think>\nhm</think>4"
+    assert record["rejected"][0]["content"] == "<think>\nhm</think>5 and"
+    assert not chosen_of(question).records

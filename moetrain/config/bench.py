@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -35,6 +35,10 @@ class BenchConfig(Section):
     system: str | None = Field(default=None, description="a system message before it")
     scorer: Reward = Field(description="a reward: accuracy, exact, judge, code, FILE.py:FUNCTION")
     right: float = Field(default=1.0, description="least score of a right answer")
+    ungraded: Literal["wrong", "leave_out"] = Field(
+        default="wrong",
+        description="what an answer is that the scorer failed on, or gave None; wrong: 0",
+    )
     scale: tuple[float, float] | None = Field(
         default=None, description="tell the mean score as a number from the first to the second"
     )

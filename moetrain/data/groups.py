@@ -6,6 +6,7 @@ all of the answer but its last, so that its labels are the answer.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ class Graded:
     sample: Sample
     reward: float
     parts: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what rewards have logged
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from moetrain.data.thoughts import after_thought
+
 BINS = (0.25, 0.5, 0.75, 1.0)  # of difficulty: upper ends of the share of right answers
 
 
@@ -54,7 +56,7 @@ class Choice:
 
     right: float = 1.0
     wrong: float = 0.0
-    cut: bool = False  # whether answers cut at the limit are answers, too
+    cut: bool = False  # whether answers cut at the limit are answers, too; cut thoughts are not
     by: str | None = None  # the part of the reward that counts; None: the whole
     per_prompt: int = 1
     balance: float = 2.0
@@ -90,6 +92,7 @@ def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[A
     texts: dict[str, set[str]] = {}
     for source, row in rows:
         messages = row["prompt"]["columns"]["prompt"]
+        opened = row["prompt"].get("opened", "")
         key = plain(" ".join(str(message.get("content")) for message in messages))
         asked = found.setdefault(key, Asked(row["prompt"]["id"], source, messages, []))
         if asked.source != source:
@@ -102,8 +105,12 @@ def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[A
                 continue
             asked.num_graded += 1
             asked.num_right += reward >= choice.right
-            text = content["text"].strip()
-            usable = text and (choice.cut or content["finish"] == "stop")
+            # What the prompt has begun is part of what was said. A thought without its end is never
+            # learned from: a chat template would write one that was not sampled.
+            whole = after_thought(content["text"], opened) is not None
+            text = (opened + content["text"]).strip()
+            usable = content["text"].strip() and whole
+            usable = usable and (choice.cut or content["finish"] == "stop")
             if usable and plain(text) not in seen:
                 seen.add(plain(text))
                 num = len(content["tokens"])

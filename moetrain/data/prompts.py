@@ -54,7 +54,7 @@ def read_prompts(
             rejects.append(row)
             continue
         try:
-            prompt = read_prompt(row.value, chat, max_tokens)
+            prompt = replace(read_prompt(row.value, chat, max_tokens), source=row.file)
         except FormatError as error:
             rejects.append(Reject(row.file, row.line, str(error)))
             continue
@@ -137,9 +137,7 @@ class PromptOrder:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
             number = int(order[number])
         prompt = self.prompts[number]
-        return (
-            prompt if epoch == 0 else replace(prompt, id=f"{prompt.id}#{epoch}")
-        )
+        return prompt if epoch == 0 else replace(prompt, id=f"{prompt.id}#{epoch}")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class Prompt:
     columns: dict[str, Any]  # the record's fields, for rewards; "prompt" holds the messages
     opened: str = ""  # the thought that the template began for the answer, such as "<think>\n"
     is_text: bool = False  # the record gave its prompt as text, not as messages
+    source: str = ""  # the file or folder of the record
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from moetrain.loops.sample import (
     EXIT_STOPPED,
     answer_all,
     answering_recipe,
+    outcome,
     prompt_room,
-    told,
 )
-from moetrain.rewards.accuracy import final
+from moetrain.rewards import check_columns
+from moetrain.rewards.accuracy import final, said
 
 OF_THE_RECIPE = ("model.", "data.", "parallel.", "adapter.")  # overrides
 
@@ -52,6 +53,7 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
     recipe = answering_recipe(model, out, others, sections)
     folder, template = tokenizer_of(recipe), recipe.data.chat_template
     prompts = read_questions(bench, data, folder, template, prompt_room(recipe))
+    check_columns([bench.scorer], prompts)
     notes = {"model": model, "bench": bench.model_dump(mode="json")}
     temperature = bench.rollout.eval_temperature
     counts = answer_all(recipe, prompts, out, bench.samples, notes, bench.name, temperature)
@@ -64,7 +66,7 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
         write_text(place, json.dumps(content, indent=1) + "\n")
         print(f"{bench.name}: {place}")
     _show(bench, scores, len(prompts))
-    print(f"{counts['answers']} answers in {out}: {told(counts)}")
+    print(f"{counts['answers']} answers in {out}: {outcome(counts)}")
     return 0
 
 
@@ -75,18 +77,22 @@ def _parted(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def scored(bench: BenchConfig, rows: Iterable[Row]) -> dict[str, Score]:
-    """Name -> score over the questions. Answers that could not be graded are left out; DataError
-    when there are no others.
+    """Name -> score over the questions. An answer that could not be graded is wrong, or left out
+    with `ungraded: leave_out`. DataError when there are no others.
     """
     found: dict[str, list[float]] = {}
+    num_graded = 0
     for row in rows:
-        graded = [answer for answer in row["answers"] if answer["reward"] is not None]
-        graded = graded[: bench.samples]
-        if not graded:
+        answers = row["answers"][: bench.samples]
+        if bench.ungraded == "leave_out":
+            answers = [answer for answer in row["answers"] if answer["reward"] is not None]
+            answers = answers[: bench.samples]
+        num_graded += sum(answer["reward"] is not None for answer in answers)
+        if not answers:
             continue
-        for name, value in _values(bench, graded).items():
+        for name, value in _values(bench, answers, row["prompt"].get("opened", "")).items():
             found.setdefault(name, []).append(value)
-    if not found:
+    if not num_graded:
         raise DataError(
             f"{bench.name}: no answer was graded. The scorer {bench.scorer.name} gave None for all:"
             " look at its columns (`answer`), or at the faults in the manifest."
@@ -94,16 +100,18 @@ def scored(bench: BenchConfig, rows: Iterable[Row]) -> dict[str, Score]:
     return {name: _mean(bench, name, values) for name, values in found.items()}
 
 
-def _values(bench: BenchConfig, graded: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The scores of one question."""
-    rewards = [float(answer["reward"]) for answer in graded]
+def _values(
+    bench: BenchConfig, answers: Sequence[Mapping[str, Any]], opened: str
+) -> dict[str, float]:
+    """The scores of one question; without a reward an answer has none of them."""
+    rewards = [answer["reward"] for answer in answers]
     if not bench.pass_at:
-        return {"score": fmean(rewards)}
-    right = [reward >= bench.right for reward in rewards]
+        return {"score": fmean(reward or 0.0 for reward in rewards)}
+    right = [reward is not None and reward >= bench.right for reward in rewards]
     num = len(right)
     values = {f"pass@{k}": pass_at_k(num, sum(right), k) for k in bench.pass_at if k <= num}
     if bench.vote and bench.samples > 1:
-        votes = [vote_of(final(answer["text"])) for answer in graded]
+        votes = [vote_of(final(said(answer["text"], opened))) for answer in answers]
         values[f"maj@{bench.samples}"] = majority(votes, right)
     return values
 
@@ -114,7 +122,8 @@ def _mean(bench: BenchConfig, name: str, values: Sequence[float]) -> Score:
     if name != "score" or bench.scale is None:
         return score
     low, high = bench.scale
-    return Score(*(low + (high - low) * x for x in (score.value, score.low, score.high)))
+    value, least, most = (low + (high - low) * x for x in (score.value, score.low, score.high))
+    return Score(value, least, most, score.num)
 
 
 def _content(
@@ -129,7 +138,7 @@ def _content(
     return {
         "name": bench.name,
         "scores": {
-            name: {"score": score.value, "interval": [score.low, score.high]}
+            name: {"score": score.value, "interval": [score.low, score.high], "n": score.num}
             for name, score in scores.items()
         },
         "questions": num,
@@ -153,8 +162,9 @@ def _places(bench: BenchConfig, model: Path, out: Path) -> list[Path]:
 
 def _show(bench: BenchConfig, scores: Mapping[str, Score], num: int) -> None:
     table = Table(title=f"{bench.name}, {num} questions")
-    for column in ("", "score", "95 % interval"):
+    for column in ("", "score", "95 % interval", "questions"):
         table.add_column(column, justify="right" if column else "left")
     for name, score in scores.items():
-        table.add_row(name, f"{score.value:.4f}", f"{score.low:.4f} to {score.high:.4f}")
+        interval = f"{score.low:.4f} to {score.high:.4f}"
+        table.add_row(name, f"{score.value:.4f}", interval, str(score.num))
     Console(highlight=False).print(table)

@@ -28,6 +28,7 @@ class Score:
     value: float
     low: float
     high: float
+    num: int  # questions behind it
 
 
 def pass_at_k(num: int, right: int, k: int) -> float:
@@ -98,7 +99,7 @@ def share(values: Sequence[float]) -> Score:
     scale = Z * Z / worth
     middle = (mean + scale / 2) / (1 + scale)
     half = Z * math.sqrt(mean * (1 - mean) / worth + scale / (4 * worth)) / (1 + scale)
-    return Score(mean, min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half)))
+    return Score(mean, min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half)), q)
 
 
 def mean_of(values: Sequence[float]) -> Score:
@@ -106,6 +107,6 @@ def mean_of(values: Sequence[float]) -> Score:
     q = len(values)
     mean = fmean(values)
     if q < 2:
-        return Score(mean, -math.inf, math.inf)
+        return Score(mean, -math.inf, math.inf, q)
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / (q - 1) / q)
-    return Score(mean, mean - Z * error, mean + Z * error)
+    return Score(mean, mean - Z * error, mean + Z * error, q)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from moetrain.data.groups import Group, pack_groups
 from moetrain.engine import Engine, StepResult
 from moetrain.engine.snapshot import Weights
 from moetrain.loops.demonstrations import Demonstrations
-from moetrain.loops.rollouts import Batch, tensors
+from moetrain.loops.rollouts import Batch, means, tensors
 from moetrain.methods import METHODS
 from moetrain.methods.base import Online
 from moetrain.methods.online import answer_mask
@@ -153,14 +154,14 @@ def totals(results: Sequence[StepResult]) -> StepResult:
     )
 
 
-def summary(batch: Batch, version: int) -> dict[str, float]:
+def summary(batch: Batch, version: int) -> dict[str, Any]:
     """What there is to see in a batch that weights number `version` learn from."""
     rewards, numbers = tensors(batch.groups)
     samples = [answer.sample for answer in batch.answers]
     groups = [rewards[numbers == i] for i in range(len(batch.groups))]
     flat = sum(bool((own == own[0]).all()) for own in groups)
-    found = {
-        "reward/mean": float(rewards.mean()),
+    found: dict[str, Any] = {
+        **means(batch.answers, "reward"),
         "reward/std": float(rewards.std(correction=0)),
         "length/mean": sum(len(s.tokens) for s in samples) / len(samples),
         "length/max": float(max(len(s.tokens) for s in samples)),
@@ -168,9 +169,7 @@ def summary(batch: Batch, version: int) -> dict[str, float]:
         "groups/no_signal": flat / len(groups),
         "staleness": float(version - min(s.version for s in samples)),
     }
-    names = sorted({name for answer in batch.answers for name in answer.parts})
-    for name in names:
-        own = [v for answer in batch.answers if (v := answer.parts.get(name)) is not None]
-        if own:
-            found[f"reward/{name}"] = sum(own) / len(own)
+    if batch.fault:
+        found["reward/fault"] = batch.fault
+    found |= {f"logged/{name}": value for name, value in batch.metrics.items()}
     return found | {f"faults/{name}": float(n) for name, n in batch.counts.items()}

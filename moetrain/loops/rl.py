@@ -16,6 +16,7 @@ from moetrain.loops.sampler import Sampler, open_sampler
 from moetrain.loops.stop import EXIT_STOPPED, StopSignal
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
+from moetrain.rewards import check_columns, check_own
 from moetrain.rollout import check_engine
 
 
@@ -30,7 +31,10 @@ def train(recipe: Recipe) -> int:
     job = Job(recipe)
     if job.is_first:
         check_engine(recipe)
+        check_own(recipe.rewards)
     prompts = prepare_prompts(recipe)
+    told = check_columns(recipe.rewards, [*prompts.train.prompts, *prompts.held_out])
+    lines = [*prompts.lines, *([told] if told else [])]
     engine = Engine(recipe)
     num_steps = length(recipe, len(prompts.train.prompts))
     engine.num_steps = num_steps * method.inner_steps
@@ -43,7 +47,7 @@ def train(recipe: Recipe) -> int:
     lessons.demonstrations.load_state_dict(state.get("demonstrations", {}))
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal(engine.device))
-        report = stack.enter_context(job.begin(engine, step, num_steps, prompts.lines))
+        report = stack.enter_context(job.begin(engine, step, num_steps, lines))
         sampler = stack.enter_context(open_sampler(recipe, engine, prompts, stop))
         sampler.start(step, num_steps, state)
         finished = _loop(job, engine, prompts, lessons, sampler, stop, report, step, num_steps)

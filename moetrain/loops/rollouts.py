@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TextIO
 
 import torch
@@ -22,7 +23,7 @@ from moetrain.data.prompts import PromptOrder
 from moetrain.data.samples import Prompt, Sample, read_lines, write_lines
 from moetrain.errors import DataError
 from moetrain.rewards import Graded as Verdict
-from moetrain.rewards import Grader
+from moetrain.rewards import Grader, Item
 from moetrain.rollout.base import Request, RolloutEngine, Sampling
 
 MAX_ROUNDS = 8  # of sampling for one step, where groups without signal are dropped
@@ -39,6 +40,8 @@ class Batch:
     cursor: int  # prompts of the stream that are used up after it
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     counts: dict[str, int] = field(default_factory=dict[str, int])  # dropped answers, faults, ...
+    metrics: dict[str, float] = field(default_factory=dict[str, float])  # that rewards have logged
+    fault: str = ""  # why the last answer that a reward failed on has none
 
     @property
     def answers(self) -> list[Graded]:
@@ -57,13 +60,12 @@ class Store:
         if not rows:
             return None
         head, *groups = rows
-        return Batch(
-            step, tuple(map(_group, groups)), head["cursor"], head["seconds"], head["counts"]
-        )
+        return Batch(step, tuple(map(_group, groups)), **head)
 
     def write(self, batch: Batch) -> None:
         """Keep a whole batch; its parts are no longer needed."""
-        head = {name: getattr(batch, name) for name in ("cursor", "seconds", "counts")}
+        names = ("cursor", "seconds", "counts", "metrics", "fault")
+        head = {name: getattr(batch, name) for name in names}
         write_lines(self._path(batch.step), [head, *map(_row, batch.groups)])
         self._partial(batch.step).unlink(missing_ok=True)
 
@@ -86,7 +88,9 @@ class Store:
 
 def _row(group: Group) -> dict[str, Any]:
     answers = [
-        answer.sample.to_json() | {"reward": answer.reward, "parts": dict(answer.parts)}
+        answer.sample.to_json()
+        | {"reward": answer.reward, "parts": dict(answer.parts)}
+        | ({"extra": dict(answer.extra)} if answer.extra else {})
         for answer in group.answers
     ]
     return {"prompt": asdict(group.prompt), "answers": answers}
@@ -94,7 +98,10 @@ def _row(group: Group) -> dict[str, Any]:
 
 def _group(row: dict[str, Any]) -> Group:
     prompt = Prompt(**row["prompt"] | {"tokens": tuple(row["prompt"]["tokens"])})
-    answers = (Graded(Sample.from_json(a), a["reward"], a["parts"]) for a in row["answers"])
+    answers = (
+        Graded(Sample.from_json(a), a["reward"], a["parts"], a.get("extra", {}))
+        for a in row["answers"]
+    )
     return Group(prompt, tuple(answers))
 
 
@@ -111,6 +118,7 @@ class Collector:
     group_size: int
     seed: int
     drops: Drops | None = None
+    num_steps: int = 0  # of the run, for rewards that ask
     # Faults that a batch has counted; those of the push before it are among them.
     _told: Counter[str] = field(default_factory=Counter[str])
 
@@ -122,6 +130,7 @@ class Collector:
         if kept is not None:
             return kept
         done = self.store.finished(step)
+        failed = self.grader.num_faults
         seconds = {"sample": 0.0, "score": 0.0}
         counts: Counter[str] = Counter()
         groups: list[Group] = []
@@ -132,7 +141,7 @@ class Collector:
             with timed(seconds, "sample"):
                 self._sample(step, prompts, done)
             with timed(seconds, "score"):
-                graded = self._grade(prompts, done, counts)
+                graded = self._grade(step, prompts, done, counts)
             useful, useless = self._parted(graded)
             groups += useful
             spare += useless
@@ -143,7 +152,10 @@ class Collector:
         counts += faults - self._told
         self._told = faults
         missing = self.num_prompts - len(groups)
-        batch = Batch(step, (*groups, *spare[:missing]), cursor, seconds, dict(counts))
+        metrics = self.grader.take_metrics()
+        fault = self.grader.said if self.grader.num_faults > failed else ""
+        groups += spare[:missing]
+        batch = Batch(step, tuple(groups), cursor, seconds, dict(counts), metrics, fault)
         if not batch.groups:
             raise DataError(
                 f"Step {step}: no prompt kept two graded answers. The rewards gave None for the"
@@ -162,13 +174,14 @@ class Collector:
 
     def _grade(
         self,
+        step: int,
         prompts: Sequence[Prompt],
         done: dict[tuple[str, int], Sample],
         counts: Counter[str],
     ) -> list[Group]:
         """The groups with at least two graded answers."""
         pairs = [(p, done[p.id, i]) for p in prompts for i in range(self.group_size)]
-        graded = grade(self.grader, pairs)
+        graded = grade(self.grader, pairs, step, self.num_steps)
         groups: list[Group] = []
         for number, prompt in enumerate(prompts):
             own = graded[number * self.group_size : (number + 1) * self.group_size]
@@ -221,19 +234,54 @@ def draw(
         engine.generate(requests, keep)
 
 
-def grade(grader: Grader, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Graded | None]:
+def grade(
+    grader: Grader, pairs: Sequence[tuple[Prompt, Sample]], step: int = 0, last: int = 0
+) -> list[Graded | None]:
     """Each answer with its reward; None where the rewards have none to give."""
+    found = zip(pairs, verdicts(grader, pairs, step, last), strict=True)
     return [
-        None if one.reward is None else Graded(sample, one.reward, one.parts)
-        for (_, sample), one in zip(pairs, verdicts(grader, pairs), strict=True)
+        None if one.reward is None else Graded(sample, one.reward, one.parts, one.extra)
+        for (_, sample), one in found
     ]
 
 
-def verdicts(grader: Grader, pairs: Sequence[tuple[Prompt, Sample]]) -> list[Verdict]:
-    """What the rewards say of each answer, from its text and its prompt's columns."""
-    names = sorted({name for prompt, _ in pairs for name in prompt.columns})
-    columns = {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names}
-    return grader.grade([sample.text for _, sample in pairs], columns)
+def verdicts(
+    grader: Grader, pairs: Sequence[tuple[Prompt, Sample]], step: int = 0, last: int = 0
+) -> list[Verdict]:
+    """What the rewards say of each answer, from its text and its prompt's columns, at a step of a
+    run that has `last` of them.
+    """
+    return grader.grade_items(
+        [
+            Item(
+                number,
+                sample.text,
+                prompt.columns,
+                opened=prompt.opened,
+                is_text=prompt.is_text,
+                tokens=sample.tokens,
+                step=step,
+                last=last,
+            )
+            for number, (prompt, sample) in enumerate(pairs)
+        ]
+    )
+
+
+def means(answers: Sequence[Graded], prefix: str) -> dict[str, Any]:
+    """Mean rewards, and of each part the mean over the answers that it applies to, with their
+    numbers. What no answer has is left out: a reward that failed is not a score.
+    """
+    found: dict[str, Any] = {f"{prefix}/graded": float(len(answers))}
+    if answers:
+        found[f"{prefix}/mean"] = fmean(one.reward for one in answers)
+    for name in sorted({name for one in answers for name in one.parts}):
+        values = [v for one in answers if (v := one.parts.get(name)) is not None]
+        if values:
+            found[f"{prefix}/{name}"] = fmean(values)
+        if len(values) < len(answers):
+            found[f"{prefix}/{name}/graded"] = float(len(values))
+    return found
 
 
 def tensors(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from moetrain.engine.source import ModelSource, find_model
 from moetrain.families import expand, family_of
 from moetrain.loops.answers import AnswerFile, Answering, Identity, Row, prompts_key
 from moetrain.loops.models import model_digest, model_in, recipe_for
-from moetrain.rewards import Grader
+from moetrain.rewards import Grader, check_columns
 from moetrain.rollout import open_engine
 from moetrain.rollout.base import Sampling
 
@@ -47,11 +47,14 @@ def sample(model: str, prompts: str, out: Path, num: int, overrides: Sequence[st
     }
     recipe = answering_recipe(model, out, overrides, sections)
     found = _prompts(recipe, out)
+    told = check_columns(recipe.rewards, found)
+    if told:
+        print(told)
     notes = {"model": model, "data": prompts, "engine": rollout_of(recipe).engine}
     counts = answer_all(recipe, found, out, num, notes, "answers", rollout_of(recipe).temperature)
     if counts is None:
         return EXIT_STOPPED
-    print(f"{out}: {counts['answers']} answers to {counts['prompts']} prompts; {told(counts)}")
+    print(f"{out}: {counts['answers']} answers to {counts['prompts']} prompts; {outcome(counts)}")
     return 0
 
 
@@ -186,7 +189,7 @@ def counted(rows: Iterable[Row]) -> Counter[str]:
     return counts
 
 
-def told(counts: Mapping[str, int]) -> str:
+def outcome(counts: Mapping[str, int]) -> str:
     """Counts in words."""
     num = max(1, counts["answers"])
     parts = [f"{counts['tokens'] / num:.0f} tokens each", f"{counts['truncated']} cut at the limit"]

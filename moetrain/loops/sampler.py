@@ -20,7 +20,7 @@ from moetrain.data.prompts import PromptSet
 from moetrain.data.tokenizer import stop_ids
 from moetrain.engine import Engine
 from moetrain.errors import DataError, MoetrainError, RolloutError
-from moetrain.loops.rollouts import Batch, Collector, Store, grade, seed_of, timed
+from moetrain.loops.rollouts import Batch, Collector, Store, grade, means, seed_of, timed
 from moetrain.loops.stop import StopSignal
 from moetrain.methods import METHODS
 from moetrain.ops.packed import from_tokens
@@ -51,8 +51,8 @@ class Sampler(Protocol):
         """Hand the weights after `step` on; figures of the proof that they arrived."""
         ...
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Rewards of answers to the held-out prompts."""
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """Rewards of answers to the held-out prompts, and of how many answers; a fault's words."""
         ...
 
     def state_dict(self, batch: Batch) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Replayed:
     def push(self, step: int) -> dict[str, float]:
         return {}
 
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, Any]:
         return {}
 
     def state_dict(self, batch: Batch) -> dict[str, Any]:
@@ -226,6 +226,7 @@ class Live:
                 " data.shuffle): restore what it was made with, or start another run_dir."
             )
         if self.driver is not None:
+            self.driver.collector.num_steps = last
             self.driver.start(place["cursor"])
         self.push(step)
 
@@ -294,14 +295,14 @@ class Live:
         ours = {own: logp[:-1].tolist() for own, logp in zip(distinct, scored, strict=True)}
         return gap_of(probe, [ours[sequence] for sequence in probe.sequences])
 
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, Any]:
         while not self._shared(lambda driver: driver.pause()):
             pass
         found = self._shared(self._answers)
         self._shared(lambda driver: driver.resume())
         return found
 
-    def _answers(self, driver: Driver) -> dict[str, float]:
+    def _answers(self, driver: Driver) -> dict[str, Any]:
         seconds: dict[str, float] = {}
         prompts = {prompt.id: prompt for prompt in self.prompts.held_out}
         sampling = replace(driver.sampling, temperature=self.rollout.eval_temperature, routes=False)
@@ -309,12 +310,12 @@ class Live:
         samples = []
         with timed(seconds, "seconds"):
             driver.engine.generate(requests, samples.append)
+            before = driver.grader.num_faults
             graded = grade(driver.grader, [(prompts[s.prompt_id], s) for s in samples])
-        own = [one for one in graded if one is not None]
-        found = {"eval_reward/mean": sum(one.reward for one in own) / max(1, len(own))}
-        for name in sorted({name for one in own for name in one.parts}):
-            values = [v for one in own if (v := one.parts.get(name)) is not None]
-            found[f"eval_reward/{name}"] = sum(values) / max(1, len(values))
+        found = means([one for one in graded if one is not None], "eval_reward")
+        found["eval_reward/answers"] = float(len(samples))
+        if driver.grader.num_faults > before:
+            found["eval_reward/fault"] = driver.grader.said
         lengths = [len(sample.tokens) for sample in samples]
         return found | {"eval_length/mean": sum(lengths) / max(1, len(lengths))} | seconds
 

@@ -1,5 +1,7 @@
 """One door to all that a run tells about itself; silent on every rank but the first."""
 
+import math
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -13,6 +15,14 @@ from moetrain.observe.sinks import open_sinks
 from moetrain.observe.summary import print_summaries, summarise
 
 HELD_OUT = ("eval_loss", "eval_reward/mean")  # what of a held-out row is said
+WARN_SECONDS = 60.0  # between two lines about answers without a reward
+
+
+def told_ungraded(graded: float, answers: float, row: Mapping[str, Any], prefix: str = "") -> str:
+    """How many answers have a reward, and what a reward said when it failed."""
+    fault = row.get(f"{prefix}reward/fault")
+    why = f"the last fault: {fault}" if fault else "the rewards do not apply to the others"
+    return f"{graded:.0f} of {answers:.0f} answers graded ({why})"
 
 
 class Reporter:
@@ -25,6 +35,7 @@ class Reporter:
 
     def __init__(self, recipe: Recipe, num_steps: int, step: int, *, speaks: bool):
         self.recipe, self.speaks = recipe, speaks
+        self._warned = -math.inf
         self._open = ExitStack()
         if not speaks:
             return
@@ -52,11 +63,21 @@ class Reporter:
         self._write(row)
         if self.speaks and self._progress:
             self._progress.step(row)
+            lost = row.get("faults/dropped/ungraded", 0)
+            if lost and time.monotonic() - self._warned >= WARN_SECONDS:
+                self._warned = time.monotonic()
+                told = told_ungraded(row["reward/graded"], row["reward/graded"] + lost, row)
+                self.say(f"{self.recipe.method.name} {row['step']}: {told}")
 
     def held_out(self, row: Mapping[str, Any]) -> None:
         """Record a held-out row."""
         self._write(row)
-        found = (f"{n.removeprefix('eval_')} {row[n]:.4f}" for n in HELD_OUT if n in row)
+        found = [f"{n.removeprefix('eval_')} {row[n]:.4f}" for n in HELD_OUT if n in row]
+        graded, answers = row.get("eval_reward/graded", 0), row.get("eval_reward/answers", 0)
+        if graded < answers:
+            found.append(told_ungraded(graded, answers, row, "eval_"))
+        elif answers:
+            found[-1] += f" of {answers:.0f} answers"
         self.say(f"{self.recipe.method.name} {row['step']}: held-out {', '.join(found)}")
 
     def say(self, line: str) -> None:

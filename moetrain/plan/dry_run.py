@@ -12,6 +12,7 @@ from typing import cast
 from moetrain.config.builtin import MODELS, published
 from moetrain.config.load import dump_recipe
 from moetrain.config.recipe import ModelConfig, Recipe
+from moetrain.config.reward_files import check_reward_files
 from moetrain.errors import ConfigError
 from moetrain.families import family_of, with_scalar_head
 from moetrain.families.adapter import AdapterSpec, adapter_table
@@ -107,6 +108,7 @@ def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> tuple[Family,
             "model.dtype=fp32 has none. Use bf16, or leave optim.offload out."
         )
     trained(recipe, family, dims)
+    check_reward_files(recipe.rewards)
     return family, dims
 
 

@@ -4,7 +4,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from moetrain.errors import ConfigError, nearest
+from moetrain.config.reward_files import check_reward_file
+from moetrain.errors import ConfigError
 from moetrain.rewards import accuracy, text
 from moetrain.rewards.base import RewardFunction
 
@@ -23,14 +24,14 @@ def find_reward(name: str) -> RewardFunction:
     """One of `REWARDS`, or the function of FILE.py:FUNCTION. Raises ConfigError."""
     if name in REWARDS:
         return REWARDS[name]
+    check_reward_file(name)
     file, _, function = name.rpartition(":")
     path = Path(file).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"rewards: {name}: {path} is not a file. Check the path.")
     spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    sys.path.append(str(path.parent.absolute()))  # for what it imports from beside itself
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's own code, which may fail in any way
@@ -38,10 +39,8 @@ def find_reward(name: str) -> RewardFunction:
             f"rewards: {path} cannot be run: {type(error).__name__}: {error}"
         ) from error
     found: RewardFunction | None = vars(module).get(function)
-    if found is None or not callable(found):
-        names = [n for n, value in vars(module).items() if callable(value)]
+    if not callable(found):
         raise ConfigError(
-            f"rewards: {path} has no function {function}.{nearest(function, names)} It has"
-            f" {', '.join(names) or 'none'}."
+            f"rewards: {function} of {path} is {type(found).__name__}, not a function. Name one."
         )
     return found

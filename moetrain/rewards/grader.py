@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from multiprocessing.connection import wait
+from statistics import fmean
 from typing import Any
 
 from moetrain.config.rewards import RewardConfig
@@ -15,6 +16,13 @@ from moetrain.rewards.functions import FUNCTIONS
 from moetrain.rewards.own import own_kind
 from moetrain.rewards.pool import Pool
 from moetrain.rewards.services import SERVICES
+
+
+def check_own(configs: Sequence[RewardConfig]) -> None:
+    """Load functions of own files once, before a model is. Raises ConfigError."""
+    own = [config for config in configs if ":" in config.name]
+    if own:
+        Grader(own, 1, 60.0).close()
 
 
 class Grader:
@@ -75,6 +83,17 @@ class Grader:
                 self._count(answer)
                 missing -= 1
         return [self._verdict(answers) for answers in found]
+
+    @property
+    def num_faults(self) -> int:
+        """Answers so far that a reward failed on."""
+        return sum(self.counts[name] for name in ("timeout", "crash", "error"))
+
+    def take_metrics(self) -> dict[str, float]:
+        """What functions have logged since the last call, as means over their batches."""
+        found = {name: fmean(values) for name, values in self.metrics.items()}
+        self.metrics = {}
+        return found
 
     def _count(self, answer: Answer) -> None:
         self.counts.update(answer.notes)
