@@ -336,6 +336,9 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         "a benchmark answered and scored", cli_answers.eval_arguments, cli_answers.eval
     ),
+    "grade": Command(
+        "what rewards pay for completions in a file", cli_answers.grade_arguments, cli_answers.grade
+    ),
     "serve": Command("a vLLM server for rollout.address", _serve_arguments, _serve),
     "tokenizer": Command("train a byte-level BPE tokenizer", _tokenizer_arguments, _tokenizer),
     "data": Command("index a corpus for pretraining", _data_arguments, _data),

@@ -75,6 +75,31 @@ def pairs(args: Arguments) -> int:
     return choose(args.sources, args.out, choice, sft=args.sft, held_out=args.held_out)
 
 
+def grade_arguments(parser: Parser) -> None:
+    """Of `moetrain grade`."""
+    parser.add_argument("file", type=Path, help="JSONL of completion, prompt and columns")
+    parser.add_argument(
+        "--rewards",
+        required=True,
+        metavar="NAMES",
+        help="accuracy,format,./mine.py:f; or a YAML list as in a recipe",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a line for each completion")
+    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="processes (2)")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="that a completion's grading may take (10)"
+    )
+
+
+def grade(args: Arguments) -> int:
+    """Run `moetrain grade`."""
+    from moetrain.loops.grade import grade
+
+    if not args.seconds > 0:
+        raise MoetrainError(f"--seconds {args.seconds:g} must be above 0.")
+    return grade(args.file, args.rewards, args.out, args.workers, args.seconds)
+
+
 def eval_arguments(parser: Parser) -> None:
     """Of `moetrain eval`."""
     parser.add_argument("model", help="Hugging Face folder, Megatron checkpoint or run_dir")

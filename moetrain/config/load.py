@@ -60,7 +60,7 @@ def read_content(path: Path, overrides: Sequence[str], what: str) -> dict[str, A
         raise ConfigError(
             f"{path}: {error.strerror}. Give the path of {what}, for example one of examples/."
         ) from None
-    content = _parse(text, str(path))
+    content = parse_value(text, str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: {what} is a mapping of sections, not {type(content).__name__}")
     sections = cast(dict[str, Any], content)
@@ -98,7 +98,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
                 f"override {key}: '{'.'.join(parents[: depth + 1])}' is a value, not a section"
             )
         section = cast(dict[str, Any], below)
-    section[leaf] = _parse(value, f"override {key}")
+    section[leaf] = parse_value(value, f"override {key}")
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -118,7 +118,7 @@ def recipe_hash(recipe: Recipe) -> str:
     ).hexdigest()[:16]
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_value(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:

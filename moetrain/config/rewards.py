@@ -306,3 +306,9 @@ def _distinct(rewards: list[RewardConfig]) -> list[RewardConfig]:
 
 
 Rewards = Annotated[list[Reward], AfterValidator(_distinct)]
+
+
+class RewardList(Section):
+    """Rewards without a recipe."""
+
+    rewards: Rewards

@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from itertools import repeat
+from typing import Any, Self
 
 from moetrain.config.rewards import RewardConfig
 from moetrain.rewards.base import Answer, Item, Kind, Shape, text_of
@@ -19,12 +20,31 @@ LARGEST = 64  # answers to one prompt in a batch, where the recipe names no batc
 RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
 
 
+class Each:
+    """Something that is the same for each completion: functions that zip all that they are given
+    into rows (open-r1's do) find it in each.
+    """
+
+    def __iter__(self) -> Iterator[Self]:
+        return repeat(self)
+
+
 @dataclass(frozen=True)
-class TrainerState:
+class TrainerState(Each):
     """What there is here of transformers' TrainerState."""
 
     global_step: int
     max_steps: int
+
+
+class Logger(Each):
+    """TRL's log_extra or log_metric."""
+
+    def __init__(self, log: Callable[..., None]):
+        self.log = log
+
+    def __call__(self, *args: Any, **named: Any) -> None:
+        self.log(*args, **named)
 
 
 @dataclass
@@ -111,7 +131,7 @@ class Own:
         if all(item.tokens is not None for item in items):
             given["completion_ids"] = [list(item.tokens or ()) for item in items]
         given["trainer_state"] = TrainerState(items[0].step, items[0].last)
-        given["log_extra"], given["log_metric"] = logged.column, logged.metric
+        given["log_extra"], given["log_metric"] = Logger(logged.column), Logger(logged.metric)
         given |= self.options
         if self.takes is None:
             return given
