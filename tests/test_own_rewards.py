@@ -160,7 +160,7 @@ def graded(
         ("penalty", ["a" * 10], {"solution": [""], "prompt": [ASKED]}, [0]),
         ("counted", ["a", "bbbb"], {"prompt": ["q"] * 2}, [1, 2]),
         ("tags", ["<think>\na\n</think>\n<answer>\n4\n</answer>"], {"prompt": [ASKED]}, [1]),
-        ("shortest", ["a", "bb", "ccc"], dict(solution=[""] * 3, prompt=[ASKED] * 3), [0.5, 0, -0.5]),
+        ("shortest", ["a", "bb", "ccc"], {"solution": [1] * 3, "prompt": [ASKED] * 3}, [0.5, 0, -0.5]),
         ("zipped", ["a", "b"], {"id": [3, 4], "prompt": [ASKED] * 2}, [3, 4]),
         ("nested", ["a"], {"verification_info": [{"test_cases": [1, 2]}], "prompt": [ASKED]}, [2]),
     ],
