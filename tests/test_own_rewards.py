@@ -85,7 +85,7 @@ def tags(completions, **kwargs):  # counts, as public format rewards do
     return [count(completion[0]["content"]) for completion in completions]
 
 def shortest(completions, solution, **kwargs):  # compares within a batch
-    lengths = [len(completion[0]["content"]) for completion in completions]
+    lengths = [len(completion) for completion in completions]
     least, most = min(lengths), max(lengths)
     if least == most:
         return [0.0] * len(completions)
@@ -160,7 +160,7 @@ def graded(
         ("penalty", ["a" * 10], {"solution": [""], "prompt": [ASKED]}, [0]),
         ("counted", ["a", "bbbb"], {"prompt": ["q"] * 2}, [1, 2]),
         ("tags", ["<think>\na\n</think>\n<answer>\n4\n</answer>"], {"prompt": [ASKED]}, [1]),
-        ("shortest", ["a", "bb", "ccc"], {"solution": [1] * 3, "prompt": [ASKED] * 3}, [0.5, 0, -0.5]),
+        ("shortest", ["a", "bb", "ccc"], {"solution": [1, 2, 3]}, [0.5, 0, -0.5]),
         ("zipped", ["a", "b"], {"id": [3, 4], "prompt": [ASKED] * 2}, [3, 4]),
         ("nested", ["a"], {"verification_info": [{"test_cases": [1, 2]}], "prompt": [ASKED]}, [2]),
     ],
@@ -177,7 +177,7 @@ def test_what_comes_beside_the_columns(file: Path) -> None:
     more = {"tokens": (1, 2, 3), "step": 5, "last": 20}
     assert [one.reward for one in graded(file, "of_ids", ["a", "b"], more)[0]] == [-3, -3]
     assert [one.reward for one in graded(file, "steps", ["a", "b"], more)[0]] == [0.25, 0.25]
-    columns = {"answer": ["4", "4"], "prompt": [ASKED] * 2}
+    columns: dict[str, Any] = {"answer": ["4", "4"], "prompt": [ASKED] * 2}
     found, grader = graded(file, "logs", ["4", "5"], **columns)
     assert [dict(one.extra) for one in found] == [{"golden": "4"}] * 2
     assert grader.take_metrics() == {"accuracy": 0.5} and grader.take_metrics() == {}
@@ -185,7 +185,7 @@ def test_what_comes_beside_the_columns(file: Path) -> None:
 
 def test_a_batch_is_the_answers_to_one_prompt_or_as_many_as_the_recipe_says(file: Path) -> None:
     other = [{"role": "user", "content": "r"}]
-    columns = {"prompt": [ASKED] * 3 + [other] * 2}
+    columns: dict[str, Any] = {"prompt": [ASKED] * 3 + [other] * 2}
     texts = list("abcde")
     assert [o.reward for o in graded(file, "seen", texts, **columns)[0]] == [3, 3, 3, 2, 2]
     four = graded(file, "seen", texts, {"batch_size": 4}, **columns)[0]

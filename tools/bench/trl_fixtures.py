@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """Losses as TRL computes them, recorded for tests/test_methods.py.
 
 Runs in an environment of TRL's own, where moetrain need not be:

@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """TRL's half of against_trl.py, in TRL's environment:
 trl_side.py sft|dpo SETTING MODEL DATA RECORDS_A_STEP
 
