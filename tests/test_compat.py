@@ -92,7 +92,7 @@ def test_the_fields_of_megatrons_config_are_known() -> None:
 
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from moetrain.config.megatron_fields import FIELDS
+    from moetrain.config.megatron import FIELDS
 
     assert {field.name for field in dataclasses.fields(TransformerConfig)} == FIELDS
 

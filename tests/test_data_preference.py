@@ -294,6 +294,32 @@ def test_labelled_answers_that_are_too_long(tmp_path: Path) -> None:
     assert [a.role for a in answers(refused)] == [1, 3, 2, 3]
 
 
+@pytest.mark.parametrize("too_long", ["truncate", "reject"])
+@pytest.mark.parametrize("share", [True, False])
+def test_only_the_mismatched_answer_is_cut(tmp_path: Path, too_long: str, share: bool) -> None:
+    """A real answer that fits stays whole whatever stands beside it; one that does not is cut to
+    data.seq_len and no further, as in TRL.
+    """
+    few = [{"prompt": f"Say {i}.", "completion": "yes " * n, "label": True}
+           for i, n in enumerate((3, 10, 40, 20, 60, 2, 90))]  # fmt: skip
+    wholes = [whole(r["prompt"], r["completion"])[0] for r in few]
+    limit = len(wholes[4])  # the fifth has a pack for itself, the seventh is too long
+    data = make(
+        tmp_path, few, preference.LABELS, seq_len=limit, too_long=too_long, share_prompt=share
+    )
+    found = answers(data)
+    own = [a for a in found if a.role == 1]
+    others = [a for a in found if a.role == 3]
+    kept = wholes if too_long == "truncate" else wholes[:6]
+    assert [a.tokens for a in own] == [tokens[:limit] for tokens in kept]
+    assert [reject.line for reject in data.rejects()] == ([] if too_long == "truncate" else [7])
+    assert len(others) == len(own) and all(a.scored for a in others)
+    for i, other in enumerate(others):
+        donor = few[(i + 1) % len(kept)]
+        assert other.tokens == whole(few[i]["prompt"], donor["completion"])[0][: len(other.tokens)]
+    assert len(others[4].tokens) == len(whole(few[4]["prompt"], few[5]["completion"])[0])
+
+
 def test_a_difference_that_the_template_trims_is_none(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content|trim }}<|im_end|>{% endfor %}"
     records = [*PAIRS[:1], {"prompt": "x", "chosen": "yes", "rejected": "yes "}]

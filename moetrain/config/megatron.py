@@ -1,38 +1,72 @@
-"""What a recipe's `megatron:` section may hold: fields that follow from nothing else in it."""
+"""What a recipe's `megatron:` section may hold: how a model is computed, where no key says it.
 
-from typing import Any
+What is computed is the model's: an exported folder could not tell what was changed here.
+"""
 
-from moetrain.config.megatron_fields import FIELDS
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from moetrain.config.megatron_fields import OWNED, UNREAD
+from moetrain.config.section import Count, Section
 from moetrain.errors import nearest
 
-OWNED = frozenset(
+
+class Passed(Section):
+    """The TransformerConfig fields that pass through; `moetrain.plan.passed` says where each does
+    something.
     """
-    num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size
-    qk_layernorm add_qkv_bias layernorm_epsilon normalization gated_linear_unit activation_func
-    add_bias_linear hidden_dropout attention_dropout params_dtype pipeline_dtype bf16
-    perform_initialization calculate_per_token_loss deterministic_mode num_moe_experts
-    moe_router_topk moe_ffn_hidden_size moe_router_pre_softmax moe_router_dtype
-    moe_router_load_balancing_type moe_layer_freq moe_grouped_gemm tensor_model_parallel_size
-    sequence_parallel pipeline_model_parallel_size virtual_pipeline_model_parallel_size
-    context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
-    pipeline_model_parallel_layout
-    """.split()
-)
+
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: Count | None = None
+    recompute_modules: list[Literal["core_attn", "mlp", "layernorm"]] | None = None
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] | None = None
+    moe_flex_dispatcher_backend: Literal["deepep", "hybridep", "ncclep"] | None = None
+    moe_flex_dispatcher_num_sms: Count | None = None
+    moe_permute_fusion: bool | None = None
+    moe_router_fusion: bool | None = None
+    apply_rope_fusion: bool | None = None
+    bias_activation_fusion: bool | None = None
+    bias_dropout_fusion: bool | None = None
+    gradient_accumulation_fusion: bool | None = None
+    overlap_p2p_comm: bool | None = None
+    batch_p2p_comm: bool | None = None
+    deallocate_pipeline_outputs: bool | None = None
+
+
+def _by_name(groups: dict[str, str]) -> dict[str, str]:
+    return {name: instead.strip() for instead, names in groups.items() for name in names.split()}
+
+
+SET_HERE, DOES_NOTHING = _by_name(OWNED), _by_name(UNREAD)
+FIELDS = SET_HERE.keys() | DOES_NOTHING.keys() | Passed.model_fields.keys()
 
 
 def passed_through(fields: dict[str, Any]) -> dict[str, Any]:
-    """The section as given; ValueError for a field that is not Megatron's, or is moetrain's."""
+    """The section as given; ValueError for a field that is not Megatron's, that is moetrain's, or
+    that would do nothing.
+    """
     for key in fields:
         if key not in FIELDS:
             raise ValueError(
                 f"megatron.{key} is not a TransformerConfig field.{nearest(key, FIELDS)}"
             )
-        if key in OWNED:
+        if key in SET_HERE:
             raise ValueError(
-                f"megatron.{key} is set by moetrain from the model and the layout. Remove it."
+                f"megatron.{key} is set by moetrain from the model and the layout. Remove it. The"
+                f" key is {SET_HERE[key]}."
+            )
+        if key in DOES_NOTHING:
+            raise ValueError(
+                f"megatron.{key} would do nothing here. Remove it. The key is {DOES_NOTHING[key]}."
             )
     if "moe" in (fields.get("recompute_modules") or []):
         raise ValueError(
             "megatron.recompute_modules cannot hold 'moe' here. Use train.recompute=full."
         )
-    return fields
+    try:
+        return Passed.model_validate(fields).model_dump(exclude_none=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"megatron.{where} is {first['input']!r}: {first['msg']}") from None

@@ -14,7 +14,7 @@ from moetrain.config.online import (
     GspoMethod,
     PpoMethod,
 )
-from moetrain.config.section import MethodSection
+from moetrain.config.section import Location, MethodSection
 
 
 class PretrainMethod(MethodSection):
@@ -55,6 +55,11 @@ class ReferencedMethod(MethodSection):
     """What methods with a reference share."""
 
     beta: float = Field(default=0.1, gt=0, description="how dear it is to leave the reference")
+    reference: Location = Field(
+        default="start",
+        description="start: the model as the run starts, adapter.path included; base: without it;"
+        " or another model's folder",
+    )
     kl_budget: float | None = Field(
         default=None, gt=0, description="warn when `kl`, in nats an answer, passes it"
     )

@@ -307,7 +307,9 @@ class Recipe(Section):
     observe: ObserveConfig = ObserveConfig()
     cluster: ClusterConfig = ClusterConfig()
     megatron: Annotated[dict[str, Any], AfterValidator(passed_through)] = Field(
-        default_factory=dict, description="TransformerConfig fields moetrain does not own"
+        default_factory=dict,
+        description="TransformerConfig fields that say how a model is computed; those that would do"
+        " nothing here are refused",
     )
 
     @property

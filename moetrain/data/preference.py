@@ -59,8 +59,8 @@ def _common(a: Encoded, b: Encoded) -> int:
 
 
 def _fit(first: Encoded, second: Encoded, extras: Extras, spec: Spec) -> Group:
-    """Two answers in one pack: by data.too_long both are cut from the right, the longer one first
-    and then both to the same length, or refused.
+    """A pair in one pack: by data.too_long both are cut from the right, the longer one first and
+    then both to the same length, or refused.
     """
     shared = _common(first, second) if spec.share_prompt else 0
     group = Group((first, second), shared, extras)
@@ -127,10 +127,31 @@ def _mismatched(result: Result, other: Result, spec: Spec) -> Result:
     start, begin = _answer_start(own), _answer_start(donor)
     mask = np.concatenate([np.zeros(start, dtype=np.bool_), donor.mask[begin:]])
     answer = Encoded(np.concatenate([own.tokens[:start], donor.tokens[begin:]]), mask)
-    try:
-        return replace(result, groups=(_fit(own, answer, group.extras, spec),))
-    except FormatError as error:
-        return replace(result, groups=(), reason=str(error))
+    return replace(result, groups=_beside(own, answer, group.extras, spec))
+
+
+def _beside(own: Encoded, answer: Encoded, extras: Extras, spec: Spec) -> tuple[Group, ...]:
+    """A record's own answer, cut by data.seq_len alone, and as much of a mismatched one as there is
+    room for in the same pack. Where no token of that has room it stands by itself.
+    """
+    own, is_cut = _cut(own, spec.seq_len)
+    shared = _common(own, answer) if spec.share_prompt else 0
+    rest, is_less = _cut(answer, spec.seq_len - own.tokens.size + shared)
+    if rest.mask[1:].any():
+        return (Group((own, rest), shared, extras, truncated=is_cut or is_less),)
+    alone, is_less = _cut(answer, spec.seq_len)
+    parts = [{name: (values[i],) for name, values in extras.items()} for i in range(2)]
+    return (
+        Group((own,), extras=parts[0], truncated=is_cut),
+        Group((alone,), extras=parts[1], truncated=is_less),
+    )
+
+
+def _cut(sequence: Encoded, size: int) -> tuple[Encoded, bool]:
+    """The first `size` tokens of a sequence, and whether that is less than all."""
+    if sequence.tokens.size <= size:
+        return sequence, False
+    return Encoded(sequence.tokens[:size], sequence.mask[:size]), True
 
 
 def _join_mismatched(results: Iterable[Result], spec: Spec) -> Iterator[Result]:

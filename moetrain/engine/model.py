@@ -19,12 +19,14 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from moetrain.config.megatron import OWNED
+from moetrain.config.megatron import SET_HERE
 from moetrain.config.recipe import Recipe
 from moetrain.engine.backend import layer_specs
 from moetrain.engine.mesh import Mesh
+from moetrain.errors import ConfigError
 from moetrain.families.dims import Dims
 from moetrain.plan.mesh import stage_layers
+from moetrain.plan.passed import check_backend, check_passed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -83,9 +85,19 @@ def transformer_config(
             moe_layer_freq=[int(is_moe) for is_moe in dims.moe_layers],
             moe_grouped_gemm=backend == "te",
         )
-    assert owned.keys() <= OWNED, f"config/megatron.py lacks {sorted(owned.keys() - OWNED)}"
+    assert owned.keys() <= SET_HERE.keys(), f"megatron_fields.py lacks {owned.keys() - SET_HERE}"
+    check_passed(recipe, dims)
+    check_backend(recipe, dims, backend, on_gpu=device.type == "cuda")
     defaults = _default_fields(recipe, dims, device, backend)
-    return TransformerConfig(**owned | defaults | recipe.megatron)
+    try:
+        return TransformerConfig(**owned | defaults | recipe.megatron)
+    except (AssertionError, ValueError) as error:
+        if not recipe.megatron:
+            raise
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"megatron: {recipe.megatron} is refused by megatron-core: {why}"
+        ) from None
 
 
 def _layout_fields(recipe: Recipe, dims: Dims) -> dict[str, Any]:

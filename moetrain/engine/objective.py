@@ -41,7 +41,8 @@ class Objective:
 
     def counts(self, batches: Sequence[Packed]) -> tuple[dict[str, float], float]:
         """(the counts of the method's terms, valid tokens) of the whole global batch, before
-        anything is computed. A term without anything to count is divided by 1.
+        anything is computed. A term without anything to count is divided by 1. Where sequences
+        are there to estimate from alone, a batch may hold nothing else.
         """
         own = [self.method.count(batch, self.cfg) for batch in batches]
         names = sorted(own[0])
@@ -50,7 +51,7 @@ class Objective:
         table = torch.tensor(sums, dtype=torch.float64, device=self.device)
         dist.all_reduce(table, group=self.mesh.dp_group)
         *found, tokens = numbers(table)
-        if not any(found):
+        if not any(found) and self.method.estimate is None:
             raise DataError(
                 "A global batch has nothing to learn from. Check the loss mask and data.seq_len."
             )

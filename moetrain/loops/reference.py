@@ -1,12 +1,15 @@
-"""Reference log-probs: what the model says of every answer before it is trained, computed once.
+"""Reference log-probs: what the reference says of every answer, computed once before training.
 
 They lie in the cache under a key of the model, the tokenizer, the tokens of the data and the
-precision, so that all runs of a sweep read one file and no second model is ever in memory.
+precision, so that all runs of a sweep read one file and no second model is ever in memory: another
+model's engine is closed before the run's own is built.
 """
 
+import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import torch.distributed as dist
 from rich.progress import track
 from torch import Tensor
 
+from moetrain.config.method import ReferencedMethod
 from moetrain.config.recipe import Recipe
 from moetrain.data.cache import build_once, cache_root, digest_files, key_of
 from moetrain.data.loader import build_set, prepare, tokenizer_of
@@ -24,25 +28,78 @@ from moetrain.data.sets import PackedSet
 from moetrain.data.tokenizer import tokenizer_files
 from moetrain.engine import Engine
 from moetrain.errors import DataError
-from moetrain.loops.models import model_digest
+from moetrain.loops.models import model_digest, model_in
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed
 from moetrain.ops.segment import segment_sum
 
 VERSION = 2
+START, BASE = "start", "base"
+FAR = 0.5  # nats an answer, more than rounding makes of them
 PACKS_AT_A_TIME = 8  # of one data-parallel rank, between two words to the progress display
 
 
-def reference_of(
+@dataclass(frozen=True)
+class References:
+    """Files of a run's reference log-probs; None where it asks for none."""
+
+    train: Path | None = None
+    held_out: Path | None = None
+
+
+def take_reference(
+    recipe: Recipe, report: Callable[[str], None], *, train: bool = True
+) -> tuple[Engine, References]:
+    """A run's engine as it starts, an earlier adapter included, and its reference log-probs,
+    computed where the cache lacks them: those of the start, or of the base before that adapter is
+    put into it, or of another model, whose engine is closed before the run's is built. Collective.
+    """
+    method = recipe.method
+    reference = method.reference if isinstance(method, ReferencedMethod) else None
+    found = References()
+    if reference not in (None, START, BASE):
+        found = _of_another(recipe, reference, report)
+    engine = Engine(recipe, train=train)
+    if reference == BASE:
+        found = _of(recipe, engine, report)
+    engine.continue_adapter()
+    if reference == START:
+        found = _of(recipe, engine, report)
+    return engine, found
+
+
+def _of_another(recipe: Recipe, folder: str, report: Callable[[str], None]) -> References:
+    """The log-probs that the model in `folder` gives the run's tokens."""
+    model = recipe.model.model_copy(
+        update={
+            "path": model_in(folder),
+            "hf": None,
+            "init": None,
+            "tokenizer": str(tokenizer_of(recipe)),
+        }
+    )
+    other = recipe.model_copy(update={"model": model, "adapter": None, "trainable": None})
+    engine = Engine(other, train=False)
+    found = _of(other, engine, report)
+    del engine
+    gc.collect()  # a model is a circle through its hooks
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def _of(recipe: Recipe, engine: Engine, report: Callable[[str], None]) -> References:
+    return References(
+        _file(recipe, engine, report, held_out=False), _file(recipe, engine, report, held_out=True)
+    )
+
+
+def _file(
     recipe: Recipe, engine: Engine, report: Callable[[str], None], *, held_out: bool
 ) -> Path | None:
-    """The file of a run's reference log-probs, computed when the cache lacks it; None where the
-    method or the recipe asks for none. Collective.
-
-    The engine's model must still be the reference: the base, with an adapter that adds nothing yet.
+    """The file of what the engine's model gives, computed when the cache lacks it; None without
+    such data. Collective.
     """
-    if "ref_logp" not in METHODS[recipe.method.name].needs:
-        return None
     data = build_set(recipe, held_out=held_out)
     if data is None:
         return None
@@ -71,13 +128,38 @@ def fill(recipe: Recipe) -> int:
     if "ref_logp" not in method.needs:
         raise DataError(f"method {method.name} has no reference: there is nothing to score.")
     prepare(recipe)
-    engine = Engine(recipe, train=False)
-    for held_out in (False, True):
-        path = reference_of(recipe, engine, lambda line: None, held_out=held_out)
+    engine, found = take_reference(recipe, lambda line: None, train=False)
+    for what, path in (("train", found.train), ("held out", found.held_out)):
         if path is not None and engine.mesh.is_main:
-            print(f"{'held out' if held_out else 'train'}: {path.parent}")
+            print(f"{what}: {path.parent}")
     engine.close()
     return 0
+
+
+def far_from_reference(recipe: Recipe, metrics: Mapping[str, float]) -> str | None:
+    """What to warn of at a run's first step, when the model's answers are not yet its own: the
+    reference is another model than the one that is trained.
+    """
+    method = recipe.method
+    if not isinstance(method, ReferencedMethod):
+        return None
+    names = ("rewards/margins", "rewards/chosen", "rewards/rejected")
+    nats = max((abs(metrics.get(name, 0.0)) / method.beta for name in names), default=0.0)
+    if nats <= FAR:
+        return None
+    if method.reference != START:
+        cause = (
+            f"method.reference is {method.reference}, and the run starts from another model; start"
+            " would take that"
+        )
+    elif recipe.data.reference is not None:
+        cause = f"those in data.reference={recipe.data.reference} were made otherwise; leave it out"
+    else:
+        cause = "both are the same weights, so it is rounding: try model.dtype=fp32"
+    return (
+        f"WARNING: at the first step an answer's log-prob is {nats:.1f} nats from the reference's"
+        f" (rewards/margins {metrics.get('rewards/margins', 0.0):.3f}, and 0 is expected). {cause}."
+    )
 
 
 def _score(engine: Engine, data: PackedSet, *, shows: bool) -> Tensor:
@@ -110,7 +192,19 @@ def _identity(recipe: Recipe, engine: Engine, data: PackedSet) -> dict[str, Any]
         "dtype": recipe.model.dtype,
         "tokenizer": _tokenizer_digest(recipe),
         "data": data.sequences_fingerprint,
-    }
+    } | _started_from(recipe)
+
+
+def _started_from(recipe: Recipe) -> dict[str, Any]:
+    """The adapter that is part of the reference, where there is one."""
+    method, adapter = recipe.method, recipe.adapter
+    if adapter is None or adapter.path is None:
+        return {}
+    if not isinstance(method, ReferencedMethod) or method.reference != START:
+        return {}
+    files = [path for path in sorted(adapter.path.glob("adapter_*")) if path.is_file()]
+    digests = digest_files(files, cache_root(recipe.data.cache))
+    return {"adapter": key_of([digest for _, digest in digests])}
 
 
 def _tokenizer_digest(recipe: Recipe) -> str:
@@ -137,12 +231,12 @@ def _check(folder: Path, identity: dict[str, Any]) -> None:
             f"{folder} holds no reference log-probs ({error}). Leave data.reference out, or remove"
             " it from the cache: they are computed then."
         ) from error
-    for name, wanted in identity.items():
-        if found.get(name) != wanted:
+    for name in identity | found:
+        if found.get(name) != identity.get(name):
             raise DataError(
                 f"{folder}: these reference log-probs were made with another {name} "
-                f"({found.get(name)}, not {wanted}). Leave data.reference out, or give those of"
-                f" this run."
+                f"({found.get(name)}, not {identity.get(name)}). Leave data.reference out, or give "
+                f"those of this run."
             )
 
 

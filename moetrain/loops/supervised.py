@@ -8,7 +8,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.data.loader import EvalPacks, Loader, build_eval, build_train, num_steps, prepare
 from moetrain.engine import Engine
 from moetrain.loops.job import Job, is_due, step_row
-from moetrain.loops.reference import reference_of
+from moetrain.loops.reference import far_from_reference, take_reference
 from moetrain.loops.stop import EXIT_STOPPED, StopSignal
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
@@ -23,16 +23,12 @@ def train(recipe: Recipe) -> int:
     """
     job = Job(recipe)
     prepared = prepare(recipe)
-    engine = Engine(recipe)
+    lines = list(prepared.lines)
+    engine, reference = take_reference(recipe, lines.append)
     engine.num_steps = prepared.num_steps
     rank, size = engine.mesh.dp_rank, engine.mesh.dp_size
-    lines = list(prepared.lines)
-    # The model is the reference until an earlier adapter or a checkpoint is put into it.
-    train_reference = reference_of(recipe, engine, lines.append, held_out=False)
-    eval_reference = reference_of(recipe, engine, lines.append, held_out=True)
-    loader = build_train(recipe, rank, size, train_reference)
-    held_out = build_eval(recipe, rank, size, eval_reference)
-    engine.continue_adapter()
+    loader = build_train(recipe, rank, size, reference.train)
+    held_out = build_eval(recipe, rank, size, reference.held_out)
     step, state = job.resume(engine, num_steps)
     if step:
         loader.load_state_dict(state["loader"])
@@ -64,7 +60,11 @@ def _loop(
             started = time.perf_counter()
             result = engine.step(loader.next(), method)
             step += 1
-            report.step(step_row(step, result, time.perf_counter() - started))
+            row = step_row(step, result, time.perf_counter() - started)
+            warning = far_from_reference(recipe, result.metrics) if step == 1 else None
+            report.step(row if warning is None else row | {"warning": warning})
+            if warning is not None:
+                report.say(warning)
 
             job.checkpoints.tick(engine)
             stopped = stop.agreed()

@@ -21,6 +21,7 @@ from moetrain.families.patterns import trainable_names
 from moetrain.families.rules import BoundRule, Family, expand, head_names
 from moetrain.plan.memory import GIB, gpu_gib, static_bytes
 from moetrain.plan.mesh import check_layout, plan_mesh, rank_table
+from moetrain.plan.passed import check_passed
 
 MAX_RANKS_SHOWN = 64
 
@@ -107,6 +108,7 @@ def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> tuple[Family,
             "optim.offload keeps the fp32 main weights of a bf16 model on the host, and "
             "model.dtype=fp32 has none. Use bf16, or leave optim.offload out."
         )
+    check_passed(recipe, dims)
     trained(recipe, family, dims)
     check_reward_files(recipe.rewards)
     return family, dims
