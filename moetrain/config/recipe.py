@@ -330,6 +330,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _neighbours_apart(self) -> Self:
+        # megatron-core 0.19.2 takes one neighbour's tensor for the other's, without a word.
+        if self.parallel.pp == 2 and self.parallel.vpp and self.megatron.get("batch_p2p_comm"):
+            raise ValueError(
+                "megatron.batch_p2p_comm=true gives wrong gradients with parallel.vpp at"
+                " parallel.pp=2, where both neighbours are one rank. Leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _demonstrated_or_not(self) -> Self:
         if self.method.demonstrated and not self.data.demonstrations:
             raise ValueError(f"method {self.method.name} needs data.demonstrations")

@@ -254,10 +254,11 @@ class Engine:
 
     @torch.no_grad()
     def outputs(self, packs: Sequence[Packed]) -> list[Out]:
-        """What the model gives for each pack: log-probs, and values where it has a value head; fp32
-        [t] CPU tensors of the pack's own length, on every rank of the replica.
+        """What the model gives for each pack: log-probs, and values where it has a value or scalar
+        head; fp32 [t] CPU tensors of the pack's own length, on every rank of the replica.
         """
         batches = micro_batches(packs, 1, self.mesh)
+        has_values = self.dims.value_head or self.dims.scalar_head
         self.run.with_entropy = False
 
         def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
@@ -265,7 +266,7 @@ class Engine:
             return out.logp.sum(), {"given": torch.stack(given)}
 
         kept = self._forward_only(batches, head)
-        shape = (len(batches), 1 + self.dims.value_head, batches[0].num_tokens)
+        shape = (len(batches), 1 + has_values, batches[0].num_tokens)
         table = torch.zeros(shape, device=self.device)
         if kept:
             table = torch.stack([row["given"] for row in kept])
@@ -273,7 +274,7 @@ class Engine:
             dist.broadcast(table, group_src=self.mesh.plan.pp - 1, group=self.mesh.pp_group)
         found = table.cpu()
         return [
-            Out(own[0], value=own[1] if self.dims.value_head else None)
+            Out(own[0], value=own[1] if has_values else None)
             for own in (found[i, :, : pack.num_tokens] for i, pack in enumerate(packs))
         ]
 

@@ -181,6 +181,12 @@ def start_state(optimizer: Any) -> None:
                     }
 
 
+def forget_state(optimizer: Any) -> None:
+    """As if no step had been taken: torch's optimizers make their state anew in the next one."""
+    for inner in _stepping(optimizer):
+        inner.state.clear()
+
+
 def part_steps(optimizer: Any) -> None:
     """Give each parameter a `step` of its own again after loading.
 
