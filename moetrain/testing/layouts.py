@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -131,8 +130,18 @@ def differences(wanted: Found, found: Found, bound: float = 1e-6) -> list[str]:
 # Wrong on purpose
 
 
+@contextmanager
+def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 def _replaced(module: str, name: str, value: Any) -> Callable[[], Any]:
-    return lambda: mock.patch.object(import_module(module), name, value)
+    return lambda: _instead(import_module(module), name, value)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -149,7 +158,7 @@ def _own_counts() -> Iterator[None]:
         tokens = sum(float(batch.valid.sum()) for batch in batches)
         return {name: sum(float(c[name]) for c in own) or 1.0 for name in own[0]}, tokens
 
-    with mock.patch.object(objective.Objective, "counts", counts):
+    with _instead(objective.Objective, "counts", counts):
         yield
 
 
@@ -161,7 +170,7 @@ def _unreduced_keys() -> Iterator[None]:
     def gather(x: Tensor, group: Any, *, reduce_grad: bool) -> Tensor:
         return context.gather(x, group, reduce_grad=False)
 
-    with mock.patch.object(attention, "gather", gather):
+    with _instead(attention, "gather", gather):
         yield
 
 
@@ -175,7 +184,7 @@ def _batched_exchange() -> Iterator[None]:
     def changed(*args: Any) -> dict[str, Any]:
         return fields(*args) | {"overlap_p2p_comm": False, "batch_p2p_comm": True}
 
-    with mock.patch.object(model, "_default_fields", changed):
+    with _instead(model, "_default_fields", changed):
         yield
 
 
