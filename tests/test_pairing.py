@@ -230,3 +230,30 @@ def test_a_cut_thought_is_never_given_an_end(opened: str) -> None:
     assert record["chosen"][0]["content"] == "<think>\nhm</think>4"
     assert record["rejected"][0]["content"] == "<think>\nhm</think>5 and"
     assert not chosen_of(question).records
+
+
+BAD_ROWS: list[tuple[Any, str]] = [
+    ("{", "malformed JSON"),
+    ("[1]", "it is a list"),
+    ('{"a": "\\ud800"}', "half of a character"),
+    ('{"a": ' + "9" * 5000 + "}", "more than 4300 digits"),
+    ({"prompt": "q", "answers": []}, "TypeError"),
+    ({"prompt": {"id": "a", "columns": {}}, "answers": []}, "KeyError 'prompt'"),
+    (row("q") | {"answers": None}, "TypeError"),
+    (row("q", answer("a", 1.0) | {"text": 5}), "an answer's text"),
+    (row("q", answer("a", 1.0) | {"logprobs": ["x"]}), "a log-prob or reward is no number"),
+    (row("q", answer("a", 1.0) | {"parts": [1]}), "an answer's parts"),
+    (row("q") | {"prompt": {"id": 5, "columns": {"prompt": []}}}, "prompt.id is no text"),
+]
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_ROWS)
+def test_a_bad_line_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: Any, reason: str
+) -> None:
+    good = json.dumps(row("q", answer("a", 1.0), answer("b", 0.0)))
+    path = tmp_path / "s.jsonl"
+    path.write_text(f"{good}\n{bad if isinstance(bad, str) else json.dumps(bad)}\n{good}\n")
+    assert cli.main(["pairs", str(path), "--out", str(tmp_path / "p.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert f"{path}:2 is no" in said and reason in said

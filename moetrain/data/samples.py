@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moetrain.data.parsing import parse_json
 from moetrain.errors import DataError
 
 
@@ -73,16 +74,19 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.is_file():
         return
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
+                found = parse_json(line)
+                if not isinstance(found, dict):
+                    raise ValueError(f"it is a {type(found).__name__}")
             except ValueError as error:
                 raise DataError(
                     f"{path}:{number} is not a JSON object ({error}). Remove the line, or the file."
                 ) from error
+            yield found
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

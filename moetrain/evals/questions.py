@@ -69,7 +69,7 @@ def _asked(bench: BenchConfig, record: Mapping[str, Any], where: str) -> dict[st
     columns = {str(name): value for name, value in record.items()}
     try:
         text = bench.prompt.format_map(columns | {"question": record[bench.question]})
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"{bench.name}: prompt cannot be filled in ({error}); {where} has {', '.join(columns)}."
             " Write {{ and }} for braces."

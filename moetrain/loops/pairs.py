@@ -18,6 +18,16 @@ from moetrain.loops.run_dir import environment
 from moetrain.observe.progress import CountDisplay
 
 
+OF_AN_ANSWER: dict[str, tuple[type, ...]] = {
+    "text": (str,),
+    "finish": (str,),
+    "tokens": (list,),
+    "logprobs": (list,),
+    "parts": (dict,),
+    "reward": (int, float, type(None)),
+}
+
+
 def choose(
     sources: Sequence[Path], out: Path, choice: Choice, *, sft: bool, held_out: float
 ) -> int:
@@ -93,16 +103,35 @@ def _rows(files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, Row]]:
                 display.advance()
                 if "cursor" in row:  # the head of a step's rollouts
                     continue
-                if not {"prompt", "answers"} <= row.keys():
+                if wrong := _wrong(row):
                     raise DataError(
                         f"{path}:{number} is no prompt with answers; its keys are"
-                        f" {', '.join(row)}. Give what `moetrain sample` wrote."
+                        f" {', '.join(row)} ({wrong}). Give what `moetrain sample` wrote."
                     )
                 found = True
                 yield source, row
             if not found:
                 raise DataError(f"{path} holds no whole prompt yet.")
     display.close()
+
+
+def _wrong(row: Row) -> str:
+    """What of a line is not as `moetrain sample` writes it; empty where nothing is."""
+    try:
+        messages, answers = row["prompt"]["columns"]["prompt"], row["answers"]
+        if not isinstance(row["prompt"]["id"], str):
+            return "prompt.id is no text"
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            return "prompt.columns.prompt is no list of messages"
+        for name, kinds in OF_AN_ANSWER.items():
+            if not all(isinstance(answer[name], kinds) for answer in answers):
+                return f"an answer's {name} is of another type"
+        numbers = [n for a in answers for n in (*a["logprobs"], *a["parts"].values(), a["reward"])]
+        if not all(n is None or isinstance(n, int | float) for n in numbers):
+            return "a log-prob or reward is no number"
+    except (LookupError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__} {error}"
+    return ""
 
 
 def _num_lines(path: Path) -> int:
