@@ -17,7 +17,6 @@ from moetrain.loops.answers import Row, check_manifest, manifest_of
 from moetrain.loops.run_dir import environment
 from moetrain.observe.progress import CountDisplay
 
-
 OF_AN_ANSWER: dict[str, tuple[type, ...]] = {
     "text": (str,),
     "finish": (str,),
