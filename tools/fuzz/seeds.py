@@ -1,0 +1,124 @@
+"""What the fuzzer starts from: records in every form, recipes, overrides and commands that work."""
+
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+USER = {"role": "user", "content": "What is 2 + 2?"}
+ANSWER = {"role": "assistant", "content": "It is 4."}
+SYSTEM = {"role": "system", "content": "You add."}
+THOUGHT = ANSWER | {"reasoning_content": "2 and 2 make 4."}
+ARGUMENTS = {"a": 2, "b": [2, None], "c": {"d": "e"}}
+FUNCTION = {"name": "add", "arguments": ARGUMENTS}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "1", "type": "function", "function": FUNCTION}],
+}
+RESULT = {"role": "tool", "content": "4", "tool_call_id": "1", "name": "add"}
+PROPERTIES = {"a": {"type": "integer", "default": None, "enum": [1, None]}}
+PARAMETERS = {"type": "object", "properties": PROPERTIES, "required": ["a"]}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
+
+RECORDS: tuple[dict[str, Any], ...] = (
+    {"messages": [SYSTEM, USER, ANSWER, USER, THOUGHT | {"weight": 0}, USER, ANSWER]},
+    {"messages": [USER, CALL, RESULT, ANSWER], "tools": [TOOL], "source": "x"},
+    {"messages": [USER, THOUGHT], "chat_template_kwargs": {"enable_thinking": False}},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, ANSWER]},
+    {"messages": ['{"role": "user", "content": "hi"}', '{"role": "assistant", "content": "ho"}']},
+    {"messages": '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]'},
+    {
+        "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}],
+        "system": "You greet.",
+    },
+    {"prompt": "hi", "completion": "ho", "answer": "ho"},
+    {"prompt": [SYSTEM, USER], "completion": [ANSWER], "label": True},
+    {"prompt": "hi", "completion": "ho", "label": 0},
+    {"instruction": "Add.", "input": "2 2", "output": "4", "history": [["a", "b"]], "system": "s"},
+    {"question": "2 + 2?", "answer": "4", "kto_tag": False},
+    {"problem": "2 + 2?", "solution": "4", "tools": [TOOL]},
+    {"prompt": "hi", "chosen": "ho", "rejected": "no", "margin": 0.5},
+    {"prompt": [USER], "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "5"}]},
+    {"chosen": [USER, ANSWER], "rejected": [USER, CALL], "tools": [TOOL]},
+    {"messages": [USER, ANSWER], "rejected_response": "5"},
+    {"messages": [USER, ANSWER], "rejected_messages": [USER, THOUGHT]},
+    {
+        "conversations": [{"from": "human", "value": "hi"}],
+        "chosen": {"from": "gpt", "value": "ho"},
+        "rejected": {"from": "gpt", "value": "no"},
+    },
+    {"instruction": "Add.", "chosen": "4", "rejected": "5", "input": ""},
+    {"text": "A document.\n\nIt has two parts."},
+    {"tokens": [1, 2, 3]},
+)
+
+ANSWERS: dict[str, Any] = {
+    "prompt": {"id": "a", "tokens": [1], "columns": {"prompt": [USER], "answer": "4"}},
+    "answers": [
+        {"text": text, "reward": reward, "parts": {"exact": reward}, "finish": "stop",
+         "tokens": [1, 2], "logprobs": [-0.5, -1.0]}
+        for text, reward in (("4", 1.0), ("5", 0.0), ("", None))
+    ],
+}  # fmt: skip
+
+TEMPLATES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}{% endif %}{{ m.content or '' }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content.strip() }}</think>{% endif %}"
+    "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+)
+
+OVERRIDES = (
+    "optim.lr=2e-5",
+    "data.train=[a.jsonl, b.jsonl]",
+    "data.train=[builtin:checkable-sft, {path: x.jsonl, take: 10}]",
+    "parallel={tp: 2, pp: 1, ep: 2}",
+    "method=dpo",
+    "method.name=grpo",
+    "method.beta=0.1",
+    "train.epochs=1.5",
+    "train.steps=10",
+    "adapter={rank: 8, targets: [q_proj, experts]}",
+    "rollout={group_size: 8, max_tokens: 64, temperature: 0.6}",
+    "rewards=[accuracy, ./mine.py:f]",
+    "model.path=builtin:qwen3-moe-tiny",
+    "model.hf={architectures: [Qwen3MoeForCausalLM], num_hidden_layers: 2}",
+    "model.hf.num_experts=64",
+    "megatron.moe_aux_loss_coeff=0.001",
+    "cluster={nodes: 4, gpus_per_node: 8, time: 01:00:00}",
+    "checkpoint.every=10",
+    "observe.tensorboard=false",
+    "run_dir=runs/x",
+    "seed=1",
+)
+
+SWIFT = (
+    "megatron sft --model /m --dataset d.jsonl --output_dir o --train_iters 100 --max_length 512"
+    " --tensor_model_parallel_size 2 --expert_model_parallel_size 4 --lr 1e-5 --min_lr 1e-6"
+    " --lr_warmup_fraction 0.05 --global_batch_size 16 --micro_batch_size 1 --packing true",
+    "#!/bin/bash\nset -e\nexport CUDA_VISIBLE_DEVICES=0,1\nMODEL=${MODEL:-/models/Qwen3}\n"
+    "NPROC_PER_NODE=8 \\\nmegatron rlhf \\\n    --rlhf_type dpo \\\n    --model $MODEL \\\n"
+    "    --dataset 'a b.jsonl#500' \"$HOME/data.jsonl\" \\\n    --beta 0.1 --loss_scale all \\\n"
+    "    --output_dir $(pwd)/out --num_train_epochs 1 --max_epochs 1 \\\n"
+    "    --recompute_granularity full --recompute_num_layers $((1+1)) 2>&1 | tee log.txt\n",
+    "PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True' megatron pt --load m --dataset swift/x"
+    " --split_dataset_ratio 0.01 --train_iters 10 --save o --optimizer adam --bf16 true"
+    " --tuner_type lora --lora_rank 8 --lora_alpha 32 --target_modules all-linear",
+    "megatron rlhf --rlhf_type grpo --model m --dataset d --num_generations 8 --temperature 0.9"
+    " --reward_funcs accuracy format --max_completion_length 64 --use_vllm true"
+    " --vllm_mode colocate --output_dir o --train_iters 5 --max_length 128 --sleep_level 1"
+    " --offload_model true",
+)
+
+
+def recipes() -> list[Path]:
+    """The examples."""
+    found = sorted((ROOT / "examples").rglob("*.yaml"))
+    return [path for path in found if "evals" not in path.parts]
