@@ -67,6 +67,9 @@ def work(args: argparse.Namespace) -> None:
             counts[f"{name} {outcome}"] += 1
             if fault:
                 print(json.dumps({"number": number, "target": name} | fault), flush=True)
+            if number % 200 == 0:  # a worker that is ended leaves what it has counted
+                print(json.dumps({"counts": counts}), flush=True)
+                counts.clear()
         print(json.dumps({"counts": counts}), flush=True)
 
 
@@ -148,7 +151,7 @@ def _add(report: Report, lines: Iterable[str]) -> None:
     for line in lines:
         found = json.loads(line)
         if "counts" in found:
-            report.counts = Counter(found["counts"]) + report.counts
+            report.counts.update(found["counts"])
         else:
             report.faults.append(found)
 
