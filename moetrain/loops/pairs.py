@@ -120,6 +120,8 @@ def _wrong(row: Row) -> str:
         messages, answers = row["prompt"]["columns"]["prompt"], row["answers"]
         if not isinstance(row["prompt"]["id"], str):
             return "prompt.id is no text"
+        if not isinstance(row["prompt"].get("opened", ""), str):
+            return "prompt.opened is no text"
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             return "prompt.columns.prompt is no list of messages"
         for name, kinds in OF_AN_ANSWER.items():

@@ -85,9 +85,8 @@ def one(target: Any, bench: Any, rng: random.Random) -> tuple[str, dict[str, Any
         outcome = target.run(bench, made)
     except MoetrainError as error:
         outcome = "refused"
-        lines = str(error).count("\n")
-        if lines:
-            return "fault", _fault(f"a refusal of {lines + 1} lines", str(error), made)
+        if not str(error).strip():
+            return "fault", _fault("a refusal without a word", repr(error), made)
     except Exception as error:
         return "fault", _fault(type(error).__name__, traceback.format_exc(), made)
     seconds = time.process_time() - begin

@@ -1,6 +1,7 @@
 """Both directions over the one table."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -49,6 +50,8 @@ def command_text(given: str) -> str:
     if given == "-":
         return sys.stdin.read()
     if len(given.split()) > 1 and not os.path.isfile(given):
+        if not given.isprintable() and re.search("[\ud800-\udfff]", given):  # bytes of the shell's
+            raise ConfigError("The command is not UTF-8 text. Give it as a script in UTF-8.")
         return given
     try:
         return Path(given).read_text(encoding="utf-8")
