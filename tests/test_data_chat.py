@@ -76,7 +76,7 @@ def without_thoughts(record: dict[str, Any]) -> dict[str, Any]:
 
 def test_marks_equal_transformers() -> None:
     maker = chat()
-    assert maker.has_marks
+    assert maker.template.has_marks
     for record in (TWO, without_thoughts(TWO)):
         oracle: Any = maker.tokenizer.apply_chat_template(
             record["messages"], return_dict=True, return_assistant_tokens_mask=True
@@ -89,7 +89,7 @@ def test_marks_equal_transformers() -> None:
 
 def test_prefixes_find_what_marks_would() -> None:
     plain, marked = chat(PLAIN), chat()
-    assert not plain.has_marks
+    assert not plain.template.has_marks
     record = without_thoughts(TWO)
     (a,) = plain.encode(plain.mark(to_conversation(record)))
     (b,) = marked.encode(marked.mark(to_conversation(record)))
@@ -100,7 +100,7 @@ def test_prefixes_find_what_marks_would() -> None:
 @pytest.mark.parametrize("template", [THINKING, MARKED_THINKING])
 def test_a_template_that_rewrites_earlier_turns_is_split(template: str) -> None:
     maker = chat(template)
-    assert maker.has_marks == (template is MARKED_THINKING)
+    assert maker.template.has_marks == (template is MARKED_THINKING)
     found = maker.mark(to_conversation(TWO))
     assert encode(maker, TWO) == [
         ["<think>\nseven and five\n</think>\n\n12<|im_end|>"],
@@ -158,7 +158,7 @@ def test_a_template_that_refuses_gives_its_reason() -> None:
 
 def test_a_template_may_be_a_file(tmp_path: Any) -> None:
     (tmp_path / "t.jinja").write_text(PLAIN)
-    assert chat(str(tmp_path / "t.jinja")).template == PLAIN
+    assert chat(str(tmp_path / "t.jinja")).template.text == PLAIN
     with pytest.raises(DataError, match="neither a template nor a readable file"):
         chat(str(tmp_path / "none.jinja"))
 

@@ -13,6 +13,7 @@ import pytest
 from data_helpers import chat, recipe, tokenizer_folder, write_jsonl
 
 from moetrain.data import preference, sft
+from moetrain.data.chat import ChatOptions
 from moetrain.data.encode import Encoder, Spec
 from moetrain.data.loader import prepare
 from moetrain.data.parsing import MAX_DEPTH
@@ -107,12 +108,12 @@ def test_every_container_gives_the_same_tokens(tmp_path: Path) -> None:
     template = (
         "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
         "<|im_start|>{{ m.role }}{{ m.content }}{% for c in m.tool_calls or [] %}"
-        "{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+        "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
     )
     tokens: dict[str, list[list[int]]] = {}
     for name, path in kept_in_all(tmp_path, UNEVEN).items():
-        spec = Spec((str(path),), tokenizer_folder(), 4096, "reject", 1, chat_template=template)
+        spec = Spec((str(path),), tokenizer_folder(), 4096, "reject", 1, chat=ChatOptions(template))
         rows = [row for source in find_sources([path]) for row in read_rows(source)]
         results = Encoder(sft.CHAT, spec)(rows)
         assert not [result.reason for result in results if result.reason], name
@@ -277,7 +278,7 @@ def test_a_prompt_that_returns_is_kept_and_counted(tmp_path: Path) -> None:
     """Sampling a record more often is a choice: 40 of 60 records are no bad data."""
     records = [{"prompt": f"{i % 20}?", "answer": str(i % 20)} for i in range(60)]
     path = write_jsonl(tmp_path / "a.jsonl", records)
-    prompts, rejects = read_prompts([path], tokenizer_folder())
+    prompts, rejects, _ = read_prompts([path], ChatOptions().open(tokenizer_folder()))
     assert [p.columns["answer"] for p in prompts] == [r["answer"] for r in records]
     assert not rejects and len({prompt.id for prompt in prompts}) == 60
     epochs = PromptOrder(prompts, 1).take(0, 180)

@@ -9,6 +9,7 @@ from data_helpers import chat, questions, recipe, tokenizer_folder, write_jsonl
 
 from moetrain.cluster.doctor import files as doctor
 from moetrain.cluster.doctor.base import Level, Planned, Subject
+from moetrain.data.chat import ChatOptions
 from moetrain.data.loader import build_eval, build_train
 from moetrain.data.prompts import read_prompts
 from moetrain.data.sources import Row, find_sources, read_rows
@@ -159,8 +160,9 @@ def test_a_run_trains_on_train_and_evaluates_on_the_rest(tmp_path: Path) -> None
     assert held_out is not None and len(held_out) == 7
     asked: Any = [
         {prompt.columns["prompt"][0]["content"] for prompt in prompts}
-        for prompts, _ in (
-            read_prompts([folder], tokenizer_folder(), held_out=flag) for flag in (False, True)
+        for prompts, _, _ in (
+            read_prompts([folder], ChatOptions().open(tokenizer_folder()), held_out=flag)
+            for flag in (False, True)
         )
     ]
     assert len(asked[0]) == 40 and asked[1] == {"held out?"}

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.data import preference, tokenizer
+from moetrain.data.chat import ChatOptions
 from moetrain.data.encode import Kind
 from moetrain.data.sets import PackedSet
 from moetrain.errors import DataError
@@ -52,16 +53,19 @@ def loaded() -> Any:
 
 
 def whole(prompt: Any, answer: str) -> tuple[list[int], list[int]]:
-    """Tokens of prompt and answer up to the end of the turn, and the positions that are scored."""
+    """Tokens of prompt and answer up to the end of the turn, and the positions that are scored.
+
+    An answer is tokenised as it is sampled, after its prompt: a line's end before the
+    place where it begins and one after it are two tokens.
+    """
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    found = loaded().apply_chat_template(
-        [*before, {"role": "assistant", "content": answer}], tokenize=True, return_dict=True
-    )["input_ids"]
-    start = len(
-        loaded().apply_chat_template(
-            before, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
+    asked = loaded().apply_chat_template(before, add_generation_prompt=True, tokenize=False)
+    text = loaded().apply_chat_template(
+        [*before, {"role": "assistant", "content": answer}], tokenize=False
     )
+    assert isinstance(asked, str) and isinstance(text, str) and text.startswith(asked)
+    start = len(loaded()(asked)["input_ids"])
+    found = [*loaded()(asked)["input_ids"], *loaded()(text[len(asked) :])["input_ids"]]
     end = max(i for i, token in enumerate(found) if token == loaded().eos_token_id) + 1
     return found[:end], list(range(start - 1, end - 1))
 
@@ -323,7 +327,7 @@ def test_only_the_mismatched_answer_is_cut(tmp_path: Path, too_long: str, share:
 def test_a_difference_that_the_template_trims_is_none(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content|trim }}<|im_end|>{% endfor %}"
     records = [*PAIRS[:1], {"prompt": "x", "chosen": "yes", "rejected": "yes "}]
-    data = make(tmp_path, records, chat_template=template)
+    data = make(tmp_path, records, chat=ChatOptions(template))
     assert [r.reason for r in data.rejects()] == ["chosen and rejected are identical"]
 
 

@@ -14,6 +14,7 @@ from data_helpers import preference_spec as spec
 from moetrain.config.online import OnlineMethod
 from moetrain.config.recipe import MethodConfig
 from moetrain.data import assets, preference
+from moetrain.data.chat import ChatOptions
 from moetrain.data.loader import FEEDS, KINDS, Loader, Shuffled, build_set, build_train, prepare
 from moetrain.data.sets import PackedSet, build
 from moetrain.errors import DataError
@@ -30,7 +31,7 @@ def test_the_cache_is_by_content(tmp_path: Path) -> None:
     other = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     same = [{"seed": 2}, {"pack": False}, {"share_prompt": False}, {"seq_len": 97}]
     packed = [PackedSet(build(preference.PAIRS, spec(path, **change), root)) for change in same]
-    templated = PackedSet(build(preference.PAIRS, spec(path, chat_template=other), root))
+    templated = PackedSet(build(preference.PAIRS, spec(path, chat=ChatOptions(other)), root))
     assert len({first.name, templated.fingerprint, *(data.fingerprint for data in packed)}) == 6
     # What a reference computes per answer outlives another packing, not another template.
     sequences = PackedSet(first).sequences_fingerprint

@@ -11,6 +11,7 @@ import torch
 from data_helpers import chat, questions, recipe, tokenizer_folder, write_jsonl
 
 from moetrain.data import sft, tokenizer
+from moetrain.data.chat import ChatOptions
 from moetrain.data.encode import Spec
 from moetrain.data.loader import Loader, build_eval, build_train, model_vocab, num_steps, prepare
 from moetrain.data.rejects import Reject
@@ -263,10 +264,9 @@ def test_the_cache_is_by_content(tmp_path: Path) -> None:
     assert build(sft.CHAT, spec(path, num_workers=3), root) == first
     assert (first / "tokens.bin").stat().st_mtime_ns == before
     others = [{"seq_len": 65}, {"too_long": "reject"}, {"seed": 2}, {"pack": False}]
-    others.append(
-        {"chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"}
-    )
-    assert len({first, *(build(sft.CHAT, spec(path, **change), root) for change in others)}) == 6
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    others += [{"chat": ChatOptions(plain)}, {"chat": ChatOptions(system="Be brief.")}]
+    assert len({first, *(build(sft.CHAT, spec(path, **change), root) for change in others)}) == 7
     write_jsonl(path, questions(63))
     assert build(sft.CHAT, spec(path), root) != first
     assert not list(root.glob("sft/.*.tmp-*"))

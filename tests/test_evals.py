@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from moetrain import cli
 from moetrain.config.bench import BenchConfig, load_bench
+from moetrain.data.chat import Chat, ChatOptions
 from moetrain.errors import MoetrainError
 from moetrain.evals.evaluate import scored
 from moetrain.evals.questions import read_questions
@@ -158,7 +159,7 @@ def test_questions_are_asked_as_the_benchmark_says(tmp_path: Path, tokenizer: Pa
         system="Be brief.",
         prompt="{question} A {hint} number in \\boxed{{}}.",
     )
-    found = read_questions(config, path, tokenizer, None, 200)
+    found = read_questions(config, path, chat_of(tokenizer), 200)
     assert len(found) == 2 and len({prompt.id for prompt in found}) == 2
     first = found[0].columns
     assert first["answer"] == "2" and first["hint"] == "small"
@@ -167,7 +168,11 @@ def test_questions_are_asked_as_the_benchmark_says(tmp_path: Path, tokenizer: Pa
         {"role": "user", "content": "1 + 1? A small number in \\boxed{}."},
     ]
     assert (
-        len(read_questions(bench(**config.model_dump() | {"limit": 1}), path, tokenizer, None, 200))
+        len(
+            read_questions(
+                bench(**config.model_dump() | {"limit": 1}), path, chat_of(tokenizer), 200
+            )
+        )
         == 1
     )
 
@@ -180,18 +185,22 @@ def test_questions_are_asked_as_the_benchmark_says(tmp_path: Path, tokenizer: Pa
         ({"where": {"kind": "x"}}, "has no record with"),
     ],
 )
+def chat_of(folder: Path) -> Chat:
+    return ChatOptions().open(folder)
+
+
 def test_a_question_that_cannot_be_asked_is_no_benchmark(
     tmp_path: Path, tokenizer: Path, more: dict[str, Any], message: str
 ) -> None:
     path = written(tmp_path, {"question": "1 + 1?", "answer": "2"})
     with pytest.raises(MoetrainError, match=message):
-        read_questions(bench(**more), path, tokenizer, None, 200)
+        read_questions(bench(**more), path, chat_of(tokenizer), 200)
 
 
 def test_a_prompt_without_room_is_refused(tmp_path: Path, tokenizer: Path) -> None:
     path = written(tmp_path, {"question": "word " * 300, "answer": "2"})
     with pytest.raises(MoetrainError, match="the prompt has"):
-        read_questions(bench(), path, tokenizer, None, 20)
+        read_questions(bench(), path, chat_of(tokenizer), 20)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,22 @@
 """The `data` section: what to train and evaluate on."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moetrain.config.section import Count, Folder, Fraction, Location, Paths, Section
+
+# The template call's own arguments, which neither a recipe nor a record may replace.
+TEMPLATE_CALL = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversations",
+    "messages",
+    "return_assistant_tokens_mask",
+    "tokenize",
+    "tools",
+)
 
 
 class DataConfig(Section):
@@ -65,9 +77,27 @@ class DataConfig(Section):
     chat_template: Location | None = Field(
         default=None, description="a template file to use in place of the tokenizer's"
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict[str, Any],
+        description="given to the chat template, as {enable_thinking: false}; a record's own win",
+    )
+    system: str | None = Field(
+        default=None, description="the system message of records that have none"
+    )
+    empty_thoughts: bool = Field(
+        default=True,
+        description="learn the empty thought that a template writes where a turn has no reasoning",
+    )
     num_workers: int = Field(
         default=0, ge=0, description="processes that tokenize records; 0: none but this one"
     )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _for_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(set(value) & set(TEMPLATE_CALL)):
+            raise ValueError(f"data.chat_template_kwargs must not name {', '.join(taken)}")
+        return value
 
     @model_validator(mode="after")
     def _weight_each(self) -> Self:

@@ -1,32 +1,46 @@
 """A conversation becomes text with marked spans, then tokens with a loss mask.
 
-Only what the assistant said is learned.
+Only what the assistant said is learned: each trained turn from where it begins up to and with its
+end-of-turn token. What a turn says is found in the text, or the record is refused; what the
+template drops by design is noted.
 """
 
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrain.data.formats import Conversation, FormatError, Message
+from moetrain.data import tokenizer as tokenizers
+from moetrain.data.contract import TrainedTurn
+from moetrain.data.formats import Conversation
+from moetrain.data.messages import FormatError, Message, shown, split_thought
+from moetrain.data.template import Span, Template, template_text
 from moetrain.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Span = tuple[int, int]
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+    from moetrain.config.data import DataConfig
 
 
 @dataclass(frozen=True)
 class Marked:
-    """A rendered text and the character spans in it that the assistant said."""
+    """A rendered text, the character spans in it that the assistant said, and notes on what of the
+    record is not in it.
+    """
 
     text: str
     spans: tuple[Span, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The text of each span."""
+        return tuple(self.text[start:end] for start, end in self.spans)
 
 
 @dataclass(frozen=True)
@@ -40,104 +54,192 @@ class Encoded:
     mask: NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class ChatOptions:
+    """What a recipe says of how conversations are rendered."""
+
+    template: str | None = None  # in place of the tokenizer's
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of the template
+    system: str | None = None  # the message that opens a conversation without one
+    empty_thoughts: bool = True  # learned where the template writes them
+
+    @classmethod
+    def of(cls, data: "DataConfig") -> "ChatOptions":
+        """What a recipe's `data` section says, a template's file read."""
+        return cls(
+            template_text(data.chat_template),
+            data.chat_template_kwargs,
+            data.system,
+            data.empty_thoughts,
+        )
+
+    def open(self, folder: Path) -> "Chat":
+        """The chat of the tokenizer in `folder`. DataError where it has no template."""
+        return Chat(
+            tokenizers.load(folder),
+            self.template,
+            kwargs=self.kwargs,
+            system=self.system,
+            empty_thoughts=self.empty_thoughts,
+        )
+
+
 class Chat:
     """A tokenizer and its chat template (or one given as text, or as a file's path)."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", template: str | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.template = template_text(template) or tokenizer.chat_template
-        if isinstance(self.template, dict):
-            self.template = self.template.get("default")
-        if not self.template:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        template: str | None = None,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        system: str | None = None,
+        empty_thoughts: bool = True,
+    ) -> None:
+        self.tokenizer, self.system, self.empty_thoughts = tokenizer, system, empty_thoughts
+        text = template_text(template) or tokenizer.chat_template
+        if isinstance(text, dict):
+            text = text.get("default")
+        if not text:
             raise DataError(
                 f"The tokenizer {tokenizer.name_or_path} has no chat template: set"
                 " data.chat_template."
             )
-        self.has_marks = GENERATION.search(self.template) is not None
-        self._specials = {
-            k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)
-        }
+        specials = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+        added = (token.content for token in tokenizer.added_tokens_decoder.values())
+        self.template = Template(text, specials, added, kwargs)
+
+    def _begun(self, messages: list[Message]) -> list[Message]:
+        """The messages after the recipe's system message, where they have none."""
+        if self.system is None or (messages and messages[0]["role"] in ("system", "developer")):
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
+
+    def notes(self) -> list[str]:
+        """What a user should know of this template before training with it."""
+        ends, found = self.template.ends, list[str]()
+        vocab = self.tokenizer.get_vocab()
+        if ends.text is not None:
+            found.append(
+                f"the chat template ends a turn with {shown(ends.text)}, which is not one token of"
+                " this tokenizer: nothing can stop at it; add it to the tokenizer, or set"
+                " data.chat_template"
+            )
+        elif not ends.tokens:
+            stops = " or ".join(token for token in ends.next_role if token in vocab)
+            found.append(
+                "the chat template ends an assistant's turn with no token, so no end is learned:"
+                f" what stops an answer is {stops or 'the limit of its length'}"
+            )
+        if self.template.reads.reasoning is None and not self.template.reads.inline:
+            found.append(
+                "the chat template strips <think>…</think> of every turn: it is not learned"
+            )
+        return found
+
+    def prompt(self, messages: list[Message], **kwargs: Any) -> str:
+        """The text that asks for the next turn. FormatError where it lacks what the record says."""
+        messages = self._begun(messages)
+        self.refuse_templated(messages)
+        text, _ = self.template.render(
+            [self._spoken(message) for message in messages], add_generation_prompt=True, **kwargs
+        )
+        self._asked(messages, text)
+        return text
+
+    def prompt_notes(self, messages: list[Message], text: str, **kwargs: Any) -> tuple[str, ...]:
+        """What of a prompt the template does not render."""
+        return self._context_notes(self._begun(messages), text, kwargs)
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a rendered text."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def refuse_templated(self, messages: list[Message]) -> None:
+        """FormatError for texts that have the template's marks of turns in them already."""
+        for i, message in enumerate(messages):
+            for part in ("content", "reasoning_content"):
+                if found := self.template.marks_turns.search(message.get(part) or ""):
+                    raise FormatError(
+                        f"the {message['role']} turn {i} has {shown(found.group())} in its text, a"
+                        " mark of the chat template: give texts that are not templated, or"
+                        ' "templated": true beside prompt and completion that are to be taken as'
+                        " they are"
+                    )
 
     def mark(self, conversation: Conversation) -> list[Marked]:
         """Render a conversation: several texts when the template rewrites earlier turns.
 
         Each text is a prefix of the conversation as the model would have seen it when it said the
         last of the text's assistant turns; a turn is marked in exactly one of them. FormatError
-        when the template refuses or reorders.
+        when the template refuses, reorders, or changes what a trained turn says.
         """
+        if conversation.rendered is not None:
+            context, answer = conversation.rendered
+            return [Marked(context + answer, ((len(context), len(context + answer)),))]
+        messages = self._begun(conversation.messages)
+        shift = len(messages) - len(conversation.messages)
+        trained = [False] * shift + conversation.trained
+        kwargs = conversation.template_kwargs
+        spoken = [self._spoken(message) for message in messages]
         done: list[Marked] = []
         current = Marked("", ())
-        kwargs = conversation.template_kwargs
-        for turn, message in enumerate(conversation.messages):
+        for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            text, marks = self._render(conversation.messages[: turn + 1], **kwargs)
+            text, marks = self.template.render(spoken[: turn + 1], **kwargs)
             if not text.startswith(current.text):
                 done.append(current)
                 current = Marked("", ())
-            spans: tuple[Span, ...] = ()
-            if conversation.trained[turn]:
-                spans = self._spans(conversation.messages[:turn], text, marks, **kwargs)
-            current = Marked(text, (*current.spans, *spans))
+            spans, notes = current.spans, current.notes
+            if trained[turn]:
+                whole = self._unthought(message)
+                own = TrainedTurn(self.template, spoken[:turn], whole, (text, marks), kwargs)
+                spans += own.spans(turn - shift, self.empty_thoughts)
+                notes += tuple(note for note in own.notes if note not in notes)
+            current = Marked(text, spans, notes)
         done.append(current)
-        return [marked for marked in done if marked.spans]
-
-    def _spans(
-        self, before: list[Message], text: str, marks: list[Span], **kwargs: Any
-    ) -> tuple[Span, ...]:
-        """What the last turn of `text` said, by the template's marks or by the text without it."""
-        shared = 0
-        if before:
-            plain, _ = self._render(before, **kwargs)
-            shared = _shared(plain, text)
-            # A template may end with what it adds after the last turn only; what matters is where
-            # the turn begins.
-            if shared < len(plain.rstrip()) and not self.has_marks:
-                raise FormatError(
-                    "the chat template rewrites the turns before an answer, so that it has no own"
-                    " span"
-                )
-        if self.has_marks:
-            spans = tuple((start, end) for start, end in marks if start >= shared and end > start)
-            if not spans:
-                raise FormatError(
-                    "the chat template marks no {% generation %} for an assistant turn"
-                )
-            return spans
-        prompt, _ = self._render(before, add_generation_prompt=True, **kwargs)
-        start = max(shared, _shared(prompt, text))
-        end = self._end(text, start)
-        if end <= start:
-            raise FormatError("the chat template renders nothing for an assistant turn")
-        return ((start, end),)
-
-    def _end(self, text: str, start: int) -> int:
-        """The end of the last turn.
-
-        White space after its end-of-sequence token is the template's, not the model's.
-        """
-        end = len(text.rstrip())
-        eos = self._specials.get("eos_token")
-        return end if eos and end > start and text.endswith(eos, start, end) else len(text)
-
-    def _render(self, messages: list[Message], **kwargs: Any) -> tuple[str, list[Span]]:
-        """The text, and the spans of {% generation %} blocks where the template has them."""
-        from transformers.utils import chat_template_utils
-
-        # Its annotations say less than it takes and returns (transformers 5.19).
-        render: Any = chat_template_utils.render_jinja_template
-
-        try:
-            texts, marks = render(
-                conversations=[messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=self.has_marks,
-                **{**self._specials, **kwargs},
+        found = [marked for marked in done if marked.spans]
+        if found:
+            last = found[-1]
+            found[-1] = replace(
+                last, notes=last.notes + self._context_notes(messages, last.text, kwargs)
             )
-        except Exception as error:  # a template is a program: it raises what it likes
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise FormatError(f"the chat template refuses it: {reason}") from error
-        return str(texts[0]), list(marks[0]) if self.has_marks else []
+        return found
+
+    def _spoken(self, message: Message) -> Message:
+        return self.template.speaks(self._unthought(message))
+
+    def _unthought(self, message: Message) -> Message:
+        """A thought in the content moved to where this template looks for one."""
+        reads = self.template.reads
+        if message["role"] != "assistant" or (reads.reasoning is None and reads.inline):
+            return message
+        thought, answer = split_thought(message["content"] or "")
+        if thought is None or message.get("reasoning_content"):
+            return message
+        moved = {"reasoning_content": thought} if thought.strip() else {}
+        return message | {"content": answer} | moved
+
+    def _asked(self, messages: Sequence[Message], text: str) -> None:
+        """FormatError where a user's words are not in the text."""
+        for i, message in enumerate(messages):
+            said = (message["content"] or "").strip()
+            if message["role"] == "user" and said not in text:
+                raise FormatError(f"the chat template does not render the user turn {i} as it is")
+
+    def _context_notes(
+        self, messages: Sequence[Message], text: str, kwargs: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        found: list[str] = []
+        systems = [m["content"] for m in messages if m["role"] in ("system", "developer")]
+        if any(said.strip() not in text for said in systems):
+            found.append("the chat template does not render the system message")
+        offered = kwargs.get("tools") or []
+        names = [tool.get("function", tool).get("name") for tool in offered]
+        if any(isinstance(name, str) and name not in text for name in names):
+            found.append("the chat template does not render the tools on offer")
+        return tuple(found)
 
     def encode(self, marked: list[Marked]) -> list[Encoded]:
         """Tokenise texts together (in parallel threads inside `tokenizers`).
@@ -146,45 +248,53 @@ class Chat:
         """
         if not marked:
             return []
-        batch = self.tokenizer(
-            [m.text for m in marked],
+        batch = self._tokens([m.text for m in marked])
+        encoded: list[Encoded] = []
+        for text, ids, offsets in zip(
+            marked, batch["input_ids"], batch["offset_mapping"], strict=True
+        ):
+            own = _masked(ids, offsets, text.spans)
+            if _straddles(offsets, text.spans):
+                own = self._apart(text) or own
+            encoded.append(own)
+        return encoded
+
+    def _tokens(self, texts: list[str]) -> Any:
+        return self.tokenizer(
+            texts,
             add_special_tokens=False,  # the template writes them
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        encoded: list[Encoded] = []
-        for text, ids, offsets in zip(
-            marked, batch["input_ids"], batch["offset_mapping"], strict=True
-        ):
-            starts = np.array([start for start, _ in offsets], dtype=np.int64)
-            mask = np.zeros(len(ids), dtype=np.bool_)
-            for start, end in text.spans:
-                mask |= (starts >= start) & (starts < end)
-            encoded.append(Encoded(np.array(ids, dtype=np.int32), mask))
-        return encoded
+
+    def _apart(self, marked: Marked) -> Encoded | None:
+        """What is learned tokenised by itself, as it is when an answer follows a prompt. None for
+        tokenizers that put something in front of every text.
+        """
+        cuts = [0, *(edge for span in marked.spans for edge in span), len(marked.text)]
+        parts = [marked.text[a:b] for a, b in pairwise(cuts)]
+        ids = self._tokens(parts)["input_ids"]
+        joined = [token for part in ids for token in part]
+        if self.tokenizer.decode(joined) != marked.text:
+            return None
+        mask = [i % 2 == 1 for i, part in enumerate(ids) for _ in part]
+        return Encoded(np.array(joined, dtype=np.int32), np.array(mask, dtype=np.bool_))
 
 
-def _shared(a: str, b: str) -> int:
-    """How many characters two texts begin with in common."""
-    if b.startswith(a):
-        return len(a)
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
-    return low
+def _masked(ids: list[int], offsets: list[Span], spans: Sequence[Span]) -> Encoded:
+    starts = np.array([start for start, _ in offsets], dtype=np.int64)
+    mask = np.zeros(len(ids), dtype=np.bool_)
+    for start, end in spans:
+        mask |= (starts >= start) & (starts < end)
+    return Encoded(np.array(ids, dtype=np.int32), mask)
 
 
-def template_text(template: str | None) -> str | None:
-    """The text of a template that was given as text or as the path of a file."""
-    if template is None or "{" in template:
-        return template
-    try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"data.chat_template: {template} is neither a template nor a readable file"
-            f" ({error.strerror})."
-        ) from error
+def _straddles(offsets: list[Span], spans: Sequence[Span]) -> bool:
+    """Whether a token lies on both sides of an edge of a span."""
+    edges = np.array([edge for span in spans for edge in span], dtype=np.int64)
+    pairs = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    at = np.searchsorted(pairs[:, 1], edges, side="right")  # the first token that ends past an edge
+    inside = at < len(pairs)
+    return bool((pairs[at[inside], 0] < edges[inside]).any())

@@ -5,19 +5,20 @@ of a pair.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moetrain.data import tokenizer
-from moetrain.data.chat import Chat, Encoded
-from moetrain.data.formats import Conversation, FormatError, MissingError
+from moetrain.data.chat import Chat, ChatOptions, Encoded, Marked
+from moetrain.data.formats import Conversation
+from moetrain.data.messages import FormatError, MissingError
 from moetrain.data.rejects import Reject
 from moetrain.data.selection import Selection
 from moetrain.data.sources import Row
 
 Extras = Mapping[str, tuple[float, ...]]  # name -> a value per sequence of a group
+Texts = tuple[tuple[Marked, ...], ...]  # of each conversation, the texts that it is rendered to
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Spec:
     seed: int
     pack: bool = True
     share_prompt: bool = True
-    chat_template: str | None = None
+    chat: ChatOptions = field(default_factory=ChatOptions)
     model_vocab: int | None = None
     held_out: bool = False  # of inputs that are folders with splits
     selection: Selection | None = None  # None: every record
@@ -44,6 +45,7 @@ class Draft:
 
     conversations: tuple[Conversation, ...]
     extras: Extras = field(default_factory=dict[str, tuple[float, ...]])
+    notes: tuple[str, ...] = ()  # on what of the record is not read
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Result:
     groups: tuple[Group, ...] = ()
     reason: str | None = None
     lacks: tuple[str, ...] | None = None  # the keys of a record of another kind
+    notes: tuple[str, ...] = ()  # on what of the record is not learned or not read
+    texts: Texts = ()  # what was rendered, where it is to be seen
 
 
 @dataclass(frozen=True)
@@ -91,49 +95,61 @@ class Kind:
 class Encoder:
     """Records to tokens; picklable, so that each worker process loads its own tokenizer."""
 
-    def __init__(self, kind: Kind, spec: Spec) -> None:
-        self.kind, self.spec = kind, spec
+    def __init__(self, kind: Kind, spec: Spec, keep_texts: bool = False) -> None:
+        self.kind, self.spec, self.keep_texts = kind, spec, keep_texts
 
-    def __getstate__(self) -> tuple[Kind, Spec]:
-        return self.kind, self.spec
+    def __getstate__(self) -> tuple[Kind, Spec, bool]:
+        return self.kind, self.spec, self.keep_texts
 
-    def __setstate__(self, state: tuple[Kind, Spec]) -> None:
-        self.kind, self.spec = state
+    def __setstate__(self, state: tuple[Kind, Spec, bool]) -> None:
+        self.kind, self.spec, self.keep_texts = state
 
     @cached_property
     def chat(self) -> Chat:
-        return Chat(tokenizer.load(self.spec.tokenizer), self.spec.chat_template)
+        return self.spec.chat.open(self.spec.tokenizer)
 
     def __call__(self, rows: Sequence[Row | Reject]) -> list[Result]:
         """Encode a chunk of rows, in order."""
-        marked: list[Any] = []
-        found: list[tuple[Extras, list[int]] | Result] = []
-        for row in rows:
-            if isinstance(row, Reject):
-                found.append(Result(row.file, row.line, reason=row.reason))
-                continue
-            try:
-                draft = self.kind.read(row.value)
-                texts = [self.chat.mark(one) for one in draft.conversations]
-            except FormatError as error:
-                found.append(_refused(row, error))
-                continue
-            found.append((draft.extras, [len(one) for one in texts]))
-            marked.extend(text for one in texts for text in one)
-        encoded = iter(self.chat.encode(marked))
+        read = [self._read(row) for row in rows]
+        texts = [text for one in read if isinstance(one, _Read) for text in one.texts]
+        encoded = iter(self.chat.encode([marked for text in texts for marked in text]))
         results: list[Result] = []
-        for row, one in zip(rows, found, strict=True):
+        for row, one in zip(rows, read, strict=True):
             if isinstance(one, Result):
                 results.append(one)
                 continue
-            extras, counts = one
-            sequences = [[next(encoded) for _ in range(count)] for count in counts]
+            sequences = [[next(encoded) for _ in text] for text in one.texts]
+            kept = one.texts if self.keep_texts else ()
             try:
-                groups = self.kind.group(sequences, extras, self.spec)
-                results.append(Result(row.file, row.line, groups))
+                groups = self.kind.group(sequences, one.draft.extras, self.spec)
             except FormatError as error:
-                results.append(_refused(row, error))
+                results.append(replace(_refused(row, error), texts=kept))
+            else:
+                results.append(Result(row.file, row.line, groups, notes=one.notes, texts=kept))
         return results
+
+    def _read(self, row: Row | Reject) -> "_Read | Result":
+        """A row rendered, or refused."""
+        if isinstance(row, Reject):
+            return Result(row.file, row.line, reason=row.reason)
+        try:
+            draft = self.kind.read(row.value)
+            for one in draft.conversations:
+                self.chat.refuse_templated(one.messages)
+            return _Read(draft, tuple(tuple(self.chat.mark(one)) for one in draft.conversations))
+        except FormatError as error:
+            return _refused(row, error)
+
+
+@dataclass(frozen=True)
+class _Read:
+    draft: Draft
+    texts: Texts
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        own = (note for text in self.texts for marked in text for note in marked.notes)
+        return tuple(dict.fromkeys((*self.draft.notes, *own)))
 
 
 def _refused(row: Row | Reject, error: FormatError) -> Result:

@@ -1,137 +1,75 @@
 """From a record as people store it to a conversation. One small function a format, in one table."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
-# What of a message beyond role and content a chat template may read.
-TEMPLATE_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+from moetrain.config.data import TEMPLATE_CALL
+from moetrain.data.messages import (
+    FormatError,
+    Message,
+    MissingError,
+    joined_calls,
+    list_of,
+    parsed,
+    read_message,
+    read_messages,
+    read_turn,
+    shown,
+    text_of,
+)
 
-Message = dict[str, Any]
+__all__ = ["FormatError", "Message", "MissingError", "read_message", "read_messages", "read_turn"]
+
+SYSTEM_KEYS = ("system", "system_prompt")
+# `templated: true` says that texts are rendered already: `prompt` and what follows it, as they are.
+TEMPLATED = "templated"
+TEMPLATE_KEYS = ("tools", "chat_template_kwargs")
 Record = Mapping[str, Any]
-
-
-class FormatError(ValueError):
-    """The record is not usable; the message is the reason that goes into rejected.jsonl."""
-
-
-class MissingError(FormatError):
-    """The record is of another kind: it lacks what this method learns from."""
-
-    def __init__(self, reason: str, keys: Iterable[str]) -> None:
-        super().__init__(reason)
-        self.keys = tuple(keys)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates take them, and which assistant turns are learned."""
+    """Messages as chat templates take them, and which assistant turns are learned.
+
+    `rendered` (context, learned text) stands in place of messages that are templated already.
+    """
 
     messages: list[Message]
     trained: list[
         bool
     ]  # one per message; False for other roles and for turns the record switches off
     template_kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
+    rendered: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Format:
-    """A record is in this format when it has all of `keys`."""
+    """A record is in this format when it has all of `keys`; it may have `others`, too."""
 
     name: str
     keys: tuple[str, ...]
     read: Callable[[Record], list[Message]]
-
-
-def _text(value: Any, where: str) -> str:
-    """A text content: a string, or OpenAI's list of parts when all of them are text."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        parts = [
-            p["text"] for p in value if isinstance(p, Mapping) and isinstance(p.get("text"), str)
-        ]
-        if parts and len(parts) == len(value):
-            return "".join(parts)
-    raise FormatError(f"{where} must be text, not {type(value).__name__}")
+    others: tuple[str, ...] = ()
 
 
 def filled(record: Record, key: str) -> str:
     """A text that must not be empty."""
-    text = _text(record[key], key)
+    text = text_of(record[key], key)
     if not text.strip():
         raise FormatError(f"{key} is empty")
     return text
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise FormatError(f"{where} must be a list with at least one message")
-    return value
-
-
-def read_message(value: Any, where: str) -> Message:
-    """Check one message of the OpenAI form and keep what a template can use."""
-    if not isinstance(value, Mapping):
-        raise FormatError(f"{where} must be an object with role and content")
-    role = value.get("role")
-    if role not in ROLES:
-        raise FormatError(f"{where}.role is {role!r}; allowed: {', '.join(ROLES)}")
-    content = value.get("content")
-    bare = content is None and role == "assistant" and value.get("tool_calls")
-    message: Message = {"role": role, "content": "" if bare else _text(content, f"{where}.content")}
-    # A parquet or Arrow table fills the fields that a message lacks with null.
-    message |= {name: value[name] for name in TEMPLATE_FIELDS if value.get(name) is not None}
-    for switch in ("weight", "loss"):  # OpenAI's and ms-swift's names for "train on this turn"
-        if value.get(switch) is not None:
-            message["weight"] = bool(value[switch])
-    return message
-
-
-def read_messages(value: Any, where: str) -> list[Message]:
-    """Check a list of messages of the OpenAI form."""
-    return [read_message(item, f"{where}[{i}]") for i, item in enumerate(_list(value, where))]
 
 
 def _messages(record: Record) -> list[Message]:
     return read_messages(record["messages"], "messages")
 
 
-def read_turn(turn: Any, where: str) -> Message:
-    """Check one turn of ShareGPT's form, or of OpenAI's under ShareGPT's key."""
-    if not isinstance(turn, Mapping):
-        raise FormatError(f"{where} must be an object with from and value")
-    if "from" not in turn and "role" in turn:
-        return read_message(turn, where)
-    sender = turn.get("from")
-    if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
-        raise FormatError(f"{where}.from is {sender!r}; allowed: {', '.join(SHAREGPT_ROLES)}")
-    return {"role": SHAREGPT_ROLES[sender], "content": _text(turn.get("value"), f"{where}.value")}
-
-
-def _system(record: Record) -> list[Message]:
-    """What a format with a `system` key begins with."""
-    if not record.get("system"):
-        return []
-    return [{"role": "system", "content": _text(record["system"], "system")}]
-
-
 def sharegpt(record: Record) -> list[Message]:
     """The turns of `conversations`."""
-    turns = _list(record["conversations"], "conversations")
-    read = [read_turn(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
-    return _system(record) + read
+    turns = list_of(record["conversations"], "conversations")
+    return joined_calls([read_turn(turn, f"conversations[{i}]") for i, turn in enumerate(turns)])
 
 
 def _prompt_completion(record: Record) -> list[Message]:
@@ -156,15 +94,18 @@ def _question_answer(record: Record) -> list[Message]:
 
 def alpaca_prompt(record: Record) -> list[Message]:
     """All but the answer of an alpaca record."""
-    messages = _system(record)
-    for i, pair in enumerate(record.get("history") or []):  # LLaMA-Factory's earlier rounds
+    messages: list[Message] = []
+    history = record.get("history")
+    if history is not None and not isinstance(history, list):
+        raise FormatError("history must be a list of pairs [instruction, output]")
+    for i, pair in enumerate(history or []):  # LLaMA-Factory's earlier rounds
         if not isinstance(pair, list) or len(pair) != 2:
             raise FormatError(f"history[{i}] must be a pair [instruction, output]")
-        messages.append({"role": "user", "content": _text(pair[0], f"history[{i}][0]")})
-        messages.append({"role": "assistant", "content": _text(pair[1], f"history[{i}][1]")})
+        messages.append({"role": "user", "content": text_of(pair[0], f"history[{i}][0]")})
+        messages.append({"role": "assistant", "content": text_of(pair[1], f"history[{i}][1]")})
     question = filled(record, "instruction")
     if record.get("input"):
-        question += "\n\n" + _text(record["input"], "input")
+        question += "\n\n" + text_of(record["input"], "input")
     return [*messages, {"role": "user", "content": question}]
 
 
@@ -177,7 +118,7 @@ FORMATS: tuple[Format, ...] = (
     Format("messages", ("messages",), _messages),
     Format("sharegpt", ("conversations",), sharegpt),
     Format("prompt-completion", ("prompt", "completion"), _prompt_completion),
-    Format("alpaca", ("instruction", "output"), _alpaca),
+    Format("alpaca", ("instruction", "output"), _alpaca, ("input", "history")),
     Format("question-answer", ("question", "answer"), _question_answer),
 )
 
@@ -188,14 +129,48 @@ def detect(record: Record) -> Format:
         if all(record.get(key) is not None for key in form.keys):
             return form
     known = "; ".join(f"{form.name} ({', '.join(form.keys)})" for form in FORMATS)
-    raise FormatError(f"no known format with the keys {sorted(map(str, record))}; known: {known}")
+    keys = sorted(map(str, record))
+    raise FormatError(f"no known format with the keys {keys}; known: {known}")
+
+
+def columns(record: Record) -> tuple[str, ...]:
+    """The columns that are read of a record of instruction data."""
+    if record.get(TEMPLATED):
+        return ("prompt", "completion")
+    form = detect(record)
+    return form.keys + form.others
+
+
+def with_system(messages: list[Message], record: Record) -> list[Message]:
+    """The messages after what a column beside them says as the system."""
+    given = {key: record[key] for key in SYSTEM_KEYS if record.get(key) is not None}
+    texts = {text for key, value in given.items() if (text := text_of(value, key)).strip()}
+    if not texts:
+        return messages
+    own = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+    if len(texts | ({own} if own is not None else set())) > 1:
+        both = " and ".join([*given, *(["the first message"] if own is not None else [])])
+        raise FormatError(f"{both} give different system messages: keep one")
+    return messages if own is not None else [{"role": "system", "content": texts.pop()}, *messages]
 
 
 def is_spoken(message: Message) -> bool:
     """Whether an assistant turn has anything to learn."""
-    return bool(
-        message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
-    )
+    parts = (message.get("content"), message.get("reasoning_content"))
+    return bool(message.get("tool_calls")) or any(part and part.strip() for part in parts)
+
+
+def templated(record: Record, *parts: str) -> tuple[str, ...] | None:
+    """The texts under `parts` where the record says that they are rendered already."""
+    flag = record.get(TEMPLATED)
+    if flag in (None, False):
+        return None
+    if flag is not True:
+        raise FormatError(f"{TEMPLATED} must be true or false, not {shown(flag)}")
+    for part in parts:
+        if not isinstance(record.get(part), str):
+            raise FormatError(f"{TEMPLATED} needs {' and '.join(parts)} as texts")
+    return tuple(filled(record, part) for part in parts)
 
 
 def to_conversation(record: Record) -> Conversation:
@@ -203,8 +178,10 @@ def to_conversation(record: Record) -> Conversation:
 
     FormatError gives the reason when it cannot be trained on.
     """
-    messages = detect(record).read(record)
-    trained = [m["role"] == "assistant" and m.pop("weight", True) for m in messages]
+    if (texts := templated(record, "prompt", "completion")) is not None:
+        return Conversation([], [], rendered=(texts[0], texts[1]))
+    messages = with_system(detect(record).read(record), record)
+    trained = [m["role"] == "assistant" and m.get("weight", True) for m in messages]
     messages = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
     if not any(m["role"] == "assistant" for m in messages):
         raise FormatError("there is no assistant turn to learn from")
@@ -218,15 +195,31 @@ def to_conversation(record: Record) -> Conversation:
 
 def template_kwargs_of(record: Record) -> dict[str, Any]:
     """What a record gives its chat template: `chat_template_kwargs` and `tools`."""
-    kwargs = record.get("chat_template_kwargs") or {}
+    kwargs = record.get("chat_template_kwargs")
+    kwargs = {} if kwargs is None else parsed(kwargs, "chat_template_kwargs")
     if not isinstance(kwargs, Mapping):
         raise FormatError("chat_template_kwargs must be an object")
+    taken = sorted(set(map(str, kwargs)) & set(TEMPLATE_CALL))
+    if taken:
+        raise FormatError(f"chat_template_kwargs must not name {', '.join(taken)}")
     tools = record.get("tools")
     if isinstance(tools, str):  # ms-swift and LLaMA-Factory store the list as JSON text
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError) as error:
             raise FormatError("tools is neither a list nor JSON") from error
+    if isinstance(tools, list):
+        tools = [parsed(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise FormatError("tools must be a list of objects")
     return {**kwargs, **({"tools": tools} if tools else {})}
+
+
+def unread(record: Record, read: tuple[str, ...]) -> tuple[str, ...]:
+    """A note for each column that says something and is not read."""
+    known = {*read, *SYSTEM_KEYS, *TEMPLATE_KEYS, TEMPLATED}
+    return tuple(
+        f"the column {shown(key)[1:-1]} is not read"
+        for key, value in record.items()
+        if key not in known and isinstance(value, str | list | dict) and value
+    )

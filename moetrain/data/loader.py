@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets, preference, sft, tokenizer
 from moetrain.data.cache import cache_root
+from moetrain.data.chat import Chat, ChatOptions
 from moetrain.data.encode import Kind, Spec
-from moetrain.data.rejects import Reject, check_rejects, write_rejects
+from moetrain.data.rejects import Reject, check_rejects, noted, write_rejects
 from moetrain.data.selection import Selection
 from moetrain.data.sets import PackedSet, build
 from moetrain.data.stream import EvalPacks, Loader, Packs
@@ -112,7 +114,12 @@ def prepare(recipe: Recipe) -> Prepared:
         for name, packs in (("train", train), ("eval", held_out))
         if packs is not None
     ]
-    lines += told_of_tokenizer(recipe) if sets else []
+    if sets:
+        chat = chat_of(recipe)
+        notes: Counter[str] = Counter()
+        for data in sets:
+            notes.update(data.stats.notes)
+        lines += [*told_of_tokenizer(recipe), *noted(chat.notes(), notes)]
     return Prepared(
         num_packs=len(train) if train is not None else 0,
         num_steps=steps,
@@ -250,6 +257,11 @@ def tokenizer_of(recipe: Recipe) -> Path:
     return assets.resolve(name, root) if assets.is_builtin(name) else tokenizer.locate(name)
 
 
+def chat_of(recipe: Recipe) -> Chat:
+    """The run's tokenizer with its chat template. DataError where there is none."""
+    return ChatOptions.of(recipe.data).open(tokenizer_of(recipe))
+
+
 def _packs(recipe: Recipe, *, held_out: bool, reference: Path | None = None) -> Packs | None:
     root = cache_root(recipe.data.cache)
     selection = Selection.of(recipe)
@@ -273,7 +285,7 @@ def _packs(recipe: Recipe, *, held_out: bool, reference: Path | None = None) -> 
         seed=recipe.seed,
         pack=recipe.data.pack,
         share_prompt=recipe.data.share_prompt,
-        chat_template=recipe.data.chat_template,
+        chat=ChatOptions.of(recipe.data),
         model_vocab=model_vocab(recipe),
         held_out=held_out and selection is None,
         selection=selection,

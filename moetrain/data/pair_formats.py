@@ -9,18 +9,25 @@ from typing import Any
 
 from moetrain.data.formats import (
     Conversation,
-    FormatError,
-    Message,
-    MissingError,
     Record,
     alpaca_prompt,
     detect,
     filled,
     is_spoken,
-    read_messages,
-    read_turn,
     sharegpt,
     template_kwargs_of,
+    templated,
+    with_system,
+)
+from moetrain.data.messages import (
+    FormatError,
+    Message,
+    MissingError,
+    joined_calls,
+    listed,
+    read_messages,
+    read_turn,
+    shown,
 )
 
 REJECTED_KEYS = ("rejected", "rejected_response", "rejected_messages")
@@ -57,10 +64,12 @@ class PairFormat:
     name: str
     keys: tuple[str, ...]
     read: Callable[[Record], Two]  # the two whole conversations
+    others: tuple[str, ...] = ()  # columns that it may have, too
 
 
 def _answer(value: Any, where: str) -> list[Message]:
     """An answer as a text, as a message of OpenAI's or ShareGPT's form, or as a list of them."""
+    value = listed(value)
     if isinstance(value, str):
         if not value.strip():
             raise FormatError(f"{where} is empty")
@@ -68,7 +77,7 @@ def _answer(value: Any, where: str) -> list[Message]:
     if isinstance(value, Mapping):
         return [read_turn(value, where)]
     if isinstance(value, list) and value:
-        return [read_turn(turn, f"{where}[{i}]") for i, turn in enumerate(value)]
+        return joined_calls([read_turn(turn, f"{where}[{i}]") for i, turn in enumerate(value)])
     if isinstance(value, list):
         raise FormatError(f"{where} is empty")
     raise FormatError(f"{where} must be text, a message or a list, not {type(value).__name__}")
@@ -82,10 +91,14 @@ def _after(prompt: list[Message], record: Record, key: str) -> list[Message]:
     answer = _answer(record[key], key)
     if answer[0]["role"] not in OPENING_ROLES:
         return prompt + answer
-    said = [(message["role"], message["content"].strip()) for message in answer]
-    if any((message["role"], message["content"].strip()) not in said for message in prompt):
+    said = [_said(message) for message in answer]
+    if any(_said(message) not in said for message in prompt):
         raise FormatError(f"{key} is a whole conversation and the prompt is not in it")
     return answer
+
+
+def _said(message: Message) -> tuple[str, str]:
+    return message["role"], (message["content"] or "").strip()
 
 
 def _both(prompt: list[Message], record: Record) -> Two:
@@ -94,15 +107,16 @@ def _both(prompt: list[Message], record: Record) -> Two:
 
 def _explicit(record: Record) -> Two:
     """TRL's with a prompt: a text (a user turn) or a list of messages."""
-    if isinstance(record["prompt"], list):
-        return _both(read_messages(record["prompt"], "prompt"), record)
+    prompt = listed(record["prompt"])
+    if isinstance(prompt, list):
+        return _both(read_messages(prompt, "prompt"), record)
     return _both([{"role": "user", "content": filled(record, "prompt")}], record)
 
 
 def _implicit(record: Record) -> Two:
     """TRL's without a prompt: two whole conversations."""
     for key in ("chosen", "rejected"):
-        if not isinstance(record[key], list):
+        if not isinstance(listed(record[key]), list):
             raise FormatError(
                 f"there is no prompt: {key} is {type(record[key]).__name__} and not a list of"
                 " messages; add the key prompt"
@@ -133,6 +147,7 @@ PAIR_FORMATS: tuple[PairFormat, ...] = (
         "alpaca",
         ("instruction", "chosen", "rejected"),
         lambda record: _both(alpaca_prompt(record), record),
+        ("input", "history"),
     ),
     PairFormat("trl", ("prompt", "chosen", "rejected"), _explicit),
     PairFormat("trl implicit", ("chosen", "rejected"), _implicit),
@@ -159,6 +174,12 @@ def detect_pair(record: Record) -> PairFormat:
     raise FormatError(f"no known format of pairs with the keys {keys}; known: {known}")
 
 
+def pair_columns(record: Record) -> tuple[str, ...]:
+    """The columns that are read of a record of two answers."""
+    form = detect_pair(record)
+    return form.keys + form.others
+
+
 def _answered(messages: list[Message], where: str, kwargs: dict[str, Any]) -> Conversation:
     """A conversation of which the last turn alone is learned."""
     last = messages[-1]
@@ -178,8 +199,13 @@ def to_pair(record: Record) -> Pair:
 
     FormatError gives the reason when it cannot be trained on.
     """
-    form = detect_pair(record)
-    first, second = form.read(record)
+    if (texts := templated(record, "prompt", "chosen", "rejected")) is not None:
+        prompt, *answers = texts
+        if answers[0] == answers[1]:
+            raise FormatError("chosen and rejected are identical")
+        both = [Conversation([], [], rendered=(prompt, answer)) for answer in answers]
+        return Pair(both[0], both[1], _margin(record))
+    first, second = (with_system(one, record) for one in detect_pair(record).read(record))
     kwargs = template_kwargs_of(record)
     chosen, rejected = _answered(first, "chosen", kwargs), _answered(second, "rejected", kwargs)
     if chosen.messages[:-1] != rejected.messages[:-1]:
@@ -198,7 +224,7 @@ def _margin(record: Record) -> float | None:
         return None
     number = isinstance(margin, int | float) and not isinstance(margin, bool)
     if not number or not abs(margin) <= LARGEST:
-        raise FormatError(f"margin must be a number, not {margin!r:.40}")
+        raise FormatError(f"margin must be a number, not {shown(margin)}")
     return float(margin)
 
 
@@ -213,7 +239,9 @@ def to_labelled(record: Record) -> Labelled:
         names = " or ".join(LABEL_KEYS)
         raise MissingError(f"no {names} with the keys {keys}", keys)
     label = record[key]
-    if label not in (True, False):  # 1 and 0 too, which tables make of them
-        raise FormatError(f"{key} must be true or false, not {label!r}")
-    messages = detect(record).read(record)
+    if not isinstance(label, bool | int | float) or label not in (0, 1):  # tables make 1 and 0
+        raise FormatError(f"{key} must be true or false, not {shown(label)}")
+    if (texts := templated(record, "prompt", "completion")) is not None:
+        return Labelled(Conversation([], [], rendered=(texts[0], texts[1])), bool(label))
+    messages = with_system(detect(record).read(record), record)
     return Labelled(_answered(messages, "the record", template_kwargs_of(record)), bool(label))

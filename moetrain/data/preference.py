@@ -12,8 +12,15 @@ import numpy as np
 
 from moetrain.data.chat import Encoded
 from moetrain.data.encode import Draft, Extras, Group, Kind, Result, Spec
-from moetrain.data.formats import FormatError
-from moetrain.data.pair_formats import PAIR_FORMATS, to_labelled, to_pair
+from moetrain.data.formats import columns, unread
+from moetrain.data.messages import FormatError
+from moetrain.data.pair_formats import (
+    LABEL_KEYS,
+    PAIR_FORMATS,
+    pair_columns,
+    to_labelled,
+    to_pair,
+)
 from moetrain.errors import DataError
 
 # Values of extras["role"]; 0 is a shared prompt or padding.
@@ -22,16 +29,18 @@ CHOSEN, REJECTED, MISMATCHED = 1, 2, 3
 
 def _read_pair(record: Mapping[str, Any]) -> Draft:
     pair = to_pair(record)
+    read = (*pair_columns(record), "margin")
     extras: dict[str, tuple[float, ...]] = {"role": (CHOSEN, REJECTED)}
     if pair.margin is not None:
         extras["margin"] = (pair.margin, 0.0)
-    return Draft((pair.chosen, pair.rejected), extras)
+    return Draft((pair.chosen, pair.rejected), extras, unread(record, read))
 
 
 def _read_labelled(record: Mapping[str, Any]) -> Draft:
     labelled = to_labelled(record)
     role = CHOSEN if labelled.desirable else REJECTED
-    return Draft((labelled.conversation,), {"role": (role, MISMATCHED)})
+    read = (*columns(record), *LABEL_KEYS)
+    return Draft((labelled.conversation,), {"role": (role, MISMATCHED)}, unread(record, read))
 
 
 def _whole(sequences: list[Encoded]) -> Encoded:

@@ -4,10 +4,11 @@ every layout and after every restart.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,58 +17,80 @@ from moetrain.data import assets
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.cache import cache_root
 from moetrain.data.chat import Chat
-from moetrain.data.formats import FormatError, read_message
-from moetrain.data.loader import model_vocab, tokenizer_of, told_of_tokenizer, write_rejected
-from moetrain.data.rejects import Reject, check_rejects
+from moetrain.data.formats import (
+    alpaca_prompt,
+    filled,
+    sharegpt,
+    template_kwargs_of,
+    templated,
+    with_system,
+)
+from moetrain.data.loader import (
+    chat_of,
+    model_vocab,
+    tokenizer_of,
+    told_of_tokenizer,
+    write_rejected,
+)
+from moetrain.data.messages import FormatError, Message, listed, read_messages
+from moetrain.data.rejects import Reject, check_rejects, noted
 from moetrain.data.samples import Prompt
 from moetrain.data.selection import Selection, rows_of
 from moetrain.data.thoughts import opened_by
 from moetrain.errors import DataError
 
 # Where a record keeps its prompt: messages, or a text that is a user's only message.
-KEYS = ("prompt", "messages", "question", "problem")
-TAIL = 48  # tokens at the end of a prompt in which a thought can begin
+KEYS = ("prompt", "messages", "question", "problem", "conversations", "instruction")
 AGAIN = "-"  # in the id of a record that stands in the files before, with how often
+
+
+class Found(NamedTuple):
+    """What files of prompts hold."""
+
+    prompts: list[Prompt]  # the usable ones, in the order of the files
+    rejects: list[Reject]
+    notes: Counter[str]  # on what of a record is not rendered, and of how many
 
 
 def read_prompts(
     inputs: Iterable[str | Path],
-    tokenizer_folder: Path,
-    *,
-    template: str | None = None,
+    chat: Chat,
     max_tokens: int | None = None,
+    *,
     held_out: bool = False,
     selection: Selection | None = None,
-) -> tuple[list[Prompt], list[Reject]]:
-    """(usable prompts in the order of the files, rejected records).
+) -> Found:
+    """Every record of the inputs as a prompt.
 
-    A record has `prompt` (text or messages), `messages` (an assistant's last turn is left out),
-    `question` or `problem`; its other fields are columns for rewards. A prompt over `max_tokens`
-    is rejected; `held_out` as for `find_sources`. Raises DataError where nothing is usable.
+    A record has `prompt` (text or messages), `messages` or `conversations` (an assistant's last
+    turn is left out), `question`, `problem` or `instruction`; its other fields are columns for
+    rewards. A prompt over `max_tokens` is rejected; `held_out` as for `find_sources`. Raises
+    DataError where nothing is usable.
     """
-    chat = Chat(tokenizers.load(tokenizer_folder), template)
-    prompts: list[Prompt] = []
-    rejects: list[Reject] = []
+    found = Found([], [], Counter())
     seen: dict[str, int] = {}
     for row in rows_of([str(path) for path in inputs], selection, held_out=held_out):
         if isinstance(row, Reject):
-            rejects.append(row)
+            found.rejects.append(row)
             continue
         try:
-            prompt = replace(read_prompt(row.value, chat, max_tokens), source=row.file)
+            prompt, notes = read_prompt(row.value, chat, max_tokens)
         except FormatError as error:
-            rejects.append(Reject(row.file, row.line, str(error)))
+            found.rejects.append(Reject(row.file, row.line, str(error)))
             continue
+        found.notes.update(notes)
+        prompt = replace(prompt, source=row.file)
         number = seen[prompt.id] = seen.get(prompt.id, 0) + 1
         # One that returns is asked as often as it stands there, under a name of its own.
         again = replace(prompt, id=f"{prompt.id}{AGAIN}{number}")
-        prompts.append(prompt if number == 1 else again)
-    if not prompts:
+        found.prompts.append(prompt if number == 1 else again)
+    if not found.prompts:
+        rejects = found.rejects
         first = f" The first: {rejects[0].file}:{rejects[0].line}: {rejects[0].reason}." * bool(
             rejects
         )
         raise DataError(f"No record in {', '.join(map(str, inputs))} can be used.{first}")
-    return prompts, rejects
+    return found
 
 
 def told_repeats(prompts: Iterable[Prompt]) -> str:
@@ -76,48 +99,60 @@ def told_repeats(prompts: Iterable[Prompt]) -> str:
     return f", {num} of them records that stand there before" if num else ""
 
 
-def read_prompt(record: Mapping[str, Any], chat: Chat, max_tokens: int | None = None) -> Prompt:
-    """Raises FormatError with the reason."""
-    key = next((key for key in KEYS if record.get(key)), None)
-    if key is None:
-        raise FormatError(
-            f"has none of {', '.join(KEYS)}; its keys are {', '.join(sorted(record))}"
-        )
-    messages = _messages(record[key], key)
-    tokenizer: Any = chat.tokenizer
-    try:
-        ids = tokenizer.apply_chat_template(
-            messages,
-            chat_template=chat.template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
-    except Exception as error:  # a template is a program: it raises what it likes
-        raise FormatError(f"the chat template refuses it: {error}") from error
+def read_prompt(
+    record: Mapping[str, Any], chat: Chat, max_tokens: int | None = None
+) -> tuple[Prompt, tuple[str, ...]]:
+    """(the prompt, notes on what of it is not rendered). Raises FormatError with the reason."""
+    key = _key(record)
+    columns = {name: value for name, value in record.items() if name not in KEYS}
+    if (texts := templated(record, "prompt")) is not None:
+        (text,), notes = texts, ()
+        columns["prompt"] = text
+    else:
+        messages = to_prompt(record)
+        kwargs = template_kwargs_of(record)
+        text = chat.prompt(messages, **kwargs)
+        notes = chat.prompt_notes(messages, text, **kwargs)
+        columns["prompt"] = messages
+    ids = chat.ids(text)
     if max_tokens is not None and len(ids) > max_tokens:
         raise FormatError(
             f"the prompt has {len(ids)} tokens, of {max_tokens} that there are for it"
         )
-    columns = {name: value for name, value in record.items() if name not in KEYS}
-    columns["prompt"] = messages
     content = json.dumps(columns, sort_keys=True, default=str).encode()
-    name = hashlib.sha256(content).hexdigest()[:16]
-    opened = opened_by(tokenizer.decode(ids[-TAIL:], skip_special_tokens=False))
-    return Prompt(name, tuple(map(int, ids)), columns, opened, isinstance(record[key], str))
+    name, is_text = hashlib.sha256(content).hexdigest()[:16], isinstance(record[key], str)
+    return Prompt(name, tuple(ids), columns, opened_by(text), is_text), notes
 
 
-def _messages(value: Any, key: str) -> list[dict[str, Any]]:
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, Sequence):
-        raise FormatError(f"{key} must be text or a list of messages, not {type(value).__name__}")
-    messages = [read_message(m, f"{key}[{i}]") for i, m in enumerate(value)]
-    if messages and messages[-1]["role"] == "assistant":
+def to_prompt(record: Mapping[str, Any]) -> list[Message]:
+    """The messages to answer, in any known form of a prompt. FormatError."""
+    key = _key(record)
+    if key == "conversations":
+        messages = sharegpt(record)
+    elif key == "instruction":
+        messages = alpaca_prompt(record)
+    else:
+        value = listed(record[key])
+        if isinstance(value, str):
+            messages: list[Message] = [{"role": "user", "content": filled(record, key)}]
+        else:
+            messages = read_messages(value, key)
+    if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
+    messages = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
     if not messages:
         raise FormatError(f"{key} has no message to answer")
-    return messages
+    return with_system(messages, record)
+
+
+def _key(record: Mapping[str, Any]) -> str:
+    """The column that holds the prompt."""
+    key = next((key for key in KEYS if record.get(key)), None)
+    if key is None:
+        raise FormatError(
+            f"has none of {', '.join(KEYS)}; its keys are {', '.join(sorted(map(str, record)))}"
+        )
+    return key
 
 
 class PromptOrder:
@@ -155,35 +190,29 @@ def prepare_prompts(recipe: Recipe) -> PromptSet:
     Raises DataError: no usable record, too many rejected, a tokenizer larger than the model's.
     """
     _, rollout = recipe.sampling
-    folder = tokenizer_of(recipe)
+    chat = chat_of(recipe)
     tokenizers.check_vocab(
-        tokenizers.vocab_of(tokenizers.load(folder)), model_vocab(recipe), f"The tokenizer {folder}"
+        tokenizers.vocab_of(chat.tokenizer),
+        model_vocab(recipe),
+        f"The tokenizer {tokenizer_of(recipe)}",
     )
     room = recipe.data.seq_len - rollout.max_tokens
     root = cache_root(recipe.data.cache)
 
-    def read(
-        paths: Sequence[str], held_out: bool, selection: Selection | None = None
-    ) -> tuple[list[Prompt], list[Reject]]:
+    def read(paths: Sequence[str], held_out: bool, selection: Selection | None = None) -> Found:
         inputs = [assets.resolve(path, root) for path in paths]
-        return read_prompts(
-            inputs,
-            folder,
-            template=recipe.data.chat_template,
-            max_tokens=room,
-            held_out=held_out,
-            selection=selection,
-        )
+        return read_prompts(inputs, chat, room, held_out=held_out, selection=selection)
 
     selection = Selection.of(recipe)
-    prompts, rejects = read(recipe.data.train, False, selection)
-    check_rejects(rejects, len(prompts) + len(rejects), recipe.data.max_rejected)
-    held_out, more = read(recipe.data.eval, True) if recipe.data.eval else ([], [])
+    train = read(recipe.data.train, False, selection)
+    check_rejects(train.rejects, len(train.prompts) + len(train.rejects), recipe.data.max_rejected)
+    held_out = read(recipe.data.eval, True) if recipe.data.eval else Found([], [], Counter())
     if selection is not None and selection.share:
-        held_out, more = read(recipe.data.train, False, selection.other())
-    write_rejected(recipe, rejects + more)
-    line = f"train: {len(prompts)} prompts{told_repeats(prompts)}"
-    if rejects:
-        line += f"; {len(rejects)} rejected, see {recipe.run_dir / 'rejected.jsonl'}"
-    order = PromptOrder(prompts, recipe.seed, recipe.data.shuffle)
-    return PromptSet(order, held_out[: rollout.eval_prompts], [line, *told_of_tokenizer(recipe)])
+        held_out = read(recipe.data.train, False, selection.other())
+    write_rejected(recipe, train.rejects + held_out.rejects)
+    line = f"train: {len(train.prompts)} prompts{told_repeats(train.prompts)}"
+    if train.rejects:
+        line += f"; {len(train.rejects)} rejected, see {recipe.run_dir / 'rejected.jsonl'}"
+    lines = [line, *told_of_tokenizer(recipe), *noted(chat.notes(), train.notes + held_out.notes)]
+    order = PromptOrder(train.prompts, recipe.seed, recipe.data.shuffle)
+    return PromptSet(order, held_out.prompts[: rollout.eval_prompts], lines)

@@ -1,7 +1,7 @@
 """Records that were skipped: where they stand and why, and when there are too many of them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,3 +52,10 @@ def check_rejects(
         f" {max_rejected:.1%}). The first: {first.file}:{first.line}: {first.reason}. Mend the"
         f" data or raise {option}."
     )
+
+
+def noted(template: Iterable[str], records: Mapping[str, int]) -> list[str]:
+    """A line for each thing that a user should know of a chat template or of some records."""
+    counted = sorted(records.items(), key=lambda item: -item[1])
+    lines = [f"note: {note}" for note in template]
+    return lines + [f"note: {note} ({num} record{'s' * (num != 1)})" for note, num in counted]

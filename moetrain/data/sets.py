@@ -13,6 +13,7 @@ folder:
 import hashlib
 import json
 import multiprocessing
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -27,11 +28,11 @@ from numpy.typing import NDArray
 
 from moetrain.data import packing, tokenizer
 from moetrain.data.cache import build_once, digest_files, key_of
-from moetrain.data.chat import template_text
 from moetrain.data.encode import Encoder, Group, Kind, Result, Spec
 from moetrain.data.rejects import Reject, read_rejects, write_rejects
 from moetrain.data.selection import rows_of
 from moetrain.data.sources import find_sources
+from moetrain.data.template import template_text
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed, concat, pack_one, pad_to
 
@@ -56,6 +57,7 @@ class Stats:
     num_packs: int
     fill: float
     vocab: int
+    notes: dict[str, int]  # on records, and how many of them
 
 
 def build(kind: Kind, spec: Spec, root: Path) -> Path:
@@ -65,7 +67,6 @@ def build(kind: Kind, spec: Spec, root: Path) -> Path:
     vocabulary.
     """
     sources = find_sources(spec.inputs, held_out=spec.held_out)
-    template = template_text(spec.chat_template)
     content: dict[str, Any] = {
         "version": VERSION,
         "files": digest_files([f for source in sources for f in source.files], root),
@@ -73,7 +74,7 @@ def build(kind: Kind, spec: Spec, root: Path) -> Path:
             (Path(p).name, digest)
             for p, digest in digest_files(tokenizer.tokenizer_files(spec.tokenizer), root)
         ],
-        "template": template,
+        "chat": asdict(spec.chat) | {"template": template_text(spec.chat.template)},
         "spec": [spec.seq_len, spec.too_long, spec.seed, spec.pack, spec.share_prompt],
     }
     if spec.selection is not None:
@@ -170,12 +171,14 @@ def _write(kind: Kind, spec: Spec, folder: Path) -> None:
     tokenizer.check_vocab(vocab, spec.model_vocab, f"The tokenizer {spec.tokenizer}")
     rejects: list[Reject] = []
     lacking: list[tuple[str, ...]] = []
+    notes: Counter[str] = Counter()
     num_records = num_truncated = 0
     with ExitStack() as stack:
         writer = _Writer(folder, stack)
         results = _results(spec, encoder)
         for result in results if kind.join is None else kind.join(results, spec):
             num_records += 1
+            notes.update(result.notes)
             num_truncated += any(group.truncated for group in result.groups)
             if result.reason is not None:
                 rejects.append(Reject(result.file, result.line, result.reason))
@@ -201,6 +204,7 @@ def _write(kind: Kind, spec: Spec, folder: Path) -> None:
         num_packs=len(packs),
         fill=packing.fill(writer.room, packs, spec.seq_len),
         vocab=vocab,
+        notes=dict(notes),
     )
     meta = {
         "stats": asdict(stats),

@@ -5,11 +5,12 @@ from typing import Any
 
 from moetrain.data.chat import Encoded
 from moetrain.data.encode import Draft, Extras, Group, Kind, Spec
-from moetrain.data.formats import FormatError, to_conversation
+from moetrain.data.formats import columns, to_conversation, unread
+from moetrain.data.messages import FormatError
 
 
 def _read(record: Mapping[str, Any]) -> Draft:
-    return Draft((to_conversation(record),))
+    return Draft((to_conversation(record),), notes=unread(record, columns(record)))
 
 
 def _group(sequences: list[list[Encoded]], extras: Extras, spec: Spec) -> tuple[Group, ...]:

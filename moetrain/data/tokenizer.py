@@ -1,7 +1,7 @@
 """Tokenizers: train one, find one, load one."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,14 +218,6 @@ def end_of_document(tokenizer: "PreTrainedTokenizerFast") -> int:
             f"The tokenizer {tokenizer.name_or_path} has no end-of-sequence token to end documents."
         )
     return int(vocab[str(tokenizer.eos_token)])
-
-
-def stop_ids(folder: Path, hf: Mapping[str, Any]) -> tuple[int, ...]:
-    """What ends an answer: the tokenizer's end of a turn, and the model's eos_token_id."""
-    found = {end_of_document(load(folder))}
-    own = hf.get("eos_token_id")
-    found.update(own if isinstance(own, list) else [] if own is None else [own])
-    return tuple(sorted(found))
 
 
 def check_vocab(needed: int, model_vocab: int | None, what: str) -> None:

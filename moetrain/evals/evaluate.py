@@ -13,7 +13,7 @@ from rich.table import Table
 
 from moetrain.config.bench import BenchConfig, load_bench
 from moetrain.data.cache import write_text
-from moetrain.data.loader import tokenizer_of
+from moetrain.data.loader import chat_of
 from moetrain.data.samples import read_lines
 from moetrain.errors import DataError
 from moetrain.evals.questions import locate, read_questions
@@ -51,8 +51,7 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
         "rewards": [bench.scorer.model_dump(mode="json")],
     }
     recipe = answering_recipe(model, out, others, sections)
-    folder, template = tokenizer_of(recipe), recipe.data.chat_template
-    prompts = read_questions(bench, data, folder, template, prompt_room(recipe))
+    prompts = read_questions(bench, data, chat_of(recipe), prompt_room(recipe))
     check_columns([bench.scorer], prompts)
     notes = {"model": model, "bench": bench.model_dump(mode="json")}
     temperature = bench.rollout.eval_temperature

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config.bench import BenchConfig
-from moetrain.data import assets, tokenizer
+from moetrain.data import assets
 from moetrain.data.chat import Chat
-from moetrain.data.formats import FormatError
+from moetrain.data.messages import FormatError
 from moetrain.data.prompts import AGAIN, read_prompt
 from moetrain.data.rejects import Reject
 from moetrain.data.samples import Prompt
@@ -27,15 +27,12 @@ def locate(bench: BenchConfig, folder: Path) -> Path:
     return path
 
 
-def read_questions(
-    bench: BenchConfig, path: Path, tokenizer_folder: Path, template: str | None, room: int
-) -> list[Prompt]:
+def read_questions(bench: BenchConfig, path: Path, chat: Chat, room: int) -> list[Prompt]:
     """Every question, in the file's order; `room` is the most tokens of a prompt.
 
     Raises DataError for the first record that cannot be asked: a benchmark that loses questions is
     another benchmark.
     """
-    chat = Chat(tokenizer.load(tokenizer_folder), template)
     found: list[Prompt] = []
     ids: dict[str, int] = {}
     for row in (row for source in find_sources([path], held_out=True) for row in read_rows(source)):
@@ -45,7 +42,7 @@ def read_questions(
         if any(row.value.get(key) != value for key, value in bench.where.items()):
             continue
         try:
-            prompt = read_prompt(_asked(bench, row.value, where), chat, room)
+            prompt, _ = read_prompt(_asked(bench, row.value, where), chat, room)
         except FormatError as error:
             raise DataError(f"{where}: {error}.") from None
         number = ids[prompt.id] = ids.get(prompt.id, 0) + 1

@@ -15,11 +15,11 @@ from torch import Tensor
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets
 from moetrain.data.cache import cache_root
-from moetrain.data.loader import tokenizer_of
+from moetrain.data.loader import chat_of, tokenizer_of
 from moetrain.data.prompts import read_prompts, told_repeats
-from moetrain.data.rejects import check_rejects, write_rejects
+from moetrain.data.rejects import check_rejects, noted, write_rejects
 from moetrain.data.samples import Prompt
-from moetrain.data.tokenizer import stop_ids
+from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
 from moetrain.engine.model import DTYPES
 from moetrain.engine.source import ModelSource, find_model
@@ -82,12 +82,13 @@ def prompt_room(recipe: Recipe) -> int:
 def _prompts(recipe: Recipe, out: Path) -> list[Prompt]:
     root = cache_root(recipe.data.cache)
     inputs = [assets.resolve(path, root) for path in recipe.data.train]
-    template = recipe.data.chat_template
-    room = prompt_room(recipe)
-    found, rejects = read_prompts(inputs, tokenizer_of(recipe), template=template, max_tokens=room)
+    chat = chat_of(recipe)
+    found, rejects, notes = read_prompts(inputs, chat, prompt_room(recipe))
     if told := told_repeats(found):
         print(f"{len(found)} prompts{told}")
     check_rejects(rejects, len(found) + len(rejects), recipe.data.max_rejected)
+    for line in noted(chat.notes(), notes):
+        print(line)
     if rejects:
         path = out.with_name(out.stem + ".rejected.jsonl")
         write_rejects(path, rejects)
@@ -110,7 +111,8 @@ def answer_all(
     rollout = rollout_of(recipe)
     source = find_model(recipe.model)
     folder = tokenizer_of(recipe)
-    sampling = Sampling(rollout.max_tokens, temperature, stop_ids=stop_ids(folder, source.hf))
+    stops = stop_ids(chat_of(recipe), source.hf)
+    sampling = Sampling(rollout.max_tokens, temperature, stop_ids=stops)
     identity = _identity(recipe, source, prompts, sampling)
     try:
         with ExitStack() as stack:

@@ -15,9 +15,9 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 
 from moetrain.config.recipe import Recipe
-from moetrain.data.loader import tokenizer_of
+from moetrain.data.loader import chat_of, tokenizer_of
 from moetrain.data.prompts import PromptSet
-from moetrain.data.tokenizer import stop_ids
+from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
 from moetrain.errors import DataError, MoetrainError, RolloutError
 from moetrain.loops.rollouts import Batch, Collector, Store, grade, means, seed_of, timed
@@ -124,7 +124,7 @@ class Driver:
         self.sampling = Sampling(
             rollout.max_tokens,
             rollout.temperature,
-            stop_ids=stop_ids(folder, engine.source.hf),
+            stop_ids=stop_ids(chat_of(recipe), engine.source.hf),
             routes=rollout.routing_replay,
         )
         online = METHODS[recipe.method.name].online

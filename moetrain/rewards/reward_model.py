@@ -11,7 +11,8 @@ import numpy as np
 from moetrain.config.rewards import RewardConfig, RewardModelOptions
 from moetrain.data import tokenizer
 from moetrain.data.chat import Chat
-from moetrain.data.formats import Conversation, FormatError
+from moetrain.data.formats import Conversation, template_kwargs_of
+from moetrain.data.messages import FormatError
 from moetrain.errors import ConfigError
 from moetrain.rewards.base import Answer, Item, Kind, Shape
 
@@ -68,7 +69,8 @@ class RewardModel:
             prompt = [{"role": "user", "content": prompt}]
         messages = [*prompt, {"role": "assistant", "content": item.opened + item.text}]
         trained = [*[False] * len(prompt), True]
-        encoded = self.chat.encode(self.chat.mark(Conversation(messages, trained)))
+        kwargs = template_kwargs_of(item.columns)
+        encoded = self.chat.encode(self.chat.mark(Conversation(messages, trained, kwargs)))
         if not encoded or not encoded[-1].mask.any():
             raise FormatError("the answer has no token")
         own = encoded[-1]

@@ -45,14 +45,14 @@ class Bench:
 
     def encoder(self, name: str, template: int) -> Any:
         """Of a kind of set, with a tokenizer that is loaded once."""
+        from moetrain.data.chat import ChatOptions
         from moetrain.data.encode import Encoder, Spec
         from moetrain.data.loader import KINDS
 
         key = (name, template)
         if key not in self._encoders:
-            spec = Spec(
-                (), self.tokenizer, 256, "truncate", 1, chat_template=seeds.TEMPLATES[template]
-            )
+            chat = ChatOptions(seeds.TEMPLATES[template])
+            spec = Spec((), self.tokenizer, 256, "truncate", 1, chat=chat)
             self._encoders[key] = Encoder(KINDS[name], spec)
         return self._encoders[key]
 

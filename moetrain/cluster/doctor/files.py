@@ -157,7 +157,7 @@ def model(subject: Subject) -> Finding:
 def tokenizer(subject: Subject) -> Finding:
     """The tokenizer loads, fits the model, and its template marks what is to be learned."""
     from moetrain.data import tokenizer as tokenizers
-    from moetrain.data.chat import Chat
+    from moetrain.data.chat import ChatOptions
     from moetrain.data.formats import to_conversation
     from moetrain.data.loader import CORPUS, FEEDS, model_vocab, tokenizer_of
 
@@ -171,16 +171,18 @@ def tokenizer(subject: Subject) -> Finding:
     tokenizers.end_of_document(loaded)
     if corpus:
         return ok(f"{num_tokens} tokens")
-    chat = Chat(loaded, recipe.data.chat_template)
+    chat = ChatOptions.of(recipe.data).open(tokenizer_of(recipe))
     talk = {"messages": [{"role": "user", "content": "2 + 2"},
                          {"role": "assistant", "content": "It is 4."}]}  # fmt: skip
     marked = chat.mark(to_conversation(talk))
-    learned = "".join(m.text[a:b] for m in marked for a, b in m.spans)
+    learned = "".join(text for m in marked for text in m.learned)
     if "It is 4." not in learned or "2 + 2" in learned:
         return fail(
             f"the chat template marks {learned!r} of an answer 'It is 4.'",
             "give data.chat_template one that marks assistant turns with {% generation %}",
         )
+    if notes := chat.notes():
+        return warn(notes[0], "docs/data.md says what follows from it")
     return ok(f"{num_tokens} tokens, chat template marks answers")
 
 
@@ -220,6 +222,7 @@ def _rows(subject: Subject, paths: list[str]) -> Iterator[Any]:
 
 
 def _read(subject: Subject, paths: list[str], kind: Any) -> Iterator[tuple[str, str | None]]:
+    from moetrain.data.chat import ChatOptions
     from moetrain.data.encode import Encoder, Spec
     from moetrain.data.loader import tokenizer_of
 
@@ -230,22 +233,20 @@ def _read(subject: Subject, paths: list[str], kind: Any) -> Iterator[tuple[str, 
         seq_len=data.seq_len,
         too_long=data.too_long,
         seed=subject.recipe.seed,
-        chat_template=data.chat_template,
+        chat=ChatOptions.of(data),
     )
     for result in Encoder(kind, spec)(list(_rows(subject, paths))):
         yield f"{result.file}:{result.line}", result.reason
 
 
 def _read_prompts(subject: Subject, paths: list[str]) -> Iterator[tuple[str, str | None]]:
-    from moetrain.data import tokenizer as tokenizers
-    from moetrain.data.chat import Chat
-    from moetrain.data.formats import FormatError
-    from moetrain.data.loader import tokenizer_of
+    from moetrain.data.loader import chat_of
+    from moetrain.data.messages import FormatError
     from moetrain.data.prompts import read_prompt
     from moetrain.data.rejects import Reject
 
     recipe = subject.recipe
-    chat = Chat(tokenizers.load(tokenizer_of(recipe)), recipe.data.chat_template)
+    chat = chat_of(recipe)
     for row in _rows(subject, paths):
         where = f"{row.file}:{row.line}"
         if isinstance(row, Reject):

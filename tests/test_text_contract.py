@@ -1,0 +1,389 @@
+"""What a record says is what is learned: over real templates, forms of records and containers.
+
+The right text of a turn is written down here for each template, from what is public about it.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_templates import KNOWN, chat_of, end_of, folder
+
+from moetrain.data import preference, sft
+from moetrain.data.chat import Chat, ChatOptions, Encoded
+from moetrain.data.encode import Encoder, Kind, Result, Spec
+from moetrain.data.formats import to_conversation
+from moetrain.data.messages import FormatError
+from moetrain.data.sources import find_sources, read_rows
+from moetrain.data.turns import end_of_turn, stop_ids
+
+THOUGHTFUL = {
+    "qwen3": "<think>\n{}\n</think>\n\n",
+    "qwen3-thinking-2507": "{}\n</think>\n\n",  # the prompt for an answer opens the thought
+    "glm-4.5": "\n<think>{}</think>\n",
+    "gpt-oss": "<|channel|>analysis<|message|>{}<|end|><|start|>assistant",
+}
+BEFORE = {"mixtral": " ", "gpt-oss": "<|channel|>final<|message|>"}
+# Beginnings that templates, their prompts for an answer or a careless search could take for theirs.
+STARTS = (
+    "",
+    "<",
+    "<th",
+    "think",
+    "assistant",
+    "[",
+    "\u7b54",
+    "{",
+    '"',
+    "/",
+    "|",
+    "0",
+    "\U0001f600",
+)
+WORDS = (
+    "one",
+    "1.5",
+    "caf\u00e9",
+    "a\nb",
+    "{x}",
+    "\\frac12",
+    "'s",
+    "<b>",
+    "\u6570\u5b57",
+    "- item",
+    "\t",
+)
+
+
+def said(name: str, content: str, thought: str | None = None) -> str:
+    """What is learned of a turn that answers."""
+    thoughtful = THOUGHTFUL.get(name)
+    if thoughtful is None or (not thought and name == "gpt-oss"):
+        front = ""
+    else:
+        front = thoughtful.format(thought or "")
+    return front + BEFORE.get(name, "") + content + end_of(name)
+
+
+def runs(chat: Chat, encoded: Encoded) -> list[str]:
+    """The texts of the runs of tokens that are learned."""
+    found: list[list[int]] = [[]]
+    for token, learned in zip(encoded.tokens, encoded.mask, strict=True):
+        if learned:
+            found[-1].append(int(token))
+        elif found[-1]:
+            found.append([])
+    return [str(chat.tokenizer.decode(run)) for run in found if run]
+
+
+def learned(name: str, record: dict[str, Any]) -> list[str]:
+    """The learned texts of a record of instruction data, turn by turn."""
+    chat = chat_of(name)
+    return [
+        text
+        for encoded in chat.encode(chat.mark(to_conversation(record)))
+        for text in runs(chat, encoded)
+    ]
+
+
+def U(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def A(text: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_end_of_a_turn(name: str) -> None:
+    known, chat = KNOWN[name], chat_of(name)
+    ids = end_of_turn(chat)
+    vocab = chat.tokenizer.get_vocab()
+    if known.stops is not None:
+        assert ids == ()
+        assert vocab[known.stops] in stop_ids(chat, {})
+        assert any(known.stops in note for note in chat.notes())
+    else:
+        assert ids[0] == vocab[end_of(name)]
+        assert set(ids) <= set(stop_ids(chat, {"eos_token_id": 0}))
+    assert learned(name, {"messages": [U("q"), A("x")]}) == [said(name, "x")]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("start", STARTS)
+def test_an_answer_may_begin_with_anything(name: str, start: str) -> None:
+    text = start + "x"
+    assert learned(name, {"messages": [U("q"), A(text)]}) == [said(name, text)]
+
+
+@pytest.mark.parametrize("field", ["reasoning", "thinking", "reasoning_content", "inline"])
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_thought_under_any_name(name: str, field: str) -> None:
+    known, chat = KNOWN[name], chat_of(name)
+    turn = A("4", **{field: "two and two"})
+    if field == "inline":
+        turn = A("<think>\ntwo and two\n</think>\n\n4")
+    record = {"messages": [U("q"), turn]}
+    marked = chat.mark(to_conversation(record))
+    if known.reasoning:
+        assert learned(name, record) == [said(name, "4", "two and two")]
+    elif field == "inline" and chat.template.reads.inline:
+        assert learned(name, record) == [said(name, turn["content"])]
+    else:  # no place for it: the answer is learned, and the loss is said
+        assert learned(name, record) == [said(name, "4")]
+        dropped = [note for m in marked for note in m.notes if "reasoning" in note]
+        assert dropped or any("<think>" in note for note in chat.notes())
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 't\u00fc "x"'}}}
+AS_TEXT = {
+    "type": "function",
+    "function": {"name": "add", "arguments": json.dumps(CALL["function"]["arguments"])},
+}
+
+
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("call", [CALL, AS_TEXT, CALL["function"], AS_TEXT["function"]])
+@pytest.mark.parametrize("name", [name for name, known in KNOWN.items() if known.calls])
+def test_calls_in_either_form(name: str, call: dict[str, Any], content: str | None) -> None:
+    tool = {"type": "function", "function": {"name": "add", "description": "d",
+            "parameters": {"type": "object", "properties": {}}}}  # fmt: skip
+    record = {
+        "tools": json.dumps([tool]),
+        "messages": [U("q"), A(content, tool_calls=[call])],
+    }
+    (text,) = learned(name, record)
+    value = CALL["function"]["arguments"]["b"]
+    ways = (value, json.dumps(value), json.dumps(value, ensure_ascii=False))
+    assert "add" in text and any(way in text for way in ways), text
+    assert "\\\\" not in text and "'a'" not in text and "None" not in text
+    chat = chat_of(name)
+    ends = [str(chat.tokenizer.convert_ids_to_tokens(i)) for i in end_of_turn(chat)]
+    assert text.endswith(tuple(ends) or "</tool_call>"), text
+
+
+def records(rng: random.Random, name: str) -> tuple[dict[str, Any], list[str]]:
+    """(a record in some form, what is learned of it)."""
+    known = KNOWN[name]
+
+    def words() -> str:
+        number = rng.randint(1, 5)
+        return (
+            rng.choice(STARTS) + " ".join(rng.choice(WORDS) for _ in range(number))
+        ).strip() + "."
+
+    system = {rng.choice(["system", "system_prompt"]): words()} if known.system else {}
+    system = system if rng.random() < 0.4 else {}
+    form = rng.choice(["messages", "sharegpt", "completion", "completions", "alpaca", "qa"])
+    question, answer = words(), words()
+    if form == "completion":
+        return system | {"prompt": question, "completion": answer}, [said(name, answer)]
+    if form == "completions":
+        own = {"prompt": [U(question)], "completion": [A(answer)]}
+        return system | own, [said(name, answer)]
+    if form == "alpaca":
+        return system | {"instruction": question, "output": answer}, [said(name, answer)]
+    if form == "qa":
+        return system | {"question": question, "answer": answer}, [said(name, answer)]
+    turns: list[dict[str, Any]] = []
+    right: list[str] = []
+    for number in range(rng.randint(1, 3)):
+        question, answer = words(), words()
+        off = rng.random() < 0.25 and number > 0
+        thought = words() if known.reasoning and rng.random() < 0.5 else None
+        more: dict[str, Any] = {"weight": 0} if off else {}
+        if thought:
+            more[rng.choice(["reasoning", "thinking", "reasoning_content"])] = thought
+        turns += [U(question), A(answer, **more)]
+        if not off:
+            right.append(said(name, answer, thought))
+    if form == "messages":
+        return system | {"messages": turns}, right
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [
+        {"from": names[t["role"]], "value": t["content"]}
+        | {k: v for k, v in t.items() if k not in ("role", "content")}
+        for t in turns
+    ]
+    return system | {"conversations": shared}, right
+
+
+def encoded(name: str, path: Path, kind: Kind = sft.CHAT) -> list[Result]:
+    spec = Spec((str(path),), folder(name), 4096, "reject", 1, chat=ChatOptions())
+    encoder = Encoder(kind, spec)
+    encoder.__dict__["chat"] = chat_of(name)  # a tokenizer loaded once for all of these tests
+    return encoder([row for source in find_sources([path]) for row in read_rows(source)])
+
+
+def as_jsonl(rows: list[dict[str, Any]], path: Path) -> Path:
+    file = path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def as_parquet(rows: list[dict[str, Any]], path: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path / "a.parquet")
+    return path / "a.parquet"
+
+
+def as_folder(rows: list[dict[str, Any]], path: Path) -> Path:
+    import datasets
+
+    datasets.Dataset.from_list(rows).save_to_disk(str(path / "saved"))
+    return path / "saved"
+
+
+CONTAINERS: tuple[Callable[[list[dict[str, Any]], Path], Path], ...] = (
+    as_jsonl,
+    as_parquet,
+    as_folder,
+)
+PER_TEMPLATE = -(-2000 // len(KNOWN))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_generated_records_in_every_container(name: str, tmp_path: Path) -> None:
+    """2,000 records over all templates; each once as JSONL, in parquet and in a saved data set."""
+    rng = random.Random(name)
+    drawn = [records(rng, name) for _ in range(PER_TEMPLATE)]
+    rows = [record for record, _ in drawn]
+    for number, write in enumerate(CONTAINERS):
+        place = tmp_path / str(number)
+        place.mkdir()
+        # A table has one type a column: records of one form at a time.
+        results: list[Result] = []
+        order: list[int] = []
+        for form in ("messages", "conversations", "prompt", "instruction", "question"):
+            for listed in (True, False):
+                own = [
+                    i
+                    for i, row in enumerate(rows)
+                    if form in row and isinstance(row[form], list) is listed
+                ]
+                if own:
+                    here = place / f"{form}-{listed}"
+                    here.mkdir()
+                    results += encoded(name, write([rows[i] for i in own], here))
+                    order += own
+        assert sorted(order) == list(range(len(rows)))
+        for i, result in zip(order, results, strict=True):
+            assert result.reason is None, (rows[i], result.reason)
+            chat = chat_of(name)
+            found = [t for g in result.groups for s in g.sequences for t in runs(chat, s)]
+            assert found == drawn[i][1], rows[i]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_pairs_and_labels_learn_the_same_text(name: str, tmp_path: Path) -> None:
+    system = {"system": "Be brief."} if KNOWN[name].system else {}
+    pair = system | {"prompt": "q?", "chosen": "<yes", "rejected": "[no"}
+    (result,) = encoded(name, as_jsonl([pair], tmp_path), preference.PAIRS)
+    assert result.reason is None
+    (group,) = result.groups
+    chat = chat_of(name)
+    texts = [runs(chat, sequence) for sequence in group.sequences]
+    assert texts == [[said(name, "<yes")], [said(name, "[no")]]
+    if system:
+        assert "Be brief." in str(chat.tokenizer.decode(group.sequences[0].tokens))
+    labelled = system | {"prompt": "q?", "completion": "<yes", "label": True}
+    (result,) = encoded(name, as_jsonl([labelled], tmp_path), preference.LABELS)
+    assert [runs(chat, s) for g in result.groups for s in g.sequences] == [[said(name, "<yes")]]
+
+
+def refused(record: dict[str, Any], name: str = "qwen3") -> str:
+    with pytest.raises(FormatError) as caught:
+        chat = chat_of(name)
+        conversation = to_conversation(record)
+        chat.refuse_templated(conversation.messages)
+        chat.mark(conversation)
+    return str(caught.value)
+
+
+def test_text_that_is_templated_already() -> None:
+    record = {
+        "prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+        "completion": "x",
+    }
+    assert '"templated": true' in refused(record)
+    assert "[INST]" in refused({"prompt": "[INST] hi [/INST]", "completion": "x"}, "mixtral")
+    whole = record | {"completion": "x<|im_end|>", "templated": True}
+    assert learned("qwen3", whole) == ["x<|im_end|>"]
+    (marked,) = chat_of("qwen3").mark(to_conversation(whole))
+    assert marked.text == record["prompt"] + "x<|im_end|>"
+
+
+def test_what_a_template_changes_is_refused() -> None:
+    assert "turn 1" in refused({"messages": [U("q"), A("a </think> b")]})
+    assert "contradict" in refused({"messages": [U("q"), A("a", weight=1, loss=False)]})
+    assert "nothing between" in refused({"messages": [U("q"), A("a", weight=0.5)]})
+    assert "different things" in refused(
+        {"messages": [U("q"), A("a", thinking="b", reasoning="c")]}
+    )
+    asked = [U("q"), A("a")]
+    both = {"system": "a", "messages": [{"role": "system", "content": "b"}, *asked]}
+    assert "keep one" in refused(both)
+    reserved = {"messages": asked, "chat_template_kwargs": {"messages": 1}}
+    assert "must not name" in refused(reserved)
+    assert "wire" not in learned(
+        "qwen3", {"messages": [U("q"), A("a")], "chat_template_kwargs": "{}"}
+    )
+
+
+def test_loss_scale_and_weights_switch_turns_off() -> None:
+    for switch in ({"weight": 0}, {"loss": False}, {"loss_scale": 0.0}):
+        record = {"messages": [U("q"), A("one", **switch), U("r"), A("two")]}
+        assert learned("qwen2.5", record) == [said("qwen2.5", "two")]
+        turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "one", **switch},
+                 {"from": "human", "value": "r"}, {"from": "gpt", "value": "two"}]  # fmt: skip
+        assert learned("qwen2.5", {"conversations": turns}) == [said("qwen2.5", "two")]
+
+
+def test_calls_that_are_turns_of_their_own() -> None:
+    """ms-swift's and LLaMA-Factory's way to store a call."""
+    swift = {"messages": [U("q"), {"role": "tool_call", "content": json.dumps(CALL["function"])},
+                          {"role": "tool_response", "content": "3"}, A("It is 3.")]}  # fmt: skip
+    factory = {"conversations": [{"from": "human", "value": "q"},
+                                 {"from": "function_call", "value": json.dumps(CALL["function"])},
+                                 {"from": "observation", "value": "3"},
+                                 {"from": "gpt", "value": "It is 3."}]}  # fmt: skip
+    wire = {"messages": [U("q"), A(None, tool_calls=[CALL]), {"role": "tool", "content": "3"},
+                         A("It is 3.")]}  # fmt: skip
+    texts = [learned("qwen2.5", record) for record in (swift, factory, wire)]
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 2
+
+
+def test_a_system_message_of_the_recipe() -> None:
+    chat = Chat(chat_of("qwen3").tokenizer, system="Be brief.")
+    (marked,) = chat.mark(to_conversation({"messages": [U("q"), A("a")]}))
+    assert marked.text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    assert chat.prompt([U("q")]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    (own,) = chat.mark(to_conversation({"system": "Be long.", "messages": [U("q"), A("a")]}))
+    assert "Be brief." not in own.text and "Be long." in own.text
+
+
+def test_empty_thoughts_can_be_left_out() -> None:
+    record = {"messages": [U("q"), A("a")]}
+    chat = Chat(chat_of("qwen3").tokenizer, empty_thoughts=False)
+    assert [m.learned for m in chat.mark(to_conversation(record))] == [("a<|im_end|>",)]
+    (marked,) = chat_of("qwen3").mark(to_conversation(record))
+    assert any("empty thought" in note for note in marked.notes)
+    off = Chat(chat_of("qwen3").tokenizer, kwargs={"enable_thinking": False})
+    assert [m.learned for m in off.mark(to_conversation(record))] == [("a<|im_end|>",)]
+    assert off.prompt([U("q")]).endswith("<think>\n\n</think>\n\n")
+
+
+def test_what_is_dropped_by_design_is_noted() -> None:
+    chat = chat_of("r1-distill")
+    record = {"messages": [U("q"), A("<think>\nlong\n</think>\n\n4")]}
+    assert any("strips" in note for note in chat.notes())
+    (marked,) = chat.mark(to_conversation(record))
+    assert any("ends with '<think>\\n'" in note for note in marked.notes)
+    with_tools = {"tools": [{"type": "function", "function": {"name": "add"}}], **record}
+    (marked,) = chat.mark(to_conversation(with_tools))
+    assert any("tools on offer" in note for note in marked.notes)
