@@ -24,11 +24,11 @@ def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Ten
 
 
 def reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, out_grad: Tensor, temperature: float
+    hidden: Tensor, weight: Tensor, labels: Tensor, out_grad: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, gradient of hidden, gradient of weight by the plain formula."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    logits = (hidden @ weight.t())[:, :V].float() / temperature
+    logits = (hidden @ weight.t())[:, :V].float() / torch.as_tensor(temperature).reshape(-1, 1)
     full = logits.log_softmax(-1)
     logp = full.gather(1, labels[:, None])[:, 0]
     (logp * out_grad).sum().backward()
@@ -37,9 +37,11 @@ def reference(
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_equals_log_softmax(chunk: int, temperature: float) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7, "one a token"])
+def test_equals_log_softmax(chunk: int, temperature: float | Tensor | str) -> None:
     hidden, weight, labels, out_grad = make_inputs()
+    if isinstance(temperature, str):
+        temperature = torch.linspace(0.5, 2, T)
     expected = reference(hidden, weight, labels, out_grad, temperature)
     hidden.requires_grad_()
     weight.requires_grad_()

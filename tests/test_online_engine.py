@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "chord": {"name": "chord", "mismatch_cap": 1.3, "packs": 2},
 }
 SHARE = 0.4  # mu of chord
+TEMPERATURES = {"dapo": 0.6, "gspo": 1.3, "chord": 0.7}  # of the answers; the others' is 1
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one": (1, {}),
     "tp2": (2, {"tp": 2}),
@@ -60,7 +61,7 @@ def groups(model: Any) -> list[Group]:
         for index in range(3):
             tokens = tuple(rng.randrange(1, 200) for _ in range(rng.randrange(1, 8)))
             with torch.no_grad():
-                own = scored(model, prompt, tokens).tolist()
+                own = scored(model, prompt, tokens, 1.0).tolist()
             logprobs = tuple(x + rng.uniform(-0.6, 0.6) for x in own)
             sample = Sample(f"p{p}", index, tokens, logprobs, "", "stop", 0)
             answers.append(Graded(sample, rng.uniform(-1, 1)))
@@ -68,10 +69,12 @@ def groups(model: Any) -> list[Group]:
     return made
 
 
-def scored(model: Any, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Tensor:
+def scored(
+    model: Any, prompt: tuple[int, ...], answer: tuple[int, ...], temperature: float
+) -> Tensor:
     """[m] log-probs of an answer's tokens, by transformers."""
     ids = torch.tensor([[*prompt, *answer]])
-    logp = torch.log_softmax(model(ids).logits[0, :-1].float(), -1)
+    logp = torch.log_softmax(model(ids).logits[0, :-1].float() / temperature, -1)
     return logp.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
 
 
@@ -88,6 +91,7 @@ def packs_of(found: list[Group], method: str, *, seq_len: int, min_packs: int) -
     rewards = torch.tensor([a.reward for g in found for a in g.answers])
     numbers = torch.tensor([i for i, g in enumerate(found) for _ in g.answers])
     values = {"advantage": online.advantages(rewards, numbers, cfg), "reward": rewards}
+    values["temperature"] = torch.full_like(rewards, TEMPERATURES.get(method, 1.0))
     if online.shares is not None:
         values["share"] = torch.full_like(rewards, 1 - SHARE)
     packs = pack_groups(found, values, seq_len=seq_len, min_packs=min_packs)
@@ -138,7 +142,8 @@ def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[
     for group in found:
         for answer in group.answers:
             sample, advantage = answer.sample, next(advantages)
-            logp = scored(model, group.prompt.tokens, sample.tokens)
+            temperature = TEMPERATURES.get(method, 1.0)
+            logp = scored(model, group.prompt.tokens, sample.tokens, temperature)
             old, rollout = torch.tensor(old_of(sample)), torch.tensor(sample.logprobs)
             weight = (old - rollout).exp()
             if cfg.mismatch == "tis":
@@ -164,7 +169,7 @@ def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[
     elif method == "dr_grpo":
         loss = torch.stack(sums).sum() / (len(sums) * cfg.length)
     elif method == "chord":
-        own = [scored(model, tokens[:num], tokens[num:]) for num, tokens in shown()]
+        own = [scored(model, tokens[:num], tokens[num:], 1.0) for num, tokens in shown()]
         p = torch.cat(own).detach().exp()
         taught = -(p * (1 - p) * torch.cat(own)).sum() / p.numel()
         loss = (1 - SHARE) * loss + SHARE * taught

@@ -1,23 +1,38 @@
 """The sections of methods that learn from rollouts. What they compute is in moetrain.methods."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from moetrain.config.section import MethodSection
 
 Count = Annotated[int, Field(ge=1)]
 
 
+def _in_the_loss(value: object) -> object:
+    if value == "k1":
+        raise ValueError(
+            "k1 in the loss does nothing: its expected gradient is 0. Take k3 (the default) or k2"
+        )
+    return value
+
+
+def _in_the_reward(value: object) -> object:
+    if value in ("k2", "k3"):
+        raise ValueError(
+            f"{value} in the reward leads elsewhere than the KL: its expected gradient is another."
+            " Leave kl_estimator out: ppo takes k1 off each token's reward"
+        )
+    return value
+
+
 class OnlineMethod(MethodSection):
     """What all of them share."""
 
     samples: ClassVar[bool] = True
+    compares: ClassVar[bool] = True  # an answer with the others to the same prompt
     beta: float = Field(
         default=0.0, ge=0, description="weight of the KL to the reference; 0: no reference is kept"
-    )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        default="k3", description="of the KL a token: log ratio, half its square, or r - 1 - log r"
     )
     kl_budget: float | None = Field(
         default=None, gt=0, description="warn when `kl`, in nats an answer, passes it"
@@ -43,23 +58,62 @@ class OnlineMethod(MethodSection):
         """Nats an answer past which `kl` is warned of."""
         return self.kl_budget
 
+    def within(self, max_tokens: int) -> Self:
+        """The same with what follows from the longest answer that is sampled."""
+        return self
 
-class GrpoMethod(OnlineMethod):
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        without: dict[str, tuple[str, ...]] = {
+            "method.beta": ("kl_budget", "kl_estimator", "use_bias_correction_kl"),
+            "method.mismatch": ("mismatch_cap",),
+        }
+        missing = {"method.beta": not self.beta, "method.mismatch": self.mismatch == "none"}
+        fields = type(self).model_fields
+        for needed, names in without.items():
+            given = [n for n in names if n in fields and getattr(self, n) != fields[n].default]
+            if missing[needed] and given:
+                raise ValueError(
+                    f"method.{given[0]} does nothing without {needed}: give it, or leave"
+                    f" {given[0]} out"
+                )
+        return self
+
+
+class LossKlMethod(OnlineMethod):
+    """Methods whose KL to the reference is a term of the loss."""
+
+    kl_estimator: Annotated[Literal["k2", "k3"], BeforeValidator(_in_the_loss)] = Field(
+        default="k3", description="of the KL a token: half the log ratio's square, or r - 1 - log r"
+    )
+    use_bias_correction_kl: bool = Field(
+        default=True,
+        description="with the ratio to the policy that sampled, so that its expected gradient is"
+        " that of KL(policy || reference); false: without",
+    )
+
+
+class GrpoMethod(LossKlMethod):
     """Group-relative policy optimisation."""
 
     name: Literal["grpo"] = Field(default="grpo", description="`method: grpo` for short")
 
 
-class DrGrpoMethod(OnlineMethod):
+class DrGrpoMethod(LossKlMethod):
     """GRPO done right: no division by the group's deviation or by an answer's length."""
 
     name: Literal["dr_grpo"] = Field(default="dr_grpo", description="`method: dr_grpo` for short")
-    length: Count = Field(
-        default=512, description="what all answers' sums are divided by: rollout.max_tokens"
+    length: Count | None = Field(
+        default=None,
+        description="what all answers' sums are divided by; default: rollout.max_tokens",
     )
 
+    def within(self, max_tokens: int) -> Self:
+        """Divided by the longest answer."""
+        return self if self.length else self.model_copy(update={"length": max_tokens})
 
-class DapoMethod(OnlineMethod):
+
+class DapoMethod(LossKlMethod):
     """Decoupled clipping and dynamic sampling: token-level loss, overlong shaping."""
 
     name: Literal["dapo"] = Field(default="dapo", description="`method: dapo` for short")
@@ -68,14 +122,35 @@ class DapoMethod(OnlineMethod):
         default=True, description="sample further prompts in place of groups of equal rewards"
     )
     max_length: Count | None = Field(
-        default=None, description="tokens at which an answer has the whole penalty; default: none"
+        default=None,
+        description="tokens at which an answer has the whole penalty of 1; default:"
+        " rollout.max_tokens",
     )
-    soft_length: Count = Field(
-        default=128, description="tokens before max_length over which the penalty grows to 1"
+    soft_length: int | None = Field(
+        default=None,
+        ge=0,
+        description="tokens before max_length over which the penalty grows; default: a fifth of"
+        " max_length; 0: no penalty",
     )
 
+    def within(self, max_tokens: int) -> Self:
+        """The penalty's place. The paper's: 4,096 of 20,480 tokens."""
+        longest = self.max_length or max_tokens
+        soft = max(1, longest // 5) if self.soft_length is None else self.soft_length
+        if soft > longest:
+            raise ValueError(
+                f"method.soft_length={soft} is more than method.max_length={longest}: give less"
+            )
+        if soft and longest - soft >= max_tokens:
+            raise ValueError(
+                f"method.max_length={longest} with soft_length={soft} penalises answers of more"
+                f" than {longest - soft} tokens, and rollout.max_tokens={max_tokens} lets none be"
+                " so long: leave max_length out"
+            )
+        return self.model_copy(update={"max_length": longest, "soft_length": soft})
 
-class GspoMethod(OnlineMethod):
+
+class GspoMethod(LossKlMethod):
     """Group sequence policy optimisation: one ratio an answer."""
 
     name: Literal["gspo"] = Field(default="gspo", description="`method: gspo` for short")
@@ -89,7 +164,16 @@ class PpoMethod(OnlineMethod):
     """Proximal policy optimisation with a value head on the policy."""
 
     value_head: ClassVar[bool] = True
+    compares: ClassVar[bool] = False
     name: Literal["ppo"] = Field(default="ppo", description="`method: ppo` for short")
+    kl_estimator: Annotated[Literal["k1"], BeforeValidator(_in_the_reward)] = Field(
+        default="k1", description="of the KL that is taken off each token's reward: the log ratio"
+    )
+    truncated: Literal["reward", "bootstrap", "mask"] = Field(
+        default="reward",
+        description="answers that rollout.max_tokens cut: reward takes their grade, bootstrap in"
+        " its place the value head's word for what would have followed, mask leaves them out",
+    )
     gamma: float = Field(default=1.0, gt=0, le=1, description="discount a token")
     lam: float = Field(default=0.95, ge=0, le=1, description="of generalised advantage estimation")
     whiten: bool = Field(
@@ -101,7 +185,7 @@ class PpoMethod(OnlineMethod):
     )
 
 
-class ChordMethod(OnlineMethod):
+class ChordMethod(LossKlMethod):
     """GRPO and weighted fine-tuning on demonstrations in one loss, mu deciding between them."""
 
     demonstrated: ClassVar[bool] = True

@@ -359,3 +359,17 @@ class Recipe(Section):
         if not self.rewards and self.rollout.replay is None:
             raise ValueError(f"method {self.method.name} needs rewards: [accuracy], for example")
         return self
+
+    @model_validator(mode="after")
+    def _learns_from_groups(self) -> Self:
+        method, rollout = self.method, self.rollout
+        if not isinstance(method, OnlineMethod) or rollout is None:
+            return self
+        if method.compares and rollout.group_size == 1 and rollout.replay is None:
+            raise ValueError(
+                f"rollout.group_size=1: {method.name} compares the answers to a prompt, and one"
+                " alone teaches nothing. Give 2 or more; ppo can learn from one"
+            )
+        # Frozen for users; what follows from another section is part of the recipe as it is read.
+        object.__setattr__(self, "method", method.within(rollout.max_tokens))
+        return self

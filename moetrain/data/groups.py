@@ -38,35 +38,38 @@ class Group:
 
 
 def pack_groups(
-    groups: Sequence[Group], values: Mapping[str, Tensor], *, seq_len: int, min_packs: int
+    groups: Sequence[Group],
+    values: Mapping[str, Tensor],
+    *,
+    seq_len: int,
+    min_packs: int,
+    beyond: bool = False,
 ) -> list[Packed]:
     """Packs of at most `seq_len` tokens, at least `min_packs` of them, as even as they come.
 
     Args:
         values: name -> [answers], a number for each answer in the order of the groups: extras.
+        beyond: an answer that was cut ends with its last token, which is not scored there: a place
+            for the value of what would have followed.
 
     `extras` also has role and item (the answer's number), `per_token` rollout_logp, and
-    routes where they were recorded. Raises
-    DataError when a prompt and one answer do not fit, or there are fewer answers than packs.
+    routes where they were recorded. Where there are fewer answers than packs, some are blank.
+    Raises DataError when a prompt and one answer do not fit.
     """
     units: list[Packed] = []
     item = 0
     for group in groups:
         numbers = range(item, item + len(group.answers))
         item += len(group.answers)
-        units += _units(group, numbers, values, seq_len)
+        units += _units(group, numbers, values, seq_len, beyond)
     if len(units) < min_packs:
         units = [
             unit
             for group, first in zip(groups, _firsts(groups), strict=True)
             for i in range(len(group.answers))
-            for unit in [_unit(group, [first + i], first, values)]
+            for unit in [_unit(group, [first + i], first, values, beyond)]
         ]
-    if len(units) < min_packs:
-        raise DataError(
-            f"{len(units)} answers are fewer than the {min_packs} packs that ranks and steps need."
-            " Raise rollout.prompts_per_step or rollout.group_size."
-        )
+    units += [_blank(units[0])] * (min_packs - len(units))
     return [concat(own) for own in _dealt(units, seq_len, min_packs)]
 
 
@@ -77,14 +80,25 @@ def _firsts(groups: Sequence[Group]) -> list[int]:
     return firsts[:-1]
 
 
+def _blank(like: Packed) -> Packed:
+    """A token of padding, with the fields that `like` has."""
+
+    def empty(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.new_zeros(1, *value.shape[1:]) for name, value in part.items()}
+
+    zero = torch.zeros(1)
+    one = pack_one(zero, zero, zero, extras=empty(like.extras), per_token=empty(like.per_token))
+    return replace(one, valid=torch.zeros(1, dtype=torch.bool))
+
+
 def _units(
-    group: Group, numbers: range, values: Mapping[str, Tensor], seq_len: int
+    group: Group, numbers: range, values: Mapping[str, Tensor], seq_len: int, beyond: bool
 ) -> list[Packed]:
     """The group as one unit, or as several where its answers do not fit one pack."""
     parts: list[list[int]] = [[]]
     used = prompt = len(group.prompt.tokens) - 1
     for number, answer in zip(numbers, group.answers, strict=True):
-        size = len(answer.sample.tokens)
+        size = len(answer.sample.tokens) + (beyond and answer.sample.finish == "length")
         if prompt + size > seq_len:
             raise DataError(
                 f"An answer of {size} tokens to a prompt of {prompt + 1} does not fit"
@@ -95,15 +109,17 @@ def _units(
             used = prompt
         parts[-1].append(number)
         used += size
-    return [_unit(group, part, numbers.start, values) for part in parts]
+    return [_unit(group, part, numbers.start, values, beyond) for part in parts]
 
 
-def _unit(group: Group, numbers: Sequence[int], first: int, values: Mapping[str, Tensor]) -> Packed:
+def _unit(
+    group: Group, numbers: Sequence[int], first: int, values: Mapping[str, Tensor], beyond: bool
+) -> Packed:
     """The prompt once and the answers with these numbers."""
     prompt = torch.tensor(group.prompt.tokens)
     shared = prompt.numel() - 1
     chosen = [group.answers[number - first].sample for number in numbers]
-    answers = [_answer(group.prompt, sample) for sample in chosen]
+    answers = [_answer(group.prompt, sample, beyond) for sample in chosen]
     parts = [replace(part, position_ids=part.position_ids + shared) for part in answers]
     if shared:
         zeros = torch.zeros(shared)
@@ -122,17 +138,18 @@ def _unit(group: Group, numbers: Sequence[int], first: int, values: Mapping[str,
     return replace(pack, extras=extras, prefix=prefix if shared else None)
 
 
-def _answer(prompt: Prompt, sample: Sample) -> Packed:
+def _answer(prompt: Prompt, sample: Sample, beyond: bool) -> Packed:
     labels = torch.tensor(sample.tokens)
     tokens = torch.cat([torch.tensor(prompt.tokens[-1:]), labels[:-1]])
-    return pack_one(
-        tokens,
-        labels,
-        torch.ones(labels.numel()),
-        id=f"{prompt.id}:{sample.index}",
-        per_token={"rollout_logp": torch.tensor(sample.logprobs)}
-        | _routes(sample, len(prompt.tokens) - 1, None),
-    )
+    own = {"rollout_logp": torch.tensor(sample.logprobs)}
+    own |= _routes(sample, len(prompt.tokens) - 1, None)
+    mask = torch.ones(labels.numel())
+    if beyond and sample.finish == "length":
+        tokens = torch.cat([tokens, labels[-1:]])
+        labels, mask = (torch.cat([x, x.new_zeros(1)]) for x in (labels, mask))
+        # The sampler did not come so far: a router chooses there for itself.
+        own = {name: torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for name, x in own.items()}
+    return pack_one(tokens, labels, mask, id=f"{prompt.id}:{sample.index}", per_token=own)
 
 
 def _routes(sample: Sample, start: int, end: int | None) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ Legend: t tokens of a micro-batch, c = t/cp local tokens, v_local this tensor ra
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,13 @@ def _blank(t: int, like: Packed | None) -> Packed:
     )
 
 
+class Scored(NamedTuple):
+    """What of a micro-batch's local tokens has a log-prob."""
+
+    places: Tensor  # [m] int64, of c
+    temperature: float | Tensor  # of the distributions: one for all, or [m] fp32
+
+
 @dataclass
 class Runner:
     """Runs micro-batches through the model chunks of this rank."""
@@ -83,7 +90,6 @@ class Runner:
     device: torch.device
     chunk: int = 1024  # tokens whose logits exist at one time
     with_entropy: bool = False
-    temperature: float = 1.0  # of the distribution that log-probs and entropies are of
 
     def __call__(
         self, batches: Sequence[Packed], head: Head, *, forward_only: bool
@@ -106,7 +112,7 @@ class Runner:
         beat()
         on_host = next(data)
         # Logits exist for scored tokens alone: prompts and padding cost no vocabulary.
-        scored = self._mine(on_host.loss_mask).nonzero()[:, 0].to(self.device)
+        scored = self._scored(on_host)
         pack = on_host.to(self.device)
         ids = pack.sequence_ids.to(self.device).masked_fill(~pack.valid, -1)
         routes = pack.per_token.get("routes")
@@ -121,43 +127,56 @@ class Runner:
     def _mine(self, x: Tensor) -> Tensor:
         return take_local(x, self.mesh.cp_rank, self.mesh.plan.cp)
 
+    def _scored(self, on_host: Packed) -> Scored:
+        """A sequence says its temperature in extras; others have 1."""
+        places = self._mine(on_host.loss_mask).nonzero()[:, 0]
+        own = on_host.extras.get("temperature")
+        if own is None or bool(((own == 1) | (own == 0)).all()):  # 0: nothing of it is scored
+            return Scored(places.to(self.device), 1.0)
+        temperature = self._mine(own[on_host.sequence_ids])[places]
+        return Scored(places.to(self.device), temperature.to(self.device))
+
     def _finish(
-        self, head: Head, pack: Packed, scored: Tensor, model: Any, hidden: Tensor
+        self, head: Head, pack: Packed, scored: Scored, model: Any, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """hidden [c, 1, h] of the last stage -> (loss, 1, kept): Megatron divides by nothing,
         `head` has done so.
         """
         gpt: PackedGPT = get_attr_wrapped_model(model, "head_weight", return_model_obj=True)
-        out = (self._value if self.dims.scalar_head else self._logp)(gpt, hidden, pack, scored)
+        if self.dims.scalar_head:
+            out = self._value(gpt, hidden)
+        else:
+            out = self._logp(gpt, hidden, pack, scored)
         loss, kept = head(out, pack)
         return loss, torch.ones((), dtype=torch.int, device=loss.device), kept
 
-    def _value(self, gpt: PackedGPT, hidden: Tensor, pack: Packed, scored: Tensor) -> Out:
+    def _value(self, gpt: PackedGPT, hidden: Tensor) -> Out:
         """What a scalar head says at every token; there are no log-probs then."""
         value = gather(gpt.scores(hidden.squeeze(1)), self.mesh.cp_group, reduce_grad=False)
         return Out(logp=torch.zeros_like(value), value=value)
 
-    def _logp(self, gpt: PackedGPT, hidden: Tensor, pack: Packed, scored: Tensor) -> Out:
+    def _logp(self, gpt: PackedGPT, hidden: Tensor, pack: Packed, scored: Scored) -> Out:
         """Log-probs of the labels under the loss mask, and entropies where they are asked for."""
         logp, entropy = token_logprobs(
-            hidden.squeeze(1)[scored],
+            hidden.squeeze(1)[scored.places],
             gpt.head_weight(),
-            self._mine(pack.labels)[scored],
+            self._mine(pack.labels)[scored.places],
             group=self.mesh.tp_group if self.mesh.plan.tp > 1 else None,
             vocab_start=self.mesh.tp_rank
             * self.dims.padded_vocab(self.mesh.plan.tp)
             // self.mesh.plan.tp,
             vocab_size=self.dims.vocab,
             chunk=self.chunk,
-            temperature=self.temperature,
+            temperature=scored.temperature,
             with_entropy=self.with_entropy,
         )
         size = hidden.size(0)
-        whole = None if entropy is None else self._spread(entropy, scored, size)
+        whole = None if entropy is None else self._spread(entropy, scored.places, size)
         value = None
         if self.dims.value_head:
-            value = self._spread(gpt.values(hidden.squeeze(1)[scored]), scored, size)
-        return Out(logp=self._spread(logp, scored, size), entropy=whole, value=value)
+            # Of every token: what follows a cut answer has no label.
+            value = gather(gpt.values(hidden.squeeze(1)), self.mesh.cp_group, reduce_grad=False)
+        return Out(logp=self._spread(logp, scored.places, size), entropy=whole, value=value)
 
     def _spread(self, values: Tensor, scored: Tensor, size: int) -> Tensor:
         """Values of this rank's scored tokens -> [t] on every context rank, 0 elsewhere."""

@@ -73,4 +73,6 @@ def beside(pack: Packed, like: Packed, share: float) -> Packed:
 
     extras = empty(like.extras, pack.num_sequences)
     extras |= {"role": role.to(like.extras["role"].dtype), "share": (role > 0) * share}
+    if "temperature" in extras:
+        extras["temperature"] = torch.ones(pack.num_sequences)  # nobody drew them
     return replace(pack, extras=extras, per_token=empty(like.per_token, pack.num_tokens))

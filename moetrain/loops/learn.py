@@ -12,6 +12,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.data.groups import Group, pack_groups
 from moetrain.engine import Engine, StepResult
 from moetrain.engine.snapshot import Weights
+from moetrain.errors import DataError
 from moetrain.loops.demonstrations import Demonstrations
 from moetrain.loops.rollouts import Batch, means, tensors
 from moetrain.methods import METHODS
@@ -38,9 +39,19 @@ class Lessons:
         online = METHODS[recipe.method.name].online
         assert online is not None
         values = _values(recipe, online, batch)
+        how = online.truncated(recipe.method)
+        groups = batch.groups
+        if how == "mask":
+            groups, values = _without_cut(batch, values)
         parts: list[list[Packed]] = []
-        for groups, own in _dealt(batch.groups, values, method.inner_steps):
-            packs = pack_groups(groups, own, seq_len=recipe.data.seq_len, min_packs=mesh.dp_size)
+        for own_groups, own in _dealt(groups, values, method.inner_steps):
+            packs = pack_groups(
+                own_groups,
+                own,
+                seq_len=recipe.data.seq_len,
+                min_packs=mesh.dp_size,
+                beyond=how == "bootstrap",
+            )
             parts.append(packs[mesh.dp_rank :: mesh.dp_size])
         flat = [pack for part in parts for pack in part]
         if not rollout.routing_replay:  # rollouts of a run that had it hold the choices
@@ -64,22 +75,43 @@ def _values(recipe: Recipe, online: Online, batch: Batch) -> dict[str, Tensor]:
         lengths = torch.tensor([float(len(sample.tokens)) for sample in samples])
         truncated = torch.tensor([sample.finish == "length" for sample in samples])
         rewards = online.shape(rewards, lengths, truncated, recipe.method)
+    _, rollout = recipe.sampling
     values = {"reward": rewards, "advantage": online.advantages(rewards, numbers, recipe.method)}
+    # What is learned from is scored as it was drawn; all else, the proof of a push included, at 1.
+    values["temperature"] = torch.full_like(rewards, rollout.temperature)
     if online.shares is not None:
         values["share"] = torch.full_like(rewards, online.shares(batch.step, recipe.method)[0])
     return values
+
+
+def _without_cut(
+    batch: Batch, values: Mapping[str, Tensor]
+) -> tuple[tuple[Group, ...], dict[str, Tensor]]:
+    """The groups and the values of their answers, without answers that were cut."""
+    whole = torch.tensor([answer.sample.finish != "length" for answer in batch.answers])
+    if not whole.any():
+        raise DataError(
+            f"Step {batch.step}: rollout.max_tokens cut every answer, and method.truncated=mask"
+            " leaves them out. Raise it, or take method.truncated=bootstrap or reward."
+        )
+    groups: list[Group] = []
+    for group in batch.groups:
+        kept = tuple(answer for answer in group.answers if answer.sample.finish != "length")
+        if kept:
+            groups.append(replace(group, answers=kept))
+    return tuple(groups), {name: value[whole] for name, value in values.items()}
 
 
 def _dealt(
     groups: Sequence[Group], values: Mapping[str, Tensor], num_parts: int
 ) -> list[tuple[list[Group], dict[str, Tensor]]]:
     """Whole groups dealt in order to the batch's optimizer steps, with the values of their
-    answers.
+    answers. A step without a group is left out.
     """
     ends = torch.tensor([len(group.answers) for group in groups]).cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     parts: list[tuple[list[Group], dict[str, Tensor]]] = []
-    for part in range(num_parts):
+    for part in range(min(num_parts, len(groups))):
         chosen = range(part, len(groups), num_parts)
         items = torch.tensor([i for g in chosen for i in range(starts[g], ends[g])])
         own = {name: value[items] for name, value in values.items()}

@@ -27,7 +27,7 @@ def train(recipe: Recipe) -> int:
     Returns the exit code as `supervised.train` does. Raises MoetrainError; what has been sampled
     stays on disk.
     """
-    method, rollout = recipe.sampling
+    method, _ = recipe.sampling
     job = Job(recipe)
     if job.is_first:
         check_engine(recipe)
@@ -38,7 +38,6 @@ def train(recipe: Recipe) -> int:
     engine = Engine(recipe)
     num_steps = length(recipe, len(prompts.train.prompts))
     engine.num_steps = num_steps * method.inner_steps
-    engine.run.temperature = rollout.temperature
     # The model is the reference until an earlier adapter or a checkpoint is put into it.
     reference = engine.snapshot() if method.beta else None
     engine.continue_adapter()

@@ -42,7 +42,7 @@ def sample(model: str, prompts: str, out: Path, num: int, overrides: Sequence[st
     sections: dict[str, Any] = {
         "method": "grpo",
         "data": {"train": [prompts]},
-        "rollout": {"group_size": num},
+        "rollout": {},
         "rewards": ["accuracy"],
     }
     recipe = answering_recipe(model, out, overrides, sections)

@@ -30,7 +30,7 @@ class Out:
 
     logp: Tensor  # [t] fp32, log-prob of each label; 0 where the loss mask is 0
     entropy: Tensor | None = None  # [t] fp32, no gradient; for methods that need it
-    value: Tensor | None = None  # [t] fp32, the scalar head's; for methods that need it
+    value: Tensor | None = None  # [t] fp32, the scalar head's at every token; where it is needed
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Online:
     rollout_logp and, for methods that ask for them, ref_logp and old_value.
     whiten(cfg) -> whether `advantage` is brought to mean 0 and deviation 1 over the tokens of the
     global batch after that.
+    truncated(cfg) -> what becomes of answers that were cut: "reward" (nothing), "mask" (they are
+    left out), "bootstrap" (one more token, which is not scored, stands behind each).
     shares(step, cfg) -> (weight of a step's answers, of data.demonstrations beside them), steps
     from 1, given to each sequence as extras["share"]; None: there are answers alone.
     """
@@ -71,6 +73,7 @@ class Online:
     drops: Callable[[Tensor, Tensor, Any], Tensor] | None = None
     targets: Callable[[Packed, Any], dict[str, Tensor]] = _no_targets
     whiten: Callable[[Any], bool] = lambda cfg: False
+    truncated: Callable[[Any], str] = lambda cfg: "reward"
     shares: Callable[[int, Any], tuple[float, float]] | None = None
 
 

@@ -9,7 +9,7 @@ upper bound, dynamic sampling and a penalty for answers near the longest allowed
 
 from torch import Tensor
 
-from moetrain.config.online import DapoMethod, DrGrpoMethod, OnlineMethod
+from moetrain.config.online import DapoMethod, DrGrpoMethod, LossKlMethod
 from moetrain.methods.base import Known, Method, Metrics, Online, Out, Terms
 from moetrain.methods.online import (
     ANSWER,
@@ -18,8 +18,8 @@ from moetrain.methods.online import (
     broadcast_advantage,
     centred,
     clipped,
-    divergence,
     lengths,
+    loss_kl,
     normalised,
     online_metrics,
     overlong,
@@ -32,12 +32,11 @@ from moetrain.ops.packed import Packed
 NEEDS = frozenset({"logp", "entropy"})
 
 
-def token_losses(out: Out, batch: Packed, cfg: OnlineMethod, own: Tokens) -> Tensor:
+def token_losses(out: Out, batch: Packed, cfg: LossKlMethod, own: Tokens) -> Tensor:
     """[t], zero outside answers."""
     losses = own.weight * clipped(own.ratio, own.advantage, cfg)
     if cfg.beta:
-        kl = divergence(out.logp, batch.per_token["ref_logp"], cfg.kl_estimator)
-        losses = losses + cfg.beta * kl
+        losses = losses + cfg.beta * loss_kl(out, batch, cfg, own)
     return losses * own.mask
 
 
@@ -46,7 +45,7 @@ def num_answers(batch: Packed) -> Tensor:
     return (batch.extras["role"] == ANSWER).sum().float()
 
 
-def grpo(out: Out, batch: Packed, cfg: OnlineMethod, known: Known) -> tuple[Terms, Metrics]:
+def grpo(out: Out, batch: Packed, cfg: LossKlMethod, known: Known) -> tuple[Terms, Metrics]:
     """Each answer counts the same, however long."""
     own = tokens_of(out, batch, cfg)
     share = spread(batch, 1 / lengths(batch, own.mask))
@@ -54,7 +53,7 @@ def grpo(out: Out, batch: Packed, cfg: OnlineMethod, known: Known) -> tuple[Term
     return {"loss": total}, online_metrics(out, batch, cfg, own)
 
 
-def per_token(out: Out, batch: Packed, cfg: OnlineMethod, known: Known) -> tuple[Terms, Metrics]:
+def per_token(out: Out, batch: Packed, cfg: LossKlMethod, known: Known) -> tuple[Terms, Metrics]:
     """Each token counts the same."""
     own = tokens_of(out, batch, cfg)
     total = token_losses(out, batch, cfg, own).sum()
@@ -68,6 +67,7 @@ def count_answers(batch: Packed, cfg: object) -> Terms:
 
 def count_constant(batch: Packed, cfg: DrGrpoMethod) -> Terms:
     """Answers times the constant length."""
+    assert cfg.length is not None, "a recipe says what the constant is"
     return {"loss": num_answers(batch) * cfg.length}
 
 
@@ -78,8 +78,9 @@ def count_answer_tokens(batch: Packed, cfg: object) -> Terms:
 
 def shape_dapo(rewards: Tensor, length: Tensor, truncated: Tensor, cfg: DapoMethod) -> Tensor:
     """Rewards with the soft penalty of long answers."""
-    if cfg.max_length is None:
+    if not cfg.soft_length:
         return rewards
+    assert cfg.max_length is not None, "a recipe says where the penalty is"
     return rewards + overlong(length, cfg.max_length, cfg.soft_length)
 
 

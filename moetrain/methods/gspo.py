@@ -13,8 +13,8 @@ from moetrain.methods.online import (
     ANSWER,
     broadcast_advantage,
     clipped,
-    divergence,
     lengths,
+    loss_kl,
     normalised,
     online_metrics,
     sequence_ratio,
@@ -33,8 +33,8 @@ def loss(out: Out, batch: Packed, cfg: GspoMethod, known: Known) -> tuple[Terms,
     weight = segment_sum(own.weight, batch.cu_seqlens) / size
     losses = weight * clipped(ratio, batch.extras["advantage"], cfg)
     if cfg.beta:
-        kl = divergence(out.logp, batch.per_token["ref_logp"], cfg.kl_estimator) * own.mask
-        losses = losses + cfg.beta * segment_sum(kl, batch.cu_seqlens) / size
+        kl = segment_sum(loss_kl(out, batch, cfg, own), batch.cu_seqlens)
+        losses = losses + cfg.beta * kl / size
     is_answer = (batch.extras["role"] == ANSWER).float()
     seen = type(own)(own.mask, spread(batch, ratio) * own.mask, own.advantage, own.weight)
     return {"loss": (losses * is_answer).sum()}, online_metrics(out, batch, cfg, seen)

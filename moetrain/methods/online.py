@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.config.online import OnlineMethod
+from moetrain.config.online import LossKlMethod, OnlineMethod
 from moetrain.methods.base import Metrics, Out
 from moetrain.ops.packed import Packed
+from moetrain.ops.scan import decayed_sums
 from moetrain.ops.segment import segment_sum
 
 ANSWER, DEMONSTRATION = 1, 2  # `role` of a sampled answer, of one that somebody else gave
@@ -18,36 +19,44 @@ ANSWER, DEMONSTRATION = 1, 2  # `role` of a sampled answer, of one that somebody
 # Advantages, from the rewards [n] of all answers and the group [n] of each
 
 
+def _over_groups(values: Tensor, group: Tensor) -> Tensor:
+    """[n] in fp64: the sum of `values` over each answer's group."""
+    sums = values.new_zeros(int(group.max()) + 1, dtype=torch.float64)
+    return sums.index_add(0, group, values.double())[group]
+
+
 def group_mean(rewards: Tensor, group: Tensor) -> Tensor:
-    """[n] the mean reward of each answer's group."""
-    num = int(group.max()) + 1
-    sums = rewards.new_zeros(num).index_add(0, group, rewards)
-    counts = rewards.new_zeros(num).index_add(0, group, torch.ones_like(rewards))
-    return (sums / counts.clamp(min=1))[group]
+    """[n] fp64, the mean reward of each answer's group."""
+    return _over_groups(rewards, group) / _over_groups(torch.ones_like(rewards), group)
 
 
 def group_std(rewards: Tensor, group: Tensor) -> Tensor:
-    """[n] the deviation (with n - 1) of each answer's group; 0 for an answer alone."""
-    num = int(group.max()) + 1
+    """[n] fp64, the deviation (with n - 1) of each answer's group; 0 for an answer alone."""
     squares = (rewards - group_mean(rewards, group)).square()
-    sums = rewards.new_zeros(num).index_add(0, group, squares)
-    counts = rewards.new_zeros(num).index_add(0, group, torch.ones_like(rewards))
-    return (sums / (counts - 1).clamp(min=1)).sqrt()[group]
-
-
-def centred(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
-    """r - mean of its group (Dr. GRPO, arXiv 2503.20783, section 3.1)."""
-    return rewards - group_mean(rewards, group)
-
-
-def normalised(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
-    """(r - mean) / std of its group (GRPO, arXiv 2402.03300, section 4.1.2)."""
-    return centred(rewards, group, cfg) / (group_std(rewards, group) + 1e-4)
+    num = _over_groups(torch.ones_like(rewards), group)
+    return (_over_groups(squares, group) / (num - 1).clamp(min=1)).sqrt()
 
 
 def without_signal(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
     """[n] bool: all rewards of its group are equal (DAPO, arXiv 2503.14476, eq. 11)."""
-    return group_std(rewards, group) < 1e-6
+    ends = rewards.new_zeros(2, int(group.max()) + 1)
+    for row, reduce in zip(ends, ("amax", "amin"), strict=True):
+        row.scatter_reduce_(0, group, rewards, reduce, include_self=False)
+    return (ends[0] == ends[1])[group]
+
+
+def centred(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
+    """r - mean of its group (Dr. GRPO, arXiv 2503.20783, section 3.1); exactly 0 without signal,
+    where what rounding leaves would be divided by a deviation of nothing else.
+    """
+    own = rewards - group_mean(rewards, group)
+    return own.masked_fill(without_signal(rewards, group, cfg), 0.0).to(rewards.dtype)
+
+
+def normalised(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
+    """(r - mean) / std of its group (GRPO, arXiv 2402.03300, section 4.1.2)."""
+    own = centred(rewards, group, cfg) / (group_std(rewards, group) + 1e-4)
+    return own.to(rewards.dtype)
 
 
 def overlong(lengths: Tensor, max_length: int, soft_length: int) -> Tensor:
@@ -115,7 +124,27 @@ def divergence(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
     k3 = ref / pi - 1 + k1 (Schulman 2020; GRPO, eq. 4, is k3).
     """
     k1 = logp - ref_logp
-    return {"k1": k1, "k2": 0.5 * k1.square(), "k3": torch.exp(-k1) - 1 + k1}[estimator]
+    if estimator == "k1":
+        return k1
+    return 0.5 * k1.square() if estimator == "k2" else torch.expm1(-k1) + k1
+
+
+def loss_kl(out: Out, batch: Packed, cfg: LossKlMethod, own: Tokens) -> Tensor:
+    """[t] the KL to the reference as a term of the loss; zero outside answers.
+
+    With the bias corrected (DeepSeek-V3.2, arXiv 2512.02556; TRL 1.16's default) its expected
+    gradient is that of KL(pi || ref), however far pi is from the policy that sampled: w r k3, whose
+    gradient is w r k1 grad log pi, or k2 with w r held fixed, whose gradient is the same. Without,
+    k3 has that of KL(ref || pi), and k2 the right one on the first step alone.
+    """
+    reference = batch.per_token["ref_logp"]
+    if not cfg.use_bias_correction_kl:
+        return divergence(out.logp, reference, cfg.kl_estimator) * own.mask
+    if cfg.kl_estimator == "k2":
+        return (own.weight * own.ratio).detach() * divergence(out.logp, reference, "k2") * own.mask
+    # r (ref / pi - 1 + k1) with ref / pi multiplied out, which may be larger than a float.
+    away = torch.expm1((reference - batch.per_token["old_logp"]) * own.mask)
+    return own.weight * (away - (own.ratio - 1) + own.ratio * (out.logp - reference)) * own.mask
 
 
 def correction(batch: Packed, cfg: OnlineMethod, mask: Tensor) -> Tensor:
@@ -147,21 +176,25 @@ def sequence_ratio(out: Out, batch: Packed, mask: Tensor) -> Tensor:
 
 
 def gae(
-    rewards: Tensor, values: Tensor, ends: Tensor, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    ends: Tensor,
+    gamma: float,
+    lam: float,
+    beyond: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16) over episodes laid end to end.
 
-    rewards, values [t]; ends [t] bool: the last token of an episode, after which the value is 0.
-    Returns (advantages [t], returns [t] = advantages + values).
+    rewards, values [t]; ends [t] bool: the last token of an episode, after which the value is
+    `beyond` [t] (0 unless an episode was cut). Returns (advantages [t], returns [t] = advantages +
+    values), summed in fp64.
     """
-    after = torch.cat([values[1:], values.new_zeros(1)]).masked_fill(ends, 0.0)
-    delta = rewards + gamma * after - values
-    advantages = torch.zeros_like(values)
-    running = values.new_zeros(())
-    for i in range(values.numel() - 1, -1, -1):
-        running = delta[i] + (0.0 if ends[i] else gamma * lam) * running
-        advantages[i] = running
-    return advantages, advantages + values
+    last = torch.zeros_like(values) if beyond is None else beyond
+    after = torch.where(ends, last, values.roll(-1))
+    delta = torch.add(rewards.double(), after, alpha=gamma).sub_(values)
+    advantages = decayed_sums(delta, (~ends).double().mul_(gamma * lam))
+    returns = advantages + values
+    return advantages.to(values.dtype), returns.to(values.dtype)
 
 
 def online_metrics(out: Out, batch: Packed, cfg: OnlineMethod, own: Tokens) -> Metrics:
@@ -171,11 +204,9 @@ def online_metrics(out: Out, batch: Packed, cfg: OnlineMethod, own: Tokens) -> M
     low = (own.ratio < 1 - cfg.clip_low) & (own.advantage < 0)
     high = (own.ratio > 1 + cfg.clip_high) & (own.advantage > 0)
     weight = own.weight.detach()
+    drift = torch.expm1(-gap) + gap
     found: Metrics = {
-        "mismatch/kl": (
-            ((-gap).exp() - 1 + gap).mul(own.mask).sum(),
-            num,
-        ),  # KL(sampler || trainer)
+        "mismatch/kl": ((drift * own.mask).sum(), num),  # KL(sampler || trainer)
         "mismatch/abs": (gap.abs().sum(), num),
         "mismatch/weight": (weight.sum(), num),
         "clip/low": ((low * own.mask).sum(), num),

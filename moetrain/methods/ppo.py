@@ -4,9 +4,11 @@ L = -mean_t w_t min(r_t A_t, clip(r_t) A_t)
     + c mean_t max((v - R)^2, (clip(v, v_old +- e) - R)^2) / 2.
 
 A_t and R_t come from generalised advantage estimation over an answer whose reward stands on its
-last token; the KL to the reference is taken off each token's reward (InstructGPT, arXiv 2203.02155,
-eq. 2), so it is no term of the loss. A_t is whitened over the batch (arXiv 2006.05990):
-while the values are still wrong, all that was sampled would else be pushed away, or drawn near.
+last token; the KL to the reference is taken off each token's reward as k1 (InstructGPT, arXiv
+2203.02155, eq. 2), so it is no term of the loss: there the sum of what follows a token is its
+weight, and log(pi / ref) is what makes that the KL's gradient. A_t is whitened over the batch
+(arXiv 2006.05990): while the values are still wrong, all that was sampled would else be pushed
+away, or drawn near.
 """
 
 import torch
@@ -32,17 +34,33 @@ def raw(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
     return rewards
 
 
+def shape(rewards: Tensor, length: Tensor, truncated: Tensor, cfg: PpoMethod) -> Tensor:
+    """An answer that would have gone on has no grade of its own where values stand in for it."""
+    return rewards.masked_fill(truncated, 0.0) if cfg.truncated == "bootstrap" else rewards
+
+
+def truncated(cfg: PpoMethod) -> str:
+    """As the recipe says."""
+    return cfg.truncated
+
+
 def targets(batch: Packed, cfg: PpoMethod) -> dict[str, Tensor]:
-    """`advantage` and `return` [t]; the `reward` [q] stands on each answer's last token."""
+    """`advantage` and `return` [t]; the `reward` [q] stands on each answer's last token, and where
+    the sequence goes on behind it, so does the value.
+    """
     mask = answer_mask(batch)
     keep = mask > 0
-    sequence = batch.sequence_ids[keep]
-    ends = torch.cat([sequence[1:] != sequence[:-1], torch.ones(1, dtype=torch.bool)])
+    whole = batch.sequence_ids
+    sequence = whole[keep]
+    ends = torch.cat([sequence[1:] != sequence[:-1], sequence.new_ones(1).bool()])
     rewards = torch.where(ends, batch.extras["reward"][sequence], 0.0)
     if cfg.beta:
         old, ref = batch.per_token["old_logp"][keep], batch.per_token["ref_logp"][keep]
         rewards = rewards - cfg.beta * divergence(old, ref, cfg.kl_estimator)
-    found = gae(rewards, batch.per_token["old_value"][keep], ends, cfg.gamma, cfg.lam)
+    values = batch.per_token["old_value"]
+    goes_on = torch.cat([whole[1:] == whole[:-1], whole.new_zeros(1).bool()])
+    beyond = torch.where(goes_on, values.roll(-1), 0.0)[keep]
+    found = gae(rewards, values[keep], ends, cfg.gamma, cfg.lam, beyond)
     advantage, returns = (own.new_zeros(keep.shape).masked_scatter(keep, own) for own in found)
     return {"advantage": advantage, "return": returns}
 
@@ -73,4 +91,10 @@ def count(batch: Packed, cfg: object) -> Terms:
     return {"loss": num, "value": num}
 
 
-PPO = Method("ppo", loss, count, NEEDS, online=Online(raw, targets=targets, whiten=whiten))
+PPO = Method(
+    "ppo",
+    loss,
+    count,
+    NEEDS,
+    online=Online(raw, shape, targets=targets, whiten=whiten, truncated=truncated),
+)

@@ -24,15 +24,15 @@ def token_logprobs(
     vocab_start: int,
     vocab_size: int,
     chunk: int = 1024,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each label, and the entropy of each distribution when asked (a metric: no
     gradient flows through it).
 
     hidden `[t, h]` of any dtype, the same on every rank of `group`; weight `[v, h]` local rows;
-    labels `[t]` int64 global ids below `vocab_size`. Returns logp `[t]` and entropy `[t]` in fp32,
-    the same on every rank.
+    labels `[t]` int64 global ids below `vocab_size`; temperature: what logits are divided by, one
+    for all or `[t]` fp32. Returns logp `[t]` and entropy `[t]` in fp32, the same on every rank.
 
     The gradient of `hidden` is this rank's partial one: the caller sums it over `group`. That of
     `weight` is accumulated in fp32 and cast to the weight's dtype at the end. At most `[chunk, v]`
@@ -40,11 +40,15 @@ def token_logprobs(
     when they would be computed again.
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and labels.shape == hidden.shape[:1]
-    assert chunk > 0 and temperature > 0
+    assert chunk > 0
+    divisor: Tensor | None = None
+    if isinstance(temperature, Tensor) or temperature != 1.0:
+        divisor = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device)
+        divisor = divisor.expand(hidden.shape[0])
     apply: Callable[..., tuple[Tensor, Tensor]] = _TokenLogprobs.apply  # pyright: ignore
     keep = torch.is_grad_enabled() and hidden.shape[0] <= chunk
     split = (group, vocab_start, vocab_size)
-    logp, entropy = apply(hidden, weight, labels, *split, chunk, temperature, with_entropy, keep)
+    logp, entropy = apply(hidden, weight, labels, *split, chunk, divisor, with_entropy, keep)
     return logp, entropy if with_entropy else None
 
 
@@ -61,10 +65,14 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).float()
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """[c, v] fp32."""
+def _logits(hidden: Tensor, weight: Tensor, divisor: Tensor | None) -> Tensor:
+    """[c, v] fp32, each row divided by its own [c]."""
     logits = _matmul(hidden, weight.t())
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    return logits if divisor is None else logits.div_(divisor[:, None])
+
+
+def _part(divisor: Tensor | None, part: slice) -> Tensor | None:
+    return None if divisor is None else divisor[part]
 
 
 def _add(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
@@ -92,7 +100,7 @@ def _statistics(
     labels: Tensor,
     vocab_start: int,
     chunk: int,
-    temperature: float,
+    divisor: Tensor | None,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Over this rank's rows, `[4, t]` fp32: max m, sum of exp(l - m), logit of the label (0 if
@@ -106,7 +114,7 @@ def _statistics(
         return stats, exps
     for part in _chunks(t, chunk):
         del exps
-        logits = _logits(hidden[part].to(weight.dtype), weight, temperature)
+        logits = _logits(hidden[part].to(weight.dtype), weight, _part(divisor, part))
         rows, here = _own(labels[part], vocab_start, num_rows)
         stats[2, part] = logits.gather(1, rows[:, None])[:, 0].mul_(here)
         for some in _chunks(len(logits), chunk if logits.is_cuda else ROWS):
@@ -139,13 +147,13 @@ class _TokenLogprobs(torch.autograd.Function):
         vocab_start: int,
         vocab_size: int,
         chunk: int,
-        temperature: float,
+        divisor: Tensor | None,
         with_entropy: bool,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         num_rows = min(max(vocab_size - vocab_start, 0), weight.shape[0])
         stats, exps = _statistics(
-            hidden, weight[:num_rows], labels, vocab_start, chunk, temperature, with_entropy
+            hidden, weight[:num_rows], labels, vocab_start, chunk, divisor, with_entropy
         )
         top = stats[0].clone()
         sums = stats[1:]
@@ -163,7 +171,7 @@ class _TokenLogprobs(torch.autograd.Function):
         # Given up by the backward as it reads it, hence no saved tensor.
         ctx.kept = (exps, (stats[0] - lse).exp()) if keep else None
         ctx.vocab_start, ctx.num_rows = vocab_start, num_rows
-        ctx.chunk, ctx.temperature = chunk, temperature
+        ctx.chunk, ctx.divisor = chunk, divisor
         entropy = sums[0].log() - sums[2] / sums[0]
         ctx.mark_non_differentiable(entropy)
         return sums[1] - lse, entropy
@@ -178,14 +186,14 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
         kept, ctx.kept = ctx.kept, None
         for part in _chunks(hidden.shape[0], ctx.chunk) if ctx.num_rows else ():
-            inputs = hidden[part].to(weight.dtype)
+            inputs, divisor = hidden[part].to(weight.dtype), _part(ctx.divisor, part)
             if kept is None:
-                exps = _logits(inputs, live, ctx.temperature).sub_(lse[part, None]).exp_()
+                exps = _logits(inputs, live, divisor).sub_(lse[part, None]).exp_()
                 scale = torch.ones_like(grad_logp[part])
             else:
                 exps, scale = kept
             # d logp / d logits = onehot - p, and p = exps * scale
-            share = grad_logp[part] / ctx.temperature
+            share = grad_logp[part] if divisor is None else grad_logp[part] / divisor
             rows, here = _own(labels[part], ctx.vocab_start, ctx.num_rows)
             grad = exps.mul_((-share * scale)[:, None])
             grad.scatter_add_(1, rows[:, None], (share * here)[:, None])

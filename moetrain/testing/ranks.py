@@ -330,3 +330,12 @@ def train_with_a_deaf_engine(recipe: str, run_dir: str) -> str:
     except RolloutError as error:
         return str(error)
     return "the run went on"
+
+
+def trained(recipe: str, settings: Sequence[str]) -> int:
+    """The exit code of a run of `recipe`, by whichever loop its method takes."""
+    from moetrain.config.load import load_recipe
+    from moetrain.loops import rl, supervised
+
+    found = load_recipe(Path(recipe), [*settings, "observe.progress=false"])
+    return (rl if found.method.samples else supervised).train(found)

@@ -40,8 +40,8 @@ def moetrain(*words: str) -> subprocess.Popen[str]:
     )
 
 
-def train(run_dir: Path, *more: str) -> None:
-    process = moetrain("train", f"run_dir={run_dir}", "--nproc", "2", *more)
+def train(run_dir: Path, *more: str, nproc: int = 2) -> None:
+    process = moetrain("train", f"run_dir={run_dir}", "--nproc", str(nproc), *more)
     _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err
 
@@ -120,6 +120,32 @@ def test_trainer_and_server_agree(whole: Path) -> None:
 def test_at_other_layouts_too(served: Served, tmp_path: Path, layout: str) -> None:
     train(tmp_path / "run", layout, *served.words)
     assert all(row["push/logprob_gap"] <= 1e-3 for row in steps(tmp_path / "run"))
+
+
+METHODS = {
+    "grpo": "{name: grpo, beta: 0.05}",
+    "dr_grpo": "dr_grpo",
+    "dapo": "dapo",
+    "gspo": "gspo",
+    "ppo": "{name: ppo, beta: 0.05}",
+    "chord": "{name: chord, packs: 1}",
+}
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_at_every_temperature(
+    served: Served, tmp_path: Path, method: str, temperature: float
+) -> None:
+    """vLLM scores given tokens at 1, and says the log-probs of drawn ones as it drew them."""
+    more = [f"method={METHODS[method]}", f"rollout.temperature={temperature}", "data.eval=[]"]
+    more += ["data.demonstrations=builtin:checkable-sft"] * (method == "chord")
+    train(tmp_path / "run", *served.words, *more, nproc=1)
+    rows = steps(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["push/logprob_gap"] <= 1e-3 and row["push/reloads"] == 0
+        assert row["mismatch/abs"] <= 1e-3
 
 
 def test_more_prompts_than_one_pass_takes(served: Served, tmp_path: Path) -> None:
