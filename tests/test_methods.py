@@ -90,6 +90,36 @@ def test_the_loss_is_trls(case: dict[str, Any]) -> None:
         assert metrics[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
 
 
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_what_a_checkpoint_is_judged_by_is_measured(case: dict[str, Any]) -> None:
+    _, metrics = computed(case, [packed(case)])
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(case["method"])
+    assert set(cfg.judged_by) <= {"eval_loss", *(f"eval_{name}" for name in metrics)}
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge"])
+@pytest.mark.parametrize("by", [-1.5, 0.0, 1.5])
+def test_the_kl_of_pairs_is_never_negative(name: str, by: float) -> None:
+    """Also where the policy likes both answers better than the reference does (it was -90 there,
+    and no budget was ever passed).
+    """
+    case = next(c for c in CASES if c["method"]["name"] == name)
+    lengths = [sum(mask) for mask in case["mask"]]
+    ours = [sum(x for x, m in zip(a, b, strict=True) if m) for a, b in _rows(case)]
+    moved = case | {"reference": [a - by * n for a, n in zip(ours, lengths, strict=True)]}
+    _, metrics = computed(moved, [packed(moved)])
+    wanted = sum(by**2 * n / 2 for n in lengths) / len(lengths)
+    assert metrics["kl"] == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+    _, metrics = computed(case, [packed(case)])
+    ratios = [a - b for a, b in zip(ours, case["reference"], strict=True)]
+    wanted = sum(r**2 / n / 2 for r, n in zip(ratios, lengths, strict=True)) / len(lengths)
+    assert metrics["kl"] == pytest.approx(wanted, rel=1e-6)
+
+
+def _rows(case: dict[str, Any]) -> list[tuple[list[float], list[int]]]:
+    return list(zip(case["logp"], case["mask"], strict=True))
+
+
 def test_chords_weighting_is_its_formula() -> None:
     case = next(c for c in CASES if c["method"]["name"] == "sft")
     logp = torch.tensor(case["logp"], dtype=torch.float64)[torch.tensor(case["mask"]) > 0]

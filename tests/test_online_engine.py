@@ -215,6 +215,7 @@ def test_how_a_batch_is_cut_changes_nothing(workers: Workers, tiny: Tiny, method
         (1, 60, 2, {}),
         (1, 30, 4, {}),
         (1, 30, 15, {}),  # every answer in a pack of its own
+        (2, 30, 18, {}),  # and blank packs beside them
         (2, 60, 2, {}),
         (2, 60, 2, {"tp": 2}),
         (2, 60, 2, {"pp": 2}),

@@ -2,6 +2,7 @@
 moetrain.methods, on a page each.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -15,6 +16,11 @@ from moetrain.config.online import (
     PpoMethod,
 )
 from moetrain.config.section import Location, MethodSection
+
+# Of weighted fine-tuning, of answers with labels or in pairs, and of pairs.
+WEIGHTED = {"eval_loss": False, "eval_token_prob": True}
+GRADED = {"eval_loss": False, "eval_rewards/accuracies": True, "eval_logps/chosen": True}
+PAIRED = GRADED | {"eval_rewards/margins": True}
 
 
 class PretrainMethod(MethodSection):
@@ -40,12 +46,14 @@ class SftMethod(MethodSection):
 class DftMethod(MethodSection):
     """Dynamic fine-tuning: a token's loss weighted by its own probability."""
 
+    judged_by: ClassVar[Mapping[str, bool]] = WEIGHTED
     name: Literal["dft"] = Field(default="dft", description="`method: dft` for short")
 
 
 class ChordSftMethod(MethodSection):
     """CHORD's supervised loss: a token weighted by p (1 - p)."""
 
+    judged_by: ClassVar[Mapping[str, bool]] = WEIGHTED
     name: Literal["chord_sft"] = Field(
         default="chord_sft", description="`method: chord_sft` for short"
     )
@@ -72,6 +80,7 @@ class ReferencedMethod(MethodSection):
 class DpoMethod(ReferencedMethod):
     """Direct preference optimisation with a sigmoid."""
 
+    judged_by: ClassVar[Mapping[str, bool]] = PAIRED
     name: Literal["dpo"] = Field(default="dpo", description="`method: dpo` for short")
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="share of labels that are thought to be wrong"
@@ -84,18 +93,21 @@ class DpoMethod(ReferencedMethod):
 class IpoMethod(ReferencedMethod):
     """Identity preference optimisation: a squared loss on log-probs a token."""
 
+    judged_by: ClassVar[Mapping[str, bool]] = PAIRED
     name: Literal["ipo"] = Field(default="ipo", description="`method: ipo` for short")
 
 
 class HingeMethod(ReferencedMethod):
     """Preference optimisation with a hinge (SLiC)."""
 
+    judged_by: ClassVar[Mapping[str, bool]] = PAIRED
     name: Literal["hinge"] = Field(default="hinge", description="`method: hinge` for short")
 
 
 class KtoMethod(ReferencedMethod):
     """Kahneman-Tversky optimisation, on single answers with a label."""
 
+    judged_by: ClassVar[Mapping[str, bool]] = GRADED
     name: Literal["kto"] = Field(default="kto", description="`method: kto` for short")
     desirable_weight: float = Field(default=1.0, ge=0, description="of good answers")
     undesirable_weight: float = Field(default=1.0, ge=0, description="of bad answers")
@@ -104,6 +116,7 @@ class KtoMethod(ReferencedMethod):
 class OrpoMethod(MethodSection):
     """Odds-ratio preference optimisation, without a reference."""
 
+    judged_by: ClassVar[Mapping[str, bool]] = PAIRED
     name: Literal["orpo"] = Field(default="orpo", description="`method: orpo` for short")
     beta: float = Field(default=0.1, gt=0, description="weight of the odds ratio")
 
@@ -111,6 +124,7 @@ class OrpoMethod(MethodSection):
 class SimpoMethod(MethodSection):
     """Simple preference optimisation, without a reference."""
 
+    judged_by: ClassVar[Mapping[str, bool]] = PAIRED
     name: Literal["simpo"] = Field(default="simpo", description="`method: simpo` for short")
     beta: float = Field(default=2.0, gt=0, description="scale of the mean log-probs")
     gamma: float = Field(
@@ -124,6 +138,9 @@ class RewardMethod(MethodSection):
     """A Bradley-Terry reward model: a scalar head in place of the vocabulary."""
 
     scalar_head: ClassVar[bool] = True
+    judged_by: ClassVar[Mapping[str, bool]] = {
+        name: more for name, more in PAIRED.items() if name != "eval_logps/chosen"
+    }
     name: Literal["reward"] = Field(default="reward", description="`method: reward` for short")
     center_rewards: float = Field(
         default=0.0, ge=0, description="weight of the square of a pair's summed rewards"

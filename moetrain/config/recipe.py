@@ -14,11 +14,12 @@ from pydantic import (
     model_validator,
 )
 
+from moetrain.config.best import check_best, figures
 from moetrain.config.cluster import ClusterConfig
 from moetrain.config.data import DataConfig
 from moetrain.config.megatron import passed_through
 from moetrain.config.method import MethodConfig
-from moetrain.config.online import OnlineMethod
+from moetrain.config.online import DapoMethod, OnlineMethod
 from moetrain.config.rewards import Reward, Rewards
 from moetrain.config.rollout import RolloutConfig
 from moetrain.config.section import Count, Folder, Fraction, Location, Paths, Section
@@ -255,8 +256,8 @@ class CheckpointConfig(Section):
     keep: Count = Field(default=2, description="how many of the latest stay, besides the best")
     best: str | None = Field(
         default=None,
-        pattern=r"^eval_\w+$",
-        description="held-out metric whose lowest checkpoint is kept, e.g. eval_loss",
+        description="held-out figure whose best checkpoint is kept: eval_loss,"
+        " eval_rewards/accuracies (pairs), eval_reward/mean (reinforcement learning), ...",
     )
     export_hf: bool = Field(default=False, description="write <run_dir>/hf at the end")
     background: bool = Field(
@@ -318,6 +319,20 @@ class Recipe(Section):
         assert isinstance(self.method, OnlineMethod) and self.rollout is not None
         return self.method, self.rollout
 
+    @property
+    def best_is_more(self) -> bool:
+        """Whether checkpoint.best, where there is one, is better when it is more."""
+        return figures(self.method, self.rewards).get(self.checkpoint.best or "", False)
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        if self.checkpoint.best is not None:
+            replays = self.rollout is not None and self.rollout.replay is not None
+            has_eval = bool(self.data.eval or self.data.eval_share) and not replays
+            known = figures(self.method, self.rewards)
+            check_best(self.checkpoint.best, self.method.name, known, has_eval=has_eval)
+        return self
+
     @model_validator(mode="after")
     def _records_or_corpora(self) -> Self:
         chosen = {"take": self.data.take is not None, "eval_share": self.data.eval_share > 0}
@@ -369,6 +384,12 @@ class Recipe(Section):
             raise ValueError(
                 f"rollout.group_size=1: {method.name} compares the answers to a prompt, and one"
                 " alone teaches nothing. Give 2 or more; ppo can learn from one"
+            )
+        if isinstance(method, DapoMethod) and method.dynamic_sampling and self.train.epochs:
+            raise ValueError(
+                "train.epochs: dapo samples further prompts in place of groups without signal, so"
+                " nobody knows how many steps there are. Give train.steps, or"
+                " method.dynamic_sampling=false"
             )
         # Frozen for users; what follows from another section is part of the recipe as it is read.
         object.__setattr__(self, "method", method.within(rollout.max_tokens))

@@ -1,6 +1,7 @@
 """What every part of a recipe is, and every method's."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -37,6 +38,8 @@ class MethodSection(Section):
     value_head: ClassVar[bool] = False  # it has one beside the vocabulary
     samples: ClassVar[bool] = False  # it learns from rollouts
     demonstrated: ClassVar[bool] = False  # and from data.demonstrations beside them
+    # Held-out figures that can say which checkpoint is the best -> whether more is better.
+    judged_by: ClassVar[Mapping[str, bool]] = {"eval_loss": False}
 
     @property
     def kl_limit(self) -> float | None:

@@ -4,6 +4,7 @@ every layout and after every restart.
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -216,3 +217,12 @@ def prepare_prompts(recipe: Recipe) -> PromptSet:
     lines = [line, *told_of_tokenizer(recipe), *noted(chat.notes(), train.notes + held_out.notes)]
     order = PromptOrder(train.prompts, recipe.seed, recipe.data.shuffle)
     return PromptSet(order, held_out.prompts[: rollout.eval_prompts], lines)
+
+
+def prompts_read(recipe: Recipe, num_prompts: int) -> int | None:
+    """Prompts that train.epochs answers, one at least, and no part of one more; None with
+    train.steps, which reads as many as it takes.
+    """
+    if recipe.train.epochs is None:
+        return None
+    return max(1, math.floor(recipe.train.epochs * num_prompts + 1e-9))

@@ -4,6 +4,7 @@ merit.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -41,7 +42,8 @@ class Checkpoints:
 
     Args:
         keep: how many of the newest stay; the best one stays besides.
-        best: name of the held-out metric whose lowest value is the best checkpoint, or None.
+        best: name of the held-out metric that says which checkpoint is the best, or None.
+        more: whether that is the one with the highest value, not the lowest.
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class Checkpoints:
         *,
         keep: int,
         best: str | None = None,
+        more: bool = False,
         optimizer: bool = True,
         background: bool = False,
     ):
         self.folder = run_dir / "checkpoints"
-        self.keep, self.best_name, self.optimizer = keep, best, optimizer
+        self.keep, self.optimizer = keep, optimizer
+        self.best_name, self.more = best, more
         self.background = background
         self._flight: _Flight | None = None
         self._removal: threading.Thread | None = None
@@ -71,7 +75,7 @@ class Checkpoints:
         return found[-1] if found else None
 
     def best(self) -> Path | None:
-        """The checkpoint with the lowest held-out metric so far."""
+        """The checkpoint with the best held-out metric so far."""
         record = self.folder / "best.json"
         return self.folder / json.loads(record.read_text())["name"] if record.is_file() else None
 
@@ -163,14 +167,23 @@ class Checkpoints:
 
     def _remember(self, final: Path, metric: float | None) -> None:
         record = self.folder / "best.json"
-        if self.best_name is None or metric is None:
+        if self.best_name is None or metric is None or not math.isfinite(metric):
             return
-        if not record.is_file() or metric < json.loads(record.read_text())["value"]:
+        sign = 1 if self.more else -1
+        if sign * metric > sign * self._best_value(record, -sign * math.inf):
             part = record.with_suffix(".part")
             part.write_text(
                 json.dumps({"name": final.name, "metric": self.best_name, "value": metric})
             )
             os.replace(part, record)
+
+    def _best_value(self, record: Path, worst: float) -> float:
+        """The best one's, unless it was the best by another metric, or is gone."""
+        if not record.is_file():
+            return worst
+        said = json.loads(record.read_text())
+        is_there = said["metric"] == self.best_name and (self.folder / said["name"]).is_dir()
+        return float(said["value"]) if is_there else worst
 
     def _drop_old(self) -> None:
         """Rename, so that a kill leaves no half checkpoint under a good name, and remove aside: it

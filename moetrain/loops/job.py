@@ -43,6 +43,7 @@ class Job:
             recipe.run_dir,
             keep=recipe.checkpoint.keep,
             best=recipe.checkpoint.best,
+            more=recipe.best_is_more,
             optimizer=recipe.checkpoint.save_optimizer,
             background=recipe.checkpoint.background,
         )

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from moetrain.config.recipe import Recipe
-from moetrain.data.prompts import PromptSet, prepare_prompts
+from moetrain.data.prompts import PromptSet, prepare_prompts, prompts_read
 from moetrain.engine import Engine
 from moetrain.loops.demonstrations import open_demonstrations
 from moetrain.loops.job import Job, is_due, step_row
@@ -93,11 +93,15 @@ def _loop(
             state["demonstrations"] = lessons.demonstrations.state_dict()
         job.checkpoints.tick(engine)
         stopped = batch is None or stop.agreed()
+        saves = step == last or is_due(step, recipe.checkpoint.every)
         due = step == last or is_due(step, recipe.train.eval_every)
+        due |= saves and recipe.checkpoint.best is not None
+        found: dict[str, float] = {}
         if due and prompts.held_out and not stopped:
-            _evaluate(sampler, report, step)
-        if state and (stopped or step == last or is_due(step, recipe.checkpoint.every)):
-            job.checkpoints.save(engine, step, state)
+            found = _evaluate(sampler, report, step)
+        if state and (stopped or saves):
+            metric = found.get(recipe.checkpoint.best or "")
+            job.checkpoints.save(engine, step, state, metric)
         if stopped or step == last:
             job.checkpoints.close(engine)
         if stopped and step < last:
@@ -106,16 +110,20 @@ def _loop(
     return True
 
 
-def _evaluate(sampler: Sampler, report: Reporter, step: int) -> None:
+def _evaluate(sampler: Sampler, report: Reporter, step: int) -> dict[str, float]:
     found = sampler.evaluate(step)
     if found:  # a replay answers nothing
         report.held_out({"step": step, **found})
+    return found
 
 
 def length(recipe: Recipe, num_prompts: int) -> int:
-    """Steps of the run: train.steps, or as many batches as train.epochs need."""
+    """Steps of the run: train.steps, or as many batches as train.epochs need, of which the last may
+    be smaller.
+    """
     if recipe.train.steps is not None:
         return recipe.train.steps
-    assert recipe.train.epochs is not None
     _, rollout = recipe.sampling
-    return max(1, math.ceil(recipe.train.epochs * num_prompts / rollout.prompts_per_step))
+    limit = prompts_read(recipe, num_prompts)
+    assert limit is not None
+    return math.ceil(limit / rollout.prompts_per_step)

@@ -119,6 +119,7 @@ class Collector:
     seed: int
     drops: Drops | None = None
     num_steps: int = 0  # of the run, for rewards that ask
+    limit: int | None = None  # prompts of the stream that there are, where epochs are counted
     # Faults that a batch has counted; those of the push before it are among them.
     _told: Counter[str] = field(default_factory=Counter[str])
 
@@ -136,7 +137,10 @@ class Collector:
         groups: list[Group] = []
         spare: list[Group] = []  # without signal; better than an empty step
         for _ in range(MAX_ROUNDS if self.drops else 1):
-            prompts = self.prompts.take(cursor, self.num_prompts - len(groups))
+            wanted = self.num_prompts - len(groups)
+            if self.limit is not None:
+                wanted = min(wanted, self.limit - cursor)
+            prompts = self.prompts.take(cursor, wanted)
             cursor += len(prompts)
             with timed(seconds, "sample"):
                 self._sample(step, prompts, done)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from moetrain.config.recipe import Recipe
 from moetrain.data.loader import chat_of, tokenizer_of
-from moetrain.data.prompts import PromptSet
+from moetrain.data.prompts import PromptSet, prompts_read
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
 from moetrain.errors import DataError, MoetrainError, RolloutError
@@ -140,6 +140,7 @@ class Driver:
             group_size=rollout.group_size,
             seed=recipe.seed,
             drops=None if drops is None else lambda r, g: drops(r, g, method),
+            limit=prompts_read(recipe, len(prompts.train.prompts)),
         )
         self._changed = threading.Condition()
         self._asked: list[int] = []

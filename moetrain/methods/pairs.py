@@ -6,6 +6,7 @@ or 0 (a shared prompt, padding); the k-th chosen and the k-th rejected one are a
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moetrain.methods.base import Metrics, Out, Terms
@@ -78,9 +79,8 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> Metrics:
 
 
 def answer_metrics(out: Out, batch: Packed, chosen: Answers, rejected: Answers) -> Metrics:
-    """Log-probs and lengths of both answers, entropy over their tokens, and with a reference `kl`:
-    the mean over answers of log ref(y|x) - log pi(y|x), an estimate of KL(ref || pi) in nats that
-    is right in expectation where the answers are the reference's own.
+    """Log-probs and lengths of both answers, entropy over their tokens, and with a reference `kl`
+    in nats an answer: how far the policy is from it, `distance` over both answers.
     """
     found: Metrics = {
         "logps/chosen": total(chosen.logp),
@@ -91,6 +91,17 @@ def answer_metrics(out: Out, batch: Packed, chosen: Answers, rejected: Answers) 
     if out.entropy is not None:
         found["entropy"] = ((out.entropy * batch.loss_mask).sum(), batch.loss_mask.sum())
     if chosen.ref_logp is not None:
-        sums = -(chosen.ratio.sum() + rejected.ratio.sum())
-        found["kl"] = sums, sums.new_tensor(float(chosen.logp.numel() + rejected.logp.numel()))
+        far = torch.cat([distance(chosen), distance(rejected)])
+        found["kl"] = total(far.detach())
     return found
+
+
+def distance(own: Answers) -> Tensor:
+    """[m] nats: length / 2 times the square of the mean log-ratio of an answer's tokens.
+
+    The answers of preference data are neither policy's own, so the mean log-ratio is no KL: it is
+    negative where the policy likes both answers better than the reference did. Half the square of a
+    token's log-ratio (k2 of methods/online.py) is the KL to second order, whichever of the two
+    policies said the token; an answer's mean stands for its tokens, which makes it a lower bound.
+    """
+    return 0.5 * own.ratio.square() / own.lengths
