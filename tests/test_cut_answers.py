@@ -97,9 +97,9 @@ def test_or_is_left_out() -> None:
 
 def test_fewer_answers_than_packs() -> None:
     packs = pack_groups([group("stop")], {"reward": torch.ones(1)}, seq_len=99, min_packs=3)
-    assert [pack.num_tokens for pack in packs] == [1, 1, 6]
-    assert [float(pack.loss_mask.sum()) for pack in packs] == [0, 0, 4]
-    assert not any(pack.valid.any() for pack in packs[:2])
+    assert [pack.num_tokens for pack in packs] == [6, 1, 1]
+    assert [float(pack.loss_mask.sum()) for pack in packs] == [4, 0, 0]
+    assert not any(pack.valid.any() for pack in packs[1:])
     concat(packs)
 
 

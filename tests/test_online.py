@@ -194,6 +194,13 @@ SETTINGS: list[dict[str, Any]] = [
     {"name": "dapo", "mismatch": "mask", "mismatch_cap": 1.3, "beta": 0.1, "kl_estimator": "k2"},
     {"name": "gspo", "mismatch": "none", "clip_low": 0.01, "clip_high": 0.02, "beta": 0.1},
     {"name": "gspo", "mismatch": "tis"},
+    {"name": "gspo", "mismatch": "mask", "mismatch_cap": 1.3, "beta": 0.2, "kl_estimator": "k2"},
+    {"name": "gspo", "mismatch": "sequence", "mismatch_cap": 1.5},
+    {"name": "dapo", "mismatch": "sequence", "beta": 0.1},
+    {"name": "dr_grpo", "mismatch": "mask", "mismatch_cap": 1.3, "length": 11},
+    {"name": "dr_grpo", "mismatch": "tis", "mismatch_cap": 1.2, "length": 5, "beta": 0.3},
+    {"name": "ppo", "mismatch": "sequence", "gamma": 1.0, "lam": 1.0, "beta": 0.1},
+    {"name": "ppo", "mismatch": "none", "gamma": 0.95, "lam": 0.0, "clip_high": 0.4},
     {"name": "ppo", "mismatch": "none", "gamma": 0.9, "lam": 0.8, "beta": 0.3},
     {"name": "ppo", "mismatch": "tis", "value_clip": 0.05},
     {"name": "ppo", "mismatch": "mask", "mismatch_cap": 1.4},
@@ -333,9 +340,44 @@ def shown(num: int, prompt: int, seed: int) -> Packed:
     return replace(own, per_token=per_token, extras=extras | {"role": torch.tensor([2])})
 
 
+def test_what_the_ledger_says_is_its_formula() -> None:
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(
+        {"name": "grpo", "beta": 0.1, "mismatch_cap": 1.4}
+    )
+    found = answers()
+    pack = concat([a.packed(2) for a in found])
+    method = METHODS["grpo"]
+    assert method.online is not None
+    pack.per_token.update(method.online.targets(pack, cfg))
+    _, metrics = method.loss(Out(logp=pack.per_token["logp"]), pack, cfg, {})
+    got = {name: float(total) / float(num) for name, (total, num) in metrics.items()}
+    tokens = [(a, i) for a in found for i in range(len(a.old))]
+
+    def mean(of: Any) -> float:
+        return sum(of(a, i) for a, i in tokens) / len(tokens)
+
+    def k3(log_ratio: float) -> float:
+        return math.exp(-log_ratio) - 1 + log_ratio
+
+    def ratio(a: Answer, i: int) -> float:
+        return math.exp(a.logp[i] - a.old[i])
+
+    wanted = {
+        "kl": sum(k3(a.logp[i] - a.ref[i]) for a, i in tokens) / len(found),
+        "mismatch/kl": mean(lambda a, i: k3(a.rollout[i] - a.old[i])),
+        "mismatch/abs": mean(lambda a, i: abs(a.rollout[i] - a.old[i])),
+        "mismatch/weight": mean(lambda a, i: min(math.exp(a.old[i] - a.rollout[i]), 1.4)),
+        "clip/low": mean(lambda a, i: ratio(a, i) < 0.8 and a.advantage < 0),
+        "clip/high": mean(lambda a, i: ratio(a, i) > 1.2 and a.advantage > 0),
+        "ratio": mean(ratio),
+    }
+    assert got == pytest.approx(wanted, rel=1e-6) and min(wanted.values()) > 0
+
+
+@pytest.mark.parametrize("mismatch", ["tis", "mask", "sequence", "none"])
 @pytest.mark.parametrize("phi", [True, False])
-def test_chord_is_grpo_and_weighted_fine_tuning(phi: bool) -> None:
-    settings = {"name": "chord", "mismatch": "tis", "beta": 0.1, "phi": phi}
+def test_chord_is_grpo_and_weighted_fine_tuning(phi: bool, mismatch: str) -> None:
+    settings = {"name": "chord", "mismatch": mismatch, "beta": 0.1, "phi": phi}
     cfg: Any = TypeAdapter(MethodConfig).validate_python(settings)
     weight = 0.3
     found = answers()

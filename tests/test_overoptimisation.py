@@ -1,13 +1,17 @@
 """Warnings of over-optimisation: what sets them off, what does not, and how often they come."""
 
+import json
 import math
 import random
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moetrain.observe.overoptimisation import FALL, FALLS, STRIDE, WINDOW, WORSE, Watch
+from moetrain.testing import ranks
+from moetrain.testing.gloo import Workers
 
 LENGTH = 50.0
 
@@ -144,3 +148,22 @@ def test_earlier_rows_bring_a_resumed_run_to_the_same_state() -> None:
     resumed = Watch(kl_budget=5)
     warnings(resumed, rows[:87])
     assert whole and warnings(resumed, rows[87:]) == [w for w in whole if w[0] >= 87]
+
+
+@pytest.mark.gloo
+def test_a_run_that_likes_both_answers_better_passes_its_budget(
+    workers: Workers, tmp_path: Path
+) -> None:
+    """The mean log-ratio, which `kl` was, only falls there."""
+    recipe = Path(__file__).parents[1] / "examples" / "dpo_tiny.yaml"
+    settings = (
+        f"run_dir={tmp_path} train.steps=6 train.eval_every=3 train.eval_packs=2 data.seq_len=128"
+        " checkpoint.every=null observe.tensorboard=false optim.lr=3e-3 optim.warmup=0"
+    ).split()
+    method = "method={name: dpo, rpo_alpha: 5, kl_budget: 1}"
+    assert workers.run(1, ranks.trained, str(recipe), [*settings, method]) == [0]
+    rows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    (last,) = (row for row in rows if row["step"] == 6 and "eval_kl" in row)
+    assert last["eval_rewards/chosen"] > 0 and last["eval_rewards/rejected"] > 0
+    assert last["eval_kl"] > 1 and all(row.get("kl", 0.0) >= 0 for row in rows)
+    assert any("past method.kl_budget=1" in row.get("warning", "") for row in rows)
