@@ -200,6 +200,50 @@ def test_a_hostile_reward_costs_its_answers(tmp_path: Path) -> None:
     assert sum(faults.values()) == sum(row["faults/dropped/ungraded"] for row in steps)
 
 
+SOMETIMES = """
+def odd(prompts, completions, answer, question=None, **kw):
+    assert len(prompts) == len(completions) == len(answer)
+    if len(completions) == 1 and len(completions[0]) % 2:
+        raise ValueError("an odd number of characters")
+    if any(len(text) % 2 for text in completions):
+        raise ValueError("one of them is odd")
+    kw["log_metric"]("step", kw["trainer_state"].global_step)
+    return [0.5] * len(completions)
+
+def failing(completions, **kw):
+    raise ValueError("no luck")
+"""
+
+
+def test_a_reward_that_failed_is_no_score(tmp_path: Path) -> None:
+    """A mean is over graded answers and has their number; none graded is no number."""
+    (tmp_path / "own.py").write_text(SOMETIMES)
+    settings = [f"rewards=[{tmp_path}/own.py:odd]", "train.steps=1", "rollout.max_tokens=9"]
+    process = start(tmp_path / "odd", *settings, "rollout.eval_prompts=12", nproc=1)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    found = rows(tmp_path / "odd", whole=True)
+    held_out = next(row for row in found if "eval_reward/answers" in row)
+    assert held_out["eval_reward/answers"] == 12 > held_out["eval_reward/graded"] > 0
+    assert held_out["eval_reward/mean"] == held_out["eval_reward/odd"] == 0.5
+    num = int(held_out["eval_reward/graded"])
+    assert f"held-out reward/mean 0.5000, {num} of 12 answers graded (the last fault: odd:" in out
+    step = next(row for row in found if "loss" in row)
+    assert step["reward/mean"] == 0.5 and step["logged/step"] == 1
+    assert step["reward/graded"] + step["faults/dropped/ungraded"] <= 16
+    assert "an odd number of characters" in step["reward/fault"]
+    assert f"grpo 1: {step['reward/graded']:.0f} of" in out
+
+    failing = [f"rewards=[{tmp_path}/own.py:failing]", "train.steps=1"]
+    process = start(tmp_path / "failing", *failing, nproc=1)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 2 and "no prompt kept two graded answers" in err
+    (held_out,) = rows(tmp_path / "failing", whole=True)
+    assert held_out["eval_reward/graded"] == 0 and "eval_reward/mean" not in held_out
+    assert "held-out 0 of 4 answers graded (the last fault: failing: ValueError: no luck)" in out
+    assert "0.0000" not in out
+
+
 def test_a_push_that_does_not_arrive_stops_the_run(workers: Workers, tmp_path: Path) -> None:
     said = workers.run(2, ranks.train_with_a_deaf_engine, str(RECIPE), str(tmp_path / "run"))
     for text in said:
@@ -212,6 +256,7 @@ def test_a_push_that_does_not_arrive_stops_the_run(workers: Workers, tmp_path: P
         (("rewards=[accurracy]",), "'accurracy' is not known"),
         (("rewards=[./none.py:f]",), "is not a file"),
         (("rewards=[./examples/rewards/emoji.py:f]",), "has no function f"),
+        (("rewards=[code]",), "no reward can grade its records: code needs tests or"),
         (("rollout.replay=/nonexistent",), "has no batch of step 1"),
         (("rollout.max_tokens=600",), "No record"),
         (("rollout.engine=vllm", "rollout.python=/none"), "is no program"),

@@ -42,6 +42,7 @@ from moetrain.errors import DataError
 
 # Where a record keeps its prompt: messages, or a text that is a user's only message.
 KEYS = ("prompt", "messages", "question", "problem", "conversations", "instruction")
+TEXTS = ("question", "problem")  # of them, those that are columns, too
 AGAIN = "-"  # in the id of a record that stands in the files before, with how often
 
 
@@ -122,6 +123,8 @@ def read_prompt(
         )
     content = json.dumps(columns, sort_keys=True, default=str).encode()
     name, is_text = hashlib.sha256(content).hexdigest()[:16], isinstance(record[key], str)
+    # Rewards see a question as a column, too, as in TRL.
+    columns |= {own: record[own] for own in TEXTS if isinstance(record.get(own), str)}
     return Prompt(name, tuple(ids), columns, opened_by(text), is_text), notes
 
 

@@ -34,7 +34,7 @@ _NUMERAL = re.compile(
     r"|\.\d+)(?:\s*\^\s*\{?-?\d+\}?)?(?:\s*\\?%)?"
 )
 LONGEST_TEXT = 20_000  # characters, from its end, in which an answer is looked for
-_OPERATOR = re.compile(r"(?:^|[\s\d])(?:mod|div|log|ln|sqrt|choose)$|[*\\^/=<>+]$")
+_OPERATOR = re.compile(r"(?:^|[\s\d])(?:mod|div|log|ln|sqrt|choose)$|[*\\^/<>+]$")
 
 
 def accuracy(

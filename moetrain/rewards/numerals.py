@@ -26,8 +26,10 @@ _SCIENCE = re.compile(
     r"(-?[\d.,]+)\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:\{\s*([-+]?\d{1,3})\s*\}|([-+]?\d{1,3}))"
     r"|([\d.]+)[eE]([-+]?\d{1,3})"
 )
+_REPEATED = re.compile(r"(\d+)\.(\d*)\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?")
 _RAISED = re.compile(r"(\d{1,6})\s*\^\s*(?:\{\s*(-?\d{1,2})\s*\}|(-?\d{1,2}))")
 _HEAD = re.compile(
+    r"\d+\.\d*\\(?:overline|bar|dot)\s*(?:\{[\d\s]+\}|\d)|"
     rf"(?:[\d.,]+\s*(?:\\times|\\cdot|\*)\s*)?\d+\s*\^\s*(?:\{{[^{{}}]*\}}|-?\d+)"
     rf"|{_INT}\s+{_INT}\s*/\s*{_INT}|(?:{_INT}\s*)?{_FRAC}|\d+\s*(?:分\s*の|分之)\s*\d+"
     rf"|\d[\d.,'_]*(?:[eE][-+]?\d+(?![\da-zA-Z]))?\s*/\s*\d[\d.,]*"
@@ -99,6 +101,10 @@ def _made(text: str) -> Iterator[Fraction]:
     """Fractions, mixed numbers, powers."""
     if found := _ASIAN.fullmatch(text):
         yield Fraction(int(found[2]), int(found[1]))
+    elif found := _REPEATED.fullmatch(text):
+        whole, once, again = found.groups()
+        nines = Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(once))
+        yield Fraction(f"{whole}.{once or 0}") + nines
     elif found := _SLASH.fullmatch(text):
         yield _one(found[1]) / _one(found[2])
     elif found := _LATEX.fullmatch(text):

@@ -33,6 +33,8 @@ _NAMES = (
     (r"(?<=\d)(?:\\,|\\;|\\:|\\ |~|\\thinspace|\{\s*\})(?=\d{3}(?!\d))", ","),
     (r"\{,\}", ","),
     (r"\\(?:quad|qquad|thinspace|enspace|hspace\{[^{}]*\})(?![a-zA-Z])|(?<!\\)\\[,;:! ]|~", " "),
+    (r"\\frac\s*\{\s*\\(?:text|mathrm|rm)\s*\{([^{}]*)\}\s*\}\s*\{\s*\\(?:text|mathrm|rm)\s*\{([^{}]*)\}\s*\}",
+     r" \1/\2 "),
     (r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|mbox|operatorname|rm"
      r"|bf)\s*\{([^{}]*)\}", r" \1 "),
     (r"\s*\^\s*\{?\s*(?:\\circ|\\degree|°)\s*\}?|\\(?:circ|degree)(?![a-zA-Z])", "°"),
@@ -78,7 +80,7 @@ def whole(text: str) -> str:
     text = " ".join(_BESIDE.sub(" ", even(text.replace("\\$", _MONEY))).split())
     while True:
         before = text
-        text = text.rstrip(_STOPS).lstrip(" \t\n\r:,;")
+        text = text.rstrip(_STOPS).lstrip(" \t\n\r:,;=")
         for left, right in _PAIRS:
             if (
                 len(text) > len(left) + len(right)

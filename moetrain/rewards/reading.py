@@ -20,13 +20,14 @@ _NAME = re.compile(
     r"(\\?[a-zA-Z]+(?:_\{?\w+\}?)?'?(?:\s*\(\s*[a-zA-Z\d, ]+\s*\))?|\\angle\s*[A-Z]{1,3}"
     r"|(?:the )?(?:final )?answer)\s*(?:=|\\in(?![a-zA-Z])|\\to(?![a-zA-Z])|:)\s*(.+)"
 )
+_SUM = re.compile(r"[\d\s+*/().^{},-]*(?:\\(?:times|cdot|div)[\d\s+*/().^{},-]*)*=(.+)")
 _OR = re.compile(r"\s*(?:\\lor|\\vee|(?<![a-zA-Z\\])or(?![a-zA-Z])|或者?|または)\s*")
 _AND = re.compile(r"\s*(?:,\s*)?(?:\\land|\\wedge|(?<![a-zA-Z\\])and(?![a-zA-Z])|和|と)\s*")
 _ORDER = re.compile(r"\s*(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>)\s*")
 _VARIABLE = re.compile(r"[a-zA-Z]|\\[a-zA-Z]{2,8}|[a-zA-Z]_\{?\w\}?")
 _PROSE = re.compile(
     r"(?<![\\a-zA-Z])(?:[a-zA-Z]{4,}|(?:is|it|so|we|to|of|in|be|by|if|as|at|an|no|do|he|or|and)"
-    r"(?![a-zA-Z]))|(?:^|\s)[a-zA-Z]{3,}(?:\s|$)|[^\W\d_a-zA-Z\u0370-\u03ff]"
+    r"(?![a-zA-Z]))|(?:^|\s)[a-zA-Z]{3,}(?:\s|$)|[^\W\d_a-zA-Z\u0370-\u03ff]|\$"
 )
 _THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?=\s*[a-zA-Z\\(])")
 _FULL = {"(": ")", "[": "]", "{": "}"}
@@ -62,6 +63,10 @@ def _read(text: str, depth: int) -> Iterator[Reading]:
                 own = one.content if isinstance(one, Named) else one
                 sure += [own] if isinstance(own, Number) else []
                 yield Named(name, own) if name else own
+        if (result := _SUM.fullmatch(text)) and "=" not in result[1]:  # 7 * 2 = 14
+            results = list(numbers(result[1]))
+            sure += results
+            yield from results
     if not sure and (expression := _algebra(text)):
         yield expression
     yield Words(text)

@@ -64,6 +64,8 @@ MW megawatt megawatts
 kw kW kilowatt kilowatts
 kwh kWh
 V volt volts
+ohm ohms Ω \\Omega
+µm μm \\mu-m micrometer micrometers micrometre micrometres micron microns
 A amp amps ampere amperes
 K kelvin kelvins
 Pa pascal pascals
