@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from transformers import AutoTokenizer
@@ -78,7 +78,7 @@ def test_an_engine_says_what_was_drawn(marked: Path, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf))
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**cast(Any, hf)))
     with torch.no_grad():  # it says what its output layer leans to: the marks, often
         marks = [engine.tokenizer.convert_tokens_to_ids(m) for m in ("<think>", "</think>")]
         model.lm_head.weight[marks] *= 30
