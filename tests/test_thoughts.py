@@ -44,7 +44,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_prompt_knows_what_its_template_began(template: str, opened: str, marked: Path) -> None:
     chat = Chat(tokenizers.load(marked), template)
     for record in ({"prompt": "6 * 7?"}, {"prompt": [{"role": "user", "content": "a <think>\n"}]}):
-        prompt = read_prompt(record, chat)
+        prompt, _ = read_prompt(record, chat)
         assert prompt.opened == opened
         assert prompt.is_text == isinstance(record["prompt"], str)
 
@@ -53,7 +53,7 @@ def test_prompts_know_their_source_and_their_question(tmp_path: Path, marked: Pa
     for name, record in (("a", {"problem": "p", "solution": "1"}), ("b", {"prompt": "q"})):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    found, _ = read_prompts(paths, marked, template=PLAIN)
+    found = read_prompts(paths, Chat(tokenizers.load(marked), PLAIN)).prompts
     assert [prompt.source for prompt in found] == [str(path) for path in paths]
     assert found[0].columns["problem"] == "p" and found[0].columns["solution"] == "1"
 
