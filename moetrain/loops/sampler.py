@@ -315,6 +315,8 @@ class Live:
             graded = grade(driver.grader, [(prompts[s.prompt_id], s) for s in samples])
         found = means([one for one in graded if one is not None], "eval_reward")
         found["eval_reward/answers"] = float(len(samples))
+        logged = driver.grader.take_metrics()
+        found |= {f"eval_logged/{name}": value for name, value in logged.items()}
         if driver.grader.num_faults > before:
             found["eval_reward/fault"] = driver.grader.said
         lengths = [len(sample.tokens) for sample in samples]
