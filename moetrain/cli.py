@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain import __version__, cli_answers, cli_cluster
-from moetrain.cli_common import Arguments, Parser, add_overrides, positive, share
+from moetrain import __version__, cli_answers, cli_cluster, cli_data
+from moetrain.cli_common import Arguments, Parser, add_overrides, positive
 from moetrain.errors import MoetrainError
 
 
@@ -105,47 +105,6 @@ def _tokenizer(args: Arguments) -> int:
     from moetrain.data.tokenizer import train
 
     train(args.inputs, args.vocab_size, args.out)
-    return 0
-
-
-def _data_arguments(parser: Parser) -> None:
-    parser.add_argument("action", choices=["index"])
-    parser.add_argument(
-        "inputs", nargs="+", type=Path, help="text or JSONL files, or folders of them"
-    )
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="DIR", help="tokenizer folder or builtin:NAME"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="PREFIX",
-        help="PREFIX.bin and PREFIX.idx are written",
-    )
-    parser.add_argument(
-        "--text-key", default="text", metavar="KEY", help="of a record's document (text)"
-    )
-    parser.add_argument(
-        "--max-rejected",
-        type=share,
-        default=0.05,
-        metavar="SHARE",
-        help="stop when more of the records are no documents (0.05)",
-    )
-
-
-def _data(args: Arguments) -> int:
-    from moetrain.data.corpus import index
-
-    stats = index(
-        args.inputs,
-        args.tokenizer,
-        args.out,
-        text_key=args.text_key,
-        max_rejected=args.max_rejected,
-    )
-    print(stats.told(args.out))
     return 0
 
 
@@ -341,7 +300,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "serve": Command("a vLLM server for rollout.address", _serve_arguments, _serve),
     "tokenizer": Command("train a byte-level BPE tokenizer", _tokenizer_arguments, _tokenizer),
-    "data": Command("index a corpus for pretraining", _data_arguments, _data),
+    "data": Command(
+        "see what is learned of records; index a corpus", cli_data.data_arguments, cli_data.data
+    ),
     "convert": Command("checkpoints, adapters, deeper models", _convert_arguments, _convert),
     "sweep": Command("runs over a grid of settings", _sweep_arguments, _sweep),
     "launch": Command("a recipe as a Slurm job", cli_cluster.launch_arguments, cli_cluster.launch),

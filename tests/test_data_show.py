@@ -1,0 +1,96 @@
+"""`moetrain data show`: what is shown is what a run learns."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import recipe, tokenizer_folder, write_jsonl
+
+from moetrain import cli
+from moetrain.data.encode import Encoder, Spec
+from moetrain.data.loader import KINDS
+from moetrain.data.sources import find_sources, read_rows
+
+RECORDS: list[Any] = [
+    {
+        "messages": [
+            {"role": "user", "content": "1 + 1?"},
+            {"role": "assistant", "content": "2", "reasoning": "one and one"},
+            {"role": "user", "content": "and 2 + 2?"},
+            {"role": "assistant", "content": "4 " * 80},
+        ],
+        "images": ["a.png"],
+    },
+    {"messages": [{"role": "user", "content": "hi"}]},
+    "{broken",
+    {"question": "3 + 3?", "answer": "6"},
+]
+
+
+def shown(folder: Path, capsys: pytest.CaptureFixture[str], *more: str, **sections: Any) -> Any:
+    """What the command prints for a recipe with these sections; with --json, its rows."""
+    base = recipe(folder, data=sections.pop("data"))
+    content = base.model_dump(mode="json", exclude_unset=True) | sections
+    path = folder / "r.yaml"
+    path.write_text(json.dumps(content))
+    assert cli.main(["data", "show", str(path), *more]) == 0
+    out = capsys.readouterr().out
+    return [json.loads(line) for line in out.splitlines()] if "--json" in more else out
+
+
+def test_json_is_what_the_encoder_learns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    data = {"train": [str(path)], "seq_len": 80}
+    rows = shown(tmp_path, capsys, "--json", data=data)
+    assert [(row["file"], row["line"]) for row in rows] == [(str(path), i) for i in (1, 2, 3, 4)]
+    assert rows[1]["rejected"] == "there is no assistant turn to learn from"
+    assert "malformed JSON" in rows[2]["rejected"]
+    first, last = rows[0], rows[3]
+    assert first["learned_text"][0] == "<think>\none and one\n</think>\n\n2<|im_end|>"
+    assert (
+        first["truncated"]
+        and first["tokens"] == 80
+        and "<|im_end|>" not in first["learned_text"][1]
+    )
+    assert last["learned_text"] == ["6<|im_end|>"] and "truncated" not in last
+    spec = Spec((), tokenizer_folder(), 80, "truncate", 1)
+    rows_read = [row for source in find_sources([path]) for row in read_rows(source)]
+    groups = [g for r in Encoder(KINDS["chat"], spec)(rows_read) for g in r.groups]
+    for row, group in zip((first, last), groups, strict=True):
+        (sequence,) = group.sequences
+        assert row["tokens"] == sequence.tokens.size
+        assert row["learned_tokens"] == int(sequence.mask[1:].sum())
+        for (start, end), text in zip(row["learned"], row["learned_text"], strict=True):
+            assert row["text"][start:end] == text
+
+
+def test_pairs_labels_and_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = {"system": "Be brief.", "prompt": "1 + 1?", "chosen": "2", "rejected": "3"}
+    path = write_jsonl(tmp_path / "a.jsonl", [pair, pair | {"rejected": "2"}])
+    data = {"train": [str(path)]}
+    rows = shown(tmp_path, capsys, "--json", data=data, method={"name": "dpo"})
+    assert [row.get("answer") for row in rows] == ["chosen", "rejected", None]
+    assert [row.get("learned_text") for row in rows[:2]] == [["2<|im_end|>"], ["3<|im_end|>"]]
+    assert all("Be brief." in row["text"] for row in rows[:2])
+    assert rows[2]["rejected"] == "chosen and rejected are identical"
+    online = {"rollout": {"max_tokens": 8}, "rewards": ["accuracy"], "method": {"name": "grpo"}}
+    (row,) = shown(tmp_path, capsys, "--json", "--rows", "1:2", data=data, **online)
+    assert row["learned"] == [] and row["text"].endswith("<|im_start|>assistant\n")
+
+
+def test_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    out = shown(tmp_path, capsys, data={"train": [str(path)], "seq_len": 400})
+    assert "\u27e66<|im_end|>\u27e7" in out and "rejected: there is no assistant turn" in out
+    assert "2 texts, 2 records rejected; 1 packs of 400" in out
+    assert "note: the column images is not read (1 record)" in out
+
+
+def test_a_range_without_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(["data", "show", "r.yaml", "--rows", "3"])
+    path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    assert shown(tmp_path, capsys, "--json", "--rows", "9:", data={"train": [str(path)]}) == []
