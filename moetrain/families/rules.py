@@ -156,26 +156,31 @@ def ignored_keys(dims: Dims) -> frozenset[str]:
     The output layer of a model that is tied or has a scalar head, and the rotary frequencies that
     old transformers saved.
     """
-    rotary = {
-        H.format(l=layer) + "self_attn.rotary_emb.inv_freq" for layer in range(dims.num_layers)
-    }
-    return frozenset(rotary | ({"lm_head.weight"} if dims.tied or dims.scalar_head else set[str]()))
+    no_head = dims.tied or dims.scalar_head
+    return rotary_keys(dims) | ({HEAD} if no_head else frozenset[str]())
+
+
+def rotary_keys(dims: Dims) -> frozenset[str]:
+    """Where old transformers saved rotary frequencies."""
+    leaf = "self_attn.rotary_emb.inv_freq"
+    return frozenset(H.format(l=layer) + leaf for layer in range(dims.num_layers))
 
 
 # Groups of rules that the families share. L: a decoder layer in Megatron; H: in Hugging Face.
 L = "decoder.layers.{l}."
 H = "model.layers.{l}."
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VALUE_HEAD = "value_head.weight"  # trained and saved, and no part of the exported model
 
 MODEL = (
     Rule(
         "embedding.word_embeddings.weight",
-        ("model.embed_tokens.weight",),
+        (EMBEDDING,),
         Vocab(("vocab", "hidden")),
     ),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Copy(("hidden",))),
-    Rule("output_layer.weight", ("lm_head.weight",), Vocab(("vocab", "hidden")), "untied"),
+    Rule("output_layer.weight", (HEAD,), Vocab(("vocab", "hidden")), "untied"),
     Rule("output_layer.weight", ("score.weight",), Copy((1, "hidden")), "scalar_head"),
     Rule(VALUE_HEAD, (VALUE_HEAD,), Copy((1, "hidden")), "value_head"),
 )

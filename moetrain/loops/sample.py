@@ -29,6 +29,7 @@ from moetrain.loops.models import model_digest, model_in, recipe_for
 from moetrain.rewards import Grader, check_columns
 from moetrain.rollout import open_engine
 from moetrain.rollout.base import Sampling
+from moetrain.weights.transport import check_names
 
 EXIT_STOPPED = 128 + signal.SIGTERM
 
@@ -168,7 +169,9 @@ def weights_of(recipe: Recipe, source: ModelSource) -> Iterator[tuple[str, Tenso
     dims = family.dims(source.hf)
     reader = source.reader(recipe, family, dims)
     dtype = DTYPES[recipe.model.dtype]
-    for rule in expand(family, dims).values():
+    table = expand(family, dims)
+    check_names((), table, reader, dims)
+    for rule in table.values():
         for name in rule.hf:
             whole = tuple(slice(0, size) for size in reader.shape(name))
             yield name, reader.read(name, whole).to(dtype)

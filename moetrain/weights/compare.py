@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import ConfigError
-from moetrain.families import family_of, ignored_keys
-from moetrain.weights.reader import SafetensorsReader
+from moetrain.families import Dims, family_of, ignored_keys
+from moetrain.families.rules import EMBEDDING, HEAD
+from moetrain.weights.reader import Aliased, Reader, SafetensorsReader
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -28,11 +29,13 @@ class Difference:
 
 def compare(a: Path, b: Path) -> Iterator[Difference]:
     """Yield a Difference for every tensor that is missing on a side or differs in shape, dtype or
-    any bit. Fused experts are compared with those of a folder that has them one by one, and what no
-    parameter is made of (a tied model's lm_head, old rotary buffers) may be on one side alone.
+    any bit. Fused experts are compared with those of a folder that has them one by one, a tied
+    model's embedding with an lm_head of the other, and what no parameter is made of (old rotary
+    buffers) may be on one side alone.
     """
-    first, ignored = _reader(a)
-    second, also_ignored = _reader(b)
+    (first, dims), (second, others) = _reader(a), _reader(b)
+    ignored, also_ignored = (ignored_keys(d) if d else frozenset[str]() for d in (dims, others))
+    first, second = _with_head(first, dims, second), _with_head(second, others, first)
     names = set(first.names()) | set(second.names())
     names -= (ignored | also_ignored) & (set(first.names()) ^ set(second.names()))
     for name in sorted(names):
@@ -56,20 +59,26 @@ def compare(a: Path, b: Path) -> Iterator[Difference]:
                 yield Difference(name, f"{share:.2%} of values differ, by up to {gap.item():.3g}")
 
 
+def _with_head(own: Reader, dims: Dims | None, other: Reader) -> Reader:
+    """A tied model with its embedding as lm_head too, where the other one has an lm_head."""
+    held = own.names()
+    if dims is None or not dims.tied or HEAD in held or HEAD not in other.names():
+        return own
+    return Aliased(own, {HEAD: EMBEDDING})
+
+
 def _bits(x: Tensor) -> Tensor:
     """Values as integers, flat: NaN equals NaN there, and 0 is not -0."""
     return x.flatten().view(_INTEGERS[x.element_size()])
 
 
-def _reader(folder: Path) -> tuple[SafetensorsReader, frozenset[str]]:
-    """With per-expert names where config.json names a known architecture, and then the names that
-    may be missing.
-    """
+def _reader(folder: Path) -> tuple[Reader, Dims | None]:
+    """With per-expert names where config.json names a known architecture, and then its sizes."""
     config = folder / "config.json"
     try:
         hf = json.loads(config.read_text()) if config.is_file() else {}
         family = family_of(hf)
         dims = family.dims(hf)
     except (ConfigError, ValueError):
-        return SafetensorsReader(folder), frozenset()
-    return SafetensorsReader(folder, family, dims), ignored_keys(dims)
+        return SafetensorsReader(folder), None
+    return SafetensorsReader(folder, family, dims), dims

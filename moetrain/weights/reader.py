@@ -17,6 +17,7 @@ from torch import Tensor
 from moetrain.errors import WeightsError
 from moetrain.families.dims import Dims
 from moetrain.families.rules import Family, FusedSlice, expand, fused_slices
+from moetrain.weights.folder import weight_files
 
 Slices = tuple[slice, ...]
 
@@ -54,13 +55,13 @@ class SafetensorsReader:
     when asked for.
 
     Args:
-        folder: holds model.safetensors, or model.safetensors.index.json and its shards; with both,
-            the single file counts, as it does for transformers.
+        folder: holds model.safetensors, or model.safetensors.index.json and its shards.
         family, dims: present transformers-5 fused experts under the family's per-expert names.
 
     Raises:
-        WeightsError: nothing there, a shard missing or truncated, an index that leaves the
-            folder, a dtype that torch lacks, or fused experts that are not as many as `dims` has.
+        WeightsError: what `weight_files` refuses, a file truncated, a dtype that torch lacks, a
+            tensor in two files, or fused experts that stand there one by one too or are not as
+            many as `dims` has.
     """
 
     def __init__(self, folder: Path, family: Family | None = None, dims: Dims | None = None):
@@ -68,16 +69,22 @@ class SafetensorsReader:
         self._where: dict[str, Path] = {}
         self._meta: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._open: dict[Path, Any] = {}
-        for path, names in self._files().items():
+        for path, names in weight_files(self.folder).items():
             header = _header(path)
-            for name in names if names is not None else header:
+            for name in names or ():
                 if name not in header:
                     raise WeightsError(
                         f"{path}: the index promises {name}, which is not in it. Fetch the file "
                         f"again."
                     )
+            for name, entry in header.items():  # whether the index names it or not
+                if name in self._where:
+                    raise WeightsError(
+                        f"{self.folder}: {self._where[name].name} and {path.name} both hold {name}."
+                        f" Copy the model again."
+                    )
                 self._where[name] = path
-                self._meta[name] = _meta(path, name, header[name])
+                self._meta[name] = _meta(path, name, entry)
         self._fused: dict[str, FusedSlice] = {}
         if family is not None and dims is not None:
             slices = fused_slices(family, dims)
@@ -88,38 +95,14 @@ class SafetensorsReader:
     def __str__(self) -> str:
         return str(self.folder)
 
-    def _files(self) -> dict[Path, list[str] | None]:
-        """Each file and the names the index places there (None: all that it holds)."""
-        index = self.folder / "model.safetensors.index.json"
-        single = self.folder / "model.safetensors"
-        if single.is_file():
-            return {single: None}
-        if not index.is_file():
-            raise WeightsError(
-                f"{self.folder}: neither model.safetensors nor its index is there. Check the path."
-            )
-        places = _places(index)
-        files: dict[Path, list[str] | None] = {}
-        for name, file in places.items():
-            if Path(file).name != file or file in ("", ".", ".."):
-                raise WeightsError(
-                    f"{index}: {name} is placed at {file!r}, outside the folder. Such an index is "
-                    f"refused."
-                )
-            found = files.setdefault(self.folder / file, [])
-            assert found is not None
-            found.append(name)
-        missing = sorted(path.name for path in files if not path.is_file())
-        if missing:
-            raise WeightsError(
-                f"{self.folder}: {len(missing)} of {len(files)} shards are missing: "
-                f"{', '.join(missing[:4])}"
-            )
-        return files
-
     def _check_fused(self, dims: Dims) -> None:
         """By its per-expert names alone a fused tensor with too many experts would look right."""
         for name, cut in self._fused.items():
+            if name in self._where:
+                raise WeightsError(
+                    f"{self.folder} holds {cut.key} and {name}, two tensors for one weight. Remove"
+                    f" one of them."
+                )
             shape = self._meta[cut.key][1]
             rows = shape if cut.expert is None else shape[1:]
             if not rows or rows[0] % cut.num_parts:
@@ -171,20 +154,6 @@ class SafetensorsReader:
         if not shape:
             return self._open[path].get_tensor(name)  # type: ignore[no-any-return]
         return self._open[path].get_slice(name)[slices]  # type: ignore[no-any-return]
-
-
-def _places(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index has them; not checked for what a file name may be."""
-    try:
-        places = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{index}: not a safetensors index ({error}). Fetch it again.") from None
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise WeightsError(
-            f"{index}: not a safetensors index (weight_map is no mapping of names to files). Fetch "
-            f"it again."
-        )
-    return places
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -289,3 +258,28 @@ class Joined:
 
     def read(self, name: str, slices: Slices) -> Tensor:
         return self._of(name).read(name, slices)
+
+
+class Aliased:
+    """The tensors of `base`, some of them under a second name too."""
+
+    def __init__(self, base: Reader, names: Mapping[str, str]):
+        self.base, self.aliases = base, names
+
+    def __str__(self) -> str:
+        return str(self.base)
+
+    def _own(self, name: str) -> str:
+        return self.aliases.get(name, name)
+
+    def names(self) -> Collection[str]:
+        return {*self.base.names(), *self.aliases}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(self._own(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.base.dtype(self._own(name))
+
+    def read(self, name: str, slices: Slices) -> Tensor:
+        return self.base.read(self._own(name), slices)

@@ -20,6 +20,7 @@ from moetrain.errors import WeightsError
 from moetrain.families.dims import Dims
 from moetrain.families.rules import BoundRule, ignored_keys
 from moetrain.pulse import beat
+from moetrain.weights.doubles import contradiction
 from moetrain.weights.reader import Reader
 
 Table = Mapping[str, BoundRule]
@@ -39,7 +40,7 @@ class LocalParam:
 
 def check_names(local: Iterable[str], table: Table, reader: Reader, dims: Dims) -> None:
     """Every local weight has one rule, and the reader holds exactly the table's tensors in the
-    table's shapes.
+    table's shapes; what it holds beside them says nothing else than they do.
     """
     unknown = sorted(set(local) - set(table))
     if unknown:
@@ -68,6 +69,9 @@ def check_names(local: Iterable[str], table: Table, reader: Reader, dims: Dims) 
                 f"{list(shape)}. "
                 "Check vocab_size and the other sizes in config.json."
             )
+    problem = contradiction(reader, dims)
+    if problem:
+        raise WeightsError(f"{reader}: {problem}")
 
 
 def load(local: Iterable[LocalParam], table: Table, reader: Reader, dims: Dims) -> None:

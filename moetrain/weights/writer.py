@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moetrain.errors import WeightsError
+from moetrain.weights.folder import INDEX, SINGLE
 
 BESIDES_WEIGHTS = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "merges.txt "
     "tokenizer.model chat_template.jinja generation_config.json"
 ).split()
-INDEX = "model.safetensors.index.json"
 # A full disk is a SafetensorError, which is no OSError.
 FAILURES = (OSError, RuntimeError, SafetensorError)
 
@@ -163,9 +163,7 @@ def _finish(
     places: dict[str, str] = {}
     for i, (name, tensors) in enumerate(written):
         final = (
-            "model.safetensors"
-            if len(written) == 1
-            else f"model-{i + 1:05d}-of-{len(written):05d}.safetensors"
+            SINGLE if len(written) == 1 else f"model-{i + 1:05d}-of-{len(written):05d}.safetensors"
         )
         os.rename(aside / name, aside / final)
         places |= dict.fromkeys(tensors, final)

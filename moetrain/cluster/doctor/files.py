@@ -126,7 +126,12 @@ def space(subject: Subject) -> Finding:
 
 
 def model(subject: Subject) -> Finding:
-    """The model's folder, and that every file of weights that its index names is there."""
+    """The model's folder holds one set of weights, every tensor of it as config.json says."""
+    from moetrain.families import family_of
+    from moetrain.families.rules import expand, head_names
+    from moetrain.weights.reader import SafetensorsReader
+    from moetrain.weights.transport import check_names
+
     path = subject.recipe.model.path
     if path is None or path.startswith("builtin:"):
         return ok(f"{path or 'from scratch'}: nothing to be read")
@@ -137,20 +142,20 @@ def model(subject: Subject) -> Finding:
         return fail(f"model.path={path} has no config.json and no moetrain.json", remedy)
     if config == "moetrain.json" or subject.recipe.model.init == "random":
         return ok(f"{path}: {config}")
-    try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        files = sorted(set(index["weight_map"].values()))
-    except FileNotFoundError:
-        files = ["model.safetensors"]
-    except (OSError, ValueError, KeyError) as error:
-        return fail(f"{path}: its index is damaged ({error})", "copy the model again")
-    gone = [name for name in files if not os.access(folder / name, os.R_OK)]
+    assert subject.plan is not None
+    files = list(weight_files(folder))
+    gone = [file.name for file in files if not os.access(file, os.R_OK)]
     if gone:
         return fail(
-            f"{path}: {len(gone)} of {len(files)} files of weights are missing, first {gone[0]}",
-            "copy the model again",
+            f"{path}: {len(gone)} of {len(files)} files of weights may not be read, first {gone[0]}",
+            "give this user the right to read them",
         )
-    size = sum((folder / name).stat().st_size for name in files)
+    table, dims = subject.plan.model
+    reader = SafetensorsReader(folder, family_of(read_hf_config(subject.recipe.model)), dims)
+    held = reader.names()
+    heads = {n for n in head_names(dims) if not held & set(table[n].hf)}  # made where they lack
+    check_names((), {n: rule for n, rule in table.items() if n not in heads}, reader, dims)
+    size = sum(file.stat().st_size for file in files)
     return ok(f"{path}: {len(files)} files of weights, {size / GIB:.1f} GiB")
 
 
