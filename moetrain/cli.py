@@ -270,7 +270,7 @@ def _serve_arguments(parser: Parser) -> None:
 
 def _serve(args: Arguments) -> int:
     from moetrain.config.load import load_recipe
-    from moetrain.plan.dry_run import read_hf_config
+    from moetrain.plan.model import read_hf_config
     from moetrain.rollout.serve import serve
 
     recipe = load_recipe(args.recipe, args.overrides)

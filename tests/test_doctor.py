@@ -13,6 +13,7 @@ from moetrain.cluster import doctor
 from moetrain.cluster.doctor import files, image, job, links, machine, traffic, versions
 from moetrain.cluster.doctor.base import Finding, Level, Planned, Subject
 from moetrain.config.load import load_recipe
+from moetrain.testing.tiny import save_model
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "sft_tiny.yaml"
@@ -418,20 +419,33 @@ def test_checkpoints_are_as_large_as_planned(tmp_path: Path) -> None:
 
 
 def test_a_model_with_a_file_missing(tmp_path: Path) -> None:
+    """And with two sets of weights, tensors of another model, and then nothing wrong."""
     asked = subject(f"model.path={tmp_path}", "model.tokenizer=builtin:stdlib-tokenizer")
-    assert files.model(asked).level is Level.FAIL
-    assert "no config.json" in files.model(asked).text
-    (tmp_path / "config.json").write_text("{}")
-    names = [f"model-{n}-of-2.safetensors" for n in (1, 2)]
-    index = {"weight_map": dict(zip("ab", names, strict=True))}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / names[0]).write_bytes(b"x")
-    found = files.model(asked)
-    assert found.level is Level.FAIL
-    assert f"1 of 2 files of weights are missing, first {names[1]}" in found.text
-    (tmp_path / names[1]).write_bytes(b"x")
-    assert files.model(asked).level is Level.OK
-    assert files.model(subject()).level is Level.OK
+    checks = [doctor.Check("model", files.model, doctor.FIRST)]
+
+    def found(asked: Subject = asked) -> Finding:
+        return doctor.examine(asked, checks)["model"]
+
+    def says(words: str) -> None:
+        assert found().level is Level.FAIL and words in found().text, found().text
+
+    says("no config.json")
+    model = save_model("qwen3_moe", tmp_path)
+    assert found().level is Level.OK, found().text
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    says("two sets of weights")
+    (tmp_path / "model.safetensors").unlink()
+    assert found().level is Level.OK, found().text
+    shard = tmp_path / "model-00002-of-00003.safetensors"
+    shard.rename(tmp_path / "other")
+    says(f"1 of 3 shards are missing: {shard.name}")
+    (tmp_path / "other").rename(shard)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    says("belong to no parameter")
+    (tmp_path / "moetrain.json").write_text("{}")
+    says("holds a Megatron checkpoint (moetrain.json) and a Hugging Face model")
+    assert found(subject()).level is Level.OK
 
 
 def test_a_template_that_does_not_mark_answers(tmp_path: Path) -> None:

@@ -321,6 +321,24 @@ def test_defaults_are_transformers() -> None:
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'yarn'"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ("LlamaForCausalLM", {"rope_scaling": [1]}, "not a mapping"),
+        (
+            "LlamaForCausalLM",
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 2},
+                "rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 1e6},
+            },
+            "rope_scaling hides rope_parameters.rope_theta = 1000000.0.*reads 10000",
+        ),
+        (
+            "LlamaForCausalLM",
+            {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e6}},
+            "rope_theta = 500000.0 and rope_parameters.rope_theta = 1000000.0 differ",
+        ),
+        (
+            "LlamaForCausalLM",
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"factor": 2}},
+            "rope_scaling = .* and rope_parameters = None differ",
+        ),
         ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ("LlamaForCausalLM", {"hidden_size": None}, "hidden_size is missing"),
         ("LlamaForCausalLM", {"hidden_size": "24"}, "hidden_size = '24' is not a whole number"),
@@ -351,6 +369,9 @@ def test_what_is_not_supported_is_refused_by_name(
 def test_an_unknown_architecture_lists_the_known() -> None:
     with pytest.raises(ConfigError, match=r"'Qwen3MoForCausalLM' is unknown; known: Llama.* mean"):
         family_of({"architectures": ["Qwen3MoForCausalLM"]})
+    for other in ("Qwen2MoeForCausalLM", "Qwen3NextForCausalLM", "MistralForCausalLM"):
+        with pytest.raises(ConfigError, match=rf"'{other}' is unknown; known: [\w, ]+\.$"):
+            family_of({"architectures": [other]})  # another family's is no slip of the pen
     with pytest.raises(ConfigError, match="model_type = None"):
         family_of({})
     assert family_of({"model_type": "mixtral"}) is FAMILIES["MixtralForCausalLM"]

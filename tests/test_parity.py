@@ -159,6 +159,13 @@ MORE: dict[str, tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]]
         {},
     ),
     "top-k not renormalised": ("qwen3_moe", {"norm_topk_prob": False}, 1, {}, {}),
+    "one expert, not renormalised": (
+        "qwen3_moe",
+        {"num_experts_per_tok": 1, "norm_topk_prob": False},
+        1,
+        {},
+        {},
+    ),
     "full recompute": ("qwen3_moe", {}, 2, {"tp": 2}, {"train": {"recompute": "full"}}),
     "full recompute, pp2-ep2": (
         "qwen3_moe",
@@ -183,6 +190,19 @@ def test_gradients_of_further_layouts(workers: Workers, tmp_path: Path, case: st
     assert answer[0][2].keys() == wanted.keys()
     for name, grad in answer[0][2].items():
         assert (grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-12, name
+
+
+def test_one_expert_of_weight_one(workers: Workers, tmp_path: Path) -> None:
+    """Renormalised, it always has weight 1, and its router nothing to learn from."""
+    model = save_model("qwen3_moe", tmp_path, num_experts_per_tok=1)
+    loss, wanted = reference_gradients(model, sequences())
+    answer = workers.run(2, ranks.gradients, str(tmp_path), {"ep": 2}, sequences(), 2, {})
+    assert answer[0][0] == pytest.approx(loss, rel=1e-5)
+    for name, grad in answer[0][2].items():
+        if name.endswith("mlp.gate.weight"):
+            assert not grad.any() and wanted[name].norm() < 1e-7
+        else:
+            assert (grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-12, name
 
 
 def test_bf16_follows_fp32(workers: Workers, tiny: Tiny) -> None:

@@ -19,9 +19,10 @@ from moetrain.errors import WeightsError
 from moetrain.families import Dims, expand, family_of
 from moetrain.testing.tiny import CONFIGS, save_model
 from moetrain.weights.compare import compare
+from moetrain.weights.folder import INDEX, weight_files
 from moetrain.weights.reader import RandomReader, SafetensorsReader
 from moetrain.weights.transport import LocalParam, export, load
-from moetrain.weights.writer import INDEX, write_hf
+from moetrain.weights.writer import write_hf
 
 Tiny = Callable[[str], tuple[str, Any]]
 HF = CONFIGS["qwen3_moe"]
@@ -82,13 +83,6 @@ def test_a_slice_is_a_slice(
         assert torch.equal(reader.read(name, cut), tensor[cut]), name
         nothing = (slice(0, 0), *cut[1:])
         assert reader.read(name, nothing).shape == tensor[nothing].shape
-
-
-def test_the_single_file_counts_before_the_index(tiny: Tiny, tmp_path: Path) -> None:
-    """As in transformers: a stale index beside it is not read."""
-    shutil.copy(Path(tiny("llama")[0]) / "model.safetensors", tmp_path)
-    (tmp_path / INDEX).write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    assert "model.norm.weight" in SafetensorsReader(tmp_path).names()
 
 
 def test_a_slice_costs_no_more_memory_than_itself(tmp_path: Path) -> None:
@@ -186,6 +180,119 @@ def test_a_broken_folder_is_one_line(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+TWO_SETS = r"holds two sets of weights, model.safetensors and "
+
+
+def _two_shards(folder: Path, *lost: str) -> None:
+    """The folder's weights once more, in shards with an index, less some files."""
+    names = [f"model-{n}-of-00002.safetensors" for n in ("00001", "00002")]
+    for key, name in zip("ab", names, strict=True):
+        save_file({key: torch.ones(3)}, folder / name)
+    places = dict(zip("ab", names, strict=True))
+    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+    for name in lost:
+        (folder / name).unlink()
+
+
+def _saved_twice(folder: Path, *sizes: str) -> None:
+    """What transformers 5 leaves in a folder that it saves into again."""
+    (folder / "model.safetensors").unlink()
+    for size in sizes:
+        save_model("llama", folder).save_pretrained(folder, max_shard_size=size)
+
+
+FIRST, SECOND = (f"model-{n}-of-00002.safetensors" for n in ("00001", "00002"))
+BOTH: dict[str, tuple[Callable[[Path], object], str]] = {
+    "index beside it": (_two_shards, rf"{INDEX}; .* Remove .*, or {INDEX} and its shards"),
+    "one shard gone": (
+        lambda f: _two_shards(f, FIRST),
+        rf"{INDEX}, of whose 2 shards 1 are gone; .*, or {INDEX} and its shards",
+    ),
+    "stale index": (
+        lambda f: _two_shards(f, FIRST, SECOND),
+        rf"{INDEX}, of whose 2 shards 2 are gone; .* Remove model.safetensors, or {INDEX}: ",
+    ),
+    "shards without an index": (
+        lambda f: _two_shards(f, INDEX),
+        rf"{FIRST}, {SECOND}, which no index names; ",
+    ),
+    "transformers, then in shards": (lambda f: _saved_twice(f, "1GB", "60KB"), f"{INDEX}; "),
+}
+
+
+@pytest.mark.parametrize("case", BOTH)
+def test_two_sets_of_weights_in_one_folder_are_refused(tmp_path: Path, case: str) -> None:
+    """By what loads, and by what only asks which files there are."""
+    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    make, message = BOTH[case]
+    make(tmp_path)
+    for reads in (SafetensorsReader, weight_files):
+        with pytest.raises(WeightsError, match=TWO_SETS + message) as caught:
+            reads(tmp_path)
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_index_of_the_single_file_is_no_second_set(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert list(SafetensorsReader(tmp_path).names()) == ["a"]
+
+
+def test_an_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
+    """transformers 5 reads the model with the adapter in it."""
+    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"holds an adapter .* beside a model"):
+        SafetensorsReader(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused_and_one_the_index_forgot_is_read(
+    tmp_path: Path,
+) -> None:
+    """transformers and vLLM read all that is in the files that an index names."""
+    _two_shards(tmp_path)
+    save_file({"a": torch.ones(3), "c": torch.ones(3)}, tmp_path / FIRST)
+    assert sorted(SafetensorsReader(tmp_path).names()) == ["a", "b", "c"]
+    save_file({"a": torch.zeros(3), "b": torch.ones(3)}, tmp_path / SECOND)
+    with pytest.raises(WeightsError, match=f"{FIRST} and {SECOND} both hold a"):
+        SafetensorsReader(tmp_path)
+
+
+def test_experts_that_are_there_twice_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    tiny("qwen3_moe")[1].save_pretrained(tmp_path, save_original_format=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    save_file(tensors | {name: torch.zeros(28, 48)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=rf"experts.gate_up_proj and {name}, two tensors"):
+        reader_of(HF, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_models_own_head_is_its_embedding_or_refused(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """transformers 5.19 takes such a head, with a warning, and so does vLLM 0.32."""
+    save_model("qwen3", tmp_path)
+    hf = config_of(tmp_path)
+    assert hf["tie_word_embeddings"] is True
+    tensors = load_file(tmp_path / "model.safetensors")
+    if dtype is torch.bfloat16:  # exact in both
+        tensors = {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
+    head = tensors["model.embed_tokens.weight"].to(dtype)
+    save_file(tensors | {"lm_head.weight": head.clone()}, tmp_path / "model.safetensors")
+    load_into(shards_of(hf), hf, tmp_path)
+    head[-1, -1] += 0.5
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    local = shards_of(hf)
+    with pytest.raises(WeightsError, match=r"tie_word_embeddings, and lm_head\.weight is") as no:
+        load_into(local, hf, tmp_path)
+    assert "Set tie_word_embeddings to false" in str(no.value) and "\n" not in str(no.value)
+    assert all(param.tensor.isnan().all() for param in local), "half loaded"
+    untied = hf | {"tie_word_embeddings": False}
+    if dtype is torch.float32:
+        load_into(shards_of(untied), untied, tmp_path)
+
+
 @pytest.mark.parametrize("experts", [4, 8])
 def test_fused_experts_are_counted(tiny: Tiny, tmp_path: Path, experts: int) -> None:
     """Six of a model of eight would load without a word, were only their names looked at."""
@@ -202,9 +309,18 @@ def _grown(tensors: dict[str, Tensor]) -> None:
     tensors["model.embed_tokens.weight"] = torch.zeros(208, 48)
 
 
+ROTARY = "model.layers.1.self_attn.rotary_emb.inv_freq"
+FREQUENCIES = 1e4 ** -(torch.arange(4) / 4)  # head_dim 8
+
+
 LEFT: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str | None]] = {
     "nothing": (lambda tensors: None, None),
-    "a rotary buffer": (_added("model.layers.1.self_attn.rotary_emb.inv_freq"), None),
+    "a rotary buffer": (lambda t: t.update({ROTARY: FREQUENCIES.half()}), None),
+    "another rotation": (
+        lambda t: t.update({ROTARY: 1e6 ** -(torch.arange(4) / 4)}),
+        "inv_freq is of rope_theta 1e.06, config.json asks for 4 frequencies of rope_theta 10000",
+    ),
+    "a rotary buffer of another size": (_added(ROTARY), r"inv_freq is \[2\]"),
     "an unknown tensor": (_added("model.extra"), "1 tensors belong to no .*model.extra"),
     "a layer too many": (_added("model.layers.4.input_layernorm.weight"), "belong to no"),
     "a tensor missing": (lambda t: t.pop("model.norm.weight"), "1 of .* missing: model.norm"),
@@ -479,3 +595,22 @@ def test_what_no_parameter_is_made_of_may_be_missing(tmp_path: Path) -> None:
     tensors["lm_head.weight"] += 1
     save_file(tensors, b / "model.safetensors")
     assert [difference.name for difference in compare(a, b)] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("says_tied", [False, True], ids=["untied", "says tied"])
+def test_a_head_is_compared_with_the_embedding_that_stands_for_it(
+    tmp_path: Path, says_tied: bool
+) -> None:
+    """`convert verify` called a tied model equal to one with another head."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    save_model("llama", a, tie_word_embeddings=True)
+    shutil.copytree(a, b)
+    tensors = load_file(a / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    (b / "config.json").write_text(json.dumps(config_of(b) | {"tie_word_embeddings": says_tied}))
+    save_file(tensors | {"lm_head.weight": head}, b / "model.safetensors")
+    assert list(compare(a, b)) == [] and list(compare(b, a)) == []
+    head[0] += 1
+    save_file(tensors | {"lm_head.weight": head}, b / "model.safetensors")
+    for pair in ((a, b), (b, a)):
+        assert [difference.name for difference in compare(*pair)] == ["lm_head.weight"]

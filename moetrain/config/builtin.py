@@ -34,6 +34,19 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+# What names of published weights that are no longer fp32 or bf16 hold between hyphens and dots.
+_QUANTISED = frozenset(
+    "fp8 fp4 nvfp4 mxfp4 w8a8 w4a16 int8 int4 8bit 4bit bnb awq gptq gguf mlx eetq hqq exl2".split()
+)
+
+
+def quantised_name(path: str) -> str | None:
+    """The word in the last part of a path that says that a model is quantised."""
+    name = path.rstrip("/").rpartition("/")[2]
+    words = name.replace("_", "-").replace(".", "-").split("-")
+    return next((word for word in words if word.lower() in _QUANTISED), None)
+
+
 def published(path: str) -> dict[str, Any] | None:
     """The config of the published model that a path ends in, in any of its variants."""
     name = path.rstrip("/").rpartition("/")[2]

@@ -79,7 +79,8 @@ def transformer_config(
             num_moe_experts=dims.experts,
             moe_router_topk=dims.top_k,
             moe_ffn_hidden_size=dims.moe_ffn,
-            moe_router_pre_softmax=not dims.norm_topk,
+            # Megatron refuses one renormalised expert a token, whose weight is always 1: set below
+            moe_router_pre_softmax=not dims.norm_topk or dims.top_k == 1,
             moe_router_dtype="fp32",
             moe_router_load_balancing_type="none",
             moe_layer_freq=[int(is_moe) for is_moe in dims.moe_layers],
@@ -90,7 +91,7 @@ def transformer_config(
     check_backend(recipe, dims, backend, on_gpu=device.type == "cuda")
     defaults = _default_fields(recipe, dims, device, backend)
     try:
-        return TransformerConfig(**owned | defaults | recipe.megatron)
+        config = TransformerConfig(**owned | defaults | recipe.megatron)
     except (AssertionError, ValueError) as error:
         if not recipe.megatron:
             raise
@@ -98,6 +99,8 @@ def transformer_config(
         raise ConfigError(
             f"megatron: {recipe.megatron} is refused by megatron-core: {why}"
         ) from None
+    config.moe_router_pre_softmax = not dims.norm_topk
+    return config
 
 
 def _layout_fields(recipe: Recipe, dims: Dims) -> dict[str, Any]:

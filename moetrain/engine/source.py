@@ -15,6 +15,7 @@ from moetrain.errors import ConfigError, WeightsError
 from moetrain.families import Family, family_of, with_scalar_head
 from moetrain.families.dims import Dims
 from moetrain.families.rules import expand, head_names
+from moetrain.plan.model import config_of
 from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
 from moetrain.weights.writer import copy_tokenizer
 
@@ -84,21 +85,10 @@ def _find(model: ModelConfig) -> ModelSource:
         assert model.hf is not None, "the recipe's validation asks for path or hf"
         return ModelSource(dict(model.hf), None, None, tokenizer)
     folder = _folder(model.path)
-    if (folder / "moetrain.json").is_file():
-        note = _json(folder / "moetrain.json")
-        if "adapter_of" in note:
-            raise WeightsError(
-                f"{folder} holds an adapter of {note['adapter_of']}, not a model. Write it with "
-                f"`tools/convert adapter RUN DST`, then `tools/convert merge BASE DST OUT`."
-            )
-        hf = note["hf"]
-        return ModelSource(hf, None, folder, tokenizer or folder)
-    if not (folder / "config.json").is_file():
-        raise WeightsError(
-            f"model.path={model.path}: no config.json (Hugging Face) or moetrain.json (Megatron) "
-            f"there. Check the path."
-        )
-    return ModelSource(_json(folder / "config.json"), folder, None, tokenizer or folder)
+    hf, is_megatron = config_of(folder)
+    if is_megatron:
+        return ModelSource(dict(hf), None, folder, tokenizer or folder)
+    return ModelSource(dict(hf), folder, None, tokenizer or folder)
 
 
 def _folder(path: str) -> Path:

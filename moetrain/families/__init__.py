@@ -3,6 +3,9 @@
 Imports no torch.
 """
 
+import re
+from difflib import SequenceMatcher
+
 from moetrain.errors import ConfigError, nearest
 from moetrain.families import llama, mixtral, qwen2, qwen3, qwen3_moe
 from moetrain.families.dims import (
@@ -49,8 +52,8 @@ def family_of(hf: HfConfig) -> Family:
     if name is not None:
         if vocab_head(name) not in FAMILIES:
             raise ConfigError(
-                f"model config: architecture {name!r} is unknown; "
-                f"known: {known}.{nearest(name, FAMILIES)}"
+                f"model config: architecture {name!r} is unknown; known: {known}."
+                f"{_misspelt(name, hf)}"
             )
         return FAMILIES[vocab_head(name)]
     model_type = hf.get("model_type")
@@ -60,4 +63,23 @@ def family_of(hf: HfConfig) -> Family:
     raise ConfigError(
         f"model config: architectures is missing and model_type = {model_type!r} is unknown; "
         f"give architectures: [one of {known}]"
+    )
+
+
+def _misspelt(name: str, hf: HfConfig) -> str:
+    """The known architecture that is meant, where it is not another family's that is spelt alike:
+    such a one has another model_type, or another number or word in its name.
+    """
+    model_type = hf.get("model_type")
+    meant = [known for known in FAMILIES if _alike(known, name)]
+    if model_type is not None:
+        meant = [known for known in meant if FAMILIES[known].name == model_type]
+    return "" if name.startswith("Mistral") else nearest(name, meant)
+
+
+def _alike(known: str, name: str) -> bool:
+    words, others = (re.findall(r"[A-Z]+[a-z]*|\d+", n) for n in (known, name))
+    return len(words) == len(others) and all(
+        a == b or (a.isalpha() and SequenceMatcher(None, a, b).ratio() > 0.7)
+        for a, b in zip(words, others, strict=True)
     )

@@ -239,26 +239,59 @@ def read_rope(
     """(theta, scaling), from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`.
 
     The scaling is None for the default rotary embedding, else "rope_type" and that type's numbers.
+    Raises ConfigError, also where the places contradict each other.
     """
-    # transformers 5 lets rope_scaling win where both are present
-    source = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
-    value: object = hf.get(source) or dict[str, object]()
+    refuse_but(hf, "partial_rotary_factor", 1.0, None)
+    given = [key for key in ("rope_scaling", "rope_parameters") if hf.get(key)]
+    places = {key: _mapping(hf, key) for key in given}
+    thetas = {f"{key}.rope_theta": own.get("rope_theta") for key, own in places.items()}
+    thetas = {"rope_theta": hf.get("rope_theta"), **thetas}
+    stated = {key: value for key, value in thetas.items() if value is not None}
+    if _disagree(stated):
+        raise ConfigError(f"model config: {_both(stated)} differ. Keep the right one.")
+    if "rope_scaling" in places and [*stated] == ["rope_parameters.rope_theta"]:
+        # transformers 5 lets rope_scaling win where both are present, and then the default theta.
+        raise ConfigError(
+            f"model config: rope_scaling hides {_both(stated)}, so that transformers reads"
+            f" {default_theta:g}. Put all of it in rope_parameters and remove rope_scaling."
+        )
+    own = {"rope_theta": next(iter(stated.values()), None)}
+    theta = read_float(own, "rope_theta", default_theta)
+    found = {key: _scaling(hf, own, max_positions) for key, own in places.items()}
+    if _disagree(found):
+        raise ConfigError(
+            f"model config: {_both(found)} differ. Remove rope_scaling, or rope_parameters."
+        )
+    return theta, next(iter(found.values()), None)
+
+
+def _mapping(hf: HfConfig, key: str) -> Mapping[str, object]:
+    value = hf[key]
     if not isinstance(value, Mapping):
-        raise ConfigError(f"model config: {source} = {value!r} is not a mapping")
-    given = cast(Mapping[str, object], value)
+        raise ConfigError(f"model config: {key} = {value!r} is not a mapping")
+    return cast(Mapping[str, object], value)
+
+
+def _disagree(values: Mapping[str, object]) -> bool:
+    return any(value != next(iter(values.values())) for value in values.values())
+
+
+def _both(values: Mapping[str, object]) -> str:
+    return " and ".join(f"{key} = {value!r}" for key, value in values.items())
+
+
+def _scaling(
+    hf: HfConfig, given: Mapping[str, object], max_positions: int
+) -> dict[str, object] | None:
+    """How frequencies are scaled by `rope_scaling` or `rope_parameters`."""
     kind = given.get("rope_type") or given.get("type") or "default"
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise ConfigError(
             f"model config: rope_type = {kind!r} is not supported; allowed: {', '.join(_ROPE_KEYS)}"
         )
-    for partial in (given.get("partial_rotary_factor"), hf.get("partial_rotary_factor")):
-        if partial not in (None, 1, 1.0):
-            raise ConfigError(
-                f"model config: partial_rotary_factor = {partial!r} is not supported; allowed: 1.0"
-            )
-    theta = read_float({**hf, **given}, "rope_theta", default_theta)
+    refuse_but(given, "partial_rotary_factor", 1.0, None)
     if kind == "default":
-        return theta, None
+        return None
     scaling: dict[str, object] = {"rope_type": kind}
     scaling.update({key: read_float(given, key) for key in _ROPE_KEYS[kind]})
     if kind == "llama3":
@@ -266,7 +299,7 @@ def read_rope(
         scaling["original_max_position_embeddings"] = read_int(
             {**given, **hf}, "original_max_position_embeddings", max_positions
         )
-    return theta, scaling
+    return scaling
 
 
 def read_int(hf: HfConfig, key: str, default: int | None = None, minimum: int = 1) -> int:

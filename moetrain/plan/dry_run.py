@@ -2,16 +2,12 @@
 per GPU.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from math import lcm
-from pathlib import Path
-from typing import cast
 
-from moetrain.config.builtin import MODELS, published
 from moetrain.config.load import dump_recipe
-from moetrain.config.recipe import ModelConfig, Recipe
+from moetrain.config.recipe import Recipe
 from moetrain.config.reward_files import check_reward_files
 from moetrain.errors import ConfigError
 from moetrain.families import family_of, with_scalar_head
@@ -22,49 +18,9 @@ from moetrain.families.rules import BoundRule, Family, expand, head_names
 from moetrain.plan.memory import GIB, gpu_gib, static_bytes
 from moetrain.plan.mesh import check_layout, plan_mesh, rank_table
 from moetrain.plan.passed import check_passed
+from moetrain.plan.model import read_hf_config
 
 MAX_RANKS_SHOWN = 64
-
-
-def read_hf_config(model: ModelConfig, *, dry: bool = False) -> Mapping[str, object]:
-    """The Hugging Face config that `model` names, without loading anything. Raises ConfigError.
-
-    `dry`: a published model need not be here; it is known by its name.
-    """
-    if model.hf is not None:
-        return model.hf
-    path = str(model.path)
-    if path.startswith("builtin:"):
-        name = path.removeprefix("builtin:")
-        if name not in MODELS:
-            raise ConfigError(f"model.path={path}: known built-in models: {', '.join(MODELS)}")
-        return MODELS[name]
-    for found in (Path(path) / "moetrain.json", Path(path) / "config.json"):
-        if found.is_file():
-            content = _read_mapping(found)
-            if found.name == "config.json":
-                return content
-            if isinstance(content.get("hf"), dict):
-                return cast(dict[str, object], content["hf"])
-            raise ConfigError(f"{found} has no 'hf' mapping, the model's config. Restore the file.")
-    known = published(path) if dry and not Path(path).exists() else None
-    if known is None:
-        raise ConfigError(
-            f"model.path={path}: no config.json or moetrain.json there. Check the path."
-        )
-    return known
-
-
-def _read_mapping(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also what is no UTF-8
-        raise ConfigError(f"{path}: not JSON ({error}). Restore the file.") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}. Check its permissions.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a mapping is wanted, not {type(content).__name__}.")
-    return cast(dict[str, object], content)
 
 
 def world_size(recipe: Recipe, num_procs: int | None) -> int:

@@ -1,6 +1,5 @@
 """The folder that a run writes, and what it reads: model, tokenizer, data."""
 
-import json
 import os
 import shutil
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 from moetrain.cluster.doctor.base import GIB, Finding, Subject, fail, ok, skip, warn, worst
 from moetrain.plan.memory import checkpoint_bytes
+from moetrain.plan.model import HF, NOTE, config_of, read_hf_config
 
 PROBE_BYTES = 16 * 2**20
 SEEN_SECONDS = 10.0  # for the other nodes to see a file: NFS caches folders for some seconds
@@ -128,7 +128,8 @@ def space(subject: Subject) -> Finding:
 def model(subject: Subject) -> Finding:
     """The model's folder holds one set of weights, every tensor of it as config.json says."""
     from moetrain.families import family_of
-    from moetrain.families.rules import expand, head_names
+    from moetrain.families.rules import head_names
+    from moetrain.weights.folder import weight_files
     from moetrain.weights.reader import SafetensorsReader
     from moetrain.weights.transport import check_names
 
@@ -136,23 +137,25 @@ def model(subject: Subject) -> Finding:
     if path is None or path.startswith("builtin:"):
         return ok(f"{path or 'from scratch'}: nothing to be read")
     folder = Path(path)
-    remedy = "set model.path to where it lies; bind that folder into the image"
-    config = next((n for n in ("moetrain.json", "config.json") if (folder / n).is_file()), None)
-    if config is None:
-        return fail(f"model.path={path} has no config.json and no moetrain.json", remedy)
-    if config == "moetrain.json" or subject.recipe.model.init == "random":
-        return ok(f"{path}: {config}")
+    if not (folder / NOTE).is_file() and not (folder / HF).is_file():
+        return fail(
+            f"model.path={path} has no {HF} and no {NOTE}",
+            "set model.path to where it lies; bind that folder into the image",
+        )
+    _, is_megatron = config_of(folder)
+    if is_megatron or subject.recipe.model.init == "random":
+        return ok(f"{path}: {NOTE if is_megatron else HF}")
     assert subject.plan is not None
     files = list(weight_files(folder))
     gone = [file.name for file in files if not os.access(file, os.R_OK)]
     if gone:
         return fail(
-            f"{path}: {len(gone)} of {len(files)} files of weights may not be read, first {gone[0]}",
+            f"{path}: {len(gone)} of {len(files)} weight files may not be read, first {gone[0]}",
             "give this user the right to read them",
         )
     table, dims = subject.plan.model
     reader = SafetensorsReader(folder, family_of(read_hf_config(subject.recipe.model)), dims)
-    held = reader.names()
+    held = set(reader.names())
     heads = {n for n in head_names(dims) if not held & set(table[n].hf)}  # made where they lack
     check_names((), {n: rule for n, rule in table.items() if n not in heads}, reader, dims)
     size = sum(file.stat().st_size for file in files)
