@@ -436,9 +436,9 @@ def test_a_model_with_a_file_missing(tmp_path: Path) -> None:
     says("two sets of weights")
     (tmp_path / "model.safetensors").unlink()
     assert found().level is Level.OK, found().text
-    shard = tmp_path / "model-00002-of-00003.safetensors"
+    shard = sorted(tmp_path.glob("model-*"))[1]
     shard.rename(tmp_path / "other")
-    says(f"1 of 3 shards are missing: {shard.name}")
+    says(f"shards are missing: {shard.name}")
     (tmp_path / "other").rename(shard)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))

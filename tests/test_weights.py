@@ -278,8 +278,8 @@ def test_a_tied_models_own_head_is_its_embedding_or_refused(
     tensors = load_file(tmp_path / "model.safetensors")
     if dtype is torch.bfloat16:  # exact in both
         tensors = {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
-    head = tensors["model.embed_tokens.weight"].to(dtype)
-    save_file(tensors | {"lm_head.weight": head.clone()}, tmp_path / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].to(dtype, copy=True)
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
     load_into(shards_of(hf), hf, tmp_path)
     head[-1, -1] += 0.5
     save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")

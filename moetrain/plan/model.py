@@ -54,8 +54,8 @@ def config_of(folder: Path) -> tuple[dict[str, object], bool]:
         return _read_mapping(hf), False
     if not note.is_file():
         raise ConfigError(
-            f"model.path={folder}: no {HF} (Hugging Face) or {NOTE} (Megatron) there. Check the"
-            f" path."
+            f"model.path={folder}: no {HF} or {NOTE} there, so neither a Hugging Face model nor a"
+            f" Megatron checkpoint. Check the path."
         )
     content = _read_mapping(note)
     if "adapter_of" in content:
