@@ -316,6 +316,7 @@ def test_stages_and_expert_ranks_hold_the_model_once(pp: int, ep: int) -> None:
         ("config.json", '{"architectures": ["Qwen3MoeForCausalLm"]}', ["Qwen3MoeForCausalLM"]),
         ("config.json", '{"architectures": ["GPT2LMHeadModel"]}', ["GPT2LMHeadModel", "known"]),
         ("other.json", "{}", ["no config.json or moetrain.json"]),
+        ("moetrain.json", '{"adapter_of": "b", "hf": {}}', ["an adapter of b", "tools/convert"]),
     ],
 )
 def test_unusable_model_folder(tmp_path: Path, name: str, content: str, words: list[str]) -> None:
