@@ -18,6 +18,7 @@ from weights_helpers import reader_of, short_files
 from moetrain.errors import WeightsError
 from moetrain.families import Dims, expand, family_of
 from moetrain.testing.tiny import CONFIGS, save_model
+from moetrain.weights.beside import Beside
 from moetrain.weights.compare import compare
 from moetrain.weights.folder import INDEX, weight_files
 from moetrain.weights.reader import RandomReader, SafetensorsReader
@@ -55,7 +56,12 @@ def load_into(local: list[LocalParam], hf: dict[str, Any], folder: Path | None) 
 
 
 def write(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
-    given: dict[str, Any] = {"source": None, "config": {}, "dtypes": {}, "default": torch.float32}
+    given: dict[str, Any] = {
+        "beside": Beside(),
+        "config": {},
+        "dtypes": {},
+        "default": torch.float32,
+    }
     write_hf(tensors.items(), folder, **given | options)
 
 
@@ -414,7 +420,7 @@ def test_transformers_loads_what_is_written(tiny: Tiny, tmp_path: Path, shard_by
     dims = load_into(local, hf, source)
     out = tmp_path / "deep" / "out"
     tensors = dict(export(local, expand(family_of(hf), dims), dims, to="owner"))
-    write(out, tensors, source=source, config=hf, shard_bytes=shard_bytes)
+    write(out, tensors, beside=Beside.of(source), config=hf, shard_bytes=shard_bytes)
 
     files = sorted(path.name for path in out.glob("*.safetensors"))
     if shard_bytes == 10**9:
@@ -458,7 +464,7 @@ def test_a_yielded_tensor_may_be_reused(tmp_path: Path) -> None:
     write_hf(
         ((str(i), buffer.fill_(i)) for i in range(3)),
         tmp_path / "out",
-        source=None,
+        beside=Beside(),
         config={},
         dtypes={},
         default=torch.float32,
@@ -494,7 +500,7 @@ def test_weights_that_stop_short_leave_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(WeightsError, match="not to be had"):
         write_hf(
-            stops(), tmp_path / "out", source=None, config={}, dtypes={}, default=torch.float32
+            stops(), tmp_path / "out", beside=Beside(), config={}, dtypes={}, default=torch.float32
         )
     assert not list(tmp_path.iterdir())
 
@@ -511,10 +517,11 @@ def test_a_full_disk(tmp_path: Path) -> None:
 import torch
 from pathlib import Path
 from moetrain.errors import WeightsError
+from moetrain.weights.beside import Beside
 from moetrain.weights.writer import write_hf
 def write(n):
-    write_hf([("a", torch.ones(n))], Path("{tmp_path}/out"), source=None, config={{}}, dtypes={{}},
-             default=torch.float32)
+    write_hf([("a", torch.ones(n))], Path("{tmp_path}/out"), beside=Beside(), config={{}},
+             dtypes={{}}, default=torch.float32)
 write(100)
 try:
     write(1_000_000)

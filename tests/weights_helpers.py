@@ -16,6 +16,7 @@ from moetrain.errors import WeightsError
 from moetrain.families import BoundRule, Dims, Family, expand, family_of
 from moetrain.families.adapter import AdapterSpec, adapter_table
 from moetrain.weights.adapter import InitialAdapter
+from moetrain.weights.beside import Beside
 from moetrain.weights.peft import write_peft
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.reader import RandomReader, Reader, SafetensorsReader
@@ -133,7 +134,7 @@ def rewrite(
         write_hf(
             export(local, table, dims, to="owner"),
             out,
-            source=folder,
+            beside=Beside.of(folder),
             config=hf,
             dtypes={name: reader.dtype(name) for name in reader.names()},
             default=torch.float32,

@@ -245,9 +245,19 @@ def told_of_tokenizer(recipe: Recipe) -> list[str]:
     return [f"note: {said}"] if said else []
 
 
+def adapter_tokenizer(recipe: Recipe) -> Path | None:
+    """The folder of an adapter to go on from, where the tokenizer that it was trained with lies
+    beside it and the recipe names no other.
+    """
+    folder = recipe.adapter.path if recipe.adapter is not None else None
+    if folder is None or recipe.model.tokenizer is not None:
+        return None
+    return folder if (folder / "tokenizer.json").is_file() else None
+
+
 def tokenizer_of(recipe: Recipe) -> Path:
     """The local folder of the run's tokenizer. DataError when the recipe names none."""
-    name = recipe.model.tokenizer or recipe.model.path
+    name = recipe.model.tokenizer or adapter_tokenizer(recipe) or recipe.model.path
     if name is None:
         raise DataError(
             "A model made from model.hf has no tokenizer: set model.tokenizer (a folder or"

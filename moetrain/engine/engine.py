@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from moetrain.engine.params import (
 )
 from moetrain.engine.router import RouterMonitor, watch
 from moetrain.engine.snapshot import Weights, as_before, snapshot
-from moetrain.engine.source import ModelSource, find_model
+from moetrain.engine.source import ModelSource, model_of
 from moetrain.engine.step import Runner, micro_batches
 from moetrain.errors import ConfigError, DivergedError
 from moetrain.families import family_of
@@ -42,6 +43,7 @@ from moetrain.ops.packed import Packed
 from moetrain.plan.mesh import check_layout
 from moetrain.weights import transport
 from moetrain.weights.adapter import InitialAdapter
+from moetrain.weights.beside import Beside
 from moetrain.weights.peft import write_peft
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.reader import Reader
@@ -78,7 +80,7 @@ class Engine:
 
     def __init__(self, recipe: Recipe, *, train: bool = True):
         self.recipe = recipe
-        self.source: ModelSource = find_model(recipe.model, recipe.method.scalar_head)
+        self.source: ModelSource = model_of(recipe)
         self.family = family_of(self.source.hf)
         self.dims = replace(self.family.dims(self.source.hf), value_head=recipe.method.value_head)
         check_layout(self.dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
@@ -145,8 +147,7 @@ class Engine:
     def load_adapter(self, reader: Reader) -> None:
         """Fill the adapters from `reader`, which has the tensors of `self.adapters`."""
         assert self.adapters is not None, "the recipe has no adapter"
-        local = local_adapters(self.chunks, self.mesh)
-        transport.load(local, self.adapters, reader, self.dims)
+        transport.load(local_adapters(self.chunks, self.mesh), self.adapters, reader, self.dims)
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
@@ -337,6 +338,11 @@ class Engine:
             local_grads(self.chunks, self.mesh), self.trained_rules, self.dims, to="all"
         )
 
+    @cached_property
+    def beside(self) -> Beside:
+        """What goes beside exported weights; of an engine that trains, what it taught."""
+        return self.source.beside(self.recipe, taught=self.optimizer is not None)
+
     def export_hf(self, folder: Path) -> None:
         """Write a Hugging Face model folder: weights in the source's dtypes with adapters merged
         into them, config, tokenizer and chat template.
@@ -345,7 +351,7 @@ class Engine:
             write_hf(
                 self._export_merged("owner"),
                 folder,
-                source=self.source.tokenizer,
+                beside=self.beside,
                 config=self.source.hf_for_export(self.recipe),
                 dtypes=self.source.dtypes(self.family, self.dims),
                 default=DTYPES[self.recipe.model.dtype],
@@ -356,7 +362,8 @@ class Engine:
         assert self.adapters is not None, "the recipe has no adapter"
         base = self.recipe.model.path or ""
         started = None if self.adapters.spec.starts_at_base else self.initial_adapter
-        write_peft(self.export_adapter(), folder, self.adapters, base, started)
+        note = (self.beside, self.source.hf)
+        write_peft(self.export_adapter(), folder, self.adapters, base, started, note)
 
     # Checkpoints
 
@@ -373,7 +380,7 @@ class Engine:
             state = state | {"steps_done": self.steps_done}
             saving = checkpoint.Saving(folder, self._content(), kept, state)
         if self.mesh.is_main:
-            self.source.describe(folder, self.recipe)
+            self.source.describe(folder, self.recipe, self.beside)
         return saving
 
     def _content(self) -> dict[str, Any]:

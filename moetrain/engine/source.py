@@ -11,13 +11,17 @@ from typing import Any
 import torch
 
 from moetrain.config.recipe import ModelConfig, Recipe
+from moetrain.data.chat import Chat, template_text
+from moetrain.data.loader import CORPUS, FEEDS, adapter_tokenizer
+from moetrain.data.tokenizer import load, tokenizer_files
+from moetrain.data.turns import end_of_turn
 from moetrain.errors import ConfigError, WeightsError
 from moetrain.families import Family, family_of, with_scalar_head
 from moetrain.families.dims import Dims
 from moetrain.families.rules import expand, head_names
-from moetrain.plan.model import config_of
+from moetrain.plan.model import NOTE, config_of
+from moetrain.weights.beside import Beside
 from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
-from moetrain.weights.writer import copy_tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,45 @@ class ModelSource:
         """
         if self.folder is not None and recipe.model.init != "random":
             return self.hf
-        return {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe.model.dtype]} | self.hf
+        trained = {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe.model.dtype]}
+        if recipe.model.init == "random" or self.megatron is None:
+            hf = {key: value for key, value in self.hf.items() if key != "torch_dtype"}
+            return hf | trained
+        return trained | self.hf
 
-    def describe(self, folder: Path, recipe: Recipe) -> None:
+    def beside(self, recipe: Recipe, *, taught: bool) -> Beside:
+        """What is exported beside the weights: as it was found or, where the recipe has `taught`
+        turns, with its template, and what ends them.
+        """
+        plain = Beside(self.tokenizer, self.folder or self.megatron)
+        corpus = FEEDS.get(recipe.method.name) == CORPUS
+        if not taught or corpus or self.tokenizer is None or not tokenizer_files(self.tokenizer):
+            return plain
+        template = template_text(recipe.data.chat_template)
+        loaded = load(self.tokenizer)
+        if recipe.method.scalar_head or not (template or loaded.chat_template):
+            return replace(plain, template=template)
+        ends = end_of_turn(Chat(loaded, template))
+        texts = {i: str(loaded.convert_ids_to_tokens(i)) for i in ends}
+        return replace(plain, template=template, ends=texts)
+
+    def describe(self, folder: Path, recipe: Recipe, beside: Beside) -> None:
         """Write beside a checkpoint what model it is of (moetrain.json), and its tokenizer."""
-        note: dict[str, Any] = {"hf": self.hf_for_export(recipe)}
+        hf = self.hf_for_export(recipe)
+        note: dict[str, Any] = {"hf": beside.config(hf)}
         if recipe.adapter is not None:
             note["adapter_of"] = recipe.model.path or "random weights"
-        (folder / "moetrain.json").write_text(json.dumps(note, indent=1))
-        copy_tokenizer(self.tokenizer, folder)
+        (folder / NOTE).write_text(json.dumps(note, indent=1))
+        beside.write(folder, hf)
+
+
+def model_of(recipe: Recipe) -> ModelSource:
+    """The recipe's model. The tokenizer beside an adapter to go on from is the one that it was
+    trained with, so it counts before the base's, as `tokenizer_of` has it.
+    """
+    found = find_model(recipe.model, recipe.method.scalar_head)
+    own = adapter_tokenizer(recipe)
+    return found if own is None else replace(found, tokenizer=own)
 
 
 def find_model(model: ModelConfig, scalar_head: bool = False) -> ModelSource:

@@ -61,7 +61,7 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
     wanted = {prompt.id for prompt in prompts}
     scores = scored(bench, (row for row in read_lines(out) if row["prompt"]["id"] in wanted))
     content = _content(bench, model, out, scores, len(prompts), dict(counts))
-    for place in _places(bench, Path(recipe.model.path or ""), out):
+    for place in _places(bench, Path(model).expanduser(), out):
         write_text(place, json.dumps(content, indent=1) + "\n")
         print(f"{bench.name}: {place}")
     _show(bench, scores, len(prompts))

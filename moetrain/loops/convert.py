@@ -12,7 +12,6 @@ from moetrain.loops import models
 from moetrain.loops.hf_convert import published, refuse_existing
 from moetrain.loops.models import mark_dtypes, open_engine, recipe_for
 from moetrain.weights.compare import compare
-from moetrain.weights.peft import write_peft
 
 
 def hf2mcore(src: Path, dst: Path) -> int:
@@ -59,11 +58,13 @@ def verify(a: Path, b: Path) -> int:
 
 
 def adapter(run: Path, dst: Path) -> int:
-    """Write the adapter of a run's last checkpoint as a PEFT folder `dst`, which must not exist."""
+    """Write the adapter of a run's last checkpoint, or of a checkpoint, as a PEFT folder `dst`,
+    which must not exist.
+    """
     refuse_existing(dst)
-    table, base_name, tensors, initial = models.adapter_of(run)
-    write_peft(tensors, dst, table, base_name, initial)
-    print(f"{dst}: PEFT adapter of {run}, for {base_name}")
+    source = Path(models.model_in(str(run))) if not (run / "resolved.yaml").is_file() else run
+    base = models.write_adapter(source, dst)
+    print(f"{dst}: PEFT adapter of {source}, for {base}")
     return 0
 
 

@@ -15,6 +15,7 @@ from moetrain.errors import CheckpointError, WeightsError
 from moetrain.families import Dims, Family, family_of, with_scalar_head
 from moetrain.families import expand as expand_table
 from moetrain.weights import expand as depth
+from moetrain.weights.beside import Beside, beside_adapter
 from moetrain.weights.merge import merged
 from moetrain.weights.peft import CONFIG, HEAD
 from moetrain.weights.peft_config import read_config
@@ -25,10 +26,12 @@ from moetrain.weights.writer import write_hf
 
 
 def merge(base: Path, adapter: Path, dst: Path) -> int:
-    """Write the Hugging Face folder `base` with the PEFT folder `adapter` put in as `dst`, which
-    must not exist.
+    """Write the Hugging Face folder `base` with the PEFT folder `adapter`, or an adapter run's
+    checkpoint, put in as `dst`, which must not exist.
     """
     refuse_existing(dst)
+    if not (adapter / CONFIG).is_file():
+        adapter = _of_run(adapter)
     hf, family, dims, reader = _hf_model(base)
     if read_config(adapter / CONFIG).scalar_head and not dims.scalar_head:
         hf = with_scalar_head(hf, family.architecture)
@@ -36,9 +39,20 @@ def merge(base: Path, adapter: Path, dst: Path) -> int:
     peft = PeftReader(adapter, family, dims, reader)
     if dims.scalar_head and peft.head is None and HEAD not in reader.names():
         raise WeightsError(f"Neither {base} nor {adapter} has {HEAD}, the model's head.")
-    _write(base, dst, hf, reader, {name: name for name in reader.names()}, merged(reader, peft))
+    same = {name: name for name in reader.names()}
+    _write(beside_adapter(base, adapter), dst, hf, reader, same, merged(reader, peft))
     print(f"{dst}: {base} with {adapter} in it")
     return 0
+
+
+def _of_run(folder: Path) -> Path:
+    """The PEFT folder of an adapter run, or of its checkpoint; anything else as it is."""
+    from moetrain.loops import models  # Megatron, which nothing else here needs
+
+    if (folder / "resolved.yaml").is_file():
+        folder = models.latest(folder)
+    folder = Path(models.model_in(str(folder)))
+    return models.as_peft(folder) if models.is_adapter(folder) else folder
 
 
 def expand(src: Path, dst: Path, every: int) -> int:
@@ -52,7 +66,7 @@ def expand(src: Path, dst: Path, every: int) -> int:
     with published(dst) as part:
         config = depth.expanded_config(hf, expansion)
         old = {new: source.old for new, source in names.items()}
-        _write(src, part, config, reader, old, depth.expanded(reader, names))
+        _write(Beside.of(src), part, config, reader, old, depth.expanded(reader, names))
         (part / "expanded.json").write_text(depth.note(expansion))
     print(f"{dst}: {src} with {len(expansion.added)} new blocks. To train them alone:")
     print(f"trainable: [{', '.join(expansion.trainable)}]")
@@ -76,7 +90,7 @@ def _hf_model(folder: Path) -> tuple[dict[str, Any], Family, Dims, SafetensorsRe
 
 
 def _write(
-    source: Path,
+    beside: Beside,
     dst: Path,
     config: dict[str, Any],
     reader: SafetensorsReader,
@@ -87,7 +101,7 @@ def _write(
     write_hf(
         tensors,
         dst,
-        source=source,
+        beside=beside,
         config=config,
         dtypes={new: reader.dtype(name) for new, name in old.items()},
         default=torch.float32,

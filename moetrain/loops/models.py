@@ -6,18 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from moetrain.config.load import apply_override, load_recipe, recipe_from
 from moetrain.config.recipe import ModelConfig, ParallelConfig, Recipe
-from moetrain.data.cache import key_of
+from moetrain.data.cache import build_once, cache_root, key_of
 from moetrain.engine import Engine, device
 from moetrain.engine.checkpoints import Checkpoints
 from moetrain.engine.source import ModelSource, find_model
 from moetrain.errors import CheckpointError
-from moetrain.families.adapter import AdapterTable
-from moetrain.weights.adapter import InitialAdapter
+from moetrain.plan.model import NOTE
+from moetrain.weights.beside import Beside
 from moetrain.weights.digest import file_digest
+from moetrain.weights.folder import has_weights
+from moetrain.weights.peft import write_peft
 from moetrain.weights.reader import SafetensorsReader
 
 BF16 = "bfloat16"
@@ -27,27 +27,100 @@ def stored_dtypes(source: ModelSource) -> set[str]:
     """Names of the dtypes of a model's weights ("bfloat16", ...), from the files, else from its
     config.
     """
-    if source.folder is not None and any(source.folder.glob("*.safetensors*")):
+    if source.folder is not None and has_weights(source.folder):
         reader = SafetensorsReader(source.folder)
         return {str(reader.dtype(name)).removeprefix("torch.") for name in reader.names()}
     return {str(source.hf.get("dtype") or source.hf.get("torch_dtype") or BF16)}
 
 
 def model_in(model: str) -> str:
-    """The model that a run_dir holds: its export, else its last checkpoint; any other folder as it
-    is.
+    """The model that a run_dir holds: its export, else its last checkpoint, which may be an
+    adapter; RUN/checkpoints/best is the best one; any other folder as it is.
     """
     run = Path(model).expanduser()
+    if run.name == "best" and not run.exists():
+        best = Checkpoints(run.parents[1], keep=1).best() if len(run.parts) > 2 else None
+        if best is None:
+            raise CheckpointError(f"{run}: no best checkpoint. Set checkpoint.best in the recipe.")
+        return str(best)
     if not (run / "resolved.yaml").is_file():
         return model
     if (run / "hf" / "config.json").is_file():
         return str(run / "hf")
+    return str(latest(run))
+
+
+def latest(run: Path) -> Path:
+    """The last checkpoint of a run. CheckpointError without one."""
     latest = Checkpoints(run, keep=1).latest()
     if latest is None:
         raise CheckpointError(
             f"{run} has neither hf nor a checkpoint yet. Let the run come so far."
         )
-    return str(latest)
+    return latest
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` is a checkpoint of a run that trains an adapter."""
+    note = folder / NOTE
+    return note.is_file() and "adapter_of" in json.loads(note.read_text())
+
+
+def sections_of(model: str) -> tuple[str, dict[str, Any]]:
+    """(path of the model, or of the base; further sections of a recipe) for what `model_in` gave:
+    an adapter's checkpoint is written as a PEFT folder into the cache, once.
+    """
+    if not is_adapter(Path(model).expanduser()):
+        return model, {}
+    checkpoint = Path(model).expanduser()
+    recipe = _recipe_of(checkpoint)
+    if recipe.model.path is None:
+        raise CheckpointError(
+            f"{checkpoint} is an adapter of random weights, which are in no folder. Export the run"
+            f" with checkpoint.export_hf=true."
+        )
+    return recipe.model.path, {"adapter": {"path": str(as_peft(checkpoint))}}
+
+
+def as_peft(checkpoint: Path) -> Path:
+    """The PEFT folder of an adapter's checkpoint, in the cache."""
+    state = [path.read_bytes().hex() for path in sorted(checkpoint.glob("*.json"))]
+    folder = cache_root() / "adapters" / key_of([str(checkpoint.resolve()), *state])
+    return build_once(folder, lambda tmp: write_adapter(checkpoint, tmp / "adapter")) / "adapter"
+
+
+def write_adapter(run: Path, dst: Path) -> str:
+    """Write the adapter of a run's last checkpoint, or of the one that is given, as a PEFT folder,
+    in one process; the base's name.
+    """
+    checkpoint = latest(run) if (run / "resolved.yaml").is_file() else run
+    recipe = _recipe_of(checkpoint)
+    if recipe.adapter is None or not is_adapter(checkpoint):
+        raise CheckpointError(
+            f"{run} has no adapter in its recipe. Give the run_dir of a run with adapter: ..., or"
+            f" one of its checkpoints."
+        )
+    alone = recipe.model_copy(update={"parallel": ParallelConfig()})
+    engine = Engine(alone, train=False)
+    engine.restore(checkpoint)
+    assert engine.adapters is not None
+    base = recipe.model.path or "random weights"
+    tensors, first = engine.export_adapter(), engine.initial_adapter
+    hf = json.loads((checkpoint / NOTE).read_text())["hf"]
+    write_peft(tensors, dst, engine.adapters, base, first, (Beside.of(checkpoint), hf))
+    engine.close()
+    return base
+
+
+def _recipe_of(checkpoint: Path) -> Recipe:
+    """The recipe of the run that a checkpoint is of."""
+    resolved = checkpoint.resolve().parents[1] / "resolved.yaml"
+    if not resolved.is_file():
+        raise CheckpointError(
+            f"{checkpoint} lies in no run (no {resolved}). Give a run_dir, or one of its"
+            f" checkpoints where it was written."
+        )
+    return load_recipe(resolved)
 
 
 def recipe_for(
@@ -87,28 +160,6 @@ def mark_dtypes(folder: Path, engine: Engine) -> None:
     note = json.loads((folder / "moetrain.json").read_text())
     note["dtypes"] = {n: str(found[n]).removeprefix("torch.") for n in sorted(found)}
     (folder / "moetrain.json").write_text(json.dumps(note, indent=1))
-
-
-def adapter_of(
-    run: Path,
-) -> tuple[AdapterTable, str, Iterator[tuple[str, Tensor]], InitialAdapter | None]:
-    """The adapter of a run's last checkpoint, in one process: (its table, the base's name, its
-    tensors, what it started from).
-    """
-    resolved = run / "resolved.yaml"
-    if not resolved.is_file():
-        raise CheckpointError(f"{run} has no resolved.yaml, so it is no run. Give a run_dir.")
-    recipe = load_recipe(resolved)
-    alone = recipe.model_copy(update={"parallel": ParallelConfig()})
-    latest = Checkpoints(run, keep=1).latest()
-    if recipe.adapter is None or latest is None:
-        lacks = "no checkpoint" if recipe.adapter is not None else "no adapter in its recipe"
-        raise CheckpointError(f"{run} has {lacks}. Give the run_dir of a run with adapter: ...")
-    engine = Engine(alone, train=False)
-    engine.restore(latest)
-    assert engine.adapters is not None
-    base = recipe.model.path or "random weights"
-    return engine.adapters, base, engine.export_adapter(), engine.initial_adapter
 
 
 def model_digest(recipe: Recipe, source: ModelSource) -> str:

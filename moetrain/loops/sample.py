@@ -25,10 +25,11 @@ from moetrain.engine.model import DTYPES
 from moetrain.engine.source import ModelSource, find_model
 from moetrain.families import expand, family_of
 from moetrain.loops.answers import AnswerFile, Answering, Identity, Row, prompts_key
-from moetrain.loops.models import model_digest, model_in, recipe_for
+from moetrain.loops.models import model_digest, model_in, recipe_for, sections_of
 from moetrain.rewards import Grader, check_columns
 from moetrain.rollout import open_engine
 from moetrain.rollout.base import Sampling
+from moetrain.weights.digest import file_digest
 from moetrain.weights.transport import check_names
 
 EXIT_STOPPED = 128 + signal.SIGTERM
@@ -63,10 +64,10 @@ def answering_recipe(
     model: str, out: Path, overrides: Sequence[str], sections: dict[str, Any]
 ) -> Recipe:
     """A recipe for answers of `model`: prompts and answers may be as long as it takes."""
-    path = model_in(model)
+    path, adapter = sections_of(model_in(model))
     longest = find_model(recipe_for(path, out.parent).model).hf.get("max_position_embeddings")
     data = {"seq_len": longest} if longest else {}
-    sections = sections | {"data": data | sections["data"]}
+    sections = adapter | sections | {"data": data | sections["data"]}
     return recipe_for(path, out.parent, overrides, sections)
 
 
@@ -146,9 +147,11 @@ def _identity(
         "temperature": sampling.temperature,
         "seed": recipe.seed,
     }
-    adapter = recipe.adapter.model_dump(mode="json") if recipe.adapter else None
+    adapter = recipe.adapter.path if recipe.adapter else None
+    own = [file_digest(part) for part in sorted(adapter.glob("adapter_*"))] if adapter else []
+    named = f"{recipe.model.path} with {adapter}" if adapter else str(recipe.model.path)
     return {
-        "model": ([model_digest(recipe, source), adapter], str(recipe.model.path)),
+        "model": ([model_digest(recipe, source), own or None], named),
         "prompts": (prompts_key(prompts), f"({len(prompts)} of {', '.join(recipe.data.train)})"),
         "rewards": (rewards, ", ".join(reward.name for reward in recipe.rewards)),
         **{name: (value, str(value)) for name, value in plain.items()},

@@ -23,6 +23,7 @@ from moetrain.errors import WeightsError
 from moetrain.families.adapter import SUFFIX, AdapterTable, Matrix, all_matrices, is_parameter
 from moetrain.families.dims import Dims
 from moetrain.weights.adapter import whole
+from moetrain.weights.beside import Beside
 from moetrain.weights.reader import Reader
 from moetrain.weights.writer import FAILURES, put_in_place, reason
 
@@ -53,6 +54,7 @@ def write_peft(
     table: AdapterTable,
     base_name: str,
     initial: Reader | None = None,
+    note: tuple[Beside, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write an adapter as PEFT reads it; collective.
 
@@ -63,6 +65,8 @@ def write_peft(
         base_name: what adapter_config.json calls the base.
         initial: what the adapter started from, for OLoRA and PiSSA alone: they are written as plain
             LoRA of rank 2r, A over A0 and B beside -B0, for the base as it was before.
+        note: the tokenizer that the adapter was trained with, its template and what ends an answer,
+            and the base's config.json.
 
     Raises:
         WeightsError: on every rank, when the folder cannot be written; what was there is untouched.
@@ -85,6 +89,8 @@ def write_peft(
             save_file(_to_peft(held, table, initial), aside / WEIGHTS, metadata={"format": "pt"})
             text = json.dumps(config_of(table, base_name), indent=2)
             (aside / CONFIG).write_text(text + "\n")
+            if note is not None:
+                note[0].write(aside, note[1])
             put_in_place(aside, folder)
         except FAILURES as error:
             problem = reason(error)

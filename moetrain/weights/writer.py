@@ -19,29 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moetrain.errors import WeightsError
+from moetrain.weights.beside import Beside
 from moetrain.weights.folder import INDEX, SINGLE
 
-BESIDES_WEIGHTS = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt "
-    "tokenizer.model chat_template.jinja generation_config.json"
-).split()
 # A full disk is a SafetensorError, which is no OSError.
 FAILURES = (OSError, RuntimeError, SafetensorError)
-
-
-def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """Copy what lies beside weights: the tokenizer, its chat template, the generation config."""
-    for name in BESIDES_WEIGHTS if source else ():
-        if source and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def write_hf(
     params: Iterable[tuple[str, Tensor]],
     folder: Path,
     *,
-    source: Path | None,
+    beside: Beside,
     config: Mapping[str, Any],
     dtypes: Mapping[str, torch.dtype],
     default: torch.dtype,
@@ -50,8 +39,8 @@ def write_hf(
     """Write this rank's (name, whole tensor) pairs; collective.
 
     Args:
-        source: folder whose tokenizer, chat template and generation config are copied.
-        config: content of config.json.
+        beside: the tokenizer, its template and what ends an answer.
+        config: content of config.json as it was; `beside` says how answers end now.
         dtypes: dtype of each tensor on disk; `default` for those it does not name.
         shard_bytes: a file is closed when it would grow beyond this.
 
@@ -62,7 +51,7 @@ def write_hf(
     rank = dist.get_rank() if dist.is_initialized() else 0
     aside = folder.with_name(f".writing_{folder.name}")
     try:
-        problem = _write(params, folder, aside, rank, source, config, dtypes, default, shard_bytes)
+        problem = _write(params, folder, aside, rank, beside, config, dtypes, default, shard_bytes)
     except BaseException:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -81,7 +70,7 @@ def _write(
     folder: Path,
     aside: Path,
     rank: int,
-    source: Path | None,
+    beside: Beside,
     config: Mapping[str, Any],
     dtypes: Mapping[str, torch.dtype],
     default: torch.dtype,
@@ -111,7 +100,7 @@ def _write(
     problem = _first([p for p, _, _ in reports])
     if not problem and rank == 0:
         try:
-            _finish(aside, folder, reports, source, config)
+            _finish(aside, folder, reports, beside, config)
         except OSError as error:
             problem = reason(error)
     return _first(_gather(problem))
@@ -153,7 +142,7 @@ def _finish(
     aside: Path,
     folder: Path,
     reports: list[tuple[str, dict[str, list[str]], int]],
-    source: Path | None,
+    beside: Beside,
     config: Mapping[str, Any],
 ) -> None:
     """Give the shards their final names, write the index and config, and put the folder in its
@@ -173,8 +162,8 @@ def _finish(
             "weight_map": dict(sorted(places.items())),
         }
         (aside / INDEX).write_text(json.dumps(index, indent=1))
-    (aside / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
-    copy_tokenizer(source, aside)
+    (aside / "config.json").write_text(json.dumps(beside.config(config), indent=2) + "\n")
+    beside.write(aside, config)
     put_in_place(aside, folder)
 
 
