@@ -344,16 +344,14 @@ class Engine:
         return self.source.beside(self.recipe, taught=self.optimizer is not None)
 
     def export_hf(self, folder: Path) -> None:
-        """Write a Hugging Face model folder: weights in the source's dtypes with adapters merged
-        into them, config, tokenizer and chat template.
-        """
+        """Write a Hugging Face model folder, in the source's dtypes, with adapters merged in."""
         with settled(self.wrapped):
             write_hf(
                 self._export_merged("owner"),
                 folder,
                 beside=self.beside,
                 config=self.source.hf_for_export(self.recipe),
-                dtypes=self.source.dtypes(self.family, self.dims),
+                dtypes=self.source.dtypes(self.recipe, self.family, self.dims),
                 default=DTYPES[self.recipe.model.dtype],
             )
 

@@ -21,8 +21,8 @@ from moetrain.families.dims import Dims
 from moetrain.families.rules import expand, head_names
 from moetrain.plan.model import NOTE, config_of
 from moetrain.weights.beside import Beside
+from moetrain.weights.folder import has_weights
 from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
-
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -44,12 +44,14 @@ class ModelSource:
         new = heads - set(stored.names())
         return Joined(stored, dict.fromkeys(new, random)) if new else stored
 
-    def dtypes(self, family: Family, dims: Dims) -> Mapping[str, torch.dtype]:
-        """Hugging Face name -> dtype of the source's weights; empty where there are none."""
+    def dtypes(self, recipe: Recipe, family: Family, dims: Dims) -> Mapping[str, torch.dtype]:
+        """Hugging Face name -> dtype of the source's weights; empty where none were read."""
+        if recipe.model.init == "random":
+            return {}
         if self.megatron is not None:
             noted = _json(self.megatron / "moetrain.json").get("dtypes", {})
             return {name: getattr(torch, dtype) for name, dtype in noted.items()}
-        if self.folder is None or not any(self.folder.glob("*.safetensors*")):
+        if self.folder is None or not has_weights(self.folder):
             return {}
         reader = SafetensorsReader(self.folder, family, dims)
         return {name: reader.dtype(name) for name in reader.names()}
@@ -58,13 +60,11 @@ class ModelSource:
         """The config.json to write: the source's, with the trained dtype where weights were made
         here.
         """
-        if self.folder is not None and recipe.model.init != "random":
+        made = recipe.model.init == "random" or (self.folder is None and self.megatron is None)
+        if not made and ("dtype" in self.hf or "torch_dtype" in self.hf or self.folder):
             return self.hf
-        trained = {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe.model.dtype]}
-        if recipe.model.init == "random" or self.megatron is None:
-            hf = {key: value for key, value in self.hf.items() if key != "torch_dtype"}
-            return hf | trained
-        return trained | self.hf
+        hf = {key: value for key, value in self.hf.items() if key != "torch_dtype"}
+        return hf | {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe.model.dtype]}
 
     def beside(self, recipe: Recipe, *, taught: bool) -> Beside:
         """What is exported beside the weights: as it was found or, where the recipe has `taught`

@@ -17,8 +17,8 @@ from moetrain.families.patterns import trainable_names
 from moetrain.families.rules import BoundRule, Family, expand, head_names
 from moetrain.plan.memory import GIB, gpu_gib, static_bytes
 from moetrain.plan.mesh import check_layout, plan_mesh, rank_table
-from moetrain.plan.passed import check_passed
 from moetrain.plan.model import read_hf_config
+from moetrain.plan.passed import check_passed
 
 MAX_RANKS_SHOWN = 64
 
