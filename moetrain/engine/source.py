@@ -24,6 +24,7 @@ from moetrain.weights.beside import Beside
 from moetrain.weights.folder import has_weights
 from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
 
+
 @dataclass(frozen=True)
 class ModelSource:
     """A model as found: its Hugging Face config and where weights and tokenizer lie."""
