@@ -1,5 +1,6 @@
 """Broken inputs by the thousand, and that the fuzzer sees what it is to see."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ REFUSED = ("answers", "recipes", "overrides", "commands")
 PLANTED = {
     "raise KeyError('x')": "KeyError",
     "raise MoetrainError(' ')": "a refusal without a word",
-    "[i * i for i in range(10**9)]": "hang",
+    "sum(i for i in range(10**11))": "hang",
     "while True: pass": "hang",
     "kept.append(bytearray(700 << 20)); time.sleep(30)": "growth",
     "os._exit(3)": "the process ended with 3",
@@ -41,8 +42,9 @@ PLANTED = {
 
 @pytest.mark.parametrize(("code", "kind"), PLANTED.items())
 def test_the_fuzzer_sees_faults(tmp_path: Path, code: str, kind: str) -> None:
-    """And goes on behind them: the next input of the same kind is seen as well."""
-    (tmp_path / "run.py").write_text((FUZZ / "run.py").read_text().replace("parents[2]", "parent"))
+    """And goes on behind them: the inputs after it are counted."""
+    run = (FUZZ / "run.py").read_text().replace("parents[2]", "parent")
+    (tmp_path / "run.py").write_text(run.replace("SECONDS = 5.0", "SECONDS = 0.5"))
     (tmp_path / "moetrain").symlink_to(ROOT / "moetrain")
     (tmp_path / "targets.py").write_text(
         "import os, time\nfrom dataclasses import dataclass\nfrom typing import Any\n"
@@ -55,6 +57,8 @@ def test_the_fuzzer_sees_faults(tmp_path: Path, code: str, kind: str) -> None:
         "numbers = iter(range(1, 10**9))\n"
         "TARGETS = {'x': Target(1, lambda rng: next(numbers), run)}\n"
     )
-    done = fuzz("--num", "90", folder=tmp_path)
+    done = fuzz("--num", "50", folder=tmp_path)
     assert done.returncode == 1
-    assert f"x {kind}" in done.stdout, done.stdout + done.stderr
+    assert f"1 x {kind}" in done.stdout, done.stdout + done.stderr
+    assert "faults of 1 kinds" in done.stdout
+    assert re.search(r"^ +\d+  x used$", done.stdout, re.MULTILINE)

@@ -48,7 +48,10 @@ def command_text(given: str) -> str:
     ConfigError.
     """
     if given == "-":
-        return sys.stdin.read()
+        try:
+            return sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"stdin: not UTF-8 text at byte {error.start}.") from None
     if len(given.split()) > 1 and not os.path.isfile(given):
         if not given.isprintable() and re.search("[\ud800-\udfff]", given):  # bytes of the shell's
             raise ConfigError("The command is not UTF-8 text. Give it as a script in UTF-8.")
