@@ -3,6 +3,7 @@
 import datetime as dt
 import decimal
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import chat, recipe, tokenizer_folder, write_jsonl
 
-from moetrain.data import preference, sft
+from moetrain.config.bench import BenchConfig
+from moetrain.config.builtin import MODELS
+from moetrain.data import corpus, preference, sft
 from moetrain.data.chat import ChatOptions
 from moetrain.data.encode import Encoder, Spec
 from moetrain.data.loader import prepare
@@ -22,6 +25,8 @@ from moetrain.data.rejects import Reject
 from moetrain.data.sources import Row, find_sources, read_rows
 from moetrain.data.tokenizer import train as train_tokenizer
 from moetrain.errors import DataError
+from moetrain.evals.questions import read_questions
+from moetrain.loops.score import read_sequences
 
 Record = dict[str, Any]
 
@@ -285,3 +290,28 @@ def test_a_prompt_that_returns_is_kept_and_counted(tmp_path: Path) -> None:
     assert len({prompt.id for prompt in epochs}) == 180
     assert told_repeats(prompts) == ", 40 of them records that stand there before"
     assert told_repeats(prompts[:20]) == ""
+
+
+@pytest.mark.parametrize("bad", [line for line in BAD_LINES if len(line) < 20_000])
+def test_every_command_names_a_bad_record(tmp_path: Path, bad: str) -> None:
+    """`score` and `eval` give a line for a line, so they stop; the others go on without it."""
+    good = [json.dumps({"question": f"{i}?", "answer": "a", "text": "b"}) for i in range(40)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*good, bad]) + "\n")
+    reason = BAD_LINES[bad]
+    where = re.escape(f"{path}:41: ") + f".*{reason}"
+
+    made = recipe(tmp_path, data={"train": str(path)}, model={"hf": MODELS["qwen3-moe-tiny"]})
+    with pytest.raises(DataError, match=where):
+        read_sequences(made, path)
+    bench = BenchConfig.model_validate({"name": "b", "data": str(path), "scorer": "exact"})
+    with pytest.raises(DataError, match=where):
+        read_questions(bench, path, tokenizer_folder(), None, 100)
+
+    prompts, rejects = read_prompts([path], tokenizer_folder())
+    assert len(prompts) == 40 and [(r.line, reason in r.reason) for r in rejects] == [(41, True)]
+    corpus.index([path], tokenizer_folder(), tmp_path / "index")
+    train_tokenizer([path], 300, tmp_path / "tokenizer")
+    for name in ("index", "tokenizer"):
+        (listed,) = map(json.loads, (tmp_path / f"{name}.rejected.jsonl").read_text().splitlines())
+        assert (listed["file"], listed["line"]) == (str(path), 41) and reason in listed["reason"]
