@@ -134,6 +134,8 @@ def test_empty_section_has_its_defaults(tmp_path: Path) -> None:
         ("=1", ["key=value"]),
         ("seed.x=1", ["'seed'", "a value, not a section"]),
         ("optim.lr=[1", ["override optim.lr", "not YAML"]),
+        ("optim.\udcff=1", ["not UTF-8 text"]),
+        ("seed=" + "[" * 5000, ["seed", "nested too deeply"]),
     ],
 )
 def test_refused_override(tmp_path: Path, override: str, words: list[str]) -> None:

@@ -301,14 +301,15 @@ def test_every_command_names_a_bad_record(tmp_path: Path, bad: str) -> None:
     reason = BAD_LINES[bad]
     where = re.escape(f"{path}:41: ") + f".*{reason}"
 
+    chat = ChatOptions().open(tokenizer_folder())
     made = recipe(tmp_path, data={"train": str(path)}, model={"hf": MODELS["qwen3-moe-tiny"]})
     with pytest.raises(DataError, match=where):
         read_sequences(made, path)
     bench = BenchConfig.model_validate({"name": "b", "data": str(path), "scorer": "exact"})
     with pytest.raises(DataError, match=where):
-        read_questions(bench, path, tokenizer_folder(), None, 100)
+        read_questions(bench, path, chat, 100)
 
-    prompts, rejects = read_prompts([path], tokenizer_folder())
+    prompts, rejects, _ = read_prompts([path], chat)
     assert len(prompts) == 40 and [(r.line, reason in r.reason) for r in rejects] == [(41, True)]
     corpus.index([path], tokenizer_folder(), tmp_path / "index")
     train_tokenizer([path], 300, tmp_path / "tokenizer")

@@ -86,6 +86,8 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         raise ConfigError(
             f"'{override}' is not an override. Write key=value, for example optim.lr=2e-5."
         )
+    if re.search("[\ud800-\udfff]", key):
+        raise ConfigError(f"{override!a} is not UTF-8 text. Write key=value in letters.")
     *parents, leaf = key.split(".")
     section = content
     for depth, name in enumerate(parents):

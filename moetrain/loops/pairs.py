@@ -127,8 +127,9 @@ def _wrong(row: Row) -> str:
         for name, kinds in OF_AN_ANSWER.items():
             if not all(isinstance(answer[name], kinds) for answer in answers):
                 return f"an answer's {name} is of another type"
-        numbers = [n for a in answers for n in (*a["logprobs"], *a["parts"].values(), a["reward"])]
-        if not all(n is None or isinstance(n, int | float) for n in numbers):
+        rewards = [n for a in answers for n in (*a["parts"].values(), a["reward"]) if n is not None]
+        logprobs = [n for answer in answers for n in answer["logprobs"]]
+        if not all(isinstance(n, int | float) for n in rewards + logprobs):
             return "a log-prob or reward is no number"
     except (LookupError, TypeError, AttributeError) as error:
         return f"{type(error).__name__} {error}"

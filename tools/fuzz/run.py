@@ -13,6 +13,7 @@ import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 SECONDS = 5.0  # of the processor, for one input
 MEGABYTES = 500  # that the process may grow by
 POLL_SECONDS = 0.05
-SETTLED = 30  # inputs after which its size is that of a process at work
+PLACE = struct.Struct("<qd")  # the input at which a worker is, and its MB before the first one
 SHOWN = 2000  # characters of an input in the report
 
 
@@ -54,14 +55,15 @@ def work(args: argparse.Namespace) -> None:
     chosen = {name: TARGETS[name] for name in args.only}
     names, weights = list(chosen), [target.weight for target in chosen.values()]
     with open(args.progress, "r+b") as file, tempfile.TemporaryDirectory() as folder:
-        place = mmap.mmap(file.fileno(), 8)
+        place = mmap.mmap(file.fileno(), PLACE.size)
         bench = Bench(Path(folder))
         os.chdir(folder)
         for name in names:  # imports and a tokenizer, which are no input's fault
             one(chosen[name], bench, random.Random(name))
+        size = used(os.getpid())[1]
         counts: Counter[str] = Counter()
         for number in range(args.start, args.num):
-            place[:] = number.to_bytes(8, "little")
+            place[:] = PLACE.pack(number, size)
             name, rng = numbered(names, weights, args.seed, number)
             outcome, fault = one(chosen[name], bench, rng)
             counts[f"{name} {outcome}"] += 1
@@ -110,14 +112,14 @@ def watch(args: argparse.Namespace) -> Report:
         progress = Path(folder) / "progress"
         try:
             while start < args.num:
-                progress.write_bytes(start.to_bytes(8, "little"))
+                progress.write_bytes(PLACE.pack(start, 0.0))
                 fault = _watch_one(args, start, progress, report)
                 if fault is None:
                     break
                 report.faults.append(fault)
                 start = fault["number"] + 1
         except KeyboardInterrupt:
-            print(f"stopped at input {int.from_bytes(progress.read_bytes(), 'little')}")
+            print(f"stopped at input {PLACE.unpack(progress.read_bytes())[0]}")
     return report
 
 
@@ -131,7 +133,7 @@ def _watch_one(
     with out.open("w+") as stdout, out.with_name("err").open("w+") as stderr:
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr)
         try:
-            ended = _supervise(process, start, progress)
+            ended = _supervise(process, progress)
             if ended is None and process.returncode:
                 stderr.seek(0)
                 kind = f"the process ended with {process.returncode}"
@@ -142,7 +144,7 @@ def _watch_one(
             _add(report, stdout)
     if ended is None:
         return None
-    number = int.from_bytes(progress.read_bytes(), "little")
+    number, _ = PLACE.unpack(progress.read_bytes())
     return {"number": number, "target": "?", "input": "", **ended, "told": ended["told"][-SHOWN:]}
 
 
@@ -155,24 +157,24 @@ def _add(report: Report, lines: Iterable[str]) -> None:
             report.faults.append(found)
 
 
-def _supervise(process: "subprocess.Popen[Any]", start: int, progress: Path) -> Any:
+def _supervise(process: "subprocess.Popen[Any]", progress: Path) -> Any:
     """Why the process had to be ended; None where it came to its own end."""
-    at, since, settled = start, 0.0, 0.0
+    at, since = -1, 0.0
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
-        number = int.from_bytes(progress.read_bytes(), "little")
+        number, size = PLACE.unpack(progress.read_bytes())
         seconds, megabytes = used(process.pid)
+        if size == 0:  # it begins with imports
+            continue
         if number != at:
             at, since = number, seconds
-        if number < start + SETTLED:
-            settled = max(settled, megabytes)
-            since = seconds if number == start else since  # it begins with imports
-        elif seconds - since > 2 * SECONDS or megabytes - settled > MEGABYTES:
+        grew, took = megabytes - size, seconds - since
+        if grew > MEGABYTES or took > 2 * SECONDS:
             process.kill()
             process.wait()
-            grew = megabytes - settled > MEGABYTES
-            told = f"{megabytes - settled:.0f} MB" if grew else f"{seconds - since:.0f} s"
-            return {"kind": "growth" if grew else "hang", "told": told}
+            if grew > MEGABYTES:
+                return {"kind": "growth", "told": f"{grew:.0f} MB, from {size:.0f} MB"}
+            return {"kind": "hang", "told": f"{took:.0f} s"}
     return None
 
 
