@@ -316,3 +316,28 @@ def test_every_command_names_a_bad_record(tmp_path: Path, bad: str) -> None:
     for name in ("index", "tokenizer"):
         (listed,) = map(json.loads, (tmp_path / f"{name}.rejected.jsonl").read_text().splitlines())
         assert (listed["file"], listed["line"]) == (str(path), 41) and reason in listed["reason"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "user", "content": "a"},
+                      {"role": "assistant", "content": None, "tool_calls": r'[{"id": "\ud800"}]'}]},
+        {"prompt": "a", "completion": "b", "tools": [r'{"name": "\ud800"}']},
+        {"prompt": "a", "completion": "b", "tools": r'[{"name": "\ud800"}]'},
+        {"prompt": "a", "completion": "b", "tools": [{"type": "function", "function": "f"}]},
+        {"prompt": "a", "completion": "b", "chat_template_kwargs": {"tools": 5}},
+    ],
+)  # fmt: skip
+def test_text_of_json_inside_a_record_is_held_to_the_same(
+    tmp_path: Path, record: dict[str, Any]
+) -> None:
+    """Nothing but a reject, or a sequence, comes of it in any kind of data."""
+    path = write_jsonl(tmp_path / "a.jsonl", [record, chat("hi", "ho")])
+    rows = [row for source in find_sources([path]) for row in read_rows(source)]
+    spec = Spec((str(path),), tokenizer_folder(), 64, "truncate", 1)
+    first, second = Encoder(sft.CHAT, spec)(rows)
+    assert first.reason is not None or "ud800" not in json.dumps(record)
+    assert second.groups
+    found = read_prompts([path], ChatOptions().open(tokenizer_folder()))
+    assert len(found.prompts) + len(found.rejects) == 2

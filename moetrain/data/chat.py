@@ -235,8 +235,8 @@ class Chat:
         systems = [m["content"] for m in messages if m["role"] in ("system", "developer")]
         if any(said.strip() not in text for said in systems):
             found.append("the chat template does not render the system message")
-        offered = kwargs.get("tools") or []
-        names = [tool.get("function", tool).get("name") for tool in offered]
+        offered = kwargs.get("tools")
+        names = [_name_of(tool) for tool in offered] if isinstance(offered, list) else []
         if any(isinstance(name, str) and name not in text for name in names):
             found.append("the chat template does not render the tools on offer")
         return tuple(found)
@@ -281,6 +281,12 @@ class Chat:
             return None
         mask = [i % 2 == 1 for i, part in enumerate(ids) for _ in part]
         return Encoded(np.array(joined, dtype=np.int32), np.array(mask, dtype=np.bool_))
+
+
+def _name_of(tool: Any) -> Any:
+    """Of a tool on offer, in OpenAI's form or bare; a template may have been given anything."""
+    own = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    return own.get("name") if isinstance(own, Mapping) else None
 
 
 def _masked(ids: list[int], offsets: list[Span], spans: Sequence[Span]) -> Encoded:

@@ -1,6 +1,5 @@
 """From a record as people store it to a conversation. One small function a format, in one table."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from moetrain.data.messages import (
     shown,
     text_of,
 )
+from moetrain.data.parsing import parse_json
 
 __all__ = ["FormatError", "Message", "MissingError", "read_message", "read_messages", "read_turn"]
 
@@ -205,8 +205,8 @@ def template_kwargs_of(record: Record) -> dict[str, Any]:
     tools = record.get("tools")
     if isinstance(tools, str):  # ms-swift and LLaMA-Factory store the list as JSON text
         try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError) as error:
+            tools = parse_json(tools) if tools.strip() else None
+        except ValueError as error:
             raise FormatError("tools is neither a list nor JSON") from error
     if isinstance(tools, list):
         tools = [parsed(tool, f"tools[{i}]") for i, tool in enumerate(tools)]

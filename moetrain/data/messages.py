@@ -5,10 +5,11 @@ The one form: `role`, `content` (text; None for a turn that only calls tools), `
 `name`, `tool_call_id`, and `weight` (bool) where the record says whether the turn is learned.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from moetrain.data.parsing import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -51,7 +52,7 @@ def shown(value: Any) -> str:
     """A value for an error message: short, in ASCII, on one line."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, endless nesting
+    except ValueError:  # an integer of thousands of digits, endless nesting
         return type(value).__name__
     text = text.encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 60 else f"{text[:40]}...{text[-10:]}"
@@ -75,8 +76,8 @@ def parsed(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
+        return parse_json(value)
+    except ValueError as error:
         raise FormatError(f"{where} is text and not JSON") from error
 
 
@@ -100,8 +101,8 @@ def listed(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
+        found = parse_json(value)
+    except ValueError:
         return value
     known = all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in found)
     return found if known else value
