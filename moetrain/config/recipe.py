@@ -20,6 +20,7 @@ from moetrain.config.data import DataConfig
 from moetrain.config.megatron import passed_through
 from moetrain.config.method import MethodConfig
 from moetrain.config.online import DapoMethod, OnlineMethod
+from moetrain.config.reads import unread
 from moetrain.config.rewards import Reward, Rewards
 from moetrain.config.rollout import RolloutConfig
 from moetrain.config.section import Count, Folder, Fraction, Location, Paths, Section
@@ -181,7 +182,9 @@ class TrainConfig(Section):
         description="steps between evaluations on data.eval; the last step always has one",
     )
     eval_packs: Count | None = Field(
-        default=None, description="packs of data.eval that are used; default: all"
+        default=None,
+        description="packs of data.eval that are used (prompts, where answers are sampled);"
+        " default: all",
     )
     deterministic: bool = Field(
         default=False,
@@ -393,4 +396,12 @@ class Recipe(Section):
             )
         # Frozen for users; what follows from another section is part of the recipe as it is read.
         object.__setattr__(self, "method", method.within(rollout.max_tokens))
+        return self
+
+    @model_validator(mode="after")
+    def _all_is_read(self) -> Self:
+        for key, instead in unread(self):
+            raise ValueError(
+                f"{key} does nothing with method {self.method.name} here: {instead}. Leave it out."
+            )
         return self

@@ -219,7 +219,8 @@ def prepare_prompts(recipe: Recipe) -> PromptSet:
         line += f"; {len(train.rejects)} rejected, see {recipe.run_dir / 'rejected.jsonl'}"
     lines = [line, *told_of_tokenizer(recipe), *noted(chat.notes(), train.notes + held_out.notes)]
     order = PromptOrder(train.prompts, recipe.seed, recipe.data.shuffle)
-    return PromptSet(order, held_out.prompts[: rollout.eval_prompts], lines)
+    asked = held_out.prompts[: rollout.eval_prompts][: recipe.train.eval_packs]
+    return PromptSet(order, asked, lines)
 
 
 def prompts_read(recipe: Recipe, num_prompts: int) -> int | None:

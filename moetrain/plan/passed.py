@@ -1,6 +1,8 @@
-"""Where a field of `megatron:` does something: by the layout, the model, the backend."""
+"""Where `router` and the fields of `megatron:` do something: by the layout, the model, the
+backend.
+"""
 
-from moetrain.config.recipe import Recipe
+from moetrain.config.recipe import Recipe, RouterConfig
 from moetrain.errors import ConfigError
 from moetrain.families.dims import Dims
 
@@ -10,8 +12,10 @@ NEEDS_GPU = ("bias_dropout_fusion", "gradient_accumulation_fusion")
 
 
 def check_passed(recipe: Recipe, dims: Dims) -> None:
-    """ConfigError for a field that this layout or this model does not read."""
+    """ConfigError for what this layout or this model does not read."""
     given, p, train = recipe.megatron, recipe.parallel, recipe.train
+    if not dims.experts and recipe.router != RouterConfig():
+        raise ConfigError("router: this model has no experts. Leave the section out.")
     reads = {
         "recompute_method": (train.recompute == "full", "train.recompute=full"),
         "recompute_num_layers": (train.recompute == "full", "train.recompute=full"),

@@ -1,0 +1,120 @@
+"""Keys that a recipe's own method, model or engine would not read: they are refused, since whoever
+wrote them expects something.
+
+What depends on the model's layers and on the machine is in moetrain.plan.passed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from moetrain.config.method import ReferencedMethod
+
+if TYPE_CHECKING:
+    from moetrain.config.recipe import Recipe
+
+CORPORA = ("pretrain", "cpt")
+PREFERENCES = ("dpo", "ipo", "hinge", "kto", "orpo", "simpo", "reward")
+SERVERS = (
+    "python address token_file num_servers tensor_parallel host gpu_memory max_queue engine_args"
+    " push timeout start_timeout"
+).split()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Keys, when they are read, and what to say where they are not."""
+
+    keys: tuple[str, ...]
+    are_read: Callable[["Recipe"], bool]
+    instead: str
+
+
+def _has_records(recipe: "Recipe") -> bool:
+    method = recipe.method
+    return method.name not in CORPORA and (not method.samples or method.demonstrated)
+
+
+def _makes_weights(recipe: "Recipe") -> bool:
+    model, method = recipe.model, recipe.method
+    loaded = model.path is not None and model.init != "random"
+    return not loaded or method.scalar_head or method.value_head
+
+
+RULES = (
+    Rule(
+        ("rollout", "rewards"),
+        lambda r: r.method.samples,
+        "only methods that sample read it, such as grpo",
+    ),
+    Rule(
+        ("data.weights",),
+        lambda r: r.method.name in CORPORA,
+        "pretrain and cpt blend corpora by it; data.take says how many records of each path",
+    ),
+    Rule(
+        ("data.too_long", "data.pack", "data.num_workers"),
+        _has_records,
+        "it is about records with answers, which corpora and prompts are not",
+    ),
+    Rule(
+        ("data.chat_template", "data.max_rejected"),
+        lambda r: r.method.name not in CORPORA,
+        "a corpus has no records; `moetrain data index` has --max-rejected",
+    ),
+    Rule(
+        ("data.share_prompt",),
+        lambda r: r.method.name in PREFERENCES,
+        "preference methods alone have two answers to a prompt in a record",
+    ),
+    Rule(
+        ("data.reference",),
+        lambda r: isinstance(r.method, ReferencedMethod),
+        "dpo, ipo, hinge and kto have cached log-probs of a reference",
+    ),
+    Rule(
+        ("trainable",),
+        lambda r: r.adapter is None,
+        "with adapter nothing else is trained; adapter.target says where",
+    ),
+    Rule(
+        tuple(f"rollout.{name}" for name in SERVERS),
+        lambda r: r.rollout is None or r.rollout.engine == "vllm",
+        "rollout.engine=embedded has no servers; vllm has",
+    ),
+    Rule(("optim.wsd_decay",), lambda r: r.optim.schedule == "wsd", "optim.schedule=wsd reads it"),
+    Rule(
+        ("optim.decay_steps",),
+        lambda r: r.optim.schedule != "constant",
+        "optim.schedule=constant does not decay",
+    ),
+    Rule(
+        ("model.init_std",),
+        _makes_weights,
+        "all weights are loaded; model.init=random makes them here",
+    ),
+)
+
+
+def unread(recipe: "Recipe") -> Iterator[tuple[str, str]]:
+    """(key, what to do instead) of each key that is given and would do nothing."""
+    for rule in RULES:
+        if rule.are_read(recipe):
+            continue
+        for key in rule.keys:
+            if _given(recipe, key):
+                yield key, rule.instead
+
+
+def _given(recipe: "Recipe", key: str) -> bool:
+    """Whether a key has another value than it has by itself."""
+    section: BaseModel | None = recipe
+    *parents, leaf = key.split(".")
+    for name in parents:
+        section = vars(section)[name]
+        if section is None:
+            return False
+    default: Any = type(section).model_fields[leaf].get_default(call_default_factory=True)
+    return vars(section)[leaf] != default
