@@ -145,8 +145,8 @@ MEANINGS = [
     ),
     (
         BASE,
-        """--megatron_extra_kwargs '{"moe_router_num_groups": 1}'""",
-        {"megatron": {"moe_router_num_groups": 1}},
+        """--megatron_extra_kwargs '{"moe_permute_fusion": true}'""",
+        {"megatron": {"moe_permute_fusion": True}},
     ),
     # what ms-swift takes without a flag
     (
@@ -295,9 +295,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
         | train
         | {"micro_batch": micro, "global_batch": micro * accumulation},
         "router": draw(maybe(aux_loss=small, z_loss=small, freeze=st.booleans())),
-        "adapter": draw(ADAPTERS),
+        "adapter": (adapter := draw(ADAPTERS)),
         "trainable": draw(
             st.sampled_from([None, ["self_attn"], ["experts", "mlp.gate"], ["lm_head"]])
+            if adapter is None
+            else st.none()
         ),
         "checkpoint": {"best": best, "keep": draw(st.integers(1 if best else 2, 9))}
         | draw(maybe(every=count, save_optimizer=st.booleans(), export_hf=st.booleans())),

@@ -55,7 +55,7 @@ RULES = (
         "pretrain and cpt blend corpora by it; data.take says how many records of each path",
     ),
     Rule(
-        ("data.too_long", "data.pack", "data.num_workers"),
+        ("data.too_long", "data.pack"),
         _has_records,
         "it is about records with answers, which corpora and prompts are not",
     ),
@@ -79,11 +79,6 @@ RULES = (
         lambda r: r.adapter is None,
         "with adapter nothing else is trained; adapter.target says where",
     ),
-    Rule(
-        tuple(f"rollout.{name}" for name in SERVERS),
-        lambda r: r.rollout is None or r.rollout.engine == "vllm",
-        "rollout.engine=embedded has no servers; vllm has",
-    ),
     Rule(("optim.wsd_decay",), lambda r: r.optim.schedule == "wsd", "optim.schedule=wsd reads it"),
     Rule(
         ("optim.decay_steps",),
@@ -97,15 +92,25 @@ RULES = (
     ),
 )
 
+# `moetrain serve` reads them too, whatever the engine; so a run looks when it starts.
+SERVER_RULE = Rule(
+    tuple(f"rollout.{name}" for name in SERVERS),
+    lambda r: r.rollout is None or r.rollout.engine == "vllm",
+    "rollout.engine=embedded has no servers; vllm has",
+)
 
-def unread(recipe: "Recipe") -> Iterator[tuple[str, str]]:
-    """(key, what to do instead) of each key that is given and would do nothing."""
-    for rule in RULES:
+
+def unread(recipe: "Recipe", rules: tuple[Rule, ...] = RULES) -> Iterator[str]:
+    """What to say of each key that is given and would do nothing."""
+    for rule in rules:
         if rule.are_read(recipe):
             continue
         for key in rule.keys:
             if _given(recipe, key):
-                yield key, rule.instead
+                yield (
+                    f"{key} does nothing with method {recipe.method.name} here: {rule.instead}."
+                    " Leave it out."
+                )
 
 
 def _given(recipe: "Recipe", key: str) -> bool:

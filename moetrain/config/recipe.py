@@ -35,7 +35,7 @@ def _whole_or_share(value: float) -> float:
     return value if 0 < value < 1 else int(value)
 
 
-WarmUp = Annotated[float, AfterValidator(_whole_or_share)]
+WarmUp = Annotated[int | float, AfterValidator(_whole_or_share)]
 
 
 def _as_method(value: object) -> object:
@@ -400,8 +400,6 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _all_is_read(self) -> Self:
-        for key, instead in unread(self):
-            raise ValueError(
-                f"{key} does nothing with method {self.method.name} here: {instead}. Leave it out."
-            )
+        for problem in unread(self):
+            raise ValueError(problem)
         return self

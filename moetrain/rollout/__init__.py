@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moetrain.config.reads import SERVER_RULE, unread
 from moetrain.config.recipe import Recipe
+from moetrain.errors import RolloutError
 from moetrain.rollout.base import RolloutEngine
 
 
@@ -37,10 +39,12 @@ ENGINES = {"embedded": Kind(_embedded), "vllm": Kind(_vllm, _check_vllm)}
 
 
 def check_engine(recipe: Recipe) -> None:
-    """Raises RolloutError where `open_engine` would for want of something on this machine: before
-    minutes go into a model.
+    """Raises RolloutError where `open_engine` would for want of something on this machine, and for
+    keys that the engine would not read: before minutes go into a model.
     """
     _, rollout = recipe.sampling
+    for problem in unread(recipe, (SERVER_RULE,)):
+        raise RolloutError(problem)
     if rollout.replay is None:
         ENGINES[rollout.engine].check(recipe)
 

@@ -1,4 +1,4 @@
-"""What one optimizer step does, as far as it can be told apart: so that a setting that does nothing
+"""What optimizer steps do, as far as it can be told apart: so that a setting that does nothing
 is found by looking, not by reading.
 """
 
@@ -67,7 +67,7 @@ def _digest(tensors: dict[str, Tensor]) -> Counter[str]:
 
 
 def footprint(model: str, sequences: Lists, sections: dict[str, Any]) -> Footprint:
-    """Of building an engine and taking a step over `sequences` in four packs."""
+    """Of building an engine and taking two steps over `sequences` in four packs."""
     recipe = recipe_for(model, sections.get("parallel", {}), **sections)
     ops = _Ops()
     with _Calls() as calls:
@@ -75,6 +75,7 @@ def footprint(model: str, sequences: Lists, sections: dict[str, Any]) -> Footpri
         engine.whole_gradients = True
         with ops:
             packs = packs_of(sequences, 4)[engine.mesh.dp_rank :: engine.mesh.dp_size]
+            engine.step(packs, METHODS[recipe.method.name])
             result = engine.step(packs, METHODS[recipe.method.name])
     chunks = engine.chunks
     return {

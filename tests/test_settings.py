@@ -1,0 +1,320 @@
+"""Every key of a recipe changes something that is looked at here, or is refused: all sections, all
+methods, all values of literals. TransformerConfig's fields are in test_megatron_fields.py.
+
+What a key does is observed, each where it is cheapest: in the losses, in the learning rates, in a
+dry run, and in tests/test_settings_runs.py in packs, in an engine's steps, in what a run leaves
+behind, in how servers are started. The few that take more than that name the test that shows them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+from pydantic import BaseModel, TypeAdapter
+from settings_helpers import HF, REFUSED, laid, seen
+from test_methods import CASES, packed
+from test_methods import computed as offline_loss
+from test_online import Answer, answers
+from test_online import computed as online_loss
+from test_settings_runs import DATA, RUNS, SAMPLED, SERVED, STEPS
+
+from moetrain.config.load import _models, recipe_from
+from moetrain.config.method import MethodConfig
+from moetrain.config.reads import RULES, SERVER_RULE, unread
+from moetrain.config.recipe import OptimConfig, Recipe
+from moetrain.engine.optim import learning_rate
+from moetrain.methods import METHODS
+from moetrain.methods.base import Out
+from moetrain.methods.online import DEMONSTRATION
+from moetrain.ops.packed import concat
+from moetrain.plan.dry_run import dry_run
+
+
+def literals(section: type[BaseModel], key: str) -> tuple[Any, ...]:
+    """The values that a key may have, where they are few."""
+    for kind in (
+        section.model_fields[key].annotation,
+        *get_args(section.model_fields[key].annotation),
+    ):
+        if get_origin(kind) is Literal:
+            return get_args(kind)
+    return ()
+
+
+# Methods, by their losses and what they make of rewards
+
+# field -> a value that is not the default
+OTHER: dict[str, Any] = {
+    "beta": 0.7, "reference": "base", "kl_budget": 3.0, "label_smoothing": 0.3, "rpo_alpha": 0.5,
+    "desirable_weight": 2.0, "undesirable_weight": 2.0, "gamma": 0.5, "center_rewards": 0.5,
+    "clip_low": 0.01, "clip_high": 5.0, "mismatch_cap": 1.01, "length": 7, "max_length": 6,
+    "soft_length": 5, "dynamic_sampling": False, "lam": 0.3, "whiten": False, "value_weight": 0.7,
+    "value_clip": 0.01, "mu_peak": 0.5, "mu_valley": 0.2, "mu_warmup": 3, "mu_decay": 9,
+    "phi": False,
+}  # fmt: skip
+# What only a run shows, and the test that does: its source names the key.
+SHOWN_BY: dict[str, str] = {
+    "method.reference": "test_reference_start",
+    "method.inner_steps": "test_rl",
+    "method.packs": "test_rl",
+    "rollout.steps_off": "test_rl",
+    "rollout.replay": "test_rl",
+    "rollout.token_file": "test_settings_runs",
+    "data.cache": "test_settings_runs",
+    "data.demonstrations": "test_rl",
+    "observe.progress": "test_settings_runs",
+    "observe.wandb": "test_settings_runs",
+    "adapter.path": "test_reference_start",
+    "model.path": "test_settings_runs",
+    "run_dir": "test_supervised",
+    "rewards": "test_rewards_run",
+    "megatron": "test_megatron_fields",
+    "rollout.engine": "system.test_vllm",
+    "cluster.hang_seconds": "system.test_slurm",
+    "rollout.reward_workers": "system.test_slurm",
+}
+# These decide how fast, not what; or have one value.
+SPEED = {"data.num_workers", "checkpoint.background", "optim.name", "model.backend", "method.name"}
+
+
+def method_fields() -> Iterator[tuple[str, str]]:
+    for kind in _models(Recipe.model_fields["method"].annotation):
+        for key in kind.model_fields:
+            if key != "name":
+                yield str(kind.model_fields["name"].default), key
+
+
+def what_a_method_makes(settings: dict[str, Any]) -> list[Any]:
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(settings)
+    method = METHODS[cfg.name]
+    found: list[Any] = [cfg.kl_limit]
+    online = method.online
+    if online is None:
+        case = next(c for c in CASES if c["method"]["name"] == cfg.name)
+        return [*found, offline_loss(case | {"method": settings}, [packed(case)])]
+    rewards, group = torch.tensor([1.0, 0.0, 0.5, 0.5, 0.2, 0.9]), torch.tensor([0, 0, 1, 1, 2, 2])
+    sizes, cut = torch.tensor([3.0, 7.0, 1.0, 5.0, 12.0, 2.0]), torch.zeros(6, dtype=torch.bool)
+    if online.shape is not None:
+        found.append(online.shape(rewards, sizes, cut, cfg).tolist())
+    if online.drops is not None:
+        found.append(online.drops(rewards, group, cfg).tolist())
+    if online.shares is not None:
+        found += [online.shares(step, cfg) for step in (1, 2, 5, 50, 500)]
+    found += [online.whiten(cfg), online.advantages(rewards, group, cfg).tolist()]
+    if online.shares is not None:
+        return [*found, _beside_demonstrations(cfg)]
+    return [*found, online_loss(settings, clipped(), [6])]
+
+
+def clipped() -> list[Answer]:
+    """Answers whose ratios are outside any clip on the side where it counts."""
+    found = answers()
+    for i, answer in enumerate(found):
+        answer.advantage = 1.0 - i % 2 * 2
+        answer.logp = [old * (1.3 if i % 2 else 0.7) for old in answer.old]
+    return found
+
+
+def _beside_demonstrations(cfg: Any) -> list[float]:
+    """The terms of a pack of answers, the last of which is a demonstration."""
+    packs = [a.packed(1) for a in clipped()]
+    for i, pack in enumerate(packs):
+        own = DEMONSTRATION if i == len(packs) - 1 else 1
+        pack.extras.update(role=torch.tensor([own]), share=torch.tensor([0.5]))
+    pack, method = concat(packs), METHODS["chord"]
+    assert method.online is not None
+    pack.per_token.update(method.online.targets(pack, cfg))
+    terms, _ = method.loss(Out(logp=pack.per_token["logp"]), pack, cfg, {})
+    return [float(value) for value in terms.values()]
+
+
+def method_cases() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """(method, key, value, what must be set beside it)."""
+    fields = {
+        m.model_fields["name"].default: m for m in _models(Recipe.model_fields["method"].annotation)
+    }
+    for name, key in method_fields():
+        if f"method.{key}" in SHOWN_BY:
+            continue
+        default = fields[name].model_fields[key].default
+        given = literals(fields[name], key) or (OTHER[key],)
+        beside: dict[str, Any] = {}
+        if key.startswith("kl_estimator"):
+            beside = {"beta": 0.7}
+        if key == "soft_length":
+            beside = {"max_length": 6}
+        for value in given:
+            if value != default:
+                yield name, key, value, beside
+
+
+@pytest.mark.parametrize(("name", "key", "value", "beside"), method_cases())
+def test_a_methods_key(name: str, key: str, value: Any, beside: dict[str, Any]) -> None:
+    plain = what_a_method_makes({"name": name, **beside})
+    given = {"name": name, **beside, key: value}
+    assert seen(what_a_method_makes, given) != plain, f"method.{key}={value} of {name}"
+
+
+@pytest.mark.parametrize("key", SHOWN_BY)
+def test_where_a_run_shows_it(key: str) -> None:
+    path = Path(__file__).parent / f"{SHOWN_BY[key].replace('.', '/')}.py"
+    assert key.split(".")[-1] in path.read_text()
+
+
+# Learning rates
+
+
+def rates(optim: dict[str, Any]) -> list[float]:
+    config = OptimConfig.model_validate(optim)
+    return [learning_rate(step, config, 40) for step in range(1, 41)]
+
+
+RATES: list[tuple[str, Any, dict[str, Any]]] = [
+    ("lr", 0.5, {}),
+    ("min_lr", 1e-5, {}),
+    ("warmup", 5, {}),
+    ("warmup", 0.25, {}),
+    ("decay_steps", 7, {}),
+    *(("schedule", v, {}) for v in literals(OptimConfig, "schedule") if v != "cosine"),
+    *(("wsd_decay", v, {"schedule": "wsd", "decay_steps": 9})
+      for v in literals(OptimConfig, "wsd_decay") if v != "linear"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "beside"), RATES)
+def test_a_schedules_key(key: str, value: Any, beside: dict[str, Any]) -> None:
+    assert rates(beside | {key: value}) != rates(beside)
+    assert len({tuple(rates({"schedule": s})) for s in literals(OptimConfig, "schedule")}) == 4
+
+
+# The plan
+
+
+def plan(content: dict[str, Any]) -> str:
+    text = dry_run(recipe_from(content), None)
+    return text[text.index("\n# ") :]  # behind the recipe itself
+
+
+PP = {"parallel": {"pp": 2}}
+PLANS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    *(({"parallel": {k: 2}}, {}) for k in ("tp", "pp", "ep", "cp")),
+    ({"parallel": {"etp": 2}}, {"parallel": {"tp": 2}}),
+    ({"parallel": {"sp": False}}, {"parallel": {"tp": 2}, "router": {}}),
+    ({"parallel": {"vpp": 2}}, PP),
+    ({"parallel": {"first_stage_layers": 1}}, PP),
+    ({"parallel": {"last_stage_layers": 1}}, PP),
+    ({"model": {"dtype": "fp32"}}, {}),
+    ({"model": {"hf": HF | {"num_hidden_layers": 2}}}, {}),
+    ({"optim": {"grad_dtype": "bf16"}}, {}),
+    ({"optim": {"offload": 0.5}}, {}),
+    ({"optim": {"state_dtype": "bf16"}}, {}),
+    ({"optim": {"state_dtype": "fp8"}}, {"optim": {"state_dtype": "bf16"}}),
+    ({"adapter": {}}, {}),
+    ({"adapter": {"rank": 3}}, {"adapter": {}}),
+    ({"adapter": {"target": "all-router"}}, {"adapter": {}}),
+    ({"adapter": {"type": "dora"}}, {"adapter": {}}),
+    ({"trainable": ["self_attn"]}, {}),
+    ({"cluster": {"gpus_per_node": 4}}, {"cluster": {"nodes": 2}}),
+    ({"cluster": {"nodes": 2}}, {"cluster": {"nodes": 1}}),
+    ({"cluster": {"world_size": 4}}, {}),
+]
+
+
+@pytest.mark.parametrize(("over", "beside"), PLANS, ids=str)
+def test_a_key_of_the_plan(over: dict[str, Any], beside: dict[str, Any]) -> None:
+    base = laid(beside)
+    assert seen(plan, laid(over, base)) != plan(base)
+
+
+def test_the_gpu_is_what_a_dry_run_warns_about() -> None:
+    big = HF | {"hidden_size": 8192, "vocab_size": 600_000}
+    warned = ["WARNING" in plan(laid({"model": {"hf": big}, "cluster": {"gpu": gpu}}))
+              for gpu in ("A100-40GB", "B200-180GB")]  # fmt: skip
+    assert warned == [True, False]
+
+
+# Keys that a method would not read
+
+
+def names() -> list[str]:
+    return [
+        str(kind.model_fields["name"].default)
+        for kind in _models(Recipe.model_fields["method"].annotation)
+    ]
+
+
+GIVEN: dict[str, Any] = {
+    "rewards": ["accuracy"], "data.weights": [1.0], "data.too_long": "reject", "data.pack": False,
+    "data.chat_template": "t", "data.max_rejected": 0.5,
+    "data.share_prompt": False, "data.reference": "r", "trainable": ["self_attn"],
+    "rollout": {"group_size": 4}, "optim.wsd_decay": "cosine", "optim.decay_steps": 2,
+    "model.init_std": 0.5, "rollout.python": "p", "rollout.address": ["http://h:1"],
+    "rollout.token_file": "t", "rollout.num_servers": 2, "rollout.tensor_parallel": 2,
+    "rollout.host": "0.0.0.0", "rollout.gpu_memory": 0.5, "rollout.max_queue": 4,
+    "rollout.engine_args": {"a": 1}, "rollout.push": "file", "rollout.timeout": 3.0,
+    "rollout.start_timeout": 3.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_key_that_a_method_does_not_read(name: str) -> None:
+    """For every rule one of them, at least, does not; and where it is read it is taken."""
+    method: Any = next(m for m in _models(Recipe.model_fields["method"].annotation)
+                       if m.model_fields["name"].default == name)  # fmt: skip
+    base = laid({"method": name})
+    if method.samples:
+        base |= {"rollout": {}, "rewards": ["accuracy"]}
+    if method.demonstrated:
+        base["data"]["demonstrations"] = ["d.jsonl"]
+    recipe = recipe_from(base)
+    for rule in RULES:
+        for key in rule.keys:
+            section, _, leaf = key.rpartition(".")
+            over = {section: {leaf: GIVEN[key]}} if section else {leaf: GIVEN[key]}
+            if section == "rollout" and not method.samples:
+                continue  # the section itself is refused
+            read = rule.are_read(recipe)
+            found = seen(lambda content: recipe_from(content) is not None, laid(over, base))
+            assert found == (True if read else REFUSED), f"{key} with {name}"
+
+
+@pytest.mark.parametrize("engine", ["embedded", "vllm"])
+def test_an_engine_without_servers_takes_no_keys_of_them(engine: str) -> None:
+    base = laid({"method": "grpo", "rollout": {"engine": engine}, "rewards": ["accuracy"]})
+    for key in SERVER_RULE.keys:
+        _, _, leaf = key.rpartition(".")
+        problems = list(
+            unread(recipe_from(laid({"rollout": {leaf: GIVEN[key]}}, base)), (SERVER_RULE,))
+        )
+        assert [key in problem for problem in problems] == [True] * (engine == "embedded")
+
+
+# That nothing is left out
+
+
+def test_every_key_is_here() -> None:
+    """A key that is new has to be put into one of the tables above."""
+    known = SPEED | set(GIVEN) | SHOWN_BY.keys() | {f"optim.{key}" for key, _, _ in RATES}
+    known |= (
+        {"cluster.gpu"}
+        | {f"method.{key}" for _, key in method_fields()}
+        | {f"rollout.{key}" for key, _ in SERVED}
+    )
+    known |= {f"rollout.{leaf}" for over in SAMPLED for leaf in over.get("rollout", ())}
+    laid_over = [over for over, _ in [*PLANS, *RUNS]] + [over for _, over, _ in DATA]
+    for over in [*laid_over, *(o for base, others in STEPS.values() for o in (base, *others))]:
+        for name, value in over.items():
+            known |= {f"{name}.{leaf}" for leaf in value} if isinstance(value, dict) else {name}
+    missing = set(_keys()) - known
+    assert not missing, f"nothing looks at what {sorted(missing)} change"
+
+
+def _keys() -> Iterator[str]:
+    for name, field in Recipe.model_fields.items():
+        models = _models(field.annotation)
+        for section in models:
+            yield from (f"{name}.{leaf}" for leaf in section.model_fields)
+        if not models:
+            yield name
