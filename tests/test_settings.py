@@ -64,6 +64,7 @@ SHOWN_BY: dict[str, str] = {
     "rollout.token_file": "test_settings_runs",
     "data.cache": "test_settings_runs",
     "data.demonstrations": "test_rl",
+    "data.empty_thoughts": "test_text_contract",
     "observe.progress": "test_settings_runs",
     "observe.wandb": "test_settings_runs",
     "adapter.path": "test_reference_start",

@@ -40,6 +40,7 @@ def folder() -> Path:
     write_jsonl(root / "labels.jsonl", LABELS[:20])
     write_jsonl(root / "bad.jsonl", [*questions(20), "{"])
     (root / "template").write_text(TEMPLATE)
+    (root / "loud").write_text(TEMPLATE.replace(": {{", "{{ '!' if shout else ':' }} {{"))
     return root
 
 
@@ -63,6 +64,7 @@ def packs(content: dict[str, Any]) -> list[Any]:
     return found
 
 
+LOUD = {"data": {"chat_template": "loud"}}
 DATA: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("sft", {"data": {"train": ["more.jsonl"]}}, {}),
     ("sft", {"data": {"eval": ["more.jsonl"]}}, {}),
@@ -74,6 +76,8 @@ DATA: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("sft", {"data": {"pack": False}}, {}),
     ("sft", {"data": {"shuffle": False}}, {}),
     ("sft", {"data": {"chat_template": "template"}}, {}),
+    ("sft", {"data": {"system": "Be brief."}}, {}),
+    ("sft", {"data": {"chat_template_kwargs": {"shout": True}}}, LOUD),
     ("sft", {"seed": 7}, {}),
     ("sft", {"model": {"tokenizer": "builtin:stdlib-tokenizer"}}, {}),
     ("sft", {"train": {"global_batch": 2}}, {}),
@@ -223,7 +227,7 @@ def served(folder: Path, **rollout: Any) -> Any:
     content["rollout"] |= {"engine": "vllm"} | rollout
     recipe = recipe_from(content)
     check_fleet(recipe)
-    fleet = open_fleet(recipe, {"a": 1}, folder)
+    fleet = open_fleet(recipe, {"a": 1}, tokenizer_folder())
     shown = [vars(server) | {"launch": None} for server in fleet.servers]
     launches = [server.launch.settings | {"base": ""} for server in fleet.servers]  # type: ignore[attr-defined]
     return repr((shown, launches, rollout.get("token_file") and fleet.servers))
@@ -242,7 +246,7 @@ def test_the_token_is_the_files(tmp_path: Path) -> None:
     content = load_recipe(ROLLOUT).model_dump(mode="json")
     content["rollout"] |= {"engine": "vllm", "token_file": str(tmp_path / "token")}
     content["run_dir"] = str(tmp_path)
-    fleet = open_fleet(recipe_from(content), {}, tmp_path)
+    fleet = open_fleet(recipe_from(content), {}, tokenizer_folder())
     assert "secret-token-of-a-file" in repr([vars(s)["launch"].token for s in fleet.servers])
 
 
