@@ -102,7 +102,7 @@ def test_a_key_of_the_data(method: str, over: dict[str, Any], beside: dict[str, 
 
 SEQUENCES = [[3, 14, 15, 92, 65, 35, 89], [79, 32, 38, 46], [26, 43, 38, 32, 79, 50], [1, 2, 3, 4]]
 ROUTED = {"router": {"aux_loss": 0.01, "z_loss": 0.01}}
-LORA = {"adapter": {"type": "lora", "rank": 4, "alpha": 8.0}}
+LORA = {"adapter": {"type": "lora", "rank": 4, "alpha": 8.0, "target": ["q_proj", "o_proj"]}}
 STEPS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "optim": ({"optim": {"lr": 1e-2, "weight_decay": 0.1}}, [
         {"optim": {"lr": 2e-2}}, {"optim": {"beta1": 0.5}}, {"optim": {"beta2": 0.5}},
@@ -123,7 +123,7 @@ STEPS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ]),
     "adapter": (LORA, [
         *({"adapter": {"type": kind}} for kind in ("rslora", "olora", "dora", "pissa")),
-        {"adapter": {"rank": 3}}, {"adapter": {"alpha": 3.0}}, {"adapter": {"target": ["q_proj"]}},
+        {"adapter": {"rank": 3}}, {"adapter": {"alpha": 3.0}}, {"adapter": {"target": ["v_proj"]}},
     ]),
 }  # fmt: skip
 

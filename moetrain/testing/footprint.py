@@ -72,7 +72,6 @@ def footprint(model: str, sequences: Lists, sections: dict[str, Any]) -> Footpri
     ops = _Ops()
     with _Calls() as calls:
         engine = Engine(recipe)
-        engine.whole_gradients = True
         with ops:
             packs = packs_of(sequences, 4)[engine.mesh.dp_rank :: engine.mesh.dp_size]
             engine.step(packs, METHODS[recipe.method.name])
@@ -88,7 +87,6 @@ def footprint(model: str, sequences: Lists, sections: dict[str, Any]) -> Footpri
         "calls": calls.seen,
         "operations": ops.seen,
         "results": Counter([f"{result.loss} {result.grad_norm} {result.lr} {result.router}"]),
-        "gradients": _digest(dict(engine.gradients())),
         "learned": _digest(dict(engine.export())),
     }
 
@@ -108,7 +106,10 @@ def differences(
     noise = changed(plain, footprint(model, sequences, base))
     found: list[dict[str, int]] = []
     for other in others:
-        over = {name: base.get(name, {}) | section for name, section in other.items()}
+        over = {
+            name: base.get(name, {}) | value if isinstance(value, dict) else value
+            for name, value in other.items()
+        }
         own = changed(plain, footprint(model, sequences, base | over))
         counts = {
             part: sum(n for what, n in seen.items() if what not in noise[part])
