@@ -52,13 +52,14 @@ OTHER: dict[str, Any] = {
     "clip_low": 0.01, "clip_high": 5.0, "mismatch_cap": 1.01, "length": 7, "max_length": 6,
     "soft_length": 5, "dynamic_sampling": False, "lam": 0.3, "whiten": False, "value_weight": 0.7,
     "value_clip": 0.01, "mu_peak": 0.5, "mu_valley": 0.2, "mu_warmup": 3, "mu_decay": 9,
-    "phi": False,
+    "phi": False, "use_bias_correction_kl": False,
 }  # fmt: skip
 # What only a run shows, and the test that does: its source names the key.
 SHOWN_BY: dict[str, str] = {
     "method.reference": "test_reference_start",
     "method.inner_steps": "test_rl",
     "method.packs": "test_rl",
+    "method.truncated": "test_cut_answers",
     "rollout.steps_off": "test_rl",
     "rollout.replay": "test_rl",
     "rollout.token_file": "test_settings_runs",
@@ -90,8 +91,11 @@ def method_fields() -> Iterator[tuple[str, str]]:
 def what_a_method_makes(settings: dict[str, Any]) -> list[Any]:
     cfg: Any = TypeAdapter(MethodConfig).validate_python(settings)
     method = METHODS[cfg.name]
-    found: list[Any] = [cfg.kl_limit]
     online = method.online
+    if online is not None:
+        cfg = cfg.within(12)  # tokens of the longest answer below
+        settings = cfg.model_dump()
+    found: list[Any] = [cfg.kl_limit]
     if online is None:
         case = next(c for c in CASES if c["method"]["name"] == cfg.name)
         return [*found, offline_loss(case | {"method": settings}, [packed(case)])]
@@ -142,7 +146,7 @@ def method_cases() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
         default = fields[name].model_fields[key].default
         given = literals(fields[name], key) or (OTHER[key],)
         beside: dict[str, Any] = {}
-        if key.startswith("kl_estimator"):
+        if key in ("kl_estimator", "kl_budget", "use_bias_correction_kl") and METHODS[name].online:
             beside = {"beta": 0.7}
         if key == "soft_length":
             beside = {"max_length": 6}

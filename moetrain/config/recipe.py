@@ -23,19 +23,7 @@ from moetrain.config.online import DapoMethod, OnlineMethod
 from moetrain.config.reads import unread
 from moetrain.config.rewards import Reward, Rewards
 from moetrain.config.rollout import RolloutConfig
-from moetrain.config.section import Count, Folder, Fraction, Location, Paths, Section
-
-
-def _whole_or_share(value: float) -> float:
-    if value >= 1 and value != int(value):
-        raise ValueError(
-            f"optim.warmup={value} is no number of steps and no share of them: give a whole number,"
-            " or less than 1"
-        )
-    return value if 0 < value < 1 else int(value)
-
-
-WarmUp = Annotated[int | float, AfterValidator(_whole_or_share)]
+from moetrain.config.section import Count, Folder, Fraction, Location, Paths, Section, WarmUp
 
 
 def _as_method(value: object) -> object:

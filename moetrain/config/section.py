@@ -16,10 +16,20 @@ def _expand_home(value: str) -> str:
     return os.path.expanduser(value)  # in YAML and after `key=` no shell does it
 
 
+def _whole_or_share(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError(
+            f"optim.warmup={value} is no number of steps and no share of them: give a whole number,"
+            " or less than 1"
+        )
+    return value if 0 < value < 1 else int(value)
+
+
 Location = Annotated[str, AfterValidator(_expand_home)]
 Folder = Annotated[Path, AfterValidator(lambda path: Path(_expand_home(str(path))))]
 Paths = Annotated[list[Location], BeforeValidator(_as_list)]
 Count = Annotated[int, Field(ge=1)]
+WarmUp = Annotated[int | float, AfterValidator(_whole_or_share)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
