@@ -129,7 +129,7 @@ MEANINGS = [
     (BASE, "--save_total_limit 4", {"checkpoint.keep": 4, "checkpoint.best": None}),
     (
         BASE,
-        "--save_total_limit 4 --metric_for_best_model loss",
+        "--val_dataset a.jsonl --save_total_limit 4 --metric_for_best_model loss",
         {"checkpoint.keep": 3, "checkpoint.best": "eval_loss"},
     ),
     (BASE, "--no_save_optim true", {"checkpoint.save_optimizer": False}),
@@ -280,7 +280,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
             num_workers=st.integers(0, 8),
         )
     )
-    best = draw(st.sampled_from([None, "eval_loss", "eval_rewards_margins"]))
+    best = draw(st.sampled_from([None, "eval_loss"] if held_out.get("eval") else [None]))
     content = {
         "run_dir": draw(st.sampled_from(["runs/x", "/a b/c"])),
         "seed": draw(st.integers(0, 2**31)),
