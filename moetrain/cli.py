@@ -230,10 +230,21 @@ def _swift_arguments(parser: Parser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     line = "the recipe of a `megatron sft|pt|rlhf` command"
     own = actions.add_parser("import", help=line, description=line)
-    own.add_argument("command_text", metavar="COMMAND", help="its text, or a script; - for stdin")
+    own.add_argument(
+        "command_text",
+        nargs="+",
+        metavar="COMMAND",
+        help="its text, or a script; - for stdin; with --table folders of scripts",
+    )
+    own.add_argument(
+        "--number", type=positive, metavar="N", help="which of several commands of a script"
+    )
+    own.add_argument(
+        "--table", action="store_true", help="count what would come of all commands; write nothing"
+    )
     own.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
     own.add_argument(
-        "--steps", type=positive, metavar="N", help="of the run, to count a warm-up fraction"
+        "--steps", type=positive, metavar="N", help="of the run, to give a warm-up in steps"
     )
     line = "the `megatron` command of a recipe"
     own = actions.add_parser("export", help=line, description=line)
@@ -251,7 +262,13 @@ def _swift(args: Arguments) -> int:
         exported = swift.to_swift(recipe.model_dump(mode="json"))
         text, notes = exported.text, exported.notes
     else:
-        imported = swift.from_swift(swift.command_text(args.command_text), args.steps)
+        if args.table:
+            print(swift.survey([Path(given) for given in args.command_text]).text(), end="")
+            return 0
+        if len(args.command_text) > 1:
+            raise MoetrainError("swift import: give one script, or one command in quotes.")
+        text, script = swift.command_text(args.command_text[0])
+        imported = swift.from_swift(text, args.steps, script, args.number)
         text, notes = imported.yaml(), imported.notes
     for note in notes:
         print("moetrain:", note, file=sys.stderr)

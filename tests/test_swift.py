@@ -15,11 +15,14 @@ from moetrain.config.swift import from_swift, to_swift
 from moetrain.config.swift.convert import keys_of
 from moetrain.config.swift.shell import read_command
 from moetrain.errors import ConfigError
+from moetrain.plan.dry_run import dry_run
 
 ROOT = Path(__file__).parent.parent
 BASE = "megatron sft --model /m --dataset d.jsonl --output_dir o --train_iters 100 --max_length 512"
 DPO = BASE.replace("sft", "rlhf --rlhf_type dpo", 1)
 LORA = f"{BASE} --tuner_type lora"
+EPOCHS = BASE.replace("--train_iters 100", "--num_train_epochs 2")
+GRPO = DPO.replace("dpo", "grpo") + " --reward_funcs accuracy"
 UNCARRIED = ("not carried", "check")
 
 
@@ -54,6 +57,12 @@ MEANINGS = [
     (DPO, "--label_smoothing 0.1", {"method.label_smoothing": 0.1}),
     (DPO, "--rpo_alpha 1", {"method.rpo_alpha": 1.0}),
     (DPO, "--loss_type ipo", {"method.name": "ipo"}),
+    (DPO, "", {"method.reference": "start"}),
+    (DPO, "--tuner_type lora", {"method.reference": "start"}),
+    (DPO, "--ref_model /m", {"method.reference": "start"}),
+    (DPO, "--ref_model /other", {"method.reference": "/other"}),
+    (DPO, "--adapters /a", {"method.reference": "base"}),
+    (DPO, "--adapters /a --ref_adapters /a", {"method.reference": "start"}),
     (DPO, "--loss_type hinge", {"method.name": "hinge"}),
     (
         DPO,
@@ -84,6 +93,21 @@ MEANINGS = [
     (BASE, "--packing true", {"data.pack": True}),
     (BASE, "--packing false", {"data.pack": False}),
     (BASE, "--max_length 8192", {"data.seq_len": 8192}),
+    (BASE, "--split_dataset_ratio 0.01", {"data.eval_share": 0.01, "train.eval_every": 500}),
+    (BASE, "--split_dataset_ratio 0", {"data.eval_share": 0, "train.eval_every": None}),
+    (
+        BASE,
+        "--split_dataset_ratio 0.01 --save_steps 200",
+        {"data.eval_share": 0.01, "train.eval_every": 200},
+    ),
+    (BASE, "--dataset a.jsonl#500", {"data.train": ["a.jsonl"], "data.take": [500]}),
+    (
+        BASE,
+        "--dataset a.jsonl b.jsonl#20 'c d.jsonl#7'",
+        {"data.train": ["a.jsonl", "b.jsonl", "c d.jsonl"], "data.take": [None, 20, 7]},
+    ),
+    (BASE, "--system 'You are terse.'", {"data.system": "You are terse."}),
+    (BASE, "--system 'one\\ntwo'", {"data.system": "one\ntwo"}),
     (BASE, "--val_dataset a.jsonl b.jsonl", {"data.eval": ["a.jsonl", "b.jsonl"]}),
     (BASE, "--truncation_strategy delete", {"data.too_long": "reject"}),
     (BASE, "--truncation_strategy right", {"data.too_long": "truncate"}),
@@ -99,7 +123,22 @@ MEANINGS = [
     (
         BASE,
         "--lr_decay_style linear --lr_warmup_iters 10",
-        {"optim.schedule": "wsd", "optim.wsd_decay": "linear", "optim.decay_steps": 90},
+        {"optim.schedule": "linear", "optim.warmup": 10, "optim.decay_steps": None},
+    ),
+    (
+        BASE,
+        "--lr_decay_style linear --lr_warmup_iters 10 --lr_decay_iters 60",
+        {"optim.schedule": "linear", "optim.decay_steps": 50},
+    ),
+    (EPOCHS, "--lr_warmup_fraction 0.05", {"optim.warmup": 0.05, "train.epochs": 2}),
+    (EPOCHS, "--lr_warmup_fraction 0", {"optim.warmup": 0}),
+    (EPOCHS, "--lr_warmup_fraction 0.1 --lr_warmup_iters 7", {"optim.warmup": 0.1}),
+    (EPOCHS, "--lr_warmup_iters 7", {"optim.warmup": 7}),
+    (EPOCHS, "--lr_decay_style linear", {"optim.schedule": "linear"}),
+    (
+        BASE,
+        "--lr_decay_style WSD --lr_wsd_decay_style minus_sqrt --lr_wsd_decay_iters 20",
+        {"optim.schedule": "wsd", "optim.wsd_decay": "minus_sqrt", "optim.decay_steps": 20},
     ),
     (
         BASE,
@@ -184,6 +223,93 @@ MEANINGS = [
     (LORA, "", {"optim.lr": 1e-4, "adapter.rank": 8, "adapter.target": ["all-linear"]}),
     (BASE.replace("sft", "rlhf"), "", {"method.name": "dpo", "method.beta": 0.1}),
     (BASE.replace("sft", "pt"), "", {"method.name": "cpt"}),
+    (
+        GRPO,
+        "",
+        {
+            "method.name": "grpo",
+            "method.beta": 0.04,
+            "method.clip_low": 0.2,
+            "method.clip_high": 0.2,
+            "method.mismatch": "none",
+            "method.inner_steps": 1,
+            "rollout.engine": "vllm",
+            "rollout.group_size": 8,
+            "rollout.prompts_per_step": 2,
+            "rollout.max_tokens": 512,
+            "rollout.temperature": 0.9,
+            "data.seq_len": 1024,  # --max_length 512 is the prompt's
+            "train.steps": 100,
+            "checkpoint.every": 500,
+        },
+    ),
+    (
+        GRPO,
+        "--global_batch_size 64 --num_generations 4 --steps_per_generation 2 --save_steps 50"
+        " --max_completion_length 2048 --temperature 1.0 --beta 0 --epsilon 0.1 --epsilon_high 0.3",
+        {
+            "rollout.prompts_per_step": 32,
+            "rollout.group_size": 4,
+            "method.inner_steps": 2,
+            "train.steps": 50,
+            "checkpoint.every": 25,
+            "rollout.max_tokens": 2048,
+            "data.seq_len": 2560,
+            "rollout.temperature": 1.0,
+            "method.beta": 0,
+            "method.clip_low": 0.1,
+            "method.clip_high": 0.3,
+        },
+    ),
+    (GRPO, "--generation_batch_size 64", {"method.inner_steps": 4, "rollout.prompts_per_step": 8}),
+    (
+        GRPO,
+        "--importance_sampling_level sequence --epsilon 3e-4 --epsilon_high 4e-4",
+        {"method.name": "gspo", "method.clip_low": 3e-4, "method.clip_high": 4e-4},
+    ),
+    (
+        GRPO,
+        "--loss_type dr_grpo --scale_rewards none --max_completion_length 64",
+        {"method.name": "dr_grpo", "rollout.max_tokens": 64},
+    ),
+    (
+        GRPO,
+        "--loss_type dapo --dynamic_sample true --epsilon_high 0.28",
+        {"method.name": "dapo", "method.dynamic_sampling": True, "method.clip_high": 0.28},
+    ),
+    (
+        GRPO,
+        "--loss_type dapo --reward_funcs accuracy soft_overlong --soft_cache_length 100",
+        {
+            "method.dynamic_sampling": False,
+            "method.max_length": 512,
+            "method.soft_length": 100,
+        },
+    ),
+    (
+        GRPO,
+        "--rollout_importance_sampling_mode token_truncate"
+        " --rollout_importance_sampling_threshold 3",
+        {"method.mismatch": "tis", "method.mismatch_cap": 3},
+    ),
+    (
+        GRPO,
+        "--vllm_gpu_memory_utilization 0.5 --vllm_tensor_parallel_size 2"
+        " --vllm_max_model_len 8192 --vllm_enforce_eager true",
+        {
+            "rollout.gpu_memory": 0.5,
+            "rollout.tensor_parallel": 2,
+            "rollout.engine_args": {"max_model_len": 8192, "enforce_eager": True},
+        },
+    ),
+    (
+        GRPO,
+        "--vllm_mode server --vllm_server_host 10.0.0.1 --vllm_server_port 8001",
+        {"rollout.address": ["http://10.0.0.1:8001"]},
+    ),
+    (GRPO, "--router_replay_mode R3", {"rollout.routing_replay": True}),
+    (GRPO, "--overlong_filter true", {"method.truncated": "mask"}),
+    (GRPO, "--enable_thinking false", {"data.chat_template_kwargs": {"enable_thinking": False}}),
 ]
 
 
@@ -245,12 +371,16 @@ PARALLEL = st.one_of(
 )
 OPTIM = maybe(
     lr=small, min_lr=small, warmup=st.integers(0, 99), decay_steps=count,
-    schedule=st.just("cosine"), beta1=small, beta2=small, eps=small, weight_decay=small,
+    schedule=st.sampled_from(["cosine", "linear"]), beta1=small, beta2=small, eps=small,
+    weight_decay=small,
     clip_grad=small, offload=small, state_dtype=st.sampled_from(["fp32", "bf16", "fp8"]),
     grad_dtype=st.sampled_from(["fp32", "bf16"]),
 ) | st.fixed_dictionaries(
     {"schedule": st.just("wsd"), "decay_steps": count},
-    optional={"wsd_decay": st.sampled_from(["linear", "cosine", "exponential"]), "warmup": count},
+    optional={
+        "wsd_decay": st.sampled_from(["linear", "cosine", "exponential", "minus_sqrt"]),
+        "warmup": count,
+    },
 ) | maybe(schedule=st.just("constant"), warmup=count)  # fmt: skip
 
 
@@ -266,10 +396,23 @@ def recipes(draw: st.DrawFn) -> Recipe:
             overlap=st.booleans(),
         )
     )
-    held_out = draw(maybe(eval=st.lists(path, max_size=2)))
-    if held_out.get("eval") and draw(st.booleans()):
-        train["eval_packs"] = micro * accumulation * draw(count)
     method = draw(METHODS)
+    held_out = draw(maybe(eval=st.lists(path, max_size=2)))
+    train_paths = draw(st.lists(path, min_size=1, max_size=3))
+    if method["name"] != "cpt":
+        if not held_out.get("eval"):
+            held_out |= draw(maybe(eval_share=small))
+        numbers = st.lists(st.none() | count, min_size=len(train_paths), max_size=len(train_paths))
+        held_out |= draw(maybe(take=numbers.filter(any)))
+        held_out |= draw(maybe(system=st.sampled_from(["Be terse.", "a \"b\"\n$c 'd'"])))
+    if method["name"] in ("sft", "dft"):
+        held_out |= draw(maybe(empty_thoughts=st.booleans()))
+    optim = draw(OPTIM)
+    if "epochs" in length and "decay_steps" not in optim and draw(st.booleans()):
+        optim = {key: value for key, value in optim.items() if key != "warmup"}
+        optim["warmup"] = draw(small)
+    if (held_out.get("eval") or held_out.get("eval_share")) and draw(st.booleans()):
+        train["eval_packs"] = micro * accumulation * draw(count)
     data = draw(
         maybe(
             pack=st.booleans() if method["name"] != "cpt" else st.just(True),
@@ -287,10 +430,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "model": {"path": "/models/m", "dtype": draw(st.sampled_from(["fp32", "bf16"]))},
         "parallel": draw(PARALLEL),
         "method": method,
-        "data": {"train": draw(st.lists(path, min_size=1, max_size=3)), "seq_len": draw(count)}
+        "data": {"train": train_paths, "seq_len": draw(count)}
         | held_out
         | data,
-        "optim": draw(OPTIM),
+        "optim": optim,
         "train": length
         | train
         | {"micro_batch": micro, "global_batch": micro * accumulation},
@@ -315,6 +458,88 @@ def recipes(draw: st.DrawFn) -> Recipe:
     return recipe_from(content)
 
 
+ONLINE = st.one_of(
+    st.fixed_dictionaries({"name": st.sampled_from(["grpo", "gspo", "dr_grpo"])}),
+    st.fixed_dictionaries(
+        {"name": st.just("dapo"), "dynamic_sampling": st.booleans(), "soft_length": st.just(0)}
+    ),
+    st.fixed_dictionaries(
+        {"name": st.just("dapo"), "soft_length": st.just(9), "max_length": st.just(99)}
+    ),
+)
+
+
+@st.composite
+def online_recipes(draw: st.DrawFn) -> Recipe:
+    """Recipes with rollouts, of what the table carries."""
+    size, prompts, inner = draw(st.integers(2, 8)), draw(st.integers(1, 6)), draw(count)
+    inner = inner if size * prompts % inner == 0 else 1
+    beta = draw(st.sampled_from([0.0, 0.01]))
+    mismatch = draw(
+        st.sampled_from(
+            [{"mismatch": "none"}, {"mismatch": "tis", "mismatch_cap": 3.0}, {"mismatch": "mask"}]
+        )
+    )
+    method = draw(ONLINE) | mismatch | draw(maybe(truncated=st.sampled_from(["reward", "mask"])))
+    if beta:
+        method["use_bias_correction_kl"] = False
+    answer = draw(count) + 99
+    data = draw(maybe(take=st.just([7]), shuffle=st.booleans(), system=st.just("x"),
+                      chat_template_kwargs=st.just({"enable_thinking": False})))  # fmt: skip
+    if draw(st.booleans()):
+        data |= draw(st.sampled_from([{"eval": ["e.jsonl"]}, {"eval_share": 0.125}]))
+    rewards = draw(
+        st.lists(
+            st.sampled_from(
+                ["accuracy", {"name": "format", "weight": 0.5},
+                 {"name": "repetition", "options": {"n": 4, "max_penalty": 0.5}}]
+            ),
+            min_size=1, max_size=3, unique_by=str,
+        )
+    )  # fmt: skip
+    return recipe_from(
+        {
+            "run_dir": "r",
+            "seed": 1,
+            "model": {"path": "/m"},
+            "method": method
+            | {"beta": beta, "clip_low": draw(small), "clip_high": draw(small)}
+            | {"inner_steps": inner},
+            "data": {"train": ["a.jsonl"], "seq_len": answer + draw(count)} | data,
+            "rollout": {
+                "engine": "vllm",
+                "group_size": size,
+                "prompts_per_step": prompts,
+                "max_tokens": answer,
+                "temperature": draw(st.sampled_from([0.6, 1.0, 1.3])),
+            }
+            | draw(
+                maybe(
+                    gpu_memory=st.just(0.5),
+                    tensor_parallel=st.integers(1, 4),
+                    routing_replay=st.booleans(),
+                    address=st.just(["http://h:1"]),
+                    engine_args=st.just({"max_model_len": 9, "block_size": 16}),
+                )
+            ),
+            "rewards": rewards,
+            "train": {"global_batch": size * prompts // inner}
+            | draw(st.sampled_from([{"steps": 30}, {"epochs": 2.0}])),
+            "checkpoint": draw(maybe(every=count)),
+        }
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(online_recipes())
+def test_round_trip_with_rollouts(recipe: Recipe) -> None:
+    exported = to_swift(recipe.model_dump(mode="json"))
+    assert not [str(note) for note in exported.notes if note.kind == "not carried"]
+    imported = from_swift(exported.text)
+    assert recipe_from(imported.content) == recipe
+    assert not [str(note) for note in imported.notes if note.kind in UNCARRIED]
+
+
 @settings(max_examples=300, deadline=None)
 @given(recipes())
 def test_round_trip(recipe: Recipe) -> None:
@@ -332,26 +557,17 @@ def test_round_trip(recipe: Recipe) -> None:
     [
         (LORA, "", "lora_dropout (0.05 by default)", "no dropout"),
         (LORA, "--lora_dropout 0.1", "--lora_dropout 0.1", "no dropout"),
-        (LORA, "--target_regex x", "--target_regex x", "adapter.target"),
-        (LORA, "--target_modules a b", "--target_modules a b", "no counterpart"),
-        (LORA, "--mcore_adapter /a", "--mcore_adapter /a", "PEFT"),
         (BASE, "--lora_rank 8", "--lora_rank 8", "no new adapter"),
-        (BASE, "--split_dataset_ratio 0.01", "--split_dataset_ratio 0.01", "data.eval"),
-        (BASE, "--optimizer muon", "--optimizer muon", "adamw"),
+        (BASE.replace("sft", "pt"), "--split_dataset_ratio 0.01", "--split_dataset_ratio 0.01",
+         "data.eval"),
         (BASE, "--finetune false", "--finetune false", "run_dir"),
         (BASE, "--made_up 3 4", "--made_up 3 4", "no key"),
         (BASE, "--recompute_granularity full --recompute_num_layers 4",
          "--recompute_num_layers 4", "every layer"),
-        (BASE, "--lr_decay_style inverse-square-root",
-         "--lr_decay_style inverse-square-root", "cosine"),
         (BASE, "--moe_aux_loss_coeff 0.1 0.2", "--moe_aux_loss_coeff 0.1 0.2", "one number"),
-        (BASE, "--freeze_parameters a", "--freeze_parameters a", "Hugging Face"),
-        (DPO, "--loss_type robust", "--loss_type robust", "sigmoid"),
-        (DPO, "--reference_free true", "--reference_free true", "reference"),
-        (DPO, "--loss_scale all", "--loss_scale all", "assistant"),
-        (DPO, "--ref_adapters /a", "--ref_adapters /a", "adapters off"),
-        (BASE.replace("--train_iters 100", "--num_train_epochs 2"), "--lr_warmup_fraction 0.05",
-         "--lr_warmup_fraction 0.05", "--steps"),
+        (EPOCHS, "--lr_warmup_fraction 1.5", "--lr_warmup_fraction 1.5", "less than 1"),
+        (GRPO, "--eval_iters 3", "--eval_iters 3", "rollout.eval_prompts"),
+        (BASE, "--val_dataset a.jsonl#9", "--val_dataset a.jsonl#9", "make a file"),
     ],
 )  # fmt: skip
 def test_what_is_not_carried_is_named(base: str, flags: str, what: str, why: str) -> None:
@@ -452,7 +668,56 @@ def test_swift_without_megatron() -> None:
     ("text", "match"),
     [
         ("", "no training command"),
-        ("megatron export --to_hf true", "no training command"),
+        ("megatron export --to_hf true", "tools/convert mcore2hf"),
+        ("megatron export --to_mcore true --model m", "tools/convert hf2mcore"),
+        ("megatron export --to_hf true --mcore_adapter a", "tools/convert merge"),
+        ("megatron export --to_hf true --mcore_adapter a --merge_lora false", "convert adapter"),
+        ("swift export --to_hf true --test_convert_precision true", "convert verify"),
+        # what decides what is learned, and no recipe says
+        (f"{LORA} --target_regex x", r"--target_regex x: .*adapter\.target"),
+        (f"{LORA} --target_modules a b", "--target_modules a b: .*no counterpart"),
+        (f"{LORA} --mcore_adapter /a", "--mcore_adapter /a: .*PEFT"),
+        (f"{LORA} --modules_to_save lm_head", "--modules_to_save"),
+        (f"{BASE} --optimizer muon", "--optimizer muon: .*adamw"),
+        (f"{BASE} --optimizer dist_muon", "--optimizer dist_muon: .*adamw"),
+        (f"{BASE} --lr_decay_style inverse-square-root", "inverse-square-root: .*cosine"),
+        (f"{BASE} --freeze_parameters a", "--freeze_parameters a: .*Hugging Face"),
+        (f"{BASE} --task_type embedding", "--task_type embedding: .*not trained here"),
+        (f"{BASE} --task_type seq_cls --num_labels 3", "rlhf_type rm"),
+        (f"{BASE} --task_type generative_reranker", "rerankers"),
+        (f"{BASE} --mtp_num_layers 1", "multi-token"),
+        (f"{BASE} --loss_scale hermes", "--loss_scale hermes: .*no hermes"),
+        (f"{BASE} --loss_scale last_round", "no last_round"),
+        (f"{BASE} --new_special_tokens a b", "--new_special_tokens a b: "),
+        (f"{BASE} --dataset a.jsonl#0 --optimizer sgd", "sgd"),
+        (f"{DPO} --loss_type robust", "--loss_type robust: .*sigmoid"),
+        (f"{DPO} --reference_free true", "--reference_free true: .*reference"),
+        (f"{DPO} --loss_scale all", "--loss_scale all: .*last turn"),
+        (f"{DPO} --ref_adapters /a", "--ref_adapters /a: .*whole model"),
+        (f"{DPO} --adapters /a --ref_adapters /b", "--ref_adapters /b: .*the base"),
+        (f"{DPO} --mcore_ref_model /b", "--mcore_ref_model /b: .*--ref_model"),
+        (f"{GRPO} --ref_model /other", "--ref_model /other: "),
+        (f"{DPO} --rlhf_type gkd --teacher_model t", "gkd: distillation"),
+        (f"{GRPO} --teacher_model t", "--teacher_model t: .*distillation"),
+        (f"{GRPO} --multi_turn_scheduler s", "one turn"),
+        (f"{GRPO} --loss_type sapo", "SAPO's soft gate is not here; a recipe has grpo"),
+        (f"{GRPO} --loss_type dr_grpo", "--scale_rewards group: .*--scale_rewards none"),
+        (f"{GRPO} --scale_rewards batch", "--scale_rewards batch"),
+        (f"{GRPO} --importance_sampling_level sequence_token", "sequence_token"),
+        (f"{GRPO} --loss_type dapo --importance_sampling_level sequence", "gspo"),
+        (f"{GRPO} --advantage_estimator rloo", "--advantage_estimator rloo"),
+        (f"{GRPO} --dynamic_sample true", "only dapo"),
+        (f"{GRPO} --delta 2", "--delta 2"),
+        (f"{GRPO} --top_p 0.9", "--top_p 0.9"),
+        (f"{GRPO} --kl_in_reward true", "--kl_in_reward true"),
+        (f"{GRPO} --rollout_importance_sampling_mode sequence_mask", "sequence_mask: .*mean"),
+        (f"{GRPO} --reward_funcs accuracy cosine", "cosine counts tokens there"),
+        (f"{GRPO} --reward_funcs mine", "FILE.py:FUNCTION"),
+        (f"{GRPO} --reward_funcs accuracy soft_overlong --soft_cache_length 3", "no other method"),
+        (f"{GRPO} --reward_weights 1 2", "1 numbers are wanted"),
+        (f"{GRPO} --num_generations 5", "no whole number of groups"),
+        (f"{GRPO} --generation_batch_size 20", "multiple of global_batch_size 16"),
+        (f"{GRPO} --vllm_engine_kwargs [", "JSON mapping"),
         (f"{BASE}; {BASE}", "2 training commands"),
         (f"{BASE} --lr abc", "--lr abc: a number"),
         (f"{BASE} --train_iters 1.5", "a whole number"),
@@ -461,7 +726,7 @@ def test_swift_without_megatron() -> None:
         (f"{BASE} --lr $LR", r"\$LR"),
         (f"{BASE} --lr $(cat lr)", r"\$\(cat lr\)"),
         ("megatron sft conf.yaml --lr 1", "conf.yaml"),
-        (f"{BASE.replace('sft', 'rlhf')} --rlhf_type grpo", "dpo, kto and rm"),
+        (f"{BASE.replace('sft', 'rlhf')} --rlhf_type ppo", "dpo, kto, rm and grpo"),
         (f"{BASE} --tuner_type lora_llm", "full training and lora"),
     ],
 )
@@ -497,6 +762,13 @@ def test_methods_that_megatron_swift_has_not(name: str) -> None:
     base = from_swift(BASE).content | {"method": name}
     with pytest.raises(ConfigError, match=name):
         to_swift(recipe_from(base).model_dump(mode="json"))
+
+
+def test_a_command_is_planned_with_a_name_of_the_hub() -> None:
+    """Qwen2.5 is a family here, and its sizes are known by name."""
+    text = BASE.replace("--model /m", "--model Qwen/Qwen2.5-7B-Instruct")
+    recipe = recipe_from(from_swift(f"{text} --tensor_model_parallel_size 2").content)
+    assert "Qwen2ForCausalLM, 7.616 B parameters" in dry_run(recipe, None)
 
 
 def moetrain(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

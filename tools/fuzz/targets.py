@@ -273,7 +273,8 @@ def run_command(bench: Bench, made: str) -> str:
     from moetrain.config import swift
     from moetrain.config.load import recipe_from
 
-    imported = swift.from_swift(swift.command_text(made), 100)
+    text, script = swift.command_text(made)
+    imported = swift.from_swift(text, 100, script)
     imported.yaml().encode()
     recipe = recipe_from(imported.content)
     swift.to_swift(recipe.model_dump(mode="json")).text.encode()

@@ -8,5 +8,14 @@ from moetrain.config.swift.convert import (
     to_swift,
     write_text,
 )
+from moetrain.config.swift.survey import survey
 
-__all__ = ["Exported", "Imported", "command_text", "from_swift", "to_swift", "write_text"]
+__all__ = [
+    "Exported",
+    "Imported",
+    "command_text",
+    "from_swift",
+    "survey",
+    "to_swift",
+    "write_text",
+]

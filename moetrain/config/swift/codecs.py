@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from moetrain.config.swift.near import Near, one_line
 from moetrain.errors import ConfigError
 
 type Words = tuple[str, ...]  # what stands after a flag
@@ -18,16 +19,19 @@ class NotCarried(Exception):
     """A value has no counterpart on the other side; says why."""
 
 
+type NoteKind = Literal["not carried", "changed", "implied", "check"]
+
+
 @dataclass(frozen=True)
 class Note:
     """What a user should know about one flag or key."""
 
-    kind: Literal["not carried", "changed", "implied", "check"]
+    kind: NoteKind
     what: str
     why: str
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.what}: {self.why}"
+        return one_line(f"{self.kind}: {self.what}: {self.why}", limit=2000)
 
 
 @dataclass
@@ -40,6 +44,9 @@ class Reading:
     used: set[str] = field(default_factory=set[str])
     assumed: set[str] = field(default_factory=set[str])  # keys that only ms-swift's defaults say
     steps: int | None = None  # of the run, where the command does not say
+    near: Near = field(default_factory=Near)
+    decides: frozenset[str] = frozenset()  # flags without which another thing would be trained
+    refused: list[str] = field(default_factory=list[str])
 
     def take(self, flag: str) -> Words | None:
         """The words of a flag, which then counts as carried."""
@@ -62,9 +69,20 @@ class Reading:
             return None
 
     def lost(self, flag: str, why: str) -> None:
-        """A flag is given that nothing here can mean."""
+        """A flag is given that nothing here can mean. Without one that decides what is learned the
+        recipe would be another run: the command is then refused.
+        """
         self.used.add(flag)
-        self.notes.append(Note("not carried", shown(flag, self.given.get(flag, ())), why))
+        what = shown(flag, self.given.get(flag, ()))
+        if flag in self.decides:
+            self.refused.append(f"{what}: {why}")
+        else:
+            self.notes.append(Note("not carried", what, why))
+
+    def note(self, kind: "NoteKind", flag: str, why: str) -> None:
+        """Say something of a flag that is given, which then counts as carried."""
+        self.used.add(flag)
+        self.notes.append(Note(kind, shown(flag, self.given.get(flag, ())), why))
 
 
 @dataclass
@@ -85,9 +103,9 @@ class Writing:
 def shown(flag: str, words: Words) -> str:
     """A flag as it was given, but for what nobody else should read."""
     name = flag if flag.isupper() else f"--{flag}"
-    if any(part in flag.lower() for part in ("token", "key", "secret", "password")):
+    if {*flag.lower().split("_")} & {"token", "key", "secret", "password", "apikey"}:
         return name
-    return " ".join([name, *words])
+    return one_line(" ".join([name, *words]))
 
 
 def same(words: Words | None, wanted: str) -> bool:

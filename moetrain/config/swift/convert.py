@@ -14,8 +14,27 @@ from pydantic import BaseModel
 from moetrain.config.load import dump_content, recipe_from
 from moetrain.config.method import MethodConfig
 from moetrain.config.recipe import Recipe
-from moetrain.config.swift.codecs import Keys, Note, Reading, Words, Writing, shown
-from moetrain.config.swift.notes import CHANGES, NO_FLAG, UNKNOWN, WHY_FLAGS, WHY_KEYS, implied
+from moetrain.config.swift.codecs import (
+    Keys,
+    Note,
+    Reading,
+    Words,
+    Writing,
+    same,
+    shown,
+)
+from moetrain.config.swift.files import read_arguments
+from moetrain.config.swift.methods import check_methods
+from moetrain.config.swift.near import Near
+from moetrain.config.swift.notes import (
+    CHANGES,
+    DECIDES,
+    NO_FLAG,
+    UNKNOWN,
+    WHY_FLAGS,
+    WHY_KEYS,
+    implied,
+)
 from moetrain.config.swift.shell import Command, read_command
 from moetrain.config.swift.table import OLD_NAMES, TABLE
 from moetrain.errors import ConfigError
@@ -30,7 +49,7 @@ class Imported:
 
     def yaml(self) -> str:
         """The recipe's file, with the notes that matter at its head."""
-        lines = ["# Written by `moetrain swift import`."]
+        lines = ["# Written by `moetrain swift import`."]  # a note is one line, whatever it names
         lines += [f"# {note}" for note in self.notes if note.kind != "implied"]
         return "\n".join(lines) + "\n" + dump_content(self.content)
 
@@ -43,27 +62,35 @@ class Exported:
     notes: tuple[Note, ...]
 
 
-def command_text(given: str) -> str:
-    """What a user gave: the command itself, the path of a script, or - for stdin. Raises
-    ConfigError.
+def command_text(given: str) -> tuple[str, Path | None]:
+    """What a user gave: the command itself, the path of a script, or - for stdin; and the script's
+    path. Raises ConfigError.
     """
     if given == "-":
         try:
-            return sys.stdin.buffer.read().decode("utf-8")
+            return sys.stdin.buffer.read().decode("utf-8"), None
         except UnicodeDecodeError as error:
             raise ConfigError(f"stdin: not UTF-8 text at byte {error.start}.") from None
-    if len(given.split()) > 1 and not os.path.isfile(given):
+    if len(given.split()) > 1 and not _is_file(given):
         if not given.isprintable() and re.search("[\ud800-\udfff]", given):  # bytes of the shell's
             raise ConfigError("The command is not UTF-8 text. Give it as a script in UTF-8.")
-        return given
+        return given, None
     try:
-        return Path(given).read_text(encoding="utf-8")
+        return Path(given).read_text(encoding="utf-8"), Path(given)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{given}: not UTF-8 text at byte {error.start}. Save it so.") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a NUL in a path is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{given}: {error.strerror}. Give a script's path, or the command in quotes."
+            f"{given}: {reason}. Give a script's path, or the command in quotes."
         ) from None
+
+
+def _is_file(given: str) -> bool:
+    try:
+        return os.path.isfile(given)
+    except ValueError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,19 +101,37 @@ def write_text(path: Path, text: str) -> None:
         raise ConfigError(f"{path}: {error.strerror}. Give another --out.") from None
 
 
-def from_swift(text: str, steps: int | None = None) -> Imported:
+def from_swift(
+    text: str, steps: int | None = None, script: Path | None = None, number: int | None = None
+) -> Imported:
     """The recipe of a `megatron sft|pt|rlhf` command, or of a script that holds one.
 
-    steps: of the run, for a warm-up that is given as a fraction of epochs. Raises ConfigError.
+    steps: of the run, where what the command says hangs on it. script: its path, beside which the
+    files that it names may be. number: of several commands the one to read, from 1.
+
+    Raises ConfigError, also where the command decides what is learned by something that no recipe
+    says.
     """
-    command = read_command(text)
-    reading = Reading(_given(command), steps=steps)
+    return from_command(read_command(text, script and str(script), number), steps, script)
+
+
+def from_command(command: Command, steps: int | None, script: Path | None) -> Imported:
+    """As `from_swift`, of a command that was read already."""
+    near = Near(script)
+    reading = Reading(_given(command, near), steps=steps, near=near, decides=DECIDES)
+    check_methods(reading.given)
     for entry in TABLE:
         entry.read(reading)
     for name in sorted(reading.keys.keys() & reading.assumed):
         if reading.keys[name] == default_of(name, reading.keys):
             del reading.keys[name]
-    notes = [*reading.notes, *_left_over(command, reading)]
+    _left_over(command, reading)
+    if reading.refused:
+        raise ConfigError(
+            f"{'; '.join(reading.refused)}. Without it another thing would be learned; drop it "
+            f"from the command if that is meant"
+        )
+    notes = [*reading.notes]
     notes += [
         Note("changed", change.what, change.why) for change in CHANGES if change.when(reading.keys)
     ]
@@ -109,7 +154,7 @@ def to_swift(content: Mapping[str, Any]) -> Exported:
     if "action" not in writing.flags:
         raise ConfigError(
             f"method.name={writing.keys.get('method.name')}: `megatron` has no such method; it has "
-            f"sft, dft, cpt, dpo, ipo, hinge, kto and reward"
+            f"sft, dft, cpt, dpo, ipo, hinge, kto, reward, grpo, dr_grpo, dapo and gspo"
         )
     notes = writing.notes + [
         Note("not carried", f"{key}={value}", WHY_KEYS.get(key, NO_FLAG))
@@ -149,14 +194,29 @@ _HF_NAMES = {
 }
 
 
-def _given(command: Command) -> dict[str, Words]:
-    """Flags under their newest names, with the action, and the variables in capitals."""
-    given: dict[str, Words] = {name: (value,) for name, value in command.env.items()}
-    given = {name: words for name, words in given.items() if name.isupper()}
-    given |= {OLD_NAMES.get(flag, flag): words for flag, words in command.flags.items()}
+def _given(command: Command, near: Near) -> dict[str, Words]:
+    """Flags under their newest names, with the action, and the variables in capitals. What the
+    command line says goes before what its files say.
+    """
+    flags: dict[str, Words] = {}
+    env: dict[str, str] = {}
+    named = [("the arguments' file", name) for name in command.files]
+    named += [("--config", name) for name in command.flags.get("config", ())]
+    for flag, name in named:
+        own, variables = read_arguments(near, flag, name)
+        flags |= own
+        env |= variables
+    flags |= {flag: words for flag, words in command.flags.items() if flag != "config"}
+    if "train_gpus" in env:
+        env["NPROC_PER_NODE"] = env.pop("train_gpus")
+    env |= command.env
+    given: dict[str, Words] = {name: (value,) for name, value in env.items() if name.isupper()}
+    given |= {OLD_NAMES.get(flag, flag): words for flag, words in flags.items()}
     given["action"] = (command.action,)
     if command.action == "rlhf":
         given.setdefault("rlhf_type", ("dpo",))
+        if same(given["rlhf_type"], "grpo"):
+            given.setdefault("loss_type", ("grpo",))
     if "NNODES" in command.open:
         given["NNODES?"] = ()
     if command.program == "swift":
@@ -180,17 +240,30 @@ def _mended(name: str) -> str:
     return _HF_NAMES[name] if " " in _HF_NAMES[name] else f"--{_HF_NAMES[name]}"
 
 
-def _left_over(command: Command, reading: Reading) -> list[Note]:
-    """A note on every flag that no entry took, and on a default that matters."""
-    notes: list[Note] = []
+def _left_over(command: Command, reading: Reading) -> None:
+    """A note on every flag that no entry took, and on what matters besides."""
+    notes = reading.notes
     for flag, words in reading.given.items():
         if flag in reading.used or flag in ("action", "rlhf_type", "tuner_type", "NNODES?"):
             continue
         why = implied(flag, words)
         if flag.isupper():
             why = why or "a variable: set it where moetrain is started"
-        kind = "not carried" if why is None else "implied"
-        notes.append(Note(kind, shown(flag, words), why or WHY_FLAGS.get(flag, UNKNOWN)))
+        if why is None:
+            reading.lost(flag, WHY_FLAGS.get(flag, UNKNOWN))
+        else:
+            notes.append(Note("implied", shown(flag, words), why))
+    if same(reading.given.get("loss_type"), "bnpo"):
+        why = "dapo's mean is over the tokens of the whole batch, bnpo's over a micro-batch's"
+        notes.append(Note("changed", "--loss_type bnpo", why))
+    for path in reading.near.found:
+        notes.append(Note("implied", str(path), "was read"))
+    if command.folder is not None:
+        why = "the script goes there first: start moetrain in it, as paths are relative"
+        notes.append(Note("changed", f"cd {command.folder}", why))
+    if command.repeated:
+        why = "the command stands in a loop, and a recipe is one run"
+        notes.append(Note("changed", "loop", why))
     if "adapter.type" in reading.keys and "lora_dropout" not in reading.given:
         notes.append(
             Note("not carried", "lora_dropout (0.05 by default)", WHY_FLAGS["lora_dropout"])
@@ -198,8 +271,11 @@ def _left_over(command: Command, reading: Reading) -> list[Note]:
     if "max_length" not in reading.given:
         why = "ms-swift takes the model's longest without it, the recipe data.seq_len's default"
         notes.append(Note("changed", "max_length", why))
+    text = " ".join(reading.given.get("dataset", ()))
+    if "self-cognition" in text and {"model_name", "model_author"} & {*reading.given}:
+        why = "put the names in for {{NAME}} and {{AUTHOR}} in the file that you make of it"
+        notes.append(Note("changed", "swift/self-cognition", why))
     notes += [Note("implied", name, "open until the run starts") for name in sorted(command.open)]
-    return notes
 
 
 def keys_of(content: Mapping[str, Any]) -> Keys:

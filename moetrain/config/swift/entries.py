@@ -19,6 +19,7 @@ from moetrain.config.swift.codecs import (
     Words,
     Writing,
 )
+from moetrain.config.swift.online import is_online
 
 # The recipe's names of modules, and Megatron's, which ms-swift takes: rows are tried in turn.
 type Names = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
@@ -70,12 +71,6 @@ def _read_modules(words: Words) -> list[str]:
     return renamed(rest, TARGETS, to=0) + [word for word in words if word in already]
 
 
-def _show_paths(paths: list[str]) -> Words:
-    if any(path.startswith("builtin:") for path in paths):
-        raise NotCarried("builtin data are moetrain's own: give files")
-    return tuple(paths)
-
-
 def _read_parts(words: Words) -> list[str]:
     prefix, suffix = _PARTS_REGEX.split("{}")
     (regex,) = words
@@ -93,7 +88,6 @@ MODULES = Kind[list[str]](
     _read_modules,
     lambda target: tuple(renamed(target, TARGETS, to=1)),
 )
-PATHS = Kind[list[str]]("a list of files", list, _show_paths)
 TRAINED = Kind[list[str]]("a regular expression", _read_parts, _show_parts)
 
 
@@ -123,92 +117,14 @@ class Length(Entry):
             writing.lost("train.epochs", "ms-swift counts whole epochs; set train.steps")
 
 
-class Schedule(Entry):
-    """Warm-up and decay. Both count steps; ms-swift counts the decay from the first step, the
-    recipe from the end of the warm-up (cosine) or back from the last step (wsd).
-    """
-
-    STYLES = ("constant", "cosine", "WSD", "linear")
-    SHAPES = ("linear", "cosine", "exponential")
-
-    def read(self, reading: Reading) -> None:
-        keys = reading.keys
-        steps = keys.get("train.steps") or reading.steps
-        until = reading.parse("lr_decay_iters", WHOLE)
-        self._read_warmup(reading, until or steps)
-        warmup = keys.get("optim.warmup", 0)
-        style = reading.parse("lr_decay_style", TEXT) or "cosine"
-        if style not in self.STYLES:
-            reading.lost("lr_decay_style", "the recipe has cosine, wsd and constant")
-        elif style == "constant":
-            keys["optim.schedule"] = "constant"
-        elif style == "WSD":
-            self._read_wsd(reading, until, steps)
-        elif style == "cosine":
-            keys["optim.schedule"] = "cosine"
-            if until is not None:
-                keys["optim.decay_steps"] = max(until - warmup, 1)
-        elif steps is None:
-            reading.lost("lr_decay_style", "needs the number of steps: give --steps N")
-        else:  # linear: held for no time, then down to the end
-            keys |= {"optim.schedule": "wsd", "optim.wsd_decay": "linear"}
-            keys["optim.decay_steps"] = max((until or steps) - warmup, 1)
-
-    def _read_warmup(self, reading: Reading, total: int | None) -> None:
-        warmup = reading.parse("lr_warmup_iters", WHOLE)
-        fraction = reading.parse("lr_warmup_fraction", NUMBER)
-        if fraction is not None and total is None:
-            why = "the recipe counts warm-up steps, and epochs leave their number open"
-            reading.lost("lr_warmup_fraction", f"{why}; give --steps N, or set optim.warmup")
-            return
-        if fraction is not None and total is not None:
-            warmup = round(fraction * total)
-            what = f"--lr_warmup_fraction {fraction:g}"
-            reading.notes.append(Note("changed", what, f"optim.warmup={warmup} of {total} steps"))
-        if warmup is not None:
-            reading.keys["optim.warmup"] = warmup
-
-    def _read_wsd(self, reading: Reading, until: int | None, steps: int | None) -> None:
-        keys = reading.keys
-        keys["optim.schedule"] = "wsd"
-        shape = reading.parse("lr_wsd_decay_style", TEXT) or "exponential"
-        if shape in self.SHAPES:
-            keys["optim.wsd_decay"] = shape
-        else:
-            reading.lost("lr_wsd_decay_style", f"optim.wsd_decay knows {', '.join(self.SHAPES)}")
-        decay = reading.parse("lr_wsd_decay_iters", WHOLE)
-        if decay is not None:
-            keys["optim.decay_steps"] = decay
-        if until is not None and until != steps:
-            reading.lost("lr_decay_iters", "wsd decays until the last step here")
-
-    def write(self, writing: Writing) -> None:
-        keys, flags = writing.keys, writing.flags
-        names = ("schedule", "decay_steps", "warmup", "wsd_decay")
-        writing.covered |= {f"optim.{name}" for name in names}
-        schedule, decay, warmup, shape = (keys.get(f"optim.{name}") for name in names)
-        if warmup:
-            flags["lr_warmup_iters"] = WHOLE.show(warmup)
-        flags["lr_decay_style"] = ("WSD" if schedule == "wsd" else schedule or "cosine",)
-        if schedule == "wsd":
-            flags["lr_wsd_decay_style"] = (shape or "linear",)
-            steps = keys.get("train.steps")
-            if decay is None and steps is not None:  # as the engine has it
-                decay = max(max(steps - (warmup or 0), 1) // 10, 1)
-            if decay is None:
-                writing.lost("optim.schedule", "give --lr_wsd_decay_iters, a tenth of the steps")
-            else:
-                flags["lr_wsd_decay_iters"] = WHOLE.show(decay)
-        elif schedule != "constant" and decay is not None:
-            flags["lr_decay_iters"] = WHOLE.show((warmup or 0) + decay)
-
-
 class EvalPacks(Entry):
     """ms-swift counts batches of an evaluation, the recipe packs."""
 
     def read(self, reading: Reading) -> None:
         batches = reading.parse("eval_iters", WHOLE)
-        if batches is not None and batches > 0:
+        if batches is not None and is_online(reading.keys):
+            reading.lost("eval_iters", "rollout.eval_prompts counts held-out prompts")
+        elif batches is not None and batches > 0:
             reading.keys["train.eval_packs"] = batches * reading.keys["train.global_batch"]
         elif batches == 0:
             reading.lost("eval_iters", "leave data.eval out to evaluate on nothing")
@@ -228,9 +144,14 @@ class Keep(Entry):
     def read(self, reading: Reading) -> None:
         metric = reading.parse("metric_for_best_model", TEXT)
         limit = reading.parse("save_total_limit", WHOLE)
+        held_out = reading.keys.get("data.eval") or reading.keys.get("data.eval_share")
+        if metric is None and limit is not None and held_out:
+            why = "ms-swift keeps the best of them too: set checkpoint.best=eval_loss for that"
+            reading.notes.append(Note("changed", f"--save_total_limit {limit}", why))
         if metric is not None:
-            reading.keys["checkpoint.best"] = f"eval_{metric.removeprefix('eval_')}"
-            reading.take_if("greater_is_better", "false")
+            name = "reward/mean" if metric == "reward" else metric.removeprefix("eval_")
+            reading.keys["checkpoint.best"] = f"eval_{name}"
+            reading.take_if("greater_is_better", str("loss" not in name).lower())
         if limit is not None:
             reading.keys["checkpoint.keep"] = max(limit - (metric is not None), 1)
         else:
@@ -245,8 +166,9 @@ class Keep(Entry):
             writing.lost("checkpoint.keep", "ms-swift keeps two at least")
         writing.flags["save_total_limit"] = WHOLE.show(max(limit, 2))
         if best is not None:
-            writing.flags["metric_for_best_model"] = (best.removeprefix("eval_"),)
-            writing.flags["greater_is_better"] = ("false",)
+            name = best.removeprefix("eval_").replace("reward/mean", "reward")
+            writing.flags["metric_for_best_model"] = (name,)
+            writing.flags["greater_is_better"] = (str("loss" not in name).lower(),)
 
 
 class Reports(Entry):

@@ -6,22 +6,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moetrain.config.swift.codecs import Keys, Words, same
+from moetrain.config.swift.datasets import split_sample
 from moetrain.config.swift.entries import is_hub_name
-from moetrain.config.swift.table import CORPUS, PAIRS, has_adapter, method
+from moetrain.config.swift.online import is_online
+from moetrain.config.swift.table import CORPUS, PAIRS, has_adapter, has_held_out, method
 
 _SPEED = "decides how fast, not what; moetrain chooses by the machine"
 _MEMORY = "the data are in a memory-mapped set"
 _RESUME = "a run_dir that exists is resumed with all of its state"
 _TEXT = "models here are text alone"
+_PLACE = "servers are processes of their own: docs/rollout.md says where they run"
 
 # flag -> (the words under which it says nothing new, none for any; why)
 IMPLIED: dict[str, tuple[tuple[str, ...], str]] = {
     "action": ((), "method says so"),
     "rlhf_type": ((), "method says so"),
     "accumulate_allreduce_grads_in_fp32": (("true",), "optim.grad_dtype is fp32"),
+    "add_non_thinking_prefix": (("true",), "the chat template writes the empty thought"),
     "add_version": (("false",), "run_dir is the folder itself"),
     "align_param_gather": ((), _SPEED),
     "apply_rope_fusion": ((), _SPEED),
+    "advantage_estimator": (("grpo",), "method says so"),
+    "async_generate": (("false",), "rollout.steps_off says so"),
     "async_save": (("false",), "checkpoints are written while the run waits"),
     "attention_backend": ((), "model.backend chooses the kernels"),
     "attention_softmax_in_fp32": (("true",), "always so"),
@@ -30,8 +36,10 @@ IMPLIED: dict[str, tuple[tuple[str, ...], str]] = {
     "bias_activation_fusion": ((), _SPEED),
     "bias_dropout_fusion": ((), _SPEED),
     "bridge_backend": ((), "moetrain has its own reader of weights"),
+    "calculate_KL": (("true",), "kto measures its reference point always"),
     "calculate_per_token_loss": ((), "every term is divided by its own global count"),
     "check_model": ((), "files are checked as they are read"),
+    "completion_length_limit_scope": ((), "answers have one turn"),
     "cp_comm_type": ((), _SPEED),
     "cp_partition_mode": ((), _SPEED),
     "cross_entropy_fusion_impl": ((), "logits are never whole in memory"),
@@ -47,6 +55,7 @@ IMPLIED: dict[str, tuple[tuple[str, ...], str]] = {
     "f_divergence_type": (("reverse_kl",), "the only one"),
     "finetune": (("true",), "a run starts from model.path with a new optimizer"),
     "fp16": (("false",), "model.dtype is bf16 or fp32"),
+    "dynamic_sample": (("false",), "method says so"),
     "freeze_aligner": ((), _TEXT),
     "freeze_llm": (("false",), _TEXT),
     "freeze_vit": ((), _TEXT),
@@ -55,8 +64,12 @@ IMPLIED: dict[str, tuple[tuple[str, ...], str]] = {
     "label_smoothing": (("0",), "method is not dpo"),
     "language_model_only": ((), _TEXT),
     "lazy_tokenize": ((), "data are encoded once, before training"),
+    "load_args": ((), "nothing is read from ms-swift's args.json"),
     "load_from_cache_file": ((), "encoded data are cached always"),
     "load_safetensors": ((), "model.path may be either"),
+    "log_completions": ((), "every answer is in <run_dir>/rollouts"),
+    "log_entropy": ((), "the ledger has entropy"),
+    "log_rollout_offpolicy_metrics": ((), "the ledger has mismatch/kl"),
     "logging_steps": ((), "the ledger has every step"),
     "lora_bias": (("none",), "biases are not trained"),
     "lora_dropout": (("0",), "there is no dropout"),
@@ -67,6 +80,9 @@ IMPLIED: dict[str, tuple[tuple[str, ...], str]] = {
     "masked_softmax_fusion": ((), _SPEED),
     "max_shard_size": ((), "shards have 5 GB"),
     "merge_lora": ((), "full training has nothing to merge"),
+    "max_resample_times": ((), "groups without signal are sampled anew until a batch is full"),
+    "model_author": ((), "counts for swift/self-cognition alone"),
+    "model_name": ((), "counts for swift/self-cognition alone"),
     "moe_enable_deepep": ((), _SPEED),
     "moe_grouped_gemm": ((), "experts are grouped always"),
     "moe_permute_fusion": ((), _SPEED),
@@ -74,25 +90,50 @@ IMPLIED: dict[str, tuple[tuple[str, ...], str]] = {
     "moe_router_load_balancing_type": (("none", "seq_aux_loss"), "router.aux_loss says so"),
     "moe_shared_expert_overlap": ((), _SPEED),
     "moe_token_dispatcher_type": ((), _SPEED),
+    "nccl_comm_warmup": ((), _SPEED),
+    "num_iterations": (("1",), "method.inner_steps says so"),
+    "num_labels": (("1",), "method says so"),
     "no_initialization": ((), "weights are read"),
     "no_load_optim": ((), _RESUME),
     "no_load_rng": ((), _RESUME),
     "no_save_rng": ((), "no step draws a random number"),
+    "offload_bridge": ((), _PLACE),
+    "offload_model": ((), _PLACE),
+    "offload_optimizer": ((), _PLACE),
     "optimizer": (("adam",), "optim.name is adamw"),
     "optimizer_offload_fraction": ((), "optim.offload says so"),
     "overlap_p2p_comm": ((), _SPEED),
+    "overlap_param_gather": ((), _SPEED),
     "packing": (("true",), "a corpus is cut into sequences of data.seq_len"),
-    "padding_free": (("true",), "batches are packed always"),
+    "padding_free": ((), "batches are packed always"),
     "perform_initialization": (("false",), "weights are read"),
     "recompute_modules": (("core_attn",), "selective is attention"),
-    "ref_model": ((), "the reference is model.path as it is before the first step"),
+    "remove_unused_columns": ((), "rewards are given every column"),
+    "repetition_penalty": (("1",), "answers are sampled from the model's own distribution"),
     "reference_free": (("false",), "there is a reference"),
+    "response_prefix": ((), "counts where answers are sampled"),
+    "scale_rewards": ((), "method says so"),
+    "sleep_level": ((), _PLACE),
     "sequence_parallel": ((), "counts with tensor_model_parallel_size > 1 alone"),
     "split_dataset_ratio": (("0",), "nothing is split off"),
     "streaming": ((), "data are encoded once, before training"),
+    "task_type": (("causal_lm", "seq_cls"), "method says so"),
+    "top_entropy_quantile": (("1",), "every token of an answer is learned from"),
+    "top_k": (("-1", "0"), "answers are sampled from the model's own distribution"),
+    "top_p": (("1",), "answers are sampled from the model's own distribution"),
     "tp_comm_overlap": ((), _SPEED),
     "truncation_strategy": (("split",), "a corpus is cut into sequences of data.seq_len"),
     "tuner_type": ((), "adapter says so"),
+    "use_gym_env": (("false",), "answers have one turn"),
+    "use_ray": ((), "moetrain starts its ranks and servers itself"),
+    "use_vllm": (("true",), "rollout.engine says so"),
+    "vllm_enable_lora": ((), "servers are given merged weights"),
+    "vllm_enable_prefix_caching": ((), _SPEED),
+    "vllm_server_group_port": ((), "moetrain serve chooses its own"),
+    "vllm_server_pass_dataset": ((), "rewards are graded in the trainer"),
+    "vllm_server_timeout": ((), "rollout.timeout says so"),
+    "colocate_groups": ((), _PLACE),
+    "kl_in_reward": (("false",), "the KL is a part of the loss"),
     "use_cpu_initialization": ((), _MEMORY),
     "use_distributed_optimizer": (("true",), "always so"),
     "use_hf": ((), "models and data are folders and files here"),
@@ -115,23 +156,32 @@ WHY_FLAGS: dict[str, str] = {
     "adapters": "one PEFT folder is wanted",
     "add_version": "run_dir is the folder itself, and is resumed if it exists",
     "agent_template": "the tokenizer's chat template is used; data.chat_template replaces it",
-    "cached_dataset": "moetrain keeps a cache of its own; give the files",
+    "add_non_thinking_prefix": "the chat template decides where it writes an empty thought",
+    "advantage_estimator": "a recipe has grpo's advantages",
+    "calculate_KL": "kto measures its reference point always",
     "columns": "rename the columns in the file",
     "cpo_alpha": "simpo has no likelihood term here (ms-swift's default is 1)",
+    "delta": "a recipe has the two bounds of epsilon and epsilon_high",
+    "dynamic_sample": "of the methods only dapo samples anew (--loss_type dapo)",
     "data_seed": "one seed is for everything",
     "dataset_shuffle": "both shuffles are one here: data.shuffle",
     "enable_channel_loss": "give each channel a held-out file of its own",
+    "external_plugins": "nothing is loaded from ms-swift's plugins",
     "f_divergence_type": "methods here have the reverse KL",
     "finetune": "to go on with a run, start moetrain with its run_dir",
     "fp16": "models here train in bf16 or fp32",
     "fp8_format": "there is no fp8 training here; optim.state_dtype can be fp8",
+    "freeze_llm": "models here are text alone: nothing else is there to train",
     "freeze_parameters": _MEGATRON_NAMES,
     "freeze_parameters_ratio": _MEGATRON_NAMES,
     "freeze_parameters_regex": _MEGATRON_NAMES,
-    "greater_is_better": "the lowest is the best",
+    "greater_is_better": "whether less or more is better follows from the metric's name",
+    "group_by_length": "packs are filled by length already; their order is shuffled",
     "init_weights": "adapter.type has olora and pissa",
     "interleave_prob": "data.weights is for corpora",
+    "kl_in_reward": "the KL is a part of the loss here",
     "label_smoothing": "of the methods only dpo has it",
+    "lora_bias": "biases are not trained beside an adapter",
     "lora_alpha": "there is no new adapter",
     "lora_dropout": "adapters here have no dropout",
     "lora_rank": "there is no new adapter",
@@ -141,31 +191,47 @@ WHY_FLAGS: dict[str, str] = {
     "lr_warmup_init": "warm-up starts from 0",
     "mcore_adapter": "Megatron's adapter folder: write PEFT's (megatron export --to_hf), and give "
     "adapter.path",
-    "mcore_ref_adapter": "the reference is the base with adapters off",
-    "mcore_ref_model": "the reference is model.path as it is before the first step",
+    "mcore_ref_adapter": "give PEFT's folder as --ref_adapters (megatron export --to_hf)",
+    "mcore_ref_model": "give a Hugging Face folder as --ref_model (megatron export --to_hf)",
     "merge_lora": "export_hf merges; `tools/convert adapter` writes a PEFT folder",
     "modules_to_save": "beside an adapter nothing else is trained",
     "moe_expert_capacity_factor": "no token is dropped here",
     "moe_router_load_balancing_type": "router.aux_loss is taken over sequences",
     "mtp_num_layers": "multi-token prediction is not trained here",
     "num_layers_per_virtual_pipeline_stage": "parallel.vpp counts stages",
+    "num_generations_eval": "held-out prompts have one answer each",
+    "num_iterations": "answers are learned from once",
+    "off_policy_sequence_mask_delta": "no answer is left out for how far the policy has moved",
     "optimizer": "optim.name is adamw",
+    "overlong_filter": "method.truncated=mask leaves cut answers out",
     "packing": "a corpus is cut into sequences of data.seq_len",
     "packing_length": "data.seq_len is both, a pack and the most of one sequence",
     "pipeline_model_parallel_layout": "parallel.first_stage_layers and last_stage_layers say it",
     "recompute_method": "full is every layer by itself",
     "recompute_modules": "megatron.recompute_modules takes it, without moe",
     "recompute_num_layers": "full is every layer by itself",
-    "ref_adapters": "the reference is the base with adapters off",
+    "new_special_tokens": "the vocabulary is the tokenizer's: add tokens to the folder first",
+    "quant_method": "weights are trained as they are, not quantised",
+    "ref_adapters": "there is no reference",
+    "ref_model": "there is no reference",
     "reference_free": "dpo has a reference; simpo and orpo have none",
+    "repetition_penalty": "training uses the model's own distribution, and so does sampling",
+    "reward_model": "give {name: reward_model, options: {path: FOLDER}} in rewards by hand",
+    "rollout_importance_sampling_mode": "method.mismatch has tis and mask",
     "rope_scaling": "is read from the model's config.json",
     "rpo_alpha": "of the methods only dpo has it",
     "save_strategy": "checkpoint.every counts steps",
+    "router_replay_mode": "rollout.routing_replay is R3: the experts that were chosen at rollout",
     "split_dataset_ratio": "give a held-out file: data.eval",
-    "system": "the system prompt stands in the data, or in data.chat_template",
+    "sync_ref_model": "the reference stays what it was before the first step",
     "target_regex": "adapter.target takes patterns over Hugging Face names",
     "task_type": "method says what is trained",
     "template": "the tokenizer's chat template is used; data.chat_template replaces it",
+    "top_entropy_quantile": "every token of an answer is learned from",
+    "top_k": "training uses the model's own distribution, and so does sampling",
+    "top_p": "training uses the model's own distribution, and so does sampling",
+    "use_chat_template": "instruction data goes through the chat template; `megatron pt` has none",
+    "use_vllm": "answers are sampled with vLLM",
     "tensorboard_dir": "TensorBoard's files are in <run_dir>/tensorboard",
     "torch_dtype": "models here train in bf16 or fp32",
     "trainable_parameters": _MEGATRON_NAMES,
@@ -177,6 +243,21 @@ WHY_FLAGS: dict[str, str] = {
     "weight_decay_incr_style": "weight decay is constant",
 }
 UNKNOWN = "no key of a recipe stands for it"
+# Flags that decide what is learned: where one of them is not carried, the command is refused.
+DECIDES = frozenset(
+    """
+    adapters advantage_estimator calculate_KL columns cpo_alpha delta dynamic_sample
+    f_divergence_type freeze_llm freeze_parameters freeze_parameters_ratio
+    freeze_parameters_regex init_weights interleave_prob kl_in_reward label_smoothing lora_bias
+    loss_scale loss_type lr_decay_style lr_wsd_decay_style mcore_adapter mcore_ref_adapter
+    mcore_ref_model modules_to_save mtp_num_layers new_special_tokens num_iterations num_labels
+    off_policy_sequence_mask_delta optimizer overlong_filter quant_method ref_adapters
+    reference_free repetition_penalty reward_funcs reward_model rollout_importance_sampling_mode
+    router_replay_mode rpo_alpha sft_alpha sync_ref_model target_modules target_regex task_type
+    top_entropy_quantile top_k top_p trainable_parameters trainable_parameters_regex
+    use_chat_template use_vllm weight_decay_incr_style
+    """.split()
+)
 
 # key -> why no flag says it
 WHY_KEYS: dict[str, str] = {
@@ -249,11 +330,22 @@ CHANGES: tuple[Change, ...] = (
         "router.aux_loss is a mean over sequences, nearest to ms-swift's seq_aux_loss",
     ),
     Change(
-        "lr_wsd_decay_style",
-        lambda keys: (
-            keys.get("optim.wsd_decay") == "exponential" and keys.get("optim.schedule") == "wsd"
-        ),
-        "ms-swift's exponential ends at 0 (2 * 0.5^x - 1), moetrain's at a hundredth (0.01^x)",
+        "beta",
+        lambda keys: is_online(keys) and bool(keys.get("method.beta")),
+        "ms-swift cuts a token's KL at 10",
+        coming=True,
+    ),
+    Change(
+        "rollout",
+        is_online,
+        "a step here is a batch of rollouts and all its optimizer steps",
+    ),
+    Change(
+        "evaluation",
+        lambda keys: is_online(keys) and has_held_out(keys),
+        "held-out prompts have one greedy answer here (rollout.eval_temperature), there answers as "
+        "in training",
+        coming=True,
     ),
     Change(
         "model",
@@ -271,10 +363,11 @@ CHANGES: tuple[Change, ...] = (
     ),
     Change(
         "dataset",
-        lambda keys: any(
-            "#" in str(path) for key in ("train", "eval") for path in keys.get(f"data.{key}") or ()
+        lambda keys: (
+            keys.get("method.name") in CORPUS
+            and any(split_sample(str(path))[1] for path in keys.get("data.train") or ())
         ),
-        "#N takes a sample of a data set, which a recipe cannot; make a file of the sample",
+        "#N takes a sample of a data set, which an indexed corpus cannot; index the sample",
         coming=True,
     ),
 )

@@ -20,9 +20,9 @@ from moetrain.config.swift.codecs import (
     Option,
     Same,
 )
+from moetrain.config.swift.datasets import DataSets, System
 from moetrain.config.swift.entries import (
     MODULES,
-    PATHS,
     TRAINED,
     EvalPacks,
     Keep,
@@ -30,9 +30,23 @@ from moetrain.config.swift.entries import (
     Nodes,
     Offload,
     Reports,
-    Schedule,
     Weights,
 )
+from moetrain.config.swift.methods import METHOD
+from moetrain.config.swift.online import (
+    Clipping,
+    Divergence,
+    Mismatch,
+    OnlineBatch,
+    OnlineLength,
+    OnlineSteps,
+    Servers,
+    is_online,
+)
+from moetrain.config.swift.reference import Reference
+from moetrain.config.swift.rewards import RewardFunctions
+from moetrain.config.swift.schedule import Schedule
+from moetrain.config.swift.text import Thoughts
 
 # Names that ms-swift 3 had for what 4 calls otherwise.
 OLD_NAMES = {
@@ -51,6 +65,7 @@ OLD_NAMES = {
 
 PAIRS = ("dpo", "ipo", "hinge", "orpo", "simpo", "reward")
 CORPUS = ("cpt", "pretrain")
+WITH_BETA = ("dpo", "ipo", "hinge", "kto", "orpo", "simpo")
 
 
 def method(*names: str) -> Callable[[Keys], bool]:
@@ -66,41 +81,36 @@ def has_adapter(keys: Keys) -> bool:
     return keys.get("adapter.type") is not None or keys.get("adapter.path") is not None
 
 
+def has_held_out(keys: Keys) -> bool:
+    return bool(keys.get("data.eval") or keys.get("data.eval_share"))
+
+
 def _new_adapter(keys: Keys) -> bool:
     return keys.get("adapter.type") is not None and keys.get("adapter.path") is None
+
+
+def _beta(keys: Keys) -> float:
+    return 0.04 if is_online(keys) else 2.0 if keys["method.name"] == "simpo" else 0.1
+
+
+def _supervised(keys: Keys) -> bool:
+    """Records that are packed once, before the run."""
+    return _of_records(keys) and not is_online(keys)
+
+
+def _run_dir(keys: Keys) -> str | None:
+    path = str(keys.get("model.path", "")).rstrip("/")
+    return f"megatron_output/{path.rpartition('/')[2]}" if path else None
 
 
 def _pipelined(keys: Keys) -> bool:
     return keys.get("parallel.pp", 1) > 1
 
 
-_METHODS = Choice(
-    "method.name",
-    (
-        Option("dft", {"action": "sft", "enable_dft_loss": "true"}),
-        Option("sft", {"action": "sft"}),
-        Option("cpt", {"action": "pt"}),
-        Option("pretrain", {"action": "pt"}),
-        Option("ipo", {"action": "rlhf", "rlhf_type": "dpo", "loss_type": "ipo"}),
-        Option("hinge", {"action": "rlhf", "rlhf_type": "dpo", "loss_type": "hinge"}),
-        Option("dpo", {"action": "rlhf", "rlhf_type": "dpo"}, {"loss_type": "sigmoid"}),
-        Option("kto", {"action": "rlhf", "rlhf_type": "kto"}, {"loss_type": "kto"}),
-        Option("reward", {"action": "rlhf", "rlhf_type": "rm"}),
-        Option("orpo", {"action": "rlhf", "rlhf_type": "orpo"}, read_only=True),
-        Option(
-            "simpo",
-            {"action": "rlhf", "rlhf_type": "simpo"},
-            {"loss_type": "simpo", "cpo_alpha": "0"},
-            read_only=True,
-        ),
-    ),
-    wanted="--rlhf_type: a recipe has a method for dpo, kto and rm (orpo and simpo of `swift`)",
-)
-
 _MODEL: tuple[Entry, ...] = (
-    Same("output_dir", "run_dir", TEXT, along={"add_version": "false"}),
-    Same("seed", "seed", WHOLE, default=42, alike=("data_seed",)),
     Weights(),
+    Same("output_dir", "run_dir", TEXT, default=_run_dir, along={"add_version": "false"}),
+    Same("seed", "seed", WHOLE, default=42, alike=("data_seed",)),
     Choice("model.init", (Option(None, {}), Option("load", {}))),
     Choice(
         "model.dtype",
@@ -178,8 +188,8 @@ _NUMBERS_OF_METHODS: tuple[Entry, ...] = (
         "beta",
         "method.beta",
         NUMBER,
-        default=lambda keys: 2.0 if keys["method.name"] == "simpo" else 0.1,
-        when=method("dpo", "ipo", "hinge", "kto", "orpo", "simpo"),
+        default=_beta,
+        when=lambda keys: is_online(keys) or keys.get("method.name") in WITH_BETA,
         always=True,
     ),
     Same("label_smoothing", "method.label_smoothing", NUMBER, default=0.0, when=method("dpo")),
@@ -199,10 +209,12 @@ _NUMBERS_OF_METHODS: tuple[Entry, ...] = (
 )
 
 _DATA: tuple[Entry, ...] = (
-    Same("dataset", "data.train", PATHS),
-    Same("val_dataset", "data.eval", PATHS),
+    Reference(),
+    DataSets(CORPUS),
+    System(),
+    Thoughts(),
     Same("max_length", "data.seq_len", WHOLE),
-    Same("packing", "data.pack", TRUTH, default=False, when=_of_records),
+    Same("packing", "data.pack", TRUTH, default=False, when=_supervised),
     Choice(
         "data.too_long",
         (
@@ -210,7 +222,7 @@ _DATA: tuple[Entry, ...] = (
             Option("reject", {"truncation_strategy": "delete"}),
         ),
         defaults={"truncation_strategy": "delete"},
-        when=_of_records,
+        when=_supervised,
     ),
     Choice(
         "data.shuffle",
@@ -290,7 +302,7 @@ _REST: tuple[Entry, ...] = (
         "eval_steps",
         "train.eval_every",
         STEPS,
-        default=lambda keys: keys.get("checkpoint.every") if keys.get("data.eval") else None,
+        default=lambda keys: keys.get("checkpoint.every") if has_held_out(keys) else None,
     ),
     EvalPacks(),
     Keep(),
@@ -317,12 +329,64 @@ _REST: tuple[Entry, ...] = (
     Same("megatron_extra_kwargs", "megatron", JSON),
 )
 
+_ONLINE: tuple[Entry, ...] = (
+    OnlineBatch(),
+    Same(
+        "max_completion_length",
+        "rollout.max_tokens",
+        WHOLE,
+        default=512,
+        when=is_online,
+        always=True,
+    ),
+    Same("temperature", "rollout.temperature", NUMBER, default=0.9, when=is_online, always=True),
+    Clipping(),
+    Divergence(),
+    Mismatch(),
+    Same("dynamic_sample", "method.dynamic_sampling", TRUTH, default=False, when=method("dapo")),
+    Choice(
+        "method.truncated",
+        (
+            Option("mask", {"overlong_filter": "true"}),
+            Option("reward", {}, {"overlong_filter": "false"}),
+        ),
+        when=is_online,
+    ),
+    Choice(
+        "rollout.routing_replay",
+        (
+            Option(True, {"router_replay_mode": "R3"}),
+            Option(False, {}, {"router_replay_mode": "disabled"}),
+        ),
+        when=is_online,
+    ),
+    Same(
+        "vllm_gpu_memory_utilization",
+        "rollout.gpu_memory",
+        NUMBER,
+        default=0.9,
+        when=is_online,
+    ),
+    Same(
+        "vllm_tensor_parallel_size",
+        "rollout.tensor_parallel",
+        WHOLE,
+        default=1,
+        when=is_online,
+    ),
+    Servers(),
+    RewardFunctions(),
+    OnlineLength(),
+    OnlineSteps(),
+)
+
 TABLE: tuple[Entry, ...] = (
-    _METHODS,
+    METHOD,
     *_MODEL,
     *_ADAPTER,
     *_NUMBERS_OF_METHODS,
     *_DATA,
     *_TRAINING,
     *_REST,
+    *_ONLINE,
 )
