@@ -280,6 +280,35 @@ class Weights(Entry):
             writing.flags["model"] = (str(path),)
 
 
+class RecomputedParts(Entry):
+    """What `train.recompute` leaves open: how many layers at a time, and which parts of one."""
+
+    PARTS = ("core_attn", "mlp", "layernorm")
+
+    def read(self, reading: Reading) -> None:
+        keys = reading.keys
+        more: dict[str, Any] = {}
+        if keys.get("train.recompute") == "full":
+            how = reading.parse("recompute_method", TEXT) or "uniform"
+            layers = reading.parse("recompute_num_layers", WHOLE) or 1
+            if (how, layers) != ("uniform", 1):
+                more = {"recompute_method": how, "recompute_num_layers": layers}
+        elif keys.get("train.recompute") == "selective":
+            parts = reading.parse("recompute_modules", LIST) or ["core_attn"]
+            others = [part for part in parts if part not in self.PARTS]
+            if others:
+                why = f"megatron.recompute_modules has {', '.join(self.PARTS)}"
+                reading.lost("recompute_modules", why)
+            parts = [part for part in parts if part in self.PARTS]
+            if parts != ["core_attn"]:
+                more = {"recompute_modules": parts}
+        if more:
+            keys["megatron"] = more | cast(dict[str, Any], keys.get("megatron") or {})
+
+    def write(self, writing: Writing) -> None:
+        """megatron_extra_kwargs has them."""
+
+
 def is_hub_name(path: object) -> bool:
     """Whether this looks like `owner/name`, and not like a file."""
     name = re.fullmatch(r"[\w-][\w.-]*/([\w.-]+)(?::[\w/.-]+)?(?:#\d+)?", str(path))

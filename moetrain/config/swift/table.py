@@ -29,6 +29,7 @@ from moetrain.config.swift.entries import (
     Length,
     Nodes,
     Offload,
+    RecomputedParts,
     Reports,
     Weights,
 )
@@ -327,6 +328,7 @@ _REST: tuple[Entry, ...] = (
     Reports(),
     Nodes(),
     Same("megatron_extra_kwargs", "megatron", JSON),
+    RecomputedParts(),
 )
 
 _ONLINE: tuple[Entry, ...] = (
