@@ -13,6 +13,7 @@ from moetrain.config.load import load_recipe, recipe_from
 from moetrain.config.recipe import Recipe
 from moetrain.config.swift import from_swift, to_swift
 from moetrain.config.swift.convert import keys_of
+from moetrain.config.swift.online import LEAVES_OUT_CUT, WEIGHED_KL
 from moetrain.config.swift.shell import read_command
 from moetrain.errors import ConfigError
 from moetrain.plan.dry_run import dry_run
@@ -283,7 +284,7 @@ MEANINGS = [
     (
         GRPO,
         "--loss_type dr_grpo --scale_rewards none --max_completion_length 64",
-        {"method.name": "dr_grpo", "rollout.max_tokens": 64},
+        {"method.name": "dr_grpo", "rollout.max_tokens": 64, "method.length": 64},
     ),
     (
         GRPO,
@@ -321,7 +322,7 @@ MEANINGS = [
         {"rollout.address": ["http://10.0.0.1:8001"]},
     ),
     (GRPO, "--router_replay_mode R3", {"rollout.routing_replay": True}),
-    (GRPO, "--overlong_filter true", {"method.truncated": "mask"}),
+    *([(GRPO, "--overlong_filter true", {"method.truncated": "mask"})] if LEAVES_OUT_CUT else []),
     (GRPO, "--enable_thinking false", {"data.chat_template_kwargs": {"enable_thinking": False}}),
 ]
 
@@ -474,7 +475,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
 ONLINE = st.one_of(
     st.fixed_dictionaries({"name": st.sampled_from(["grpo", "gspo", "dr_grpo"])}),
     st.fixed_dictionaries(
-        {"name": st.just("dapo"), "dynamic_sampling": st.booleans(), "soft_length": st.just(0)}
+        {"name": st.just("dapo"), "dynamic_sampling": st.booleans()}
+        | ({"soft_length": st.just(0)} if WEIGHED_KL else {})
     ),
     st.fixed_dictionaries(
         {"name": st.just("dapo"), "soft_length": st.just(9), "max_length": st.just(99)}
@@ -493,10 +495,14 @@ def online_recipes(draw: st.DrawFn) -> Recipe:
             [{"mismatch": "none"}, {"mismatch": "tis", "mismatch_cap": 3.0}, {"mismatch": "mask"}]
         )
     )
-    method = draw(ONLINE) | mismatch | draw(maybe(truncated=st.sampled_from(["reward", "mask"])))
-    if beta:
+    method = draw(ONLINE) | mismatch
+    if LEAVES_OUT_CUT:
+        method |= draw(maybe(truncated=st.sampled_from(["reward", "mask"])))
+    if beta and WEIGHED_KL:
         method["use_bias_correction_kl"] = False
     answer = draw(count) + 99
+    if method["name"] == "dr_grpo":
+        method["length"] = answer
     data = draw(maybe(take=st.just([7]), shuffle=st.booleans(), system=st.just("x"),
                       chat_template_kwargs=st.just({"enable_thinking": False})))  # fmt: skip
     if draw(st.booleans()):

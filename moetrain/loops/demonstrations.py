@@ -50,7 +50,8 @@ def open_demonstrations(recipe: Recipe, mesh: Mesh) -> Demonstrations:
             f"method.packs={method.packs} does not divide over {mesh.dp_size} data-parallel ranks:"
             f" use a multiple of {mesh.dp_size}."
         )
-    data = recipe.data.model_copy(update={"train": recipe.data.demonstrations})
+    whole = {"train": recipe.data.demonstrations, "take": None, "eval_share": 0.0}
+    data = recipe.data.model_copy(update=whole)
     # As often as answers are learned from, so train.epochs does not count them.
     train = recipe.train.model_copy(
         update={"global_batch": method.packs, "epochs": None, "steps": 1}

@@ -102,6 +102,7 @@ IMPLIED: dict[str, tuple[tuple[str, ...], str]] = {
     "offload_optimizer": ((), _PLACE),
     "optimizer": (("adam",), "optim.name is adamw"),
     "optimizer_offload_fraction": ((), "optim.offload says so"),
+    "overlong_filter": (("false",), "answers that were cut are learned from by their grade"),
     "overlap_p2p_comm": ((), _SPEED),
     "overlap_param_gather": ((), _SPEED),
     "packing": (("true",), "a corpus is cut into sequences of data.seq_len"),
@@ -203,7 +204,7 @@ WHY_FLAGS: dict[str, str] = {
     "num_iterations": "answers are learned from once",
     "off_policy_sequence_mask_delta": "no answer is left out for how far the policy has moved",
     "optimizer": "optim.name is adamw",
-    "overlong_filter": "method.truncated=mask leaves cut answers out",
+    "overlong_filter": "answers that were cut are learned from by their grade",
     "packing": "a corpus is cut into sequences of data.seq_len",
     "packing_length": "data.seq_len is both, a pack and the most of one sequence",
     "pipeline_model_parallel_layout": "parallel.first_stage_layers and last_stage_layers say it",
@@ -247,11 +248,11 @@ UNKNOWN = "no key of a recipe stands for it"
 DECIDES = frozenset(
     """
     adapters advantage_estimator calculate_KL columns cpo_alpha delta dynamic_sample
-    f_divergence_type freeze_llm freeze_parameters freeze_parameters_ratio
-    freeze_parameters_regex init_weights interleave_prob kl_in_reward label_smoothing lora_bias
-    loss_scale loss_type lr_decay_style lr_wsd_decay_style mcore_adapter mcore_ref_adapter
-    mcore_ref_model modules_to_save mtp_num_layers new_special_tokens num_iterations num_labels
-    off_policy_sequence_mask_delta optimizer overlong_filter quant_method ref_adapters
+    f_divergence_type freeze_llm freeze_parameters freeze_parameters_ratio freeze_parameters_regex
+    init_weights interleave_prob kl_in_reward label_smoothing lora_bias loss_scale loss_type
+    lr_decay_style lr_wsd_decay_style mcore_adapter mcore_ref_adapter mcore_ref_model
+    modules_to_save mtp_num_layers new_special_tokens num_iterations num_labels
+    off_policy_sequence_mask_delta optimizer overlong_filter quant_method ref_adapters ref_model
     reference_free repetition_penalty reward_funcs reward_model rollout_importance_sampling_mode
     router_replay_mode rpo_alpha sft_alpha sync_ref_model target_modules target_regex task_type
     top_entropy_quantile top_k top_p trainable_parameters trainable_parameters_regex

@@ -35,6 +35,7 @@ from moetrain.config.swift.entries import (
 )
 from moetrain.config.swift.methods import METHOD
 from moetrain.config.swift.online import (
+    LEAVES_OUT_CUT,
     Clipping,
     Divergence,
     Mismatch,
@@ -352,7 +353,7 @@ _ONLINE: tuple[Entry, ...] = (
             Option("mask", {"overlong_filter": "true"}),
             Option("reward", {}, {"overlong_filter": "false"}),
         ),
-        when=is_online,
+        when=lambda keys: is_online(keys) and LEAVES_OUT_CUT,
     ),
     Choice(
         "rollout.routing_replay",
