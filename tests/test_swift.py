@@ -495,7 +495,7 @@ def online_recipes(draw: st.DrawFn) -> Recipe:
             [{"mismatch": "none"}, {"mismatch": "tis", "mismatch_cap": 3.0}, {"mismatch": "mask"}]
         )
     )
-    method = draw(ONLINE) | mismatch
+    method: dict[str, Any] = draw(ONLINE) | mismatch
     if LEAVES_OUT_CUT:
         method |= draw(maybe(truncated=st.sampled_from(["reward", "mask"])))
     if beta and WEIGHED_KL:

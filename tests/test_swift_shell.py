@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ from moetrain.errors import ConfigError
 BASE = "megatron sft --model /m --dataset d.jsonl --output_dir o --train_iters 100 --max_length 512"
 
 
-def flags(text: str, **more: str) -> dict[str, tuple[str, ...]]:
+def flags(text: str, **more: Any) -> dict[str, tuple[str, ...]]:
     return dict(read_command(text, **more).flags)
 
 
@@ -107,7 +108,7 @@ def test_what_the_text_does_not_say(text: str, match: str) -> None:
 
 def test_one_of_several() -> None:
     text = f"LR=1\n{BASE} --lr $LR\nLR=2\n{BASE} --lr $LR"
-    assert [flags(text, number=n)["lr"] for n in (1, 2)] == [("1",), ("2",)]  # type: ignore[arg-type]
+    assert [flags(text, number=n)["lr"] for n in (1, 2)] == [("1",), ("2",)]
     with pytest.raises(ConfigError, match="--number 3: the text has 2"):
         from_swift(text, number=3)
 

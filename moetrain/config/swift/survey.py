@@ -125,5 +125,5 @@ def _import(result: Survey, found: Found, path: Path) -> None:
 
 def _reason(error: ConfigError) -> str:
     """A reason without the values of one script."""
-    text = re.sub(r" and nothing here.*|\. Without it.*", "", str(error))
-    return re.sub(r"/[\w./-]+/", "", text)[:160]
+    text = re.sub(r"\. Without it another thing.*", "", str(error))
+    return re.sub(r"(?<![\w.])/[\w./-]+/", "", text)[:160]
