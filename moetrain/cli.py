@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain import __version__, cli_answers, cli_cluster, cli_data
+from moetrain import __version__, cli_answers, cli_cluster, cli_data, cli_swift
 from moetrain.cli_common import Arguments, Parser, add_overrides, positive
 from moetrain.errors import MoetrainError
 
@@ -226,59 +226,6 @@ def _report(args: Arguments) -> int:
     return write_report(args.runs, args.out, args.csv)
 
 
-def _swift_arguments(parser: Parser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    line = "the recipe of a `megatron sft|pt|rlhf` command"
-    own = actions.add_parser("import", help=line, description=line)
-    own.add_argument(
-        "command_text",
-        nargs="+",
-        metavar="COMMAND",
-        help="its text, or a script; - for stdin; with --table folders of scripts",
-    )
-    own.add_argument(
-        "--number", type=positive, metavar="N", help="which of several commands of a script"
-    )
-    own.add_argument(
-        "--table", action="store_true", help="count what would come of all commands; write nothing"
-    )
-    own.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
-    own.add_argument(
-        "--steps", type=positive, metavar="N", help="of the run, to give a warm-up in steps"
-    )
-    line = "the `megatron` command of a recipe"
-    own = actions.add_parser("export", help=line, description=line)
-    own.add_argument("recipe", type=Path)
-    own.add_argument("overrides", nargs="*", metavar="key=value")
-
-
-def _swift(args: Arguments) -> int:
-    from moetrain.config import swift
-
-    if args.action == "export":
-        from moetrain.config.load import load_recipe
-
-        recipe = load_recipe(args.recipe, args.overrides)
-        exported = swift.to_swift(recipe.model_dump(mode="json"))
-        text, notes = exported.text, exported.notes
-    else:
-        if args.table:
-            print(swift.survey([Path(given) for given in args.command_text]).text(), end="")
-            return 0
-        if len(args.command_text) > 1:
-            raise MoetrainError("swift import: give one script, or one command in quotes.")
-        text, script = swift.command_text(args.command_text[0])
-        imported = swift.from_swift(text, args.steps, script, args.number)
-        text, notes = imported.yaml(), imported.notes
-    for note in notes:
-        print("moetrain:", note, file=sys.stderr)
-    if args.action == "import" and args.out is not None:
-        swift.write_text(args.out, text)
-    else:
-        print(text, end="")
-    return 0
-
-
 def _serve_arguments(parser: Parser) -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--port", type=positive, required=True, metavar="N")
@@ -325,7 +272,7 @@ COMMANDS: dict[str, Command] = {
     "launch": Command("a recipe as a Slurm job", cli_cluster.launch_arguments, cli_cluster.launch),
     "requeue": Command("for slurm/: what comes after a step", _requeue_arguments, _requeue),
     "report": Command("runs side by side: page, CSV, table", _report_arguments, _report),
-    "swift": Command("recipes from and to ms-swift's commands", _swift_arguments, _swift),
+    "swift": Command("recipes from and to ms-swift's commands", cli_swift.arguments, cli_swift.run),
     "doctor": Command(
         "what would fail in the job, before it", cli_cluster.doctor_arguments, cli_cluster.doctor
     ),
