@@ -248,3 +248,27 @@ def ppo_packs(found: list[Group], method: str, *, seq_len: int, min_packs: int) 
         pack.per_token.update({"old_logp": old, "old_value": value})
         pack.per_token.update(online.targets(pack, cfg))
     return packs
+
+
+@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "dapo", "gspo"])
+def test_cut_answers_are_left_out_after_they_have_counted(
+    workers: Workers, tiny: Tiny, method: str
+) -> None:
+    """Of one group rewarded 1, 0, 0.5 the last answer was cut: the others' advantages are what
+    they were, and it is not learned from.
+    """
+    folder, _ = tiny("qwen3_moe")
+    answers = [
+        Graded(Sample("p", i, (7,) * (i + 2), (-1.0,) * (i + 2), "", finish, 0), reward)
+        for i, (reward, finish) in enumerate([(1.0, "stop"), (0.0, "stop"), (0.5, "length")])
+    ]
+    group = Group(Prompt("p", (3, 4), {}), tuple(answers))
+    found: dict[str, dict[int, float]] = {}
+    for how in ("reward", "mask"):
+        section = {"name": method, "truncated": how}
+        section |= {"soft_length": 0} if method == "dapo" else {}
+        sections = section_of(section) | {"rollout": {"max_tokens": 8}}
+        found[how] = workers.run(1, ranks.lessons, folder, {}, [group], sections)[0]
+    assert found["reward"].keys() == {2, 3, 4}
+    assert found["mask"] == {size: found["reward"][size] for size in (2, 3)}
+    assert found["mask"][2] == pytest.approx(0.5 if method == "dr_grpo" else 0.5 / (0.5 + 1e-4))

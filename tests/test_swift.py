@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from moetrain.config.load import load_recipe, recipe_from
+from moetrain.config.method import MethodConfig
 from moetrain.config.recipe import Recipe
 from moetrain.config.swift import from_swift, to_swift
 from moetrain.config.swift.convert import keys_of
-from moetrain.config.swift.online import LEAVES_OUT_CUT, WEIGHED_KL
 from moetrain.config.swift.shell import read_command
 from moetrain.errors import ConfigError
 from moetrain.plan.dry_run import dry_run
@@ -182,7 +183,7 @@ MEANINGS = [
     (BASE, "--save_total_limit 4", {"checkpoint.keep": 4, "checkpoint.best": None}),
     (
         BASE,
-        "--val_dataset a.jsonl --save_total_limit 4 --metric_for_best_model loss",
+        "--val_dataset e.jsonl --save_total_limit 4 --metric_for_best_model loss",
         {"checkpoint.keep": 3, "checkpoint.best": "eval_loss"},
     ),
     (BASE, "--no_save_optim true", {"checkpoint.save_optimizer": False}),
@@ -322,7 +323,7 @@ MEANINGS = [
         {"rollout.address": ["http://10.0.0.1:8001"]},
     ),
     (GRPO, "--router_replay_mode R3", {"rollout.routing_replay": True}),
-    *([(GRPO, "--overlong_filter true", {"method.truncated": "mask"})] if LEAVES_OUT_CUT else []),
+    (GRPO, "--overlong_filter true", {"method.truncated": "mask"}),
     (GRPO, "--enable_thinking false", {"data.chat_template_kwargs": {"enable_thinking": False}}),
 ]
 
@@ -437,7 +438,9 @@ def recipes(draw: st.DrawFn) -> Recipe:
             num_workers=st.integers(0, 8),
         )
     )
-    best = draw(st.sampled_from([None, "eval_loss"] if held_out.get("eval") else [None]))
+    judged: Any = TypeAdapter(MethodConfig).validate_python(method).judged_by
+    measured = held_out.get("eval") or held_out.get("eval_share")
+    best = draw(st.sampled_from([None, *judged])) if measured else None
     content = {
         "run_dir": draw(st.sampled_from(["runs/x", "/a b/c"])),
         "seed": draw(st.integers(0, 2**31)),
@@ -475,8 +478,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
 ONLINE = st.one_of(
     st.fixed_dictionaries({"name": st.sampled_from(["grpo", "gspo", "dr_grpo"])}),
     st.fixed_dictionaries(
-        {"name": st.just("dapo"), "dynamic_sampling": st.booleans()}
-        | ({"soft_length": st.just(0)} if WEIGHED_KL else {})
+        {"name": st.just("dapo"), "dynamic_sampling": st.booleans(), "soft_length": st.just(0)}
     ),
     st.fixed_dictionaries(
         {"name": st.just("dapo"), "soft_length": st.just(9), "max_length": st.just(99)}
@@ -496,11 +498,11 @@ def online_recipes(draw: st.DrawFn) -> Recipe:
         )
     )
     method: dict[str, Any] = draw(ONLINE) | mismatch
-    if LEAVES_OUT_CUT:
-        method |= draw(maybe(truncated=st.sampled_from(["reward", "mask"])))
-    if beta and WEIGHED_KL:
+    method |= draw(maybe(truncated=st.sampled_from(["reward", "mask"])))
+    if beta:
         method["use_bias_correction_kl"] = False
     answer = draw(count) + 99
+    dynamic = method["name"] == "dapo" and method.get("dynamic_sampling", True)
     if method["name"] == "dr_grpo":
         method["length"] = answer
     data = draw(maybe(take=st.just([7]), shuffle=st.booleans(), system=st.just("x"),
@@ -543,7 +545,7 @@ def online_recipes(draw: st.DrawFn) -> Recipe:
             ),
             "rewards": rewards,
             "train": {"global_batch": size * prompts // inner}
-            | draw(st.sampled_from([{"steps": 30}, {"epochs": 2.0}])),
+            | draw(st.sampled_from([{"steps": 30}, {"epochs": 2.0}][: 1 + (not dynamic)])),
             "checkpoint": draw(maybe(every=count)),
         }
     )

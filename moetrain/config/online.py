@@ -91,6 +91,11 @@ class LossKlMethod(OnlineMethod):
         description="with the ratio to the policy that sampled, so that its expected gradient is"
         " that of KL(policy || reference); false: without",
     )
+    truncated: Literal["reward", "mask"] = Field(
+        default="reward",
+        description="answers that rollout.max_tokens cut: reward learns from them by their grade,"
+        " mask leaves them out, after they have counted in their group",
+    )
 
 
 class GrpoMethod(LossKlMethod):

@@ -21,6 +21,7 @@ from moetrain.methods.online import (
     online_metrics,
     spread,
     tokens_of,
+    truncated,
 )
 from moetrain.ops.packed import Packed
 
@@ -71,5 +72,5 @@ CHORD = Method(
     loss,
     count,
     NEEDS,
-    online=Online(normalised, targets=broadcast_advantage, shares=shares),
+    online=Online(normalised, targets=broadcast_advantage, truncated=truncated, shares=shares),
 )

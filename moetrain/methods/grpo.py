@@ -25,6 +25,7 @@ from moetrain.methods.online import (
     overlong,
     spread,
     tokens_of,
+    truncated,
     without_signal,
 )
 from moetrain.ops.packed import Packed
@@ -90,15 +91,23 @@ def drops_dapo(rewards: Tensor, group: Tensor, cfg: DapoMethod) -> Tensor:
 
 
 GRPO = Method(
-    "grpo", grpo, count_answers, NEEDS, online=Online(normalised, targets=broadcast_advantage)
+    "grpo",
+    grpo,
+    count_answers,
+    NEEDS,
+    online=Online(normalised, targets=broadcast_advantage, truncated=truncated),
 )
 DR_GRPO = Method(
-    "dr_grpo", per_token, count_constant, NEEDS, online=Online(centred, targets=broadcast_advantage)
+    "dr_grpo",
+    per_token,
+    count_constant,
+    NEEDS,
+    online=Online(centred, targets=broadcast_advantage, truncated=truncated),
 )
 DAPO = Method(
     "dapo",
     per_token,
     count_answer_tokens,
     NEEDS,
-    online=Online(normalised, shape_dapo, drops_dapo, broadcast_advantage),
+    online=Online(normalised, shape_dapo, drops_dapo, broadcast_advantage, truncated=truncated),
 )

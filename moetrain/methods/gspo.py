@@ -20,6 +20,7 @@ from moetrain.methods.online import (
     sequence_ratio,
     spread,
     tokens_of,
+    truncated,
 )
 from moetrain.ops.packed import Packed
 from moetrain.ops.segment import segment_sum
@@ -41,5 +42,9 @@ def loss(out: Out, batch: Packed, cfg: GspoMethod, known: Known) -> tuple[Terms,
 
 
 GSPO = Method(
-    "gspo", loss, count_answers, NEEDS, online=Online(normalised, targets=broadcast_advantage)
+    "gspo",
+    loss,
+    count_answers,
+    NEEDS,
+    online=Online(normalised, targets=broadcast_advantage, truncated=truncated),
 )

@@ -64,6 +64,11 @@ def overlong(lengths: Tensor, max_length: int, soft_length: int) -> Tensor:
     return -((lengths - (max_length - soft_length)) / soft_length).clamp(0, 1)
 
 
+def truncated(cfg: LossKlMethod) -> str:
+    """What becomes of answers that were cut."""
+    return cfg.truncated
+
+
 # Over the tokens of a pack
 
 

@@ -11,10 +11,15 @@ import torch
 from torch import Tensor
 
 from moetrain.config.load import recipe_from
+from moetrain.data.groups import Group
 from moetrain.engine import Engine
 from moetrain.engine.checkpoint import Saving
 from moetrain.families.adapter import AdapterTable
+from moetrain.loops.demonstrations import open_demonstrations
+from moetrain.loops.learn import Lessons
+from moetrain.loops.rollouts import Batch
 from moetrain.methods import METHODS
+from moetrain.methods.online import ANSWER
 from moetrain.ops.packed import Packed, concat, from_tokens
 from moetrain.weights.adapter import table_shapes
 from moetrain.weights.reader import seeded
@@ -339,3 +344,19 @@ def trained(recipe: str, settings: Sequence[str]) -> int:
 
     found = load_recipe(Path(recipe), [*settings, "observe.progress=false"])
     return (rl if found.method.samples else supervised).train(found)
+
+
+def lessons(
+    model: str, parallel: dict[str, Any], groups: Sequence[Group], sections: dict[str, Any]
+) -> dict[int, float]:
+    """The advantage of each answer that a step learns from, by its number of tokens."""
+    engine = Engine(recipe_for(model, parallel, **sections), train=False)
+    made = Lessons(engine.recipe, engine, None, open_demonstrations(engine.recipe, engine.mesh))
+    found: dict[int, float] = {}
+    for pack in (pack for part in made.packs(Batch(1, tuple(groups), 0)) for pack in part):
+        for n in range(pack.num_sequences):
+            start, end = pack.cu_seqlens[n : n + 2].tolist()
+            own = pack.loss_mask[start:end] > 0
+            if own.any() and int(pack.extras["role"][n]) == ANSWER:
+                found[int(own.sum())] = float(pack.per_token["advantage"][start:end][own][0])
+    return found

@@ -204,7 +204,7 @@ WHY_FLAGS: dict[str, str] = {
     "num_iterations": "answers are learned from once",
     "off_policy_sequence_mask_delta": "no answer is left out for how far the policy has moved",
     "optimizer": "optim.name is adamw",
-    "overlong_filter": "answers that were cut are learned from by their grade",
+    "overlong_filter": "method.truncated is of methods with rollouts",
     "packing": "a corpus is cut into sequences of data.seq_len",
     "packing_length": "data.seq_len is both, a pack and the most of one sequence",
     "pipeline_model_parallel_layout": "parallel.first_stage_layers and last_stage_layers say it",

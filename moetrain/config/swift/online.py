@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Any, cast
 
-from moetrain.config.online import GrpoMethod
 from moetrain.config.swift.codecs import (
     LIST,
     NUMBER,
@@ -25,8 +24,6 @@ from moetrain.errors import ConfigError
 
 GRPO = ("grpo", "dr_grpo", "dapo", "gspo")
 SEQUENCE = "sequence"
-WEIGHED_KL = "use_bias_correction_kl" in GrpoMethod.model_fields
-LEAVES_OUT_CUT = "truncated" in GrpoMethod.model_fields
 # Keys that count steps: batches of rollouts here, of `inner_steps` optimizer steps each.
 _STEPS = ("train.steps", "train.eval_every", "checkpoint.every")
 
@@ -164,7 +161,7 @@ class Divergence(Entry):
     """The KL to the reference: Schulman's k3 on both sides, there never weighed by the ratio."""
 
     def read(self, reading: Reading) -> None:
-        if is_online(reading.keys) and reading.keys.get("method.beta") and WEIGHED_KL:
+        if is_online(reading.keys) and reading.keys.get("method.beta"):
             reading.keys["method.use_bias_correction_kl"] = False
 
     def write(self, writing: Writing) -> None:
@@ -176,7 +173,7 @@ class Divergence(Entry):
             return
         if keys.get("method.kl_estimator", "k3") != "k3":
             writing.lost("method.kl_estimator", "ms-swift has k3")
-        if keys.get("method.use_bias_correction_kl", True) and WEIGHED_KL:
+        if keys.get("method.use_bias_correction_kl", True):
             writing.lost("method.use_bias_correction_kl", "ms-swift's KL has no ratio")
 
 

@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 from moetrain.config.swift.codecs import LIST, NUMBER, WHOLE, Entry, Reading, Writing
-from moetrain.config.swift.online import WEIGHED_KL, is_online
+from moetrain.config.swift.online import is_online
 from moetrain.errors import ConfigError
 
 _SAME = ("accuracy", "format")
@@ -44,7 +44,7 @@ class RewardFunctions(Entry):
             plain = not options and weight == 1
             whole = {"name": name, "weight": weight, "options": options}
             rewards.append(name if plain else {key: v for key, v in whole.items() if v != {}})
-        if reading.keys["method.name"] == "dapo" and _OVERLONG not in names and WEIGHED_KL:
+        if reading.keys["method.name"] == "dapo" and _OVERLONG not in names:
             reading.keys["method.soft_length"] = 0  # no penalty, where the recipe has one by itself
         if unknown:
             reading.lost("reward_funcs", "; ".join(unknown))

@@ -35,7 +35,6 @@ from moetrain.config.swift.entries import (
 )
 from moetrain.config.swift.methods import METHOD
 from moetrain.config.swift.online import (
-    LEAVES_OUT_CUT,
     Clipping,
     Divergence,
     Mismatch,
@@ -353,7 +352,7 @@ _ONLINE: tuple[Entry, ...] = (
             Option("mask", {"overlong_filter": "true"}),
             Option("reward", {}, {"overlong_filter": "false"}),
         ),
-        when=lambda keys: is_online(keys) and LEAVES_OUT_CUT,
+        when=is_online,
     ),
     Choice(
         "rollout.routing_replay",
