@@ -258,9 +258,10 @@ def test_cut_answers_are_left_out_after_they_have_counted(
     they were, and it is not learned from.
     """
     folder, _ = tiny("qwen3_moe")
+    ends: list[tuple[float, Any]] = [(1.0, "stop"), (0.0, "stop"), (0.5, "length")]
     answers = [
         Graded(Sample("p", i, (7,) * (i + 2), (-1.0,) * (i + 2), "", finish, 0), reward)
-        for i, (reward, finish) in enumerate([(1.0, "stop"), (0.0, "stop"), (0.5, "length")])
+        for i, (reward, finish) in enumerate(ends)
     ]
     group = Group(Prompt("p", (3, 4), {}), tuple(answers))
     found: dict[str, dict[int, float]] = {}
