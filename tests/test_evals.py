@@ -177,6 +177,10 @@ def test_questions_are_asked_as_the_benchmark_says(tmp_path: Path, tokenizer: Pa
     )
 
 
+def chat_of(folder: Path) -> Chat:
+    return ChatOptions().open(folder)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -185,10 +189,6 @@ def test_questions_are_asked_as_the_benchmark_says(tmp_path: Path, tokenizer: Pa
         ({"where": {"kind": "x"}}, "has no record with"),
     ],
 )
-def chat_of(folder: Path) -> Chat:
-    return ChatOptions().open(folder)
-
-
 def test_a_question_that_cannot_be_asked_is_no_benchmark(
     tmp_path: Path, tokenizer: Path, more: dict[str, Any], message: str
 ) -> None:

@@ -268,3 +268,14 @@ def test_a_mistake_is_one_line(tmp_path: Path, more: tuple[str, ...], message: s
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
     assert len(err.splitlines()) == 1 and message in err
+
+
+def test_the_reference_is_what_the_run_starts_from(tmp_path: Path) -> None:
+    """A run that goes on from an adapter has no KL to it at its first step."""
+    first = ("adapter.rank=4", "adapter.alpha=64", "optim.lr=3e-2", "train.steps=2")
+    train(tmp_path / "first", *first, nproc=1)
+    path = tmp_path / "first" / "adapter"
+    assert path.is_dir()
+    train(tmp_path / "then", f"adapter.path={path}", "method.beta=0.1", "train.steps=2", nproc=1)
+    kl = [row["kl"] for row in rows(tmp_path / "then") if "loss" in row]
+    assert abs(kl[0]) < 1e-6 < kl[1]

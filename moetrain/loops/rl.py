@@ -38,9 +38,9 @@ def train(recipe: Recipe) -> int:
     engine = Engine(recipe)
     num_steps = length(recipe, len(prompts.train.prompts))
     engine.num_steps = num_steps * method.inner_steps
-    # The model is the reference until an earlier adapter or a checkpoint is put into it.
-    reference = engine.snapshot() if method.beta else None
     engine.continue_adapter()
+    # What the run starts from is the reference, until a checkpoint is put into it.
+    reference = engine.snapshot() if method.beta else None
     step, state = job.resume(engine, lambda r: length(r, len(prompts.train.prompts)))
     lessons = Lessons(recipe, engine, reference, open_demonstrations(recipe, engine.mesh))
     lessons.demonstrations.load_state_dict(state.get("demonstrations", {}))
