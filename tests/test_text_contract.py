@@ -387,3 +387,15 @@ def test_what_is_dropped_by_design_is_noted() -> None:
     with_tools = {"tools": [{"type": "function", "function": {"name": "add"}}], **record}
     (marked,) = chat.mark(to_conversation(with_tools))
     assert any("tools on offer" in note for note in marked.notes)
+
+
+def test_tools_of_any_shape_end_no_run() -> None:
+    for function in ("integer", 3, None, ["add"], {"name": 3}):
+        record = {
+            "messages": [U("q"), A("a")],
+            "tools": [{"type": "function", "function": function}],
+        }
+        try:
+            assert learned("qwen3", record) == [said("qwen3", "a")]
+        except FormatError:
+            pass  # a template may refuse it
