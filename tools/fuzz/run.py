@@ -7,6 +7,8 @@ its traceback.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import mmap
 import os
@@ -30,7 +32,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 SECONDS = 5.0  # of the processor, for one input
 MEGABYTES = 500  # that the process may grow by
 POLL_SECONDS = 0.05
-PLACE = struct.Struct("<qd")  # the input at which a worker is, and its MB before the first one
+PLACE = struct.Struct("<qd")  # the input at which a worker is, and its MB a while before
 SHOWN = 2000  # characters of an input in the report
 
 
@@ -60,7 +62,7 @@ def work(args: argparse.Namespace) -> None:
         os.chdir(folder)
         for name in names:  # imports and a tokenizer, which are no input's fault
             one(chosen[name], bench, random.Random(name))
-        size = used(os.getpid())[1]
+        first = size = settled()
         counts: Counter[str] = Counter()
         for number in range(args.start, args.num):
             place[:] = PLACE.pack(number, size)
@@ -72,6 +74,12 @@ def work(args: argparse.Namespace) -> None:
             if number % 200 == 0:  # a worker that is ended leaves what it has counted
                 print(json.dumps({"counts": counts}), flush=True)
                 counts.clear()
+                size = settled()
+                if size - first > MEGABYTES:
+                    told = f"{size - first:.0f} MB that inputs left behind, from {first:.0f} MB"
+                    fault = {"number": number, "target": name, "kind": "leak", "told": told}
+                    print(json.dumps(fault | {"input": ""}), flush=True)
+                    first = size
         print(json.dumps({"counts": counts}), flush=True)
 
 
@@ -176,6 +184,13 @@ def _supervise(process: "subprocess.Popen[Any]", progress: Path) -> Any:
                 return {"kind": "growth", "told": f"{grew:.0f} MB, from {size:.0f} MB"}
             return {"kind": "hang", "told": f"{took:.0f} s"}
     return None
+
+
+def settled() -> float:
+    """This process's MB, without what Python and malloc hold back for later."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return used(os.getpid())[1]
 
 
 def used(pid: int) -> tuple[float, float]:
