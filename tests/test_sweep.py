@@ -73,7 +73,7 @@ def test_names_tell_keys_and_values_apart() -> None:
     def names(*grids: str) -> list[str]:
         return [run.name for run in plan_sweep(RECIPE, grids).runs]
 
-    assert names("model.init_std=0.1", "optim.lr=1") == ["init_std=0.1_lr=1"]
+    assert names("optim.weight_decay=0.1", "optim.lr=1") == ["weight_decay=0.1_lr=1"]
     both = names("train.eval_every=1", "checkpoint.every=2", "data.eval=builtin:checkable-sft-eval")
     assert both[0].startswith("eval_every=1_every=2_eval=builtin-checkable-sft-eval-")
     a, b = names("data.train=/data/a b.jsonl,/data/a-b.jsonl")

@@ -81,13 +81,14 @@ def _firsts(groups: Sequence[Group]) -> list[int]:
 
 
 def _blank(like: Packed) -> Packed:
-    """A token of padding, with the fields that `like` has."""
+    """A token of padding that belongs to no answer, with the fields that `like` has."""
 
     def empty(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.new_zeros(1, *value.shape[1:]) for name, value in part.items()}
 
     zero = torch.zeros(1)
-    one = pack_one(zero, zero, zero, extras=empty(like.extras), per_token=empty(like.per_token))
+    extras = empty(like.extras) | {"item": torch.full((1,), -1)}
+    one = pack_one(zero, zero, zero, extras=extras, per_token=empty(like.per_token))
     return replace(one, valid=torch.zeros(1, dtype=torch.bool))
 
 
