@@ -327,6 +327,7 @@ def test_every_command_names_a_bad_record(tmp_path: Path, bad: str) -> None:
         {"prompt": "a", "completion": "b", "tools": r'[{"name": "\ud800"}]'},
         {"prompt": "a", "completion": "b", "tools": [{"type": "function", "function": "f"}]},
         {"prompt": "a", "completion": "b", "chat_template_kwargs": {"tools": 5}},
+        {"prompt": "a", "completion": "b", "chat_template_kwargs": {"text": "x", "self": 1}},
     ],
 )  # fmt: skip
 def test_text_of_json_inside_a_record_is_held_to_the_same(

@@ -137,7 +137,7 @@ class Chat:
             )
         return found
 
-    def prompt(self, messages: list[Message], **kwargs: Any) -> str:
+    def prompt(self, messages: list[Message], /, **kwargs: Any) -> str:
         """The text that asks for the next turn. FormatError where it lacks what the record says."""
         messages = self._begun(messages)
         self.refuse_templated(messages)
@@ -147,7 +147,7 @@ class Chat:
         self._asked(messages, text)
         return text
 
-    def prompt_notes(self, messages: list[Message], text: str, **kwargs: Any) -> tuple[str, ...]:
+    def prompt_notes(self, messages: list[Message], text: str, /, **kwargs: Any) -> tuple[str, ...]:
         """What of a prompt the template does not render."""
         return self._context_notes(self._begun(messages), text, kwargs)
 

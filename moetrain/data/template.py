@@ -84,7 +84,7 @@ class Template:
         self._tokens = sorted({t for t in tokens if t.strip()}, key=len, reverse=True)
         self._token = re.compile("|".join(map(re.escape, self._tokens)) or r"(?!)")
 
-    def render(self, messages: Sequence[Message], **kwargs: Any) -> tuple[str, list[Span]]:
+    def render(self, messages: Sequence[Message], /, **kwargs: Any) -> tuple[str, list[Span]]:
         """The text, and the spans of {% generation %} blocks where the template has them.
 
         FormatError when the template refuses.

@@ -17,6 +17,7 @@ from moetrain.loops.answers import Row, check_manifest, manifest_of
 from moetrain.loops.run_dir import environment
 from moetrain.observe.progress import CountDisplay
 
+LARGEST = 3.4028234663852886e38  # a float32's
 OF_AN_ANSWER: dict[str, tuple[type, ...]] = {
     "text": (str,),
     "finish": (str,),
@@ -129,7 +130,7 @@ def _wrong(row: Row) -> str:
                 return f"an answer's {name} is of another type"
         rewards = [n for a in answers for n in (*a["parts"].values(), a["reward"]) if n is not None]
         logprobs = [n for answer in answers for n in answer["logprobs"]]
-        if not all(isinstance(n, int | float) for n in rewards + logprobs):
+        if not all(isinstance(n, int | float) and abs(n) <= LARGEST for n in rewards + logprobs):
             return "a log-prob or reward is no number"
     except (LookupError, TypeError, AttributeError) as error:
         return f"{type(error).__name__} {error}"

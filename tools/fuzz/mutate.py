@@ -54,6 +54,14 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+def text_of(value: Any) -> str:
+    """As Python shows it; too deep a value is no text."""
+    try:
+        return str(value)
+    except (RecursionError, ValueError):  # or too long a number
+        return "x"
+
+
 def change_value(rng: random.Random, value: Any) -> None:
     """Change one thing in a dict or list, in place."""
     found = places(value)
@@ -71,7 +79,7 @@ def change_value(rng: random.Random, value: Any) -> None:
         case 3 if isinstance(container, list):
             container.insert(key, own if rng.random() < 0.5 else nasty(rng))
         case 4:
-            container[key] = rng.choice(([own], {"a": own}, str(own), [own, own]))
+            container[key] = rng.choice(([own], {"a": own}, text_of(own), [own, own]))
         case 5 if isinstance(own, str):
             container[key] = change_text(rng, own)
         case 6:
