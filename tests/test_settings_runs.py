@@ -3,6 +3,7 @@ it samples. tests/test_settings.py holds the others, and sees that none is left 
 """
 
 import copy
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -224,7 +225,8 @@ def served(folder: Path, **rollout: Any) -> Any:
     """How the servers of a recipe would be started."""
     content = load_recipe(ROLLOUT).model_dump(mode="json")
     content |= {"run_dir": str(folder)}
-    content["rollout"] |= {"engine": "vllm"} | rollout
+    # Nothing is started: any interpreter stands for vLLM's.
+    content["rollout"] |= {"engine": "vllm", "python": sys.executable} | rollout
     recipe = recipe_from(content)
     check_fleet(recipe)
     fleet = open_fleet(recipe, {"a": 1}, tokenizer_folder())
@@ -244,7 +246,11 @@ def test_the_token_is_the_files(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret-token-of-a-file")
     (tmp_path / "token").chmod(0o600)
     content = load_recipe(ROLLOUT).model_dump(mode="json")
-    content["rollout"] |= {"engine": "vllm", "token_file": str(tmp_path / "token")}
+    content["rollout"] |= {
+        "engine": "vllm",
+        "python": sys.executable,  # nothing is started
+        "token_file": str(tmp_path / "token"),
+    }
     content["run_dir"] = str(tmp_path)
     fleet = open_fleet(recipe_from(content), {}, tokenizer_folder())
     assert "secret-token-of-a-file" in repr([vars(s)["launch"].token for s in fleet.servers])
