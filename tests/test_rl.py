@@ -95,6 +95,8 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     wait_for(lambda: part.exists() and part.stat().st_size > 0, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+    # Answers of one batch are written within a millisecond: here the kill came between them.
+    part.write_text("".join(part.read_text().splitlines(keepends=True)[:3]))
     train(run_dir, "parallel.ep=2")
     assert rows(run_dir) == rows(whole)
     assert list(compare(run_dir / "hf", whole / "hf")) == []

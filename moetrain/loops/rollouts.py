@@ -218,21 +218,29 @@ def draw(
     file: TextIO,
     told: Callable[[], None] = lambda: None,
 ) -> None:
-    """`num` answers to each prompt, but for those that are `done`. Each is in `done` and on disk,
-    at the end of `file`, as it ends; then `told` hears of it.
+    """`num` answers to each prompt, but for the engine's batches that are `done`. Each is in `done`
+    and on disk, at the end of `file`, as it ends; then `told` hears of it.
     """
-    requests = [
+    known = set(done)
+    every = [
         Request(prompt, index, seed_of(seed, prompt.id, index), sampling)
         for prompt in prompts
         for index in range(num)
-        if (prompt.id, index) not in done
+    ]
+    requests = [
+        request
+        for batch in engine.batches(every)
+        if any((one.prompt.id, one.index) not in known for one in batch)
+        for request in batch
     ]
 
     def keep(sample: Sample) -> None:
-        done[sample.prompt_id, sample.index] = sample
+        key = sample.prompt_id, sample.index
+        done[key] = sample
         file.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
         file.flush()
-        told()
+        if key not in known:
+            told()
 
     if requests:
         engine.generate(requests, keep)

@@ -70,6 +70,12 @@ class RolloutEngine(Protocol):
         """Draw all; `on_sample` as each one ends, in any order."""
         ...
 
+    def batches(self, requests: Sequence[Request]) -> Iterable[Sequence[Request]]:
+        """The requests by who is drawn together: the shapes of a batch decide the last bits of its
+        log-probs, so a batch of which one answer is missing is drawn again as a whole.
+        """
+        ...
+
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
         """Serve these weights (Hugging Face name, whole tensor) from now on, as number `version`;
         seconds by phase.

@@ -44,11 +44,14 @@ class Embedded:
         self.version = -1
 
     def generate(self, requests: Sequence[Request], on_sample: Callable[[Sample], None]) -> None:
-        """Draw all, those with prompts of like length together."""
-        order = sorted(requests, key=lambda r: len(r.prompt.tokens))
-        for together in batched(order, BATCH):
+        """Draw all, batch by batch."""
+        for together in self.batches(requests):
             for sample in self._draw(together):
                 on_sample(sample)
+
+    def batches(self, requests: Sequence[Request]) -> Iterable[Sequence[Request]]:
+        """Those with prompts of like length together."""
+        return batched(sorted(requests, key=lambda r: len(r.prompt.tokens)), BATCH)
 
     @torch.inference_mode()
     def _draw(self, requests: Sequence[Request]) -> list[Sample]:

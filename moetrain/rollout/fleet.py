@@ -67,6 +67,10 @@ class Fleet:
 
     # Sampling
 
+    def batches(self, requests: Sequence[Request]) -> Iterable[Sequence[Request]]:
+        """Servers batch as requests come: each is drawn by itself."""
+        return ((request,) for request in requests)
+
     def generate(self, requests: Sequence[Request], on_sample: Callable[[Sample], None]) -> None:
         """Draw all, on all servers; nothing that has come is drawn again."""
         deal = Deal(requests, len(self.servers))
