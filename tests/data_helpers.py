@@ -56,7 +56,7 @@ def recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
         },
         "method": {"name": "sft"},
         "data": {"train": [], "seq_len": 64, "cache": str(folder / "cache")},
-        "train": {"steps": 4, "global_batch": 4},
+        "train": {"steps": 4} | ({} if "rollout" in sections else {"global_batch": 4}),
     }
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values}

@@ -124,10 +124,13 @@ def test_every_record_comes_once_before_any_comes_again(tmp_path: Path) -> None:
         ({"data": {"train": ["a"], "eval": ["b"], "eval_share": 0.1}}, "exclude each other"),
         ({"data": {"train": ["a"], "eval_share": 1.0}}, "less than 1"),
         ({"data": {"train": ["a"], "take": [0]}}, "greater than or equal to 1"),
-        ({"method": {"name": "cpt"}, "data": {"train": ["a"], "take": [3]}}, "data.take chooses"),
+        (
+            {"method": {"name": "cpt"}, "data": {"train": ["a"], "take": [3]}},
+            "data.take does nothing",
+        ),
         (
             {"method": {"name": "pretrain"}, "data": {"train": ["a"], "eval_share": 0.1}},
-            "data.eval_share chooses records, and method pretrain reads corpora",
+            "data.eval_share does nothing with method pretrain here: it chooses records",
         ),
     ],
 )

@@ -406,7 +406,6 @@ def recipes(draw: st.DrawFn) -> Recipe:
     length = draw(st.sampled_from([{"steps": 120}, {"epochs": 3.0}]))
     train = draw(
         maybe(
-            eval_every=count,
             recompute=st.sampled_from(["none", "selective", "full"]),
             overlap=st.booleans(),
         )
@@ -426,8 +425,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
     if "epochs" in length and "decay_steps" not in optim and draw(st.booleans()):
         optim = {key: value for key, value in optim.items() if key != "warmup"}
         optim["warmup"] = draw(small)
-    if (held_out.get("eval") or held_out.get("eval_share")) and draw(st.booleans()):
-        train["eval_packs"] = micro * accumulation * draw(count)
+    if held_out.get("eval") or held_out.get("eval_share"):
+        train |= draw(maybe(eval_every=count))
+        if draw(st.booleans()):
+            train["eval_packs"] = micro * accumulation * draw(count)
     data = draw(
         maybe(
             pack=st.booleans() if method["name"] != "cpt" else st.just(True),
@@ -544,8 +545,7 @@ def online_recipes(draw: st.DrawFn) -> Recipe:
                 )
             ),
             "rewards": rewards,
-            "train": {"global_batch": size * prompts // inner}
-            | draw(st.sampled_from([{"steps": 30}, {"epochs": 2.0}][: 1 + (not dynamic)])),
+            "train": draw(st.sampled_from([{"steps": 30}, {"epochs": 2.0}][: 1 + (not dynamic)])),
             "checkpoint": draw(maybe(every=count)),
         }
     )

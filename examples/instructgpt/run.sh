@@ -9,6 +9,6 @@ score 1_sft
 $moetrain sample $runs/1_sft $prompts --out $runs/samples.jsonl -k 16 "rewards=[$reward]" rollout.max_tokens=24
 $moetrain pairs $runs/samples.jsonl --out $runs/pairs.jsonl --held-out 0.1 --per-prompt 4 --balance 0 $CHOICE
 train 2_reward "$@"
-train 3_ppo "$@"
+train 3_ppo $SAMPLING "$@"
 score 3_ppo
 $moetrain report $runs -o $runs/report.html

@@ -69,12 +69,17 @@ def read_content(path: Path, overrides: Sequence[str], what: str) -> dict[str, A
     return sections
 
 
-def recipe_from(content: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
-    """Validate a recipe's content. Raises ConfigError for the first thing wrong with it."""
+def recipe_from(
+    content: Mapping[str, Any], *, source: str = "recipe", unread: dict[str, str] | None = None
+) -> Recipe:
+    """Validate a recipe's content. Raises ConfigError for the first thing wrong with it.
+
+    unread: takes (key: why) of keys that would do nothing; without it they are an error.
+    """
     # A section whose keys are all commented out is null in YAML: it has its defaults.
     given = {key: value for key, value in content.items() if value is not None}
     try:
-        return Recipe.model_validate(given)
+        return Recipe.model_validate(given, context=unread)
     except ValidationError as error:
         raise ConfigError(f"{source}: {explain(error)}") from None
 

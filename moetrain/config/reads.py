@@ -55,6 +55,11 @@ RULES = (
         "pretrain and cpt blend corpora by it; data.take says how many records of each path",
     ),
     Rule(
+        ("data.take", "data.eval_share"),
+        lambda r: r.method.name not in CORPORA,
+        "it chooses records, and pretrain and cpt read corpora",
+    ),
+    Rule(
         ("data.too_long", "data.pack"),
         _has_records,
         "it is about records with answers, which corpora and prompts are not",
@@ -81,9 +86,20 @@ RULES = (
     ),
     Rule(("optim.wsd_decay",), lambda r: r.optim.schedule == "wsd", "optim.schedule=wsd reads it"),
     Rule(
-        ("optim.decay_steps",),
+        ("optim.decay_steps", "optim.min_lr"),
         lambda r: r.optim.schedule != "constant",
         "optim.schedule=constant does not decay",
+    ),
+    Rule(
+        ("train.global_batch",),
+        lambda r: not r.method.samples,
+        "a step learns from rollout.prompts_per_step x rollout.group_size answers",
+    ),
+    Rule(
+        ("train.eval_every", "train.eval_packs", "rollout.eval_prompts"),
+        # An empty data.eval says that there is no evaluation, whatever the file has for one.
+        lambda r: "eval" in r.data.model_fields_set or r.data.eval_share > 0,
+        "there is nothing to evaluate on without data.eval or data.eval_share",
     ),
     Rule(
         ("model.init_std",),
@@ -100,17 +116,14 @@ SERVER_RULE = Rule(
 )
 
 
-def unread(recipe: "Recipe", rules: tuple[Rule, ...] = RULES) -> Iterator[str]:
-    """What to say of each key that is given and would do nothing."""
+def unread(recipe: "Recipe", rules: tuple[Rule, ...] = RULES) -> Iterator[tuple[str, str]]:
+    """(key, why) of each key that is given and would do nothing."""
     for rule in rules:
         if rule.are_read(recipe):
             continue
         for key in rule.keys:
             if _given(recipe, key):
-                yield (
-                    f"{key} does nothing with method {recipe.method.name} here: {rule.instead}."
-                    " Leave it out."
-                )
+                yield key, f"does nothing with method {recipe.method.name} here: {rule.instead}"
 
 
 def _given(recipe: "Recipe", key: str) -> bool:

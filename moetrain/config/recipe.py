@@ -3,7 +3,7 @@
 Unknown keys are refused by `moetrain.config.load`, which names the nearest right one.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -162,7 +162,9 @@ class TrainConfig(Section):
         " train.steps",
     )
     global_batch: Count = Field(
-        default=8, description="packs of data.seq_len tokens per optimizer step, over all ranks"
+        default=8,
+        description="packs of data.seq_len tokens per optimizer step, over all ranks; methods"
+        " that sample count rollout.prompts_per_step in its place",
     )
     micro_batch: Count = Field(default=1, description="packs put together in one forward pass")
     eval_every: Count | None = Field(
@@ -190,11 +192,6 @@ class TrainConfig(Section):
     def _one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of train.steps and train.epochs")
-        if self.global_batch % self.micro_batch:
-            raise ValueError(
-                f"train.global_batch={self.global_batch} is not a multiple of "
-                f"train.micro_batch={self.micro_batch}"
-            )
         return self
 
 
@@ -325,13 +322,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _records_or_corpora(self) -> Self:
-        chosen = {"take": self.data.take is not None, "eval_share": self.data.eval_share > 0}
-        given = [key for key, is_given in chosen.items() if is_given]
-        if given and self.method.name in ("pretrain", "cpt"):
+    def _whole_passes(self) -> Self:
+        train = self.train
+        if not self.method.samples and train.global_batch % train.micro_batch:
             raise ValueError(
-                f"data.{given[0]} chooses records, and method {self.method.name} reads corpora: "
-                f"leave it out"
+                f"train.global_batch={train.global_batch} is not a multiple of "
+                f"train.micro_batch={train.micro_batch}"
             )
         return self
 
@@ -387,7 +383,11 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _all_is_read(self) -> Self:
-        for problem in unread(self):
-            raise ValueError(problem)
+    def _all_is_read(self, info: ValidationInfo) -> Self:
+        found = dict(unread(self))
+        if info.context is not None:
+            cast(dict[str, str], info.context).update(found)
+        elif found:
+            key, why = next(iter(found.items()))
+            raise ValueError(f"{key} {why}. Leave it out.")
         return self

@@ -46,7 +46,7 @@ def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> tuple[Family,
     dims = replace(family.dims(hf), value_head=recipe.method.value_head)
     plan = plan_mesh(recipe.parallel, num_ranks)
     check_layout(dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
-    if recipe.train.global_batch % plan.dp:
+    if not recipe.method.samples and recipe.train.global_batch % plan.dp:
         raise ConfigError(
             f"train.global_batch={recipe.train.global_batch} does not divide over {plan.dp} "
             f"data-parallel ranks. "

@@ -43,8 +43,8 @@ def check_engine(recipe: Recipe) -> None:
     keys that the engine would not read: before minutes go into a model.
     """
     _, rollout = recipe.sampling
-    for problem in unread(recipe, (SERVER_RULE,)):
-        raise RolloutError(problem)
+    for key, why in unread(recipe, (SERVER_RULE,)):
+        raise RolloutError(f"{key} {why}. Leave it out.")
     if rollout.replay is None:
         ENGINES[rollout.engine].check(recipe)
 

@@ -36,7 +36,7 @@ def recipe_for(model: str, parallel: dict[str, Any], /, **sections: Any) -> Any:
         "method": {"name": "sft"},
         "data": {"train": ["none"], "seq_len": 64},
         "optim": {"lr": 1e-3, "clip_grad": 0.0, "schedule": "constant"},
-        "train": {"steps": 20, "global_batch": 2},
+        "train": {"steps": 20} | ({} if "rollout" in sections else {"global_batch": 2}),
     }
     for name, section in sections.items():
         content[name] = content.get(name, {}) | section if isinstance(section, dict) else section

@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WORDS = (
-    "train.steps=1 train.eval_every=1 train.global_batch=2 train.micro_batch=1"
-    " rollout.prompts_per_step=2 rollout.group_size=2 rollout.eval_prompts=2"
-    " observe.tensorboard=false"
-).split()
+WORDS = "train.steps=1 train.micro_batch=1 observe.tensorboard=false".split()
+SAMPLING = "rollout.prompts_per_step=2 rollout.group_size=2 rollout.eval_prompts=2"
 LADDERS = {
     "r1": ["1_cold_start", "2_grpo", "3_sft", "4_grpo_all"],
     "instructgpt": ["1_sft", "2_reward", "3_ppo"],
@@ -46,6 +43,7 @@ def test_every_stage_runs(ladder: str, tmp_path: Path) -> None:
         "PYTHONPATH": str(ROOT),
         "RANKS": "--nproc 1",
         "PROMPTS": "prompts.jsonl",
+        "SAMPLING": SAMPLING,
         "REWARD": "./even.py:even",
         "BENCH": "bench.yaml",
         "CHOICE": "--cut",  # after one step no answer ends by itself

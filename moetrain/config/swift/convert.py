@@ -135,11 +135,14 @@ def from_command(command: Command, steps: int | None, script: Path | None) -> Im
     notes += [
         Note("changed", change.what, change.why) for change in CHANGES if change.when(reading.keys)
     ]
-    content = _nested(reading.keys)
+    unread: dict[str, str] = {}
     try:
-        recipe_from(content)
+        recipe_from(_nested(reading.keys), unread=unread)
     except ConfigError as error:
         notes.append(Note("check", "recipe", str(error).removeprefix("recipe: ")))
+    for key in [name for name in reading.keys if name in unread]:
+        notes.append(Note("implied", f"{key}={reading.keys.pop(key)}", unread[key]))
+    content = _nested(reading.keys)
     return Imported(content, tuple(sorted(notes, key=_order)))
 
 
