@@ -29,8 +29,18 @@ else
 fi
 cd "$MOETRAIN_WORK"
 
-# 3. Where the ranks meet, and what NCCL and Megatron need.
-restarts=${SLURM_RESTART_COUNT:-0}
+# 3. Who this job is to Slurm: `job`. The task of an array that started last has the array's own number, which is every task to
+# scontrol, and a heterogeneous job's number is that of both parts: so the line of exactly this number is read. A job that another
+# one has submitted has inherited that one's array, parts and restarts.
+own() { scontrol show job -o "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID "; }
+line=$(own) || line=
+if [[ -n $line && $line != *" ArrayTaskId="* ]]; then unset "${!SLURM_ARRAY_@}"; fi
+# shellcheck disable=SC2046 # names
+if [[ -n $line && $line != *" HetJobId="* ]]; then unset SLURM_HET_SIZE $(compgen -e | grep '^SLURM_.*_HET_GROUP_'); fi
+if [[ $line =~ \ Restarts=([0-9]+)\  ]]; then export SLURM_RESTART_COUNT=${BASH_REMATCH[1]}; fi
+job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID:-}_$SLURM_ARRAY_TASK_ID} job=${job:-$SLURM_JOB_ID} restarts=${SLURM_RESTART_COUNT:-0}
+
+# 4. Where the ranks meet, and what NCCL and Megatron need.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 31 + restarts * 7) % 12000))
 export MASTER_ADDR MASTER_PORT
@@ -43,7 +53,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 ranks=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE_HET_GROUP_0:-${SLURM_GPUS_ON_NODE:-1}}} # with --exclusive the last is the whole node's
 ranks=${ranks##*:} # h100:8 is 8
 
-# 4. Signals. Slurm sends USR1 to this script ahead of the time limit (--signal=B:USR1@300), TERM before it takes the nodes away.
+# 5. Signals. Slurm sends USR1 to this script ahead of the time limit (--signal=B:USR1@300), TERM before it takes the nodes away.
 told=
 heard=0
 step=
@@ -77,20 +87,20 @@ on_nodes() {
   return "$code"
 }
 
-# 5. What comes after: done, stop with the reason, or queue the job again.
-state() { scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p'; }
+# 6. What comes after: done, stop with the reason, or queue the job again.
+state() { own | sed 's/.* JobState=\([A-Z]*\) Reason=.*/\1/'; }
 
 again() { # SECONDS: from now until the job may start; a start that is due before Slurm is done with this one waits two minutes
   local pause=$(($1 > 10 ? $1 : 10))
   trap '' TERM USR1 # Slurm now ends this script
-  scontrol requeue "$SLURM_JOB_ID" || die "this job cannot be queued again; submit it anew, it goes on from its last checkpoint"
-  scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$pause" || true
+  scontrol requeue "$job" || die "this job cannot be queued again; submit it anew, it goes on from its last checkpoint"
+  scontrol update JobId="$job" StartTime="now+$pause" || true
   exit 0
 }
 
 run() { # a command of moetrain with its words
   local code=0 verdict codes
-  echo "moetrain: $(date -Is) job $SLURM_JOB_ID, restart $restarts, on $SLURM_JOB_NODELIST"
+  echo "moetrain: $(date -Is) job $job, restart $restarts, on $SLURM_JOB_NODELIST"
   if [[ $1 == train && $MOETRAIN_DOCTOR != no ]]; then
     on_nodes doctor "${@:2}" || code=$? # 1 is a warning
     if [[ $code != 0 && $(sort -n "$ends"/* | tail -n 1) != 1 ]]; then die "doctor: see above; MOETRAIN_DOCTOR=no starts all the same"; fi
@@ -109,8 +119,8 @@ run() { # a command of moetrain with its words
   exit "$code"
 }
 
-# A recipe of this repository, or of MOETRAIN_WORK, or an absolute one.
-recipe() { if [[ $1 != /* && -e $repo/$1 ]]; then echo "$repo/$1"; else echo "$1"; fi; }
+# A recipe of this repository, or of MOETRAIN_WORK, or an absolute one; any other word as it is, empty or an option.
+recipe() { if [[ $1 != /* && -f $repo/$1 ]]; then printf '%s/%s\n' "$repo" "$1"; else printf '%s\n' "$1"; fi; }
 
 train() { # RECIPE [key=value ...]
   run train "$(recipe "$1")" "${@:2}"

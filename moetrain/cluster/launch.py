@@ -60,6 +60,8 @@ def _adopt_slurm(environ: MutableMapping[str, str]) -> None:
         return
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], str(num_tasks)
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    if env.get("SLURM_STEP_NUM_NODES") == "1":
+        env["LOCAL_WORLD_SIZE"] = str(num_tasks)
     _meet(env)
 
 

@@ -9,7 +9,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from moetrain.engine import compat_megatron, compat_torch
+from moetrain.engine import compat_megatron, compat_torch, meeting
 from moetrain.errors import ConfigError
 
 
@@ -66,24 +66,21 @@ def ask_for_determinism() -> None:
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 
 
-def start() -> torch.device:
+def start(*, far: bool = False) -> torch.device:
     """Join the process group that RANK and WORLD_SIZE name (one process without them); returns the
-    device.
+    device. far: of `meeting.join`.
     """
     device = prepare()
     has_gpu = device.type == "cuda"
     if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        if "MASTER_PORT" not in os.environ:
-            os.environ["MASTER_PORT"] = str(free_port())
-        dist.init_process_group(
+        minutes = float(os.environ.get("MOETRAIN_TIMEOUT_MINUTES", 10))
+        meeting.join(
             "nccl" if has_gpu else "gloo",
-            rank=int(os.environ.get("RANK", 0)),
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            timeout=datetime.timedelta(
-                minutes=float(os.environ.get("MOETRAIN_TIMEOUT_MINUTES", 10))
-            ),
-            device_id=device if has_gpu else None,
+            int(os.environ.get("RANK", 0)),
+            int(os.environ.get("WORLD_SIZE", 1)),
+            datetime.timedelta(minutes=minutes),
+            device if has_gpu else None,
+            far=far,
         )
     return device
 

@@ -87,7 +87,7 @@ class Engine:
         if recipe.train.deterministic:
             device.ask_for_determinism()
         torch.use_deterministic_algorithms(recipe.train.deterministic)
-        self.device = device.start()
+        self.device = device.start(far=recipe.rollout is not None and bool(recipe.rollout.address))
         self.backend = choose_backend(recipe.model.backend, self.device)
         self.mesh = start_mesh(recipe.parallel, recipe.seed)
         self.rules = expand(self.family, self.dims)

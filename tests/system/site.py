@@ -85,8 +85,14 @@ class Site:
         return [{k: v for k, v in json.loads(r).items() if k not in MEASURED} for r in lines]
 
     def starts(self, run: str) -> list[Mapping[str, Any]]:
+        """Every start and every end of a run."""
         path = self.work / "runs" / run / "starts.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def began(self, run: str) -> list[Mapping[str, Any]]:
+        """Its starts alone."""
+        return [row for row in self.starts(run) if "start" in row]
 
     def adapter(self, run: str) -> bytes:
         return (self.work / "runs" / run / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     if reason is not None:
         pytest.skip(f"{reason}: that the scripts in slurm/ run, requeue and resume stays unproven")
     folder = tmp_path_factory.mktemp("slurm")
-    cluster = Cluster(folder, num_real=3)  # two for a job, one for another beside it
+    cluster = Cluster(folder, num_real=4)  # two for a job, two for others beside it
     try:
         cluster.start()
         yield Site(cluster, folder / "work")
@@ -127,6 +128,70 @@ def test_a_node_is_lost(site: Site, whole: str) -> None:
     assert "requeued (restart 1" in site.done(job)
     assert [("end" in row) for row in site.starts("lost")] == [False, False]
     equal(site, "lost", whole)
+
+
+def breaks(site: Site, job: str, out: int, run: str, part: str) -> None:
+    """Of a job of one rank: its time limit comes, its step is killed, the node of its `part` is
+    lost, each once it has come further.
+    """
+
+    def call(*words: str) -> None:
+        site.cluster.call(*words, check=False)
+
+    def comes_to(start: int, steps: int) -> None:
+        def there() -> bool:
+            return len(site.rows(run)) >= steps and len(site.began(run)) == start
+
+        site.cluster.wait(there, f"start {start} of {run} and {steps} steps", 120)
+
+    comes_to(1, 12)
+    call("scancel", "--signal=STOP", f"{job}.0")  # it would end before
+    call("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # USR1 two minutes ahead of it: now
+    site.cluster.wait(lambda: "Slurm says USR1" in site.said(out), f"USR1 to {job}", 90)
+    call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    call("scancel", "--signal=CONT", f"{job}.0")
+    comes_to(2, 40)
+    call("scancel", "--signal=KILL", f"{job}.0")
+    comes_to(3, 70)
+    node = f"NodeName={site.cluster.job(part)['NodeList']}"
+    call("scontrol", "update", node, "State=DOWN", "Reason=test")
+    site.cluster.wait(lambda: site.cluster.job(job)["JobState"] == "PENDING", f"{job}: the queue")
+    call("scontrol", "update", node, "State=RESUME")  # or it is back
+    call("scontrol", "update", f"JobId={job}", "StartTime=now+5")
+
+
+BROKEN = (*TINY, "cluster.nodes=1", "train.steps=100", "checkpoint.every=5")
+ENDS = ("again in 0 s: its time was over, saved at step", "again in 1 s: exit code 137, time 1")
+
+
+def test_an_array_and_a_job_of_two_parts_break_in_every_way(site: Site) -> None:
+    """Side by side. The task of an array that starts last has the array's own number, and both
+    parts of the other answer to its number: each goes on alone, and ends as what nothing broke.
+    """
+    limit = ("--time=60", "--signal=B:USR1@120")
+    node = ("--nodes=1", "--gpus-per-node=1")
+    grid = ("examples/dpo_235b.yaml", "--grid", "cluster.hang_seconds=900,901", "--out", "runs/two")
+    array = site.submit("sweep.sh", *grid, *BROKEN, options=(*node, *limit, "--array=1-2"))
+    words = (*BROKEN, "run_dir=runs/parts")
+    parts = site.submit("dpo_235b.sh", *words, options=(*node, *limit, ":", *node))
+    last = next(
+        task for task in (1, 2) if site.cluster.job(f"{array}_{task}")["JobId"] == str(array)
+    )
+    quiet, broken = (f"two/cluster.hang_seconds={900 + task - 1}" for task in (3 - last, last))
+    with ThreadPoolExecutor() as pool:
+        for work in [
+            pool.submit(breaks, site, f"{array}_{last}", array, broken, f"{array}_{last}"),
+            pool.submit(breaks, site, f"{parts}+0", parts, "parts", f"{parts}+1"),
+        ]:
+            work.result()
+    for job, run in ((f"{array}_{last}", broken), (f"{parts}+0", "parts")):
+        found = site.cluster.finished(job, 120)
+        said = site.said(array if run == broken else parts)
+        assert found["JobState"] == "COMPLETED", said
+        assert [text for text in ENDS if text not in said] == [], said
+        assert [row["start"] for row in site.began(run)] == ["fresh", *["requeued"] * 3]
+        equal(site, run, quiet)
+    assert [row["start"] for row in site.began(quiet)] == ["fresh"], "the other task was let alone"
 
 
 def test_a_job_that_always_breaks_off_is_stopped(site: Site) -> None:

@@ -104,12 +104,9 @@ def meet(rank: int, world_size: int) -> tuple[Ranks | None, str]:
     try:
         import torch.distributed as dist
 
-        dist.init_process_group(
-            "gloo",
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=MEETING_SECONDS),
-        )
+        from moetrain.engine import meeting
+
+        meeting.join("gloo", rank, world_size, datetime.timedelta(seconds=MEETING_SECONDS))
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=PATIENCE_SECONDS))
         return Ranks(rank, world_size, PATIENCE_SECONDS), ""
     except Exception as error:  # torch raises several types, and an import may fail
