@@ -1,5 +1,6 @@
 """Rewards with processes of their own: a judge behind a real HTTP server, and a reward model."""
 
+import gzip
 import json
 import os
 import shutil
@@ -70,6 +71,25 @@ class JudgeServer(BaseHTTPRequestHandler):
             self.answer(403, b"not you")
         elif answer == "garbage":
             self.answer(200, b"<html>")
+        elif answer == "deep":
+            self.answer(200, b"[" * 100_000)
+        elif answer == "endless":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(10_000):
+                self.wfile.write(bytes(1 << 20))
+        elif answer == "bomb":
+            self.answer(200, gzip.compress(bytes(64 << 20), 1), {"Content-Encoding": "gzip"})
+        elif answer == "brotli":
+            self.answer(200, b"x", {"Content-Encoding": "br"})
+        elif answer == "packed":
+            message = {"content": "Score: 4"}
+            body = json.dumps({"choices": [{"message": message}]}).encode()
+            self.answer(200, gzip.compress(body), {"Content-Encoding": "gzip"})
+        elif answer.startswith("says "):
+            message, _, end = answer.removeprefix("says ").partition("|")
+            choice = {"message": {"content": message}, "finish_reason": end or "stop"}
+            self.answer(200, json.dumps({"choices": [choice]}).encode())
         elif answer == "other json":
             self.answer(200, b'{"choices": []}')
         elif answer == "hang up":
@@ -155,6 +175,41 @@ def test_a_judge_that_fails_costs_that_answer_alone(judged: Grader) -> None:
     assert judged.counts["judge_unanswered"] == 7 and judged.counts["judge_unreadable"] == 2
     # What cannot pass is not tried again.
     assert JudgeServer.tries["forbidden"] == 1 and JudgeServer.tries["down for ever"] == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("endless", "longer than 16 MiB"),
+        ("bomb", "longer than 16 MiB"),  # 64 MiB, in 300 kB
+        ("deep", "not JSON"),
+        ("brotli", "'br', which was not asked for"),
+    ],
+)
+def test_an_answer_of_any_size_costs_that_answer_alone(
+    judged: Grader, answer: str, says: str
+) -> None:
+    found = grade(judged, answer, "packed", "four")
+    assert [one.parts["judge"] for one in found] == [None, 0.4, 0.4]
+    assert says in judged.said
+    assert JudgeServer.tries[answer] == (3 if answer == "deep" else 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ("Score: 3", 0.3),
+        ("Score: -3", None),  # off the scale, and not 3
+        ("Score: \u22123", None),
+        ("**Score**: **7.5**/10", 0.75),
+        ("Score - 7", 0.7),
+        ("Score: .5", 0.05),
+        ("Score: 1|length", None),  # of a 10?
+        ("Score: 1 and so on|length", 0.1),
+    ],
+)
+def test_what_number_was_meant(judged: Grader, words: str, value: float | None) -> None:
+    assert grade(judged, f"says {words}")[0].parts["judge"] == value
 
 
 def test_requests_go_out_together_but_not_all_at_once(judged: Grader) -> None:

@@ -177,7 +177,7 @@ class JudgeOptions(Section):
         description="{prompt}, {completion} and {COLUMN} stand for the sample's",
     )
     pattern: str = Field(
-        default=r"[Ss]core\W*(-?\d+(?:\.\d+)?)",
+        default=r"[Ss]core\W*?([-\u2212]?(?:\d+(?:\.\d+)?|\.\d+))",
         description="finds the number in the judge's words; the last match counts",
     )
     low: float = Field(default=0.0, description="the number that gives 0")

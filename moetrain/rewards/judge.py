@@ -49,17 +49,19 @@ class Judge:
         if not item.said.strip():  # a thought that was cut, or no word: there is nothing to judge
             return item.number, Answer({self.label: 0.0})
         try:
-            words = await self._words(fill(self.options.prompt, item))
+            words, is_cut = await self._words(fill(self.options.prompt, item))
         except RemoteError as error:
             detail = f"{self.label}: {error}"
             return item.number, Answer(nothing, error.fault, ("judge_unanswered",), detail)
-        value = self._value(words)
+        value = self._value(words, is_cut)
         if value is None:
-            detail = f"{self.label}: no number in {words[-200:]!r}"
+            cut = f", which was cut at max_tokens={self.options.max_tokens}" if is_cut else ""
+            detail = f"{self.label}: no number in {words[-200:]!r}{cut}"
             return item.number, Answer(nothing, "error", ("judge_unreadable",), detail)
         return item.number, Answer({self.label: value})
 
-    async def _words(self, prompt: str) -> str:
+    async def _words(self, prompt: str) -> tuple[str, bool]:
+        """What the judge says, and whether max_tokens, or the server's own limit, has cut it."""
         body = {
             "model": self.options.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -69,21 +71,24 @@ class Judge:
         async with self._free:
             said = await self.remote.post(self._client, "chat/completions", body)
         try:
-            return str(said["choices"][0]["message"]["content"] or "")
-        except (KeyError, IndexError, TypeError):
+            choice = said["choices"][0]
+            return str(choice["message"]["content"] or ""), choice.get("finish_reason") == "length"
+        except (KeyError, IndexError, TypeError, AttributeError):
             raise RemoteError(
                 "error", f"{self.remote.url}: {str(said)[:200]} is not a chat completion"
             ) from None
 
-    def _value(self, words: str) -> float | None:
-        """None where there is no number, or one off the scale."""
-        found = re.findall(self.options.pattern, words)
-        if not found:
+    def _value(self, words: str, is_cut: bool) -> float | None:
+        """None where there is no number, or one off the scale, or one that may have gone on: the 1
+        of a 10.
+        """
+        found = list(re.finditer(self.options.pattern, words))
+        if not found or (is_cut and found[-1].end(1) == len(words)):
             return None
+        low, high = self.options.low, self.options.high
         try:
-            low, high = self.options.low, self.options.high
-            value = (float(found[-1]) - low) / (high - low)
-        except ValueError:
+            value = (float(found[-1][1].replace("\u2212", "-")) - low) / (high - low)
+        except (ValueError, AttributeError):  # the group took no part in the match
             return None
         return value if 0 <= value <= 1 else None
 

@@ -1,13 +1,16 @@
 """Requests to a server that can be slow, busy or wrong."""
 
 import asyncio
+import json
 import random
+import zlib
 from typing import Any
 
 import httpx
 
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 LONGEST_WAIT = 30.0  # seconds between two tries
+MOST_BYTES = 16 << 20  # of an answer, as it travels and when it is unpacked
 
 
 class RemoteError(Exception):
@@ -24,7 +27,9 @@ class Remote:
     def __init__(self, url: str, key: str | None, seconds: float, retries: int):
         self.url = url.rstrip("/")
         self.seconds, self.retries = seconds, retries
-        self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self.headers = {"Accept-Encoding": "gzip"}  # what is unpacked here, within bounds
+        if key is not None:
+            self.headers["Authorization"] = f"Bearer {key}"
 
     @property
     def longest(self) -> float:
@@ -42,12 +47,18 @@ class Remote:
                 await asyncio.sleep(min(delay, LONGEST_WAIT))
             wait = 0.0
             try:
-                async with asyncio.timeout(self.seconds):
-                    answer = await client.post(
-                        f"{self.url}/{path}", json=body, headers=self.headers
-                    )
+                async with (
+                    asyncio.timeout(self.seconds),
+                    client.stream(
+                        "POST", f"{self.url}/{path}", json=body, headers=self.headers
+                    ) as answer,
+                ):
+                    content = await _content(answer)
                 if answer.status_code < 300:
-                    return answer.json()
+                    return json.loads(content)
+            except _TooLarge as error:
+                trouble = RemoteError("error", f"{self.url}: {error}")
+                break
             except TimeoutError:
                 trouble = RemoteError("timeout", f"{self.url}: no answer in {self.seconds:g} s")
                 continue
@@ -55,13 +66,37 @@ class Remote:
                 said = str(error) or type(error).__name__
                 trouble = RemoteError("error", f"{self.url}: {said}")
                 continue
-            except ValueError:
+            except (ValueError, RecursionError):
                 trouble = RemoteError("error", f"{self.url}: its answer is not JSON")
                 continue
-            said = " ".join(answer.text[:200].split())
+            said = " ".join(content[:200].decode(errors="replace").split())
             trouble = RemoteError("error", f"{self.url}: {answer.status_code} {said}")
             if answer.status_code not in RETRIED:
                 break
             given = answer.headers.get("Retry-After", "")
-            wait = float(given) if given.isdigit() else 0.0
+            wait = float(given) if given.isdecimal() else 0.0
         raise trouble
+
+
+class _TooLarge(Exception):
+    """An answer that nobody needs whole."""
+
+
+async def _content(answer: httpx.Response) -> bytes:
+    """What came, unpacked. httpx itself would unpack a block of 64 kB to 64 MB, and go on."""
+    kind = answer.headers.get("Content-Encoding", "identity").strip().lower()
+    if kind not in ("identity", "gzip"):
+        raise _TooLarge(f"its answer is packed by {kind!r:.40}, which was not asked for")
+    unpack = None if kind == "identity" else zlib.decompressobj(zlib.MAX_WBITS | 32)
+    content = bytearray()
+    travelled = 0
+    async for block in answer.aiter_raw():
+        travelled += len(block)
+        try:
+            room = MOST_BYTES + 1 - len(content)
+            content += block if unpack is None else unpack.decompress(block, room)
+        except zlib.error as error:
+            raise ValueError(str(error)) from None
+        if max(travelled, len(content)) > MOST_BYTES:
+            raise _TooLarge(f"its answer is longer than {MOST_BYTES >> 20} MiB")
+    return bytes(content)
