@@ -272,6 +272,15 @@ def test_a_mistake_is_one_line(tmp_path: Path, more: tuple[str, ...], message: s
     assert len(err.splitlines()) == 1 and message in err
 
 
+def test_a_replay_at_another_temperature_is_refused(whole: Path, tmp_path: Path) -> None:
+    """Its answers' log-probs would be compared with another distribution's."""
+    more = (f"rollout.replay={whole / 'rollouts'}", "rollout.temperature=0.6")
+    process = start(tmp_path / "run", *more, nproc=1)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert len(err.splitlines()) == 1 and "set rollout.temperature=1," in err
+
+
 def test_the_reference_is_what_the_run_starts_from(tmp_path: Path) -> None:
     """A run that goes on from an adapter has no KL to it at its first step."""
     first = ("adapter.rank=4", "adapter.alpha=64", "optim.lr=3e-2", "train.steps=2")

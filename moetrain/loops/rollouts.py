@@ -42,6 +42,7 @@ class Batch:
     counts: dict[str, int] = field(default_factory=dict[str, int])  # dropped answers, faults, ...
     metrics: dict[str, float] = field(default_factory=dict[str, float])  # that rewards have logged
     fault: str = ""  # why the last answer that a reward failed on has none
+    temperature: float | None = None  # its answers were sampled at; None: written by 0.1
 
     @property
     def answers(self) -> list[Graded]:
@@ -64,7 +65,7 @@ class Store:
 
     def write(self, batch: Batch) -> None:
         """Keep a whole batch; its parts are no longer needed."""
-        names = ("cursor", "seconds", "counts", "metrics", "fault")
+        names = ("cursor", "seconds", "counts", "metrics", "fault", "temperature")
         head = {name: getattr(batch, name) for name in names}
         write_lines(self._path(batch.step), [head, *map(_row, batch.groups)])
         self._partial(batch.step).unlink(missing_ok=True)
@@ -159,7 +160,16 @@ class Collector:
         metrics = self.grader.take_metrics()
         fault = self.grader.said if self.grader.num_faults > failed else ""
         groups += spare[:missing]
-        batch = Batch(step, tuple(groups), cursor, seconds, dict(counts), metrics, fault)
+        batch = Batch(
+            step,
+            tuple(groups),
+            cursor,
+            seconds,
+            dict(counts),
+            metrics,
+            fault,
+            self.sampling.temperature,
+        )
         if not batch.groups:
             raise DataError(
                 f"Step {step}: no prompt kept two graded answers. The rewards gave None for the"

@@ -67,7 +67,7 @@ def open_sampler(
     """The recipe's sampler: a rollout engine, or `rollout.replay`."""
     _, rollout = recipe.sampling
     if rollout.replay is not None:
-        yield Replayed(Store(rollout.replay), prompts)
+        yield Replayed(Store(rollout.replay), prompts, rollout.temperature)
         return
     with ExitStack() as stack:
         driver = None
@@ -77,16 +77,26 @@ def open_sampler(
 
 
 class Replayed:
-    """Rollouts of an earlier run, without an engine: the same batches, the same losses."""
+    """Rollouts of an earlier run, without an engine: the same batches, the same losses.
 
-    def __init__(self, store: Store, prompts: PromptSet):
-        self.store, self.prompts = store, prompts
+    temperature: that the recipe scores answers at; it has to be the one they were sampled at.
+    """
+
+    def __init__(self, store: Store, prompts: PromptSet, temperature: float):
+        self.store, self.prompts, self.temperature = store, prompts, temperature
 
     def start(self, step: int, last: int, state: dict[str, Any]) -> None:
-        if self.store.read(step + 1) is None:
+        batch = self.store.read(step + 1)
+        if batch is None:
             raise DataError(
                 f"rollout.replay={self.store.folder} has no batch of step {step + 1}. Give the"
                 " rollouts folder of a run that came so far."
+            )
+        if batch.temperature not in (None, self.temperature):
+            raise DataError(
+                f"rollout.replay={self.store.folder} was sampled at temperature"
+                f" {batch.temperature:g}: set rollout.temperature={batch.temperature:g}, or every"
+                " log-prob is compared with another distribution's."
             )
 
     def take(self, step: int) -> Batch | None:
