@@ -1,6 +1,7 @@
 """Recipes: what is resolved, what is refused, and in which words. No torch."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -90,6 +91,19 @@ def test_empty_section_has_its_defaults(tmp_path: Path) -> None:
     assert load(tmp_path, "optim.lr=2", text=text).optim.lr == 2
 
 
+def bomb(nest: str, alias: str) -> str:
+    """Nine lines of YAML that come to 9**8 values."""
+    lines = ["a: &a {x: 1, y: 2}"]
+    for above, name in pairwise("abcdefghi"):
+        lines.append(f"{name}: &{name} {nest % ', '.join([alias % above] * 9)}")
+    return "{" + ", ".join(lines) + "}"
+
+
+def deep_alias() -> str:
+    """No part is deep by itself."""
+    return "{a: &a " + "[" * 60 + "]" * 60 + ", b: " + "[" * 60 + "*a" + "]" * 60 + "}"
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -135,8 +149,23 @@ def test_empty_section_has_its_defaults(tmp_path: Path) -> None:
         ("seed.x=1", ["'seed'", "a value, not a section"]),
         ("optim.lr=[1", ["override optim.lr", "not YAML"]),
         ("optim.\udcff=1", ["not UTF-8 text"]),
-        ("seed=" + "[" * 5000, ["seed", "nested too deeply"]),
+        ("seed=" + "[" * 20000, ["seed", "nested too deeply (more than 100 levels)"]),
+        ("seed=" + "{a: " * 20000, ["seed", "nested too deeply (more than 100 levels)"]),
+        ("seed=-1", ["'seed' is -1", "greater than or equal to 0"]),
+        ("seed=4294967296", ["'seed'", "less than 4294967296"]),
+        ("seed=0b" + "1" * 5000, ["seed", "too long (more than 1,000 digits)"]),
+        ("seed=" + "1:" * 4000 + "1", ["seed", "too long (more than 1,000 digits)"]),
+        ('run_dir="a\\0b"', ["run_dir", "column 1", "'\\x00'", "no path"]),
+        ('data.train="a\\ud800b"', ["data.train", "'\\ud800'", "no path"]),
+        ('model.path={"a\\0b": 1}', ["model.path", "'\\x00'"]),
+        ("model.hf=!!binary /w==", ["model.hf", "could not determine a constructor"]),
+        ("model.hf=&a {b: *a}", ["model.hf", "the alias *a stands in what it stands for"]),
+        ("model.hf=" + bomb("[%s]", "*%s"), ["too many values (more than 100,000"]),
+        ("model.hf=" + bomb("{<<: [%s]}", "*%s"), ["too many values (more than 100,000"]),
+        ("model.hf=" + deep_alias(), ["nested too deeply (more than 100 levels)"]),
+        ("seed=" + "x" * 2_000_001, ["seed", "2,000,001 characters", "at most 2,000,000"]),
     ],
+    ids=lambda value: value[:30] if isinstance(value, str) else None,
 )
 def test_refused_override(tmp_path: Path, override: str, words: list[str]) -> None:
     message = refusal(tmp_path, override, text=BASE + "seed: 1\n")
@@ -169,6 +198,8 @@ def test_unreadable_file(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="Is a directory"):
         load_recipe(tmp_path)
+    with pytest.raises(ConfigError, match=r"embedded null byte.*examples/"):
+        load_recipe(tmp_path / "a\0b.yaml")
     (tmp_path / "b.yaml").write_bytes(b"run_dir: \xff\n")
     with pytest.raises(ConfigError, match="not UTF-8 text at byte 9"):
         load_recipe(tmp_path / "b.yaml")

@@ -48,7 +48,7 @@ class BenchConfig(Section):
     )
     vote: bool = Field(default=True, description="majority vote, where there are several answers")
     limit: Count | None = Field(default=None, description="first questions only, for a quick look")
-    seed: int = Field(default=1234, description="of the answers")
+    seed: int = Field(default=1234, ge=0, lt=2**32, description="of the answers")
     rollout: RolloutConfig = Field(
         default=RolloutConfig(), description="who answers; eval_temperature is the temperature"
     )

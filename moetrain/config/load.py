@@ -8,39 +8,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, cast, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from moetrain.config.recipe import Recipe
+from moetrain.config.yaml_text import dump_content, parse_value
 from moetrain.errors import ConfigError, nearest
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4) and a key may stand only once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            # `<<` may repeat, and the keys it brings are meant to be overridden.
-            if name in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(
-                    problem=f"key '{key.value}' stands there twice; keep one",
-                    problem_mark=key.start_mark,
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would take for numbers, such as a run id of 12e45."""
-
-
-_EXPONENT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$")
-for _side in (_Loader, _Dumper):
-    cast(Any, _side).add_implicit_resolver(
-        "tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789.")
-    )
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -56,9 +28,10 @@ def read_content(path: Path, overrides: Sequence[str], what: str) -> dict[str, A
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}. Save it so.") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a NUL in a path is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{path}: {error.strerror}. Give the path of {what}, for example one of examples/."
+            f"{path}: {reason}. Give the path of {what}, for example one of examples/."
         ) from None
     content = parse_value(text, str(path))
     if not isinstance(content, dict):
@@ -113,30 +86,11 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump_content(recipe.model_dump(mode="json"))
 
 
-def dump_content(content: Mapping[str, Any]) -> str:
-    """A recipe's content as YAML, as far as it goes."""
-    return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
 def recipe_hash(recipe: Recipe) -> str:
     """A short hash of everything in the recipe."""
     return hashlib.sha256(
         json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()
     ).hexdigest()[:16]
-
-
-def parse_value(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise ConfigError(f"{where}:{place} not YAML ({problem})") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: not YAML (nested too deeply)") from None
-    except ValueError as error:  # a date such as 2026-13-45, which YAML's pattern lets pass
-        raise ConfigError(f"{where}: not YAML ({error}); quote it to have text") from None
 
 
 def explain(error: ValidationError, root: type[BaseModel] = Recipe) -> str:

@@ -269,7 +269,9 @@ class Recipe(Section):
     """One run."""
 
     run_dir: Folder = Field(description="everything the run writes; one that exists is resumed")
-    seed: int = Field(default=1234, description="of random weights and of the data's order")
+    seed: int = Field(
+        default=1234, ge=0, lt=2**32, description="of random weights and of the data's order"
+    )
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     method: Annotated[MethodConfig, BeforeValidator(_as_method)]

@@ -10,9 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from moetrain.config.load import explain, parse_value
+from moetrain.config.load import explain
 from moetrain.config.reward_files import check_reward_files
 from moetrain.config.rewards import RewardConfig, RewardList
+from moetrain.config.yaml_text import parse_value
 from moetrain.data.parsing import parse_json
 from moetrain.data.samples import write_lines
 from moetrain.data.thoughts import opened_by

@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
-import yaml
-
-from moetrain.errors import MoetrainError
+from moetrain.config.yaml_text import parse_value
+from moetrain.errors import ConfigError, MoetrainError
 from moetrain.observe.ledger import Row, read_ledger
 
 PLAN = "sweep.jsonl"  # of a sweep's folder: one line a run
@@ -152,11 +151,10 @@ def _plan(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    """As a recipe reads it: 5e-5 is a number, which YAML 1.1 takes for text."""
+    """As a recipe reads it."""
     try:
-        value = yaml.safe_load(text)
-        return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
-    except (ValueError, yaml.YAMLError):
+        return parse_value(text, "")
+    except ConfigError:
         return text
 
 
@@ -256,10 +254,10 @@ def _failure(log: Path) -> str | None:
 
 def _settings(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_value(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, ConfigError) as error:
         problems.append(f"resolved.yaml is not readable ({type(error).__name__})")
         return {}
     return flatten(cast(dict[str, Any], content)) if isinstance(content, dict) else {}

@@ -13,7 +13,8 @@ from moetrain.rewards.programs import LANGUAGES, Broken, Outcome, Program, open_
 
 # Where a record keeps its cases, the first that is there.
 COLUMNS = ("tests", "test_cases", "input_output", "official_tests", "verification_info")
-_FENCED = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+_OPENS = re.compile(r"[ \t]*```([^`]*)")
+_BLANK = " \t\r"
 Case = tuple[str, str]  # input, expected output
 
 
@@ -129,12 +130,28 @@ def block(text: str, languages: Sequence[str], default: Any = None) -> tuple[str
     `default`, or in the first of them.
     """
     first = default if default in languages else languages[0]
-    for label, source in reversed(_FENCED.findall(text)):
+    for label, source in reversed(fenced(text)):
         word = label.strip().lower()
         for language in languages:
             if word in LANGUAGES[language].labels or (not word and language == first):
                 return language, source
     return None
+
+
+def fenced(text: str) -> list[tuple[str, str]]:
+    """(label, what stands within) of every closed block, in one pass over the lines."""
+    found: list[tuple[str, str]] = []
+    label, within = None, list[str]()
+    for line in text.split("\n"):
+        if label is None:
+            if opened := _OPENS.fullmatch(line):
+                label, within = opened[1], []
+        elif line.strip(_BLANK) == "```":
+            found.append((label, "".join(within)))
+            label = None
+        else:
+            within.append(f"{line}\n")
+    return found
 
 
 def same_output(out: str, wanted: str, tolerance: float = 0.0) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 
 from pydantic import BaseModel
 
-from moetrain.config.load import dump_content, recipe_from
+from moetrain.config.load import recipe_from
 from moetrain.config.method import MethodConfig
 from moetrain.config.recipe import Recipe
 from moetrain.config.swift.codecs import (
@@ -37,6 +37,7 @@ from moetrain.config.swift.notes import (
 )
 from moetrain.config.swift.shell import Command, read_command
 from moetrain.config.swift.table import OLD_NAMES, TABLE
+from moetrain.config.yaml_text import dump_content
 from moetrain.errors import ConfigError
 
 

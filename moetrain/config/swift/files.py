@@ -4,10 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
-import yaml
-
 from moetrain.config.swift.codecs import Words
 from moetrain.config.swift.near import Near
+from moetrain.config.yaml_text import parse_value
 from moetrain.errors import ConfigError
 
 _GROUPS = ("train", "rollout")  # of a file for Ray, whose keys are flags too
@@ -18,11 +17,7 @@ def read_arguments(near: Near, flag: str, name: str) -> tuple[dict[str, Words], 
     for Ray the groups train and rollout have flags too. Raises ConfigError.
     """
     text = near.read(flag, name)
-    try:
-        content: object = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = str(error).replace("\n", " ")
-        raise ConfigError(f"{flag} {name}: not readable: {reason}") from None
+    content = _json(text, flag, name) if name.endswith(".json") else parse_value(text, name)
     if not isinstance(content, Mapping):
         raise ConfigError(f"{flag} {name}: a mapping of arguments is wanted")
     given = dict(cast(Mapping[str, Any], content))
@@ -45,6 +40,13 @@ def read_arguments(near: Near, flag: str, name: str) -> tuple[dict[str, Words], 
         if value is not None:
             flags[str(key).replace("-", "_")] = _words(value)
     return flags, variables
+
+
+def _json(text: str, flag: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{flag} {name}: not readable: {error}") from None
 
 
 def _words(value: object) -> Words:
