@@ -10,7 +10,7 @@ from typing import Any
 from moetrain.data.messages import FormatError, Message, arguments_of, leaves, shown
 from moetrain.data.template import CONTENT, THOUGHT, Span, Template
 
-EMPTY_THOUGHT = re.compile(r"\s*(<think>)?\s*</think>\s*")
+EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
 
 
 class TrainedTurn:

@@ -27,8 +27,9 @@ _SENTENCE = re.compile(
     r"(?<=[^\s.])[.!](?:\s+(?=[^\s\d])|$)|[。!]"
     r"|,?\s+(?=(?:not|and not|because|since|as|which|where|but)\b)"
 )
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$([^$\n]+?)(?<!\\)\$",
-                      re.DOTALL)  # fmt: skip
+_OPENS = re.compile(r"\$\$|\\\[|\\\(|(?<!\\)\$")
+_CLOSES = {"$$": "$$", "\\[": "\\]", "\\(": "\\)"}
+_INLINE = re.compile(r"([^$\n]+)(?<!\\)\$")
 _NUMERAL = re.compile(
     r"(?:US\$|[$€£¥₹₩])?\s*(?<![a-zA-Z0-9_.^{/])-?(?:\d+\s+\d+\s*/\s*\d+(?!\d)|\d[\d.,'_]*(?:[eE][-+]?\d+)?(?:\s*/\s*\d[\d.,]*)?"
     r"|\.\d+)(?:\s*\^\s*\{?-?\d+\}?)?(?:\s*\\?%)?"
@@ -166,6 +167,25 @@ def _box(text: str, start: int) -> tuple[int, str]:
     return len(text), ""
 
 
+def _formulas(text: str) -> list[str]:
+    """What stands in $$...$$, \\[...\\], \\(...\\) and, on a line, in $...$; in one pass."""
+    found: list[str] = []
+    last = {closed: text.rfind(closed) for closed in _CLOSES.values()}
+    place = 0
+    while opened := _OPENS.search(text, place):
+        place, start = opened.start() + 1, opened.end()
+        closed = _CLOSES.get(opened[0])
+        if closed is None:
+            if inline := _INLINE.match(text, start):
+                found.append(inline[1])
+                place = inline.end()
+        elif start < last[closed]:
+            end = text.index(closed, start + 1)
+            found.append(text[start:end])
+            place = end + len(closed)
+    return found
+
+
 def _candidates(text: str, numbers: bool = True) -> Iterator[str]:
     """Where an answer stands in a text that marks none: all of it, where it says that it is, in
     the last formula, in the last number.
@@ -178,7 +198,7 @@ def _candidates(text: str, numbers: bool = True) -> Iterator[str]:
         line = told[-1][0] or told[-1][1]
         yield _SENTENCE.split(line)[0]
         text = text[text.rindex(line) :]
-    formulas = [next(filter(None, found)) for found in _FORMULA.findall(text)]
+    formulas = _formulas(text)
     if formulas:
         yield formulas[-1]
     text = even(text)
