@@ -299,9 +299,7 @@ def test_pairs_and_labels_learn_the_same_text(name: str, tmp_path: Path) -> None
 def refused(record: dict[str, Any], name: str = "qwen3") -> str:
     with pytest.raises(FormatError) as caught:
         chat = chat_of(name)
-        conversation = to_conversation(record)
-        chat.refuse_templated(conversation.messages)
-        chat.mark(conversation)
+        chat.mark(chat.controls.guarded(to_conversation(record))[0])
     return str(caught.value)
 
 

@@ -88,6 +88,11 @@ class DataConfig(Section):
         default=True,
         description="learn the empty thought that a template writes where a turn has no reasoning",
     )
+    special_tokens_in_text: Literal["keep", "escape", "reject"] = Field(
+        default="reject",
+        description="a record whose own words have a control token such as <|im_end|>: keep it as"
+        " that token, escape it (its letters), or reject the record",
+    )
     num_workers: int = Field(
         default=0, ge=0, description="processes that tokenize records; 0: none but this one"
     )

@@ -65,7 +65,7 @@ RULES = (
         "it is about records with answers, which corpora and prompts are not",
     ),
     Rule(
-        ("data.chat_template", "data.max_rejected"),
+        ("data.chat_template", "data.max_rejected", "data.special_tokens_in_text"),
         lambda r: r.method.name not in CORPORA,
         "a corpus has no records; `moetrain data index` has --max-rejected",
     ),

@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """One more node, within the bounds; of an alias what it stands for counts again."""
-        event = cast(Any, self.peek_event())
+        event = cast(Any, self).peek_event()
         mark = event.start_mark
         if len(self._open) >= MAX_DEPTH:
             raise _too("nested too deeply", MAX_DEPTH, "levels", mark)
@@ -94,7 +94,7 @@ for _side in (_Loader, _Dumper):
     )
 for _name in _FOREIGN:
     cast(Any, _Loader).add_constructor(
-        f"tag:yaml.org,2002:{_name}", yaml.SafeLoader.construct_undefined
+        f"tag:yaml.org,2002:{_name}", cast(Any, yaml.SafeLoader).construct_undefined
     )
 
 

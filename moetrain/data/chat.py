@@ -7,6 +7,7 @@ template drops by design is noted.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,13 @@ from numpy.typing import NDArray
 
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.contract import TrainedTurn
+from moetrain.data.controls import Controls, How, cut
 from moetrain.data.formats import Conversation
 from moetrain.data.messages import FormatError, Message, shown, split_thought
 from moetrain.data.template import Span, Template, template_text
 from moetrain.errors import DataError
+
+LONG_TOKEN = 100  # characters; of a vocabulary without a longer one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,6 +40,7 @@ class Marked:
     text: str
     spans: tuple[Span, ...]
     notes: tuple[str, ...] = ()
+    cuts: tuple[int, ...] = ()  # where the tokenizer must not see what stands on both sides as one
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -62,6 +67,7 @@ class ChatOptions:
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of the template
     system: str | None = None  # the message that opens a conversation without one
     empty_thoughts: bool = True  # learned where the template writes them
+    special_tokens: How = "reject"  # in texts of records
 
     @classmethod
     def of(cls, data: "DataConfig") -> "ChatOptions":
@@ -71,6 +77,7 @@ class ChatOptions:
             data.chat_template_kwargs,
             data.system,
             data.empty_thoughts,
+            data.special_tokens_in_text,
         )
 
     def open(self, folder: Path) -> "Chat":
@@ -81,6 +88,7 @@ class ChatOptions:
             kwargs=self.kwargs,
             system=self.system,
             empty_thoughts=self.empty_thoughts,
+            special_tokens=self.special_tokens,
         )
 
 
@@ -95,6 +103,7 @@ class Chat:
         kwargs: Mapping[str, Any] | None = None,
         system: str | None = None,
         empty_thoughts: bool = True,
+        special_tokens: How = "reject",
     ) -> None:
         self.tokenizer, self.system, self.empty_thoughts = tokenizer, system, empty_thoughts
         text = template_text(template) or tokenizer.chat_template
@@ -108,6 +117,28 @@ class Chat:
         specials = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         self.template = Template(text, specials, added, kwargs)
+        self._special_tokens: How = special_tokens
+
+    @cached_property
+    def controls(self) -> Controls:
+        """What is done about control tokens in the text of records."""
+        return Controls(self.tokenizer, self.template, self._special_tokens)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token."""
+        return max(LONG_TOKEN, *map(len, self.tokenizer.get_vocab()))
+
+    def refuse_long(self, num_tokens: int, *said: Any) -> None:
+        """FormatError for what is far over what `num_tokens` can hold, which would take the
+        tokenizer minutes and gigabytes to find out.
+        """
+        num_chars, most = sum(map(_num_chars, said)), num_tokens * self._longest
+        if num_chars > most:
+            raise FormatError(
+                f"{num_chars:,} characters are far over what there is room for: {num_tokens} tokens"
+                f" have at most {most:,}"
+            )
 
     def _begun(self, messages: list[Message]) -> list[Message]:
         """The messages after the recipe's system message, where they have none."""
@@ -138,9 +169,11 @@ class Chat:
         return found
 
     def prompt(self, messages: list[Message], /, **kwargs: Any) -> str:
-        """The text that asks for the next turn. FormatError where it lacks what the record says."""
+        """The text that asks for the next turn, for `ids`. FormatError where it lacks what the
+        record says.
+        """
+        messages, kwargs, _ = self.controls.guard(messages, kwargs)
         messages = self._begun(messages)
-        self.refuse_templated(messages)
         text, _ = self.template.render(
             [self._spoken(message) for message in messages], add_generation_prompt=True, **kwargs
         )
@@ -149,23 +182,14 @@ class Chat:
 
     def prompt_notes(self, messages: list[Message], text: str, /, **kwargs: Any) -> tuple[str, ...]:
         """What of a prompt the template does not render."""
-        return self._context_notes(self._begun(messages), text, kwargs)
+        messages, kwargs, notes = self.controls.guard(messages, kwargs)
+        return notes + self._context_notes(self._begun(messages), text, kwargs)
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a rendered text."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def refuse_templated(self, messages: list[Message]) -> None:
-        """FormatError for texts that have the template's marks of turns in them already."""
-        for i, message in enumerate(messages):
-            for part in ("content", "reasoning_content"):
-                if found := self.template.marks_turns.search(message.get(part) or ""):
-                    raise FormatError(
-                        f"the {message['role']} turn {i} has {shown(found.group())} in its text, a"
-                        " mark of the chat template: give texts that are not templated, or"
-                        ' "templated": true beside prompt and completion that are to be taken as'
-                        " they are"
-                    )
+        """The tokens of a text that `prompt` made."""
+        pieces = cut(text).parts()
+        ids = self.tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        return [token for piece in ids for token in piece]
 
     def mark(self, conversation: Conversation) -> list[Marked]:
         """Render a conversation: several texts when the template rewrites earlier turns.
@@ -205,7 +229,7 @@ class Chat:
             found[-1] = replace(
                 last, notes=last.notes + self._context_notes(messages, last.text, kwargs)
             )
-        return found
+        return [_without_joints(marked) for marked in found]
 
     def _spoken(self, message: Message) -> Message:
         return self.template.speaks(self._unthought(message))
@@ -254,7 +278,7 @@ class Chat:
             marked, batch["input_ids"], batch["offset_mapping"], strict=True
         ):
             own = _masked(ids, offsets, text.spans)
-            if _straddles(offsets, text.spans):
+            if text.cuts or _straddles(offsets, text.spans):
                 own = self._apart(text) or own
             encoded.append(own)
         return encoded
@@ -273,14 +297,30 @@ class Chat:
         """What is learned tokenised by itself, as it is when an answer follows a prompt. None for
         tokenizers that put something in front of every text.
         """
-        cuts = [0, *(edge for span in marked.spans for edge in span), len(marked.text)]
-        parts = [marked.text[a:b] for a, b in pairwise(cuts)]
-        ids = self._tokens(parts)["input_ids"]
+        edges = (edge for span in marked.spans for edge in span)
+        cuts = sorted({0, *edges, *marked.cuts, len(marked.text)})
+        ids = self._tokens([marked.text[a:b] for a, b in pairwise(cuts)])["input_ids"]
         joined = [token for part in ids for token in part]
-        if self.tokenizer.decode(joined) != marked.text:
+        if not marked.cuts and self.tokenizer.decode(joined) != marked.text:
             return None
-        mask = [i % 2 == 1 for i, part in enumerate(ids) for _ in part]
+        learned = [any(a <= cut < b for a, b in marked.spans) for cut in cuts]
+        mask = [own for own, part in zip(learned, ids, strict=False) for _ in part]
         return Encoded(np.array(joined, dtype=np.int32), np.array(mask, dtype=np.bool_))
+
+
+def _without_joints(marked: Marked) -> Marked:
+    whole = cut(marked.text)
+    spans = tuple((whole.moved(start), whole.moved(end)) for start, end in marked.spans)
+    return replace(marked, text=whole.text, spans=spans, cuts=whole.at)
+
+
+def _num_chars(value: Any) -> int:
+    """Of all texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(str(key)) + _num_chars(item) for key, item in value.items())
+    return sum(map(_num_chars, value)) if isinstance(value, list) else 0
 
 
 def _name_of(tool: Any) -> Any:

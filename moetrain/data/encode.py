@@ -134,9 +134,15 @@ class Encoder:
             return Result(row.file, row.line, reason=row.reason)
         try:
             draft = self.kind.read(row.value)
+            texts: list[tuple[Marked, ...]] = []
+            notes: list[str] = []
             for one in draft.conversations:
-                self.chat.refuse_templated(one.messages)
-            return _Read(draft, tuple(tuple(self.chat.mark(one)) for one in draft.conversations))
+                said = one.messages, one.template_kwargs, list(one.rendered or ())
+                self.chat.refuse_long(self.spec.seq_len, *said)
+                guarded, own = self.chat.controls.guarded(one)
+                texts.append(tuple(self.chat.mark(guarded)))
+                notes += own
+            return _Read(replace(draft, notes=(*draft.notes, *notes)), tuple(texts))
         except FormatError as error:
             return _refused(row, error)
 

@@ -109,10 +109,14 @@ def read_prompt(
     columns = {name: value for name, value in record.items() if name not in KEYS}
     if (texts := templated(record, "prompt")) is not None:
         (text,), notes = texts, ()
+        if max_tokens is not None:
+            chat.refuse_long(max_tokens, text)
         columns["prompt"] = text
     else:
         messages = to_prompt(record)
         kwargs = template_kwargs_of(record)
+        if max_tokens is not None:
+            chat.refuse_long(max_tokens, messages, kwargs)
         text = chat.prompt(messages, **kwargs)
         notes = chat.prompt_notes(messages, text, **kwargs)
         columns["prompt"] = messages

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.data.messages import REASONING_FIELDS, FormatError, Message, arguments_of
+from moetrain.data.time_limit import OverTime, time_limit
 from moetrain.errors import DataError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -21,6 +22,7 @@ CONTENT, THOUGHT, QUESTION, ARGUMENT = "Qz7ContentqZ", "Qz7ThoughtqZ", "Qz7Quest
 # What a template's own marks of turns look like, where the tokenizer does not know them as tokens.
 TAG = re.compile(r"<[|\uff5c]?[\w\u2581/ .:-]{1,40}[|\uff5c]?>|\[/?[A-Z_]{2,20}\]")
 THINK = re.compile("think", re.IGNORECASE)
+SECONDS = 5.0  # of the processor, for one text
 
 Span = tuple[int, int]
 
@@ -94,12 +96,15 @@ class Template:
         # Its annotations say less than it takes and returns (transformers 5.19).
         render: Any = chat_template_utils.render_jinja_template
         try:
-            texts, marks = render(
-                conversations=[list(messages)],
-                chat_template=self.text,
-                return_assistant_tokens_mask=self.has_marks,
-                **{**self._specials, **self.kwargs, **kwargs},
-            )
+            with time_limit(SECONDS):
+                texts, marks = render(
+                    conversations=[list(messages)],
+                    chat_template=self.text,
+                    return_assistant_tokens_mask=self.has_marks,
+                    **{**self._specials, **self.kwargs, **kwargs},
+                )
+        except OverTime as error:
+            raise FormatError(f"the chat template works on it for over {SECONDS:g} s") from error
         except Exception as error:  # a template is a program: it raises what it likes
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FormatError(f"the chat template refuses it: {reason}") from error
@@ -232,15 +237,13 @@ class Template:
         return tuple(dict.fromkeys(found))
 
     @cached_property
-    def marks_turns(self) -> re.Pattern[str]:
-        """Finds what this template writes around turns, in a text that should have none of it."""
+    def turn_marks(self) -> set[str]:
+        """What this template writes around turns: a text should have none of it."""
         text = self._tries(
             _said(CONTENT), {"role": "user", "content": ARGUMENT}, add_generation_prompt=True
         )
         found = set(self._token.findall(text)) | set(TAG.findall(text))
-        found = {mark for mark in found if not THINK.search(mark)}
-        longest = sorted(found, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+        return {mark for mark in found if not THINK.search(mark)}
 
 
 def _said(content: str | None) -> Message:
