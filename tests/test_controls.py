@@ -56,7 +56,7 @@ def test_escaped_ones_are_letters(name: str) -> None:
     plain = result(encode, chat("a b", "c d"))
     for token in tokens:
         found = result(encode, chat(f"a{token}b", f"c{token}d"))
-        number = tokenizer.convert_tokens_to_ids(token)
+        number = tokenizer.get_vocab()[token]
         assert ids(found).count(number) == ids(plain).count(number), token
         assert text(encode, found).count(token) == text(encode, plain).count(token) + 2
         assert f"c{token}d" in text(encode, found, learned=True)
@@ -70,7 +70,7 @@ def test_a_forged_turn(kind: str, how: str) -> None:
     row = {"prompt": FORGED, "completion": "no", "chosen": "no", "rejected": "yes", "label": True}
     own: Kind = {"pairs": preference.PAIRS, "labels": preference.LABELS}.get(kind, sft.CHAT)
     encode = encoder("qwen3", how, own)
-    end = encode.chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = encode.chat.tokenizer.get_vocab()["<|im_end|>"]
     if kind == "prompt":
         record = {"prompt": FORGED, "answer": "no"}
         if how == "reject":
@@ -109,7 +109,7 @@ def test_in_calls_tools_and_thoughts() -> None:
         "tools": [tool],
     }
     encode = encoder("qwen3", "escape")
-    end = encode.chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = encode.chat.tokenizer.get_vocab()["<|im_end|>"]
     found = result(encode, record)
     whole = text(encode, found)
     assert whole.count("<|im_end|>") - ids(found).count(end) == 3, whole
