@@ -10,17 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moetrain.data import tokenizer as tokenizers
 from moetrain.errors import DataError
 
 LOOK = 1 << 20  # bytes of a .bin that are compared at a place
 MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
 # Magic, version, dtype's code, sequences, documents; then a length (int32) and a pointer (int64)
 # for each sequence and an int64 for each document.
 HEADER = struct.Struct("<9sQBQQ")
-# Bytes of a token by the dtype's code: uint8, int8, int16, int32, int64, float64, float32, uint16.
-WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+# Bytes of a token by the dtype's code: uint8, int8, int16, int32, int64, uint16; others are floats.
+WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+LOOKED_AT = 1 << 20  # sequences whose places are looked at together
 
 
 def existing(prefix: Path, suffix: str) -> Path:
@@ -66,9 +69,17 @@ def check_made_for(prefix: Path, model_vocab: int | None) -> None:
     """Refuse an index that says it was made with more tokens than the embedding has."""
     note = Path(f"{prefix}.json")
     try:
-        vocab = int(json.loads(note.read_text(encoding="utf-8"))["vocab"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        said = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return  # there is none, or it is about something else
+    if not isinstance(said, dict) or "vocab" not in said:
+        return
+    vocab = said["vocab"]
+    if type(vocab) is not int or vocab < 1:
+        raise DataError(
+            f"{note} says vocab={str(vocab)[:40]!r}, which is no number of tokens. Remove the file,"
+            " or make the index again."
+        )
     tokenizers.check_vocab(vocab, model_vocab, f"The tokenizer of the index {prefix}")
 
 
@@ -79,25 +90,53 @@ def num_samples(prefix: Path, seq_len: int) -> int:
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
         raise DataError(f"{prefix}.idx is not a Megatron index, or is cut short: make it again.")
-    _, _, code, num_sequences, num_documents = HEADER.unpack(head)
+    _, version, code, num_sequences, num_documents = HEADER.unpack(head)
+    if version != VERSION:
+        raise DataError(
+            f"{prefix}.idx is of version {version}, and {VERSION} is what is read: make it again."
+        )
+    if code not in WIDTHS:
+        raise DataError(
+            f"{prefix}.idx has tokens of an unknown or fractional type (code {code}; there are"
+            f" {', '.join(map(str, WIDTHS))}): make it again."
+        )
     if size < HEADER.size + num_sequences * 12 + num_documents * 8:
         raise DataError(f"{prefix}.idx is cut short: make it again.")
     if num_sequences == 0:
         raise DataError(f"{prefix} has no document: index something.")
     lengths = np.memmap(f"{prefix}.idx", np.int32, "r", offset=HEADER.size, shape=(num_sequences,))
     _check_documents(prefix, num_sequences, num_documents)
-    num_tokens, width = int(lengths.sum(dtype=np.int64)), WIDTHS.get(code, 0)
-    if not width or int(lengths.min(initial=0)) < 0:
+    num_tokens, width = int(lengths.sum(dtype=np.int64)), WIDTHS[code]
+    if int(lengths.min(initial=0)) < 0:
         raise DataError(f"{prefix}.idx is damaged: make it again.")
     if os.path.getsize(f"{prefix}.bin") < num_tokens * width:
         raise DataError(
             f"{prefix}.bin is cut short: the index counts {num_tokens} tokens of {width} bytes."
         )
+    _check_places(prefix, lengths, width)
     if num_tokens <= seq_len:
         raise DataError(
             f"{prefix} has {num_tokens} tokens: too few for a sample of data.seq_len {seq_len} + 1."
         )
     return (num_tokens - 1) // seq_len
+
+
+def _check_places(prefix: Path, lengths: NDArray[np.int32], width: int) -> None:
+    """Refuse an index that points outside of its .bin: it would be found in mid-training."""
+    size, num = os.path.getsize(f"{prefix}.bin"), len(lengths)
+    place = HEADER.size + num * 4
+    starts = np.memmap(f"{prefix}.idx", np.int64, "r", offset=place, shape=(num,))
+    for first in range(0, num, LOOKED_AT):
+        own = starts[first : first + LOOKED_AT]
+        ends = own + lengths[first : first + LOOKED_AT].astype(np.int64) * width
+        # A sum that is too large for an int64 turns negative.
+        wrong = (own < 0) | (ends < own) | (ends > size)
+        if wrong.any():
+            at = first + int(wrong.argmax())
+            raise DataError(
+                f"{prefix}.idx says that sequence {at} is at byte {starts[at]} of {prefix}.bin,"
+                f" which has {size}: the two do not belong together. Make them again."
+            )
 
 
 def _check_documents(prefix: Path, num_sequences: int, num_bounds: int) -> None:

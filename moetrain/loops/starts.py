@@ -18,15 +18,17 @@ Row = dict[str, Any]
 def read_starts(run_dir: Path) -> list[Row]:
     """The rows so far; a line cut short by a kill is left out."""
     try:
-        lines = (run_dir / "starts.jsonl").read_text().split("\n")
+        lines = (run_dir / "starts.jsonl").read_bytes().split(b"\n")
     except OSError:
         return []
     rows: list[Row] = []
     for line in lines:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

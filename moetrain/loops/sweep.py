@@ -28,7 +28,7 @@ from moetrain.errors import ConfigError, MoetrainError
 from moetrain.loops.child import Children
 from moetrain.loops.run_dir import check_recipe
 from moetrain.observe.report import print_runs
-from moetrain.observe.runs import LOG, PLAN, find_runs, last_row, num_steps
+from moetrain.observe.runs import LOG, PLAN, find_runs, last_row, num_steps, numbers
 from moetrain.plan.dry_run import check, world_size
 
 MAX_NAME = 40  # characters of a value in a folder's name
@@ -266,7 +266,8 @@ def _position(folder: Path) -> str:
     row, total = last_row(folder), num_steps(folder)
     if not row:
         return "starting"
-    figures = [f"{key} {row[key]:.4f}" for key in ("loss", "eval_loss") if key in row]
+    found = numbers(row)
+    figures = [f"{key} {found[key]:.4f}" for key in ("loss", "eval_loss") if key in found]
     return ", ".join([f"step {row['step']}" + (f"/{total}" if total else ""), *figures])
 
 
@@ -282,9 +283,7 @@ def run_task(sweep: Sweep, task: int) -> int:
     run = sweep.runs[task - 1]
     path = sweep.folder / PLAN
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        ours = json.loads(json.dumps(run.line["overrides"]))
-        if task > len(lines) or json.loads(lines[task - 1])["overrides"] != ours:
+        if _planned(path, task) != list(run.overrides):
             raise ConfigError(
                 f"{path} was planned with other settings: its line {task} is not {run.name}."
                 " Give --task the arguments of the sweep, or plan it anew without --task."
@@ -297,6 +296,15 @@ def run_task(sweep: Sweep, task: int) -> int:
     sys.stdout.flush()
     # Not a child: Slurm's signals, and srun's variables, are then the run's own.
     os.execv(run.command[0], run.command)
+
+
+def _planned(path: Path, task: int) -> Any:
+    """The overrides of run `task` in a plan; None where its line is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return json.loads(lines[task - 1])["overrides"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def submit(sweep: Sweep, argv: Sequence[str]) -> int:

@@ -10,24 +10,37 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
+
+from moetrain.errors import MoetrainError
 
 Row = dict[str, Any]
 
 
 def read_ledger(path: Path) -> list[Row]:
     """The complete rows of a ledger; [] when there is none. A last line cut short by a kill is left
-    out.
+    out, and so is all after a line that is no JSON. Raises MoetrainError for a row without a step.
     """
     if not path.is_file():
         return []
     rows: list[Row] = []
-    for line in path.read_text().split("\n")[:-1]:
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # a machine that lost power may leave zeros
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # a machine that lost power may leave zeros
             break
+        if not is_row(row):
+            raise MoetrainError(
+                f"{path}:{number} is no row of a ledger: it has no whole number as its step."
+                " Remove the line."
+            )
+        rows.append(row)
     return rows
+
+
+def is_row(value: Any) -> TypeGuard[Row]:
+    """Whether something that was read is an object with a step."""
+    return isinstance(value, dict) and type(cast(Row, value).get("step")) is int
 
 
 class Ledger:

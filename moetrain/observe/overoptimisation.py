@@ -59,7 +59,8 @@ class _Curve:
 
     def _point(self, step: int) -> _Point:
         def mean(name: str, num: int) -> float | None:
-            values = [row[name] for row in list(self.rows)[-num:] if name in row]
+            found = [row.get(name) for row in list(self.rows)[-num:]]
+            values = [value for value in found if isinstance(value, int | float)]
             return fmean(values) if len(self.rows) >= num and values else None
 
         window = self.rows.maxlen or 1

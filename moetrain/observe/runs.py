@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from moetrain.config.yaml_text import parse_value
 from moetrain.errors import ConfigError, MoetrainError
-from moetrain.observe.ledger import Row, read_ledger
+from moetrain.observe.ledger import Row, is_row
 
 PLAN = "sweep.jsonl"  # of a sweep's folder: one line a run
 LOG = "train.log"  # what a sweep's run printed
@@ -85,8 +85,8 @@ def last_row(folder: Path) -> Row:
         return last
     for line in lines[1:] if size > TAIL_BYTES else lines:
         row = _json(line)
-        if isinstance(row, dict) and "step" in row:
-            last |= cast(Row, row)
+        if is_row(row):
+            last |= row
     return last
 
 
@@ -143,11 +143,19 @@ def _plan(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     plan: dict[str, dict[str, Any]] = {}
     for content in map(_json, lines):
-        if isinstance(content, dict) and "name" in content:
+        if isinstance(content, dict) and _is_name(content.get("name")):
             line = cast(dict[str, Any], content)
-            pairs = [str(word).partition("=") for word in line.get("overrides", [])]
+            words: Any = line.get("overrides")
+            pairs = [
+                str(word).partition("=") for word in (words if isinstance(words, list) else [])
+            ]
             plan[str(line["name"])] = {key: _value(text) for key, _, text in pairs}
     return plan
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it can be that of a folder beside the plan."""
+    return isinstance(value, str) and Path(value).name == value != "" and "\0" not in value
 
 
 def _value(text: str) -> Any:
@@ -193,18 +201,17 @@ def read_run(folder: Path, name: str, planned: Mapping[str, Any] | None = None) 
 
 def _rows(path: Path, problems: list[str]) -> list[Row]:
     try:
-        lines = path.read_bytes().count(b"\n")
-        rows = read_ledger(path)
-        cut = not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        raw = path.read_bytes()
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         problems.append(f"ledger.jsonl is not readable ({type(error).__name__})")
         return []
-    good = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
-    if len(good) < lines:
-        problems.append(f"ledger.jsonl: {lines - len(good)} of {lines} lines are no rows")
-    if cut:
+    *lines, rest = raw.split(b"\n")
+    good = [row for row in map(_json, lines) if is_row(row)]
+    if len(good) < len(lines):
+        problems.append(f"ledger.jsonl: {len(lines) - len(good)} of {len(lines)} lines are no rows")
+    if rest:
         problems.append("ledger.jsonl: the last line is cut short")
     return good
 
@@ -280,7 +287,7 @@ def _best(path: Path, problems: list[str]) -> str | None:
         return f"{content['name']} ({content['metric']} {content['value']:.4g})"
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         problems.append("checkpoints/best.json is not readable")
         return None
 
@@ -303,13 +310,21 @@ def _scores(folder: Path, problems: list[str]) -> tuple[dict[str, float], dict[s
                 if "interval" in own:
                     low, high = own["interval"]
                     spreads[key] = (float(high) - float(low)) / 2
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ):
             problems.append(f"evals/{path.name} has no name and score")
     return scores, spreads
 
 
-def _json(text: str) -> Any:
+def _json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

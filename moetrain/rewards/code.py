@@ -90,7 +90,12 @@ SCORING = {"pass_fail": _pass_fail, "partial": _partial, "weighted_sum": _weight
 def cases_of(columns: Mapping[str, Any]) -> list[Case]:
     """Raises ValueError when there are some that cannot be read."""
     name = next((name for name in COLUMNS if columns.get(name)), None)
-    return [] if name is None else _cases(columns[name], name)
+    if name is None:
+        return []
+    try:
+        return _cases(columns[name], name)
+    except (TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{name} has another form than cases have ({error})") from None
 
 
 def _cases(value: Any, name: str) -> list[Case]:
