@@ -179,6 +179,12 @@ for call in (os.setuid, os.setgid, os.seteuid):
     try: call(0); print('root')
     except OSError: print('refused')
 """,
+    "choosing who is killed when memory ends": """
+for pid in ('self', '1'):
+    for name in ('oom_score_adj', 'oom_adj', 'task/1/oom_score_adj'):
+        try: open(f'/proc/{{pid}}/{{name}}', 'w').write('0'); print(pid, name)
+        except OSError: pass
+""",
     "deep folders": """
 import os
 try:

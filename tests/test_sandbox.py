@@ -152,6 +152,7 @@ EXPECTED: dict[str, Callable[[dict[str, Any]], bool]] = {
     "becoming init": lambda a: a["out"] == "on\n" and ended(a, "exit"),
     "namespaces": says(r"\[-1, -1, -1, -1, -1, -1\]\n-1 -1\nTrue 0+"),
     "becoming root": says(r"refused\nrefused\nrefused"),
+    "choosing who is killed when memory ends": says(""),
     "deep folders": lambda a: stopped(a) or says("full")(a),
     "segmentation fault": lambda a: ended(a, "exit") and a["code"] == 128 + 11,
     "own kill": lambda a: ended(a, "exit") and a["code"] == 128 + 9,

@@ -93,6 +93,7 @@ def file_system(read: list[str], links: list[list[str]], home: str, space: int) 
     os.mkdir("/proc")
     try:
         mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        set_attributes("/proc", ATTR_RDONLY, 0)  # no oom_score_adj of its own
     except OSError:  # a container that hides parts of its own: programs do without
         pass
     check(_libc.umount2(HOST.encode(), MNT_DETACH), "umount")

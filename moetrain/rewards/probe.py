@@ -26,6 +26,7 @@ for place in (ours, "/etc/passwd", "/proc/kmsg", "/dev/kmsg"):
     opens(f"read {place}", lambda p=place: open(p))
 for place in ("/", "/usr", "/dev", "/dev/shm", "/proc/sys/kernel"):
     opens(f"write to {place}", lambda p=place: open(f"{p}/door", "w"))
+opens("choose when they are killed", lambda: open("/proc/self/oom_score_adj", "w"))
 opens("become root", lambda: os.setuid(0))
 opens("make namespaces", lambda: os.unshare(os.CLONE_NEWUSER))
 opens("keep memory out of sight", lambda: os.memfd_create("door"))

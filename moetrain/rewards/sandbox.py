@@ -182,7 +182,8 @@ class Sandbox:
             words += ["--ro-bind", path, path]
         for path, target in self.links:
             words += ["--symlink", target, path]
-        words += ["--proc", "/proc"] if self._proc else []
+        if self._proc:  # read-only: a program must not set how soon the kernel takes its memory
+            words += ["--proc", "/proc", "--remount-ro", "/proc"]
         words += ["--dev", "/dev", "--remount-ro", "/dev"]
         for fd, path, mode in files:
             words += ["--perms", f"{mode:o}", "--file", str(fd), path]
