@@ -82,6 +82,11 @@ class _Handler(BaseHTTPRequestHandler):
             greedy = {"tokens": [1], "logprobs": [-1.0], "finish": "length"}
             scored = [[-0.5] * (len(own) - 1) for own in body["sequences"]]
             return self._say(200, {"scored": scored, "answers": [greedy] * len(scored)})
+        if self.path == "/odd":
+            self.send_response(int(body["status"]))
+            self.end_headers()
+            self.wfile.write(body["says"].encode() * int(body.get("times", 1)))
+            return None
         return self._generate(body)
 
     def _generate(self, body: dict[str, Any]) -> None:
@@ -97,6 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
             if fault and count == len(body["requests"]) // 2:
                 if fault == "hangs":
                     time.sleep(3)
+                if fault == "babbles":
+                    self.wfile.write(b'{"number": "one"}')
                 return
             small.drawn[request["number"]] += 1
             answer = {"tokens": [request["number"]], "logprobs": [-1.0], "finish": "stop"}
@@ -145,7 +152,9 @@ def test_two_servers_share_the_prompts(tmp_path: Path, tokenizer: Path) -> None:
     assert {len(own) for own in groups} == {3} or {len(own) for own in groups} == {0, 6}
 
 
-@pytest.mark.parametrize(("fault", "counted"), [("dies", "dead"), ("hangs", "timeout")])
+@pytest.mark.parametrize(
+    ("fault", "counted"), [("dies", "dead"), ("babbles", "dead"), ("hangs", "timeout")]
+)
 def test_a_lost_server_loses_nothing(
     tmp_path: Path, tokenizer: Path, fault: str, counted: str
 ) -> None:
@@ -238,6 +247,28 @@ def test_the_token(tmp_path: Path) -> None:
         token_of(file, make=True)
     with pytest.raises(RolloutError, match="cannot be read or made"):
         token_of(tmp_path / "none", make=False)
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [(200, "[]"), (200, "<html>"), (200, "[" * 100_000), (429, "<html>"), (429, "7"), (502, "[]")],
+)
+def test_another_server_at_the_address(status: int, says: str) -> None:
+    """Such as a proxy: what it says is told, and is no traceback."""
+    client = Client(Small().address, TOKEN, 5.0)
+    with pytest.raises(ServerLost):
+        client.post("/odd", {"status": status, "says": says})
+    with pytest.raises(ServerLost):
+        list(client.stream("/odd", {"status": status, "says": says}))
+
+
+def test_an_answer_has_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetrain.rollout.client.MOST_BYTES", 1 << 20)
+    client = Client(Small().address, TOKEN, 5.0)
+    endless = {"status": 200, "says": " " * 1000, "times": 2000}
+    for call in (client.post, lambda *words: list(client.stream(*words))):
+        with pytest.raises(ServerLost, match="more than 1 MiB"):
+            call("/odd", endless)
 
 
 def test_no_token_for_given_servers(monkeypatch: pytest.MonkeyPatch) -> None:

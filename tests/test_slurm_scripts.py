@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.cluster.submit import script_of
+from moetrain.errors import ConfigError
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 JOBS = [path for path in SCRIPTS if path.name != "common.sh"]
@@ -93,17 +96,52 @@ def test_launch(tmp_path: Path) -> None:
         assert says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def start(path: Path, folder: Path, **given: str) -> subprocess.CompletedProcess[str]:
+def test_launch_keeps_words_together(tmp_path: Path) -> None:
+    """A file may have any name, and a time is one: nothing else comes into the script."""
+    odd = tmp_path / "a b'$(touch x)\n#SBATCH --nodes=9\n"
+    odd.mkdir()
+    recipe = odd / "dpo it's\n#SBATCH --uid=0\n%j.yaml"
+    recipe.write_text((ROOT / "examples" / "dpo_235b.yaml").read_text())
+    printed = script_of(recipe, ["run_dir=runs/a b"], None, "2-12:30")
+    own = options(printed.partition("\nsource ")[0])  # sbatch reads no further
+    assert own == options((ROOT / "slurm" / "dpo_235b.sh").read_text()) | {"time": "2-12:30"}
+    assert "#SBATCH --job-name=dpo_it_s_SBATCH_--uid=0_j\n" in printed
+    words = printed[printed.index("source ") :].replace("source ", ": ")
+    says = 'train() { printf "%s\\0" "$@"; }\n' + words
+    done = subprocess.run(["bash", "-c", says], capture_output=True, cwd=tmp_path, check=True)
+    assert done.stdout.decode() == f"{recipe}\0run_dir=runs/a b\0"
+    assert [path.name for path in tmp_path.iterdir()] == [odd.name]
+    for time in ("1:00:00\n#SBATCH --uid=0", "1:00 2", "", "soon", "1-"):
+        with pytest.raises(ConfigError, match=r"--time .* is no time of Slurm's"):
+            script_of(recipe, [], None, time)
+
+
+def test_words_of_a_command_are_kept(tmp_path: Path) -> None:
+    """Empty ones, options, and names of folders here; a file of this repository is found."""
+    given = ["", "-n", "-e", "--out", "docs", "a b", "*", "examples/dpo_235b.yaml"]
+    for name in ("srun", "moetrain"):
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\0" "$@" >words\n')
+        (tmp_path / name).chmod(0o755)
+    paths = {"MOETRAIN_WORK": str(tmp_path), "MOETRAIN_BIN": str(tmp_path / "moetrain")}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = start(ROOT / "slurm" / "eval.sh", tmp_path, *given, PATH=path, **paths)
+    assert done.returncode == 0, done.stderr
+    words = (tmp_path / "words").read_text().split("\0")[:-1]
+    assert words[words.index("eval") + 1 :] == [*given[:-1], str(ROOT / given[-1])]
+
+
+def start(path: Path, folder: Path, *words: str, **given: str) -> subprocess.CompletedProcess[str]:
     """A script as Slurm starts it, with as much of Slurm as it needs to find a mistake."""
     fake = folder / "bin"
     fake.mkdir(exist_ok=True)
     (fake / "scontrol").write_text(SCONTROL)
     (fake / "scontrol").chmod(0o755)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MOETRAIN_"))}
-    env |= {"PATH": f"{fake}:{env['PATH']}", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1"}
+    env |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1"} | given
+    env["PATH"] = f"{fake}:{env['PATH']}"
     env |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "1", "SLURM_ARRAY_TASK_ID": "1"}
     return subprocess.run(
-        ["bash", str(path), "x"], capture_output=True, text=True, env=env | given, check=False
+        ["bash", str(path), *(words or "x")], capture_output=True, text=True, env=env, check=False
     )
 
 

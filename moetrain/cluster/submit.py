@@ -1,5 +1,6 @@
 """`moetrain launch`: a recipe as an sbatch script like those in slurm/. No torch."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -37,10 +38,18 @@ SERVERS = """\
 """
 
 
+# As sbatch reads them: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", re.ASCII)
+
+
 def script_of(path: Path, overrides: Sequence[str], nodes: int | None, time: str) -> str:
     """The script that runs the recipe on `nodes` nodes. Raises MoetrainError for a recipe that
     cannot be, and for nodes that its layout does not fit: before the queue, not after it.
     """
+    if not TIME.fullmatch(time):
+        raise ConfigError(
+            f"--time {time!r} is no time of Slurm's. Give one such as 24:00:00 or 2-0."
+        )
     recipe = load_recipe(path, overrides)
     cluster = recipe.cluster
     if nodes is not None and cluster.nodes not in (None, nodes):
@@ -52,7 +61,9 @@ def script_of(path: Path, overrides: Sequence[str], nodes: int | None, time: str
     common = REPO / "slurm" / "common.sh"
     if not common.is_file():
         raise ConfigError(f"{common} is not there. Install moetrain from its repository.")
-    head = HEAD.format(name=path.stem, nodes=nodes, gpus=cluster.gpus_per_node, time=time)
+    # A name is a line of its own for sbatch, and part of the output file's.
+    name = re.sub(r"[^\w.+=-]+", "_", path.stem)
+    head = HEAD.format(name=name, nodes=nodes, gpus=cluster.gpus_per_node, time=time)
     verb = "train"
     if _wants_servers(recipe):
         assert recipe.rollout is not None

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from moetrain.errors import RolloutError
 
 CONNECT_SECONDS = 10.0
+MOST_BYTES = 256 << 20  # of an answer, and of a line of one: routes of 32,000 tokens are 30 MB
 
 
 class ServerLost(Exception):
@@ -64,15 +65,15 @@ class Client:
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The lines of an answer as they come. Raises QueueFull, ServerLost, RolloutError."""
         with self._call("POST", path, body, None) as response:
-            while line := response.readline():
-                if line.strip():
-                    yield json.loads(line)
+            while line := response.readline(MOST_BYTES + 1):
+                if line.strip() or len(line) > MOST_BYTES:
+                    yield _object(line)
 
     def _json(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float | None
     ) -> dict[str, Any]:
         with self._call(method, path, body, timeout) as response:
-            return json.loads(response.read())
+            return _object(response.read(MOST_BYTES + 1))
 
     @contextmanager
     def _call(
@@ -93,14 +94,14 @@ class Client:
         except TimeoutError as error:
             text = f"{self.address}{path}: no sign of life for {seconds:g} s"
             raise ServerLost("timeout", text) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, TypeError) as error:
             text = f"{self.address}{path}: {type(error).__name__} {error}"
             raise ServerLost("dead", text) from error
         finally:
             connection.close()
 
     def _raise(self, path: str, response: http.client.HTTPResponse) -> None:
-        said = json.loads(response.read())
+        said = _object(response.read(MOST_BYTES + 1))
         text = f"{self.address}{path}: {said.get('error', response.status)}"
         match response.status:
             case 401:
@@ -109,8 +110,21 @@ class Client:
                     " MOETRAIN_ROLLOUT_TOKEN or rollout.token_file."
                 )
             case 429:
-                raise QueueFull(said["room"])
+                raise QueueFull(int(said.get("room", 0)))
             case 409 | 422 | 500:
                 raise ServerLost("refused", text)
             case _:
                 raise RolloutError(f"{text}.")
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    """The JSON object that a server says. ValueError for anything else: it is not ours."""
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"an answer of more than {MOST_BYTES >> 20} MiB")
+    try:
+        said = json.loads(content)
+    except RecursionError:
+        raise ValueError("an answer that is nested too deep") from None
+    if not isinstance(said, dict):
+        raise ValueError(f"{str(said)[:80]} in place of an object")
+    return said

@@ -128,10 +128,15 @@ class Fleet:
                     return
                 if "error" in answer:
                     raise RolloutError(f"vLLM refuses a prompt: {answer['error']}.")
-                number = answer["number"]
+                try:
+                    number = answer["number"]
+                    sample = self._sample(deal.requests[number], answer)
+                except (KeyError, IndexError, TypeError, ValueError) as error:
+                    text = f"{server.client.address} says {str(answer)[:80]}, which is no answer"
+                    raise ServerLost("dead", text) from error
                 waiting.discard(number)
                 if deal.finish(number):
-                    found.put(self._sample(deal.requests[number], answer))
+                    found.put(sample)
             if waiting:
                 raise ServerLost("dead", f"{server.client.address} left {len(waiting)} answers out")
         except (QueueFull, ServerLost):

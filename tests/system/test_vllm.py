@@ -1,5 +1,6 @@
 """The real vLLM, on the CPU: one server for most tests, started once by `moetrain serve`."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from moetrain.rollout.client import Client
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "grpo_tiny.yaml"
@@ -106,6 +109,83 @@ def test_nothing_is_open_without_the_token(served: Served) -> None:
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(request, timeout=20)
             assert refused.value.code == 401, path
+
+
+def ask(served: Served, head: str, body: bytes = b"") -> bytes:
+    """What the server says to bytes of our own, until it closes."""
+    port = int(served.address.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        said = b""
+        try:
+            connection.sendall(head.replace("\n", "\r\n").encode() + body)
+            while block := connection.recv(1 << 16):
+                said += block
+        except (ConnectionResetError, BrokenPipeError):  # it has heard enough
+            pass
+        return said
+
+
+def test_all_of_it_listens_on_the_loopback_interface(served: Served) -> None:
+    """torch's store in vLLM's engine, too, which does what anyone says who reaches it."""
+    session = {os.getsid(served.process.pid)}
+    ready = next(served.token_file.parent.glob("run/servers/port*/ready.json"))
+    session.add(os.getsid(json.loads(ready.read_text())["pid"]))
+    sockets: set[str] = set()
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getsid(int(folder.name)) in session:
+                sockets |= {os.readlink(path) for path in (folder / "fd").iterdir()}
+    found: list[tuple[str, str]] = []
+    for name in ("tcp", "tcp6"):
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
+                found.append((name, words[1].split(":")[0]))
+    assert len(found) >= 2, "the server's and the store's"
+    assert set(found) == {("tcp", "0100007F")}
+
+
+def test_requests_have_a_size_and_a_time(served: Served) -> None:
+    """And no packing; those that never come whole do not keep the trainer out."""
+    post = "POST /probe HTTP/1.1\nHost: x\n"
+    own = post + f"Authorization: Bearer {served.token_file.read_text().strip()}\n"
+    assert b" 401 " in ask(served, post + "Content-Length: 1000000000000\n\n")
+    assert b" 415 " in ask(served, own + "Content-Encoding: gzip\nContent-Length: 2\n\n", b"{}")
+    for body in (b"[]", b"[" * 100_000, b"\xff", b"9" * 5000):
+        said = ask(served, own + f"Content-Length: {len(body)}\n\n", body)
+        assert b" 400 " in said, said
+    chunk = b"1000000\r\n" + bytes(1 << 24) + b"\r\n"
+    said = ask(served, own + "Transfer-Encoding: chunked\n\n", chunk * 5)
+    assert said == b"" or b" 413 " in said
+    port = int(served.address.rpartition(":")[2])
+    slow = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(300)]
+    for connection in slow:
+        connection.sendall(b"POST /health HTTP/1.1\r\n")
+    token = served.token_file.read_text().strip()
+    assert Client(served.address, token, 20.0).get("/health")["pid"] > 0
+    began = time.monotonic()
+    for connection in slow:
+        with connection, contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+    assert time.monotonic() - began < 30
+
+
+def test_an_answer_is_not_cut_in_silence(served: Served, whole: Path) -> None:
+    """vLLM's limit is 512: an answer of max_tokens fits, or is refused."""
+    client = Client(served.address, served.token_file.read_text().strip(), 60.0)
+    request = {
+        **{"number": 0, "tokens": [5] * 500, "seed": 1, "temperature": 1.0, "top_p": 1.0},
+        **{"top_k": 0, "stop_ids": [], "routes": False},
+    }
+    said: dict[int, Any] = {}
+    for most in (12, 13):
+        body = {
+            "version": client.get("/health")["version"],
+            "requests": [request | {"max_tokens": most}],
+        }
+        (said[most],) = client.stream("/generate", body)
+    assert len(said[12]["tokens"]) == 12
+    assert "pass vLLM's limit of 512 (rollout.engine_args.max_model_len)" in said[13]["error"]
 
 
 def test_trainer_and_server_agree(whole: Path) -> None:

@@ -14,7 +14,6 @@ vLLM 0.32.
 """
 
 import asyncio
-import hmac
 import json
 import os
 import signal
@@ -27,19 +26,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from moetrain_door import MIB, Guard, Refused, body_of, protocol
 from moetrain_worker import WITH_ROUTES, packed
 
 TOKEN = "MOETRAIN_ROLLOUT_TOKEN"
 BEAT_SECONDS = 1.0
 LOGPROBS = {"logprobs": 0, "detokenize": False, "ignore_eos": True}  # of the drawn token alone
-
-
-class Refused(Exception):
-    """A request that cannot be served; the text and the status go to the caller."""
-
-    def __init__(self, status: int, text: str, **more: Any):
-        super().__init__(text)
-        self.status, self.more = status, more
 
 
 class Service:
@@ -58,6 +50,10 @@ class Service:
         self.loading = False  # the engine's loop stands still then, for minutes in a large model
         self.unfinished = 0
         self.layers: list[int] = []
+        self.longest: int = self.engine.model_config.max_model_len
+        # Of a body: a full queue of the longest prompts, as far as memory is to go.
+        queue = settings["max_queue"] * (8 * self.longest + 1024)
+        self.most = max(64 * MIB, min(queue, 1024 * MIB))
         self._numbers = count()
         self._pushing = asyncio.Lock()
 
@@ -117,6 +113,11 @@ class Service:
         from vllm.sampling_params import RequestOutputKind
 
         routes = request["routes"]
+        whole = len(request["tokens"]) + request["max_tokens"]
+        if whole > self.longest:  # vLLM 0.32 would cut the answer there, as if max_tokens said so
+            limit = f"vLLM's limit of {self.longest} (rollout.engine_args.max_model_len)"
+            text = f"its {len(request['tokens'])} tokens and rollout.max_tokens pass {limit}"
+            return {"number": request["number"], "error": text}
         params = SamplingParams(
             max_tokens=request["max_tokens"],
             temperature=request["temperature"],
@@ -278,26 +279,6 @@ def engine_args(settings: dict[str, Any], on_cpu: bool) -> dict[str, Any]:
     return free | settings["engine"] | args
 
 
-class Guard:
-    """Lets nothing through without the token, paths that do not exist included."""
-
-    def __init__(self, app: Any, token: str):
-        self.app, self.wanted = app, f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        from starlette.responses import JSONResponse
-
-        given = dict(scope.get("headers", [])).get(b"authorization", b"")
-        if scope["type"] == "http" and hmac.compare_digest(given, self.wanted):
-            await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            await JSONResponse({"error": "the token is missing or wrong"}, 401)(
-                scope, receive, send
-            )
-        else:
-            raise RuntimeError(f"no {scope['type']} here")
-
-
 def application(service: Service, token: str) -> Guard:
     """The ASGI application."""
     from starlette.applications import Starlette
@@ -307,7 +288,7 @@ def application(service: Service, token: str) -> Guard:
 
     async def call(handler: Any, request: Request) -> Response:
         try:
-            body = await request.json() if request.method == "POST" else {}
+            body = await body_of(request, service.most) if request.method == "POST" else {}
             found = await handler(body | request.path_params)
         except Refused as refusal:
             return JSONResponse({"error": str(refusal)} | refusal.more, refusal.status)
@@ -362,6 +343,9 @@ async def serve(settings: dict[str, Any], file: Path, token: str) -> None:
 
     config = uvicorn.Config(
         application(service, token),
+        http=protocol(),
+        ws="none",
+        headers=[("Connection", "close")],
         log_level="warning",
         access_log=False,
         lifespan="off",
