@@ -78,6 +78,7 @@ class ServerProcess:
             # The ranks have these cores too: a thread that waits shall sleep and not spin.
             "OMP_WAIT_POLICY": "PASSIVE",
             "KMP_BLOCKTIME": "0",
+            "GLOO_SOCKET_IFNAME": "lo",  # a server's workers are all on this machine
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
         }

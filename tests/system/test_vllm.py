@@ -126,7 +126,7 @@ def ask(served: Served, head: str, body: bytes = b"") -> bytes:
 
 
 def test_all_of_it_listens_on_the_loopback_interface(served: Served) -> None:
-    """torch's store in vLLM's engine, too, which does what anyone says who reaches it."""
+    """What vLLM's processes open among themselves, too."""
     session = {os.getsid(served.process.pid)}
     ready = next(served.token_file.parent.glob("run/servers/port*/ready.json"))
     session.add(os.getsid(json.loads(ready.read_text())["pid"]))
@@ -141,7 +141,6 @@ def test_all_of_it_listens_on_the_loopback_interface(served: Served) -> None:
             words = line.split()
             if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
                 found.append((name, words[1].split(":")[0]))
-    assert len(found) >= 2, "the server's and the store's"
     assert set(found) == {("tcp", "0100007F")}
 
 
