@@ -48,7 +48,7 @@ def join(
     if on_one_node(world):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if not far:
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")  # no prefix
     dist.init_process_group(
         backend,
         store=_store(rank, world, timeout),
