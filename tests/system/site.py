@@ -57,14 +57,18 @@ class Site:
         options: tuple[str, ...] = TWO_NODES,
         doctor: str = "no",
         image: Path | None = None,
+        beside: Mapping[str, str] | None = None,
     ) -> int:
-        """sbatch of a script in slurm/ with its words; the job's number."""
+        """sbatch of a script in slurm/ with its words, and with variables `beside`; the job's
+        number.
+        """
         out = ("--chdir", str(ROOT), "--output", str(self.work / "%j.out"))
         env = {"WORK": str(self.work), "BIN": str(self.bin), "PAUSE": "1", "DOCTOR": doctor}
         env = {f"MOETRAIN_{name}": value for name, value in env.items()}
         if image is not None:
             path = f"{APPTAINER.parent}:{os.environ['PATH']}"
             env |= {"MOETRAIN_IMAGE": str(image), "PATH": path, "OMP_NUM_THREADS": "1"}
+        env |= beside or {}
         return self.cluster.submit(*out, *options, f"{ROOT}/slurm/{script}", *words, env=env)
 
     def said(self, job: int) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,9 +79,16 @@ def test_the_doctor_looks_first(site: Site) -> None:
     assert not (site.work / "runs" / "looked" / "ledger.jsonl").exists()
 
 
-def begin(site: Site, run: str, *more: str, options: tuple[str, ...] = TWO_NODES) -> int:
+def begin(
+    site: Site,
+    run: str,
+    *more: str,
+    options: tuple[str, ...] = TWO_NODES,
+    beside: Mapping[str, str] | None = None,
+) -> int:
     """Submit LONG and wait until it has a checkpoint, and steps after it."""
-    job = site.submit("dpo_235b.sh", *LONG, f"run_dir=runs/{run}", *more, options=options)
+    words = (*LONG, f"run_dir=runs/{run}", *more)
+    job = site.submit("dpo_235b.sh", *words, options=options, beside=beside)
     site.cluster.wait(lambda: len(site.rows(run)) >= 12, "12 steps", 240)
     return job
 
@@ -99,10 +106,16 @@ def test_time_limit(site: Site, whole: str) -> None:
 
 
 def test_scancel_kill(site: Site, whole: str) -> None:
-    """SIGKILL to the step's tasks: the launchers die, and with them their ranks."""
-    job = begin(site, "killed")
+    """SIGKILL to the step's tasks: the launchers die, and with them their ranks. The job was
+    submitted from inside another one, as Slurm 22.05 hands on what that one was.
+    """
+    other = {"ARRAY_JOB_ID": "1", "ARRAY_TASK_ID": "2", "RESTART_COUNT": "5", "HET_SIZE": "2"}
+    other |= {"JOB_NODELIST_HET_GROUP_1": "elsewhere"}
+    job = begin(site, "killed", beside={f"SLURM_{key}": value for key, value in other.items()})
     site.cluster.call("scancel", "--signal=KILL", f"{job}.0")
-    assert "again in 1 s: exit code 137, time 1 since checkpoint" in site.done(job)
+    said = site.done(job)
+    assert "start 1: fresh" in said
+    assert "again in 1 s: exit code 137, time 1 since checkpoint" in said
     equal(site, "killed", whole)
 
 
