@@ -10,6 +10,8 @@ from moetrain import __version__, cli_answers, cli_cluster, cli_data, cli_swift
 from moetrain.cli_common import Arguments, Parser, add_overrides, positive
 from moetrain.errors import MoetrainError
 
+LONGEST_ERROR = 4000  # characters
+
 
 @dataclass(frozen=True)
 class Command:
@@ -310,7 +312,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except MoetrainError as error:
-        print("moetrain: error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        line = " ".join(str(error).splitlines())
+        if len(line) > LONGEST_ERROR:  # a name in a file may be of any length
+            line = f"{line[: LONGEST_ERROR // 2]} ... {line[-LONGEST_ERROR // 2 :]}"
+        print("moetrain: error:", line, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("moetrain: interrupted.", file=sys.stderr)

@@ -31,6 +31,7 @@ def base_model(folder: Path, source: Path | None = None) -> Path:
     """A tiny mixture, saying everywhere that <|endoftext|> alone ends a sequence."""
     shutil.copytree(source or assets.resolve("builtin:qwen3-moe-tiny"), folder)
     (folder / "chat_template.jinja").unlink()
+    (folder / "manifest.json").unlink(missing_ok=True)  # it is as another program left it
     changes: dict[str, dict[str, Any]] = {
         "tokenizer_config.json": {"eos_token": END_OF_TEXT},
         "config.json": {"eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None},

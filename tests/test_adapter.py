@@ -433,6 +433,7 @@ def test_a_folder_that_does_not_fit_is_one_line(tmp_path: Path, case: str) -> No
     base, folder = tmp_path / "base", tmp_path / "adapter"
     save_model("qwen3_moe", base, num_hidden_layers=1)
     exported(base, spec_of("lora", "all-linear"), folder)
+    (folder / "manifest.json").unlink()  # as PEFT has none
     damage, message = UNREADABLE[case]
     damage(folder)
     with pytest.raises(WeightsError, match=message) as caught:

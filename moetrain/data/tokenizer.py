@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetrain import manifest
 from moetrain.data.cache import publish
 from moetrain.data.rejects import Reject, write_rejects
 from moetrain.data.sources import find_sources, read_rows
@@ -181,9 +182,11 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def load(name: str | Path) -> "PreTrainedTokenizerFast":
     """Load a tokenizer; code that comes with it is not run.
 
-    DataError when it is not a fast one, or is read otherwise than its tokenizer.json says.
+    DataError when it is not a fast one, or is read otherwise than its tokenizer.json says;
+    DamageError when a file of it is not as it was written.
     """
     folder = locate(name)
+    manifest.check(folder, FILES)
     from transformers import AutoTokenizer
 
     try:

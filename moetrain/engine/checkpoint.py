@@ -11,11 +11,12 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 import moetrain
-from moetrain.engine.manifest import Entry, entries
 from moetrain.engine.manifest import write as write_manifest
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.optim import counted, part_steps, start_state
+from moetrain.engine.reading import read, read_state
 from moetrain.errors import CheckpointError
+from moetrain.manifest import Entry, entries
 from moetrain.pulse import beat
 
 # The optimizer's state by model tensor, not by rank: it can be read back at another layout.
@@ -150,14 +151,14 @@ def _line(error: BaseException) -> str:
 
 def load_weights(chunks: list[PackedGPT], folder: Path) -> None:
     """Read the weights of a checkpoint into the live shards, at whatever layout it was written."""
-    fill(chunks, dist_checkpointing.load(model_state(chunks), str(folder)))
+    fill(chunks, read(model_state(chunks), folder))
 
 
 def restore(
     folder: Path, content: dict[str, Any], optimizer: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the checkpoint holds for `content` and the optimizer, and the saved `state`."""
-    state = json.loads((folder / "state.json").read_text())
+    state = read_state(folder)
     if state.pop("format", 0) > FORMAT:
         raise CheckpointError(
             f"{folder} was written by a newer moetrain (its format is above {FORMAT}, this is"
@@ -175,7 +176,7 @@ def restore(
             content["optimizer"] = optimizer.sharded_state_dict(
                 content, is_loading=True, metadata=_METADATA
             )
-    return dist_checkpointing.load(content, str(folder)), state
+    return read(content, folder), state
 
 
 def restore_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from moetrain.engine import compat_megatron, compat_torch, meeting
+from moetrain.engine import compat_megatron, compat_torch, meeting, pickles
 from moetrain.errors import ConfigError
 
 
@@ -54,6 +54,7 @@ def prepare() -> torch.device:
     else:
         compat_torch.install(device)
     compat_megatron.install()
+    pickles.install()
     return device
 
 

@@ -80,7 +80,7 @@ class Engine:
 
     def __init__(self, recipe: Recipe, *, train: bool = True):
         self.recipe = recipe
-        self.source: ModelSource = model_of(recipe)
+        self.source: ModelSource = model_of(recipe, exports=train)
         self.family = family_of(self.source.hf)
         self.dims = replace(self.family.dims(self.source.hf), value_head=recipe.method.value_head)
         check_layout(self.dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)

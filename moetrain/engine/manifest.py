@@ -1,54 +1,29 @@
-"""Whether a checkpoint is whole: the size and SHA-256 of each of its files, as they were read back
-from the disk once they had been written.
+"""The manifest of a Megatron checkpoint: written once all of its files are there, and compared with
+them by all ranks together before a run goes on from it.
 """
 
-import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from moetrain.pulse import beat
-
-NAME = "manifest.json"
-BLOCK = 1 << 24  # bytes
-Entry = list[Any]
-"""[bytes, SHA-256 in hex]"""
+from moetrain import manifest
+from moetrain.engine.pickles import index_of
+from moetrain.errors import MoetrainError
+from moetrain.manifest import NAME, Files, Manifest
 
 
-def entry(path: Path) -> Entry:
-    """A file as the disk gives it back: its pages are written and dropped from memory first."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while block := file.read(BLOCK):
-            digest.update(block)
-            size += len(block)
-            beat()
-    return [size, digest.hexdigest()]
-
-
-def entries(paths: Iterable[Path]) -> dict[str, Entry]:
-    """Name -> entry of each file."""
-    return {path.name: entry(path) for path in paths}
-
-
-def write(folder: Path, known: Mapping[str, Entry]) -> None:
+def write(folder: Path, known: Files) -> None:
     """Complete `known` with the files of `folder` that it lacks, and write the manifest. Raises
     OSError where what the checkpoint's own index names is not there in full.
     """
-    rest = [p for p in folder.iterdir() if p.is_file() and p.name not in known]
-    found = dict(known) | entries(rest)
-    for part in FileSystemReader(folder).read_metadata().storage_data.values():
-        end = part.offset + part.length
-        if found.get(part.relative_path, [0])[0] < end:
+    found = manifest.complete(folder, known)
+    for part in index_of(folder).storage_data.values():
+        one = found.get(part.relative_path)
+        if one is None or one.size < part.offset + part.length:
             raise OSError(f"{part.relative_path} has fewer bytes than were written")
-    (folder / NAME).write_text(json.dumps({"files": found}, indent=1))
+    manifest.write(folder, found)
 
 
 def damage(folder: Path) -> str:
@@ -56,29 +31,25 @@ def damage(folder: Path) -> str:
     problem = ""
     try:
         problem = damage_of_share(folder, dist.get_rank(), dist.get_world_size())
-    except (OSError, ValueError, KeyError) as error:  # also a manifest that is no JSON
-        problem = f"{NAME}: {error}"
+    except (OSError, ValueError) as error:
+        problem = str(error)
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next((p for p in problems if p), "")
 
 
 def damage_of_share(folder: Path, rank: int, num_ranks: int) -> str:
-    """What is wrong with rank `rank`'s share of the files, "" for nothing. Raises OSError,
-    ValueError or KeyError where the manifest itself cannot be read.
+    """What is wrong with rank `rank`'s share of the files, "" for nothing. Raises OSError or
+    ValueError where state.json cannot be read.
     """
-    if not (folder / NAME).is_file():
-        # Checkpoints of earlier versions have none, nor a format.
-        state = json.loads((folder / "state.json").read_text())
-        return f"no {NAME}" if "format" in state else ""
-    files: dict[str, Entry] = json.loads((folder / NAME).read_text())["files"]
-    for name in sorted(files)[rank::num_ranks]:
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size != files[name][0]:
-            return f"{name} has {size} bytes, {files[name][0]} were written"
-        if entry(path) != files[name]:
-            return f"{name} has other bytes than were written"
+    try:
+        found = Manifest.of(folder)
+        if found is None:
+            # Checkpoints of earlier versions have none, nor a format.
+            state = json.loads((folder / "state.json").read_text())
+            return f"no {NAME}" if "format" in state else ""
+        for name in sorted(found.files)[rank::num_ranks]:
+            found.check(folder / name)
+    except MoetrainError as error:
+        return str(error).partition(". Copy")[0].removeprefix(f"{folder}/")
     return ""

@@ -19,8 +19,8 @@ from moetrain.errors import ConfigError, WeightsError
 from moetrain.families import Family, family_of, with_scalar_head
 from moetrain.families.dims import Dims
 from moetrain.families.rules import expand, head_names
-from moetrain.plan.model import NOTE, config_of
-from moetrain.weights.beside import Beside
+from moetrain.plan.model import NOTE, config_of, read_mapping
+from moetrain.weights.beside import Beside, check_links
 from moetrain.weights.folder import has_weights
 from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
 
@@ -50,8 +50,7 @@ class ModelSource:
         if recipe.model.init == "random":
             return {}
         if self.megatron is not None:
-            noted = _json(self.megatron / "moetrain.json").get("dtypes", {})
-            return {name: getattr(torch, dtype) for name, dtype in noted.items()}
+            return _noted_dtypes(self.megatron / NOTE)
         if self.folder is None or not has_weights(self.folder):
             return {}
         reader = SafetensorsReader(self.folder, family, dims)
@@ -93,13 +92,19 @@ class ModelSource:
         beside.write(folder, hf)
 
 
-def model_of(recipe: Recipe) -> ModelSource:
+def model_of(recipe: Recipe, *, exports: bool = False) -> ModelSource:
     """The recipe's model. The tokenizer beside an adapter to go on from is the one that it was
     trained with, so it counts before the base's, as `tokenizer_of` has it.
+
+    With `exports` raises WeightsError at once where an export would take in what lies elsewhere.
     """
     found = find_model(recipe.model, recipe.method.scalar_head)
     own = adapter_tokenizer(recipe)
-    return found if own is None else replace(found, tokenizer=own)
+    found = found if own is None else replace(found, tokenizer=own)
+    if exports:
+        check_links(found.tokenizer)
+        check_links(found.folder or found.megatron)
+    return found
 
 
 def find_model(model: ModelConfig, scalar_head: bool = False) -> ModelSource:
@@ -139,8 +144,13 @@ def _folder(path: str) -> Path:
     return folder
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error}). Restore the file.") from error
+def _noted_dtypes(note: Path) -> dict[str, torch.dtype]:
+    """Hugging Face name -> dtype, as a Megatron folder's note has them."""
+    noted = read_mapping(note).get("dtypes", {})
+    found: dict[str, torch.dtype] = {}
+    for name, word in noted.items() if isinstance(noted, dict) else [("dtypes", noted)]:
+        dtype = getattr(torch, word, None) if isinstance(word, str) else None
+        if not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"{note}: {name} has dtype {word!r}, which torch has not.")
+        found[str(name)] = dtype
+    return found

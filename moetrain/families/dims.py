@@ -22,6 +22,12 @@ type Extent = (
 VOCAB_MULTIPLE = 128
 
 
+# Far above any published model's: a config beyond is a mistake, or made to fill the memory.
+MOST = {"num_hidden_layers": 1000, "num_experts": 10_000, "num_local_experts": 10_000}
+MOST_EXPERTS = 200_000  # of all layers
+MOST_OF_ANY = 2**31 - 1
+
+
 @dataclass(frozen=True)
 class Dims:
     """The sizes and switches of one decoder-only model. All sizes are global."""
@@ -136,6 +142,11 @@ def read_dims(
     num_layers = read_int(hf, "num_hidden_layers")
     hidden = read_int(hf, "hidden_size")
     heads, groups, dim = _read_heads(hf, hidden, head_dim, groups_default_to_heads)
+    if experts * num_layers > MOST_EXPERTS:
+        raise ConfigError(
+            f"model config: {experts} experts in each of {num_layers} layers are more than"
+            f" {MOST_EXPERTS}, the most held here"
+        )
     if top_k > experts:
         raise ConfigError(
             f"model config: num_experts_per_tok {top_k} is more than the {experts} experts"
@@ -215,6 +226,12 @@ def refuse_unsupported(hf: HfConfig) -> None:
     """Raise ConfigError for a setting that transformers would run and Megatron here would not."""
     for key, allowed in _ONLY.items():
         refuse_but(hf, key, *allowed)
+    ends = hf.get("eos_token_id")
+    ids = cast(list[object], ends) if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(i) is int for i in ids):
+        raise ConfigError(
+            f"model config: eos_token_id = {ends!r} is no token id, and no list of them"
+        )
     layer_types = hf.get("layer_types")
     if isinstance(layer_types, Sequence) and not isinstance(layer_types, str):
         others = {str(kind) for kind in cast(Sequence[object], layer_types)} - {"full_attention"}
@@ -314,6 +331,9 @@ def read_int(hf: HfConfig, key: str, default: int | None = None, minimum: int = 
         raise ConfigError(
             f"model config: {key} = {value!r} is not a whole number of at least {minimum}"
         )
+    most = MOST.get(key, MOST_OF_ANY)
+    if value > most:  # the table of such a model would fill the memory
+        raise ConfigError(f"model config: {key} = {value} is more than {most}, the most held here")
     return value
 
 
@@ -323,7 +343,7 @@ def read_float(hf: HfConfig, key: str, default: float | None = None) -> float:
     value = default if value is None else value
     if value is None:
         raise ConfigError(f"model config: {key} is missing; give a positive number")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         raise ConfigError(f"model config: {key} = {value!r} is not a positive number")
     return float(value)
 

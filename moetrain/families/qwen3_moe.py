@@ -48,11 +48,12 @@ def _moe_layers(hf: HfConfig, experts: int) -> tuple[bool, ...]:
         raise ConfigError(
             f"model config: mlp_only_layers = {given!r} is not a list of layer numbers"
         )
-    dense = set(cast(Sequence[object], given))
-    if not all(isinstance(layer, int) for layer in dense):
+    named = list(cast(Sequence[object], given))
+    if not all(isinstance(layer, int) for layer in named):
         raise ConfigError(
             f"model config: mlp_only_layers = {given!r} is not a list of layer numbers"
         )
+    dense = set(named)
     return tuple(
         experts > 0 and layer not in dense and (layer + 1) % step == 0
         for layer in range(num_layers)

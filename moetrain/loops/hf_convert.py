@@ -1,6 +1,5 @@
 """Hugging Face folders out of others, without Megatron: an adapter merged, a model made deeper."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.errors import CheckpointError, WeightsError
+from moetrain.errors import CheckpointError, ConfigError, WeightsError
 from moetrain.families import Dims, Family, family_of, with_scalar_head
 from moetrain.families import expand as expand_table
+from moetrain.plan.model import HF, read_mapping
 from moetrain.weights import expand as depth
 from moetrain.weights.beside import Beside, beside_adapter
 from moetrain.weights.merge import merged
@@ -73,13 +73,13 @@ def expand(src: Path, dst: Path, every: int) -> int:
     return 0
 
 
-def _hf_model(folder: Path) -> tuple[dict[str, Any], Family, Dims, SafetensorsReader]:
+def _hf_model(folder: Path) -> tuple[dict[str, object], Family, Dims, SafetensorsReader]:
     """A Hugging Face folder that holds all that its config.json promises."""
     try:
-        hf = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        hf = read_mapping(folder / HF)
+    except ConfigError as error:
         raise WeightsError(
-            f"{folder}: no Hugging Face model, its config.json cannot be read ({error}). Give a "
+            f"{folder}: no Hugging Face model, its config.json cannot be read ({error}) Give a "
             f"model folder; mcore2hf makes one of a Megatron checkpoint."
         ) from None
     family = family_of(hf)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moetrain import manifest
 from moetrain.config.load import apply_override, load_recipe, recipe_from
 from moetrain.config.recipe import ModelConfig, ParallelConfig, Recipe
 from moetrain.data.cache import build_once, cache_root, key_of
@@ -13,7 +14,8 @@ from moetrain.engine import Engine, device
 from moetrain.engine.checkpoints import Checkpoints
 from moetrain.engine.source import ModelSource, find_model
 from moetrain.errors import CheckpointError
-from moetrain.plan.model import NOTE
+from moetrain.manifest import Manifest
+from moetrain.plan.model import NOTE, read_mapping
 from moetrain.weights.beside import Beside
 from moetrain.weights.digest import file_digest
 from moetrain.weights.folder import has_weights
@@ -63,7 +65,7 @@ def latest(run: Path) -> Path:
 def is_adapter(folder: Path) -> bool:
     """Whether `folder` is a checkpoint of a run that trains an adapter."""
     note = folder / NOTE
-    return note.is_file() and "adapter_of" in json.loads(note.read_text())
+    return note.is_file() and "adapter_of" in read_mapping(note)
 
 
 def sections_of(model: str) -> tuple[str, dict[str, Any]]:
@@ -106,7 +108,9 @@ def write_adapter(run: Path, dst: Path) -> str:
     assert engine.adapters is not None
     base = recipe.model.path or "random weights"
     tensors, first = engine.export_adapter(), engine.initial_adapter
-    hf = json.loads((checkpoint / NOTE).read_text())["hf"]
+    hf = read_mapping(checkpoint / NOTE).get("hf")
+    if not isinstance(hf, dict):
+        raise CheckpointError(f"{checkpoint / NOTE} has no 'hf' mapping. Restore the file.")
     write_peft(tensors, dst, engine.adapters, base, first, (Beside.of(checkpoint), hf))
     engine.close()
     return base
@@ -157,9 +161,12 @@ def open_engine(recipe: Recipe) -> Engine:
 def mark_dtypes(folder: Path, engine: Engine) -> None:
     """Note in a Megatron folder which dtype each weight had, for the way back to Hugging Face."""
     found = engine.source.dtypes(engine.recipe, engine.family, engine.dims)
-    note = json.loads((folder / "moetrain.json").read_text())
+    note = json.loads((folder / NOTE).read_text())
     note["dtypes"] = {n: str(found[n]).removeprefix("torch.") for n in sorted(found)}
-    (folder / "moetrain.json").write_text(json.dumps(note, indent=1))
+    (folder / NOTE).write_text(json.dumps(note, indent=1))
+    written = Manifest.of(folder)
+    assert written is not None, "Engine.save wrote one"
+    manifest.write(folder, {**written.files, NOTE: manifest.entry(folder / NOTE)})
 
 
 def model_digest(recipe: Recipe, source: ModelSource) -> str:

@@ -8,6 +8,7 @@ from typing import cast
 from moetrain.config.builtin import MODELS, published, quantised_name
 from moetrain.config.recipe import ModelConfig
 from moetrain.errors import ConfigError
+from moetrain.manifest import read_text
 
 NOTE, HF = "moetrain.json", "config.json"
 
@@ -51,13 +52,13 @@ def config_of(folder: Path) -> tuple[dict[str, object], bool]:
             f" one of them to another folder."
         )
     if hf.is_file():
-        return _read_mapping(hf), False
+        return read_mapping(hf), False
     if not note.is_file():
         raise ConfigError(
             f"model.path={folder}: no {HF} or {NOTE} there, so neither a Hugging Face model nor a"
             f" Megatron checkpoint. Check the path."
         )
-    content = _read_mapping(note)
+    content = read_mapping(note)
     if "adapter_of" in content:
         raise ConfigError(
             f"{folder} holds an adapter of {content['adapter_of']}, not a model. Write it with"
@@ -69,11 +70,14 @@ def config_of(folder: Path) -> tuple[dict[str, object], bool]:
     return cast(dict[str, object], content["hf"]), True
 
 
-def _read_mapping(path: Path) -> dict[str, object]:
+def read_mapping(path: Path) -> dict[str, object]:
+    """What a JSON file says, checked by the folder's manifest. Raises ConfigError, DamageError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except ValueError as error:  # also what is no UTF-8
         raise ConfigError(f"{path}: not JSON ({error}). Restore the file.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply. Restore the file.") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}. Check its permissions.") from None
     if not isinstance(content, dict):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moetrain import manifest
 from moetrain.config.rewards import RewardConfig, RewardModelOptions
 from moetrain.data import tokenizer
 from moetrain.data.chat import Chat
@@ -32,6 +33,7 @@ class RewardModel:
                 f"rewards: {self.label}: {folder} has no config.json. Give the folder of a model"
                 " that `method: reward` trained, such as runs/reward/hf."
             )
+        manifest.check(folder)
         import torch
 
         self.chat = Chat(tokenizer.load(folder), self.options.chat_template)
@@ -106,7 +108,11 @@ def _load(folder: Path, dtype: str) -> Any:
             " the folder of a model that `method: reward` trained."
         )
     model, info = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
+        folder,
+        dtype=DTYPES[dtype],
+        local_files_only=True,
+        output_loading_info=True,
+        use_safetensors=True,  # no pickles
     )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])

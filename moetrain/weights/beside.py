@@ -3,7 +3,6 @@ an answer, in each of the places where programs look for it.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from moetrain.data.tokenizer import tokenizer_files
 from moetrain.errors import WeightsError
+from moetrain.manifest import read_bytes, read_text
 
 GENERATION = "generation_config.json"
 CONFIG, SPECIALS = "tokenizer_config.json", "special_tokens_map.json"
@@ -51,6 +51,7 @@ class Beside:
 
     def write(self, folder: Path, hf: Mapping[str, Any]) -> None:
         """Put it all into `folder`; `hf` is the model's config as it was."""
+        check_links(self.tokenizer)
         self._write_tokenizer(folder)
         source = self.model / GENERATION if self.model else None
         given = _json(source) if source is not None and source.is_file() else None
@@ -60,7 +61,7 @@ class Beside:
         content = given or {key: hf[key] for key in kept if hf.get(key) is not None}
         if self.ends.keys() <= set(_ids(content)):
             assert source is not None
-            shutil.copyfile(source, folder / GENERATION)
+            _copy(source, folder / GENERATION)
         else:
             before = _ids(content) if content.get("eos_token_id") is not None else _ids(hf)
             content["eos_token_id"] = _one_or_all(list(dict.fromkeys([*self.ends, *before])))
@@ -72,10 +73,12 @@ class Beside:
         if source is None:
             return
         for file in tokenizer_files(source):
-            shutil.copyfile(file, folder / file.name)
+            _copy(file, folder / file.name)
         more = source / OTHER_TEMPLATES[1]
         if more.is_dir() and self.template is None:
-            shutil.copytree(more, folder / more.name, dirs_exist_ok=True)
+            (folder / more.name).mkdir(exist_ok=True)
+            for file in sorted(path for path in more.iterdir() if path.is_file()):
+                _copy(file, folder / more.name / file.name)
         if self.template is not None:
             (folder / OTHER_TEMPLATES[0]).unlink(missing_ok=True)
             (folder / TEMPLATE).write_text(self.template, encoding="utf-8")
@@ -122,7 +125,10 @@ def _ids(config: Mapping[str, Any]) -> list[int]:
     found = config.get("eos_token_id")
     if found is None:
         return []
-    return list(found) if isinstance(found, list) else [found]
+    ids = list(found) if isinstance(found, list) else [found]
+    if not all(type(i) is int for i in ids):
+        raise WeightsError(f"model config: eos_token_id = {found!r} is no token id or list of them")
+    return ids
 
 
 def _one_or_all(ids: list[int]) -> int | list[int]:
@@ -136,12 +142,43 @@ def _text(token: Any) -> str | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(read_text(_inside(path)))
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not JSON ({error}). Restore the file.") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: a mapping is wanted, not {type(content).__name__}.")
     return content
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.write_bytes(read_bytes(_inside(source)))
+
+
+def check_links(folder: Path | None) -> None:
+    """WeightsError for a link among what would be exported from `folder` that leads elsewhere."""
+    if folder is not None:
+        more = folder / OTHER_TEMPLATES[1]
+        for path in [*tokenizer_files(folder), folder / GENERATION, *more.glob("*")]:
+            _inside(path)
+
+
+def _inside(path: Path) -> Path:
+    """`path`, unless it is a link that leads out of its folder: what lies there was not given to
+    be exported. The Hub's cache keeps the files of its snapshots beside them, in `blobs`.
+    """
+    if not path.is_symlink():
+        return path
+    folder, target = path.parent.resolve(), path.resolve()
+    homes = [folder]
+    for snapshot in (folder, folder.parent):  # templates lie one deeper
+        if snapshot.parent.name == "snapshots":
+            homes.append(snapshot.parent.parent / "blobs")
+    if not any(target.is_relative_to(home) for home in homes):
+        raise WeightsError(
+            f"{path} is a link to {target}, outside of its folder, and would be exported. Put the"
+            f" file itself there (cp --remove-destination {target} {path})."
+        )
+    return path
 
 
 def _dump(content: Mapping[str, Any], path: Path) -> None:

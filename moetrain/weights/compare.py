@@ -1,6 +1,5 @@
 """Comparing two Hugging Face folders tensor by tensor, one pair in memory at a time."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 from moetrain.errors import ConfigError
 from moetrain.families import Dims, family_of, ignored_keys
 from moetrain.families.rules import EMBEDDING, HEAD
+from moetrain.plan.model import read_mapping
 from moetrain.weights.reader import Aliased, Reader, SafetensorsReader
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -76,9 +76,9 @@ def _reader(folder: Path) -> tuple[Reader, Dims | None]:
     """With per-expert names where config.json names a known architecture, and then its sizes."""
     config = folder / "config.json"
     try:
-        hf = json.loads(config.read_text()) if config.is_file() else {}
+        hf = read_mapping(config) if config.is_file() else {}
         family = family_of(hf)
         dims = family.dims(hf)
-    except (ConfigError, ValueError):
+    except ConfigError:
         return SafetensorsReader(folder), None
     return SafetensorsReader(folder, family, dims), dims

@@ -65,6 +65,11 @@ def expanded_config(hf: Mapping[str, Any], expansion: Expansion) -> dict[str, An
     result = dict(hf)
     result["num_hidden_layers"] = len(expansion.sources)
     if hf.get("layer_types"):
+        if len(hf["layer_types"]) <= max(expansion.sources):
+            raise ConfigError(
+                f"model config: layer_types has {len(hf['layer_types'])} entries for"
+                f" {max(expansion.sources) + 1} layers"
+            )
         result["layer_types"] = [hf["layer_types"][source] for source in expansion.sources]
     dims = family_of(hf).dims(hf)
     if "mlp_only_layers" in hf or "decoder_sparse_step" in hf:

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moetrain.errors import WeightsError
+from moetrain.manifest import read_text
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+LONGEST_NAME = 255  # bytes, on all file systems that matter
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
@@ -76,8 +78,8 @@ def _shards(folder: Path) -> list[str]:
 def _indexed(index: Path) -> Mapping[Path, list[str]]:
     """The files that an index names, with their tensors' names."""
     try:
-        places = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        places = json.loads(read_text(index))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(f"{index}: not a safetensors index ({error}). Fetch it again.") from None
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise WeightsError(
@@ -86,6 +88,11 @@ def _indexed(index: Path) -> Mapping[Path, list[str]]:
         )
     files: dict[Path, list[str]] = {}
     for name, file in places.items():
+        if not (0 < len(file.encode(errors="surrogatepass")) <= LONGEST_NAME) or "\0" in file:
+            raise WeightsError(
+                f"{index}: {name[:80]} is placed in a file whose name has {len(file)} characters,"
+                f" which no file has. Fetch it again."
+            )
         if Path(file).name != file or file in ("", ".", ".."):
             raise WeightsError(
                 f"{index}: {name} is placed at {file!r}, outside the folder. Such an index is "

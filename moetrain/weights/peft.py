@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
+from moetrain import manifest
 from moetrain.errors import WeightsError
 from moetrain.families.adapter import SUFFIX, AdapterTable, Matrix, all_matrices, is_parameter
 from moetrain.families.dims import Dims
 from moetrain.weights.adapter import whole
 from moetrain.weights.beside import Beside
 from moetrain.weights.reader import Reader
-from moetrain.weights.writer import FAILURES, put_in_place, reason
+from moetrain.weights.writer import FAILURES, put_in_place, reason, save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -86,11 +86,12 @@ def write_peft(
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            save_file(_to_peft(held, table, initial), aside / WEIGHTS, metadata={"format": "pt"})
+            save_tensors(_to_peft(held, table, initial), aside / WEIGHTS)
             text = json.dumps(config_of(table, base_name), indent=2)
             (aside / CONFIG).write_text(text + "\n")
             if note is not None:
                 note[0].write(aside, note[1])
+            manifest.write(aside, manifest.complete(aside, {}))
             put_in_place(aside, folder)
         except FAILURES as error:
             problem = reason(error)

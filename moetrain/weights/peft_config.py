@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moetrain.errors import WeightsError
+from moetrain.manifest import read_text
 
 # key -> the values held here; absent counts as the first
 _ONLY: dict[str, tuple[object, ...]] = {
@@ -66,8 +67,8 @@ class PeftConfig:
 def read_config(path: Path) -> PeftConfig:
     """Raises WeightsError for what is no LoRA adapter, or one of a kind not held here."""
     try:
-        content: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content: Any = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(
             f"{path}: not readable ({error}). Give a folder that PEFT's save_pretrained or convert "
             f"adapter wrote."
@@ -90,18 +91,43 @@ def read_config(path: Path) -> PeftConfig:
         return PeftConfig(
             path=path,
             base=str(content.get("base_model_name_or_path")),
-            rank=int(content["r"]),
-            alpha=float(content["lora_alpha"]),
-            ranks={str(k): int(v) for k, v in (content.get("rank_pattern") or {}).items()},
-            alphas={str(k): float(v) for k, v in (content.get("alpha_pattern") or {}).items()},
+            rank=_rank(content["r"]),
+            alpha=_alpha(content["lora_alpha"]),
+            ranks={_pattern(k): _rank(v) for k, v in (content.get("rank_pattern") or {}).items()},
+            alphas={
+                _pattern(k): _alpha(v) for k, v in (content.get("alpha_pattern") or {}).items()
+            },
             rslora=bool(content.get("use_rslora")),
             dora=bool(content.get("use_dora")),
             init=first if first in ("olora", "pissa") else "lora",
             scalar_head=content.get("task_type") == "SEQ_CLS",
             parameters=tuple(content.get("target_parameters") or ()),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path}: not a LoRA config of PEFT's ({error!r}).") from None
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ValueError(f"a rank of {value}")
+    return value
+
+
+def _alpha(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < 1e9:  # NaN is not, either
+        raise ValueError(f"a lora_alpha of {value}")
+    return float(value)
+
+
+def _pattern(text: str) -> str:
+    """A pattern of PEFT's that is soon matched: of two repetitions at most, and of no group."""
+    if len(re.findall(r"(?<!\()[*+?{]", text)) > 2 or re.search(r"\)[*+?{]", text):
+        raise ValueError(f"a pattern that repeats too much, {text}")
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{text} is no pattern ({error})") from None
+    return text
 
 
 def rank_of(config: PeftConfig, module: str) -> int:

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moetrain.errors import WeightsError
 from moetrain.families.adapter import SUFFIX, AdapterSpec, Matrix, adapter_table, all_matrices
 from moetrain.families.dims import Dims
 from moetrain.families.rules import Family
+from moetrain.manifest import Manifest, say_unchecked
 from moetrain.weights.adapter import idle, table_shapes
+from moetrain.weights.header import open_file
 from moetrain.weights.peft import CONFIG, HEAD, PREFIX, WEIGHTS
 from moetrain.weights.peft_config import PeftConfig, rank_of, read_config, scale_of
 from moetrain.weights.reader import Reader, Slices
@@ -199,7 +200,10 @@ def _open(path: Path) -> Any:
             f"{path} is not there. Give a folder that PEFT's save_pretrained or convert adapter "
             f"wrote, with safetensors."
         )
-    try:
-        return safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: not a whole safetensors file ({error}).") from None
+    manifest = Manifest.of(path.parent)
+    if manifest is None:
+        say_unchecked(path.parent)
+    else:
+        manifest.all_there()
+        manifest.check(path)
+    return open_file(path, manifest)

@@ -3,21 +3,20 @@ name and slice.
 """
 
 import hashlib
-import json
-import struct
 from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moetrain.errors import WeightsError
 from moetrain.families.dims import Dims
 from moetrain.families.rules import Family, FusedSlice, expand, fused_slices
+from moetrain.manifest import Manifest, say_unchecked
 from moetrain.weights.folder import weight_files
+from moetrain.weights.header import Stored, open_file, read_header
 
 Slices = tuple[slice, ...]
 
@@ -34,43 +33,30 @@ class Reader(Protocol):
     def read(self, name: str, slices: Slices) -> Tensor: ...
 
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
 class SafetensorsReader:
     """A folder of safetensors: one file, or shards with an index. Headers are read at once, data
-    when asked for.
+    when asked for; what is read is checked by the folder's manifest, where there is one.
 
     Args:
         folder: holds model.safetensors, or model.safetensors.index.json and its shards.
         family, dims: present transformers-5 fused experts under the family's per-expert names.
 
     Raises:
-        WeightsError: what `weight_files` refuses, a file truncated, a dtype that torch lacks, a
-            tensor in two files, or fused experts that stand there one by one too or are not as
-            many as `dims` has.
+        WeightsError: what `weight_files` and `read_header` refuse, a file that is not as it was
+            written, a tensor in two files, or fused experts that stand there one by one too or are
+            not as many as `dims` has.
     """
 
     def __init__(self, folder: Path, family: Family | None = None, dims: Dims | None = None):
         self.folder = Path(folder)
         self._where: dict[str, Path] = {}
-        self._meta: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._meta: dict[str, Stored] = {}
         self._open: dict[Path, Any] = {}
+        self._manifest = Manifest.of(self.folder)
+        if self._manifest is not None:
+            self._manifest.all_there()
         for path, names in weight_files(self.folder).items():
-            header = _header(path)
+            header = read_header(path, self._manifest)
             for name in names or ():
                 if name not in header:
                     raise WeightsError(
@@ -84,7 +70,7 @@ class SafetensorsReader:
                         f" Copy the model again."
                     )
                 self._where[name] = path
-                self._meta[name] = _meta(path, name, entry)
+                self._meta[name] = entry
         self._fused: dict[str, FusedSlice] = {}
         if family is not None and dims is not None:
             slices = fused_slices(family, dims)
@@ -103,7 +89,7 @@ class SafetensorsReader:
                     f"{self.folder} holds {cut.key} and {name}, two tensors for one weight. Remove"
                     f" one of them."
                 )
-            shape = self._meta[cut.key][1]
+            shape = self._meta[cut.key].shape
             rows = shape if cut.expert is None else shape[1:]
             if not rows or rows[0] % cut.num_parts:
                 raise WeightsError(
@@ -122,14 +108,14 @@ class SafetensorsReader:
     def shape(self, name: str) -> tuple[int, ...]:
         cut = self._fused.get(name)
         if cut is None:
-            return self._meta[name][1]
-        shape = self._meta[cut.key][1]
+            return self._meta[name].shape
+        shape = self._meta[cut.key].shape
         shape = shape if cut.expert is None else shape[1:]
         return (shape[0] // cut.num_parts, *shape[1:])
 
     def dtype(self, name: str) -> torch.dtype:
         cut = self._fused.get(name)
-        return self._meta[name if cut is None else cut.key][0]
+        return self._meta[name if cut is None else cut.key].dtype
 
     def read(self, name: str, slices: Slices) -> Tensor:
         cut = self._fused.get(name)
@@ -144,53 +130,29 @@ class SafetensorsReader:
         return self._slice(cut.key, shifted if cut.expert is None else (cut.expert, *shifted))
 
     def _slice(self, name: str, slices: tuple[slice | int, ...]) -> Tensor:
-        path = self._where[name]
+        path, stored = self._where[name], self._meta[name]
+        if self._manifest is None:
+            say_unchecked(self.folder)
         if path not in self._open:
-            self._open[path] = safe_open(path, "pt")
-        dtype, shape = self._meta[name]
+            self._open[path] = open_file(path, None)
         sizes = [s.stop - s.start for s in slices if isinstance(s, slice)]
         if not prod(sizes):
-            return torch.empty(sizes, dtype=dtype)
-        if not shape:
+            return torch.empty(sizes, dtype=stored.dtype)
+        if self._manifest is not None:
+            self._manifest.check(path, *_bytes_of(stored, slices))
+        if not stored.shape:
             return self._open[path].get_tensor(name)  # type: ignore[no-any-return]
         return self._open[path].get_slice(name)[slices]  # type: ignore[no-any-return]
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file, after checking that the file is as long as its header
-    says.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            first = file.read(8)
-            if first == b"version ":
-                raise WeightsError(
-                    f"{path}: a Git LFS pointer, not the weights. Run `git lfs pull` there."
-                )
-            (length,) = struct.unpack("<Q", first)
-            if length > size - 8:  # checked before reading: the length may be any 8 bytes
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
-        raise WeightsError(
-            f"{path}: not a whole safetensors file ({error}). Fetch it again."
-        ) from None
-    if size < end:
-        raise WeightsError(f"{path}: truncated, {size} of {end} bytes. Fetch it again.")
-    return header  # type: ignore[no-any-return]
-
-
-def _meta(path: Path, name: str, entry: Mapping[str, Any]) -> tuple[torch.dtype, tuple[int, ...]]:
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise WeightsError(
-            f"{path}: {name} has dtype {entry['dtype']}; allowed: {', '.join(_DTYPES)}. Take a "
-            f"checkpoint that is not quantised."
-        )
-    return dtype, tuple(entry["shape"])
+def _bytes_of(stored: Stored, slices: tuple[slice | int, ...]) -> tuple[int, int]:
+    """Where a slice lies in the file: from its first byte to behind its last."""
+    first = last = 0  # numbers of elements
+    for size, cut in zip(stored.shape, slices, strict=True):
+        low, high = (cut.start, cut.stop - 1) if isinstance(cut, slice) else (cut, cut)
+        first, last = first * size + low, last * size + high
+    width = stored.dtype.itemsize
+    return stored.start + first * width, stored.start + (last + 1) * width
 
 
 class RandomReader:

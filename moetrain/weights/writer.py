@@ -1,7 +1,8 @@
 """Writing a Hugging Face model folder: every rank writes the tensors it owns, the first rank makes
 the index.
 
-The folder appears whole under its name, or not at all.
+The folder appears whole under its name, or not at all, with a manifest of its files as they were
+read back from the disk.
 """
 
 import errno
@@ -9,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,24 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moetrain import manifest
 from moetrain.errors import WeightsError
+from moetrain.manifest import Entry, entry
 from moetrain.weights.beside import Beside
 from moetrain.weights.folder import INDEX, SINGLE
 
 # A full disk is a SafetensorError, which is no OSError.
 FAILURES = (OSError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file that a rank wrote."""
+
+    name: str
+    tensors: tuple[str, ...]
+    size: int  # bytes of its tensors
+    entry: Entry
 
 
 def write_hf(
@@ -87,20 +101,19 @@ def _write(
     problem = _first(_gather(problem))
     if problem:
         return problem
-    files: dict[str, list[str]] = {}
-    total = 0
+    shards: list[Shard] = []
     rest = iter(params)
     try:
-        files, total = _write_shards(rest, aside, rank, dtypes, default, shard_bytes)
+        shards = _write_shards(rest, aside, rank, dtypes, default, shard_bytes)
     except FAILURES as error:
         problem = reason(error)
         for _ in rest:  # to make them is collective: the other ranks would wait for this one
             pass
-    reports: list[tuple[str, dict[str, list[str]], int]] = _gather((problem, files, total))
-    problem = _first([p for p, _, _ in reports])
+    reports: list[tuple[str, list[Shard]]] = _gather((problem, shards))
+    problem = _first([p for p, _ in reports])
     if not problem and rank == 0:
         try:
-            _finish(aside, folder, reports, beside, config)
+            _finish(aside, folder, [shard for _, own in reports for shard in own], beside, config)
         except OSError as error:
             problem = reason(error)
     return _first(_gather(problem))
@@ -113,17 +126,17 @@ def _write_shards(
     dtypes: Mapping[str, torch.dtype],
     default: torch.dtype,
     shard_bytes: int,
-) -> tuple[dict[str, list[str]], int]:
-    files: dict[str, list[str]] = {}
+) -> list[Shard]:
+    shards: list[Shard] = []
     batch: dict[str, Tensor] = {}
-    size = total = 0
+    size = 0
 
     def flush() -> None:
         nonlocal batch, size
         if batch:
-            name = f"rank{rank:05d}-{len(files):05d}.safetensors"
-            save_file(batch, aside / name, metadata={"format": "pt"})
-            files[name] = list(batch)
+            path = aside / f"rank{rank:05d}-{len(shards):05d}.safetensors"
+            save_tensors(batch, path)
+            shards.append(Shard(path.name, tuple(batch), size, entry(path)))
             batch, size = {}, 0
 
     for name, tensor in params:
@@ -133,37 +146,41 @@ def _write_shards(
             flush()
         batch[name] = held
         size += held.nbytes
-        total += held.nbytes
     flush()
-    return files, total
+    return shards
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file that may be read by whom its folder may: the package gives it to its
+    owner alone (0.8).
+    """
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _finish(
-    aside: Path,
-    folder: Path,
-    reports: list[tuple[str, dict[str, list[str]], int]],
-    beside: Beside,
-    config: Mapping[str, Any],
+    aside: Path, folder: Path, shards: list[Shard], beside: Beside, config: Mapping[str, Any]
 ) -> None:
     """Give the shards their final names, write the index and config, and put the folder in its
     place.
     """
-    written = [(name, tensors) for _, files, _ in reports for name, tensors in files.items()]
     places: dict[str, str] = {}
-    for i, (name, tensors) in enumerate(written):
-        final = (
-            SINGLE if len(written) == 1 else f"model-{i + 1:05d}-of-{len(written):05d}.safetensors"
-        )
-        os.rename(aside / name, aside / final)
-        places |= dict.fromkeys(tensors, final)
-    if len(written) > 1:
+    files: dict[str, Entry] = {}
+    for i, shard in enumerate(shards):
+        num = len(shards)
+        final = SINGLE if num == 1 else f"model-{i + 1:05d}-of-{num:05d}.safetensors"
+        os.rename(aside / shard.name, aside / final)
+        places |= dict.fromkeys(shard.tensors, final)
+        files[final] = shard.entry
+    if len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(size for _, _, size in reports)},
+            "metadata": {"total_size": sum(shard.size for shard in shards)},
             "weight_map": dict(sorted(places.items())),
         }
         (aside / INDEX).write_text(json.dumps(index, indent=1))
     (aside / "config.json").write_text(json.dumps(beside.config(config), indent=2) + "\n")
     beside.write(aside, config)
+    manifest.write(aside, manifest.complete(aside, files))
     put_in_place(aside, folder)
 
 

@@ -1,0 +1,343 @@
+#!/usr/bin/env python
+"""Flipped bytes in exports, adapters and checkpoints: each is refused in a line by every command
+that reads its file, and changes nothing for the others.
+
+Which files a command reads is seen, not declared: the kernel tells which it opens (inotify). The
+commands are the real ones, each in a process forked from this one.
+"""
+
+import argparse
+import ctypes
+import hashlib
+import json
+import os
+import random
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+OPENED = 0x20  # inotify's IN_OPEN
+MEASURED = {"seconds", "tokens_per_s", "memory_gib"}
+PLAIN = ["observe.tensorboard=false", "observe.progress=false", "checkpoint.export_hf=false"]
+DRAWN = ["rollout.engine=embedded", "rollout.max_tokens=4"]
+RESUME = "train (resume)"
+SAMPLE_OF_UNREAD = 20  # of so many commands that do not read a flipped byte's file one is run
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command that reads a folder: its words, and what it makes."""
+
+    name: str
+    folder: Path  # in which bytes are flipped
+    words: Callable[[Path], list[str]]  # of a folder to write into
+    ready: Callable[[Path], None] = lambda out: None
+
+
+@dataclass
+class Done:
+    """What came of a command."""
+
+    code: int
+    said: str  # on stderr
+    made: str  # a digest of what it made
+    opened: set[str] = field(default_factory=set[str])
+
+
+@dataclass
+class Bench:
+    """The folders that are damaged, and what reads them."""
+
+    place: Path
+
+    def build(self) -> list[Case]:
+        """Make a model, its export, an adapter, and runs with checkpoints of both."""
+        from moetrain import cli
+
+        place, base = self.place, "builtin:qwen3-moe-tiny"
+        recipe = place / "sft.yaml"
+        lines = [json.dumps({"messages": _talk(i)}) + "\n" for i in range(16)]
+        (place / "train.jsonl").write_text("".join(lines))
+        (place / "texts.jsonl").write_text('{"text": "Two and two."}\n' * 2)
+        prompts = [json.dumps({"prompt": f"{i} + 1?", "answer": str(i + 1)}) for i in range(2)]
+        (place / "prompts.jsonl").write_text("\n".join(prompts) + "\n")
+        (place / "bench.yaml").write_text(
+            "name: sums\ndata: prompts.jsonl\nscorer: accuracy\n"
+            "rollout: {engine: embedded, max_tokens: 4}\n"
+        )
+        recipe.write_text(
+            f"run_dir: {place / 'run'}\nmodel: {{path: '{base}', dtype: fp32}}\nmethod: sft\n"
+            f"data: {{train: [{place / 'train.jsonl'}], seq_len: 64, cache: {place / 'cache'}}}\n"
+            "optim: {lr: 1.0e-3, schedule: constant}\ntrain: {steps: 2, global_batch: 2}\n"
+        )
+        lora = "adapter={rank: 2}"
+        full = ["checkpoint.export_hf=true"]
+        made = [
+            ["train", str(recipe), *PLAIN, *full],
+            ["train", str(recipe), *PLAIN, f"model.path={place}/run/hf", f"run_dir={place}/lora",
+             lora],
+            ["convert", "adapter", f"{place}/lora", f"{place}/peft"],
+        ]  # fmt: skip
+        for words in made:
+            done = apart(lambda words=words: cli.main(words), place)
+            assert done.code == 0, (words, done.said)
+        shutil.copytree(place / "run/hf", place / "export")
+        return self.cases(recipe)
+
+    def cases(self, recipe: Path) -> list[Case]:
+        place = self.place
+        export, peft, whole = place / "export", place / "peft", place / "run/hf"
+        step = Path("checkpoints/step_00000002")
+        checkpoint, adapter = place / "run" / step, place / "lora" / step
+
+        def train(*more: str) -> Callable[[Path], list[str]]:
+            return lambda out: ["train", str(recipe), *PLAIN, f"run_dir={out}/run", *more]
+
+        def ahead(run: Path) -> Callable[[Path], None]:
+            return lambda out: _linked(run, out / "run")
+
+        def convert(action: str, *words: Path) -> Callable[[Path], list[str]]:
+            return lambda out: ["convert", action, *map(str, words), str(out / "made")]
+
+        def score(model: Path) -> Callable[[Path], list[str]]:
+            return lambda out: ["score", str(model), f"{place}/texts.jsonl", "--out", f"{out}/s"]
+
+        def sample(model: Path, *more: str) -> Callable[[Path], list[str]]:
+            return lambda out: ["sample", str(model), f"{place}/prompts.jsonl", "--out",
+                                f"{out}/s.jsonl", "-k", "1", *DRAWN, *more]  # fmt: skip
+
+        def bench(model: Path) -> Callable[[Path], list[str]]:
+            return lambda out: [
+                "eval",
+                str(model),
+                f"{place}/bench.yaml",
+                "--out",
+                f"{out}/e.jsonl",
+            ]
+
+        def verify(a: Path) -> Callable[[Path], list[str]]:
+            return lambda out: ["convert", "verify", str(a), str(whole)]
+
+        found = [
+            Case("convert hf2mcore", export, convert("hf2mcore", export)),
+            Case("convert merge", export, convert("merge", export, peft)),
+            Case("convert expand", export, convert("expand", export)),
+            Case("train model.path=", export, train(f"model.path={export}")),
+            Case("convert mcore2hf", checkpoint, convert("mcore2hf", checkpoint)),
+            Case("train model.path=", checkpoint, train(f"model.path={checkpoint}")),
+            Case(RESUME, checkpoint, train("train.steps=3"), ahead(place / "run")),
+            Case("convert merge", peft, convert("merge", whole, peft)),
+            Case("train adapter.path=", peft,
+                 train(f"model.path={whole}", f"adapter={{path: {peft}}}")),
+            Case("sample adapter.path=", peft, sample(whole, f"adapter={{path: {peft}}}")),
+            Case("convert adapter", adapter, convert("adapter", adapter)),
+            Case("convert merge", adapter, convert("merge", whole, adapter)),
+            Case("sample", adapter, sample(adapter)),
+            Case(RESUME, adapter, train(f"model.path={whole}", "adapter={rank: 2}",
+                                        "train.steps=3"), ahead(place / "lora")),
+        ]  # fmt: skip
+        for model in (export, checkpoint):
+            found += [
+                Case("convert verify", model, verify(model)),
+                Case("score", model, score(model)),
+                Case("sample", model, sample(model)),
+                Case("eval", model, bench(model)),
+            ]
+        return found
+
+    def run(self, case: Case, *, watch: bool = False) -> Done:
+        """The command in a process of its own."""
+        from moetrain import cli
+
+        out = Path(tempfile.mkdtemp(dir=self.place))
+        try:
+            case.ready(out)
+            words = case.words(out)
+            done = apart(lambda: cli.main(words), self.place, case.folder if watch else None)
+            done.made = _digest(out)
+            return done
+        finally:
+            shutil.rmtree(out)
+
+
+def _talk(i: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{i} + {i}"}, {"role": "assistant", "content": f"{2 * i}"}]
+
+
+def _linked(run: Path, out: Path) -> None:
+    """A run that goes on from the checkpoint of `run`, which stays in its place."""
+    (out / "checkpoints").mkdir(parents=True)
+    for path in run.iterdir():
+        if path.is_file():
+            shutil.copy(path, out / path.name)
+    text = (out / "resolved.yaml").read_text().replace(str(run), str(out))
+    (out / "resolved.yaml").write_text(text)
+    for step in (run / "checkpoints").glob("step_*"):
+        (out / "checkpoints" / step.name).symlink_to(step)
+
+
+def _digest(out: Path) -> str:
+    """Of what a command made: weights, scores, answers, losses; not of times and paths."""
+    digest = hashlib.sha256()
+    for path in sorted(out.rglob("*")):
+        if path.suffix in (".safetensors", ".distcp") or path.name in ("s", "tokenizer.json"):
+            digest.update(path.name.encode() + path.read_bytes())
+        elif path.name == "ledger.jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            kept = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
+            digest.update(json.dumps(kept).encode())
+    return digest.hexdigest()
+
+
+def apart(do: Callable[[], int], place: Path, watched: Path | None = None) -> Done:
+    """Do it in a forked process; what it says and which files of `watched` it opens."""
+    with tempfile.TemporaryFile(dir=place) as said:
+        events = _watch(watched) if watched else None
+        pid = os.fork()
+        if not pid:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, 0)
+            os.dup2(null, 1)
+            os.dup2(said.fileno(), 2)
+            try:
+                code = do()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+                code = 99
+            sys.stderr.flush()
+            os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        said.seek(0)
+        told = said.read().decode(errors="replace")
+        opened = _opened(events) if events is not None else set[str]()
+    return Done(os.waitstatus_to_exitcode(status), told, "", opened)
+
+
+def _watch(folder: Path) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    events = libc.inotify_init1(os.O_NONBLOCK)
+    assert events >= 0 and libc.inotify_add_watch(events, os.fsencode(folder), OPENED) >= 0
+    return events
+
+
+def _opened(events: int) -> set[str]:
+    found: set[str] = set()
+    while True:
+        try:
+            data = os.read(events, 1 << 16)
+        except BlockingIOError:
+            os.close(events)
+            return found
+        while data:
+            size = struct.unpack_from("iIII", data)[3]
+            found.add(data[16 : 16 + size].rstrip(b"\0").decode())
+            data = data[16 + size :]
+
+
+def flip(path: Path, place: int, bits: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ bits]))
+    os.utime(path)  # so that no two contents have one time
+
+
+def preload() -> None:
+    """What the commands import, once for all of them."""
+    import moetrain.evals.evaluate
+    import moetrain.loops.convert
+    import moetrain.loops.hf_convert
+    import moetrain.loops.models
+    import moetrain.loops.sample
+    import moetrain.loops.score
+    import moetrain.loops.supervised  # noqa: F401
+    from moetrain.engine import device
+
+    device.prepare()
+
+
+def hunt(bench: Bench, cases: Sequence[Case], flips: int, seed: int, seconds: float) -> int:
+    """Flip bytes; the number of faults."""
+    whole = {case: bench.run(case, watch=True) for case in cases}
+    for case, done in whole.items():
+        assert done.code == 0, (case.name, done.said)
+    counts: Counter[tuple[str, str, str]] = Counter()
+    faults: list[str] = []
+    rng = random.Random(seed)
+    folders = list(dict.fromkeys(case.folder for case in cases))
+    done_flips, end = 0, time.monotonic() + seconds
+    while done_flips < flips and time.monotonic() < end:
+        folder = folders[done_flips % len(folders)]
+        files = sorted(p for p in folder.iterdir() if p.is_file() and p.stat().st_size)
+        heavy = [p for p in files if p.suffix in (".safetensors", ".distcp")]
+        path = rng.choice(heavy if rng.random() < 0.4 else files)
+        place, bits = rng.randrange(path.stat().st_size), rng.randrange(1, 256)
+        flip(path, place, bits)
+        for case in cases:
+            if case.folder != folder:
+                continue
+            reads = path.name in whole[case].opened
+            if not reads and rng.randrange(SAMPLE_OF_UNREAD):
+                continue
+            done = bench.run(case)
+            what = _outcome(done, whole[case], reads)
+            counts[bench_name(bench, folder), case.name, what] += 1
+            if what.startswith("FAULT"):
+                where = f"{path.relative_to(bench.place)} byte {place} ^ {bits}"
+                faults.append(f"{what}: {case.name}, {where}: {done.said[-600:]}")
+                print(faults[-1], flush=True)
+        flip(path, place, bits)
+        done_flips += 1
+        if done_flips % 50 == 0:
+            print(f"{done_flips} flips, {len(faults)} faults", flush=True)
+    for (kind, name, what), count in sorted(counts.items()):
+        print(f"{count:6d}  {kind:24s} {name:22s} {what}")
+    total = sum(counts.values())
+    print(f"{done_flips} flipped bytes, {total} commands, {len(faults)} faults")
+    return len(faults)
+
+
+def bench_name(bench: Bench, folder: Path) -> str:
+    return str(folder.relative_to(bench.place)).replace("checkpoints/step_00000002", "checkpoint")
+
+
+def _outcome(done: Done, whole: Done, reads: bool) -> str:
+    if done.code == 2 and len(done.said.splitlines()) == 1 and "moetrain: error: " in done.said:
+        return "refused" if reads else "refused, though not read"
+    if done.code:
+        return "FAULT ended otherwise"
+    if reads:
+        return "FAULT read and not refused"
+    return "not read, same result" if done.made == whole.made else "FAULT another result"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--flips", type=int, default=1000, help="bytes (1000)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1e9, help="end after so long")
+    parser.add_argument("--only", default="", help="commands whose name begins so")
+    args = parser.parse_args()
+    preload()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        os.environ["MOETRAIN_CACHE"] = str(Path(folder) / "cache")
+        bench = Bench(Path(folder))
+        cases = [case for case in bench.build() if case.name.startswith(args.only)]
+        return 1 if hunt(bench, cases, args.flips, args.seed, args.seconds) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
