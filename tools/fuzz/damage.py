@@ -30,7 +30,7 @@ MEASURED = {"seconds", "tokens_per_s", "memory_gib"}
 PLAIN = ["observe.tensorboard=false", "observe.progress=false", "checkpoint.export_hf=false"]
 DRAWN = ["rollout.engine=embedded", "rollout.max_tokens=4"]
 RESUME = "train (resume)"
-SAMPLE_OF_UNREAD = 20  # of so many commands that do not read a flipped byte's file one is run
+SAMPLE_OF_UNREAD = 10  # of so many flips one is tried on a command that does not read its file
 
 
 @dataclass(frozen=True)
@@ -268,29 +268,32 @@ def preload() -> None:
     device.prepare()
 
 
-def hunt(bench: Bench, cases: Sequence[Case], flips: int, seed: int, seconds: float) -> int:
+def hunt(bench: Bench, cases: Sequence[Case], args: argparse.Namespace) -> int:
     """Flip bytes; the number of faults."""
     whole = {case: bench.run(case, watch=True) for case in cases}
     for case, done in whole.items():
         assert done.code == 0, (case.name, done.said)
     counts: Counter[tuple[str, str, str]] = Counter()
     faults: list[str] = []
-    rng = random.Random(seed)
+    rng = random.Random(args.seed)
     folders = list(dict.fromkeys(case.folder for case in cases))
-    done_flips, end = 0, time.monotonic() + seconds
-    while done_flips < flips and time.monotonic() < end:
+    done_flips, end = 0, time.monotonic() + args.seconds
+    while done_flips < args.flips and time.monotonic() < end:
         folder = folders[done_flips % len(folders)]
         files = sorted(p for p in folder.iterdir() if p.is_file() and p.stat().st_size)
         heavy = [p for p in files if p.suffix in (".safetensors", ".distcp")]
         path = rng.choice(heavy if rng.random() < 0.4 else files)
         place, bits = rng.randrange(path.stat().st_size), rng.randrange(1, 256)
         flip(path, place, bits)
-        for case in cases:
-            if case.folder != folder:
-                continue
+        own = [case for case in cases if case.folder == folder]
+        reading = [case for case in own if path.name in whole[case].opened]
+        if args.each:
+            reading = rng.sample(reading, min(args.each, len(reading)))
+        others = [case for case in own if path.name not in whole[case].opened]
+        if others and not rng.randrange(SAMPLE_OF_UNREAD):
+            reading = [*reading, rng.choice(others)]
+        for case in reading:
             reads = path.name in whole[case].opened
-            if not reads and rng.randrange(SAMPLE_OF_UNREAD):
-                continue
             done = bench.run(case)
             what = _outcome(done, whole[case], reads)
             counts[bench_name(bench, folder), case.name, what] += 1
@@ -328,6 +331,7 @@ def main() -> int:
     parser.add_argument("--flips", type=int, default=1000, help="bytes (1000)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="end after so long")
+    parser.add_argument("--each", type=int, help="of the commands that read it, so many (all)")
     parser.add_argument("--only", default="", help="commands whose name begins so")
     args = parser.parse_args()
     preload()
@@ -336,7 +340,7 @@ def main() -> int:
         os.environ["MOETRAIN_CACHE"] = str(Path(folder) / "cache")
         bench = Bench(Path(folder))
         cases = [case for case in bench.build() if case.name.startswith(args.only)]
-        return 1 if hunt(bench, cases, args.flips, args.seed, args.seconds) else 0
+        return 1 if hunt(bench, cases, args) else 0
 
 
 if __name__ == "__main__":
