@@ -159,11 +159,10 @@ def _parsed(path: Path, written: int, size: int) -> Files:
         text = path.read_bytes().decode()  # no newline becomes another
         content = cast(dict[str, Any], json.loads(text))
         if content.keys() == {"files"}:  # of a version that did not write blocks
-            return {str(n): Entry(int(s), str(d)) for n, (s, d) in content["files"].items()}
+            return {name: _entry(one) for name, one in content["files"].items()}
         blocks = cast(dict[str, list[str]], content["blocks"])
         files = {
-            str(name): Entry(int(size), str(digest), tuple(blocks.get(name, ())))
-            for name, (size, digest) in content["files"].items()
+            name: _entry(one, tuple(blocks.get(name, ()))) for name, one in content["files"].items()
         }
         whole = _text(files) == text and all(
             len(one.blocks) == -(-one.size // BLOCK) for one in files.values() if one.blocks
@@ -173,6 +172,13 @@ def _parsed(path: Path, written: int, size: int) -> Files:
     if not whole:
         raise problem
     return files
+
+
+def _entry(given: Any, blocks: tuple[str, ...] = ()) -> Entry:
+    size, digest = given
+    if type(size) is not int or not 0 <= size < 1 << 62 or not isinstance(digest, str):
+        raise ValueError("no size and digest")
+    return Entry(size, digest, blocks)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -213,7 +213,8 @@ def test_an_index_leads_nowhere_else(checkpoint: Path, tmp_path: Path) -> None:
         (tmp_path / ".metadata").write_bytes(pickle.dumps(found))
         with pytest.raises(MoetrainError, match="is no index of a checkpoint"):
             pickles.index_of(tmp_path)
-    for content in (b"", b"junk", pickle.dumps([1]), pickle.dumps(torch.Size([1]))):
+    bomb = b"\x80\x04]r\xff\xff\xff\x7f."  # a list, remembered under a number of 2**31
+    for content in (b"", b"junk", bomb, pickle.dumps([1]), pickle.dumps(torch.Size([1]))):
         (tmp_path / ".metadata").write_bytes(content)
         with pytest.raises(MoetrainError):
             pickles.index_of(tmp_path)

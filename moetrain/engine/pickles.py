@@ -3,10 +3,12 @@ of the classes that torch's distributed checkpoints are described with, and what
 `torch.load(weights_only=True)` has it.
 """
 
+import contextlib
 import io
 import pickle
+import resource
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from moetrain.errors import CheckpointError
 from moetrain.manifest import Manifest, read_bytes
 
 INDEX = ".metadata"
+ROOM, ROOM_A_BYTE = 1 << 28, 64  # bytes of memory for an index, besides those for each of its own
 _TORCH: Any = torch
 
 # Every global that an index may name. A class here is made of plain values, and none of its methods
@@ -41,6 +44,10 @@ ALLOWED: Mapping[tuple[str, str], Any] = {
 }  # fmt: skip
 
 
+class _Refused(Exception):
+    """An index names what it needs not."""
+
+
 class _Plain(pickle.Unpickler):
     """Reads what is made of ALLOWED and of plain values."""
 
@@ -48,7 +55,24 @@ class _Plain(pickle.Unpickler):
         try:
             return ALLOWED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+            raise _Refused(f"it asks for {module}.{name}") from None
+
+
+@contextlib.contextmanager
+def _bounded(room: int) -> Iterator[None]:
+    """Meanwhile this process may take `room` bytes more: five bytes of a pickle can ask for 64 GB
+    (LONG_BINPUT; Python 3.12).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    wanted = used + room
+    if soft != resource.RLIM_INFINITY:
+        wanted = min(wanted, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def index_of(folder: Path) -> Metadata:
@@ -57,19 +81,24 @@ def index_of(folder: Path) -> Metadata:
     """
     path = folder / INDEX
     try:
-        found = _Plain(io.BytesIO(read_bytes(path))).load()
+        content = read_bytes(path)
+        with _bounded(ROOM + ROOM_A_BYTE * len(content)):
+            found = _Plain(io.BytesIO(content)).load()
         _check(found)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing. Copy the checkpoint again.") from None
     except OSError:
         raise
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise CheckpointError(
             f"{path} is refused: {str(error)[:200]}. An index of torch's needs nothing but its own"
             " classes; reading any other could run code. Take a checkpoint from whom you trust."
         ) from None
-    except MemoryError as error:
-        raise CheckpointError(f"{path} is no index of a checkpoint ({error}).") from None
+    except MemoryError:
+        raise CheckpointError(
+            f"{path} is no index of a checkpoint (it asks for more memory than any). Copy the"
+            " checkpoint again."
+        ) from None
     except Exception as error:  # any bytes may be any instructions, which fail in any way
         raise CheckpointError(
             f"{path} is no index of a checkpoint ({type(error).__name__}: {str(error)[:200]})."
