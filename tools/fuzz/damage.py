@@ -71,7 +71,7 @@ class Bench:
         prompts = [json.dumps({"prompt": f"{i} + 1?", "answer": str(i + 1)}) for i in range(2)]
         (place / "prompts.jsonl").write_text("\n".join(prompts) + "\n")
         (place / "bench.yaml").write_text(
-            "name: sums\ndata: prompts.jsonl\nscorer: accuracy\n"
+            "name: sums\ndata: prompts.jsonl\nquestion: prompt\nscorer: accuracy\n"
             "rollout: {engine: embedded, max_tokens: 4}\n"
         )
         recipe.write_text(
