@@ -159,6 +159,8 @@ class Bench:
         from moetrain import cli
 
         out = Path(tempfile.mkdtemp(dir=self.place))
+        # Where a checkpoint's adapter is kept, it is not read again.
+        shutil.rmtree(self.place / "cache" / "adapters", ignore_errors=True)
         try:
             case.ready(out)
             words = case.words(out)
@@ -303,7 +305,7 @@ def hunt(bench: Bench, cases: Sequence[Case], args: argparse.Namespace) -> int:
                 print(faults[-1], flush=True)
         flip(path, place, bits)
         done_flips += 1
-        if done_flips % 50 == 0:
+        if done_flips % 25 == 0:
             print(f"{done_flips} flips, {len(faults)} faults", flush=True)
     for (kind, name, what), count in sorted(counts.items()):
         print(f"{count:6d}  {kind:24s} {name:22s} {what}")
