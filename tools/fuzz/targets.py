@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import folders
 import mutate
 import seeds
 
@@ -292,4 +293,5 @@ TARGETS: dict[str, Target] = {
     "recipes": Target(5, make_recipe, run_recipe),
     "overrides": Target(10, make_override_case, run_recipe),
     "commands": Target(20, make_command, run_command),
+    **{name: Target(*own) for name, own in folders.FOLDERS.items()},
 }
