@@ -21,7 +21,7 @@ OTHERS = {"one": "down", "red": "green and blue", "up": "two"}
 END, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 WORDS = (
     "method=sft",
-    *"optim.lr=3e-3 optim.warmup=0 optim.schedule=constant train.steps=60".split(),
+    *"optim.lr=3e-3 optim.warmup=0 optim.schedule=constant optim.min_lr=0 train.steps=60".split(),
     *"train.global_batch=1 data.seq_len=128 data.eval=[] checkpoint.every=30".split(),
     *"observe.tensorboard=false observe.progress=false train.eval_every=null".split(),
 )
