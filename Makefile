@@ -69,8 +69,10 @@ system: $(VLLM)/.installed
 N ?= 20
 INPUTS ?= 50000
 SEED ?= 1
+FLIPS ?= 1000
 prove: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz/run.py --num $(INPUTS) --seed $(SEED)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz/damage.py --flips $(FLIPS)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/prove.py --runs $(N)
 
 clean:

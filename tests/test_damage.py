@@ -1,6 +1,7 @@
 """Flipped bytes and hostile files: refused by what reads them, in a line, and nothing in them runs.
 
-tools/fuzz/damage.py flips a thousand bytes under the commands themselves.
+tools/fuzz/damage.py flips bytes under the commands themselves. `MOETRAIN_FLIPS=40` flips as many in
+each file here.
 """
 
 import io
@@ -38,6 +39,7 @@ from moetrain.weights.folder import INDEX, weight_files
 from moetrain.weights.peft_config import read_config
 from moetrain.weights.reader import SafetensorsReader
 
+FLIPS = int(os.environ.get("MOETRAIN_FLIPS", "2"))
 WHOLE = "has other bytes than were written"
 
 
@@ -78,9 +80,11 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(bytes(data))
 
 
-def refused(folder: Path, names: list[str], read: Callable[[Path], Any], flips: int = 2) -> None:
+def refused(
+    folder: Path, names: list[str], read: Callable[[Path], Any], flips: int = FLIPS
+) -> None:
     """`read` takes `folder` as it is, and a copy with a flipped byte in any of the files not."""
-    rng = random.Random(1)
+    rng, seen = random.Random(1), 0
     read(folder)
     for name in names:
         for _ in range(flips):
@@ -90,8 +94,10 @@ def refused(folder: Path, names: list[str], read: Callable[[Path], Any], flips: 
             with pytest.raises(MoetrainError) as caught:
                 read(copy)
                 print(name, place)
+            seen += 1
             assert "\n" not in str(caught.value) and str(copy / name) in str(caught.value)
             shutil.rmtree(copy)
+    print(f"{seen} flipped bytes of {folder.name}, each refused")
 
 
 EXPORT = ["config.json", "model.safetensors", "manifest.json"]
@@ -110,7 +116,7 @@ def test_a_flipped_byte_in_an_export(export: Path, adapter: Path, tmp_path: Path
     refused(export, EXPORT, lambda f: list(compare(f, export)))
     refused(export, TOKENIZER, tokenizer.load)
     names = ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
-    refused(adapter, names, lambda f: into(lambda out: merge(export, f, out)), flips=4)
+    refused(adapter, names, lambda f: into(lambda out: merge(export, f, out)), flips=2 * FLIPS)
 
 
 def test_a_reward_model_is_checked_before_transformers_reads_it(export: Path) -> None:
@@ -128,11 +134,11 @@ def test_a_flipped_byte_in_a_checkpoint(checkpoint: Path, workers: Workers, tmp_
         shutil.rmtree(tmp_path / "made")
 
     read = [".metadata", "__0_0.distcp", "moetrain.json", "metadata.json", "manifest.json"]
-    refused(checkpoint, [*read, "tokenizer.json"], converted, flips=1)
+    refused(checkpoint, [*read, "tokenizer.json"], converted, flips=FLIPS // 2)
     data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
     data.write_text('{"tokens": [1, 2, 3]}\n')
     scored = lambda folder: workers.run(1, score, str(folder), data, out)  # noqa: E731
-    refused(checkpoint, [".metadata", "__0_0.distcp", "moetrain.json"], scored, flips=1)
+    refused(checkpoint, [".metadata", "__0_0.distcp", "moetrain.json"], scored, flips=FLIPS // 2)
 
 
 @pytest.mark.gloo

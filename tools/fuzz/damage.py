@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -271,49 +271,71 @@ def preload() -> None:
 
 
 def hunt(bench: Bench, cases: Sequence[Case], args: argparse.Namespace) -> int:
-    """Flip bytes; the number of faults."""
+    """Flip bytes until it is told to stop, at the latest; the number of faults."""
     whole = {case: bench.run(case, watch=True) for case in cases}
     for case, done in whole.items():
         assert done.code == 0, (case.name, done.said)
+    print(f"{len(cases)} commands read what is whole", flush=True)
     counts: Counter[tuple[str, str, str]] = Counter()
-    faults: list[str] = []
-    rng = random.Random(args.seed)
+    rng, end = random.Random(args.seed), time.monotonic() + args.seconds
     folders = list(dict.fromkeys(case.folder for case in cases))
     spare = {path: places for f in folders for path, places in _optimizer(f).items()}
-    done_flips, end = 0, time.monotonic() + args.seconds
-    while done_flips < args.flips and time.monotonic() < end:
-        folder = folders[done_flips % len(folders)]
-        files = sorted(p for p in folder.iterdir() if p.is_file() and p.stat().st_size)
-        heavy = [p for p in files if p.suffix in (".safetensors", ".distcp")]
-        path = rng.choice(heavy if rng.random() < 0.4 else files)
-        place, bits = rng.randrange(path.stat().st_size), rng.randrange(1, 256)
-        flip(path, place, bits)
-        own = [case for case in cases if case.folder == folder]
-        reading = [case for case in own if path.name in whole[case].opened]
-        if args.each:
-            reading = rng.sample(reading, min(args.each, len(reading)))
-        others = [case for case in own if path.name not in whole[case].opened]
-        if others and not rng.randrange(SAMPLE_OF_UNREAD):
-            reading = [*reading, rng.choice(others)]
-        for case in reading:
-            reads = path.name in whole[case].opened
-            spared = case.name != RESUME and any(a <= place < b for a, b in spare.get(path, []))
-            done = bench.run(case)
-            what = _outcome(done, whole[case], reads, spared)
-            counts[bench_name(bench, folder), case.name, what] += 1
-            if what.startswith("FAULT"):
-                where = f"{path.relative_to(bench.place)} byte {place} ^ {bits}"
-                faults.append(f"{what}: {case.name}, {where}: {done.said[-600:]}")
-                print(faults[-1], flush=True)
-        flip(path, place, bits)
-        done_flips += 1
-        if done_flips % 25 == 0:
-            print(f"{done_flips} flips, {len(faults)} faults", flush=True)
+    flips = faults = 0
+    try:
+        while flips < args.flips and time.monotonic() < end:
+            folder = folders[flips % len(folders)]
+            place = _place(folder, rng)
+            own = {case: done for case, done in whole.items() if case.folder == folder}
+            kind = bench_name(bench, folder)
+            for name, what, said in one(bench, own, place, spare.get(place[0], []), rng, args.each):
+                counts[kind, name, what] += 1
+                if what.startswith("FAULT"):
+                    faults += 1
+                    print(f"{what}: {name}, {place}: {said[-600:]}", flush=True)
+            flips += 1
+            if flips % 25 == 0:
+                print(f"{flips} flips, {counts.total()} commands, {faults} faults", flush=True)
+    except KeyboardInterrupt:
+        print("stopped")
     for (kind, name, what), count in sorted(counts.items()):
-        print(f"{count:6d}  {kind:24s} {name:22s} {what}")
-    total = sum(counts.values())
-    print(f"{done_flips} flipped bytes, {total} commands, {len(faults)} faults")
-    return len(faults)
+        print(f"{count:6d}  {kind:16s} {name:22s} {what}")
+    print(f"{flips} flipped bytes, {counts.total()} commands, {faults} faults")
+    return faults
+
+
+def _place(folder: Path, rng: random.Random) -> tuple[Path, int, int]:
+    """(file, byte, bits): weights are most of a folder, and not all that is read."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.stat().st_size)
+    heavy = [p for p in files if p.suffix in (".safetensors", ".distcp")]
+    path = rng.choice(heavy if rng.random() < 0.4 else files)
+    return path, rng.randrange(path.stat().st_size), rng.randrange(1, 256)
+
+
+def one(
+    bench: Bench,
+    whole: Mapping[Case, Done],
+    flipped: tuple[Path, int, int],
+    spare: Sequence[tuple[int, int]],
+    rng: random.Random,
+    each: int | None,
+) -> Iterator[tuple[str, str, str]]:
+    """(command, what came of it, what it said) of those that read a flipped byte's file, and of one
+    that does not, now and then.
+    """
+    path, place, _ = flipped
+    reading = [case for case, done in whole.items() if path.name in done.opened]
+    others = [case for case in whole if case not in reading]
+    chosen = rng.sample(reading, min(each, len(reading))) if each else reading
+    if others and not rng.randrange(SAMPLE_OF_UNREAD):
+        chosen = [*chosen, rng.choice(others)]
+    flip(*flipped)
+    try:
+        for case in chosen:
+            spared = case.name != RESUME and any(a <= place < b for a, b in spare)
+            done = bench.run(case)
+            yield case.name, _outcome(done, whole[case], case in reading, spared), done.said
+    finally:
+        flip(*flipped)
 
 
 def bench_name(bench: Bench, folder: Path) -> str:
