@@ -164,7 +164,7 @@ class Cluster:
         """Change something. Jobs of several parts are started by backfill alone, which (22.05) goes
         by only when something has changed, and here nobody else is.
         """
-        self.call("scontrol", "update", "PartitionName=real", "State=UP")
+        self.call("scontrol", "update", f"NodeName={self.node(1)}", "Comment=.")
 
     def log(self) -> str:
         """The end of the controller's log."""
