@@ -25,6 +25,7 @@ __all__ = ["FormatError", "Message", "MissingError", "read_message", "read_messa
 SYSTEM_KEYS = ("system", "system_prompt")
 # `templated: true` says that texts are rendered already: `prompt` and what follows it, as they are.
 TEMPLATED = "templated"
+MAX_MESSAGES = 1000  # each turn is rendered with all before it
 TEMPLATE_KEYS = ("tools", "chat_template_kwargs")
 Record = Mapping[str, Any]
 
@@ -181,6 +182,8 @@ def to_conversation(record: Record) -> Conversation:
     if (texts := templated(record, "prompt", "completion")) is not None:
         return Conversation([], [], rendered=(texts[0], texts[1]))
     messages = with_system(detect(record).read(record), record)
+    if len(messages) > MAX_MESSAGES:
+        raise FormatError(f"{len(messages)} messages; at most {MAX_MESSAGES} are read")
     trained = [m["role"] == "assistant" and m.get("weight", True) for m in messages]
     messages = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
     if not any(m["role"] == "assistant" for m in messages):

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +50,13 @@ class Sample:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Sample":
-        """What `to_json` gave."""
+        """What `to_json` gave. What raises on something else is told by `read_as`."""
+        for name, kinds in (("tokens", int), ("logprobs", int | float)):
+            if not all(isinstance(value, kinds) for value in content[name]):
+                raise TypeError(f"{name} are no numbers")
+        for name, kind in (("prompt_id", str), ("index", int), ("text", str), ("finish", str)):
+            if not isinstance(content[name], kind):
+                raise TypeError(f"{name} is {type(content[name]).__name__}")
         routes = content.get("routes")
         if routes is not None:
             flat = np.frombuffer(base64.b64decode(routes["int16"]), "<i2")
@@ -87,6 +93,20 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                     f"{path}:{number} is not a JSON object ({error}). Remove the line, or the file."
                 ) from error
             yield found
+
+
+def read_as[T](path: Path, make: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+    """What `make` makes of each line of `read_lines`. DataError, with the line, where it is not
+    what was written there.
+    """
+    for number, row in enumerate(read_lines(path), 1):
+        try:
+            yield make(row)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{path}:{number} is not as it was written ({type(error).__name__}: {error})."
+                " Remove the line, or the file."
+            ) from error
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

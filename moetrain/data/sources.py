@@ -158,9 +158,9 @@ def _read_parquet(path: Path) -> Iterator[Row | Reject]:
             for value in tables.records(batch):
                 row += 1
                 yield _table_row(value, path, row)
-    except (pyarrow.ArrowException, RecursionError) as error:
+    except (pyarrow.ArrowException, *tables.UNREADABLE, LookupError, TypeError) as error:
         raise DataError(
-            f"{path} is not a readable parquet file: {str(error).splitlines()[0]}"
+            f"{path} is not a readable parquet file: {(str(error).splitlines() or [''])[0]}"
         ) from error
 
 

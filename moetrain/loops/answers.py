@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moetrain.data.cache import key_of, write_text
-from moetrain.data.samples import Prompt, Sample, read_lines, write_lines
+from moetrain.data.samples import Prompt, Sample, read_as, read_lines, write_lines
 from moetrain.errors import DataError
 from moetrain.loops.rollouts import draw, verdicts
 from moetrain.loops.run_dir import environment
@@ -55,13 +55,19 @@ def check_manifest(path: Path, identity: Identity) -> dict[str, Any]:
             f"{manifest_of(path)} is not readable ({error}). Remove it and {path}."
         ) from None
     for name, (value, told) in identity.items():
-        old, old_told = before.get(name, [None, "nothing"])
+        old, old_told = _before(before, name)
         if old != json.loads(json.dumps(value)):
             raise DataError(
                 f"{path} was made with {name} {old_told}, this is {name} {told}. Give another"
                 " --out, or remove the file."
             )
     return found
+
+
+def _before(found: Any, name: str) -> tuple[Any, Any]:
+    """(what it was made with, how that is told)."""
+    pair = found.get(name) if isinstance(found, dict) else None
+    return tuple(pair) if isinstance(pair, list) and len(pair) == 2 else (None, "nothing")
 
 
 class AnswerFile:
@@ -147,17 +153,22 @@ class AnswerFile:
     def _resume(self) -> None:
         """Take up what an earlier start left: whole prompts stay, other answers wait."""
         cut = self.path.exists() and not _ends_with_newline(self.path)
-        for row in read_lines(self.path):
-            if self._is_whole(row):
-                self.finished.add(row["prompt"]["id"])
+        for name, samples in read_as(self.path, self._taken):
+            if samples is None:
+                self.finished.add(name)
             else:
-                self._wait(map(Sample.from_json, row["answers"]))
+                self._wait(samples)
         for path in self._partials():
-            self._wait(map(Sample.from_json, read_lines(path)))
+            self._wait(read_as(path, Sample.from_json))
         if self.waiting:
             write_lines(self._partial(""), (s.to_json() for s in self.waiting.values()))
         if self.waiting or cut:
             write_lines(self.path, (row for row in read_lines(self.path) if self._is_whole(row)))
+
+    def _taken(self, row: Row) -> tuple[str, list[Sample] | None]:
+        """(a prompt's id, its answers where some are still missing)."""
+        samples = [Sample.from_json(answer) for answer in row["answers"]]
+        return row["prompt"]["id"], None if self._is_whole(row) else samples
 
     def _wait(self, samples: Iterable[Sample]) -> None:
         for sample in samples:

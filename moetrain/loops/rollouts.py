@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moetrain.data.groups import Graded, Group
 from moetrain.data.prompts import PromptOrder
-from moetrain.data.samples import Prompt, Sample, read_lines, write_lines
+from moetrain.data.samples import Prompt, Sample, read_as, write_lines
 from moetrain.errors import DataError
 from moetrain.rewards import Graded as Verdict
 from moetrain.rewards import Grader, Item
@@ -57,11 +57,16 @@ class Store:
 
     def read(self, step: int) -> Batch | None:
         """The whole batch of a step, if it is there."""
-        rows = list(read_lines(self._path(step)))
-        if not rows:
+        made = read_as(self._path(step), lambda row: _group(row) if "prompt" in row else row)
+        head, *groups = list(made) or [None]
+        if head is None:
             return None
-        head, *groups = rows
-        return Batch(step, tuple(map(_group, groups)), **head)
+        try:
+            return Batch(step, tuple(groups), **head)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise DataError(
+                f"{self._path(step)} is not as it was written ({error}). Remove the file."
+            ) from error
 
     def write(self, batch: Batch) -> None:
         """Keep a whole batch; its parts are no longer needed."""
@@ -72,7 +77,7 @@ class Store:
 
     def finished(self, step: int) -> dict[tuple[str, int], Sample]:
         """The answers of a batch that a kill interrupted, by prompt and index."""
-        samples = map(Sample.from_json, read_lines(self._partial(step)))
+        samples = read_as(self._partial(step), Sample.from_json)
         return {(sample.prompt_id, sample.index): sample for sample in samples}
 
     def open(self, step: int, samples: Iterable[Sample]) -> TextIO:

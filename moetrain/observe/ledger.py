@@ -15,6 +15,8 @@ from typing import Any, TypeGuard, cast
 from moetrain.errors import MoetrainError
 
 Row = dict[str, Any]
+MANY_STEPS = 2**53
+LARGEST = 10**308
 
 
 def read_ledger(path: Path) -> list[Row]:
@@ -40,7 +42,15 @@ def read_ledger(path: Path) -> list[Row]:
 
 def is_row(value: Any) -> TypeGuard[Row]:
     """Whether something that was read is an object with a step."""
-    return isinstance(value, dict) and type(cast(Row, value).get("step")) is int
+    step = cast(Row, value).get("step") if isinstance(value, dict) else None
+    return type(step) is int and 0 <= step < MANY_STEPS
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether something that was read is a number that a float can hold, or one that is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return isinstance(value, float) or abs(value) < LARGEST
 
 
 class Ledger:

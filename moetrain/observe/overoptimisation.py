@@ -12,6 +12,8 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
+from moetrain.observe.ledger import is_number
+
 WINDOW, STRIDE = 60, 10  # training rows: log-prob and margin are means over WINDOW, every STRIDE
 FALLS = 3  # how many of these means in a row must each be lower than the one before
 FALL = 0.1  # nats a token: how far below its best the chosen answers' log-prob must be
@@ -43,7 +45,7 @@ class _Curve:
     def add(self, row: Mapping[str, Any]) -> _Point | None:
         """Take a row; the point that it completes, if it does."""
         found = {n: row.get(self.prefix + n) for n in (_LOGP, _LENGTH, _MARGIN, _KL)}
-        figures = {n: float(v) for n, v in found.items() if v is not None and math.isfinite(v)}
+        figures = {n: float(v) for n, v in found.items() if is_number(v) and math.isfinite(v)}
         if not figures:
             return None
         self.rows.append(figures)
@@ -59,8 +61,7 @@ class _Curve:
 
     def _point(self, step: int) -> _Point:
         def mean(name: str, num: int) -> float | None:
-            found = [row.get(name) for row in list(self.rows)[-num:]]
-            values = [value for value in found if isinstance(value, int | float)]
+            values = [row[name] for row in list(self.rows)[-num:] if name in row]
             return fmean(values) if len(self.rows) >= num and values else None
 
         window = self.rows.maxlen or 1

@@ -58,7 +58,8 @@ def write_report(paths: Sequence[Path], out: Path, table: Path | None = None) ->
     try:
         for path in (out, table):
             path.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page(runs, columns, title if len(title) < 60 else "Runs"), encoding="utf-8")
+        text = page(runs, columns, title if len(title) < 60 else "Runs")
+        out.write_bytes(text.encode("utf-8", "backslashreplace"))
         write_csv(columns, table)
     except OSError as error:
         raise MoetrainError(f"{error.filename}: {error.strerror}. Give another -o.") from None
@@ -141,7 +142,7 @@ def _better(key: str) -> int:
 
 def write_csv(columns: Sequence[Column], path: Path) -> None:
     """One row a run, one column a `Column`; what a run lacks is empty."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([column.key for column in columns])
         writer.writerows(zip(*(column.cells for column in columns), strict=True))

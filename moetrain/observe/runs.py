@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from moetrain.config.yaml_text import parse_value
 from moetrain.errors import ConfigError, MoetrainError
-from moetrain.observe.ledger import Row, is_row
+from moetrain.observe.ledger import Row, is_number, is_row
 
 PLAN = "sweep.jsonl"  # of a sweep's folder: one line a run
 LOG = "train.log"  # what a sweep's run printed
@@ -64,11 +64,7 @@ class Run:
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a ledger row, without its step."""
-    return {
-        key: float(value)
-        for key, value in row.items()
-        if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    return {key: float(value) for key, value in row.items() if key != "step" and is_number(value)}
 
 
 def last_row(folder: Path) -> Row:

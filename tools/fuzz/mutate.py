@@ -1,5 +1,6 @@
 """Small changes to values, texts and lists of words, drawn by chance."""
 
+import copy
 import random
 from typing import Any
 
@@ -36,8 +37,9 @@ def nasty(rng: random.Random) -> Any:
             value = [value] if rng.random() < 0.5 else {"a": value}
         return value
     if roll < 0.04:
-        return {rng.choice(KEYS): rng.choice(VALUES) for _ in range(3)}
-    return rng.choice(VALUES)
+        return {rng.choice(KEYS): copy.deepcopy(rng.choice(VALUES)) for _ in range(3)}
+    # A copy: what changes it later must not change what other inputs are made of.
+    return copy.deepcopy(rng.choice(VALUES))
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:

@@ -71,9 +71,10 @@ def work(args: argparse.Namespace) -> None:
             counts[f"{name} {outcome}"] += 1
             if fault:
                 print(json.dumps({"number": number, "target": name} | fault), flush=True)
-            if number % 200 == 0:  # a worker that is ended leaves what it has counted
+            if number % 10 == 0:  # a worker that is ended leaves what it has counted
                 print(json.dumps({"counts": counts}), flush=True)
                 counts.clear()
+            if number % 200 == 0:
                 size = settled()
                 if size - first > MEGABYTES:
                     told = f"{size - first:.0f} MB that inputs left behind, from {first:.0f} MB"

@@ -118,6 +118,72 @@ SWIFT = (
 )
 
 
+SAMPLES: dict[str, Any] = {
+    "prompt": {"id": "a", "tokens": [1], "columns": {"prompt": [USER], "answer": "4"},
+               "opened": "", "is_text": False, "source": "f"},
+    "answers": [
+        {"prompt_id": "a", "index": index, "text": text, "tokens": [1, 2], "finish": "stop",
+         "logprobs": [-0.5, -1.0], "version": 0, "reward": 1.0, "parts": {"exact": 1.0},
+         "routes": {"shape": [2, 1, 1], "int16": "AAABAA=="}}
+        for index, text in enumerate(("4", "5", ""))
+    ],
+}  # fmt: skip
+
+QUESTIONS: tuple[dict[str, Any], ...] = (
+    {"question": "2 + 2?", "answer": "4", "level": 1, "choices": ["3", "4"]},
+    {"problem": "2 + 2?", "solution": "It is \\\\boxed{4}.", "meta": {"a": [1, None]}},
+    {"prompt": [SYSTEM, USER], "answer": 4, "tools": [TOOL]},
+    {"completion": "4", "prompt": [USER], "completion_ids": [1, 2], "answer": "4"},
+)
+
+BENCHES = (
+    "name: b\ndata: q.jsonl\nquestion: question\nanswer: answer\nscorer: accuracy\n",
+    "name: b\ndata: q.jsonl\nquestion: problem\nanswer: solution\nsystem: Be brief.\n"
+    "prompt: 'Solve {question}. {meta[a]} {solution!r}'\nscorer: {name: exact}\n"
+    "samples: 2\npass_at: [1, 2]\nrollout: {eval_temperature: 0.7}\n",
+    "data: q.jsonl\nanswer: answer\nprompt: '{question} {choices[0]} {{}}'\nlimit: 1\n"
+    "scorer: {name: judge, url: http://127.0.0.1:1, model: m, prompt: '{question} {completion}'}\n"
+    "scale: [0, 10]\n",
+)
+
+MANIFEST: dict[str, Any] = {"of": {"model": ["m", "m"]}, "answers": 3, "started": "2026-01-01"}
+
+CASES: tuple[dict[str, Any], ...] = (
+    {"tests": [{"input": "1", "output": "2"}, {"input": "3", "output": "4.0"}]},
+    {"test_cases": '{"inputs": ["1"], "outputs": [["2", "3"]]}', "language": "python"},
+    {"verification_info": {"language": "cpp", "test_cases": [{"input": "", "output": "1 2",
+                                                              "type": "stdin_stdout"}]}},
+    {"input_output": '{"inputs": ["1\\n"], "outputs": ["2\\n"], "fn_name": null}'},
+)  # fmt: skip
+
+PROGRAMS = (
+    "So:\n```python\nprint(1)\n```\nDone.",
+    "```\nx\n```\n  ```cpp\nint main() {}\n  ```\n````\n```python title=a\n",
+    "<think>```python\n1\n```</think>",
+)
+
+RUN: dict[str, Any] = {
+    "sweep.jsonl": [
+        {"name": "a", "overrides": ["optim.lr=1e-5", "method.beta=0.1"], "command": ["python"]},
+        {"name": "b", "overrides": ["optim.lr=2e-5"], "command": ["python"]},
+    ],
+    "a/ledger.jsonl": [
+        {"step": i, "loss": 1.0 / i, "lr": 1e-5, "tokens": 10, "tokens_per_s": 5.0, "seconds": 2,
+         "router/layer0/load_max_over_mean": 1.5, "rewards/margins": 0.1, "logps/chosen": -1.0}
+        for i in (1, 2, 3)
+    ] + [{"step": 3, "eval_loss": 0.5, "warning": ["a fall"], "eval_seconds": 1.0}],
+    "a/environment.json": {"num_steps": 3, "versions": {"torch": "2"}},
+    "a/resolved.yaml": "optim: {lr: 1.0e-05, betas: [0.9, 0.95]}\nmethod: {name: sft}\nseed: 1\n",
+    "a/checkpoints/best.json": {"name": "step_3", "metric": "eval_loss", "value": 0.5},
+    "a/evals/b.json": {"name": "b", "scores": {"mean": {"score": 0.5, "interval": [0.4, 0.6]}}},
+    "a/evals/c.json": {"name": "c", "score": 1, "interval": [0, 1]},
+    "a/starts.jsonl": [{"start": "fresh", "step": 0}, {"end": 1, "step": 2, "crash": "x"}],
+    "a/train.log": "$ python -m moetrain train\nmoetrain: error: no\n",
+}  # fmt: skip
+
+INDEX: dict[str, Any] = {"num_documents": 10, "num_tokens": 90, "num_rejected": 0, "vocab": 600}
+
+
 def recipes() -> list[Path]:
     """The examples."""
     found = sorted((ROOT / "examples").rglob("*.yaml"))

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import files
 import folders
 import mutate
 import seeds
@@ -43,6 +44,16 @@ class Bench:
         text = self.folder / "text.txt"
         text.write_text((seeds.ROOT / "docs" / "rewards.md").read_text())
         return tokenizer.train([text], 600, self.folder / "tokenizer")
+
+    def chat(self, how: Any) -> Any:
+        """With what is done about control tokens in texts."""
+        from moetrain.data.chat import ChatOptions
+
+        key = (how, 0)
+        if key not in self._encoders:
+            options = ChatOptions(seeds.TEMPLATES[0], special_tokens=how)
+            self._encoders[key] = options.open(self.tokenizer)
+        return self._encoders[key]
 
     def encoder(self, name: str, template: int) -> Any:
         """Of a kind of set, with a tokenizer that is loaded once."""
@@ -278,20 +289,32 @@ def run_command(bench: Bench, made: str) -> str:
     """As `moetrain swift import`, and export of what came of it."""
     from moetrain.config import swift
     from moetrain.config.load import recipe_from
+    from moetrain.config.yaml_text import parse_value
 
     text, script = swift.command_text(made)
     imported = swift.from_swift(text, 100, script)
-    imported.yaml().encode()
+    text = imported.yaml()
+    text.encode()
+    # What a flag's value says must not become a line of its own.
+    assert parse_value(text, "the recipe") == imported.content, text
     recipe = recipe_from(imported.content)
     swift.to_swift(recipe.model_dump(mode="json")).text.encode()
     return "used"
 
 
 TARGETS: dict[str, Target] = {
-    "records": Target(55, make_record, run_record),
-    "answers": Target(10, make_answers, run_answers),
-    "recipes": Target(5, make_recipe, run_recipe),
-    "overrides": Target(10, make_override_case, run_recipe),
-    "commands": Target(20, make_command, run_command),
+    "records": Target(40, make_record, run_record),
+    "prompts": Target(6, files.make_prompts, files.run_prompts),
+    "answers": Target(6, make_answers, run_answers),
+    "samples": Target(5, files.make_samples, files.run_samples),
+    "benches": Target(6, files.make_bench, files.run_bench),
+    "recipes": Target(4, make_recipe, run_recipe),
+    "overrides": Target(6, make_override_case, run_recipe),
+    "commands": Target(12, make_command, run_command),
+    "cases": Target(6, files.make_cases, files.run_cases),
+    "reports": Target(4, files.make_report, files.run_report),
+    "indexes": Target(5, files.make_index, files.run_index),
+    "tables": Target(6, files.make_table, files.run_table),
+    "saved": Target(3, files.make_saved, files.run_saved),
     **{name: Target(*own) for name, own in folders.FOLDERS.items()},
 }

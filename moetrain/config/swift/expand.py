@@ -19,10 +19,12 @@ HOLE = "\0"
 LAUNCH = ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 MAX_VALUE = 1_000_000  # characters of one variable
 MAX_SPENT = 10_000_000  # characters put in for all variables of a script
+MAX_NAMES = 1000  # variables
 MAX_DEPTH = 40  # of expansions within each other
 
 _NAME = re.compile(r"[A-Za-z_]\w*|[@*#?$!0-9-]")
 _BRACED = re.compile(r"(#?)([A-Za-z_]\w*|\d+|[@*])(?:\[([^\[\]]*)\])?")
+_BRACKETS = {pair: re.compile(rf"\\.|[{re.escape(pair)}]", re.DOTALL) for pair in ("()", "{}")}
 _SLICE = re.compile(r":\s*(-?\d+)(?:\s*:\s*(\d+))?$")
 
 
@@ -33,18 +35,12 @@ def hole(text: str) -> str:
 
 def closing(text: str, at: int, opening: str, closed: str) -> int:
     """Where the bracket that opens at `at` closes. Raises ConfigError where it does not."""
-    depth, start = 0, at
-    while at < len(text):
-        if text[at] == "\\":
-            at += 1
-        elif text[at] == opening:
-            depth += 1
-        elif text[at] == closed:
-            depth -= 1
-            if not depth:
-                return at
-        at += 1
-    raise ConfigError(f"a ${text[start]} is not closed; write the value itself")
+    depth = 0
+    for found in _BRACKETS[opening + closed].finditer(text, at):
+        depth += {opening: 1, closed: -1}.get(found[0], 0)
+        if not depth:
+            return found.start()
+    raise ConfigError(f"a ${text[at]} is not closed; write the value itself")
 
 
 @dataclass
@@ -65,11 +61,27 @@ class Expander:
     def assign(self, name: str, value: str, more: bool) -> None:
         """`NAME=value`, or with `more` `NAME+=value`. Raises ConfigError for one without end."""
         value = self.values.get(name, "") + value if more else value
+        if more:
+            self.spend(len(value))
         if len(value) > MAX_VALUE:
             raise ConfigError(f"the variable {name} grows beyond {MAX_VALUE:,} characters")
         self.arrays.pop(name, None)
         self.loops.pop(name, None)
         self.values[name] = value
+        self._count_names()
+
+    def assign_items(self, name: str, items: list[str], more: bool) -> None:
+        """`NAME=(a b)`, or with `more` `NAME+=(a b)`."""
+        self.values.pop(name, None)
+        if more:
+            self.arrays.setdefault(name, []).extend(items)
+        else:
+            self.arrays[name] = items
+        self._count_names()
+
+    def _count_names(self) -> None:
+        if len(self.values) + len(self.arrays) > MAX_NAMES:
+            raise ConfigError(f"the script has more than {MAX_NAMES:,} variables")
 
     def dollar(self, text: str, at: int) -> tuple[str, int]:
         """The value of the `$...` or the backquotes at `at`, and where they end."""

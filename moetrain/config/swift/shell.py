@@ -8,6 +8,7 @@ what `expand` knows of `$...`.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import PurePath
 
 from moetrain.config.swift.expand import HOLE, LAUNCH, Expander, closing, hole
@@ -24,6 +25,8 @@ _QUOTED_ALL = re.compile(rf'"({_ALL.pattern})"')
 _PLAIN = re.compile(r"""[^ \t\n;&|<>()'"\\$`]+""")
 _QUOTED_PLAIN = re.compile(r"""[^"\\$`]+""")
 _DECLARING = (["export"], ["local"], ["declare"], ["readonly"], ["typeset"], ["env"])
+MAX_TEXT = 200_000  # characters; a launch script has some thousand
+MAX_COMMANDS = 1000  # of training, each with the variables as they were before it
 _LOOPS = ("for", "while", "until", "select")
 
 
@@ -88,7 +91,12 @@ def find_commands(text: str, script: str | None = None) -> list[Found]:
     """
     if HOLE in text:
         raise ConfigError("the text holds a NUL byte: it is no script")
-    return list(_Reader(text, script).found())
+    if len(text) > MAX_TEXT:
+        raise ConfigError(f"the text has {len(text):,} characters; at most {MAX_TEXT:,} are read")
+    found = list(islice(_Reader(text, script).found(), MAX_COMMANDS + 1))
+    if len(found) > MAX_COMMANDS:
+        raise ConfigError(f"the text has more than {MAX_COMMANDS:,} training commands")
+    return found
 
 
 def read_command(text: str, script: str | None = None, number: int | None = None) -> Command:
@@ -249,9 +257,7 @@ class _Reader:
         inside = _Reader(self.text[at + 1 : end], None, self.vars)
         items = [word for words, _ in inside.commands() for word in words]
         self.at = end + 1
-        before = self.vars.arrays.get(name, []) if more else []
-        self.vars.values.pop(name, None)
-        self.vars.arrays[name] = [*before, *items]
+        self.vars.assign_items(name, items, more)
 
     def _follow(self, words: list[str]) -> None:
         """What a command changes for those after it."""
