@@ -17,7 +17,8 @@ def read_arguments(near: Near, flag: str, name: str) -> tuple[dict[str, Words], 
     for Ray the groups train and rollout have flags too. Raises ConfigError.
     """
     text = near.read(flag, name)
-    content = _json(text, flag, name) if name.endswith(".json") else parse_value(text, name)
+    where = f"{flag} {name}: not readable:"
+    content = _json(text, flag, name) if name.endswith(".json") else parse_value(text, where)
     if not isinstance(content, Mapping):
         raise ConfigError(f"{flag} {name}: a mapping of arguments is wanted")
     given = dict(cast(Mapping[str, Any], content))
