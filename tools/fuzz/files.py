@@ -298,8 +298,9 @@ def _saved() -> Files:
 
 def make_saved(rng: random.Random) -> Files:
     files = dict(_saved())
-    name = rng.choice(tuple(files))
-    if name.endswith(".json") and rng.random() < 0.7:
+    # Its .arrow file is mapped by its own reader, which a damaged one ends (docs/data.md).
+    name = rng.choice([name for name in files if name.endswith(".json")])
+    if rng.random() < 0.7:
         files[name] = _json(_changed(rng, json.loads(files[name])))
     else:
         files[name] = _bytes(rng, mutate.change_bytes(rng, files[name]), 0.3)
