@@ -1,4 +1,4 @@
-"""Twice the input takes at most two and a half times as long: what was quadratic is not any more."""
+"""Twice the input takes at most two and a half times as long: what was quadratic is no more."""
 
 import contextlib
 import time
@@ -16,7 +16,7 @@ from moetrain.rewards.code import fenced
 FACTOR, TRIES = 2.5, 6
 # What is done with n of something, and an n that takes some hundredths of a second.
 CASES: dict[str, tuple[Callable[[int], object], int]] = {
-    "a long number in YAML": (lambda n: parse_value("1_" * n + "x", ""), 300_000),
+    "a long number in YAML": (lambda n: parse_value("1_" * n + "x", ""), 30_000),
     "blocks that open anew": (lambda n: fenced("```python\nx\n" * n), 60_000),
     "a block with labels in it": (lambda n: fenced("```python" + "\n```x\n" * n), 60_000),
     "formulas without an end": (lambda n: _formulas("\\( \\[ " * n), 30_000),
