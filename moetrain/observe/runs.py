@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,7 +152,12 @@ def _plan(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _is_name(value: Any) -> bool:
     """Whether it can be that of a folder beside the plan."""
-    return isinstance(value, str) and Path(value).name == value != "" and "\0" not in value
+    if not isinstance(value, str) or not value or Path(value).name != value:
+        return False
+    try:
+        return "\0" not in value and len(os.fsencode(value)) < 256
+    except UnicodeError:
+        return False
 
 
 def _value(text: str) -> Any:
