@@ -315,8 +315,13 @@ def _heat(layers: dict[int, Series], columns: int) -> dict[str, Any] | None:
         "layers": list(layers),
         "steps": [longest[part][-1][0] for part in parts],
         "rows": [
-            [round(100 * sum(v for _, v in s[part]) / len(s[part])) if s[part] else 0
-             for part in parts]
+            [_hundredths([v for _, v in s[part]]) for part in parts]
             for s in series
         ],
     }  # fmt: skip
+
+
+def _hundredths(values: Sequence[float]) -> int:
+    """Of their mean; 0 where there is none, or none that is a number."""
+    mean = sum(values) / len(values) if values else 0.0
+    return round(100 * mean) if abs(mean) < 1e9 else 0
