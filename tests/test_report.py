@@ -168,8 +168,8 @@ def test_runs_that_are_not_whole(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for line in (
         "cut: ledger.jsonl: the last line is cut short",
         "zeros: ledger.jsonl: 1 of 4 lines are no rows",
-        "binary: ledger.jsonl is not readable (UnicodeDecodeError)",
-        "odd: resolved.yaml is not readable (ParserError)",
+        "binary: ledger.jsonl: 1 of 1 lines are no rows",
+        "odd: resolved.yaml is not readable (ConfigError)",
         "odd: evals/x.json has no name and score",
         "odd: checkpoints/best.json is not readable",
         "failed: no data",
