@@ -97,6 +97,24 @@ def test_several_train_splits_are_asked_about(tmp_path: Path) -> None:
         (["pretrain.jsonl", "contest.jsonl"], ["contest.jsonl", "pretrain.jsonl"],
          ["contest.jsonl", "pretrain.jsonl"]),
         (["train_test.jsonl", "more.jsonl"], ["more.jsonl"], ["train_test.jsonl"]),
+        # Names without a separator
+        (["gsm8kTrain.jsonl", "gsm8kTest.jsonl"], ["gsm8kTrain.jsonl"], ["gsm8kTest.jsonl"]),
+        (["GSM8KTRAIN.jsonl", "GSM8KTEST.jsonl"], ["GSM8KTRAIN.jsonl"], ["GSM8KTEST.jsonl"]),
+        (["trainset.jsonl", "testset.jsonl"], ["trainset.jsonl"], ["testset.jsonl"]),
+        (["mathtrain.jsonl", "mathtest.jsonl"], ["mathtrain.jsonl"], ["mathtest.jsonl"]),
+        (["trainmath1.jsonl", "trainmath2.jsonl", "evalmath.jsonl"],
+         ["trainmath1.jsonl", "trainmath2.jsonl"], ["evalmath.jsonl"]),
+        (["mathtrain/x.jsonl", "mathdev/x.jsonl"], ["mathtrain/x.jsonl"], ["mathdev/x.jsonl"]),
+        (["math.jsonl", "mathtest.jsonl"], "holds mathtest, which may be held-out data or not. Name "
+         "what is meant.*/math.jsonl, ", "mathtest, which may be"),
+        (["a.jsonl", "devmath.jsonl"], "holds devmath, which may be", "holds devmath"),
+        *(([f"{name}.jsonl", "a.jsonl"], sorted([f"{name}.jsonl", "a.jsonl"]),
+           sorted([f"{name}.jsonl", "a.jsonl"]))
+          for name in ("latest", "protest", "evaluate", "retrieval", "values", "developer",
+                       "trainer", "strain", "interval", "testimony", "hottest", "upheld")),
+        # What describes records
+        (["a.jsonl", "metadata.json", "b.manifest.json", "sub/dataset_info.json"], ["a.jsonl"],
+         ["a.jsonl"]),
     ],
 )  # fmt: skip
 def test_names_say_what_is_held_out(

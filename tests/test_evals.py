@@ -211,6 +211,11 @@ def test_a_prompt_without_room_is_refused(tmp_path: Path, tokenizer: Path) -> No
         ("pass_at=[4]", "needs as many answers"),
         ("rollout.max_token=3", "Did you mean 'rollout.max_tokens'"),
         ("scorer=", "scorer"),
+        ("rollout.temperature=0.7", "rollout.temperature: rollout.eval_temperature is the temp"),
+        ("rollout.group_size=3", "does not read rollout.group_size: `samples` says"),
+        ("rollout={steps_off: 2}", "does not read rollout.steps_off"),
+        ("rollout.prompts_per_step=5", "does not read rollout.prompts_per_step"),
+        ("rollout.routing_replay=true", "does not read rollout.routing_replay"),
     ],
 )
 def test_a_benchmark_s_mistakes_are_told(override: str, message: str) -> None:

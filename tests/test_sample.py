@@ -13,6 +13,7 @@ import pytest
 
 from moetrain import cli
 from moetrain.data import assets
+from moetrain.data.chat import ChatOptions
 from moetrain.data.samples import read_lines
 from moetrain.loops.sample import counted
 
@@ -156,6 +157,13 @@ def test_told_to_stop_it_says_how_to_go_on(prompts: Path, rewards: Path, tmp_pat
         (["model.dtype=bf16"], "was made with model.dtype fp32"),
         (["rollout.max_tokens=2000"], "can be used"),
         (["rollout.engin=vllm"], "Did you mean 'rollout.engine'"),
+        (["rollout.group_size=16"], "does not read rollout.group_size: -k N says how many"),
+        (["rollout={eval_temperature: 0.5}"], "rollout.temperature is the temperature"),
+        (["rollout.steps_off=2"], "does not read rollout.steps_off"),
+        (["optim.lr=1e-3"], "does not read optim.lr: it trains nothing"),
+        (["method.beta=0.1"], "does not read method.beta"),
+        (["train.steps=5"], "does not read train.steps"),
+        (["data.eval=[x.jsonl]"], "does not read data.eval: PROMPTS says what is asked"),
     ],
     ids=lambda value: str(value),
 )
@@ -172,6 +180,36 @@ def test_other_settings_under_the_same_file_are_refused(
     assert cli.main(command(prompts, rewards, whole, *more)) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1 and whole.read_bytes() == before
+
+
+def test_a_run_is_asked_as_it_was_trained(
+    rewards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(assets.resolve(MODEL), run / "hf")
+    data = {"system": "Be terse.", "chat_template_kwargs": {"mood": "grave"}, "seq_len": 64}
+    (run / "resolved.yaml").write_text(json.dumps({"data": data, "method": "old"}))
+    config = json.loads((run / "hf" / "tokenizer_config.json").read_text())
+    file = run / "hf" / "chat_template.jinja"
+    template = file.read_text() if file.is_file() else config["chat_template"]
+    file.write_text("{{ mood }}" + template)
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"prompt": "2 + 2?"}\n')
+    asked: dict[str, str] = {}
+    for name, more in (("run", []), ("own", ["data.system=Be kind.", "data.seq_len=200"])):
+        for model in (run, run / "hf"):
+            out = tmp_path / f"{name}.{model.name}.jsonl"
+            words = ["sample", str(model), str(one), "--out", str(out), "-k", "1"]
+            settings = ["rollout.max_tokens=2", f"rewards=[{rewards}:even]", *more]
+            assert cli.main([*words, *settings]) == 0, capsys.readouterr().err
+            row = next(iter(read_lines(out)))
+            tokens = row["prompt"]["tokens"]
+            asked[out.stem] = ChatOptions().open(run / "hf").tokenizer.decode(tokens)
+    assert all(text.startswith("grave") for text in asked.values()), asked
+    assert "Be terse." in asked["run.run"] and asked["run.run"] == asked["run.hf"]
+    assert "Be kind." in asked["own.run"] and "Be terse." not in asked["own.run"]
 
 
 def test_another_model_and_other_prompts_are_refused(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from moetrain.config.answering import BENCH
 from moetrain.config.load import explain, read_content
 from moetrain.config.rewards import Reward
 from moetrain.config.rollout import RolloutConfig
@@ -52,6 +53,14 @@ class BenchConfig(Section):
     rollout: RolloutConfig = Field(
         default=RolloutConfig(), description="who answers; eval_temperature is the temperature"
     )
+
+    @model_validator(mode="after")
+    def _all_is_read(self) -> Self:
+        try:
+            BENCH.check(f"rollout.{key}" for key in sorted(self.rollout.model_fields_set))
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     @model_validator(mode="after")
     def _enough(self) -> Self:

@@ -169,12 +169,17 @@ def _fields_at(
     return sorted({name for model in named or models for name in model.model_fields})
 
 
+def sections_below(root: type[BaseModel]) -> dict[str, set[str]]:
+    """Each key of a recipe or a benchmark, and the keys below it; none for a plain value."""
+    return {
+        name: {leaf for model in _models(field.annotation) for leaf in model.model_fields}
+        for name, field in root.model_fields.items()
+    }
+
+
 def _all_keys(root: type[BaseModel]) -> set[str]:
     """Every dotted key of a recipe or a benchmark."""
     keys: set[str] = set()
-    for name, field in root.model_fields.items():
-        below = {
-            f"{name}.{leaf}" for model in _models(field.annotation) for leaf in model.model_fields
-        }
-        keys |= below or {name}
+    for name, leaves in sections_below(root).items():
+        keys |= {f"{name}.{leaf}" for leaf in leaves} or {name}
     return keys

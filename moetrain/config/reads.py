@@ -60,14 +60,25 @@ RULES = (
         "it chooses records, and pretrain and cpt read corpora",
     ),
     Rule(
-        ("data.too_long", "data.pack"),
+        ("data.too_long", "data.pack", "data.empty_thoughts"),
         _has_records,
         "it is about records with answers, which corpora and prompts are not",
     ),
     Rule(
-        ("data.chat_template", "data.max_rejected", "data.special_tokens_in_text"),
+        (
+            "data.chat_template",
+            "data.chat_template_kwargs",
+            "data.system",
+            "data.max_rejected",
+            "data.special_tokens_in_text",
+        ),
         lambda r: r.method.name not in CORPORA,
         "a corpus has no records; `moetrain data index` has --max-rejected",
+    ),
+    Rule(
+        ("data.shuffle",),
+        lambda r: r.method.name not in CORPORA,
+        "megatron-core shuffles corpora always",
     ),
     Rule(
         ("data.share_prompt",),
@@ -96,7 +107,12 @@ RULES = (
         "a step learns from rollout.prompts_per_step x rollout.group_size answers",
     ),
     Rule(
-        ("train.eval_every", "train.eval_packs", "rollout.eval_prompts"),
+        (
+            "train.eval_every",
+            "train.eval_packs",
+            "rollout.eval_prompts",
+            "rollout.eval_temperature",
+        ),
         # An empty data.eval says that there is no evaluation, whatever the file has for one.
         lambda r: "eval" in r.data.model_fields_set or r.data.eval_share > 0,
         "there is nothing to evaluate on without data.eval or data.eval_share",

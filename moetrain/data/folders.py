@@ -6,24 +6,21 @@ The names that people give the parts of a data set (`data/train-00000-of-00003.p
 
 import glob
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+from moetrain.data.splits import DOUBTFUL, KINDS, kinds_of
 from moetrain.errors import DataError
 
-TRAIN = ("train", "training")
-VALIDATION = ("validation", "valid", "val", "dev")
-TEST = ("test", "testing", "eval", "evaluation", "heldout", "held")
-# What tools and people put beside records.
-METADATA = (
-    "dataset_infos.json",
-    "dataset_info.json",
-    "dataset_dict.json",
-    "state.json",
-    "croissant.json",
+# What tools and people put beside records, as it is called and as its name ends.
+METADATA = tuple(
+    f"{name}.json"
+    for name in "dataset_infos dataset_info dataset_dict state croissant metadata meta manifest"
+    " schema datapackage config".split()
 )
+METADATA_ENDS = ".manifest.json"  # of `moetrain sample`
 PROSE = re.compile(r"(readme|licen[sc]e|citation|notice|changelog)(?![a-z])", re.IGNORECASE)
 # Any of these makes a folder one written by `datasets.save_to_disk`.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
@@ -34,7 +31,7 @@ class Group:
     """Files that belong together: the shards of one split of one configuration."""
 
     name: str  # for a person, e.g. data/train_prefs
-    kind: str  # one of KINDS, "" where the names say nothing
+    kind: str  # one of KINDS, "" where the names say nothing, or DOUBTFUL
     paths: tuple[Path, ...]
     at: Path | None  # the folder that is all of it
 
@@ -61,8 +58,12 @@ def _walk(folder: Path, suffixes: frozenset[str]) -> Iterable[Path]:
                 yield path
             else:
                 yield from _walk(path, suffixes)
-        elif path.suffix in suffixes and path.name not in METADATA and path.is_file():
+        elif path.suffix in suffixes and not _is_metadata(path) and path.is_file():
             yield path
+
+
+def _is_metadata(path: Path) -> bool:
+    return path.name.lower() in METADATA or path.name.lower().endswith(METADATA_ENDS)
 
 
 def chosen(folder: Path, parts: Sequence[Path], prose: Iterable[str], held_out: bool) -> list[Path]:
@@ -73,7 +74,14 @@ def chosen(folder: Path, parts: Sequence[Path], prose: Iterable[str], held_out: 
     saved = (folder / SAVED_SPLITS).is_file()
     records = [path for path in parts if path.suffix not in prose or path.is_dir()]
     groups = _groups(folder, records, saved)
-    of = {kind: [group for group in groups if group.kind == kind] for kind in ("", *KINDS)}
+    of = {
+        kind: [group for group in groups if group.kind == kind] for kind in ("", DOUBTFUL, *KINDS)
+    }
+    if of[DOUBTFUL]:
+        raise DataError(
+            f"{folder} holds {_names(of[DOUBTFUL])}, which may be held-out data or not. Name what"
+            f" is meant, one or several as a list: {', '.join(_told(group) for group in groups)}."
+        )
     if saved and len(of[""]) == len(groups) > 1:
         raise _which(folder, "splits", groups)
     if held_out and len(of[""]) < len(groups):
@@ -112,32 +120,38 @@ def _names(groups: list[Group]) -> str:
     return ", ".join(group.name for group in groups)
 
 
-def _groups(folder: Path, parts: Iterable[Path], saved: bool) -> list[Group]:
+def _groups(folder: Path, parts: Sequence[Path], saved: bool) -> list[Group]:
     """In the order of their first files; what is saved as a split is one, whatever its name."""
     found: dict[tuple[str, str, Path | None], list[Path]] = {}
-    for path in parts:
-        own = path.relative_to(folder)
-        key = (str(own), _kind(own.name), path) if saved else _key(folder, own)
+    own = {path: path.relative_to(folder) for path in parts}
+    kinds = kinds_of(
+        [_stem(path) for path in own.values()]
+        + [place.name for path in own.values() for place in path.parents]
+    )
+    for path, inner in own.items():
+        if saved:
+            key = (str(inner), kinds[_stem(inner)], path)
+        else:
+            key = _key(folder, inner, kinds)
         found.setdefault(key, []).append(path)
-    return [Group(name, kind, tuple(own), at) for (name, kind, at), own in found.items()]
+    return [Group(name, kind, tuple(files), at) for (name, kind, at), files in found.items()]
 
 
-def _key(folder: Path, path: Path) -> tuple[str, str, Path | None]:
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(path.suffix)
+
+
+def _key(folder: Path, path: Path, kinds: Mapping[str, str]) -> tuple[str, str, Path | None]:
     """(group's name, kind, the folder that is it): by the file's own name, else by that of the
     nearest folder which says what it holds.
     """
-    stem = path.name.removesuffix(path.suffix)
-    if kind := _kind(stem):
+    stem = _stem(path)
+    if kind := kinds[stem]:
         return str(path.parent / _without_shard(stem)), kind, None
     for place in path.parents:
-        if kind := _kind(place.name):
+        if kind := kinds[place.name]:
             return str(place), kind, folder / place
     return "other files", "", None
-
-
-def _kind(name: str) -> str:
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((kind for kind, known in KINDS.items() if any(w in known for w in words)), "")
 
 
 def _without_shard(stem: str) -> str:
@@ -155,8 +169,3 @@ def _told(group: Group) -> str:
     same = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], letters))
     pattern = f"{same.rstrip('0')}*{group.paths[0].suffix}"
     return pattern if sorted(glob.glob(pattern)) == sorted(paths) else ", ".join(paths)
-
-
-# The first that a name has a word of. What is held out comes first, so that a doubtful name
-# (train_test) is not learned from unasked.
-KINDS = {"test": TEST, "validation": VALIDATION, "train": TRAIN}

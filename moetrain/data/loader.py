@@ -312,11 +312,6 @@ def _corpus(recipe: Recipe, inputs: list[str], root: Path, *, held_out: bool) ->
         corpus,
     )  # imports megatron, which instruction tuning's data does not need
 
-    if not recipe.data.shuffle:
-        raise DataError(
-            "data.shuffle: false is not possible for pretraining: megatron-core's GPTDataset"
-            " shuffles."
-        )
     data = corpus.CorpusSet(
         inputs,
         None if held_out else recipe.data.weights,

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moetrain.config.answering import EVAL, keys_given
 from moetrain.config.bench import BenchConfig, load_bench
 from moetrain.data.cache import write_text
 from moetrain.data.loader import chat_of
@@ -19,6 +20,7 @@ from moetrain.errors import DataError
 from moetrain.evals.questions import locate, read_questions
 from moetrain.evals.scores import Score, majority, mean_of, pass_at_k, share, vote_of
 from moetrain.loops.answers import Row
+from moetrain.loops.models import run_of
 from moetrain.loops.run_dir import environment
 from moetrain.loops.sample import (
     EXIT_STOPPED,
@@ -40,6 +42,7 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
     Overrides are the benchmark's keys, and of a recipe model, data, parallel and adapter.
     """
     own, others = _parted(overrides)
+    EVAL.check(keys_given(others))
     bench = load_bench(path, own)
     given = any(o.startswith("data=") for o in own)  # on the command line: from where one stands
     data = locate(bench, Path() if given else path.parent)
@@ -47,7 +50,9 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
         "method": "grpo",
         "seed": bench.seed,
         "data": {"train": [str(data)]},
-        "rollout": bench.rollout.model_dump(mode="json", exclude_unset=True),
+        "rollout": bench.rollout.model_dump(
+            mode="json", exclude_unset=True, exclude={"eval_temperature"}
+        ),
         "rewards": [bench.scorer.model_dump(mode="json")],
     }
     recipe = answering_recipe(model, out, others, sections)
@@ -61,7 +66,7 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
     wanted = {prompt.id for prompt in prompts}
     scores = scored(bench, (row for row in read_lines(out) if row["prompt"]["id"] in wanted))
     content = _content(bench, model, out, scores, len(prompts), dict(counts))
-    for place in _places(bench, Path(model).expanduser(), out):
+    for place in _places(bench, model, out):
         write_text(place, json.dumps(content, indent=1) + "\n")
         print(f"{bench.name}: {place}")
     _show(bench, scores, len(prompts))
@@ -149,10 +154,10 @@ def _content(
     }
 
 
-def _places(bench: BenchConfig, model: Path, out: Path) -> list[Path]:
+def _places(bench: BenchConfig, model: str, out: Path) -> list[Path]:
     """Beside the answers, and in the run that the model is of."""
     beside = out.with_suffix(".json")
-    run = next((p for p in (model, *model.parents) if (p / "resolved.yaml").is_file()), None)
+    run = run_of(model)
     if run is None:
         return [beside]
     own = run / "evals" / f"{bench.name}.json"

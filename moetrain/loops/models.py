@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain import manifest
-from moetrain.config.load import apply_override, load_recipe, recipe_from
+from moetrain.config.load import apply_override, load_recipe, read_content, recipe_from
 from moetrain.config.recipe import ModelConfig, ParallelConfig, Recipe
 from moetrain.data.cache import build_once, cache_root, key_of
 from moetrain.engine import Engine, device
@@ -50,6 +50,27 @@ def model_in(model: str) -> str:
     if (run / "hf" / "config.json").is_file():
         return str(run / "hf")
     return str(latest(run))
+
+
+def run_of(model: str) -> Path | None:
+    """The run that a model is of: its run_dir, or a folder in it."""
+    path = Path(model).expanduser()
+    return next((p for p in (path, *path.parents) if (p / "resolved.yaml").is_file()), None)
+
+
+# What of a run's `data` makes the prompts that its model was trained on.
+ASKED = ("chat_template", "chat_template_kwargs", "system")
+
+
+def asked_as_trained(model: str) -> dict[str, Any]:
+    """What of a recipe's `data` a run's model has to be asked with; nothing for other models."""
+    run = run_of(model)
+    if run is None:
+        return {}
+    # Not as a recipe: an older run's may have what is refused today.
+    data = read_content(run / "resolved.yaml", (), "a run's recipe").get("data")
+    given: dict[str, Any] = dict(data) if isinstance(data, dict) else {}
+    return {key: given[key] for key in ASKED if given.get(key)}
 
 
 def latest(run: Path) -> Path:

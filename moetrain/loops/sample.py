@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moetrain.config.answering import SAMPLE, keys_given
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets
 from moetrain.data.cache import cache_root
@@ -25,7 +26,13 @@ from moetrain.engine.model import DTYPES
 from moetrain.engine.source import ModelSource, find_model
 from moetrain.families import expand, family_of
 from moetrain.loops.answers import AnswerFile, Answering, Identity, Row, prompts_key
-from moetrain.loops.models import model_digest, model_in, recipe_for, sections_of
+from moetrain.loops.models import (
+    asked_as_trained,
+    model_digest,
+    model_in,
+    recipe_for,
+    sections_of,
+)
 from moetrain.rewards import Grader, check_columns
 from moetrain.rollout import open_engine
 from moetrain.rollout.base import Sampling
@@ -47,6 +54,7 @@ def sample(model: str, prompts: str, out: Path, num: int, overrides: Sequence[st
         "rollout": {},
         "rewards": ["accuracy"],
     }
+    SAMPLE.check(keys_given(overrides))
     recipe = answering_recipe(model, out, overrides, sections)
     found = _prompts(recipe, out)
     told = check_columns(recipe.rewards, found)
@@ -63,11 +71,17 @@ def sample(model: str, prompts: str, out: Path, num: int, overrides: Sequence[st
 def answering_recipe(
     model: str, out: Path, overrides: Sequence[str], sections: dict[str, Any]
 ) -> Recipe:
-    """A recipe for answers of `model`: prompts and answers may be as long as it takes."""
+    """A recipe for answers of `model`: prompts and answers may be as long as it takes, and a run's
+    model is asked as it was trained.
+    """
     path, adapter = sections_of(model_in(model))
     longest = find_model(recipe_for(path, out.parent).model).hf.get("max_position_embeddings")
     data = {"seq_len": longest} if longest else {}
-    sections = adapter | sections | {"data": data | sections["data"]}
+    adapters = [o.partition("=")[2] for o in overrides if o.startswith("adapter.path=")]
+    trained = asked_as_trained([model, *adapters][-1])
+    if trained:
+        print(f"asked as it was trained: {', '.join(f'data.{key}' for key in trained)} of its run")
+    sections = adapter | sections | {"data": data | trained | sections["data"]}
     return recipe_for(path, out.parent, overrides, sections)
 
 

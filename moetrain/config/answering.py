@@ -1,0 +1,97 @@
+"""What the commands that answer read of a recipe and of a benchmark; any other key is refused."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moetrain.config.load import apply_override, sections_below
+from moetrain.config.reads import SERVERS
+from moetrain.config.recipe import Recipe
+from moetrain.errors import ConfigError
+
+# Of `rollout`: who answers, how long, and who grades.
+ENGINE = ("engine", "max_tokens", "reward_workers", "reward_seconds", *SERVERS)
+_MODEL = ("seed", "run_dir", "model", "parallel", "adapter", "megatron")  # sections, whole
+_CHAT = (
+    "cache chat_template chat_template_kwargs system special_tokens_in_text seq_len max_rejected"
+).split()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a command reads, and for keys that it does not what says the same."""
+
+    command: str
+    reads: frozenset[str]  # sections, or keys of them
+    instead: Mapping[str, str] = field(default_factory=dict[str, str])
+    otherwise: str = "it trains nothing"
+
+    def check(self, keys: Iterable[str]) -> None:
+        """Raise ConfigError for the first key that would do nothing."""
+        for key in keys:
+            if key in self.reads or key.partition(".")[0] in self.reads:
+                continue
+            why = self.instead.get(key, self.otherwise)
+            raise ConfigError(f"{self.command} does not read {key}: {why}. Leave it out.")
+
+
+SAMPLE = Answers(
+    "moetrain sample",
+    frozenset(
+        [
+            *_MODEL,
+            "rewards",
+            "rollout.temperature",
+            *(f"rollout.{key}" for key in ENGINE),
+            *(f"data.{key}" for key in _CHAT),
+        ]
+    ),
+    {
+        "rollout.group_size": "-k N says how many answers a prompt has",
+        "rollout.eval_temperature": "rollout.temperature is the temperature",
+        "rollout.eval_prompts": "every prompt of PROMPTS is answered",
+        "rollout.prompts_per_step": "every prompt of PROMPTS is answered",
+        "data.train": "PROMPTS says what is asked",
+        "data.eval": "PROMPTS says what is asked",
+        "data.take": "every prompt of PROMPTS is answered",
+        "data.eval_share": "every prompt of PROMPTS is answered",
+    },
+)
+EVAL = Answers(
+    "moetrain eval",
+    frozenset([*_MODEL, *(f"data.{key}" for key in _CHAT if key != "max_rejected")]),
+    {
+        "data.train": "`data` of the benchmark says what is asked",
+        "data.eval": "`data` of the benchmark says what is asked",
+        "data.take": "`limit` of the benchmark takes the first questions",
+        "data.max_rejected": "a question that cannot be asked ends it",
+    },
+)
+BENCH = Answers(
+    "A benchmark",
+    frozenset(["rollout.eval_temperature", *(f"rollout.{key}" for key in ENGINE)]),
+    {
+        "rollout.temperature": "rollout.eval_temperature is the temperature",
+        "rollout.group_size": "`samples` says how many answers a question has",
+        "rollout.eval_prompts": "`limit` takes the first questions",
+        "rollout.prompts_per_step": "every question is asked",
+    },
+)
+
+
+def keys_given(overrides: Sequence[str]) -> list[str]:
+    """Dotted keys of a recipe that overrides give; without those that no recipe has, which its
+    reader refuses with the key that was meant.
+    """
+    content: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(content, override)
+    known = sections_below(Recipe)
+    keys: list[str] = []
+    for name, value in content.items():
+        leaves = known.get(name)
+        if not leaves or not isinstance(value, Mapping):
+            keys += [name] if name in known else []
+        else:
+            keys += [f"{name}.{leaf}" for leaf in value if leaf in leaves]
+    return keys
