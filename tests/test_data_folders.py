@@ -105,8 +105,8 @@ def test_several_train_splits_are_asked_about(tmp_path: Path) -> None:
         (["trainmath1.jsonl", "trainmath2.jsonl", "evalmath.jsonl"],
          ["trainmath1.jsonl", "trainmath2.jsonl"], ["evalmath.jsonl"]),
         (["mathtrain/x.jsonl", "mathdev/x.jsonl"], ["mathtrain/x.jsonl"], ["mathdev/x.jsonl"]),
-        (["math.jsonl", "mathtest.jsonl"], "holds mathtest, which may be held-out data or not. Name "
-         "what is meant.*/math.jsonl, ", "mathtest, which may be"),
+        (["math.jsonl", "mathtest.jsonl"], "holds mathtest, which may be held-out data or not. "
+         "Name what is meant.*/math.jsonl, ", "mathtest, which may be"),
         (["a.jsonl", "devmath.jsonl"], "holds devmath, which may be", "holds devmath"),
         *(([f"{name}.jsonl", "a.jsonl"], sorted([f"{name}.jsonl", "a.jsonl"]),
            sorted([f"{name}.jsonl", "a.jsonl"]))

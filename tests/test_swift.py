@@ -15,6 +15,7 @@ from moetrain.config.method import MethodConfig
 from moetrain.config.recipe import Recipe
 from moetrain.config.swift import from_swift, to_swift
 from moetrain.config.swift.convert import keys_of
+from moetrain.config.swift.decides import DECIDING, SAMPLED
 from moetrain.config.swift.shell import read_command
 from moetrain.errors import ConfigError
 from moetrain.plan.dry_run import dry_run
@@ -685,10 +686,75 @@ def test_swift_without_megatron() -> None:
         from_swift(f"{text} --learning_rate 1e-4")
 
 
+CHORD = GRPO.replace("megatron", "swift") + " --chord_sft_dataset s.jsonl t.jsonl"
+
+
+def test_chord_is_carried() -> None:
+    mu = "--chord_mu_peak 0.5 --chord_mu_valley 0.1 --chord_mu_warmup_steps 3"
+    found = keys(f"{CHORD} {mu} --chord_mu_decay_steps 70 --async_generate true")
+    assert (found["method.name"], found["method.phi"]) == ("chord", False)
+    assert found["data.demonstrations"] == ["s.jsonl", "t.jsonl"]
+    schedule = [found[f"method.mu_{name}"] for name in ("peak", "valley", "warmup", "decay")]
+    assert schedule == [0.5, 0.1, 3, 70]
+    assert (found["method.clip_low"], found["rollout.steps_off"]) == (0.2, 1)
+    assert keys(f"{CHORD} --chord_enable_phi_function true")["method.phi"] is True
+    batch = "--chord_sft_per_device_train_batch_size 2"
+    assert "method.packs" in notes(f"{CHORD} {batch}", "changed")[batch]
+    with pytest.raises(ConfigError, match="method.name=chord"):  # no `megatron` command
+        to_swift(recipe_from(from_swift(CHORD).content).model_dump(mode="json"))
+
+
+# Each with a value that changes what is learned, where it does.
+DECIDING_VALUES = {
+    GRPO: {
+        "top_k": "20", "top_p": "0.9", "min_p": "0.1", "repetition_penalty": "1.1",
+        "num_beams": "2", "structured_outputs_regex": "[0-9]+", "stop_words": "x y",
+        "response_prefix": "'<think>\\n'", "max_new_tokens": "99", "response_length": "99",
+        "advantage_reweight": "rlsd", "sdar_loss_coef": "0.1", "reward_adapters": "/a",
+        "reward_model_plugin": "mine", "delta": "2", "off_policy_sequence_mask_delta": "1",
+        "sync_ref_model": "true",
+    },
+    DPO: {"ld_alpha": "0.5", "loss_weights": "1 0.5", "sft_alpha": "0.1"},
+    BASE: {
+        "neftune_noise_alpha": "5", "label_smoothing_factor": "0.1", "router_aux_loss_coef": "0.1",
+        "dsa_indexer_loss_coeff": "0.1", "lisa_activated_layers": "2", "rope_scaling": "yarn",
+        "resume_from_checkpoint": "o/checkpoint-3", "target_parameters": "w", "use_galore": "true",
+        "apply_wd_to_qk_layernorm": "true", "early_stop_interval": "3", "lorap_lr_ratio": "16",
+        "lr_scheduler_kwargs": "'{\"a\": 1}'", "lr_warmup_init": "1e-6", "optim": "adafactor",
+        "preserve_thinking": "true", "freeze_parameters_ratio": "0.5", "init_weights": "pissa",
+        "mtp_num_layers": "1", "rpo_alpha": "1", "weight_decay_incr_style": "linear",
+        "chord_sft_dataset": "s.jsonl",
+    },
+}  # fmt: skip
+VALUES = [(base, flag, value) for base, own in DECIDING_VALUES.items()
+          for flag, value in own.items()]  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "flag", "value"), VALUES, ids=lambda value: str(value)[:20])
+def test_what_decides_is_refused_unless_it_changes_nothing(
+    base: str, flag: str, value: str
+) -> None:
+    plain = from_swift(base).content
+    with pytest.raises(ConfigError, match=f"--{flag} .*another thing would be learned"):
+        from_swift(f"{base} --{flag} {value}")
+    for word in DECIDING[flag][0]:
+        given = f"{base} --{flag} '{word}'"
+        assert from_swift(given).content == plain, given
+        assert notes(given, "not carried") == notes(base, "not carried"), given
+    if base == GRPO and flag in SAMPLED:  # without rollouts it says nothing
+        assert from_swift(f"{BASE} --{flag} {value}").content == from_swift(BASE).content
+
+
+def test_every_deciding_flag_is_tried() -> None:
+    assert {flag for _, flag, _ in VALUES} == DECIDING.keys()
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
         ("", "no training command"),
+        (f"{CHORD}#5", "--chord_sft_dataset s.jsonl t.jsonl#5: .*make a file"),
+        (f"{CHORD} --loss_type dapo", "--chord_sft_dataset s.jsonl t.jsonl: .*--loss_type grpo"),
         ("megatron export --to_hf true", "tools/convert mcore2hf"),
         ("megatron export --to_mcore true --model m", "tools/convert hf2mcore"),
         ("megatron export --to_hf true --mcore_adapter a", "tools/convert merge"),

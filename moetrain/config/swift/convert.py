@@ -23,17 +23,17 @@ from moetrain.config.swift.codecs import (
     same,
     shown,
 )
+from moetrain.config.swift.decides import DECIDES
 from moetrain.config.swift.files import read_arguments
 from moetrain.config.swift.methods import check_methods
 from moetrain.config.swift.near import Near
 from moetrain.config.swift.notes import (
     CHANGES,
-    DECIDES,
     NO_FLAG,
-    UNKNOWN,
     WHY_FLAGS,
     WHY_KEYS,
     implied,
+    why_not,
 )
 from moetrain.config.swift.shell import Command, read_command
 from moetrain.config.swift.table import OLD_NAMES, TABLE
@@ -119,7 +119,7 @@ def from_swift(
 def from_command(command: Command, steps: int | None, script: Path | None) -> Imported:
     """As `from_swift`, of a command that was read already."""
     near = Near(script)
-    reading = Reading(_given(command, near), steps=steps, near=near, decides=DECIDES)
+    reading = Reading(_given(command, near), steps=steps, near=near, decides=frozenset(DECIDES))
     check_methods(reading.given)
     for entry in TABLE:
         entry.read(reading)
@@ -184,6 +184,7 @@ def _order(note: Note) -> int:
 _HF_DEFAULTS = {"tuner_type": ("lora",), "num_train_epochs": ("3",)}
 # Its own names, which say the same only together with the number of processes, or nearly.
 _HF_NAMES = {
+    "adam_epsilon": "adam_eps",
     "deepspeed": "drop it",
     "gradient_accumulation_steps": "global_batch_size",
     "gradient_checkpointing": "recompute_granularity",
@@ -254,7 +255,7 @@ def _left_over(command: Command, reading: Reading) -> None:
         if flag.isupper():
             why = why or "a variable: set it where moetrain is started"
         if why is None:
-            reading.lost(flag, WHY_FLAGS.get(flag, UNKNOWN))
+            reading.lost(flag, why_not(flag))
         else:
             notes.append(Note("implied", shown(flag, words), why))
     if same(reading.given.get("loss_type"), "bnpo"):

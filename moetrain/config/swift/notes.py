@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moetrain.config.swift.codecs import Keys, Words, same
 from moetrain.config.swift.datasets import split_sample
+from moetrain.config.swift.decides import DECIDING
 from moetrain.config.swift.entries import is_hub_name
 from moetrain.config.swift.online import is_online
 from moetrain.config.swift.table import CORPUS, PAIRS, has_adapter, has_held_out, method
@@ -110,9 +111,7 @@ IMPLIED: dict[str, tuple[tuple[str, ...], str]] = {
     "perform_initialization": (("false",), "weights are read"),
     "recompute_modules": (("core_attn",), "selective is attention"),
     "remove_unused_columns": ((), "rewards are given every column"),
-    "repetition_penalty": (("1",), "answers are sampled from the model's own distribution"),
     "reference_free": (("false",), "there is a reference"),
-    "response_prefix": ((), "counts where answers are sampled"),
     "scale_rewards": ((), "method says so"),
     "sleep_level": ((), _PLACE),
     "sequence_parallel": ((), "counts with tensor_model_parallel_size > 1 alone"),
@@ -120,8 +119,6 @@ IMPLIED: dict[str, tuple[tuple[str, ...], str]] = {
     "streaming": ((), "data are encoded once, before training"),
     "task_type": (("causal_lm", "seq_cls"), "method says so"),
     "top_entropy_quantile": (("1",), "every token of an answer is learned from"),
-    "top_k": (("-1", "0"), "answers are sampled from the model's own distribution"),
-    "top_p": (("1",), "answers are sampled from the model's own distribution"),
     "tp_comm_overlap": ((), _SPEED),
     "truncation_strategy": (("split",), "a corpus is cut into sequences of data.seq_len"),
     "tuner_type": ((), "adapter says so"),
@@ -162,7 +159,6 @@ WHY_FLAGS: dict[str, str] = {
     "calculate_KL": "kto measures its reference point always",
     "columns": "rename the columns in the file",
     "cpo_alpha": "simpo has no likelihood term here (ms-swift's default is 1)",
-    "delta": "a recipe has the two bounds of epsilon and epsilon_high",
     "dynamic_sample": "of the methods only dapo samples anew (--loss_type dapo)",
     "data_seed": "one seed is for everything",
     "dataset_shuffle": "both shuffles are one here: data.shuffle",
@@ -174,11 +170,9 @@ WHY_FLAGS: dict[str, str] = {
     "fp8_format": "there is no fp8 training here; optim.state_dtype can be fp8",
     "freeze_llm": "models here are text alone: nothing else is there to train",
     "freeze_parameters": _MEGATRON_NAMES,
-    "freeze_parameters_ratio": _MEGATRON_NAMES,
     "freeze_parameters_regex": _MEGATRON_NAMES,
     "greater_is_better": "whether less or more is better follows from the metric's name",
     "group_by_length": "packs are filled by length already; their order is shuffled",
-    "init_weights": "adapter.type has olora and pissa",
     "interleave_prob": "data.weights is for corpora",
     "kl_in_reward": "the KL is a part of the loss here",
     "label_smoothing": "of the methods only dpo has it",
@@ -189,7 +183,6 @@ WHY_FLAGS: dict[str, str] = {
     "loss_scale": "scored are the assistant's turns (of a preference the last, of a corpus all)",
     "loss_type": "a recipe has sigmoid (dpo), ipo, hinge and kto",
     "lr_decay_iters": "optim.decay_steps says how long the decay takes",
-    "lr_warmup_init": "warm-up starts from 0",
     "mcore_adapter": "Megatron's adapter folder: write PEFT's (megatron export --to_hf), and give "
     "adapter.path",
     "mcore_ref_adapter": "give PEFT's folder as --ref_adapters (megatron export --to_hf)",
@@ -198,11 +191,9 @@ WHY_FLAGS: dict[str, str] = {
     "modules_to_save": "beside an adapter nothing else is trained",
     "moe_expert_capacity_factor": "no token is dropped here",
     "moe_router_load_balancing_type": "router.aux_loss is taken over sequences",
-    "mtp_num_layers": "multi-token prediction is not trained here",
     "num_layers_per_virtual_pipeline_stage": "parallel.vpp counts stages",
     "num_generations_eval": "held-out prompts have one answer each",
     "num_iterations": "answers are learned from once",
-    "off_policy_sequence_mask_delta": "no answer is left out for how far the policy has moved",
     "optimizer": "optim.name is adamw",
     "overlong_filter": "method.truncated is of methods with rollouts",
     "packing": "a corpus is cut into sequences of data.seq_len",
@@ -216,21 +207,15 @@ WHY_FLAGS: dict[str, str] = {
     "ref_adapters": "there is no reference",
     "ref_model": "there is no reference",
     "reference_free": "dpo has a reference; simpo and orpo have none",
-    "repetition_penalty": "training uses the model's own distribution, and so does sampling",
     "reward_model": "give {name: reward_model, options: {path: FOLDER}} in rewards by hand",
     "rollout_importance_sampling_mode": "method.mismatch has tis and mask",
-    "rope_scaling": "is read from the model's config.json",
-    "rpo_alpha": "of the methods only dpo has it",
     "save_strategy": "checkpoint.every counts steps",
     "router_replay_mode": "rollout.routing_replay is R3: the experts that were chosen at rollout",
     "split_dataset_ratio": "give a held-out file: data.eval",
-    "sync_ref_model": "the reference stays what it was before the first step",
     "target_regex": "adapter.target takes patterns over Hugging Face names",
     "task_type": "method says what is trained",
     "template": "the tokenizer's chat template is used; data.chat_template replaces it",
     "top_entropy_quantile": "every token of an answer is learned from",
-    "top_k": "training uses the model's own distribution, and so does sampling",
-    "top_p": "training uses the model's own distribution, and so does sampling",
     "use_chat_template": "instruction data goes through the chat template; `megatron pt` has none",
     "use_vllm": "answers are sampled with vLLM",
     "tensorboard_dir": "TensorBoard's files are in <run_dir>/tensorboard",
@@ -241,25 +226,8 @@ WHY_FLAGS: dict[str, str] = {
     "use_megatron_fsdp": "weights are split by parallel, optimizer state over data-parallel ranks",
     "use_rslora": "there is no new adapter",
     "virtual_pipeline_model_parallel_size": "needs pipeline_model_parallel_size > 1",
-    "weight_decay_incr_style": "weight decay is constant",
 }
 UNKNOWN = "no key of a recipe stands for it"
-# Flags that decide what is learned: where one of them is not carried, the command is refused.
-DECIDES = frozenset(
-    """
-    adapters advantage_estimator calculate_KL columns cpo_alpha delta dynamic_sample
-    f_divergence_type freeze_llm freeze_parameters freeze_parameters_ratio freeze_parameters_regex
-    init_weights interleave_prob kl_in_reward label_smoothing lora_bias loss_scale loss_type
-    lr_decay_style lr_wsd_decay_style mcore_adapter mcore_ref_adapter mcore_ref_model
-    modules_to_save mtp_num_layers new_special_tokens num_iterations num_labels
-    off_policy_sequence_mask_delta optimizer overlong_filter quant_method ref_adapters ref_model
-    reference_free repetition_penalty reward_funcs reward_model rollout_importance_sampling_mode
-    router_replay_mode rpo_alpha sft_alpha sync_ref_model target_modules target_regex task_type
-    top_entropy_quantile top_k top_p trainable_parameters trainable_parameters_regex
-    use_chat_template use_vllm weight_decay_incr_style
-    """.split()
-)
-
 # key -> why no flag says it
 WHY_KEYS: dict[str, str] = {
     "adapter.type": "Megatron-SWIFT has lora and rslora",
@@ -376,7 +344,14 @@ CHANGES: tuple[Change, ...] = (
 
 def implied(flag: str, words: Words) -> str | None:
     """Why a flag with these words says nothing new, None when it does."""
+    if flag in DECIDING and any(same(words, value) for value in DECIDING[flag][0]):
+        return "changes nothing with this value"
     if flag not in IMPLIED:
         return None
     values, why = IMPLIED[flag]
     return why if not values or any(same(words, value) for value in values) else None
+
+
+def why_not(flag: str) -> str:
+    """Why no recipe says what a flag does."""
+    return DECIDING[flag][1] if flag in DECIDING else WHY_FLAGS.get(flag, UNKNOWN)

@@ -30,7 +30,7 @@ _STEPS = ("train.steps", "train.eval_every", "checkpoint.every")
 
 def is_online(keys: Keys) -> bool:
     """Whether the recipe's method is one of these."""
-    return keys.get("method.name") in GRPO
+    return keys.get("method.name") in (*GRPO, "chord")
 
 
 class OnlineBatch(Entry):

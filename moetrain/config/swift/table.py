@@ -6,6 +6,7 @@ The names, defaults and meanings are those of Megatron-SWIFT's documented argume
 
 from collections.abc import Callable
 
+from moetrain.config.swift.answers import Demonstrations, Sampled
 from moetrain.config.swift.codecs import (
     JSON,
     NOT,
@@ -384,6 +385,8 @@ _ONLINE: tuple[Entry, ...] = (
 
 TABLE: tuple[Entry, ...] = (
     METHOD,
+    Demonstrations(),
+    Sampled(),
     *_MODEL,
     *_ADAPTER,
     *_NUMBERS_OF_METHODS,

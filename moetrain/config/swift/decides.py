@@ -1,0 +1,86 @@
+"""Flags that decide what is learned: where one of them is not carried, the command is refused."""
+
+_OWN = "training uses the model's own distribution, and so does sampling"
+_WHOLE = "an answer is what the model says, until its end"
+_LENGTH = "write it as --max_completion_length"
+_METHOD = "the method's objective has no such part here"
+_OPTIM = "optim.name is adamw"
+_NONE = "none"
+
+# Where answers are sampled: flag -> (the words under which it changes nothing, why it is not
+# carried). Elsewhere they say nothing.
+SAMPLED: dict[str, tuple[tuple[str, ...], str]] = {
+    "top_k": (("-1", "0"), _OWN),
+    "top_p": (("1",), _OWN),
+    "min_p": (("0",), _OWN),
+    "repetition_penalty": (("1",), _OWN),
+    "num_beams": (("1",), _OWN),
+    "structured_outputs_regex": ((_NONE,), _OWN),
+    "stop_words": ((_NONE, "[]"), _WHOLE),
+    "response_prefix": (("", _NONE), "the chat template says how an answer begins"),
+    "max_new_tokens": ((_NONE,), _LENGTH),
+    "response_length": ((_NONE,), _LENGTH),
+}
+# The same for flags of any run. Those that are carried by some methods are in DECIDES.
+DECIDING: dict[str, tuple[tuple[str, ...], str]] = SAMPLED | {
+    # the objective
+    "advantage_reweight": ((_NONE,), "RLSD's weights are not here; a recipe has grpo's advantages"),
+    "chord_sft_dataset": ((), "demonstrations are of --rlhf_type grpo with --loss_type grpo"),
+    "dsa_indexer_loss_coeff": (("0",), _METHOD),
+    "label_smoothing_factor": (("0",), "of the methods only dpo has label smoothing"),
+    "ld_alpha": (("1", _NONE), "dpo counts an answer's tokens alike, whatever their place"),
+    "loss_weights": ((_NONE,), "a method has one loss"),
+    "neftune_noise_alpha": (("0", _NONE), "no noise is added to embeddings"),
+    "router_aux_loss_coef": (("0",), "write it as --moe_aux_loss_coeff"),
+    "sdar_loss_coef": (("0",), _METHOD),
+    "reward_adapters": ((), "rewards here are functions and whole models"),
+    "reward_model_plugin": ((_NONE,), "nothing is loaded from ms-swift's plugins"),
+    # what is trained, and from where
+    "lisa_activated_layers": (("0",), "trainable is the same in every step"),
+    "resume_from_checkpoint": (
+        (_NONE, "false"),
+        "a run_dir that exists is resumed; give other weights as --model",
+    ),
+    "rope_scaling": ((_NONE,), "is read from the model's config.json: write it there"),
+    "target_parameters": ((_NONE,), "adapter.target takes patterns over Hugging Face names"),
+    # the optimizer, and how long it goes on
+    "apply_wd_to_qk_layernorm": (("false",), "norms have no weight decay"),
+    "early_stop_interval": ((_NONE,), "a run ends at train.steps or train.epochs"),
+    "lorap_lr_ratio": ((_NONE, "1"), "both sides of an adapter have one learning rate"),
+    "lr_scheduler_kwargs": ((_NONE, "{}"), "optim.schedule and its keys say it"),
+    "lr_warmup_init": (("0",), "warm-up starts from 0"),
+    "optim": (("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), _OPTIM),
+    "use_galore": (("false",), _OPTIM),
+    # the tokens
+    "preserve_thinking": ((_NONE,), "the chat template says which turns keep their thoughts"),
+    # carried by some methods, and of these the words that change nothing
+    "delta": ((_NONE,), "a recipe has the two bounds of epsilon and epsilon_high"),
+    "freeze_parameters_ratio": (
+        ("0",),
+        "the recipe's trainable takes Hugging Face names; set it by hand",
+    ),
+    "init_weights": (("true",), "adapter.type has olora and pissa"),
+    "mtp_num_layers": (("0", _NONE), "multi-token prediction is not trained here"),
+    "off_policy_sequence_mask_delta": (
+        (_NONE,),
+        "no answer is left out for how far the policy has moved",
+    ),
+    "rpo_alpha": (("0", _NONE), "of the methods only dpo has it"),
+    "sft_alpha": (("0",), _METHOD),
+    "sync_ref_model": (("false",), "the reference stays what it was before the first step"),
+    "weight_decay_incr_style": (("constant",), "weight decay is constant"),
+}
+DECIDES = DECIDING.keys() | frozenset(
+    """
+    adapters advantage_estimator calculate_KL columns cpo_alpha delta dynamic_sample
+    f_divergence_type freeze_llm freeze_parameters freeze_parameters_ratio freeze_parameters_regex
+    init_weights interleave_prob kl_in_reward label_smoothing lora_bias loss_scale loss_type
+    lr_decay_style lr_wsd_decay_style mcore_adapter mcore_ref_adapter mcore_ref_model
+    modules_to_save mtp_num_layers new_special_tokens num_iterations num_labels
+    off_policy_sequence_mask_delta optimizer overlong_filter quant_method ref_adapters ref_model
+    reference_free reward_funcs reward_model rollout_importance_sampling_mode router_replay_mode
+    rpo_alpha sft_alpha sync_ref_model target_modules target_regex task_type top_entropy_quantile
+    trainable_parameters trainable_parameters_regex use_chat_template use_vllm
+    weight_decay_incr_style
+    """.split()
+)
