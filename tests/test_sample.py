@@ -206,7 +206,7 @@ def test_a_run_is_asked_as_it_was_trained(
             assert cli.main([*words, *settings]) == 0, capsys.readouterr().err
             row = next(iter(read_lines(out)))
             tokens = row["prompt"]["tokens"]
-            asked[out.stem] = ChatOptions().open(run / "hf").tokenizer.decode(tokens)
+            asked[out.stem] = str(ChatOptions().open(run / "hf").tokenizer.decode(tokens))
     assert all(text.startswith("grave") for text in asked.values()), asked
     assert "Be terse." in asked["run.run"] and asked["run.run"] == asked["run.hf"]
     assert "Be kind." in asked["own.run"] and "Be terse." not in asked["own.run"]

@@ -55,14 +55,6 @@ class BenchConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _all_is_read(self) -> Self:
-        try:
-            BENCH.check(f"rollout.{key}" for key in sorted(self.rollout.model_fields_set))
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return self
-
-    @model_validator(mode="after")
     def _enough(self) -> Self:
         if self.pass_at and max(self.pass_at) > self.samples:
             raise ValueError(
@@ -81,6 +73,8 @@ def load_bench(path: Path, overrides: Sequence[str] = ()) -> BenchConfig:
     content = read_content(path, overrides, "a benchmark")
     content.setdefault("name", path.stem)
     try:
-        return BenchConfig.model_validate(content)
+        bench = BenchConfig.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, BenchConfig)}") from None
+    BENCH.check(f"rollout.{key}" for key in sorted(bench.rollout.model_fields_set))
+    return bench

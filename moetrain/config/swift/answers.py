@@ -1,13 +1,24 @@
 """Answers to learn from: what samples them, and demonstrations beside them."""
 
-from moetrain.config.swift.codecs import LIST, NUMBER, TRUTH, WHOLE, Entry, Reading, Writing
+from typing import Any
+
+from moetrain.config.swift.codecs import (
+    LIST,
+    NUMBER,
+    TRUTH,
+    WHOLE,
+    Entry,
+    Kind,
+    Reading,
+    Writing,
+)
 from moetrain.config.swift.datasets import split_sample
 from moetrain.config.swift.decides import SAMPLED
 from moetrain.config.swift.online import is_online
 
 _DATA = "chord_sft_dataset"
 _BATCH = "chord_sft_per_device_train_batch_size"
-_MU = {
+_MU: dict[str, tuple[str, Kind[Any]]] = {
     "chord_mu_peak": ("method.mu_peak", NUMBER),
     "chord_mu_valley": ("method.mu_valley", NUMBER),
     "chord_mu_warmup_steps": ("method.mu_warmup", WHOLE),
