@@ -10,7 +10,7 @@ from data_helpers import QUESTIONS, recipe, tokenizer_folder, write_jsonl
 
 from moetrain.data import corpus, tokenizer
 from moetrain.data.loader import Corpus, build_eval, build_train, num_steps, prepare
-from moetrain.errors import ConfigError, DataError
+from moetrain.errors import DataError
 
 
 def make(folder: Path, name: str, repeat: int = 4, offset: int = 0) -> Path:
@@ -153,7 +153,7 @@ def test_unusable_indexes(tmp_path: Path, data: dict[str, Any], message: str) ->
         (tmp_path / f"cut{suffix}").write_bytes(content[:100] if suffix == ".bin" else content)
         (tmp_path / f"bad{suffix}").write_bytes(content if suffix == ".bin" else b"MMIDIDX\x00\x00")
     names = [t.format(a=made, cut=tmp_path / "cut", bad=tmp_path / "bad") for t in data["train"]]
-    with pytest.raises((DataError, ConfigError), match=message):
+    with pytest.raises((DataError, ValueError), match=message):
         prepare(recipe(tmp_path, method={"name": "pretrain"}, data={**data, "train": names}))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from moetrain.config.load import apply_override, sections_below
 from moetrain.config.reads import SERVERS
@@ -93,5 +93,6 @@ def keys_given(overrides: Sequence[str]) -> list[str]:
         if not leaves or not isinstance(value, Mapping):
             keys += [name] if name in known else []
         else:
-            keys += [f"{name}.{leaf}" for leaf in value if leaf in leaves]
+            own = cast(Mapping[str, Any], value)
+            keys += [f"{name}.{leaf}" for leaf in own if leaf in leaves]
     return keys
