@@ -64,6 +64,8 @@ def test_a_pair_has_the_grade_that_people_give(
 def test_the_columns_of_mixed_sources() -> None:
     golds: dict[str, Any] = {"answer": ["1", None, None], "solution": [None, "2", None]}
     assert accuracy(completions=["1", "2", "3"], **golds) == [1, 1, None]
+    assert accuracy(["2", "2", "2"], answer=["", " ", ""], solution=["2", "3", ""]) == [1, 0, None]
+    assert exact(["", "2"], answer=["", "2"]) == [None, 1]
     assert accuracy([[{"role": "assistant", "content": "1"}]], answer=[1]) == [1]
 
 
@@ -77,6 +79,21 @@ def test_a_thought_that_the_prompt_began() -> None:
     assert exact([cut, whole], answer=["42"] * 2, opened=[opened] * 2) == [0, 1]
     assert after_thought(cut, opened) is None and after_thought(whole, opened) == "42"
     assert accuracy([cut], answer=["42"], opened=[""]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("<think>a</think>the tag <think> is 2", 1),
+        ("<think>a</think>`<think>` begins it: 2", 1),
+        ("[THINK]a[/THINK]the mark [THINK] is 2", 1),
+        ("<think>a</think>2<think>b", 0),
+        ("<think>a</think>so it is 2\n<think>or not", 0),
+        ("<think>the tag <think> is 2", 0),
+    ],
+)
+def test_a_mark_that_is_spoken_of_begins_no_thought(text: str, right: float) -> None:
+    assert paid("2", text) == right
 
 
 def test_no_text_takes_long_to_read() -> None:

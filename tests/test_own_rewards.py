@@ -173,6 +173,14 @@ def test_a_shape_of_trl_runs_unchanged(
     assert [one.reward for one in found] == pytest.approx(wanted, abs=1e-9), grader.said
 
 
+def test_a_prompt_as_text_is_given_without_the_systems(file: Path) -> None:
+    """As by TRL, and by `grade`: a record's `system` is a column."""
+    asked = [[{"role": "system", "content": "Systems"}, *ASKED]]
+    columns: dict[str, Any] = {"prompt": asked, "system": ["Systems"]}
+    found, grader = graded(file, "named", ["a"], {"is_text": True}, **columns)
+    assert [one.reward for one in found] == [1], grader.said
+
+
 def test_what_comes_beside_the_columns(file: Path) -> None:
     more = {"tokens": (1, 2, 3), "step": 5, "last": 20}
     assert [one.reward for one in graded(file, "of_ids", ["a", "b"], more)[0]] == [-3, -3]
@@ -288,7 +296,12 @@ def test_a_source_that_no_reward_can_grade_is_refused_by_its_name() -> None:
         check_columns([accuracy], good + other)
     with pytest.raises(DataError, match=r"b\.jsonl: no reward can grade"):
         check_columns([accuracy, code], good + other)
-    assert check_columns([accuracy, RewardConfig(name="format")], good + other) == ""
+    told = check_columns([accuracy, RewardConfig(name="format")], good + other)
+    assert told == (
+        "accuracy cannot grade 2 of 2 in b.jsonl: they lack answer or solution."
+        " For these, format is all"
+    )
+    assert check_columns([accuracy, RewardConfig(name="format")], good) == ""
     mixed = good + prompts("c.jsonl", {"tests": [{"input": "", "output": ""}]})
     assert check_columns([accuracy, code], mixed) == ""
     some = prompts("d.jsonl", {"answer": "1"}, {"answer": None})

@@ -11,6 +11,11 @@ MARKS = (
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
 )
 _LONGEST = 64  # characters at the end of a prompt in which a thought can begin
+_BEGINS = "|".join(re.escape(begin) for begin, _ in MARKS)
+_SPOKEN = re.compile(  # of a mark, as "the tag <think> is"; a thought has a line to itself
+    rf"(?<=[a-zA-Z] )(?:{_BEGINS})(?= [a-z]|[,.;:?!)])|`[^`\n]*(?:{_BEGINS})[^`\n]*`"
+    rf"|[\"'“](?:{_BEGINS})[\"'”]"
+)
 _ENDS = re.compile(r"<\|(?:return|end|call)\|>\s*$")
 
 
@@ -26,12 +31,12 @@ def opened_by(prompt: str) -> str:
 
 def after_thought(text: str, opened: str = "") -> str | None:
     """The answer behind the last thought; None where the thought was cut. `opened` is what the
-    prompt has begun (`opened_by`).
+    prompt has begun (`opened_by`). A mark in the midst of a sentence, or quoted, begins none.
     """
     whole = opened + text
     for begin, end in MARKS:
         if end in whole:
             whole = _ENDS.sub("", whole.rpartition(end)[2])
-        if begin in whole:
+        if begin in _SPOKEN.sub("", whole):
             return None
     return whole

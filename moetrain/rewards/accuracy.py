@@ -1,14 +1,14 @@
 """Whether an answer is right, as mathematics or as words."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moetrain.data.thoughts import after_thought
-from moetrain.rewards.base import Scores, text_of
+from moetrain.rewards.base import Scores, is_absent, text_of
 from moetrain.rewards.compare import same
 from moetrain.rewards.meaning import Reading
-from moetrain.rewards.plain import even
+from moetrain.rewards.prose import SAID, candidates
 from moetrain.rewards.reading import is_words, readings
 
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
@@ -19,23 +19,6 @@ _LEAD = re.compile(
     r"(?:is|:|=)\s*:?\s*(?=\S)",
     re.IGNORECASE,
 )
-_SAID = re.compile(
-    r"\banswer\s*(?:is|:)\s*:?\s*([^\n]+)|(?:答案|答え|正解|答)\s*(?:是|为|為|は|[::])\s*([^\n]+)",
-    re.IGNORECASE,
-)
-_SENTENCE = re.compile(
-    r"(?<=[^\s.])[.!](?:\s+(?=[^\s\d])|$)|[。!]"
-    r"|,?\s+(?=(?:not|and not|because|since|as|which|where|but)\b)"
-)
-_OPENS = re.compile(r"\$\$|\\\[|\\\(|(?<!\\)\$")
-_CLOSES = {"$$": "$$", "\\[": "\\]", "\\(": "\\)"}
-_INLINE = re.compile(r"([^$\n]+)(?<!\\)\$")
-_NUMERAL = re.compile(
-    r"(?:US\$|[$€£¥₹₩])?\s*(?<![a-zA-Z0-9_.^{/])-?(?:\d+\s+\d+\s*/\s*\d+(?!\d)|\d[\d.,'_]*(?:[eE][-+]?\d+)?(?:\s*/\s*\d[\d.,]*)?"
-    r"|\.\d+)(?:\s*\^\s*\{?-?\d+\}?)?(?:\s*\\?%)?"
-)
-LONGEST_TEXT = 20_000  # characters, from its end, in which an answer is looked for
-_OPERATOR = re.compile(r"(?:^|[\s\d])(?:mod|div|log|ln|sqrt|choose)$|[*\\^/<>+]$")
 
 
 def accuracy(
@@ -45,7 +28,7 @@ def accuracy(
     opened: list[str] | None = None,
     **columns: Any,
 ) -> Scores:
-    """1 or 0 against the column `answer` (where it is None, `solution`); None where the record has
+    """1 or 0 against the column `answer` (where it is empty, `solution`); None where the record has
     neither.
 
     Of a completion, what stands in <answer> tags, in the last \\boxed{} or behind #### is read as
@@ -54,11 +37,11 @@ def accuracy(
     """
     num = len(completions)
     golds = [
-        first if first is not None else second
+        second if is_absent(first) else first
         for first, second in zip(answer or [None] * num, solution or [None] * num, strict=True)
     ]
     return [
-        None if gold is None else float(equal(str(gold), said(text_of(text), begun)))
+        None if is_absent(gold) else float(equal(str(gold), said(text_of(text), begun)))
         for text, gold, begun in zip(completions, golds, opened or [""] * num, strict=True)
     ]
 
@@ -72,7 +55,7 @@ def exact(
     """1 when the completion is the column `answer`, but for outer blanks; None without one."""
     num = len(completions)
     return [
-        None if gold is None else float(said(text_of(text), begun).strip() == str(gold).strip())
+        None if is_absent(gold) else float(said(text_of(text), begun).strip() == str(gold).strip())
         for text, gold, begun in zip(
             completions, answer or [None] * num, opened or [""] * num, strict=True
         )
@@ -99,7 +82,7 @@ def equal(gold: str, given: str) -> bool:
 def _readings(text: str, is_gold: bool = False) -> list[Reading]:
     own, is_marked = marked(text)
     found: list[Reading] = []
-    for candidate in [own] if is_marked else _candidates(own, not is_gold):
+    for candidate in [own] if is_marked else candidates(own, not is_gold):
         found += readings(_LEAD.sub("", candidate, count=1) if is_marked else candidate)
         # Words are what they are wherever they stand; of numbers, the surest place alone counts.
         if not all(is_words(one) for one in found):
@@ -113,11 +96,11 @@ def final(text: str) -> str:
     if is_marked:
         return own.strip()
     last = ""
-    for candidate in _candidates(own):
+    for candidate in candidates(own):
         last = candidate
         if not all(is_words(one) for one in readings(candidate)):
             return candidate.strip()
-    return own.strip() if not _SAID.search(own) else last.strip()
+    return own.strip() if not SAID.search(own) else last.strip()
 
 
 def marked(text: str) -> tuple[str, bool]:
@@ -165,46 +148,3 @@ def _box(text: str, start: int) -> tuple[int, str]:
         if depth == 0:
             return place + 1, text[start + 1 : place]
     return len(text), ""
-
-
-def _formulas(text: str) -> list[str]:
-    """What stands in $$...$$, \\[...\\], \\(...\\) and, on a line, in $...$; in one pass."""
-    found: list[str] = []
-    last = {closed: text.rfind(closed) for closed in _CLOSES.values()}
-    place = 0
-    while opened := _OPENS.search(text, place):
-        place, start = opened.start() + 1, opened.end()
-        closed = _CLOSES.get(opened[0])
-        if closed is None:
-            if inline := _INLINE.match(text, start):
-                found.append(inline[1])
-                place = inline.end()
-        elif start < last[closed]:
-            end = text.index(closed, start + 1)
-            found.append(text[start:end])
-            place = end + len(closed)
-    return found
-
-
-def _candidates(text: str, numbers: bool = True) -> Iterator[str]:
-    """Where an answer stands in a text that marks none: all of it, where it says that it is, in
-    the last formula, in the last number.
-    """
-    text = text.strip()[-LONGEST_TEXT:]
-    if "\n" not in text:
-        yield text
-    told = _SAID.findall(text)
-    if told:
-        line = told[-1][0] or told[-1][1]
-        yield _SENTENCE.split(line)[0]
-        text = text[text.rindex(line) :]
-    formulas = _formulas(text)
-    if formulas:
-        yield formulas[-1]
-    text = even(text)
-    for found in reversed(list(_NUMERAL.finditer(text)) if numbers else []):
-        before = text[: found.start()].rstrip()
-        if not before.endswith(" not"):
-            if not _OPERATOR.search(before):
-                yield found[0]
-            return

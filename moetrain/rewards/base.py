@@ -89,3 +89,8 @@ def text_of(message: Any) -> str:
     if isinstance(message, str):
         return message
     return "\n".join(str(part.get("content") or "") for part in message)
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a column has nothing to grade by."""
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())

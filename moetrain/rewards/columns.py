@@ -7,6 +7,7 @@ from moetrain.config.rewards import RewardConfig
 from moetrain.data.samples import Prompt
 from moetrain.errors import DataError
 from moetrain.rewards import code
+from moetrain.rewards.base import is_absent
 
 NEEDED: dict[str, tuple[str, ...]] = {  # one of these; rewards that are not here need none
     "accuracy": ("answer", "solution"),
@@ -16,29 +17,34 @@ NEEDED: dict[str, tuple[str, ...]] = {  # one of these; rewards that are not her
 
 
 def check_columns(configs: Sequence[RewardConfig], prompts: Iterable[Prompt]) -> str:
-    """What to say of prompts without a reward, in a line, or nothing. Raises DataError for a source
-    that has no other.
+    """What to say of prompts that rewards which read a column cannot grade, in a line, or nothing.
+    Raises DataError for a source that no reward can grade.
     """
-    if not configs or any(config.name not in NEEDED for config in configs):
+    readers = [config for config in configs if config.name in NEEDED]
+    others = [config.label for config in configs if config.name not in NEEDED]
+    if not readers:
         return ""
-    wanted = {name for config in configs for name in NEEDED[config.name]}
+    wanted = {name for config in readers for name in NEEDED[config.name]}
     lost: dict[str, list[Mapping[str, Any]]] = {}
     nums: dict[str, int] = {}
     for prompt in prompts:
         nums[prompt.source] = nums.get(prompt.source, 0) + 1
-        if all(prompt.columns.get(name) in (None, "", []) for name in wanted):
+        if all(is_absent(prompt.columns.get(name)) for name in wanted):
             lost.setdefault(prompt.source, []).append(prompt.columns)
     for source, columns in lost.items():
-        if len(columns) == nums[source]:
-            needs = "; ".join(f"{c.name} needs {' or '.join(NEEDED[c.name])}" for c in configs)
+        if len(columns) == nums[source] and not others:
+            needs = "; ".join(f"{c.name} needs {' or '.join(NEEDED[c.name])}" for c in readers)
             there = sorted({name for own in columns for name in own} - {"prompt"})
             raise DataError(
                 f"{source or 'The data'}: no reward can grade its records: {needs}, and they have"
                 f" {', '.join(there) or 'no column'}. Rename a column, add a reward, or leave the"
                 " source out."
             )
-    parts = [f"{len(own)} of {nums[source]} in {source}" for source, own in lost.items()]
-    return (
-        f"no reward can grade {', '.join(parts)}: they lack {' or '.join(sorted(wanted))}"
-        * bool(parts)
-    )
+    if not lost:
+        return ""
+    parts = ", ".join(f"{len(own)} of {nums[source]} in {source}" for source, own in lost.items())
+    lack = f"they lack {' or '.join(sorted(wanted))}"
+    if not others:
+        return f"no reward can grade {parts}: {lack}"
+    names = " and ".join(config.label for config in readers)
+    return f"{names} cannot grade {parts}: {lack}. For these, {' and '.join(others)} is all"

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from moetrain.rewards.meaning import Algebra, Group, Named, Number, Piece, Reading, Region, Words
+from moetrain.rewards.units import UNSURE
 
 FEWEST_DIGITS = 6  # from which on a rounded number stands for what it was rounded from
 _LETTER = re.compile(r"\(?([a-z])[).:]?")
@@ -56,7 +57,9 @@ def _name(text: str) -> str:
 
 
 def _units(one: Number | Algebra, other: Number | Algebra) -> bool:
-    return one.unit is None or other.unit is None or one.unit == other.unit
+    if one.unit is None or other.unit is None:
+        return not (one.unit or other.unit or "").startswith(UNSURE)
+    return one.unit == other.unit
 
 
 def _close(one: Number, other: Number) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from moetrain.rewards.meaning import Number
-from moetrain.rewards.units import MONEY, scaled, unit_of
+from moetrain.rewards.scales import scaled, worked
+from moetrain.rewards.units import MONEY, unit_of, without_ending
 
 MOST_DIGITS = 400
 
@@ -41,21 +42,27 @@ _HEAD = re.compile(
 def numbers(text: str) -> Iterator[Number]:
     """What `text` can mean as one number with its unit."""
     sign, rest = _signed(text)
-    money = next((mark for mark in MONEY if rest.startswith(mark)), None)
+    money = MONEY.match(rest)
     if money is not None:
-        more, rest = _signed(rest[len(money) :])
+        more, rest = _signed(rest[money.end() :])
         sign *= more
     head = _HEAD.match(rest)
     if head is None:
         return
     tail = rest[head.end() :]
     apart = not tail or not tail[0].isalpha() or not tail[0].isascii()
-    factor, left = scaled(tail.strip())
+    tail = without_ending(tail.strip())
+    if sign > 0 and money is None:
+        for value, _ in _values(head.group().strip()):
+            if (result := worked(value, tail)) is not None:
+                yield Number(result)
+                return
+    factor, left = scaled(tail, head.group().strip() == "1")
     unit = unit_of(left, apart or factor != 1) if left else None
     if left and unit is None:
         return
     if money is not None:
-        own = unit_of(money.removeprefix("US"), True)
+        own = unit_of(re.sub(r"^US(?=\$)", "", money.group()), True)
         if unit not in (None, own):
             return
         unit = own

@@ -141,9 +141,11 @@ class Own:
 
 
 def prompt_of(item: Item) -> Any:
-    """Messages, or text where the record has text."""
+    """Messages, or text where the record has text: without the system's, which is beside it."""
     prompt = item.columns.get("prompt", "")
-    return text_of(prompt) if item.is_text else prompt
+    if not item.is_text or isinstance(prompt, str):
+        return prompt
+    return text_of([message for message in prompt if message.get("role") != "system"])
 
 
 def completion_of(item: Item) -> Any:

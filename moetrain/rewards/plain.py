@@ -23,6 +23,7 @@ _NAMES = (
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|mathstrut|hfill)(?![a-zA-Z])\s*", ""),
     (r"\\(?:leq|leqslant|leqq)(?![a-zA-Z])", r"\\le"),
     (r"\\(?:geq|geqslant|geqq)(?![a-zA-Z])", r"\\ge"),
+    (r"\\[lr]?vert(?![a-zA-Z])", "|"),
     (r"\\lt(?![a-zA-Z])", "<"),
     (r"\\gt(?![a-zA-Z])", ">"),
     (r"\\neq(?![a-zA-Z])", r"\\ne"),

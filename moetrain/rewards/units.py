@@ -1,16 +1,19 @@
-"""What may stand behind or before a number: units, money, words for large numbers.
+"""What may stand behind or before a number: units, money, what is counted.
 
 One name stands for all spellings of a unit. Units are not converted into each other: 1 m is not
 100 cm here, as a question asks for one of them.
 """
 
 import re
-from fractions import Fraction
+
+from moetrain.rewards.counted import counted
 
 _CJK = r"\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _ASIAN = re.compile(rf"[{_CJK}]{{1,8}}")
 _WORDS = re.compile(r"[a-z]{3,}(?:[- ][a-z]{2,}){0,3}")
 _POWER = re.compile(r"(.+?)\s*(?:\^\s*\{?\s*(-?\d)\s*\}?|(?<=[a-z])([23]))")
+_OVER = re.compile(r"\\frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
+_INVERSE = re.compile(r"(.+?)(?:\s*\\cdot\s*|\s+)([^\s^]+?)\s*\^\s*\{?\s*-(\d)\s*\}?")
 _PER = re.compile(r"\s*/\s*|\s+per\s+")
 
 # spellings of one unit, the first its name
@@ -20,7 +23,7 @@ $ usd dollar dollars us$ us-dollar us-dollars
 £ gbp pound-sterling pounds-sterling quid
 ¥ 円 yen jpy エン
 元 yuan rmb cny 块 人民币
-₹ inr rupee rupees rs
+₹ inr rupee rupees rs ₨
 ₩ krw won 원
 cent cents ¢
 mm millimeter millimeters millimetre millimetres 毫米 ミリメートル ミリ
@@ -82,7 +85,10 @@ for _line in _SAME.split("\n"):
     _spellings = [word.replace("-", " ") for word in _line.split()]
     _NAMES.update(dict.fromkeys(_spellings, _spellings[0] if _spellings else ""))
 
-MONEY = ("US$", "$", "€", "£", "¥", "₹", "₩")  # before a number
+MONEY = re.compile(  # before a number
+    r"(?:US)?\$|[€£¥₹₩]|(?:USD|EUR|GBP|JPY|CNY|RMB|INR|KRW|Rs\.?|₨|quid)\s*(?=[-+\d.])"
+)
+UNSURE = "?"  # before a word that no table has: it has to stand on both sides
 SINGLE = frozenset("m g s l L h N J W V A K".split())  # letters that a variable could be, too
 
 # Words with which something else is said than what is counted.
@@ -96,34 +102,22 @@ _NO_UNITS = frozenset(
     false between either neither nor except unless greater smaller larger equal equals""".split()
 )
 _NO_ASIAN = re.compile(
-    r"以上|以下|以内|未満|未满|超|より|大于|小于|至少|最多|または|或|と|和|か$|ではな|不是|じゃな|約|余|倍"
+    r"以上|以下|以内|未満|未满|超|より|大于|小于|至少|最多|または|或|と|和|か$|ではな|ではあ|不是|じゃな|じゃあ|아니|約|余|倍"
+    r"|乗|乘|階|阶|^平方$|^立方$|次方|根|割|成$|折|打$|逆|進|进制|半|弱|強|多$|几|数|分の|分之|百分点|제곱|배"
 )
 _ENDING = re.compile(r"(?:です|である|だ|になる|になります|となる|となります|でした|입니다|이다)$")
 
-SCALES = {
-    "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-    "trillion": 10**12, "十": 10, "百": 100, "千": 1000, "万": 10**4, "萬": 10**4, "十万": 10**5,
-    "百万": 10**6, "千万": 10**7, "億": 10**8, "亿": 10**8, "兆": 10**12, "만": 10**4, "억": 10**8,
-}  # fmt: skip
-_SCALE = re.compile(rf"({'|'.join(sorted(SCALES, key=len, reverse=True))})(?![a-z])\s*")
-_SHARE = re.compile(r"\\?%|percent(?:age points?)?|per cent|パーセント|퍼센트|\u2030")
 
-
-def scaled(rest: str) -> tuple[Fraction, str]:
-    """(the factor that `rest`, which follows a number, begins with, what comes after it)."""
-    share = _SHARE.match(rest)
-    if share:
-        factor = Fraction(1, 1000 if share.group() == "\u2030" else 100)
-        return factor, rest[share.end() :].strip()
-    found = _SCALE.match(rest)
-    return (Fraction(SCALES[found[1]]), rest[found.end() :]) if found else (Fraction(1), rest)
+def without_ending(text: str) -> str:
+    """Without the verb that ends a Japanese or Korean sentence."""
+    return _ENDING.sub("", text).strip(" .")
 
 
 def unit_of(text: str, apart: bool) -> str | None:
     """The name of the unit that is all of `text`; None where it is none. A unit that a variable
     could be called, and one that no table has, have to stand `apart` from their number.
     """
-    text = _ENDING.sub("", " ".join(text.split())).strip(" .")
+    text = without_ending(" ".join(text.split()))
     if not text:
         return None
     known = _known(text)
@@ -131,23 +125,35 @@ def unit_of(text: str, apart: bool) -> str | None:
         return known if apart or text not in SINGLE else None
     if _ASIAN.fullmatch(text):
         return None if _NO_ASIAN.search(text) else text
-    if apart and _WORDS.fullmatch(text) and not _NO_UNITS & set(re.split(r"[- ]", text)):
-        last = re.split(r"[- ]", text)[-1]  # of "red apples", "large red apples": what is counted
-        return last.removesuffix("s") if len(last) > 3 else last
+    text = text.casefold() if len(text) > 2 else text
+    words = re.split(r"[- ]", text)
+    if apart and _WORDS.fullmatch(text) and not _NO_UNITS & set(words):
+        # Any other word may say how the number is meant: 4 inverse, 4 too many.
+        return counted(text) or f"{UNSURE}{text.removesuffix('s')}"
     return None
 
 
 def _known(text: str) -> str | None:
-    """Of the tables, with powers and fractions of such."""
+    """Of the tables, with powers, products and fractions of such."""
     if text in _NAMES:
         return _NAMES[text]
     if len(text) > 2 and text.casefold() in _NAMES:
         return _NAMES[text.casefold()]
-    over = _PER.split(text)
-    if len(over) == 2:
-        parts = [_known(part) for part in over]
-        joined = f"{parts[0]}/{parts[1]}"
-        return None if None in parts else _NAMES.get(joined, joined)
+    if over := _OVER.fullmatch(text):
+        is_short = len(over[1].strip()) == len(over[2].strip()) == 1
+        name = _joined(_known(over[1].strip()), "/", _known(over[2].strip()))
+        return None if is_short and name not in _NAMES.values() else name
+    parts = _PER.split(text)
+    if len(parts) == 2:
+        above = _known(parts[0]) or counted(parts[0])
+        return _joined(above, "/", _known(parts[1]))
+    if found := _INVERSE.fullmatch(text):
+        below = _known(found[2])
+        power = int(found[3])
+        below = below if power == 1 or below is None else _raised(found[2], power)
+        return _joined(_known(found[1]), "/", below)
+    if len(factors := re.split(r"\s*\\cdot\s*", text)) == 2:
+        return _joined(_known(factors[0]), "*", _known(factors[1]))
     for word, power in (("square ", 2), ("sq ", 2), ("sq. ", 2), ("cubic ", 3), ("平方", 2),
                         ("立方", 3), ("cu ", 3)):  # fmt: skip
         if text.startswith(word):
@@ -159,6 +165,12 @@ def _known(text: str) -> str | None:
     if found:
         return _raised(found[1], int(found[2] or found[3]))
     return None
+
+
+def _joined(one: str | None, how: str, other: str | None) -> str | None:
+    if one is None or other is None:
+        return None
+    return _NAMES.get(f"{one}{how}{other}", f"{one}{how}{other}")
 
 
 def _raised(text: str, power: int) -> str | None:
