@@ -4,7 +4,7 @@ wrote them expects something.
 What depends on the model's layers and on the machine is in moetrain.plan.passed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +140,11 @@ def unread(recipe: "Recipe", rules: tuple[Rule, ...] = RULES) -> Iterator[tuple[
         for key in rule.keys:
             if _given(recipe, key):
                 yield key, f"does nothing with method {recipe.method.name} here: {rule.instead}"
+
+
+def leave_out(found: Mapping[str, str]) -> str:
+    """One line of all keys that would do nothing and why."""
+    return "; ".join(f"{key} {why}" for key, why in found.items()) + ". Leave out what does nothing"
 
 
 def _given(recipe: "Recipe", key: str) -> bool:

@@ -20,7 +20,7 @@ from moetrain.config.data import DataConfig
 from moetrain.config.megatron import passed_through
 from moetrain.config.method import MethodConfig
 from moetrain.config.online import DapoMethod, OnlineMethod
-from moetrain.config.reads import unread
+from moetrain.config.reads import leave_out, unread
 from moetrain.config.rewards import Reward, Rewards
 from moetrain.config.rollout import RolloutConfig
 from moetrain.config.section import Count, Folder, Fraction, Location, Paths, Section, WarmUp
@@ -390,6 +390,5 @@ class Recipe(Section):
         if info.context is not None:
             cast(dict[str, str], info.context).update(found)
         elif found:
-            key, why = next(iter(found.items()))
-            raise ValueError(f"{key} {why}. Leave it out.")
+            raise ValueError(leave_out(found))
         return self

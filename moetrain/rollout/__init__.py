@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moetrain.config.reads import SERVER_RULE, unread
+from moetrain.config.reads import SERVER_RULE, leave_out, unread
 from moetrain.config.recipe import Recipe
 from moetrain.errors import RolloutError
 from moetrain.rollout.base import RolloutEngine
@@ -43,8 +43,9 @@ def check_engine(recipe: Recipe) -> None:
     keys that the engine would not read: before minutes go into a model.
     """
     _, rollout = recipe.sampling
-    for key, why in unread(recipe, (SERVER_RULE,)):
-        raise RolloutError(f"{key} {why}. Leave it out.")
+    found = dict(unread(recipe, (SERVER_RULE,)))
+    if found:
+        raise RolloutError(f"{leave_out(found)}.")
     if rollout.replay is None:
         ENGINES[rollout.engine].check(recipe)
 

@@ -262,7 +262,8 @@ def test_the_same_losses_by_replay_and_beside_the_embedded_sampler(
     train(tmp_path / "replay", "parallel.ep=2", f"rollout.replay={whole / 'rollouts'}")
     assert [row["loss"] for row in steps(tmp_path / "replay")] == wanted
     shutil.copytree(whole / "rollouts", tmp_path / "embedded" / "rollouts")
-    train(tmp_path / "embedded", "parallel.ep=2", "rollout.engine=embedded")
+    embedded = ("rollout.engine=embedded", "rollout.engine_args={}")
+    train(tmp_path / "embedded", "parallel.ep=2", *embedded)
     rows = steps(tmp_path / "embedded")
     assert [row["loss"] for row in rows] == wanted
     assert all(row["push/logprob_gap"] <= 1e-3 for row in rows)
