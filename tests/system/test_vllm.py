@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from moetrain.rollout.client import Client
+from moetrain.testing import ranks
+from moetrain.testing.gloo import Workers
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "grpo_tiny.yaml"
@@ -214,12 +216,13 @@ METHODS = {
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_at_every_temperature(
-    served: Served, tmp_path: Path, method: str, temperature: float
+    served: Served, workers: Workers, tmp_path: Path, method: str, temperature: float
 ) -> None:
     """vLLM scores given tokens at 1, and says the log-probs of drawn ones as it drew them."""
     more = [f"method={METHODS[method]}", f"rollout.temperature={temperature}", "data.eval=[]"]
     more += ["data.demonstrations=builtin:checkable-sft"] * (method == "chord")
-    train(tmp_path / "run", *served.words, *more, nproc=1)
+    words = [*SETTINGS, f"run_dir={tmp_path / 'run'}", *served.words, *more]
+    assert workers.run(1, ranks.trained, str(RECIPE), words) == [0]
     rows = steps(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
