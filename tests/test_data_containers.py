@@ -18,7 +18,9 @@ from moetrain.config.builtin import MODELS
 from moetrain.data import corpus, preference, sft
 from moetrain.data.chat import ChatOptions
 from moetrain.data.encode import Encoder, Spec
+from moetrain.data.formats import to_conversation
 from moetrain.data.loader import prepare
+from moetrain.data.pair_formats import to_pair
 from moetrain.data.parsing import MAX_DEPTH
 from moetrain.data.prompts import PromptOrder, read_prompts, told_repeats
 from moetrain.data.rejects import Reject
@@ -29,6 +31,8 @@ from moetrain.evals.questions import read_questions
 from moetrain.loops.score import read_sequences
 
 Record = dict[str, Any]
+USER = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
 
 
 def read(*inputs: Path) -> list[Any]:
@@ -146,6 +150,67 @@ def test_messages_as_texts_of_json_are_read(tmp_path: Path) -> None:
     assert read(write_jsonl(tmp_path / "c.jsonl", [texts])) == [pair]
     plain = {"prompt": '["a", "b"]', "completion": '{"role": "user"}', "messages": "[no JSON"}
     assert read(write_jsonl(tmp_path / "d.jsonl", [plain])) == [plain]
+
+
+def _tool(name: str, **more: Any) -> Record:
+    own = {"type": "object", "properties": {name: {"type": "integer"}}}
+    return {"type": "function", "function": {"name": name, "parameters": own, **more}}
+
+
+UNEVEN: dict[str, list[Record]] = {
+    "parts beside texts": [
+        {"messages": [USER | {"content": [{"type": "text", "text": "q"}]}, ANSWER]},
+        {"messages": [USER, ANSWER]},
+        {"messages": [USER | {"content": "1"}, ANSWER | {"content": "[2]"}]},
+    ],
+    "texts beside messages": [
+        {"prompt": "q", "completion": "a"},
+        {"prompt": [USER], "completion": [ANSWER]},
+    ],
+    "tools": [
+        {"messages": [USER, ANSWER], "tools": [_tool("one")]},
+        {"messages": [USER, ANSWER], "tools": [_tool("two", strict=True)]},
+    ],
+    "texts of JSON of its own": [
+        {"messages": [USER, ANSWER | {"content": '"a"'}]},
+        {"messages": [USER, ANSWER | {"content": "[1]"}]},
+        {"messages": [USER, ANSWER]},
+    ],
+}
+
+
+def rewritten(folder: Path, records: Sequence[Record], **form: Any) -> Path:
+    """The records as `load_dataset` reads and `to_json` writes them."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = write_jsonl(folder / "a.jsonl", records)
+    cache = str(folder / "cache")
+    loaded: Any = datasets.load_dataset(
+        "json", data_files=str(path), split="train", cache_dir=cache
+    )
+    loaded.to_json(str(folder / "b.json"), **form)
+    return folder / "b.json"
+
+
+@pytest.mark.parametrize("lines", [True, False])
+@pytest.mark.parametrize("kind", UNEVEN)
+def test_uneven_values_that_datasets_wrote(tmp_path: Path, kind: str, lines: bool) -> None:
+    wanted = [to_conversation(record) for record in UNEVEN[kind]]
+    found = read(rewritten(tmp_path, UNEVEN[kind], lines=lines))
+    assert [to_conversation(record) for record in found] == wanted
+
+
+def test_uneven_answers_that_datasets_wrote(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "q"}]
+    good, bad = {"from": "gpt", "value": "a"}, {"from": "gpt", "value": "b"}
+    records = [
+        {"conversations": turns, "chosen": good | more, "rejected": bad}
+        for more in ({"id": "1"}, {"note": "x"})
+    ]
+    path = rewritten(tmp_path, records)
+    assert isinstance(json.loads(path.read_text().splitlines()[0])["chosen"], str)
+    assert [to_pair(record) for record in read(path)] == [to_pair(record) for record in records]
 
 
 def test_dates_and_other_values_of_tables_are_what_json_can_say(tmp_path: Path) -> None:

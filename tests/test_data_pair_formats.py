@@ -133,6 +133,8 @@ def test_system_input_history_tools_and_margin() -> None:
             "there is no prompt: chosen is str and not a list of messages; add the key prompt",
         ),
         ({"chosen": None}, r"no known format of pairs with the keys \['prompt', 'rejected'\]"),
+        ({"chosen": [GOOD | {"weight": 0}]}, "the answer in chosen is switched off by its weight"),
+        ({"rejected": [BAD | {"loss": False}]}, "the answer in rejected is switched off"),
         ({"margin": "big"}, "margin must be a number, not 'big'"),
         ({"margin": float("nan")}, "margin must be a number, not nan"),
     ],

@@ -122,6 +122,18 @@ def test_the_same_prompt_and_the_same_answer_count_once() -> None:
     assert [record["source"] for record in found.records] == [0]
 
 
+def test_what_a_prompt_s_template_reads_stays_with_it() -> None:
+    """A prompt with other tools is another prompt, and is learned with its own."""
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    with_tools = row("q", answer("one", 1.0), answer("two", 0.0))
+    with_tools["prompt"]["columns"] |= {"tools": tools, "chat_template_kwargs": {"x": False}}
+    plain = row("q", answer("three", 1.0), answer("four", 0.0))
+    found = chosen_of(with_tools, plain).records
+    assert sorted(len(to_pair(record).chosen.template_kwargs) for record in found) == [0, 2]
+    for record in right_answers(gather([(0, with_tools)], Choice()), Choice()).records:
+        assert to_conversation(record).template_kwargs == {"x": False, "tools": tools}
+
+
 @given(
     st.lists(st.integers(1, 30), min_size=2, max_size=4),
     st.lists(st.integers(1, 9), min_size=4, max_size=4),

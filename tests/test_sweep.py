@@ -231,7 +231,7 @@ def test_second_interrupt_kills(tmp_path: Path) -> None:
 
 SETTINGS = (
     "data.seq_len=64 train.global_batch=2 train.eval_packs=2 train.steps=400 checkpoint.every=3"
-    " optim.schedule=constant observe.tensorboard=false"
+    " optim.schedule=constant optim.min_lr=0 observe.tensorboard=false"
 ).split()
 
 

@@ -15,8 +15,9 @@ from chat_templates import KNOWN, chat_of, end_of, folder
 from moetrain.data import preference, sft
 from moetrain.data.chat import Chat, ChatOptions, Encoded
 from moetrain.data.encode import Encoder, Kind, Result, Spec
-from moetrain.data.formats import to_conversation
+from moetrain.data.formats import to_conversation, unread
 from moetrain.data.messages import FormatError
+from moetrain.data.prompts import read_prompt
 from moetrain.data.sources import find_sources, read_rows
 from moetrain.data.turns import end_of_turn, stop_ids
 
@@ -354,6 +355,24 @@ def test_calls_that_are_turns_of_their_own() -> None:
                          A("It is 3.")]}  # fmt: skip
     texts = [learned("qwen2.5", record) for record in (swift, factory, wire)]
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 2
+
+
+def test_a_call_as_openai_wrote_it_before_tool_calls() -> None:
+    call = A(None, function_call=CALL["function"])
+    assert learned("qwen2.5", {"messages": [U("q"), call]}) == learned(
+        "qwen2.5", {"messages": [U("q"), A(None, tool_calls=[CALL])]}
+    )
+
+
+def test_fields_of_a_message_that_are_not_read_are_named() -> None:
+    odd = {"thoughts": "hm", "images": ["a.png"], "refusal": "no", "id": 3, "extra": None}
+    record = {"messages": [U("q"), A("a", **odd)]}
+    fields = [note.split()[2] for note in unread(record, ("messages",))]
+    assert fields == ["images", "refusal", "thoughts"]
+    _, notes = read_prompt({"prompt": [U("q") | {"images": ["a"]}], "image": "b"}, chat_of("qwen3"))
+    assert [note.split()[2] for note in notes if "not read" in note] == ["image", "images"]
+    rendered = {"templated": True, "prompt": "<|im_start|>user", "completion": "a", "system": "S"}
+    assert list(unread(rendered, ("prompt", "completion"))) == ["the column system is not read"]
 
 
 def test_a_system_message_of_the_recipe() -> None:

@@ -1,11 +1,12 @@
 """From a record as people store it to a conversation. One small function a format, in one table."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from moetrain.config.data import TEMPLATE_CALL
 from moetrain.data.messages import (
+    READ_FIELDS,
     FormatError,
     Message,
     MissingError,
@@ -212,17 +213,49 @@ def template_kwargs_of(record: Record) -> dict[str, Any]:
         except ValueError as error:
             raise FormatError("tools is neither a list nor JSON") from error
     if isinstance(tools, list):
-        tools = [parsed(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+        tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise FormatError("tools must be a list of objects")
     return {**kwargs, **({"tools": tools} if tools else {})}
 
 
+def _tool(value: Any, where: str) -> Any:
+    """A tool with its function and that one's parameters as objects: `datasets` writes those of
+    uneven keys as texts of JSON.
+    """
+    is_text = isinstance(value, str) and value.lstrip().startswith("{")
+    tool = parsed(value, where) if is_text else value
+    for name in ("function", "parameters"):
+        if isinstance(tool, Mapping) and isinstance(tool.get(name), str | Mapping):
+            tool = {**tool, name: _tool(tool[name], f"{where}.{name}")}
+    return tool
+
+
 def unread(record: Record, read: tuple[str, ...]) -> tuple[str, ...]:
     """A note for each column that says something and is not read."""
     known = {*read, *SYSTEM_KEYS, *TEMPLATE_KEYS, TEMPLATED}
-    return tuple(
-        f"the column {shown(key)[1:-1]} is not read"
-        for key, value in record.items()
-        if key not in known and isinstance(value, str | list | dict) and value
+    if record.get(TEMPLATED):  # what is rendered already has room for nothing else
+        known -= {*SYSTEM_KEYS, *TEMPLATE_KEYS}
+    return (
+        *(
+            f"the column {shown(key)[1:-1]} is not read"
+            for key, value in record.items()
+            if key not in known and _says_something(value)
+        ),
+        *unread_fields(record[key] for key in read if key in record),
     )
+
+
+def unread_fields(columns: Iterable[Any]) -> Iterator[str]:
+    """A note for each field of a message that says something and is not read."""
+    fields: set[str] = set()
+    for value in columns:
+        for message in value if isinstance(value, list) else [value]:
+            if isinstance(message, Mapping):
+                own = message.keys() - READ_FIELDS
+                fields |= {str(key) for key in own if _says_something(message[key])}
+    yield from (f"the field {shown(f)[1:-1]} of a message is not read" for f in sorted(fields))
+
+
+def _says_something(value: Any) -> bool:
+    return isinstance(value, str | list | dict) and bool(value)

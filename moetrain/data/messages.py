@@ -30,6 +30,12 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 # Names for "learn this turn": OpenAI's, ms-swift's two.
 WEIGHT_FIELDS = ("weight", "loss", "loss_scale")
 COPIED_FIELDS = ("name", "tool_call_id")
+READ_FIELDS = frozenset(
+    {
+        *("role", "content", "from", "value", "tool_calls", "function_call"),
+        *(*REASONING_FIELDS, *WEIGHT_FIELDS, *COPIED_FIELDS),
+    }
+)
 # A thought that stands in the content before the answer.
 INLINE = re.compile(r"\s*<think>(?P<thought>.*?)</think>(?P<answer>.*)", re.DOTALL)
 
@@ -120,6 +126,8 @@ def read_message(value: Any, where: str) -> Message:
         calls = [_call(value.get("content"), f"{where}.content")]
         return {"role": "assistant", "content": None, "tool_calls": calls} | _weight(value, where)
     calls = _calls(value.get("tool_calls"), f"{where}.tool_calls")
+    if not calls and value.get("function_call") is not None:  # OpenAI's before tool_calls
+        calls = [_call(value["function_call"], f"{where}.function_call")]
     if calls and role != "assistant":
         raise FormatError(f"{where} is a {role} turn with tool_calls")
     reasoning = _reasoning(value, where) if role == "assistant" else None

@@ -189,7 +189,9 @@ def _answered(messages: list[Message], where: str, kwargs: dict[str, Any]) -> Co
         raise FormatError(f"there is no prompt before the answer in {where}")
     if not is_spoken(last):
         raise FormatError(f"the answer in {where} is empty")
-    # Which turns to train on is a matter of instruction data.
+    if not last.get("weight", True):
+        raise FormatError(f"the answer in {where} is switched off by its weight")
+    # Which of the turns before it to train on is a matter of instruction data.
     plain = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
     return Conversation(plain, [False] * (len(plain) - 1) + [True], kwargs)
 

@@ -5,14 +5,16 @@ mean log-prob a token. The chosen one is a right answer of about its length, so 
 is neither to be long nor to be short.
 """
 
+import json
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from moetrain.data.formats import TEMPLATE_KEYS
 from moetrain.data.thoughts import after_thought
 
 BINS = (0.25, 0.5, 0.75, 1.0)  # of difficulty: upper ends of the share of right answers
@@ -36,6 +38,7 @@ class Asked:
     source: int
     messages: list[dict[str, Any]]
     answers: list[Answer]
+    given: dict[str, Any] = field(default_factory=dict[str, Any])  # what else its template reads
     num_graded: int = 0  # also of answers that are cut, empty, or the same as another
     num_right: int = 0
 
@@ -91,10 +94,13 @@ def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[A
     found: dict[str, Asked] = {}
     texts: dict[str, set[str]] = {}
     for source, row in rows:
-        messages = row["prompt"]["columns"]["prompt"]
+        columns = row["prompt"]["columns"]
+        messages = columns["prompt"]
+        given = {name: columns[name] for name in TEMPLATE_KEYS if columns.get(name)}
         opened = row["prompt"].get("opened", "")
         key = plain(" ".join(str(message.get("content")) for message in messages))
-        asked = found.setdefault(key, Asked(row["prompt"]["id"], source, messages, []))
+        key += json.dumps(given, sort_keys=True) if given else ""
+        asked = found.setdefault(key, Asked(row["prompt"]["id"], source, messages, [], given))
         if asked.source != source:
             continue
         seen = texts.setdefault(key, set())
@@ -173,7 +179,11 @@ def right_answers(asked: Sequence[Asked], choice: Choice) -> Chosen:
         slots += [Slot(one, rank, answer) for rank, answer in enumerate(best)]
     kept, left_out, per_source = _selected(slots, choice)
     records = [
-        {"messages": [*slot.asked.messages, _turn(slot.answer)], **_told(slot.asked)}
+        {
+            "messages": [*slot.asked.messages, _turn(slot.answer)],
+            **slot.asked.given,
+            **_told(slot.asked),
+        }
         for slot in kept
     ]
     return Chosen(records, reasons, left_out, per_source)
@@ -256,6 +266,7 @@ def _pair(slot: Slot, chosen: Answer) -> dict[str, Any]:
         "prompt": slot.asked.messages,
         "chosen": [_turn(chosen)],
         "rejected": [_turn(slot.answer)],
+        **slot.asked.given,
         **_told(slot.asked),
         **figures,
     }

@@ -83,6 +83,7 @@ def check(value: Any) -> None:
 # Where a record may have messages (or tools): alone there, or in place of a text.
 LISTS = ("messages", "conversations", "rejected_messages", "tools")
 ANSWERS = ("prompt", "completion", "chosen", "rejected", "rejected_response")
+MESSAGES: tuple[set[str], ...] = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 
 
 def with_parsed_messages(record: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +97,8 @@ def with_parsed_messages(record: dict[str, Any]) -> dict[str, Any]:
             parsed = _parsed(value)
             if key in LISTS or _are_messages(parsed):
                 found[key] = parsed
+        elif key in ANSWERS and _is_object(value) and _are_messages([parsed := _parsed(value)]):
+            found[key] = parsed
         elif isinstance(value, list) and value and all(_is_object(item) for item in value):
             found[key] = [_parsed(item) for item in value]
     kwargs = record.get("chat_template_kwargs")
@@ -121,5 +124,7 @@ def _are_messages(value: Any) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in value)
+        and all(
+            isinstance(item, dict) and any(own <= item.keys() for own in MESSAGES) for item in value
+        )
     )

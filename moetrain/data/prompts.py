@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +19,15 @@ from moetrain.data import tokenizer as tokenizers
 from moetrain.data.cache import cache_root
 from moetrain.data.chat import Chat
 from moetrain.data.formats import (
+    SYSTEM_KEYS,
+    TEMPLATE_KEYS,
+    TEMPLATED,
     alpaca_prompt,
     filled,
     sharegpt,
     template_kwargs_of,
     templated,
+    unread_fields,
     with_system,
 )
 from moetrain.data.loader import (
@@ -43,6 +47,7 @@ from moetrain.errors import DataError
 # Where a record keeps its prompt: messages, or a text that is a user's only message.
 KEYS = ("prompt", "messages", "question", "problem", "conversations", "instruction")
 TEXTS = ("question", "problem")  # of them, those that are columns, too
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # that no model here sees
 AGAIN = "-"  # in the id of a record that stands in the files before, with how often
 
 
@@ -120,6 +125,7 @@ def read_prompt(
         text = chat.prompt(messages, **kwargs)
         notes = chat.prompt_notes(messages, text, **kwargs)
         columns["prompt"] = messages
+    notes = (*notes, *_unread(record, key))
     ids = chat.ids(text)
     if max_tokens is not None and len(ids) > max_tokens:
         raise FormatError(
@@ -130,6 +136,18 @@ def read_prompt(
     # Rewards see a question as a column, too, as in TRL.
     columns |= {own: record[own] for own in TEXTS if isinstance(record.get(own), str)}
     return Prompt(name, tuple(ids), columns, opened_by(text), is_text), notes
+
+
+def _unread(record: Mapping[str, Any], key: str) -> Iterator[str]:
+    """Notes on what neither the prompt nor a reward can take in."""
+    for name in MEDIA:
+        if record.get(name):
+            yield f"the column {name} is not read"
+    if record.get(TEMPLATED):
+        for name in (*SYSTEM_KEYS, *TEMPLATE_KEYS):
+            if record.get(name):
+                yield f"the column {name} is not read"
+    yield from unread_fields([record[key]])
 
 
 def to_prompt(record: Mapping[str, Any]) -> list[Message]:

@@ -5,11 +5,13 @@ JSONL, JSON, parquet, a Hugging Face dataset folder, text, folders of these.
 
 import glob
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moetrain.data import folders, tables
+from moetrain.data.json_texts import Place, decoded, json_places
 from moetrain.data.parsing import parse_json, parse_list, with_parsed_messages
 from moetrain.data.rejects import EMPTY_FILE, EMPTY_LINE, Reject
 from moetrain.errors import DataError
@@ -94,31 +96,50 @@ def read_rows(source: Source) -> Iterator[Row | Reject]:
         raise DataError(f"{source.path} cannot be read: {error.strerror or error}.") from error
 
 
-def _parse(raw: bytes, file: str, line: int) -> Row | Reject:
+def _parse(raw: bytes, file: str, line: int, places: frozenset[Place]) -> Row | Reject:
     """One line of a JSONL file."""
     if not raw.strip():
         return Reject(file, line, EMPTY_LINE)
     try:
-        return _row(parse_json(raw), file, line)
+        return _row(parse_json(raw), file, line, places=places)
     except ValueError as error:
         return Reject(file, line, str(error))
 
 
-def _row(value: Any, file: str, line: int, nulls: tuple[str, ...] = ()) -> Row | Reject:
+def _row(
+    value: Any,
+    file: str,
+    line: int,
+    nulls: tuple[str, ...] = (),
+    places: frozenset[Place] = frozenset(),
+) -> Row | Reject:
     if not isinstance(value, dict):
         return Reject(file, line, f"a record must be an object, not {type(value).__name__}")
     if not value and not nulls:
         return Reject(file, line, "empty record")
     try:
-        return Row(with_parsed_messages(value), file, line, nulls)
+        return Row(with_parsed_messages(decoded(value, places)), file, line, nulls)
     except ValueError as error:
         return Reject(file, line, str(error))
 
 
 def _read_jsonl(path: Path) -> Iterator[Row | Reject]:
+    places = json_places(_values(path))
+    for line, raw in enumerate(_lines(path), start=1):
+        yield _parse(raw, str(path), line, places)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
-            yield _parse(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw, str(path), line)
+            yield raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+
+
+def _values(path: Path) -> Iterator[Any]:
+    """What the lines say, without those that say nothing."""
+    for raw in _lines(path):
+        with suppress(ValueError):
+            yield parse_json(raw)
 
 
 def _read_json(path: Path) -> Iterator[Row | Reject]:
@@ -129,11 +150,13 @@ def _read_json(path: Path) -> Iterator[Row | Reject]:
         yield from _read_jsonl(path)
         return
     try:
-        for row, value in enumerate(parse_list(path.read_text(encoding="utf-8-sig")), start=1):
+        values = list(parse_list(path.read_text(encoding="utf-8-sig")))
+        places = json_places(values)
+        for row, value in enumerate(values, start=1):
             if isinstance(value, ValueError):
                 yield Reject(str(path), row, str(value))
             else:
-                yield _row(value, str(path), row)
+                yield _row(value, str(path), row, places=places)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is not valid JSON: {error}. Mend it or store one record a line (.jsonl)."

@@ -3,6 +3,7 @@ finds them.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +16,7 @@ from moetrain.config.answering import EVAL, keys_given
 from moetrain.config.bench import BenchConfig, load_bench
 from moetrain.data.cache import write_text
 from moetrain.data.loader import chat_of
+from moetrain.data.rejects import noted
 from moetrain.data.samples import read_lines
 from moetrain.errors import DataError
 from moetrain.evals.questions import locate, read_questions
@@ -56,7 +58,10 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
         "rewards": [bench.scorer.model_dump(mode="json")],
     }
     recipe = answering_recipe(model, out, others, sections)
-    prompts = read_questions(bench, data, chat_of(recipe), prompt_room(recipe))
+    chat, dropped = chat_of(recipe), Counter[str]()
+    prompts = read_questions(bench, data, chat, prompt_room(recipe), dropped)
+    for line in noted(chat.notes(), dropped):
+        print(line)
     check_columns([bench.scorer], prompts)
     notes = {"model": model, "bench": bench.model_dump(mode="json")}
     temperature = bench.rollout.eval_temperature

@@ -1,5 +1,6 @@
 """A benchmark's questions as prompts."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +28,11 @@ def locate(bench: BenchConfig, folder: Path) -> Path:
     return path
 
 
-def read_questions(bench: BenchConfig, path: Path, chat: Chat, room: int) -> list[Prompt]:
-    """Every question, in the file's order; `room` is the most tokens of a prompt.
+def read_questions(
+    bench: BenchConfig, path: Path, chat: Chat, room: int, notes: Counter[str] | None = None
+) -> list[Prompt]:
+    """Every question, in the file's order; `room` is the most tokens of a prompt. `notes` takes
+    what of how many is not rendered.
 
     Raises DataError for the first record that cannot be asked: a benchmark that loses questions is
     another benchmark.
@@ -42,9 +46,11 @@ def read_questions(bench: BenchConfig, path: Path, chat: Chat, room: int) -> lis
         if any(row.value.get(key) != value for key, value in bench.where.items()):
             continue
         try:
-            prompt, _ = read_prompt(_asked(bench, row.value, where), chat, room)
+            prompt, own = read_prompt(_asked(bench, row.value, where), chat, room)
         except FormatError as error:
             raise DataError(f"{where}: {error}.") from None
+        if notes is not None:
+            notes.update(own)
         number = ids[prompt.id] = ids.get(prompt.id, 0) + 1
         found.append(prompt if number == 1 else replace(prompt, id=f"{prompt.id}{AGAIN}{number}"))
         if len(found) == bench.limit:

@@ -1,0 +1,102 @@
+"""Columns of a JSONL file whose values are texts of JSON.
+
+`datasets` from 4.7 on gives a column of uneven values (a text here, a list of parts there) a type
+of its own, and its `to_json` writes every value of it as a text of JSON: a text `a` becomes
+`"\\"a\\""`. One value alone does not tell that from a text in quotation marks, a whole column does.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from moetrain.data.parsing import parse_json
+
+COLUMNS = frozenset(
+    "messages conversations prompt completion chosen rejected rejected_messages rejected_response"
+    " question answer solution instruction input output system".split()
+)
+INNER = ("content", "value")  # of messages
+type Place = tuple[str, ...]  # a column, or a column and a field of its messages
+
+
+def json_places(records: Iterable[Any]) -> frozenset[Place]:
+    """Where every value is a text of JSON, of several kinds, and texts are among them.
+
+    Reads no further than to the first record that shows that there is no such place.
+    """
+    kinds: dict[Place, set[str]] = {}
+    plain: set[Place] = set()
+    for record in records:
+        if not isinstance(record, dict):
+            continue
+        for place, value in _values(record):
+            kind = _kind(value)
+            if kind is None:
+                plain.add(place)
+            else:
+                kinds.setdefault(place, set()).add(kind)
+        if all(place in plain for place, _ in _values(record)):
+            break
+    return frozenset(
+        place
+        for place, own in kinds.items()
+        if place not in plain and "text" in own and own != {"text"}
+    )
+
+
+def decoded(record: dict[str, Any], places: frozenset[Place]) -> dict[str, Any]:
+    """The record with what its texts of JSON say. Raises ValueError as parse_json."""
+    found = dict(record)
+    for column, *inner in places:
+        value = found.get(column)
+        if value is None:
+            continue
+        found[column] = _said(value, inner[0]) if inner else _parsed(value)
+    return found
+
+
+def _said(value: Any, field: str) -> Any:
+    """A message, or a list of them, with one field parsed."""
+    if isinstance(value, list):
+        return [_said(item, field) for item in value]
+    if isinstance(value, Mapping) and value.get(field) is not None:
+        return {**value, field: _parsed(value[field])}
+    return value
+
+
+def _parsed(value: Any) -> Any:
+    """What a text says, where that is a text, a message, or a list of messages or parts. Any other
+    JSON was a text before, which `datasets` left as it was.
+    """
+    if not isinstance(value, str):
+        return value
+    found = parse_json(value)
+    items = found if isinstance(found, list) else [found]
+    known = all(isinstance(item, dict) and {"role", "from", "type"} & item.keys() for item in items)
+    return found if isinstance(found, str) or (items and known) else value
+
+
+def _values(record: Mapping[str, Any]) -> Iterator[tuple[Place, Any]]:
+    for column in COLUMNS & record.keys():
+        value = record[column]
+        messages = value if isinstance(value, list) else [value]
+        for message in messages:
+            if isinstance(message, Mapping):
+                own = (((column, name), message.get(name)) for name in INNER)
+                yield from (pair for pair in own if pair[1] is not None)
+            elif message is not None:
+                yield (column,), value
+
+
+def _kind(value: Any) -> str | None:
+    """What a text of JSON is of: a text or something else; None where it is no JSON."""
+    if not isinstance(value, str):
+        return None
+    first = value.lstrip()[:1]
+    if not first or first not in '"[{-0123456789tfn':
+        return None
+    try:
+        json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    return "text" if first == '"' else "other"
