@@ -157,7 +157,7 @@ def _tool(name: str, **more: Any) -> Record:
     return {"type": "function", "function": {"name": name, "parameters": own, **more}}
 
 
-UNEVEN: dict[str, list[Record]] = {
+MIXED: dict[str, list[Record]] = {
     "parts beside texts": [
         {"messages": [USER | {"content": [{"type": "text", "text": "q"}]}, ANSWER]},
         {"messages": [USER, ANSWER]},
@@ -194,10 +194,10 @@ def rewritten(folder: Path, records: Sequence[Record], **form: Any) -> Path:
 
 
 @pytest.mark.parametrize("lines", [True, False])
-@pytest.mark.parametrize("kind", UNEVEN)
+@pytest.mark.parametrize("kind", MIXED)
 def test_uneven_values_that_datasets_wrote(tmp_path: Path, kind: str, lines: bool) -> None:
-    wanted = [to_conversation(record) for record in UNEVEN[kind]]
-    found = read(rewritten(tmp_path, UNEVEN[kind], lines=lines))
+    wanted = [to_conversation(record) for record in MIXED[kind]]
+    found = read(rewritten(tmp_path, MIXED[kind], lines=lines))
     assert [to_conversation(record) for record in found] == wanted
 
 
