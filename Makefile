@@ -74,6 +74,7 @@ prove: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz/run.py --num $(INPUTS) --seed $(SEED)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz/damage.py --flips $(FLIPS)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/prove.py --runs $(N)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/rare.py
 
 clean:
 	rm -rf .venv $(VLLM) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

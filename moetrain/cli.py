@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
-from moetrain import __version__, cli_answers, cli_cluster, cli_data, cli_swift
+from moetrain import __version__, cli_answers, cli_cluster, cli_data, cli_swift, files
 from moetrain.cli_common import Arguments, Parser, add_overrides, positive
 from moetrain.errors import MoetrainError
 
@@ -306,20 +307,42 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. A user's mistake is one line on stderr and exit code
-    2.
+    2, and so is a disk that takes no more.
     """
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
-        return COMMANDS[args.command].run(args)
+        code = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+        return code
     except MoetrainError as error:
         line = " ".join(str(error).splitlines())
         if len(line) > LONGEST_ERROR:  # a name in a file may be of any length
             line = f"{line[: LONGEST_ERROR // 2]} ... {line[-LONGEST_ERROR // 2 :]}"
-        print("moetrain: error:", line, file=sys.stderr)
+        _say(f"moetrain: error: {line}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("moetrain: interrupted.", file=sys.stderr)
+        _say("moetrain: interrupted.")
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         return 141
+    except OSError as error:
+        if (line := files.told(error)) is None:
+            raise
+        _say(f"moetrain: error: {line}")
+        return 1 if error.errno in files.PASSING else MoetrainError.exit_code
+
+
+def _say(line: str) -> None:
+    """On stderr, after what is on its way to stdout; either may be a file on a full disk."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, line + "\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            _drop(stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """Python would try once more to write what is left, at its end, and fail then."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -16,6 +16,7 @@ from moetrain.config.load import load_recipe
 from moetrain.errors import ConfigError
 from moetrain.loops.child import Children
 from moetrain.loops.sweep import is_done, plan_sweep, ranges, split_grid, write_plan
+from moetrain.observe.ledger import read_ledger
 from moetrain.observe.runs import find_runs
 
 ROOT = Path(__file__).parent.parent
@@ -280,7 +281,9 @@ def test_failed_interrupted_resumed_and_skipped(tmp_path: Path) -> None:
     assert f"at step {reached}" in log and log.count("\n$ ") == 1
     failed, done = find_runs([folder])
     assert (failed.status, done.status, done.step) == ("failed", "finished", reached + 2)
-    assert [row["step"] for row in done.rows if "loss" in row] == list(range(1, reached + 3))
+    assert [
+        row["step"] for row in read_ledger(done.path / "ledger.jsonl") if "loss" in row
+    ] == list(range(1, reached + 3))
 
     sweep = plan_sweep(
         RECIPE,

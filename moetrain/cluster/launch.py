@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO
 
+from moetrain import files
 from moetrain.cluster.watchdog import HUNG, Line, Watch, Watchdog
 from moetrain.errors import ConfigError, DivergedError, MoetrainError
 from moetrain.loops.child import die_with
@@ -135,7 +135,7 @@ def run_local(command: Sequence[str], num_procs: int, watch: Watch | None = None
         asked = stack.enter_context(_handing_on(ranks))
         for local in range(num_procs):
             number = first + local
-            log = stack.enter_context(tempfile.TemporaryFile()) if number else None
+            log = stack.enter_context(files.nameless()) if number else None
             line = Line.open()
             stack.callback(line.close)
             process = subprocess.Popen(

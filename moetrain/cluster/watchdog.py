@@ -6,14 +6,13 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
 from typing import IO
 
-from moetrain import pulse
+from moetrain import files, pulse
 
 HUNG = 75  # exit code: sysexits' EX_TEMPFAIL, "try again"
 MAX_PASSED = 1.0  # seconds that one look may count: a launcher that was itself stopped saw nothing
@@ -42,7 +41,7 @@ class Line:
     def open(cls) -> "Line":
         mine, its = os.pipe()
         os.set_blocking(mine, False)
-        stacks = tempfile.TemporaryFile()
+        stacks = files.nameless()
         return cls(mine, stacks, (its, stacks.fileno()))
 
     @property

@@ -4,15 +4,14 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from moetrain import files
 from moetrain.errors import DataError
 
 # A file this young may still be rewritten within one tick of its file system's clock, so that its
@@ -43,41 +42,14 @@ def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
         with FileLock(folder.parent / f".{folder.name}.lock"):
             if folder.is_dir():
                 return folder
-            for stale in folder.parent.glob(f".{folder.name}.tmp-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            publish(folder, build)
+            with files.publish_folder(folder) as tmp:
+                build(tmp)
     except OSError as error:
         raise DataError(
             f"The cache {folder} cannot be written: {error.strerror or error}."
             " Point data.cache or $MOETRAIN_CACHE at a folder with room."
         ) from error
     return folder
-
-
-def publish(folder: Path, build: Callable[[Path], object]) -> Path:
-    """Fill a fresh folder beside `folder` by `build(tmp)`, then rename it.
-
-    `folder` is whole or not there.
-    """
-    tmp = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
-    tmp.mkdir(parents=True)
-    try:
-        build(tmp)
-        os.replace(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    return folder
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old content or all of the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
-    try:
-        tmp.write_text(text, encoding="utf-8")
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 def key_of(content: Any) -> str:
@@ -107,5 +79,5 @@ def _digest(path: Path, memory: Path) -> str:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if time.time() - stat.st_mtime > RACY_SECONDS:
         with contextlib.suppress(OSError):  # it only saves time; a cache may be read-only
-            write_text(note, digest)
+            files.write_text(note, digest)
     return digest

@@ -4,9 +4,8 @@ Legend: t = data.seq_len, the tokens of a sample. A prefix names two files, pref
 prefix.idx (documents).
 """
 
+import contextlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,9 +15,10 @@ from typing import Any
 
 import torch
 
+from moetrain import files
 from moetrain.data import index_files
 from moetrain.data import tokenizer as tokenizers
-from moetrain.data.cache import build_once, digest_files, key_of, write_text
+from moetrain.data.cache import build_once, digest_files, key_of
 from moetrain.data.rejects import NOTHING_THERE, Reject, check_rejects, write_rejects
 from moetrain.data.sources import Row, find_sources, read_rows
 from moetrain.errors import DataError
@@ -73,7 +73,7 @@ def index(
     prefix = _prefix(out)
     num_documents = num_tokens = 0
     early = True
-    with _written(prefix, tokenizers.vocab_of(loaded)) as (builder, publish):
+    with _written(prefix, tokenizers.vocab_of(loaded)) as (builder, finish):
         for texts in batched(found, CHUNK):
             batch = loaded(
                 list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
@@ -88,8 +88,9 @@ def index(
             if early and records >= FEWEST:
                 check_rejects(found.rejects, records, max_rejected, "--max-rejected")
         num_records = num_documents + len(found.rejects)
+        rejected = Path(f"{prefix}.rejected.jsonl")
         if found.rejects:
-            write_rejects(Path(f"{prefix}.rejected.jsonl"), found.rejects)
+            write_rejects(rejected, found.rejects)
         if early:
             check_rejects(found.rejects, num_records, max_rejected, "--max-rejected")
         if num_documents == 0:
@@ -103,7 +104,9 @@ def index(
             str(tokenizer),
             found.num_empty,
         )
-        publish(stats)
+        finish(stats)
+    if not found.rejects:  # those of an earlier index say nothing of this one
+        write_rejects(rejected, ())
     try:
         check_rejects(found.rejects, num_records, max_rejected, "--max-rejected")
     except DataError as error:
@@ -120,28 +123,23 @@ def _written(prefix: Path, vocab: int) -> Iterator[tuple[Any, Callable[[IndexSta
     """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    scratch = f"{prefix}.tmp-{uuid.uuid4().hex[:8]}"
-    builder: Any = None
-
-    def publish(stats: IndexStats) -> None:
-        builder.finalize(f"{scratch}.idx")
-        write_text(Path(f"{prefix}.json"), json.dumps(asdict(stats), indent=1))
-        # Data first, index last, and none between: an index of other data would be believed.
-        Path(f"{prefix}.idx").unlink(missing_ok=True)
-        os.replace(f"{scratch}.bin", f"{prefix}.bin")
-        os.replace(f"{scratch}.idx", f"{prefix}.idx")
-
+    # Data first, index last, and none between: an index of other data would be believed.
+    paths = [Path(f"{prefix}{suffix}") for suffix in (".bin", ".json", ".idx")]
     try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        builder = IndexedDatasetBuilder(f"{scratch}.bin", dtype=DType.optimal_dtype(vocab))
-        yield builder, publish
+        with files.publish(*paths) as (data, note, end):
+            builder: Any = IndexedDatasetBuilder(str(data), dtype=DType.optimal_dtype(vocab))
+
+            def finish(stats: IndexStats) -> None:
+                builder.finalize(str(end))
+                note.write_text(json.dumps(asdict(stats), indent=1))
+
+            try:
+                yield builder, finish
+            finally:
+                with contextlib.suppress(OSError):  # a full disk refuses what is in its buffer
+                    builder.data_file.close()
     except OSError as error:
         raise DataError(f"{prefix} cannot be written: {error.strerror or error}.") from error
-    finally:
-        if builder is not None:
-            builder.data_file.close()
-        for suffix in (".bin", ".idx"):
-            Path(scratch + suffix).unlink(missing_ok=True)
 
 
 class _Documents:

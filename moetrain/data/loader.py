@@ -150,11 +150,7 @@ def _describe(name: str, packs: Packs, recipe: Recipe) -> str:
 
 def write_rejected(recipe: Recipe, rejects: list[Reject]) -> None:
     """<run_dir>/rejected.jsonl; no such file when there are none."""
-    path = recipe.run_dir / "rejected.jsonl"
-    if rejects:
-        write_rejects(path, rejects)
-    else:
-        path.unlink(missing_ok=True)  # an earlier start of this run may have had some
+    write_rejects(recipe.run_dir / "rejected.jsonl", rejects)
 
 
 def build_train(

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moetrain.data.cache import write_text
+from moetrain import files
 from moetrain.errors import DataError
 
 # Reasons for which no record is missed.
@@ -22,12 +22,17 @@ class Reject:
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
-    """Write one JSON object a line; the file appears whole or not at all (DataError)."""
+    """Write one JSON object a line; the file appears whole or not at all (DataError). Without
+    rejects there is none afterwards.
+    """
     lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects]
     # A file's name may be bytes that are no text: Python has half characters there, JSON escapes.
     text = "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
     try:
-        write_text(path, text)
+        if text:
+            files.write_text(path, text)
+        elif path.exists():
+            path.unlink()
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moetrain import files
 from moetrain.data.parsing import parse_json
 from moetrain.errors import DataError
 
@@ -110,9 +111,12 @@ def read_as[T](path: Path, make: Callable[[dict[str, Any]], T]) -> Iterator[T]:
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a JSONL file, which appears whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("w", encoding="utf-8") as file:
+    """Write a JSONL file, which appears whole or not at all. Raises OSError."""
+    with files.publish(path) as (part,):
+        put_lines(part, rows)
+
+
+def put_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a JSONL file where nobody looks yet."""
+    with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    part.replace(path)

@@ -6,8 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain import manifest
-from moetrain.data.cache import publish
+from moetrain import files, manifest
 from moetrain.data.rejects import Reject, write_rejects
 from moetrain.data.sources import find_sources, read_rows
 from moetrain.data.tokenizer_check import check_read_as_written
@@ -74,12 +73,14 @@ def train(inputs: Iterable[str | Path], vocab_size: int, out: str | Path) -> Pat
         why = "".join(f"; {r.file}:{r.line}: {r.reason}" for r in rejects[:1])
         raise DataError(f"There is no text in {', '.join(map(str, inputs))}{why}.")
     trained = fit(chain([first], texts), vocab_size)
+    listed = out.with_name(out.name + ".rejected.jsonl")
+    write_rejects(listed, rejects)
     if rejects:
-        listed = out.with_name(out.name + ".rejected.jsonl")
-        write_rejects(listed, rejects)
         print(f"{len(rejects)} records cannot be read, see {listed}")
     try:
-        return publish(out, lambda folder: trained.save_pretrained(str(folder)))
+        with files.publish_folder(out) as folder:
+            trained.save_pretrained(str(folder))
+        return out
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}.") from error
 

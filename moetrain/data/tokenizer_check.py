@@ -7,11 +7,11 @@ LlamaTokenizerFast, as distilled models ship it, loses every space and says noth
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moetrain import files
 from moetrain.errors import DataError
 
 # What classes are known to cut in their own way: spaces, digits, contractions, line ends, scripts.
@@ -109,8 +109,7 @@ def beside(folder: Path, kind: str | None, changes: dict[str, str]) -> str | Non
     """
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
+    with files.scratch() as place:
         for file in _files(folder):
             shutil.copyfile(file, place / file.name)
         config = place / "tokenizer_config.json"

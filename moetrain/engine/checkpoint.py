@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint.api import CheckpointException
 
 import moetrain
 from moetrain.engine.manifest import write as write_manifest
@@ -108,7 +109,10 @@ class Saving:
             self._thread.join(1.0)
             beat()
         _agree(self._problem)
-        self._write_index()
+        try:
+            self._write_index()
+        except CheckpointException:  # torch's, which is no Exception
+            raise OSError("some of it could not be written; is the disk full?") from None
         known = _gathered(self.files)
         problem: Exception | None = None
         if dist.get_rank() == 0:

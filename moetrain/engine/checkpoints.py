@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from moetrain import files
 from moetrain.engine.checkpoint import Saving
 from moetrain.engine.manifest import damage
 from moetrain.errors import CheckpointError
@@ -171,11 +172,8 @@ class Checkpoints:
             return
         sign = 1 if self.more else -1
         if sign * metric > sign * self._best_value(record, -sign * math.inf):
-            part = record.with_suffix(".part")
-            part.write_text(
-                json.dumps({"name": final.name, "metric": self.best_name, "value": metric})
-            )
-            os.replace(part, record)
+            best = {"name": final.name, "metric": self.best_name, "value": metric}
+            files.write_text(record, json.dumps(best))
 
     def _best_value(self, record: Path, worst: float) -> float:
         """The best one's, unless it was the best by another metric, or is gone."""

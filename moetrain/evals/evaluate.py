@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moetrain import files
 from moetrain.config.answering import EVAL, keys_given
 from moetrain.config.bench import BenchConfig, load_bench
-from moetrain.data.cache import write_text
 from moetrain.data.loader import chat_of
 from moetrain.data.rejects import noted
 from moetrain.data.samples import read_lines
@@ -72,7 +72,7 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
     scores = scored(bench, (row for row in read_lines(out) if row["prompt"]["id"] in wanted))
     content = _content(bench, model, out, scores, len(prompts), dict(counts))
     for place in _places(bench, model, out):
-        write_text(place, json.dumps(content, indent=1) + "\n")
+        files.write_text(place, json.dumps(content, indent=1) + "\n")
         print(f"{bench.name}: {place}")
     _show(bench, scores, len(prompts))
     print(f"{counts['answers']} answers in {out}: {outcome(counts)}")

@@ -16,7 +16,8 @@ from itertools import batched
 from pathlib import Path
 from typing import Any, TextIO
 
-from moetrain.data.cache import key_of, write_text
+from moetrain import files
+from moetrain.data.cache import key_of
 from moetrain.data.samples import Prompt, Sample, read_as, read_lines, write_lines
 from moetrain.errors import DataError
 from moetrain.loops.rollouts import draw, verdicts
@@ -130,7 +131,7 @@ class AnswerFile:
             found = {}
         of = {name: list(pair) for name, pair in self.identity.items()}
         content = found | {"of": of, "answers": self.num} | dict(self.notes) | environment()
-        write_text(manifest_of(self.path), json.dumps(content | dict(more), indent=1) + "\n")
+        files.write_text(manifest_of(self.path), json.dumps(content | dict(more), indent=1) + "\n")
 
     def _locked(self) -> TextIO:
         file = self.path.with_name(f".{self.path.name}.lock").open("w")

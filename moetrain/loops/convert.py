@@ -3,9 +3,9 @@ run. One process each.
 """
 
 import os
-import tempfile
 from pathlib import Path
 
+from moetrain import files
 from moetrain.engine import Engine
 from moetrain.errors import WeightsError
 from moetrain.loops import models
@@ -46,8 +46,8 @@ def verify(a: Path, b: Path) -> int:
     """Compare the weights of two folders, Hugging Face or Megatron, tensor by tensor. Returns 0
     when equal, else 1.
     """
-    with tempfile.TemporaryDirectory(prefix="moetrain-verify-", dir=_roomy()) as scratch:
-        folders = [_as_hf(path, Path(scratch) / name) for path, name in ((a, "a"), (b, "b"))]
+    with files.scratch(_roomy()) as scratch:
+        folders = [_as_hf(path, scratch / name) for path, name in ((a, "a"), (b, "b"))]
         differences = list(compare(*folders))
     for difference in differences:
         print(difference)

@@ -1,7 +1,6 @@
 """Hugging Face folders out of others, without Megatron: an adapter merged, a model made deeper."""
 
-import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetrain import files
 from moetrain.errors import CheckpointError, ConfigError, WeightsError
 from moetrain.families import Dims, Family, family_of, with_scalar_head
 from moetrain.families import expand as expand_table
@@ -117,14 +117,11 @@ def refuse_existing(dst: Path) -> None:
 @contextmanager
 def published(dst: Path) -> Iterator[Path]:
     """A folder beside `dst` that takes its name when all went well, and is removed otherwise."""
-    part = dst.with_name(f".{dst.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        yield part
-        os.replace(part, dst)
+        with files.publish_folder(dst) as part:
+            yield part
     except OSError as error:
         raise CheckpointError(f"{dst} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    except WeightsError as error:  # which knows the folder as it is for now
+        said = re.sub(rf"{re.escape(str(dst.parent))}/\.\S+", str(dst), str(error))
+        raise WeightsError(said) from error

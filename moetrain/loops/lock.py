@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from moetrain.errors import ConfigError
+from moetrain.files import named
 
 LEASE = ".lease"
 Lease = dict[str, Any]
@@ -77,6 +78,10 @@ class RunLock:
         self._file = None
 
     def _lock(self) -> IO[str]:
+        with named(self.folder):
+            return self._locked()
+
+    def _locked(self) -> IO[str]:
         file = (self.folder / ".lock").open("a+")
         deadline = time.monotonic() + self.PATIENCE
         while True:
@@ -104,7 +109,8 @@ class RunLock:
         while True:
             try:  # one of several wins, on a network file system too
                 self._lease = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-                os.write(self._lease, json.dumps(self._me).encode())
+                with named(self.folder):
+                    os.write(self._lease, json.dumps(self._me).encode())
                 return
             except FileExistsError:
                 pass

@@ -9,9 +9,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from moetrain.data.cache import cache_root, digest_files, write_text
+from moetrain import files as publishing
+from moetrain.data.cache import cache_root, digest_files
 from moetrain.data.pairing import Asked, Choice, Chosen, gather, pairs, right_answers
-from moetrain.data.samples import read_lines, write_lines
+from moetrain.data.samples import put_lines, read_lines
 from moetrain.errors import DataError
 from moetrain.loops.answers import Row, check_manifest, manifest_of
 from moetrain.loops.run_dir import environment
@@ -52,13 +53,16 @@ def choose(
     if not chosen.records:
         raise DataError(f"{out}: nothing to write. {_summary(out, asked, chosen, sft)}")
     kept, evaluated = _parted(chosen.records, held_out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(out, kept)
-    if held_out:
-        write_lines(out.with_name(out.stem + ".eval.jsonl"), evaluated)
     counts = {"prompts": len(asked), "records": len(chosen.records), "no record": chosen.reasons}
     note = {"of": {k: list(v) for k, v in identity.items()}, "counts": counts} | environment()
-    write_text(manifest_of(out), json.dumps(note, indent=1) + "\n")
+    beside = out.with_name(out.stem + ".eval.jsonl")
+    # The manifest before what it is of: the same command then goes on after a kill between them.
+    paths = [manifest_of(out), *([beside] if held_out else []), out]
+    with publishing.publish(*paths) as parts:
+        parts[0].write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        put_lines(parts[-1], kept)
+        if held_out:
+            put_lines(parts[1], evaluated)
     print(_summary(out, asked, chosen, sft))
     return 0
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 import moetrain
+from moetrain import files
 from moetrain.data import assets
 from moetrain.engine import device
 from moetrain.errors import MoetrainError
@@ -69,9 +70,8 @@ def main(folder: Path = Path("runs/quickstart"), overrides: Sequence[str] = ()) 
     console.rule("4/4 answers from transformers")
     answers = list(_answer(model, console))
     num_right = sum(answer.is_right for answer in answers)
-    (folder / "answers.json").write_text(
-        json.dumps([vars(a) | {"is_right": a.is_right} for a in answers], indent=1)
-    )
+    rows = [vars(a) | {"is_right": a.is_right} for a in answers]
+    files.write_text(folder / "answers.json", json.dumps(rows, indent=1))
     for answer in answers[:8]:
         mark = "right" if answer.is_right else f"wrong, {answer.right}"
         console.print(f"{answer.question}  ->  {answer.given}  ({mark})", markup=False)

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from moetrain import files
 from moetrain.data.groups import Graded, Group
 from moetrain.data.prompts import PromptOrder
 from moetrain.data.samples import Prompt, Sample, read_as, write_lines
@@ -188,7 +189,7 @@ class Collector:
     def _sample(
         self, step: int, prompts: Sequence[Prompt], done: dict[tuple[str, int], Sample]
     ) -> None:
-        with self.store.open(step, done.values()) as file:
+        with files.named(self.store.folder), self.store.open(step, done.values()) as file:
             draw(self.engine, prompts, self.group_size, self.sampling, self.seed, done, file)
 
     def _grade(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import moetrain
+from moetrain import files
 from moetrain.config.load import dump_recipe, load_recipe, recipe_hash
 from moetrain.config.recipe import OptimConfig, Recipe
 from moetrain.errors import CheckpointError, ConfigError
@@ -78,8 +79,10 @@ def check_writable(run_dir: Path) -> None:
     probe = run_dir / "checkpoints" / f".probe-{os.getpid()}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"1")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"1")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
             f"{probe.parent} cannot be written ({error.strerror}). Make it writable and free space,"
@@ -145,9 +148,9 @@ def write_run_files(
     """
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     own = environment() | {"recipe_hash": recipe_hash(recipe), **parameters}
-    _replace(recipe.run_dir / "ranks.json", json.dumps(ranks, indent=1))
-    _replace(recipe.run_dir / "environment.json", json.dumps(own, indent=1))
-    _replace(recipe.run_dir / "resolved.yaml", dump_recipe(recipe))
+    files.write_text(recipe.run_dir / "ranks.json", json.dumps(ranks, indent=1))
+    files.write_text(recipe.run_dir / "environment.json", json.dumps(own, indent=1))
+    files.write_text(recipe.run_dir / "resolved.yaml", dump_recipe(recipe))
 
 
 def environment() -> dict[str, Any]:
@@ -200,9 +203,3 @@ def _git_commit() -> str | None:
         if not commit
         else commit + ("+" if git("status", "--porcelain", "--", str(folder)) else "")
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)

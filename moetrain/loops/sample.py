@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moetrain import files
 from moetrain.config.answering import SAMPLE, keys_given
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets
@@ -105,9 +106,9 @@ def _prompts(recipe: Recipe, out: Path) -> list[Prompt]:
     check_rejects(rejects, len(found) + len(rejects), recipe.data.max_rejected)
     for line in noted(chat.notes(), notes):
         print(line)
+    path = out.with_name(out.stem + ".rejected.jsonl")
+    write_rejects(path, rejects)
     if rejects:
-        path = out.with_name(out.stem + ".rejected.jsonl")
-        write_rejects(path, rejects)
         print(f"{len(rejects)} records cannot be used, see {path}")
     return found
 
@@ -133,6 +134,7 @@ def answer_all(
     try:
         with ExitStack() as stack:
             stack.enter_context(told_to_stop())
+            stack.enter_context(files.named(out))
             file = stack.enter_context(AnswerFile(out, identity, num, notes))
             if any(prompt.id not in file.finished for prompt in prompts):
                 grader = Grader(recipe.rewards, rollout.reward_workers, rollout.reward_seconds)

@@ -3,14 +3,15 @@ layout.
 """
 
 import json
-import os
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
+from moetrain import files
 from moetrain.config.recipe import Recipe
 from moetrain.data import tokenizer
 from moetrain.data.rejects import Reject
@@ -39,23 +40,25 @@ def score(model: str, data: Path, out: Path, overrides: Sequence[str] = ()) -> i
         raise DataError(f"{out}: there is no folder {out.parent}. Make it, or give another --out.")
     rows = read_sequences(recipe, data)
     engine = open_engine(recipe)
-    part = out.with_name(f".{out.name}.part")
     try:
-        with part.open("w") if engine.mesh.is_main else open(os.devnull, "w") as file:
+        with _written(out, engine.mesh.is_main) as file:
             for start in range(0, len(rows), WINDOW):
                 window = rows[start : start + WINDOW]
                 for tokens, logprobs in zip(window, score_window(engine, window), strict=True):
                     line = {"tokens": tokens.tolist(), "logprobs": logprobs.tolist()}
                     file.write(json.dumps(line) + "\n")
-        if engine.mesh.is_main:
-            os.replace(part, out)
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}.") from error
-    finally:
-        if engine.mesh.is_main:
-            part.unlink(missing_ok=True)
     engine.close()
     return 0
+
+
+@contextmanager
+def _written(out: Path, is_main: bool) -> Iterator[TextIO]:
+    """What is written to, which becomes `out` on the first rank."""
+    with ExitStack() as stack:
+        part = stack.enter_context(files.publish(out))[0] if is_main else Path("/dev/null")
+        yield stack.enter_context(part.open("w"))
 
 
 def read_sequences(recipe: Recipe, data: Path) -> "list[array[int]]":

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moetrain import files
+
 Row = dict[str, Any]
 
 
@@ -36,7 +38,7 @@ def add_row(run_dir: Path, row: Mapping[str, Any]) -> None:
     """Append a row and wait until it is on disk. Raises OSError."""
     path = run_dir / "starts.jsonl"
     whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
-    with path.open("a", encoding="utf-8") as file:
+    with files.named(path), path.open("a", encoding="utf-8") as file:
         file.write(("" if whole else "\n") + json.dumps(dict(row) | _place()) + "\n")
         file.flush()
         os.fsync(file.fileno())

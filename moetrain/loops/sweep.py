@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 
 import moetrain
+from moetrain import files
 from moetrain.config.load import apply_override, load_recipe
 from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError, MoetrainError
@@ -192,9 +193,7 @@ def write_plan(sweep: Sweep) -> Path:
     """Write `<folder>/sweep.jsonl`, one line a run; replaced whole."""
     sweep.folder.mkdir(parents=True, exist_ok=True)
     path = sweep.folder / PLAN
-    part = path.with_name(f".{PLAN}.{os.getpid()}")
-    part.write_text("".join(json.dumps(run.line) + "\n" for run in sweep.runs), encoding="utf-8")
-    os.replace(part, path)
+    files.write_text(path, "".join(json.dumps(run.line) + "\n" for run in sweep.runs))
     return path
 
 
@@ -247,19 +246,29 @@ def _run(run: Planned, head: str, children: Children, console: Console) -> tuple
             said_at = time.monotonic()
             console.print(f"{head}: {_position(folder)}, {_duration(started)}", markup=False)
 
-    with (folder / LOG).open("ab") as log, console.status(f"{head}: starting") as status:
+    path = folder / LOG
+    with (
+        files.named(path),
+        path.open("ab") as log,
+        console.status(f"{head}: starting") as status,
+    ):
         log.write(f"$ {shlex.join(run.command)}\n".encode())
         log.flush()
         begin = log.tell()
         code = children.run(run.command, log, tick)
     if code == 0:
         return code, f"done, {_position(folder)}, {_duration(started)}"
-    with (folder / LOG).open("rb") as log:
+    with path.open("rb") as log:
         log.seek(begin)
         lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
     errors = [line for line in lines if line.startswith("moetrain: error:")]
-    reason = (errors or [line for line in lines if line] or ["no output"])[-1]
-    return code, f"FAILED with exit code {code} ({reason}); log: {folder / LOG}"
+    reason = (errors or [line for line in lines if line] or [_silent(folder)])[-1]
+    return code, f"FAILED with exit code {code} ({reason}); log: {path}"
+
+
+def _silent(folder: Path) -> str:
+    """Why a run has said nothing."""
+    return "no output" if shutil.disk_usage(folder).free else "no output: the disk is full"
 
 
 def _position(folder: Path) -> str:

@@ -8,10 +8,11 @@ a resumed run drops those past its checkpoint.
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
+from moetrain import files
 from moetrain.errors import MoetrainError
 
 Row = dict[str, Any]
@@ -23,21 +24,31 @@ def read_ledger(path: Path) -> list[Row]:
     """The complete rows of a ledger; [] when there is none. A last line cut short by a kill is left
     out, and so is all after a line that is no JSON. Raises MoetrainError for a row without a step.
     """
+    return [row for _, row in _lines(path)]
+
+
+def rows_of(path: Path) -> Iterator[Row]:
+    """As `read_ledger`, a row at a time: a long run has a million."""
+    return (row for _, row in _lines(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:
     if not path.is_file():
-        return []
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # a machine that lost power may leave zeros
-            break
-        if not is_row(row):
-            raise MoetrainError(
-                f"{path}:{number} is no row of a ledger: it has no whole number as its step."
-                " Remove the line."
-            )
-        rows.append(row)
-    return rows
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if not line.endswith(b"\n"):
+                    return
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # a machine that lost power may leave zeros
+                return
+            if not is_row(row):
+                raise MoetrainError(
+                    f"{path}:{number} is no row of a ledger: it has no whole number as its step."
+                    " Remove the line."
+                )
+            yield line, row
 
 
 def is_row(value: Any) -> TypeGuard[Row]:
@@ -59,34 +70,20 @@ class Ledger:
     """
 
     def __init__(self, path: Path, step: int = 0):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_ledger(path) if row["step"] <= step and step]
-        _write_whole(path, "".join(_line(row) for row in kept))
+        self.path = path
+        with files.publish(path) as (part,), part.open("wb") as file:
+            if step:
+                file.writelines(line for line, row in _lines(path) if row["step"] <= step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row and wait until it is on disk."""
-        self._file.write(_line(row))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with files.named(self.path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; the ledger takes no more rows."""
-        self._file.close()
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row) + "\n"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        with contextlib.suppress(OSError):  # a row that a full disk has refused was told of
+            self._file.close()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from moetrain import files
 from moetrain.observe.ledger import read_ledger
 
 
@@ -36,8 +37,8 @@ def plot_losses(ledgers: Mapping[str, Path], out: Path) -> None:
         axes.grid(alpha=0.3)
         if train or held_out:
             axes.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130, format="png")
+    with files.publish(out) as (part,):
+        figure.savefig(part, dpi=130, format="png")
 
 
 def _running_mean(values: list[float], decay: float = 0.9) -> list[float]:

@@ -17,8 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 import moetrain
+from moetrain import files
 from moetrain.errors import MoetrainError
-from moetrain.observe.runs import Run, find_runs, numbers
+from moetrain.observe.curves import Series
+from moetrain.observe.runs import Run, find_runs
 
 # A page of ten long runs stays under a megabyte: so many numbers in all its curves and heat maps.
 CURVE_NUMBERS, HEAT_NUMBERS = 90_000, 40_000
@@ -29,6 +31,7 @@ _HEAT = "load_max_over_mean"
 _HEALTH = ("lr", "tokens", "seconds", "tokens_per_s", "memory_gib", "grad_norm", "eval_seconds")
 # What runs are compared by stands before the rest of its group.
 _FIRST = ("loss", "rewards/accuracies", "rewards/margins", "kl")
+PRINTED = 1000  # runs in the terminal; the page and the CSV have all
 _UNPLOTTED = ("tokens", "seconds")
 _OWN = ("run_dir",)  # differs by its nature
 
@@ -55,15 +58,14 @@ def write_report(paths: Sequence[Path], out: Path, table: Path | None = None) ->
         raise MoetrainError(f"-o {out} and the CSV are one file. Name the page .html.")
     columns = columns_of(runs)
     title = " · ".join(dict.fromkeys(path.resolve().name for path in paths))
+    text = page(runs, columns, title if len(title) < 60 else "Runs")
     try:
-        for path in (out, table):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        text = page(runs, columns, title if len(title) < 60 else "Runs")
-        out.write_bytes(text.encode("utf-8", "backslashreplace"))
-        write_csv(columns, table)
+        with files.publish(out) as (new_page,), files.publish(table) as (new_table,):
+            new_page.write_bytes(text.encode("utf-8", "backslashreplace"))
+            write_csv(columns, new_table)
     except OSError as error:
         raise MoetrainError(f"{error.filename}: {error.strerror}. Give another -o.") from None
-    print_runs(runs)
+    print_runs(runs, columns=columns)
     print(f"page: {out}   table: {table}")
     return 0
 
@@ -112,9 +114,14 @@ def _given(cells: Sequence[Cell]) -> list[bool]:
 
 def _differs(key: str, runs: Sequence[Run]) -> bool:
     """Among the runs that have settings; one that has not begun says what it was to change."""
-    known = [r.settings or r.planned for r in runs if r.settings or key in r.planned]
-    values = [json.dumps(settings.get(key), default=str) for settings in known]
-    return len(set(values)) > 1
+    first: list[str] = []
+    for run in runs:
+        if run.settings or key in run.planned:
+            value = json.dumps((run.settings or run.planned).get(key), default=str)
+            if value not in (first or [value]):
+                return True
+            first = [value]
+    return False
 
 
 def _shown(value: Any) -> Cell:
@@ -148,13 +155,15 @@ def write_csv(columns: Sequence[Column], path: Path) -> None:
         writer.writerows(zip(*(column.cells for column in columns), strict=True))
 
 
-def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
-    """Print the table, as many of its columns as the terminal is wide; into a file, all that are no
-    measure of the machine.
+def print_runs(
+    runs: Sequence[Run], console: Console | None = None, columns: Sequence[Column] | None = None
+) -> None:
+    """Print the table of the first PRINTED runs, as many of its columns as the terminal is wide;
+    into a file, all that are no measure of the machine.
     """
     console = console or Console(highlight=False)
-    columns = [c for c in columns_of(runs) if c.group != "health"]
-    texts = [[c.key, *(_text(cell) for cell in c.cells)] for c in columns]
+    columns = [c for c in columns or columns_of(runs) if c.group != "health"]
+    texts = [[c.key, *(_text(cell) for cell in c.cells[:PRINTED])] for c in columns]
     widths = [max(map(len, column)) + 3 for column in texts]
     if not console.is_terminal:
         console = Console(highlight=False, file=console.file, width=sum(widths) + 1)
@@ -171,7 +180,9 @@ def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
     if fits < len(columns):
         left = ", ".join(column.key for column in columns[fits:])
         console.print(f"not shown: {left}", markup=False, soft_wrap=True)
-    for run in runs:
+    if len(runs) > PRINTED:
+        console.print(f"not shown: {len(runs) - PRINTED} more runs")
+    for run in runs[:PRINTED]:
         for problem in run.problems:
             console.print(f"{run.name}: {problem}", markup=False, soft_wrap=True)
         for step, text in run.warnings[-1:]:
@@ -254,17 +265,10 @@ def _within(value: int, bounds: tuple[int, int]) -> int:
     return max(bounds[0], min(bounds[1], value))
 
 
-Series = list[tuple[int, float]]
-
-
 def _select(run: Run, wanted: Callable[[str], bool]) -> dict[str, Series]:
-    """(step, value) of every wanted figure."""
-    found: dict[str, Series] = {}
-    for row in run.rows:
-        for key, value in numbers(row).items():
-            if wanted(key) and math.isfinite(value):
-                found.setdefault(key, []).append((int(row["step"]), value))
-    return found
+    """Every wanted figure, where it is a number."""
+    found = {key: own.finite() for key, own in run.curves.figures.items() if wanted(key)}
+    return {key: own for key, own in found.items() if len(own)}
 
 
 def _series(run: Run) -> dict[str, Series]:
@@ -288,10 +292,10 @@ def _curve(
 
     `g` is the number of its steps in `grids`, which curves of one run share.
     """
-    parts = [series[i : i + stride] for i in range(0, len(series), stride)]
-    steps = tuple(part[-1][0] for part in parts)
+    starts = range(0, len(series), stride)
+    steps = tuple(series.steps[i : i + stride][-1] for i in starts)
     curve: dict[str, int | list[float]] = {"g": grids.setdefault(steps, len(grids))}
-    values = [[value for _, value in part] for part in parts]
+    values = [series.values[i : i + stride] for i in starts]
     curve["m"] = [_short(sum(v) / len(v)) for v in values]
     if stride > 1:
         curve |= {"lo": [_short(min(v)) for v in values], "hi": [_short(max(v)) for v in values]}
@@ -313,9 +317,9 @@ def _heat(layers: dict[int, Series], columns: int) -> dict[str, Any] | None:
     parts = [slice(i, i + stride) for i in range(0, len(longest), stride)]
     return {
         "layers": list(layers),
-        "steps": [longest[part][-1][0] for part in parts],
+        "steps": [longest.steps[part][-1] for part in parts],
         "rows": [
-            [_hundredths([v for _, v in s[part]]) for part in parts]
+            [_hundredths(s.values[part]) for part in parts]
             for s in series
         ],
     }  # fmt: skip

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from moetrain.config.recipe import Recipe
-from moetrain.observe.ledger import Ledger, read_ledger
+from moetrain.observe.ledger import Ledger, rows_of
 from moetrain.observe.overoptimisation import Watch
 from moetrain.observe.plot import plot_losses
 from moetrain.observe.progress import ProgressDisplay
@@ -41,7 +41,7 @@ class Reporter:
             return
         self._ledger = Ledger(recipe.run_dir / "ledger.jsonl", step)
         self._watch = Watch(recipe.method.kl_limit)
-        for row in read_ledger(recipe.run_dir / "ledger.jsonl"):
+        for row in rows_of(recipe.run_dir / "ledger.jsonl"):
             self._watch.row(row)
         self._open.callback(self._ledger.close)
         self._sinks = open_sinks(recipe, step)

@@ -3,15 +3,18 @@
 import fcntl
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from statistics import median
 from typing import Any, cast
 
 from moetrain.config.yaml_text import parse_value
 from moetrain.errors import ConfigError, MoetrainError
-from moetrain.observe.ledger import Row, is_number, is_row
+from moetrain.observe.curves import Curves
+from moetrain.observe.ledger import Row, is_row
 
 PLAN = "sweep.jsonl"  # of a sweep's folder: one line a run
 LOG = "train.log"  # what a sweep's run printed
@@ -21,14 +24,12 @@ _MARKS = ("resolved.yaml", "ledger.jsonl", "checkpoints", LOG, "evals")
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it. `rows` are its ledger's; `problems` say what is amiss with the
-    folder.
-    """
+    """A run as its folder tells it. `curves` are its ledger's; `problems` say what is amiss."""
 
     name: str
     path: Path
     status: str
-    rows: list[Row] = field(default_factory=list)
+    curves: Curves = field(default_factory=Curves)
     settings: dict[str, Any] = field(default_factory=dict)  # dotted keys of resolved.yaml
     planned: dict[str, Any] = field(default_factory=dict)  # what the sweep meant to lay over it
     best: str | None = None
@@ -40,32 +41,17 @@ class Run:
     @property
     def step(self) -> int:
         """The last step in the ledger; 0 when there is none."""
-        return int(self.rows[-1]["step"]) if self.rows else 0
+        return self.curves.step
 
     @property
     def final(self) -> dict[str, float]:
         """The last value of every figure; speed is the median over the steps."""
-        last: dict[str, float] = {}
-        for row in self.rows:
-            held_out = "loss" not in row
-            last |= {k: v for k, v in numbers(row).items() if k != "seconds" or not held_out}
-        speeds = [v for row in self.rows if (v := numbers(row).get("tokens_per_s")) is not None]
-        return last | ({"tokens_per_s": median(speeds)} if speeds else {})
+        return self.curves.final
 
     @property
     def warnings(self) -> list[tuple[int, str]]:
         """(step, text) of every row that carries a warning."""
-        found: list[tuple[int, str]] = []
-        for row in self.rows:
-            said = row.get("warning") or []
-            texts = cast(list[Any], said) if isinstance(said, list) else [said]
-            found += [(int(row["step"]), str(text)) for text in texts]
-        return found
-
-
-def numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a ledger row, without its step."""
-    return {key: float(value) for key, value in row.items() if key != "step" and is_number(value)}
+        return self.curves.warnings
 
 
 def last_row(folder: Path) -> Row:
@@ -172,8 +158,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that differ from each other."""
     names = [folder.name for folder in folders]
     for depth in range(2, max((len(folder.parts) for folder in folders), default=0) + 1):
+        counts = Counter(names)
+        if len(counts) == len(names):
+            break
         names = [
-            "/".join(folder.parts[-depth:]) if names.count(name) > 1 else name
+            "/".join(folder.parts[-depth:]) if counts[name] > 1 else name
             for name, folder in zip(names, folders, strict=True)
         ]
     return names
@@ -182,15 +171,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def read_run(folder: Path, name: str, planned: Mapping[str, Any] | None = None) -> Run:
     """Read a run's folder. Nothing that is missing or broken there raises: it becomes a problem."""
     problems: list[str] = []
-    rows = _rows(folder / "ledger.jsonl", problems)
+    curves = _curves(folder / "ledger.jsonl", problems)
     total = num_steps(folder)
-    step = int(rows[-1]["step"]) if rows else 0
     scores, spreads = _scores(folder / "evals", problems)
     return Run(
         name=name,
         path=folder,
-        status=_status(folder, step, total, problems),
-        rows=rows,
+        status=_status(folder, curves.step, total, problems),
+        curves=curves,
         settings=_settings(folder / "resolved.yaml", problems),
         planned=dict(planned or {}),
         best=_best(folder / "checkpoints" / "best.json", problems),
@@ -201,21 +189,26 @@ def read_run(folder: Path, name: str, planned: Mapping[str, Any] | None = None) 
     )
 
 
-def _rows(path: Path, problems: list[str]) -> list[Row]:
+def _curves(path: Path, problems: list[str]) -> Curves:
+    curves, num_lines, cut = Curves(), 0, False
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            for line in file:
+                cut = not line.endswith(b"\n")
+                num_lines += not cut
+                if not cut and is_row(row := _json(line)):
+                    curves.add(row)
     except FileNotFoundError:
-        return []
+        return curves
     except OSError as error:
         problems.append(f"ledger.jsonl is not readable ({type(error).__name__})")
-        return []
-    *lines, rest = raw.split(b"\n")
-    good = [row for row in map(_json, lines) if is_row(row)]
-    if len(good) < len(lines):
-        problems.append(f"ledger.jsonl: {len(lines) - len(good)} of {len(lines)} lines are no rows")
-    if rest:
+        return Curves()
+    if curves.num_rows < num_lines:
+        missing = num_lines - curves.num_rows
+        problems.append(f"ledger.jsonl: {missing} of {num_lines} lines are no rows")
+    if cut:
         problems.append("ledger.jsonl: the last line is cut short")
-    return good
+    return curves
 
 
 def _status(folder: Path, step: int, total: int | None, problems: list[str]) -> str:
@@ -263,13 +256,28 @@ def _failure(log: Path) -> str | None:
 
 def _settings(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        content = parse_value(path.read_text(encoding="utf-8"), str(path))
+        text = path.read_text(encoding="utf-8")
+        try:
+            # The runs of a sweep differ in a section or two: the others are read once for all.
+            parts = [_section(part) for part in re.split(r"^(?=\S)", text, flags=re.MULTILINE)]
+            return {key: value for part in parts for key, value in part}
+        except (TypeError, ConfigError):  # no sections, or they name each other
+            content = parse_value(text, str(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, ConfigError) as error:
         problems.append(f"resolved.yaml is not readable ({type(error).__name__})")
         return {}
     return flatten(cast(dict[str, Any], content)) if isinstance(content, dict) else {}
+
+
+@lru_cache(maxsize=10_000)
+def _section(text: str) -> tuple[tuple[str, Any], ...]:
+    """The settings in a part of a recipe. Raises TypeError for a part that is none."""
+    content = parse_value(text, "resolved.yaml") or {}
+    if not isinstance(content, dict):
+        raise TypeError(text)
+    return tuple(flatten(cast(dict[str, Any], content)).items())
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

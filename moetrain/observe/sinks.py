@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from moetrain import files
 from moetrain.config.load import recipe_hash
 from moetrain.config.recipe import Recipe
 from moetrain.errors import MoetrainError
@@ -59,16 +60,20 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._folder = folder
+        with files.named(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add every number of the row under its name."""
-        for name, value in _numbers(row).items():
-            self._writer.add_scalar(name, value, int(row["step"]))
+        with files.named(self._folder):
+            for name, value in _numbers(row).items():
+                self._writer.add_scalar(name, value, int(row["step"]))
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        with files.named(self._folder):
+            self._writer.close()
 
 
 class WeightsAndBiases:
@@ -85,7 +90,7 @@ class WeightsAndBiases:
         if note.is_file():
             identity = note.read_text().strip()
         else:
-            note.write_text(identity)
+            files.write_text(note, identity)
         defaults: dict[str, Any] = {
             "id": identity,
             "resume": "allow",

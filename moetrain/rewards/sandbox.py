@@ -11,7 +11,6 @@ import select
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from moetrain import files
 from moetrain.errors import ConfigError
 from moetrain.rewards import seccomp
 
@@ -216,13 +216,15 @@ class Sandbox:
             return "not installed"
         program = {"probe.py": (_PROBE, 0o644)}
         ran = Ran("broken", -1, b"", "", 0.0)
-        with tempfile.NamedTemporaryFile() as ours:
-            os.chmod(ours.name, 0o644)
+        with files.scratch() as folder:
+            folder.chmod(0o755)  # nothing but the sandbox keeps its programs out
+            ours = folder / "ours"
+            ours.touch(0o644)
             # An interpreter may need what is not visible there (LD_LIBRARY_PATH), and a container
             # that hides parts of its /proc lets no other be mounted.
             for python, proc in product(self._pythons, (True, False)):
                 self.python, self._proc = python, proc
-                words = [self.python, "-I", "-S", "probe.py", str(os.getpid()), ours.name]
+                words = [self.python, "-I", "-S", "probe.py", str(os.getpid()), str(ours)]
                 ran = self._run(kind, words, b"", program, Limits(20.0))
                 if ran.end == "exit" and ran.out == b"shut":
                     return None

@@ -6,7 +6,6 @@ Legend: b answers drawn together, s tokens of a forward pass, v vocabulary, l Mo
 """
 
 import json
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moetrain import files
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.samples import Prompt, Sample
 from moetrain.errors import RolloutError
@@ -85,14 +85,14 @@ class Embedded:
         started = time.perf_counter()
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
         gathered = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
-            (Path(folder) / "config.json").write_text(json.dumps(self.hf))
+        with files.scratch() as folder:
+            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+            (folder / "config.json").write_text(json.dumps(self.hf))
             loader: Any = AutoModelForCausalLM
             dtype = next(iter(tensors.values())).dtype
             with _quiet():
                 self.model, info = loader.from_pretrained(
-                    folder, dtype=dtype, output_loading_info=True
+                    str(folder), dtype=dtype, output_loading_info=True
                 )
         wrong = [key for kind in ("missing_keys", "unexpected_keys") for key in info[kind]]
         if wrong:

@@ -191,6 +191,8 @@ def put_in_place(aside: Path, folder: Path) -> None:
         os.fsync(handle)
         os.close(handle)
     old = folder.with_name(f".old_{folder.name}")
+    if old.exists() and not folder.exists():  # a kill came between the two names
+        os.rename(old, folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)

@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 
 from pydantic import BaseModel
 
+from moetrain import files
 from moetrain.config.load import recipe_from
 from moetrain.config.method import MethodConfig
 from moetrain.config.recipe import Recipe
@@ -97,7 +98,7 @@ def _is_file(given: str) -> bool:
 def write_text(path: Path, text: str) -> None:
     """Raises ConfigError for a path that cannot be written."""
     try:
-        path.write_text(text, encoding="utf-8")
+        files.write_text(path, text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}. Give another --out.") from None
 

@@ -1,0 +1,265 @@
+"""Files and folders that appear whole under their names or not at all, and what is said of a disk
+that takes no more. No torch.
+
+What is being written lies beside its place, as `.NAME.tmp-HOST-hex`, and is locked by its writer:
+the kernel gives a lock back when its holder dies, however it dies, so that the next writer of the
+same name knows what a killed one has left, and removes it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import platform
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from moetrain.errors import MoetrainError
+
+# What a path or a disk does to a write, and nobody's bug.
+OF_THE_DISK = {
+    errno.ENOSPC: "Make room there",
+    errno.EDQUOT: "Make room there",
+    errno.EFBIG: "The file system allows no larger file",
+    errno.EROFS: "Mount it writable",
+    errno.EACCES: "Mend its permissions",
+    errno.EPERM: "Mend its permissions",
+    errno.ENOTDIR: "A part of the path is a file",
+    errno.EISDIR: "It is a folder",
+    errno.ELOOP: "Its links go round in a circle",
+    errno.ENAMETOOLONG: "The name is too long",
+    errno.EIO: "The disk has failed",
+    errno.ESTALE: "The file system was mounted anew",
+}
+PASSING = (errno.EIO, errno.ESTALE)  # another start may not meet it
+STALE_SECONDS = 86400.0  # nobody writes for so long without touching a file
+NAMELESS_ROOM = 1 << 22  # bytes
+_LONGEST = 120  # bytes of a name that the names of temporaries repeat
+_OS_ERROR = re.compile(r"\b(?:os error|[Ee]rrno):? (\d+)|No space left on device")
+
+
+@contextmanager
+def publish(*paths: Path) -> Iterator[list[Path]]:
+    """An empty file beside each of `paths`; they take these names once all is written and on disk.
+
+    The last of several is the one by which readers find the others: the old one goes before the
+    first of the new ones comes, and the new one comes last. A device or a pipe is written as it is.
+
+    Raises OSError with the name of the file, also for what was raised inside without one; what was
+    there before is untouched.
+    """
+    finals = [path.resolve() if path.is_symlink() else path for path in paths]
+    with ExitStack() as stack:
+        for path in reversed(finals):  # an error without a name is one of the first
+            stack.enter_context(named(path))
+        asides = [stack.enter_context(_aside(path)) for path in finals]
+        yield asides
+        pairs = [(a, path) for a, path in zip(asides, finals, strict=True) if a != path]
+        for aside, _ in pairs:
+            _sync(aside)
+        if len(pairs) > 1:
+            pairs[-1][1].unlink(missing_ok=True)
+        for aside, path in pairs:
+            os.replace(aside, path)
+        _sync_folder(finals[-1].parent)
+
+
+@contextmanager
+def publish_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder`, which takes its name once it is filled. Raises OSError as `publish`
+    does; also where `folder` is there already, and not empty.
+    """
+    with named(folder), _aside(folder, is_folder=True) as aside:
+        yield aside
+        for path in aside.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        os.replace(aside, folder)
+        _sync_folder(folder.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old content or all of the new. Raises OSError."""
+    with publish(path) as (aside,), aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give OSErrors without a file's name this one, and those that name its temporary. A full disk
+    is an OSError, whatever a library makes of it.
+    """
+    try:
+        yield
+    except MoetrainError:
+        raise
+    except Exception as error:  # tokenizers, safetensors and torch have types of their own
+        other = error.filename if isinstance(error, OSError) else None
+        if other is not None and not str(other).startswith(str(path.parent / _stem(path))):
+            raise
+        found = as_os_error(error, path)
+        if found is None:
+            raise
+        raise found from error
+
+
+def as_os_error(error: Exception, path: Path) -> OSError | None:
+    """A failed write of `path` as an OSError that names it; None for what is none."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (match := _OS_ERROR.search(str(error))):
+        number = int(match[1]) if match[1] else errno.ENOSPC
+    if number is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+        number = errno.ENOSPC  # numpy's, of a file that could not take all
+    if number not in OF_THE_DISK:
+        return None
+    return OSError(number, os.strerror(number), str(path))
+
+
+@contextmanager
+def scratch(folder: str | None = None) -> Iterator[Path]:
+    """A folder that is gone in the end, in `folder` or where temporary files go. Raises
+    MoetrainError when there is no room.
+    """
+    place = Path(folder or os.environ.get("TMPDIR") or "/tmp")
+    try:
+        with tempfile.TemporaryDirectory(prefix="moetrain-", dir=folder) as name:
+            place = Path(name).parent
+            with named(Path(name)):
+                yield Path(name)
+    except OSError as error:
+        # Of tempfile itself, where none of its folders takes a file: an error without a name.
+        if error.filename is not None and not str(error.filename).startswith(str(place)):
+            raise
+        raise MoetrainError(
+            f"The temporary folder {place} cannot be written: {error.strerror}. Set TMPDIR to a"
+            " folder with room."
+        ) from error
+
+
+def nameless() -> IO[bytes]:
+    """A file without a name, to write and read; in memory where temporary files have no room."""
+    try:
+        if shutil.disk_usage(tempfile.gettempdir()).free >= NAMELESS_ROOM:
+            return tempfile.TemporaryFile()
+    except OSError:  # tempfile has found no folder that takes a file
+        pass
+    return os.fdopen(os.memfd_create("moetrain"), "w+b")
+
+
+def told(error: OSError) -> str | None:
+    """A line on what a path or a disk did to a write; None for errors of another kind."""
+    if error.errno not in OF_THE_DISK:
+        return None
+    where = "the output" if error.filename is None else error.filename
+    return f"{where}: {error.strerror}. {OF_THE_DISK[error.errno]}, or give another place."
+
+
+def clean(path: Path) -> None:
+    """Remove what killed writers of `path` have left beside it."""
+    own, host = _stem(path), _host()
+    for other in path.parent.glob(f"{_escaped(own)}*"):
+        with contextlib.suppress(OSError):
+            if other.name.startswith(f"{own}{host}-") and _is_free(other):
+                _remove(other)
+            elif _newest(path.parent) - other.stat().st_mtime > STALE_SECONDS:
+                _remove(other)
+
+
+@contextmanager
+def _aside(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
+    """A locked temporary beside `path`, removed in the end where it still has its name."""
+    if not is_folder and _is_direct(path):
+        yield path
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clean(path)
+    while True:
+        aside = path.parent / f"{_stem(path)}{_host()}-{uuid.uuid4().hex[:8]}"
+        if is_folder:
+            aside.mkdir()
+        handle = os.open(aside, os.O_RDONLY if is_folder else os.O_RDONLY | os.O_CREAT, 0o666)
+        if _locked(handle) and aside.exists():
+            break
+        os.close(handle)  # another writer has taken it for one that was left, just now
+    try:
+        yield aside
+    finally:
+        os.close(handle)
+        _remove(aside)
+
+
+def _locked(handle: int) -> bool:
+    """Take the lock; False where another has it. True where there are no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _is_direct(path: Path) -> bool:
+    """What is written as it is: renaming a file over /dev/null would take it from everyone."""
+    return (
+        path.is_relative_to("/dev")
+        or path.is_relative_to("/proc")
+        or (path.exists() and not path.is_file() and not path.is_dir())
+    )
+
+
+def _stem(path: Path) -> str:
+    name = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")
+    return f".{name}.tmp-"
+
+
+def _host() -> str:
+    return re.sub(r"\W+", "_", platform.node())[:60]
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nobody of this node holds its lock. Raises OSError where there are no locks."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def _newest(folder: Path) -> float:
+    """Now, by the clock that has dated the files of `folder`, as far as it is known."""
+    return max((entry.stat().st_mtime for entry in os.scandir(folder)), default=0.0)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file is on disk: quotas of network file systems speak only now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+        _sync(folder)

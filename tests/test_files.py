@@ -1,0 +1,185 @@
+"""Files that appear whole, what killed writers leave, and what is said of a disk. No torch."""
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from moetrain import cli, files
+from moetrain.errors import DataError, MoetrainError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def killed_writer(path: Path, *, is_folder: bool = False) -> int:
+    """A process that is killed (-9) while it writes `path`; it is there until it is reaped."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        if is_folder:
+            with files.publish_folder(path) as aside:
+                (aside / "half").write_text("x")
+                os.write(told, b"1")
+                signal.pause()
+        with files.publish(path) as (aside,), aside.open("w") as file:
+            file.write("half")
+            file.flush()
+            os.write(told, b"1")
+            signal.pause()
+    os.read(ready, 1)
+    return pid
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_a_killed_writer_leaves_goes_with_the_next_start(
+    tmp_path: Path, is_folder: bool
+) -> None:
+    path = tmp_path / "corpus [1].idx"
+    if not is_folder:
+        path.write_text("old")
+    pid = killed_writer(path, is_folder=is_folder)
+    files.clean(path)
+    assert len(names(tmp_path)) == 2 - is_folder, "a writer that lives keeps what it writes"
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert is_folder or path.read_text() == "old"
+    if is_folder:
+        with files.publish_folder(path) as aside:
+            (aside / "whole").write_text("x")
+        assert names(path) == ["whole"]
+    else:
+        files.write_text(path, "new")
+        assert path.read_text() == "new"
+    assert names(tmp_path) == [path.name]
+
+
+def test_another_hosts_leftover_goes_when_nobody_has_touched_it_for_a_day(tmp_path: Path) -> None:
+    fresh, stale = (tmp_path / f".a.tmp-elsewhere-{n}" for n in (1, 2))
+    for path, age in ((fresh, 0.9), (stale, 1.1)):
+        path.write_text("x")
+        when = tmp_path.stat().st_mtime - age * files.STALE_SECONDS
+        os.utime(path, (when, when))
+    (tmp_path / "now").write_text("")
+    files.write_text(tmp_path / "a", "x")
+    assert names(tmp_path) == [fresh.name, "a", "now"]
+
+
+def test_several_files_appear_together_the_last_one_last(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.bin", "a.idx")]
+    for path in paths:
+        path.write_text("old")
+    with pytest.raises(OSError, match=r"a\.bin"):
+        with files.publish(*paths) as asides:
+            asides[1].write_text("new")
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert [path.read_text() for path in paths] == ["old", "old"]
+    assert names(tmp_path) == ["a.bin", "a.idx"]
+    with files.publish(*paths) as asides:
+        for aside in asides:
+            aside.write_text("new")
+    assert [path.read_text() for path in paths] == ["new", "new"]
+
+
+def test_links_permissions_and_long_names_stay(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("old")
+    link.symlink_to(real)
+    files.write_text(link, "new")
+    assert link.is_symlink() and real.read_text() == "new"
+    before = os.umask(0o027)
+    try:
+        files.write_text(tmp_path / "mine", "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "mine").stat().st_mode) == 0o640
+    name = tmp_path / ("ä" * 127)
+    files.write_text(name, "x")
+    assert name.read_text() == "x"
+
+
+def test_a_device_is_written_and_not_replaced(tmp_path: Path) -> None:
+    files.write_text(Path("/dev/null"), "x")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(OSError, match="/dev/full") as caught:
+        files.write_text(Path("/dev/full"), "x")
+    assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("4096 requested and 0 written"),  # numpy's
+        Exception("No space left on device (os error 28)"),  # tokenizers'
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_has_a_file_whoever_says_it(raised: Exception, tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, files.named(tmp_path / "x"):
+        raise raised
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "x"))
+    assert "Make room" in (files.told(caught.value) or "")
+
+
+@pytest.mark.parametrize(
+    "raised", [DataError("[Errno 28] is told already"), KeyError("x"), FileNotFoundError("x")]
+)
+def test_what_is_no_disk_is_raised_as_it_is(raised: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(raised)) as caught, files.named(tmp_path / "x"):
+        raise raised
+    assert caught.value is raised
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EDQUOT, 2), (errno.EIO, 1)]
+)
+def test_the_command_line_says_it_in_one_line(
+    number: int,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of what no command foresaw. A disk that may be mended by itself lets a job start again."""
+
+    def fail(args: cli.Arguments) -> int:
+        raise OSError(number, os.strerror(number), "/x/y")
+
+    monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("", lambda parser: None, fail))
+    assert cli.main(["fail"]) == code
+    said = capsys.readouterr().err
+    assert said.startswith("moetrain: error: /x/y: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("out", "err"), [(True, False), (True, True), (False, True)])
+def test_what_is_printed_into_a_full_disk(out: bool, err: bool, tmp_path: Path) -> None:
+
+    words = ["swift", "import", "megatron sft --model x --dataset y"]
+    with open("/dev/full", "w") as full, (tmp_path / "said").open("w") as said:
+        done = subprocess.run(
+            [sys.executable, "-m", "moetrain", *words],
+            stdout=full if out else subprocess.DEVNULL,
+            stderr=full if err else said,
+            check=False,
+        )
+    lines = (tmp_path / "said").read_text().splitlines()
+    assert done.returncode == 2
+    if not err:
+        assert lines[-1].startswith("moetrain: error: the output: No space left"), lines
+        assert not any("Traceback" in line or "Exception ignored" in line for line in lines)
+
+
+def test_no_folder_takes_temporary_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "file")])
+    with pytest.raises(MoetrainError, match="Set TMPDIR"), files.scratch():
+        pass
