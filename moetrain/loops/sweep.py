@@ -28,8 +28,9 @@ from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.loops.child import Children
 from moetrain.loops.run_dir import check_recipe
+from moetrain.observe.curves import numbers
 from moetrain.observe.report import print_runs
-from moetrain.observe.runs import LOG, PLAN, find_runs, last_row, num_steps, numbers
+from moetrain.observe.runs import LOG, PLAN, find_runs, last_row, num_steps
 from moetrain.plan.dry_run import check, world_size
 
 MAX_NAME = 40  # characters of a value in a folder's name
