@@ -154,6 +154,9 @@ def nameless() -> IO[bytes]:
 
 def told(error: OSError) -> str | None:
     """A line on what a path or a disk did to a write; None for errors of another kind."""
+    if error.errno == errno.ENOENT and error.filename is None and "temporary" in str(error):
+        # Python's tempfile, which some packages ask when they are imported (dill 0.4, with torch).
+        return "No folder takes temporary files. Set TMPDIR to a folder with room."
     if error.errno not in OF_THE_DISK:
         return None
     where = "the output" if error.filename is None else error.filename

@@ -183,3 +183,21 @@ def test_no_folder_takes_temporary_files(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "file")])
     with pytest.raises(MoetrainError, match="Set TMPDIR"), files.scratch():
         pass
+
+
+def test_a_package_that_finds_no_temporary_folder() -> None:
+    """As dill 0.4.1 does when torch imports it; a missing file of another kind is not told so."""
+    error = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+    assert "Set TMPDIR" in (files.told(error) or "")
+    assert files.told(FileNotFoundError(errno.ENOENT, "No such file", "/x/temporary")) is None
+
+
+def test_what_ranks_say_lies_in_memory_where_there_is_no_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(files, "NAMELESS_ROOM", 1 << 62)
+    with files.nameless() as file:
+        assert "memfd" in os.readlink(f"/proc/self/fd/{file.fileno()}")
+        file.write(b"said")
+        file.seek(0)
+        assert file.read() == b"said"

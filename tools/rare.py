@@ -140,7 +140,9 @@ def rows_of(run: Path) -> list[str]:
 
 
 def temporary(folder: Path) -> str:
-    """Every folder that temporary files may go to has not a byte left; two ranks train."""
+    """The folders of temporary files have not a byte left: two ranks train all the same. Where they
+    stand has none, either: one line.
+    """
     disk, run, log = folder / "full", folder / "run", folder / "log"
     disk.mkdir()
     others = [place for place in ("/tmp", "/var/tmp", "/usr/tmp") if Path(place).is_dir()]
@@ -155,9 +157,10 @@ def temporary(folder: Path) -> str:
             f"mount -t tmpfs -o size=1m none {disk} || exit 99",
             *mounts,
             f"cat /dev/zero > {disk}/ballast 2>/dev/null",
-            f"cd {disk} && export TMPDIR={disk}",
+            f"cd {folder} && export TMPDIR={disk}",
             " ".join([*TRAIN, f"run_dir={run}"]),
             'echo "train $?"',
+            f"cd {disk}",
             " ".join(sample),
             'echo "sample $?"',
         ]
@@ -273,18 +276,16 @@ def runs(folder: Path, num: int = 10_000) -> str:
 
 
 def sandbox(folder: Path) -> str:
-    """Programs are graded by a user who is not root, and none of 66 attacks comes out."""
+    """Programs are graded by a user who is not root, and no attack comes out.
+
+    The user is one of the machine. Root behind another number (`unshare --map-user`) is not: the
+    kernel does not count root's processes, and a program that forks takes the machine.
+    """
     del folder
-    words = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
-    if os.geteuid():
-        words = []  # we are one
-    if words and subprocess.run([*words, "true"], check=False).returncode:
-        raise Skipped("no user namespaces here")
-    command = [*words, *PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["tests/test_sandbox.py", "tests/test_code.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    command = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_sandbox.py"]
+    done = subprocess.run([*command, "-k", "other"], capture_output=True, text=True, cwd=ROOT)
     check(done.returncode == 0, done.stdout)
-    return f"tests of sandbox and code as user 1000: {done.stdout.strip().splitlines()[-1]}"
+    return f"attacks as another user, by both ways: {done.stdout.strip().splitlines()[-1]}"
 
 
 def cache(folder: Path, num: int = 8) -> str:
