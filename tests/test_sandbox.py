@@ -237,3 +237,20 @@ def test_without_namespaces_there_is_a_refusal_and_no_run(tmp_path: Path) -> Non
 def test_an_interpreter_that_cannot_run_there() -> None:
     with pytest.raises(ConfigError, match="no safe sandbox"):
         Sandbox(python="/usr/bin/false")
+
+
+def test_the_machines_root_behind_another_number_is_refused() -> None:
+    """`unshare --map-user` by root: RLIMIT_NPROC does not bind its processes, and a program that
+    forks took a machine of 24 GB down. Nothing is run here but the refusal.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("only root can hide as another user: its refusal stays unproven")
+    code = "from moetrain.rewards.sandbox import Sandbox; Sandbox()"
+    for words in (["--map-user=1000", "--map-group=1000"], ["--map-root-user"]):
+        done = subprocess.run(
+            ["unshare", "--user", *words, sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "the kernel does not limit root's processes" in done.stderr, done.stderr

@@ -70,6 +70,7 @@ class Sandbox:
     """
 
     def __init__(self, kind: str = "auto", read: Sequence[str] = (), python: str | None = None):
+        _refuse_hidden_root()
         self.read, self.links = _system(read)
         self.filter = _file(seccomp.program())
         self.uid = FIRST_UID + os.getpid() % NUM_UIDS if _is_real_root() else None
@@ -259,6 +260,22 @@ def _is_real_root() -> bool:
     ]
     last = FIRST_UID + NUM_UIDS
     return any(first <= FIRST_UID and first + num >= last for first, _, num in rows)
+
+
+def _refuse_hidden_root() -> None:
+    """Refuse a user who is the machine's root under another number, or without the numbers of
+    others: the kernel does not count root's processes, so that a program that forks would take the
+    machine. Raises ConfigError.
+    """
+    if _is_real_root():
+        return
+    rows = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    if [str(os.geteuid()), "0"] in [row[:2] for row in rows]:
+        raise ConfigError(
+            "There is no safe sandbox for code here: in this namespace of users the machine's root"
+            f" is user {os.geteuid()}, and the kernel does not limit root's processes. Start the"
+            " run as a user of the machine, or as root outside of it."
+        )
 
 
 def _tool(name: str) -> str:
