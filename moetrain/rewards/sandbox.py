@@ -70,7 +70,6 @@ class Sandbox:
     """
 
     def __init__(self, kind: str = "auto", read: Sequence[str] = (), python: str | None = None):
-        _refuse_hidden_root()
         self.read, self.links = _system(read)
         self.filter = _file(seccomp.program())
         self.uid = FIRST_UID + os.getpid() % NUM_UIDS if _is_real_root() else None
@@ -89,6 +88,7 @@ class Sandbox:
                 " kernel.apparmor_restrict_unprivileged_userns=0; in a container its seccomp"
                 " profile), or set sandbox: piston with a url."
             )
+        _refuse_hidden_root()
 
     def run(
         self,
