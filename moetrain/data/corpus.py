@@ -96,13 +96,9 @@ def index(
         if num_documents == 0:
             names = ", ".join(map(str, inputs))
             raise DataError(f"There is no document in {names}: each record needs {text_key!r}.")
+        num_rejected, vocab = len(found.rejects), tokenizers.vocab_of(loaded)
         stats = IndexStats(
-            num_documents,
-            num_tokens,
-            len(found.rejects),
-            tokenizers.vocab_of(loaded),
-            str(tokenizer),
-            found.num_empty,
+            num_documents, num_tokens, num_rejected, vocab, str(tokenizer), found.num_empty
         )
         finish(stats)
     if not found.rejects:  # those of an earlier index say nothing of this one
