@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from moetrain import __version__, cli_answers, cli_cluster, cli_data, cli_swift, files
+from moetrain import __version__, cli_answers, cli_cluster, cli_data, cli_swift
 from moetrain.cli_common import Arguments, Parser, add_overrides, positive
 from moetrain.errors import MoetrainError
 
@@ -327,6 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop(sys.stdout)
         return 141
     except OSError as error:
+        from moetrain import files
+
         if (line := files.told(error)) is None:
             raise
         _say(f"moetrain: error: {line}")
