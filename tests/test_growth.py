@@ -10,7 +10,7 @@ from moetrain.config.swift.shell import find_commands
 from moetrain.config.yaml_text import parse_value
 from moetrain.data.contract import EMPTY_THOUGHT
 from moetrain.errors import ConfigError
-from moetrain.rewards.accuracy import _formulas
+from moetrain.rewards.prose import _formulas
 from moetrain.rewards.code import fenced
 
 FACTOR, TRIES = 2.5, 6
