@@ -10,8 +10,8 @@ from moetrain.config.swift.shell import find_commands
 from moetrain.config.yaml_text import parse_value
 from moetrain.data.contract import EMPTY_THOUGHT
 from moetrain.errors import ConfigError
-from moetrain.rewards.prose import _formulas
 from moetrain.rewards.code import fenced
+from moetrain.rewards.prose import _formulas
 
 FACTOR, TRIES = 2.5, 6
 # What is done with n of something, and an n that takes some hundredths of a second.
