@@ -51,7 +51,7 @@ def check_manifest(path: Path, identity: Identity) -> dict[str, Any]:
                 " it."
             ) from None
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{manifest_of(path)} is not readable ({error}). Remove it and {path}."
         ) from None
@@ -169,7 +169,10 @@ class AnswerFile:
     def _taken(self, row: Row) -> tuple[str, list[Sample] | None]:
         """(a prompt's id, its answers where some are still missing)."""
         samples = [Sample.from_json(answer) for answer in row["answers"]]
-        return row["prompt"]["id"], None if self._is_whole(row) else samples
+        name = row["prompt"]["id"]
+        if not isinstance(name, str):
+            raise TypeError(f"the prompt's id is {type(name).__name__}")
+        return name, None if self._is_whole(row) else samples
 
     def _wait(self, samples: Iterable[Sample]) -> None:
         for sample in samples:

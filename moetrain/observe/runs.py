@@ -297,7 +297,7 @@ def _best(path: Path, problems: list[str]) -> str | None:
         return f"{content['name']} ({content['metric']} {content['value']:.4g})"
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         problems.append("checkpoints/best.json is not readable")
         return None
 
