@@ -131,7 +131,10 @@ def _write_parquet(path: Path, records: list[Any]) -> bool:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from moetrain.data.parsing import check
+
     try:
+        check(records)  # of what is nested too deeply pyarrow may take gigabytes to make no table
         names = {name for record in records for name in record}
         rows = [{name: record.get(name) for name in names} for record in records]
         pq.write_table(pa.Table.from_pylist(rows), path)
