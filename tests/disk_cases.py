@@ -222,6 +222,7 @@ def prepare(work: Path) -> None:
     dpo["data"] = {**recipe["data"], "train": str(work / "pairs.jsonl"), "seq_len": 128}
     (work / "dpo.yaml").write_text(yaml.safe_dump(dpo))
     grpo = recipe | {"method": "grpo", "rewards": [{"name": f"{work}/own.py:even"}]}
+    grpo["train"] = {"steps": 2}
     grpo["rollout"] = {"engine": "embedded", "max_tokens": 8, "group_size": 2}
     grpo["rollout"]["prompts_per_step"] = 4
     grpo["data"] = {**recipe["data"], "train": str(work / "prompts.jsonl")}
@@ -335,7 +336,8 @@ def judge(case: Case, work: Path, states: Sequence[str]) -> dict[str, Run]:
         with mounted(disk, None):
             found["good"] = run(case, work, 0)
             half = case.room or size_of(disk) // 2 // 4096 * 4096
-            shutil.copytree(disk, before, dirs_exist_ok=True)
+            if not case.temporary:
+                shutil.copytree(disk, before, dirs_exist_ok=True)
     for state in states:
         if state == "half" and not half:
             state = "full"

@@ -3,7 +3,8 @@ rows.
 """
 
 import importlib.util
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,6 +62,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
+        threading.excepthook = _but_writers(threading.excepthook)
         with files.named(folder):
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
@@ -74,6 +76,21 @@ class TensorBoard:
         """Flush and close."""
         with files.named(self._folder):
             self._writer.close()
+
+
+def _but_writers(
+    say: Callable[[threading.ExceptHookArgs], Any],
+) -> Callable[[threading.ExceptHookArgs], None]:
+    """What is said of a thread that failed. TensorBoard's writer (2.21) is left out: it hands a
+    full disk on to the next row, which stops the run in one line.
+    """
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        is_writer = type(args.thread).__name__ == "_AsyncWriterThread"
+        if not (is_writer and issubclass(args.exc_type, OSError)):
+            say(args)
+
+    return hook
 
 
 class WeightsAndBiases:
