@@ -190,7 +190,10 @@ class Collector:
         self, step: int, prompts: Sequence[Prompt], done: dict[tuple[str, int], Sample]
     ) -> None:
         with files.named(self.store.folder), self.store.open(step, done.values()) as file:
-            draw(self.engine, prompts, self.group_size, self.sampling, self.seed, done, file)
+            draw(
+                *(self.engine, prompts, self.group_size, self.sampling, self.seed, done, file),
+                whole_batches=True,
+            )
 
     def _grade(
         self,
@@ -233,9 +236,14 @@ def draw(
     done: dict[tuple[str, int], Sample],
     file: TextIO,
     told: Callable[[], None] = lambda: None,
+    *,
+    whole_batches: bool = False,
 ) -> None:
-    """`num` answers to each prompt, but for the engine's batches that are `done`. Each is in `done`
-    and on disk, at the end of `file`, as it ends; then `told` hears of it.
+    """`num` answers to each prompt, but for those that are `done`. Each is in `done` and on disk,
+    at the end of `file`, as it ends; then `told` hears of it.
+
+    whole_batches: those of the engine's batches that are not done as a whole are drawn again, so
+    that a run that was killed goes on with the same bits.
     """
     known = set(done)
     every = [
@@ -243,9 +251,10 @@ def draw(
         for prompt in prompts
         for index in range(num)
     ]
+    batches = engine.batches(every) if whole_batches else ((one,) for one in every)
     requests = [
         request
-        for batch in engine.batches(every)
+        for batch in batches
         if any((one.prompt.id, one.index) not in known for one in batch)
         for request in batch
     ]
