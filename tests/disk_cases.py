@@ -337,7 +337,10 @@ def judge(case: Case, work: Path, states: Sequence[str]) -> dict[str, Run]:
             found["good"] = run(case, work, 0)
             half = case.room or size_of(disk) // 2 // 4096 * 4096
             if not case.temporary:
-                shutil.copytree(disk, before, dirs_exist_ok=True)
+                # Without the sockets of processes that end meanwhile.
+                shutil.copytree(
+                    disk, before, dirs_exist_ok=True, ignore=shutil.ignore_patterns("pymp-*")
+                )
     for state in states:
         if state == "half" and not half:
             state = "full"

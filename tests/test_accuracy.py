@@ -136,8 +136,10 @@ def spelt(value: Fraction, how: int) -> str:
             f"x = {sign}{plain}",
             f"\\text{{{sign}{plain}}}",
         ]
+        # With three digits behind it, a comma parts thousands.
+        comma = plain if len(plain.partition(".")[2]) == 3 else plain.replace(".", ",")
         ways += [
-            f"{sign}{plain.replace('.', ',')}",
+            f"{sign}{comma}",
             f"{float(abs(value) * 100):.10g}\\%".join([sign, ""]),
         ]
     if up > down > 1:

@@ -21,7 +21,7 @@ from moetrain.engine import compat_megatron, compat_torch, device
 META = torch.device("meta")
 compat_torch.install(META); compat_megatron.install()
 dist.init_process_group("fake", rank=7, world_size=8, store=FakeStore())
-device.prepare = device.start = lambda: META
+device.prepare = device.start = lambda **_: META
 
 import megatron.core.distributed.param_and_grad_buffer as buffers
 import megatron.core.transformer.moe.moe_layer as moe_layer

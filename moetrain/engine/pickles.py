@@ -155,7 +155,9 @@ def install() -> None:
 
     def load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
         # Upstream unpickles here, which runs what the bytes say (torch 2.13).
-        name, found = read_item.dest_index.fqn, torch.load(value, weights_only=True)
+        # A host optimizer's state names its class (Megatron's HybridDeviceOptimizer).
+        with torch.serialization.safe_globals([torch.optim.AdamW]):
+            name, found = read_item.dest_index.fqn, torch.load(value, weights_only=True)
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[name], found)
         else:

@@ -86,7 +86,7 @@ def _check_grpo(given: Mapping[str, Words]) -> None:
                 f"{shown(flag, given[flag])}: answers have one turn here; there is no environment "
                 f"that answers back"
             )
-    loss = given["loss_type"]
+    loss = given.get("loss_type", ("grpo",))
     name = loss[0] if len(loss) == 1 else ""
     if name not in ("grpo", "bnpo", "dr_grpo", "dapo"):
         raise ConfigError(
