@@ -171,7 +171,8 @@ def breaks(site: Site, job: str, out: int, run: str, part: str) -> None:
     call("scontrol", "update", node, "State=DOWN", "Reason=test")
     site.cluster.wait(lambda: site.cluster.job(job)["JobState"] == "PENDING", f"{job}: the queue")
     call("scontrol", "update", node, "State=RESUME")  # or it is back
-    call("scontrol", "update", f"JobId={job}", "StartTime=now+5")
+    # Not before the node has ended what it had of the job: one that gets it twice is drained.
+    call("scontrol", "update", f"JobId={job}", "StartTime=now+30")
 
 
 BROKEN = (*TINY, "cluster.nodes=1", "train.steps=100", "checkpoint.every=5")
@@ -201,7 +202,7 @@ def test_an_array_and_a_job_of_two_parts_break_in_every_way(site: Site) -> None:
         ]:
             work.result()
     for job, run in ((f"{array}_{last}", broken), (f"{parts}+0", "parts")):
-        found = site.cluster.finished(job, 120)
+        found = site.cluster.finished(job, 240)
         said = site.said(array if run == broken else parts)
         assert found["JobState"] == "COMPLETED", said
         assert [text for text in ENDS if text not in said] == [], said
