@@ -187,7 +187,7 @@ def _aside(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
         if is_folder:
             aside.mkdir()
         handle = os.open(aside, os.O_RDONLY if is_folder else os.O_RDONLY | os.O_CREAT, 0o666)
-        if _locked(handle) and aside.exists():
+        if locked(handle) and aside.exists():
             break
         os.close(handle)  # another writer has taken it for one that was left, just now
     try:
@@ -197,10 +197,12 @@ def _aside(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
         _remove(aside)
 
 
-def _locked(handle: int) -> bool:
-    """Take the lock; False where another has it. True where there are no locks."""
+def locked(handle: int, *, shared: bool = False) -> bool:
+    """Take an open file's lock, `shared` with others that only look; False where another has it.
+    True where there are no locks.
+    """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

@@ -6,7 +6,6 @@ their prompt, or for a grade, are in `F.partial*`, each as it ends. `F`'s manife
 are answers of.
 """
 
-import fcntl
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -135,14 +134,11 @@ class AnswerFile:
 
     def _locked(self) -> TextIO:
         file = self.path.with_name(f".{self.path.name}.lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not files.locked(file.fileno()):
+            file.close()
             raise DataError(
                 f"{self.path} is being written by another process. Stop it, or give another --out."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+            )
         return file
 
     def _partial(self, name: str) -> Path:

@@ -1,6 +1,5 @@
 """Run folders as they are found, whole or not: settings, last figures, curves' rows, warnings."""
 
-import fcntl
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+from moetrain import files
 from moetrain.config.yaml_text import parse_value
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.observe.curves import Curves
@@ -231,12 +231,9 @@ def _is_locked(folder: Path) -> bool:
     """Whether a job holds the run (loops/run_dir.py's lock)."""
     try:
         with (folder / ".lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return not files.locked(file.fileno(), shared=True)
     except OSError:
-        pass
-    return False
+        return False
 
 
 def _failure(log: Path) -> str | None:
