@@ -18,17 +18,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from weights_helpers import Spread, readapt, reader_of
 
 from moetrain.config.recipe import AdapterConfig
+from moetrain.engine.derived import merge
 from moetrain.errors import ConfigError, WeightsError
-from moetrain.families import BoundRule, Dims, expand, family_of, with_scalar_head
-from moetrain.families.adapter import AdapterSpec, AdapterTable, adapter_table, row_parts
-from moetrain.families.patterns import trainable_names
-from moetrain.loops.hf_convert import merge
+from moetrain.models import BoundRule, Dims, expand, family_of, with_scalar_head
+from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_table, row_parts
+from moetrain.models.patterns import trainable_names
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import CONFIGS, save_model
-from moetrain.weights.adapter import InitialAdapter, Residual, whole
+from moetrain.weights.adapter_init import InitialAdapter, Residual, whole
 from moetrain.weights.compare import compare
-from moetrain.weights.peft import config_of, targets, write_peft
 from moetrain.weights.peft_reader import PeftReader
+from moetrain.weights.peft_writer import config_of, targets, write_peft
 from moetrain.weights.reader import Reader
 from moetrain.weights.transport import LocalParam, export, load
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moetrain.config.load import recipe_from
-from moetrain.engine.checkpoints import Checkpoints
+from moetrain.engine.checkpoint_folder import Checkpoints
 from moetrain.errors import ConfigError
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers

@@ -15,9 +15,9 @@ from test_supervised import make_recipe, rows
 from moetrain import manifest
 from moetrain.engine.manifest import damage_of_share
 from moetrain.errors import CheckpointError
-from moetrain.loops.run_dir import check_writable
-from moetrain.loops.starts import read_starts
 from moetrain.loops.supervised import train
+from moetrain.run.folder import check_writable
+from moetrain.run.starts import read_starts
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
 
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"):
         check_writable(tmp_path / "file")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom moetrain.loops.run_dir import check_writable\n"
+        "import sys\nfrom pathlib import Path\nfrom moetrain.run.folder import check_writable\n"
         f"check_writable(Path({str(tmp_path)!r}) / 'disk' / 'run')"
     )
     disk = tmp_path / "disk"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moetrain import __version__, cli
+from moetrain.commands.common import Arguments
 from moetrain.errors import DivergedError, MoetrainError
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +118,7 @@ def test_dry_run_of_a_process_imports_no_torch(tmp_path: Path) -> None:
         check=True,
     )
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-    assert "moetrain.plan.dry_run" in imported
+    assert "moetrain.run.dry_run" in imported
     heavy = ("torch", "numpy", "transformers", "megatron", "datasets")
     assert not [name for name in imported if name.split(".")[0] in heavy]
     header, *rows = done.stdout.split("# 4 ranks:")[1].split("\n\n")[0].splitlines()[1:]
@@ -160,7 +161,7 @@ def test_exit_codes(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(args: cli.Arguments) -> int:
+    def fail(args: Arguments) -> int:
         raise error
 
     monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("", lambda parser: None, fail))

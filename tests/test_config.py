@@ -14,7 +14,7 @@ from moetrain.config.builtin import MODELS
 from moetrain.config.load import dump_recipe, load_recipe, recipe_from, recipe_hash
 from moetrain.config.recipe import ParallelConfig, Recipe
 from moetrain.errors import ConfigError
-from moetrain.families import family_of
+from moetrain.models import family_of
 
 BASE = """
 run_dir: runs/x

@@ -25,12 +25,12 @@ from moetrain import manifest
 from moetrain.config.rewards import RewardConfig
 from moetrain.data import tokenizer
 from moetrain.engine import pickles
+from moetrain.engine.convert import hf2mcore, mcore2hf
+from moetrain.engine.derived import expand, merge
 from moetrain.errors import ConfigError, MoetrainError, WeightsError
-from moetrain.families import family_of
-from moetrain.loops.convert import hf2mcore, mcore2hf
-from moetrain.loops.hf_convert import expand, merge
 from moetrain.loops.score import score
 from moetrain.manifest import BLOCK, DamageError, Manifest
+from moetrain.models import family_of
 from moetrain.rewards.reward_model import RewardModel
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import CONFIGS, save_model

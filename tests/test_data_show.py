@@ -8,6 +8,7 @@ import pytest
 from data_helpers import recipe, tokenizer_folder, write_jsonl
 
 from moetrain import cli
+from moetrain.commands.common import parse
 from moetrain.data.encode import Encoder, Spec
 from moetrain.data.loader import KINDS
 from moetrain.data.sources import find_sources, read_rows
@@ -93,6 +94,6 @@ def test_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_range_without_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.parse(["data", "show", "r.yaml", "--rows", "3"])
+        parse(["data", "show", "r.yaml", "--rows", "3"], cli.COMMANDS)
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     assert shown(tmp_path, capsys, "--json", "--rows", "9:", data={"train": [str(path)]}) == []

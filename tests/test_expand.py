@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from weights_helpers import reader_of
 
 from moetrain import cli
-from moetrain.families import expand, family_of
-from moetrain.families.patterns import trainable_names
+from moetrain.models import expand, family_of
+from moetrain.models.patterns import trainable_names
 from moetrain.testing.tiny import save_model
-from moetrain.weights.adapter import whole
+from moetrain.weights.adapter_init import whole
 from moetrain.weights.expand import plan
 
 # name: (family, config changes, every, source of each new block)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from moetrain.config.builtin import published
 from moetrain.config.hub_models import PUBLISHED
 from moetrain.errors import ConfigError
-from moetrain.families import (
+from moetrain.models import (
     FAMILIES,
     Dims,
     Family,
@@ -386,5 +386,5 @@ def test_families_import_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, moetrain.families; sys.exit('torch' in sys.modules)"
+    code = "import sys, moetrain.models; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moetrain import cli, files
+from moetrain.commands.common import Arguments
 from moetrain.errors import DataError, MoetrainError
 
 
@@ -149,7 +150,7 @@ def test_the_command_line_says_it_in_one_line(
 ) -> None:
     """Of what no command foresaw. A disk that may be mended by itself lets a job start again."""
 
-    def fail(args: cli.Arguments) -> int:
+    def fail(args: Arguments) -> int:
         raise OSError(number, os.strerror(number), "/x/y")
 
     monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("", lambda parser: None, fail))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moetrain import cli
-from moetrain.loops.grade import histogram
+from moetrain.answers.grade import histogram
 
 OWN = """
 def count(prompts, completions, **columns):

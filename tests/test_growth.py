@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from moetrain.config.swift.shell import find_commands
 from moetrain.config.yaml_text import parse_value
 from moetrain.data.contract import EMPTY_THOUGHT
 from moetrain.errors import ConfigError
+from moetrain.interop.swift.shell import find_commands
 from moetrain.rewards.code import fenced
 from moetrain.rewards.prose import _formulas
 

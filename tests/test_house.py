@@ -38,8 +38,8 @@ def run(*command: str | Path) -> str:
     [
         "import moetrain.cli",
         "import moetrain.config.load",
-        "import moetrain.plan.mesh, moetrain.plan.memory",
-        "import moetrain.families",
+        "import moetrain.layout.mesh, moetrain.layout.memory",
+        "import moetrain.models",
     ],
 )
 def test_imports_nothing_heavy(statement: str) -> None:

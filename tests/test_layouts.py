@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moetrain.errors import LayoutError
-from moetrain.families import Dims, Layout
-from moetrain.families.layouts import QKV, Cols, Copy, GateUp, Piece, Rows, Vocab
+from moetrain.models import Dims, Layout
+from moetrain.models.sharding import QKV, Cols, Copy, GateUp, Piece, Rows, Vocab
 
 DIMS = Dims(
     num_layers=1,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.errors import ConfigError
-from moetrain.loops.lock import LEASE, RunLock
+from moetrain.run.lock import LEASE, RunLock
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_one_of_many_wins(tmp_path: Path, without_locks: None) -> None:
 def test_who_was_given_up_stops_writing(tmp_path: Path) -> None:
     """A node that stood still for minutes must not go on beside the job that took its place."""
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom moetrain.loops.lock import RunLock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom moetrain.run.lock import RunLock\n"
         "RunLock.BEAT = 0.05\nRunLock(Path(sys.argv[1])).take()\nprint('held', flush=True)\n"
         "time.sleep(60)"
     )

@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_parity import reference_gradients, sequences
 
-from moetrain.families import family_of
-from moetrain.families.adapter import AdapterSpec, adapter_table
+from moetrain.models import family_of
+from moetrain.models.adapter import AdapterSpec, adapter_table
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
 

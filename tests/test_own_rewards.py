@@ -13,8 +13,8 @@ from moetrain.config.reward_files import check_reward_file
 from moetrain.config.rewards import RewardConfig
 from moetrain.data.samples import Prompt
 from moetrain.errors import ConfigError, DataError
-from moetrain.plan.dry_run import check, dry_run
 from moetrain.rewards import Graded, Grader, Item, check_columns
+from moetrain.run.dry_run import check, dry_run
 
 ROOT = Path(__file__).parents[1]
 

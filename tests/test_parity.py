@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.families import family_of
-from moetrain.families.rules import fused_slices
+from moetrain.models import family_of
+from moetrain.models.rules import fused_slices
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import save_model

@@ -12,11 +12,11 @@ from moetrain.config.builtin import MODELS
 from moetrain.config.load import recipe_from
 from moetrain.config.recipe import ParallelConfig, Recipe
 from moetrain.errors import ConfigError, LayoutError
-from moetrain.families import Dims, expand, family_of
-from moetrain.plan.dry_run import check, dry_run, world_size
-from moetrain.plan.memory import StageBytes, static_bytes
-from moetrain.plan.mesh import check_layout, plan_mesh, rank_table, stage_layers
-from moetrain.plan.model import read_hf_config
+from moetrain.layout.memory import StageBytes, static_bytes
+from moetrain.layout.mesh import check_layout, plan_mesh, rank_table, stage_layers
+from moetrain.models import Dims, expand, family_of
+from moetrain.models.lookup import read_hf_config
+from moetrain.run.dry_run import check, dry_run, world_size
 
 TINY = MODELS["qwen3-moe-tiny"]
 # Qwen/Qwen3-235B-A22B's config.json, as far as sizes go.

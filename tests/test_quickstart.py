@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.loops import quickstart
+from moetrain.run import quickstart
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moetrain.cluster.requeue import after, cause, judge
-from moetrain.loops.starts import add_row, read_starts, record_start, saved_step, streak
+from moetrain.run.starts import add_row, read_starts, record_start, saved_step, streak
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import pytest
 from moetrain.config.load import apply_override, load_recipe, recipe_from
 from moetrain.config.recipe import OptimConfig, Recipe
 from moetrain.errors import ConfigError, MoetrainError
-from moetrain.loops.run_dir import check_recipe, check_schedule, write_run_files
 from moetrain.observe.sinks import check_sinks
+from moetrain.run.folder import check_recipe, check_schedule, write_run_files
 
 
 def make_recipe(run_dir: Path, *overrides: str) -> Recipe:

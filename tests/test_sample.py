@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from moetrain import cli
+from moetrain.answers.sample import counted
 from moetrain.data import assets
 from moetrain.data.chat import ChatOptions
 from moetrain.data.samples import read_lines
-from moetrain.loops.sample import counted
 
 ROOT = Path(__file__).parents[1]
 MODEL = "builtin:qwen3-moe-tiny"

@@ -15,8 +15,9 @@ from data_helpers import tokenizer_folder, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from moetrain.data import tokenizer
+from moetrain.engine import convert
 from moetrain.errors import CheckpointError, DataError, WeightsError
-from moetrain.loops import convert, score
+from moetrain.loops import score
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import save_model
 

@@ -29,7 +29,7 @@ from moetrain.methods import METHODS
 from moetrain.methods.base import Out
 from moetrain.methods.online import DEMONSTRATION
 from moetrain.ops.packed import concat
-from moetrain.plan.dry_run import dry_run
+from moetrain.run.dry_run import dry_run
 
 
 def literals(section: type[BaseModel], key: str) -> tuple[Any, ...]:

@@ -14,10 +14,10 @@ import pytest
 from moetrain import cli
 from moetrain.config.load import load_recipe
 from moetrain.errors import ConfigError
-from moetrain.loops.child import Children
-from moetrain.loops.sweep import is_done, plan_sweep, ranges, split_grid, write_plan
 from moetrain.observe.ledger import read_ledger
 from moetrain.observe.runs import find_runs
+from moetrain.run.child import Children
+from moetrain.run.sweep import is_done, plan_sweep, ranges, split_grid, write_plan
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "examples" / "sft_tiny.yaml"

@@ -13,12 +13,12 @@ from pydantic import TypeAdapter
 from moetrain.config.load import load_recipe, recipe_from
 from moetrain.config.method import MethodConfig
 from moetrain.config.recipe import Recipe
-from moetrain.config.swift import from_swift, to_swift
-from moetrain.config.swift.convert import keys_of
-from moetrain.config.swift.decides import DECIDING, SAMPLED
-from moetrain.config.swift.shell import read_command
 from moetrain.errors import ConfigError
-from moetrain.plan.dry_run import dry_run
+from moetrain.interop.swift import from_swift, to_swift
+from moetrain.interop.swift.convert import keys_of
+from moetrain.interop.swift.decides import DECIDING, SAMPLED
+from moetrain.interop.swift.shell import read_command
+from moetrain.run.dry_run import dry_run
 
 ROOT = Path(__file__).parent.parent
 BASE = "megatron sft --model /m --dataset d.jsonl --output_dir o --train_iters 100 --max_length 512"

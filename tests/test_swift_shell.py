@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.config.load import load_recipe
-from moetrain.config.swift import from_swift, survey
-from moetrain.config.swift.shell import Command, read_command
 from moetrain.errors import ConfigError
+from moetrain.interop.swift import from_swift, survey
+from moetrain.interop.swift.shell import Command, read_command
 
 BASE = "megatron sft --model /m --dataset d.jsonl --output_dir o --train_iters 100 --max_length 512"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from weights_helpers import reader_of, short_files
 
 from moetrain.errors import WeightsError
-from moetrain.families import Dims, expand, family_of
+from moetrain.models import Dims, expand, family_of
 from moetrain.testing.tiny import CONFIGS, save_model
 from moetrain.weights.beside import Beside
 from moetrain.weights.compare import compare

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.errors import WeightsError
-from moetrain.families import BoundRule, Dims, Family, expand, family_of
-from moetrain.families.adapter import AdapterSpec, adapter_table
-from moetrain.weights.adapter import InitialAdapter
+from moetrain.models import BoundRule, Dims, Family, expand, family_of
+from moetrain.models.adapter import AdapterSpec, adapter_table
+from moetrain.weights.adapter_init import InitialAdapter
 from moetrain.weights.beside import Beside
-from moetrain.weights.peft import write_peft
 from moetrain.weights.peft_reader import PeftReader
+from moetrain.weights.peft_writer import write_peft
 from moetrain.weights.reader import RandomReader, Reader, SafetensorsReader
 from moetrain.weights.transport import LocalParam, export, load
 from moetrain.weights.writer import write_hf

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moetrain.cluster.watchdog import HUNG
 from moetrain.errors import DivergedError, MoetrainError
-from moetrain.loops.starts import Row, add_row, read_starts, saved_step, streak
+from moetrain.run.starts import Row, add_row, read_starts, saved_step, streak
 
 SAVED = 128 + signal.SIGTERM  # the exit code of a run that was told to stop, saved and left
 LONGEST_PAUSE = 3600  # seconds

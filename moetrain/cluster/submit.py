@@ -11,7 +11,7 @@ import moetrain
 from moetrain.config.load import load_recipe
 from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError, MoetrainError
-from moetrain.plan.dry_run import check
+from moetrain.run.dry_run import check
 
 REPO = Path(moetrain.__file__).resolve().parents[1]
 HEAD = """\

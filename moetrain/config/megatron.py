@@ -13,7 +13,7 @@ from moetrain.errors import nearest
 
 
 class Passed(Section):
-    """The TransformerConfig fields that pass through; `moetrain.plan.passed` says where each does
+    """The TransformerConfig fields that pass through; `moetrain.layout.passed` says where each does
     something.
     """
 

@@ -1,7 +1,7 @@
 """Keys that a recipe's own method, model or engine would not read: they are refused, since whoever
 wrote them expects something.
 
-What depends on the model's layers and on the machine is in moetrain.plan.passed.
+What depends on the model's layers and on the machine is in moetrain.layout.passed.
 """
 
 from collections.abc import Callable, Iterator, Mapping

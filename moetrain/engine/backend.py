@@ -29,7 +29,7 @@ from moetrain.engine.attention import PackedAttention
 from moetrain.engine.experts import GroupedExperts
 from moetrain.engine.router import PackedMoE, PackedRouter
 from moetrain.errors import ConfigError
-from moetrain.families.dims import Dims
+from moetrain.models.dims import Dims
 
 # Transformer Engine keeps a norm inside the linear layer that follows it: its name -> ours.
 TE_NAMES = {

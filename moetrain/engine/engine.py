@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moetrain.config.recipe import Recipe
 from moetrain.engine import checkpoint, device
-from moetrain.engine.adapters import adapter_of, adapter_state, base_for, fill_adapters
+from moetrain.engine.adapter_state import adapter_of, adapter_state, base_for, fill_adapters
 from moetrain.engine.backend import choose_backend
 from moetrain.engine.lora import attach
 from moetrain.engine.mesh import start_mesh
@@ -34,18 +34,18 @@ from moetrain.engine.snapshot import Weights, as_before, snapshot
 from moetrain.engine.source import ModelSource, model_of
 from moetrain.engine.step import Runner, micro_batches
 from moetrain.errors import ConfigError, DivergedError
-from moetrain.families import family_of
-from moetrain.families.adapter import AdapterTable
-from moetrain.families.patterns import trainable_names
-from moetrain.families.rules import VALUE_HEAD, BoundRule, expand, head_names
+from moetrain.layout.mesh import check_layout
 from moetrain.methods.base import Known, Method, Out
+from moetrain.models import family_of
+from moetrain.models.adapter import AdapterTable
+from moetrain.models.patterns import trainable_names
+from moetrain.models.rules import VALUE_HEAD, BoundRule, expand, head_names
 from moetrain.ops.packed import Packed
-from moetrain.plan.mesh import check_layout
 from moetrain.weights import transport
-from moetrain.weights.adapter import InitialAdapter
+from moetrain.weights.adapter_init import InitialAdapter
 from moetrain.weights.beside import Beside
-from moetrain.weights.peft import write_peft
 from moetrain.weights.peft_reader import PeftReader
+from moetrain.weights.peft_writer import write_peft
 from moetrain.weights.reader import Reader
 from moetrain.weights.writer import write_hf
 

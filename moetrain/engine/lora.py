@@ -25,8 +25,8 @@ from torch.distributed import ProcessGroup
 
 from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
-from moetrain.families.adapter import AdapterSpec, AdapterTable, adapter_name, row_parts
-from moetrain.families.rules import head_names
+from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_name, row_parts
+from moetrain.models.rules import head_names
 from moetrain.ops.grouped import grouped_linear
 
 

@@ -8,7 +8,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
 from moetrain.config.recipe import ParallelConfig
-from moetrain.plan.mesh import MeshPlan, plan_mesh
+from moetrain.layout.mesh import MeshPlan, plan_mesh
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from moetrain.config.recipe import Recipe
 from moetrain.engine.backend import layer_specs
 from moetrain.engine.mesh import Mesh
 from moetrain.errors import ConfigError
-from moetrain.families.dims import Dims
-from moetrain.plan.mesh import stage_layers
-from moetrain.plan.passed import check_backend, check_passed
+from moetrain.layout.mesh import stage_layers
+from moetrain.layout.passed import check_backend, check_passed
+from moetrain.models.dims import Dims
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -16,10 +16,10 @@ from moetrain.data.loader import CORPUS, FEEDS, adapter_tokenizer
 from moetrain.data.tokenizer import load, tokenizer_files
 from moetrain.data.turns import end_of_turn
 from moetrain.errors import ConfigError, WeightsError
-from moetrain.families import Family, family_of, with_scalar_head
-from moetrain.families.dims import Dims
-from moetrain.families.rules import expand, head_names
-from moetrain.plan.model import NOTE, config_of, read_mapping
+from moetrain.models import Family, family_of, with_scalar_head
+from moetrain.models.dims import Dims
+from moetrain.models.lookup import NOTE, config_of, read_mapping
+from moetrain.models.rules import expand, head_names
 from moetrain.weights.beside import Beside, check_links
 from moetrain.weights.folder import has_weights
 from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader

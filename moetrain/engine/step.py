@@ -21,8 +21,8 @@ from moetrain.engine.context import gather, take_local
 from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.router import sequence_table
-from moetrain.families.dims import Dims
 from moetrain.methods.base import Out
+from moetrain.models.dims import Dims
 from moetrain.ops.logprob import token_logprobs
 from moetrain.ops.packed import Packed, concat, pad_to
 from moetrain.pulse import beat

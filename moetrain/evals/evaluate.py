@@ -13,26 +13,26 @@ from rich.console import Console
 from rich.table import Table
 
 from moetrain import files
-from moetrain.config.answering import EVAL, keys_given
-from moetrain.config.bench import BenchConfig, load_bench
-from moetrain.data.loader import chat_of
-from moetrain.data.rejects import noted
-from moetrain.data.samples import read_lines
-from moetrain.errors import DataError
-from moetrain.evals.questions import locate, read_questions
-from moetrain.evals.scores import Score, majority, mean_of, pass_at_k, share, vote_of
-from moetrain.loops.answers import Row
-from moetrain.loops.models import run_of
-from moetrain.loops.run_dir import environment
-from moetrain.loops.sample import (
+from moetrain.answers.file import Row
+from moetrain.answers.sample import (
     EXIT_STOPPED,
     answer_all,
     answering_recipe,
     outcome,
     prompt_room,
 )
+from moetrain.config.answering import EVAL, keys_given
+from moetrain.config.bench import BenchConfig, load_bench
+from moetrain.data.loader import chat_of
+from moetrain.data.rejects import noted
+from moetrain.data.samples import read_lines
+from moetrain.engine.models import run_of
+from moetrain.errors import DataError
+from moetrain.evals.questions import locate, read_questions
+from moetrain.evals.scores import Score, majority, mean_of, pass_at_k, share, vote_of
 from moetrain.rewards import check_columns
 from moetrain.rewards.accuracy import final, said
+from moetrain.run.folder import environment
 
 OF_THE_RECIPE = ("model.", "data.", "parallel.", "adapter.")  # overrides
 

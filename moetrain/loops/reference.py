@@ -27,8 +27,8 @@ from moetrain.data.loader import build_set, prepare, tokenizer_of
 from moetrain.data.sets import PackedSet
 from moetrain.data.tokenizer import tokenizer_files
 from moetrain.engine import Engine
+from moetrain.engine.models import model_digest, model_in
 from moetrain.errors import DataError
-from moetrain.loops.models import model_digest, model_in
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed
 from moetrain.ops.segment import segment_sum

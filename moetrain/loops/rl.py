@@ -9,15 +9,15 @@ from moetrain.config.recipe import Recipe
 from moetrain.data.prompts import PromptSet, prepare_prompts, prompts_read
 from moetrain.engine import Engine
 from moetrain.loops.demonstrations import open_demonstrations
-from moetrain.loops.job import Job, is_due, step_row
 from moetrain.loops.learn import Lessons, summary, totals
 from moetrain.loops.rollouts import timed
 from moetrain.loops.sampler import Sampler, open_sampler
-from moetrain.loops.stop import EXIT_STOPPED, StopSignal
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
 from moetrain.rewards import check_columns, check_own
 from moetrain.rollout import check_engine
+from moetrain.run.job import Job, is_due, step_row
+from moetrain.run.stop import EXIT_STOPPED, StopSignal
 
 
 def train(recipe: Recipe) -> int:

@@ -21,7 +21,6 @@ from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
 from moetrain.errors import DataError, MoetrainError, RolloutError
 from moetrain.loops.rollouts import Batch, Collector, Store, grade, means, seed_of, timed
-from moetrain.loops.stop import StopSignal
 from moetrain.methods import METHODS
 from moetrain.ops.packed import from_tokens
 from moetrain.pulse import beat
@@ -29,6 +28,7 @@ from moetrain.rewards import Grader
 from moetrain.rollout import open_engine
 from moetrain.rollout.base import Probe, Request, RolloutEngine, Sampling
 from moetrain.rollout.parity import gap_of, tolerance_of
+from moetrain.run.stop import StopSignal
 
 ROUND_SECONDS = 2.0
 NUM_PROBES = 4  # prompts that are scored on both sides after every push

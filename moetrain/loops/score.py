@@ -17,10 +17,10 @@ from moetrain.data import tokenizer
 from moetrain.data.rejects import Reject
 from moetrain.data.sources import Row, find_sources, read_rows
 from moetrain.engine import Engine
+from moetrain.engine.models import open_engine, recipe_for
 from moetrain.engine.source import find_model
 from moetrain.errors import DataError
-from moetrain.families import family_of
-from moetrain.loops.models import open_engine, recipe_for
+from moetrain.models import family_of
 from moetrain.ops.packed import Packed, concat, from_tokens
 
 WINDOW = 1024  # rows whose log-probs are held at one time

@@ -7,11 +7,11 @@ import time
 from moetrain.config.recipe import Recipe
 from moetrain.data.loader import EvalPacks, Loader, build_eval, build_train, num_steps, prepare
 from moetrain.engine import Engine
-from moetrain.loops.job import Job, is_due, step_row
 from moetrain.loops.reference import far_from_reference, take_reference
-from moetrain.loops.stop import EXIT_STOPPED, StopSignal
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
+from moetrain.run.job import Job, is_due, step_row
+from moetrain.run.stop import EXIT_STOPPED, StopSignal
 
 
 def train(recipe: Recipe) -> int:

@@ -228,7 +228,7 @@ def _status(folder: Path, step: int, total: int | None, problems: list[str]) -> 
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a job holds the run (loops/run_dir.py's lock)."""
+    """Whether a job holds the run (run/folder.py's lock)."""
     try:
         with (folder / ".lock").open("rb") as file:
             return not files.locked(file.fileno(), shared=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moetrain.families.dims import Dims
-from moetrain.families.layouts import Copy
-from moetrain.families.rules import BoundRule
+from moetrain.models.dims import Dims
+from moetrain.models.rules import BoundRule
+from moetrain.models.sharding import Copy
 
 Table = Mapping[str, BoundRule]
 

@@ -14,14 +14,14 @@ from moetrain.config.load import recipe_from
 from moetrain.data.groups import Group
 from moetrain.engine import Engine
 from moetrain.engine.checkpoint import Saving
-from moetrain.families.adapter import AdapterTable
 from moetrain.loops.demonstrations import open_demonstrations
 from moetrain.loops.learn import Lessons
 from moetrain.loops.rollouts import Batch
 from moetrain.methods import METHODS
 from moetrain.methods.online import ANSWER
+from moetrain.models.adapter import AdapterTable
 from moetrain.ops.packed import Packed, concat, from_tokens
-from moetrain.weights.adapter import table_shapes
+from moetrain.weights.adapter_init import table_shapes
 from moetrain.weights.reader import seeded
 
 Lists = Sequence[Sequence[int]]

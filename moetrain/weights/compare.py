@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import ConfigError
-from moetrain.families import Dims, family_of, ignored_keys
-from moetrain.families.rules import EMBEDDING, HEAD
-from moetrain.plan.model import read_mapping
+from moetrain.models import Dims, family_of, ignored_keys
+from moetrain.models.lookup import read_mapping
+from moetrain.models.rules import EMBEDDING, HEAD
 from moetrain.weights.reader import Aliased, Reader, SafetensorsReader
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

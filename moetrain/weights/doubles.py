@@ -4,8 +4,8 @@ ignored by its name.
 
 import torch
 
-from moetrain.families.dims import Dims
-from moetrain.families.rules import EMBEDDING, HEAD, rotary_keys
+from moetrain.models.dims import Dims
+from moetrain.models.rules import EMBEDDING, HEAD, rotary_keys
 from moetrain.weights.reader import Reader
 
 BLOCK = 64 * 2**20  # bytes of each tensor that are compared at a time

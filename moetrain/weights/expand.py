@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import ConfigError
-from moetrain.families import BoundRule, Dims, Family, family_of
-from moetrain.families import expand as expand_table
-from moetrain.families.rules import H, L
-from moetrain.weights.adapter import whole
+from moetrain.models import BoundRule, Dims, Family, family_of
+from moetrain.models import expand as expand_table
+from moetrain.models.rules import H, L
+from moetrain.weights.adapter_init import whole
 from moetrain.weights.reader import Reader
 
 # Whatever goes back into the residual stream goes through one of these.

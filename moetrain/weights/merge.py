@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from moetrain.families.adapter import SUFFIX
-from moetrain.families.rules import expand
-from moetrain.weights.adapter import InitialAdapter, Residual, adapted, whole
-from moetrain.weights.peft import HEAD
+from moetrain.models.adapter import SUFFIX
+from moetrain.models.rules import expand
+from moetrain.weights.adapter_init import InitialAdapter, Residual, adapted, whole
 from moetrain.weights.peft_reader import PeftReader
+from moetrain.weights.peft_writer import HEAD
 from moetrain.weights.reader import Reader
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import WeightsError
-from moetrain.families.adapter import SUFFIX, AdapterSpec, Matrix, adapter_table, all_matrices
-from moetrain.families.dims import Dims
-from moetrain.families.rules import Family
 from moetrain.manifest import Manifest, say_unchecked
-from moetrain.weights.adapter import idle, table_shapes
+from moetrain.models.adapter import SUFFIX, AdapterSpec, Matrix, adapter_table, all_matrices
+from moetrain.models.dims import Dims
+from moetrain.models.rules import Family
+from moetrain.weights.adapter_init import idle, table_shapes
 from moetrain.weights.header import open_file
-from moetrain.weights.peft import CONFIG, HEAD, PREFIX, WEIGHTS
 from moetrain.weights.peft_config import PeftConfig, rank_of, read_config, scale_of
+from moetrain.weights.peft_writer import CONFIG, HEAD, PREFIX, WEIGHTS
 from moetrain.weights.reader import Reader, Slices
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import WeightsError
-from moetrain.families.dims import Dims
-from moetrain.families.rules import Family, FusedSlice, expand, fused_slices
 from moetrain.manifest import Manifest, say_unchecked
+from moetrain.models.dims import Dims
+from moetrain.models.rules import Family, FusedSlice, expand, fused_slices
 from moetrain.weights.folder import weight_files
 from moetrain.weights.header import Stored, open_file, read_header
 

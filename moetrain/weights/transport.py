@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.errors import WeightsError
-from moetrain.families.dims import Dims
-from moetrain.families.rules import BoundRule, ignored_keys
+from moetrain.models.dims import Dims
+from moetrain.models.rules import BoundRule, ignored_keys
 from moetrain.pulse import beat
 from moetrain.weights.doubles import contradiction
 from moetrain.weights.reader import Reader

@@ -14,7 +14,7 @@ import torch
 from test_adapter import ATTENTION, EVERYTHING, exported, in_peft, model_in, spec_of
 
 from moetrain.data import assets
-from moetrain.loops.hf_convert import merge
+from moetrain.engine.derived import merge
 from moetrain.testing.tiny import save_model
 
 HERE = Path(__file__).parent

@@ -258,11 +258,11 @@ def flip(path: Path, place: int, bits: int) -> None:
 
 def preload() -> None:
     """What the commands import, once for all of them."""
+    import moetrain.answers.sample
+    import moetrain.engine.convert
+    import moetrain.engine.derived
+    import moetrain.engine.models
     import moetrain.evals.evaluate
-    import moetrain.loops.convert
-    import moetrain.loops.hf_convert
-    import moetrain.loops.models
-    import moetrain.loops.sample
     import moetrain.loops.score
     import moetrain.loops.supervised  # noqa: F401
     from moetrain.engine import device

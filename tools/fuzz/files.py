@@ -93,9 +93,9 @@ def make_prompts(rng: random.Random) -> tuple[bytes, str]:
 
 def run_prompts(bench: "Bench", made: tuple[bytes, str]) -> str:
     """As RL, `sample` and `grade` read them."""
+    from moetrain.answers.grade import read_items
     from moetrain.data.prompts import read_prompts
     from moetrain.errors import MoetrainError
-    from moetrain.loops.grade import read_items
 
     path = bench.folder / "prompts.jsonl"
     path.write_bytes(made[0])
@@ -119,7 +119,7 @@ def make_samples(rng: random.Random) -> Files:
 
 def run_samples(bench: "Bench", made: Files) -> str:
     """As `sample` and `eval` go on with them, and a run with its rollouts."""
-    from moetrain.loops.answers import AnswerFile
+    from moetrain.answers.file import AnswerFile
     from moetrain.loops.rollouts import Store
 
     folder = _fresh(bench, "samples")
@@ -176,11 +176,11 @@ def make_report(rng: random.Random) -> Files:
 
 def run_report(bench: "Bench", made: Files) -> str:
     """As `moetrain report`, and a run that goes on behind its ledger."""
-    from moetrain.loops.starts import read_starts
     from moetrain.observe.ledger import Ledger
     from moetrain.observe.overoptimisation import Watch
     from moetrain.observe.report import write_report
     from moetrain.observe.runs import last_row
+    from moetrain.run.starts import read_starts
 
     folder = _fresh(bench, "runs")
     _laid(folder, made)

@@ -97,9 +97,9 @@ NOTES = {"adapter_config.json": ADAPTER, "config.json": CONFIG, "manifest.json":
 
 
 def run_notes(bench: "Bench", made: tuple[str, bytes]) -> str:
-    from moetrain.families import expand, family_of
     from moetrain.manifest import Manifest
-    from moetrain.plan.model import config_of
+    from moetrain.models import expand, family_of
+    from moetrain.models.lookup import config_of
     from moetrain.weights.peft_config import rank_of, read_config, scale_of
 
     folder = _fresh(bench)

@@ -196,8 +196,8 @@ def make_answers(rng: random.Random) -> bytes:
 
 def run_answers(bench: Bench, made: bytes) -> str:
     """In `moetrain pairs`."""
+    from moetrain.answers.choose import _rows
     from moetrain.data.pairing import Choice, gather, pairs, right_answers
-    from moetrain.loops.pairs import _rows
 
     path = bench.folder / "answers.jsonl"
     path.write_bytes(made)
@@ -252,7 +252,7 @@ def _yaml(rng: random.Random) -> str:
 def run_recipe(bench: Bench, made: tuple[bytes, list[str], bool]) -> str:
     """As `moetrain train RECIPE key=value`, up to the first process, or with --dry-run."""
     from moetrain.config.load import dump_recipe, load_recipe
-    from moetrain.plan.dry_run import dry_run
+    from moetrain.run.dry_run import dry_run
 
     raw, overrides, dry = made
     path = bench.folder / "recipe.yaml"
@@ -273,7 +273,7 @@ def make_override_case(rng: random.Random) -> tuple[bytes, list[str], bool]:
 
 
 def make_command(rng: random.Random) -> str:
-    from moetrain.config.swift.table import TABLE
+    from moetrain.interop.swift.table import TABLE
 
     text = rng.choice(seeds.SWIFT)
     words_of = (value for entry in TABLE for value in vars(entry).values())
@@ -290,9 +290,9 @@ def make_command(rng: random.Random) -> str:
 
 def run_command(bench: Bench, made: str) -> str:
     """As `moetrain swift import`, and export of what came of it."""
-    from moetrain.config import swift
     from moetrain.config.load import recipe_from
     from moetrain.config.yaml_text import parse_value
+    from moetrain.interop import swift
 
     text, script = swift.command_text(made)
     imported = swift.from_swift(text, 100, script)

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 from moetrain.config.recipe import Recipe
-from moetrain.families.dims import Dims
-from moetrain.families.rules import BoundRule, expand
-from moetrain.plan import dry_run
+from moetrain.models.dims import Dims
+from moetrain.models.rules import BoundRule, expand
+from moetrain.run import dry_run
 
 GIB = 2**30
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.cluster.doctor.base import GIB, Finding, Subject, fail, ok, skip, warn, worst
-from moetrain.plan.memory import checkpoint_bytes
-from moetrain.plan.model import HF, NOTE, config_of, read_hf_config
+from moetrain.layout.memory import checkpoint_bytes
+from moetrain.models.lookup import HF, NOTE, config_of, read_hf_config
 
 PROBE_BYTES = 16 * 2**20
 SEEN_SECONDS = 10.0  # for the other nodes to see a file: NFS caches folders for some seconds
@@ -127,8 +127,8 @@ def space(subject: Subject) -> Finding:
 
 def model(subject: Subject) -> Finding:
     """The model's folder holds one set of weights, every tensor of it as config.json says."""
-    from moetrain.families import family_of
-    from moetrain.families.rules import head_names
+    from moetrain.models import family_of
+    from moetrain.models.rules import head_names
     from moetrain.weights.folder import weight_files
     from moetrain.weights.reader import SafetensorsReader
     from moetrain.weights.transport import check_names

@@ -1,8 +1,8 @@
 """The recipe: what its layout divides into."""
 
 from moetrain.cluster.doctor.base import Finding, Subject, fail, ok
-from moetrain.plan import dry_run
-from moetrain.plan.mesh import plan_mesh
+from moetrain.layout.mesh import plan_mesh
+from moetrain.run import dry_run
 
 
 def layout(subject: Subject) -> Finding:

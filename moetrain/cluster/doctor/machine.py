@@ -21,8 +21,8 @@ from moetrain.cluster.doctor.base import (
     warn,
     worst,
 )
-from moetrain.plan.memory import gpu_gib, static_bytes
-from moetrain.plan.mesh import plan_mesh
+from moetrain.layout.memory import gpu_gib, static_bytes
+from moetrain.layout.mesh import plan_mesh
 
 # Of one rank on the host, in GiB: what Python, torch and Megatron take (1 on a CPU), and CUDA's
 # context with NCCL's buffers beside them.

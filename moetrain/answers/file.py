@@ -1,0 +1,262 @@
+"""A file of answers, which grows while they are drawn and graded: what `moetrain sample` and
+`moetrain eval` write.
+
+`F` has a prompt with its answers a line, as a run's rollouts do. Answers that wait for the rest of
+their prompt, or for a grade, are in `F.partial*`, each as it ends. `F`'s manifest says what they
+are answers of.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import batched
+from pathlib import Path
+from typing import Any, TextIO
+
+from moetrain import files
+from moetrain.data.cache import key_of
+from moetrain.data.samples import Prompt, Sample, read_as, read_lines, write_lines
+from moetrain.errors import DataError
+from moetrain.loops.rollouts import draw, verdicts
+from moetrain.observe.progress import CountDisplay
+from moetrain.rewards import Graded, Grader
+from moetrain.rollout.base import RolloutEngine, Sampling
+from moetrain.run.folder import environment
+
+WINDOW = 512  # answers that are drawn together, while those before them are graded
+Row = dict[str, Any]
+Identity = Mapping[str, tuple[Any, str]]
+"""What answers are of, by what a user calls it: (what must be equal, how it is told)."""
+
+
+def manifest_of(path: Path) -> Path:
+    """Where the manifest of an output lies."""
+    return path.with_name(path.stem + ".manifest.json")
+
+
+def check_manifest(path: Path, identity: Identity) -> dict[str, Any]:
+    """The manifest of `path`, {} where neither is there. DataError when it is one of other
+    contents.
+    """
+    try:
+        found: dict[str, Any] = json.loads(manifest_of(path).read_text(encoding="utf-8"))
+        before = found["of"]
+    except FileNotFoundError:
+        if path.exists():
+            raise DataError(
+                f"{path} exists and has no {manifest_of(path).name}. Give another --out, or remove"
+                " it."
+            ) from None
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{manifest_of(path)} is not readable ({error}). Remove it and {path}."
+        ) from None
+    for name, (value, told) in identity.items():
+        old, old_told = _before(before, name)
+        if old != json.loads(json.dumps(value)):
+            raise DataError(
+                f"{path} was made with {name} {old_told}, this is {name} {told}. Give another"
+                " --out, or remove the file."
+            )
+    return found
+
+
+def _before(found: Any, name: str) -> tuple[Any, Any]:
+    """(what it was made with, how that is told)."""
+    pair = found.get(name) if isinstance(found, dict) else None
+    return tuple(pair) if isinstance(pair, list) and len(pair) == 2 else (None, "nothing")
+
+
+class AnswerFile:
+    """`num` answers to each prompt in `path`, to be entered; a second process is kept out.
+
+    Raises DataError when the file is one of another identity.
+    """
+
+    def __init__(self, path: Path, identity: Identity, num: int, notes: Mapping[str, Any]):
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
+        self.path, self.identity, self.num, self.notes = path, identity, num, notes
+        self.finished: set[str] = set()  # prompts
+        self.waiting: dict[tuple[str, int], Sample] = {}
+        self._lock: TextIO | None = None
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> "AnswerFile":
+        before = check_manifest(self.path, self.identity)
+        self._lock = self._locked()
+        if not before:
+            self._note({"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        self._resume()
+        self._file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._file is not None and self._lock is not None
+        self._file.close()
+        self._lock.close()
+
+    def partial(self, number: int, samples: Iterable[Sample]) -> TextIO:
+        """The file for a window's answers, those that are there already in it. A window may take
+        the place of the second last one.
+        """
+        path = self._partial(str(number % 2))
+        write_lines(path, (sample.to_json() for sample in samples))
+        return path.open("a", encoding="utf-8")
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Add whole prompts."""
+        assert self._file is not None
+        self._file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._file.flush()
+
+    def finish(self, counts: Mapping[str, Any]) -> None:
+        """All is there."""
+        for path in self._partials():
+            path.unlink()
+        self._note({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "counts": dict(counts)})
+
+    def rows(self) -> Iterator[Row]:
+        """What is whole."""
+        return read_lines(self.path)
+
+    def _note(self, more: Mapping[str, Any]) -> None:
+        try:
+            found = json.loads(manifest_of(self.path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            found = {}
+        of = {name: list(pair) for name, pair in self.identity.items()}
+        content = found | {"of": of, "answers": self.num} | dict(self.notes) | environment()
+        files.write_text(manifest_of(self.path), json.dumps(content | dict(more), indent=1) + "\n")
+
+    def _locked(self) -> TextIO:
+        file = self.path.with_name(f".{self.path.name}.lock").open("w")
+        if not files.locked(file.fileno()):
+            file.close()
+            raise DataError(
+                f"{self.path} is being written by another process. Stop it, or give another --out."
+            )
+        return file
+
+    def _partial(self, name: str) -> Path:
+        return self.path.with_name(f"{self.path.name}.partial{name}")
+
+    def _partials(self) -> list[Path]:
+        return [path for name in ("", "0", "1") if (path := self._partial(name)).exists()]
+
+    def _resume(self) -> None:
+        """Take up what an earlier start left: whole prompts stay, other answers wait."""
+        cut = self.path.exists() and not _ends_with_newline(self.path)
+        for name, samples in read_as(self.path, self._taken):
+            if samples is None:
+                self.finished.add(name)
+            else:
+                self._wait(samples)
+        for path in self._partials():
+            self._wait(read_as(path, Sample.from_json))
+        if self.waiting:
+            write_lines(self._partial(""), (s.to_json() for s in self.waiting.values()))
+        if self.waiting or cut:
+            write_lines(self.path, (row for row in read_lines(self.path) if self._is_whole(row)))
+
+    def _taken(self, row: Row) -> tuple[str, list[Sample] | None]:
+        """(a prompt's id, its answers where some are still missing)."""
+        samples = [Sample.from_json(answer) for answer in row["answers"]]
+        name = row["prompt"]["id"]
+        if not isinstance(name, str):
+            raise TypeError(f"the prompt's id is {type(name).__name__}")
+        return name, None if self._is_whole(row) else samples
+
+    def _wait(self, samples: Iterable[Sample]) -> None:
+        for sample in samples:
+            if sample.prompt_id not in self.finished:
+                self.waiting[sample.prompt_id, sample.index] = sample
+
+    def _is_whole(self, row: Row) -> bool:
+        """Enough answers, all of them graded as far as they can be."""
+        answers = row["answers"]
+        return len(answers) >= self.num and not any(a.get("fault") for a in answers)
+
+
+@dataclass
+class Answering:
+    """How answers are drawn and graded."""
+
+    engine: RolloutEngine
+    grader: Grader
+    sampling: Sampling
+    num: int
+    seed: int
+
+    def run(self, prompts: Sequence[Prompt], file: AnswerFile, name: str) -> None:
+        """Fill `file` with answers to `prompts`; the file holds what is finished at any moment."""
+        todo = [prompt for prompt in prompts if prompt.id not in file.finished]
+        total, missing = len(prompts) * self.num, len(todo) * self.num
+        mine = {prompt.id for prompt in todo}
+        known = sum(key[0] in mine for key in file.waiting)
+        display = CountDisplay(name, total, total - missing + known)
+        seen = {"num": 0.0, "reward": 0.0}
+
+        def told() -> None:
+            mean = f"reward {seen['reward'] / seen['num']:.3f}" if seen["num"] else ""
+            display.advance(mean)
+
+        graded: Future[None] | None = None
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                for number, window in enumerate(batched(todo, max(1, WINDOW // self.num))):
+                    ids = {prompt.id for prompt in window}
+                    done = {key: s for key, s in file.waiting.items() if key[0] in ids}
+                    with file.partial(number, done.values()) as part:
+                        engine, how = self.engine, self.sampling
+                        draw(engine, window, self.num, how, self.seed, done, part, told)
+                    if graded is not None:
+                        graded.result()
+                    graded = pool.submit(self._grade, window, done, file, seen)
+            if graded is not None:
+                graded.result()
+        finally:
+            display.close()
+
+    def _grade(
+        self,
+        prompts: Sequence[Prompt],
+        done: Mapping[tuple[str, int], Sample],
+        file: AnswerFile,
+        seen: dict[str, float],
+    ) -> None:
+        pairs = [(p, done[p.id, i]) for p in prompts for i in range(self.num)]
+        found = verdicts(self.grader, pairs)
+        for number, prompt in enumerate(prompts):
+            own = range(number * self.num, (number + 1) * self.num)
+            file.write([row_of(prompt, [pairs[i][1] for i in own], [found[i] for i in own])])
+        rewards = [one.reward for one in found if one.reward is not None]
+        seen["num"] += len(rewards)
+        seen["reward"] += sum(rewards)
+
+
+def row_of(prompt: Prompt, samples: Sequence[Sample], graded: Sequence[Graded]) -> Row:
+    """A prompt with its answers, as a line of JSON."""
+    answers = [
+        sample.to_json()
+        | {"reward": one.reward, "parts": dict(one.parts)}
+        | ({"fault": one.fault} if one.fault else {})
+        for sample, one in zip(samples, graded, strict=True)
+    ]
+    return {"prompt": asdict(prompt), "answers": answers}
+
+
+def prompts_key(prompts: Iterable[Prompt]) -> str:
+    """A name for prompts as the model sees them: records, template and tokenizer."""
+    return key_of([(prompt.id, prompt.tokens) for prompt in prompts])
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        if not file.seek(0, 2):
+            return True
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"

@@ -1,0 +1,139 @@
+"""`moetrain data`: index a corpus, and see what becomes of records."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moetrain.commands.common import Arguments, Command, Parser, add_overrides, share
+from moetrain.errors import MoetrainError
+
+if TYPE_CHECKING:
+    from moetrain.data.show import Shown, View
+
+ROWS = (0, 10)  # shown on a terminal
+
+
+def arguments(parser: Parser) -> None:
+    """Declare the arguments."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _index_arguments(actions.add_parser("index", help="text to a corpus for pretraining"))
+    show = actions.add_parser("show", help="what a recipe's records become, and what is learned")
+    show.add_argument("recipe", type=Path)
+    show.add_argument(
+        "--rows", type=rows, metavar="A:B", help="records A to B-1, from 0 (0:10; --json: all)"
+    )
+    show.add_argument("--json", action="store_true", help="one JSON object a text")
+    show.add_argument("--eval", action="store_true", help="the held-out records")
+    add_overrides(show)
+
+
+def _index_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, help="text or JSONL files, or folders of them"
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="tokenizer folder or builtin:NAME"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PREFIX",
+        help="PREFIX.bin and PREFIX.idx are written",
+    )
+    parser.add_argument(
+        "--text-key", default="text", metavar="KEY", help="of a record's document (text)"
+    )
+    parser.add_argument(
+        "--max-rejected",
+        type=share,
+        default=0.05,
+        metavar="SHARE",
+        help="stop when more of the records are no documents (0.05)",
+    )
+
+
+def rows(text: str) -> tuple[int, int | None]:
+    """A:B as two numbers; either may be left out."""
+    start, colon, stop = text.partition(":")
+    if not colon or not all(part == "" or part.isdecimal() for part in (start, stop)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range A:B of whole numbers")
+    return int(start or 0), int(stop) if stop else None
+
+
+def run(args: Arguments) -> int:
+    """Run it; the exit code."""
+    return _index(args) if args.action == "index" else _show(args)
+
+
+def _index(args: Arguments) -> int:
+    from moetrain.data.corpus import index
+
+    stats = index(
+        args.inputs,
+        args.tokenizer,
+        args.out,
+        text_key=args.text_key,
+        max_rejected=args.max_rejected,
+    )
+    print(stats.told(args.out))
+    return 0
+
+
+def _show(args: Arguments) -> int:
+    from moetrain.config.load import load_recipe
+    from moetrain.data.show import View
+
+    view = View(load_recipe(args.recipe, args.overrides), held_out=args.eval)
+    start, stop = args.rows or ((0, None) if args.json else ROWS)
+    if stop is not None and stop <= start:
+        raise MoetrainError(f"--rows {start}:{stop} has no record: give A:B with A < B.")
+    shown = view.show(view.rows(start, stop))
+    if args.json:
+        for one in shown:
+            print(json.dumps(one.to_json(), ensure_ascii=False))
+        return 0
+    _print(list(shown), view)
+    return 0
+
+
+def _print(shown: "list[Shown]", view: "View") -> None:
+    """Texts with what is learned marked, and what is to be said of all of them."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from moetrain.data.rejects import noted
+
+    console = Console(highlight=False, soft_wrap=True)
+    colour = console.is_terminal and not console.no_color
+    open_, close = ("", "") if colour else ("\u27e6", "\u27e7")
+    legend = Text("learned", style="black on green") if colour else Text("\u27e6learned\u27e7")
+    console.print(Text.assemble("Marked ", legend, " is what the model learns to say."))
+    for one in shown:
+        where = f"\n{one.file}:{one.line}"
+        if one.reason is not None:
+            console.print(Text(f"{where}  rejected: {one.reason}", style="red"))
+            continue
+        more = f"  {one.answer}" if one.answer else ""
+        more += "  truncated" if one.truncated else ""
+        counts = f"  {one.tokens} tokens, {one.learned_tokens} learned"
+        console.print(Text(where + more + counts, style="bold"))
+        text, end = Text(), 0
+        for start, stop in one.learned:
+            text.append(one.text[end:start], style="dim")
+            text.append(open_ + one.text[start:stop] + close, style="black on green")
+            end = stop
+        text.append(one.text[end:], style="dim")
+        console.print(text)
+    usable = sum(one.reason is None for one in shown)
+    num_packs, fill = view.fill()
+    line = f"\n{usable} texts, {len(shown) - usable} records rejected"
+    if num_packs:
+        line += f"; {num_packs} packs of {view.recipe.data.seq_len}, {fill:.1%} full"
+    console.print(Text(line))
+    for note in noted(view.chat.notes(), view.notes):
+        console.print(Text(note, style="yellow"))
+
+
+COMMAND = Command("see what is learned of records; index a corpus", arguments, run)

@@ -1,0 +1,122 @@
+"""The adapters of an engine: where their first values come from, and how a checkpoint holds them.
+
+Only what is trained is saved: the base is read again from where it came.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFactory
+from torch import Tensor, nn
+
+from moetrain.config.recipe import Recipe
+from moetrain.engine.mesh import Mesh
+from moetrain.engine.model import PackedGPT
+from moetrain.engine.params import canonical_name
+from moetrain.models import Dims, Family
+from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_table
+from moetrain.models.sharding import Copy, GateUp, Layout
+from moetrain.weights.adapter_init import InitialAdapter, Residual
+from moetrain.weights.peft_reader import PeftReader
+from moetrain.weights.reader import Reader
+
+
+def adapter_of(recipe: Recipe, family: Family, dims: Dims, base: Reader) -> AdapterTable | None:
+    """The weight table of the recipe's adapter; of one to go on from it is the folder that says
+    what it is.
+    """
+    config = recipe.adapter
+    if config is None:
+        return None
+    if config.path is not None:
+        return PeftReader(config.path, family, dims, base).table
+    return adapter_table(family, dims, AdapterSpec.of(config))
+
+
+def base_for(reader: Reader, adapters: AdapterTable | None, seed: int) -> Reader:
+    """The base's weights as they stand beside a new adapter."""
+    if adapters is None or adapters.spec.starts_at_base:
+        return reader
+    return Residual(reader, InitialAdapter(reader, adapters, seed))
+
+
+def adapter_state(
+    chunks: list[PackedGPT], adapters: AdapterTable, mesh: Mesh
+) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """Every trained parameter of this rank as Megatron's checkpoints want it, by canonical name:
+    adapters, those of all local experts as one tensor [e, ...], and a scalar head.
+    """
+    state: dict[str, ShardedTensor | ShardedTensorFactory] = {}
+    for name, param in _trained(chunks):
+        if ".mlp.experts." in name:
+            state[name] = _expert(name, param, adapters[name + "0"].layout, mesh)
+        else:
+            layout = adapters[name].layout if name in adapters else Copy((1, "hidden"))
+            state[name] = _dense(name, param, layout, mesh)
+    return state
+
+
+def _trained(chunks: list[PackedGPT]) -> Iterator[tuple[str, nn.Parameter]]:
+    for chunk in chunks:
+        for name, param in chunk.named_parameters():
+            if param.requires_grad:
+                yield canonical_name(name, chunk), param
+
+
+def _dense(name: str, param: Tensor, layout: Layout, mesh: Mesh) -> Any:
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return _sharded(name, param, layout, 0, (), mesh.tp_rank, mesh.plan.tp, replica)
+
+
+def _expert(name: str, param: Tensor, layout: Layout, mesh: Mesh) -> Any:
+    replica = parallel_state.get_expert_data_parallel_rank()
+    experts = ((0, mesh.ep_rank, mesh.plan.ep),)
+    return _sharded(name, param, layout, 1, experts, mesh.etp_rank, mesh.plan.etp, replica)
+
+
+def _sharded(
+    name: str,
+    param: Tensor,
+    layout: Layout,
+    lead: int,  # dimensions before the matrix's own
+    offsets: tuple[tuple[int, int, int], ...],
+    tp_rank: int,
+    tp_size: int,
+    replica: int,
+) -> ShardedTensor | ShardedTensorFactory:
+    """One parameter, split over tensor ranks as its layout says."""
+    if layout.dim is None:
+        return ShardedTensor.from_rank_offsets(
+            name, param, *offsets, replica_id=(0, tp_rank, replica)
+        )
+    dim = lead + layout.dim
+    if not isinstance(layout, GateUp):
+        return ShardedTensor.from_rank_offsets(
+            name, param, *offsets, (dim, tp_rank, tp_size), replica_id=(0, 0, replica)
+        )
+
+    def build(key: str, whole: Tensor, replica_id: ReplicaId, flattened_range: Any) -> Any:
+        # Each rank holds its part of the gate's rows, then of up's: two shards of one tensor.
+        return [
+            ShardedTensor.from_rank_offsets(
+                key,
+                half.contiguous(),
+                *offsets,
+                (dim, tp_rank + i * tp_size, 2 * tp_size),
+                replica_id=replica_id,
+            )
+            for i, half in enumerate(whole.chunk(2, dim))
+        ]
+
+    return ShardedTensorFactory(
+        name, param, build, lambda halves: torch.cat(halves, dim), replica_id=(0, 0, replica)
+    )
+
+
+def fill_adapters(chunks: list[PackedGPT], loaded: dict[str, Tensor]) -> None:
+    """Copy what a checkpoint held into the parameters."""
+    for name, param in _trained(chunks):
+        param.data.copy_(loaded[name])

@@ -1,0 +1,127 @@
+"""Hugging Face folders out of others, without Megatron: an adapter merged, a model made deeper."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain import files
+from moetrain.errors import CheckpointError, ConfigError, WeightsError
+from moetrain.models import Dims, Family, family_of, with_scalar_head
+from moetrain.models import expand as expand_table
+from moetrain.models.lookup import HF, read_mapping
+from moetrain.weights import expand as depth
+from moetrain.weights.beside import Beside, beside_adapter
+from moetrain.weights.merge import merged
+from moetrain.weights.peft_config import read_config
+from moetrain.weights.peft_reader import PeftReader
+from moetrain.weights.peft_writer import CONFIG, HEAD
+from moetrain.weights.reader import SafetensorsReader
+from moetrain.weights.transport import check_names
+from moetrain.weights.writer import write_hf
+
+
+def merge(base: Path, adapter: Path, dst: Path) -> int:
+    """Write the Hugging Face folder `base` with the PEFT folder `adapter`, or an adapter run's
+    checkpoint, put in as `dst`, which must not exist.
+    """
+    refuse_existing(dst)
+    if not (adapter / CONFIG).is_file():
+        adapter = _of_run(adapter)
+    hf, family, dims, reader = _hf_model(base)
+    if read_config(adapter / CONFIG).scalar_head and not dims.scalar_head:
+        hf = with_scalar_head(hf, family.architecture)
+        dims = family.dims(hf)
+    peft = PeftReader(adapter, family, dims, reader)
+    if dims.scalar_head and peft.head is None and HEAD not in reader.names():
+        raise WeightsError(f"Neither {base} nor {adapter} has {HEAD}, the model's head.")
+    same = {name: name for name in reader.names()}
+    _write(beside_adapter(base, adapter), dst, hf, reader, same, merged(reader, peft))
+    print(f"{dst}: {base} with {adapter} in it")
+    return 0
+
+
+def _of_run(folder: Path) -> Path:
+    """The PEFT folder of an adapter run, or of its checkpoint; anything else as it is."""
+    from moetrain.engine import models  # Megatron, which nothing else here needs
+
+    if (folder / "resolved.yaml").is_file():
+        folder = models.latest(folder)
+    folder = Path(models.model_in(str(folder)))
+    return models.as_peft(folder) if models.is_adapter(folder) else folder
+
+
+def expand(src: Path, dst: Path, every: int) -> int:
+    """Write the Hugging Face folder `src` with a block that changes nothing after each `every`-th
+    as `dst`, which must not exist.
+    """
+    refuse_existing(dst)
+    hf, family, dims, reader = _hf_model(src)
+    expansion = depth.plan(dims.num_layers, every)
+    names = depth.sources(family, dims, expansion)
+    with published(dst) as part:
+        config = depth.expanded_config(hf, expansion)
+        old = {new: source.old for new, source in names.items()}
+        _write(Beside.of(src), part, config, reader, old, depth.expanded(reader, names))
+        (part / "expanded.json").write_text(depth.note(expansion))
+    print(f"{dst}: {src} with {len(expansion.added)} new blocks. To train them alone:")
+    print(f"trainable: [{', '.join(expansion.trainable)}]")
+    return 0
+
+
+def _hf_model(folder: Path) -> tuple[dict[str, object], Family, Dims, SafetensorsReader]:
+    """A Hugging Face folder that holds all that its config.json promises."""
+    try:
+        hf = read_mapping(folder / HF)
+    except ConfigError as error:
+        raise WeightsError(
+            f"{folder}: no Hugging Face model, its config.json cannot be read ({error}) Give a "
+            f"model folder; mcore2hf makes one of a Megatron checkpoint."
+        ) from None
+    family = family_of(hf)
+    dims = family.dims(hf)
+    reader = SafetensorsReader(folder, family, dims)
+    check_names((), expand_table(family, dims), reader, dims)
+    return hf, family, dims, reader
+
+
+def _write(
+    beside: Beside,
+    dst: Path,
+    config: dict[str, Any],
+    reader: SafetensorsReader,
+    old: Mapping[str, str],
+    tensors: Iterator[tuple[str, Tensor]],
+) -> None:
+    """A Hugging Face folder; `old` says which tensor's dtype a new one has."""
+    write_hf(
+        tensors,
+        dst,
+        beside=beside,
+        config=config,
+        dtypes={new: reader.dtype(name) for new, name in old.items()},
+        default=torch.float32,
+    )
+
+
+def refuse_existing(dst: Path) -> None:
+    """Raises CheckpointError."""
+    if dst.exists():
+        raise CheckpointError(f"{dst} exists. Give another folder or remove it.")
+
+
+@contextmanager
+def published(dst: Path) -> Iterator[Path]:
+    """A folder beside `dst` that takes its name when all went well, and is removed otherwise."""
+    try:
+        with files.publish_folder(dst) as part:
+            yield part
+    except OSError as error:
+        raise CheckpointError(f"{dst} cannot be written: {error.strerror or error}.") from error
+    except WeightsError as error:  # which knows the folder as it is for now
+        said = re.sub(rf"{re.escape(str(dst.parent))}/\.\S+", str(dst), str(error))
+        raise WeightsError(said) from error

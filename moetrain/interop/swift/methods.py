@@ -1,0 +1,108 @@
+"""Which method a command trains with, and the commands that no method here stands for."""
+
+from collections.abc import Mapping
+
+from moetrain.errors import ConfigError
+from moetrain.interop.swift.codecs import Choice, Option, Words, same, shown
+from moetrain.interop.swift.online import GRPO, SEQUENCE
+
+_RL = {"action": "rlhf", "rlhf_type": "grpo"}
+_GROUP = {"scale_rewards": "group"}
+
+METHOD = Choice(
+    "method.name",
+    (
+        Option("dft", {"action": "sft", "enable_dft_loss": "true"}),
+        Option("sft", {"action": "sft"}),
+        Option("cpt", {"action": "pt"}),
+        Option("pretrain", {"action": "pt"}),
+        Option("ipo", {"action": "rlhf", "rlhf_type": "dpo", "loss_type": "ipo"}),
+        Option("hinge", {"action": "rlhf", "rlhf_type": "dpo", "loss_type": "hinge"}),
+        Option("dpo", {"action": "rlhf", "rlhf_type": "dpo"}, {"loss_type": "sigmoid"}),
+        Option("kto", {"action": "rlhf", "rlhf_type": "kto"}, {"loss_type": "kto"}),
+        Option("reward", {"action": "rlhf", "rlhf_type": "rm"}),
+        Option(
+            "gspo",
+            _RL | _GROUP | {"loss_type": "grpo", "importance_sampling_level": SEQUENCE},
+        ),
+        Option("grpo", _RL | _GROUP | {"loss_type": "grpo"}),
+        Option("dr_grpo", _RL | {"loss_type": "dr_grpo", "scale_rewards": "none"}),
+        Option("dapo", _RL | _GROUP | {"loss_type": "dapo"}),
+        Option("dapo", _RL | _GROUP | {"loss_type": "bnpo"}, read_only=True),
+        Option("orpo", {"action": "rlhf", "rlhf_type": "orpo"}, read_only=True),
+        Option(
+            "simpo",
+            {"action": "rlhf", "rlhf_type": "simpo"},
+            {"loss_type": "simpo", "cpo_alpha": "0"},
+            read_only=True,
+        ),
+    ),
+    defaults={"scale_rewards": "group"},
+    wanted="--rlhf_type: a recipe has a method for dpo, kto, rm and grpo (orpo and simpo of "
+    "`swift`)",
+)
+
+_TASKS = {
+    "seq_cls": "classifiers are not trained here; reward models are (rlhf --rlhf_type rm)",
+    "embedding": "embeddings are not trained here",
+    "generative_reranker": "rerankers are not trained here",
+    "reranker": "rerankers are not trained here",
+}
+_LOSSES = {
+    "cispo": "CISPO",
+    "sapo": "SAPO's soft gate",
+    "real": "REAL",
+    "fipo": "FIPO",
+}
+_TEACHERS = ("teacher_model", "teacher_model_server")
+_TURNS = ("multi_turn_scheduler", "gym_env", "use_gym_env")
+
+
+def check_methods(given: Mapping[str, Words]) -> None:
+    """Raise ConfigError for a command that trains what nothing here does."""
+    task = given.get("task_type")
+    for name, why in _TASKS.items():
+        if same(task, name) and not same(given.get("rlhf_type"), "rm"):
+            raise ConfigError(f"--task_type {name}: {why}")
+    if same(given.get("rlhf_type"), "gkd"):
+        raise ConfigError(
+            "--rlhf_type gkd: distillation from a teacher is not among the methods here; "
+            "docs/methods.md and docs/rl.md have those that are"
+        )
+    if same(given.get("rlhf_type"), "grpo"):
+        _check_grpo(given)
+
+
+def _check_grpo(given: Mapping[str, Words]) -> None:
+    for flag in _TEACHERS:
+        if flag in given:
+            raise ConfigError(
+                f"{shown(flag, given[flag])}: GRPO with a teacher's signal is distillation, which "
+                f"is not among the methods here"
+            )
+    for flag in _TURNS:
+        if flag in given and not same(given[flag], "false"):
+            raise ConfigError(
+                f"{shown(flag, given[flag])}: answers have one turn here; there is no environment "
+                f"that answers back"
+            )
+    loss = given.get("loss_type", ("grpo",))
+    name = loss[0] if len(loss) == 1 else ""
+    if name not in ("grpo", "bnpo", "dr_grpo", "dapo"):
+        raise ConfigError(
+            f"{shown('loss_type', loss)}: {_LOSSES.get(name, 'this loss')} is not here; a recipe "
+            f"has {', '.join(GRPO)}"
+        )
+    wanted = "none" if name == "dr_grpo" else "group"
+    scale = given.get("scale_rewards", ("group",))
+    if not same(scale, wanted):
+        raise ConfigError(
+            f"{shown('scale_rewards', scale)}: with --loss_type {name} a recipe has "
+            f"--scale_rewards {wanted}"
+        )
+    level = given.get("importance_sampling_level", ("token",))
+    if not same(level, "token") and not (same(level, SEQUENCE) and name == "grpo"):
+        raise ConfigError(
+            f"{shown('importance_sampling_level', level)}: a recipe has token, and sequence with "
+            f"--loss_type grpo (gspo)"
+        )

@@ -1,0 +1,107 @@
+"""Reward functions: ms-swift's names, weights and options, and the recipe's."""
+
+from typing import Any, cast
+
+from moetrain.errors import ConfigError
+from moetrain.interop.swift.codecs import LIST, NUMBER, WHOLE, Entry, Reading, Writing
+from moetrain.interop.swift.online import is_online
+
+_SAME = ("accuracy", "format")
+_OVERLONG = "soft_overlong"
+_WHY = {
+    "cosine": "counts tokens there, characters here: give cosine_length by hand",
+    "react_format": "give it as FILE.py:FUNCTION (docs/rewards.md)",
+    "toolbench": "give it as FILE.py:FUNCTION (docs/rewards.md)",
+}
+_PLUGIN = "is a class of an ms-swift plugin: write it as FILE.py:FUNCTION (docs/rewards.md)"
+
+
+class RewardFunctions(Entry):
+    """accuracy, format and repetition by name; soft_overlong is a part of dapo here."""
+
+    def read(self, reading: Reading) -> None:
+        if not is_online(reading.keys):
+            return
+        names = reading.parse("reward_funcs", LIST) or []
+        weights = [float(word) for word in self._weights(reading, len(names))]
+        n = reading.parse("repetition_n_grams", WHOLE)
+        penalty = reading.parse("repetition_max_penalty", NUMBER)
+        rewards: list[Any] = []
+        unknown: list[str] = []
+        for name, weight in zip(names, weights, strict=True):
+            options: dict[str, Any] = {}
+            if name == _OVERLONG:
+                if weight != 1:
+                    unknown.append(f"{name} is a part of dapo here, of weight 1")
+                else:
+                    unknown += self._overlong(reading)
+                continue
+            if name == "repetition":
+                options = {"n": n or 3, "max_penalty": abs(-1.0 if penalty is None else penalty)}
+            elif name not in _SAME:
+                unknown.append(f"{name} {_WHY.get(name, _PLUGIN)}")
+                continue
+            plain = not options and weight == 1
+            whole = {"name": name, "weight": weight, "options": options}
+            rewards.append(name if plain else {key: v for key, v in whole.items() if v != {}})
+        if reading.keys["method.name"] == "dapo" and _OVERLONG not in names:
+            reading.keys["method.soft_length"] = 0  # no penalty, where the recipe has one by itself
+        if unknown:
+            reading.lost("reward_funcs", "; ".join(unknown))
+        if rewards:
+            reading.keys["rewards"] = rewards
+
+    @staticmethod
+    def _weights(reading: Reading, num: int) -> list[str]:
+        given = reading.parse("reward_weights", LIST)
+        if given is None:
+            return ["1"] * num
+        try:
+            numbers = [float(word) for word in given]
+        except ValueError:
+            numbers = []
+        if len(numbers) != num:
+            raise ConfigError(f"--reward_weights {' '.join(given)}: {num} numbers are wanted there")
+        return given
+
+    @staticmethod
+    def _overlong(reading: Reading) -> list[str]:
+        keys = reading.keys
+        soft = reading.parse("soft_cache_length", WHOLE)
+        longest = reading.parse("soft_max_length", WHOLE)
+        if keys["method.name"] != "dapo":
+            return [f"{_OVERLONG} is a part of dapo here, and of no other method"]
+        if soft is None:
+            raise ConfigError("--reward_funcs soft_overlong: --soft_cache_length is wanted with it")
+        keys["method.max_length"] = longest or keys.get("rollout.max_tokens", 512)
+        keys["method.soft_length"] = soft
+        return []
+
+    def write(self, writing: Writing) -> None:
+        keys = writing.keys
+        if not is_online(keys):
+            return
+        writing.covered |= {"rewards", "method.max_length", "method.soft_length"}
+        names: list[str] = []
+        weights: list[float] = []
+        for reward in cast(list[dict[str, Any]], keys.get("rewards") or []):
+            name, options = reward["name"], cast(dict[str, Any], reward.get("options") or {})
+            if name == "repetition":
+                writing.flags["repetition_n_grams"] = WHOLE.show(options.get("n", 3))
+                most = -abs(options.get("max_penalty", 1.0))
+                writing.flags["repetition_max_penalty"] = NUMBER.show(most)
+            elif name not in _SAME or any(options.values()):
+                writing.lost("rewards", f"{name} is not ms-swift's: write a plugin for it")
+                continue
+            names.append(name)
+            weights.append(float(reward.get("weight", 1.0)))
+        soft = keys.get("method.soft_length") if keys["method.name"] == "dapo" else None
+        if soft and keys.get("method.max_length"):
+            names.append(_OVERLONG)
+            weights.append(1.0)
+            writing.flags["soft_cache_length"] = WHOLE.show(soft)
+            writing.flags["soft_max_length"] = WHOLE.show(keys["method.max_length"])
+        if names:
+            writing.flags["reward_funcs"] = tuple(names)
+        if any(weight != 1 for weight in weights):
+            writing.flags["reward_weights"] = tuple(NUMBER.show(w)[0] for w in weights)

@@ -1,0 +1,397 @@
+"""What ms-swift 4.6 and a recipe both know: ONE table, read from either side.
+
+Entries stand in the order in which they are read: an entry may look at the keys of those before it.
+The names, defaults and meanings are those of Megatron-SWIFT's documented arguments.
+"""
+
+from collections.abc import Callable
+
+from moetrain.interop.swift.answers import Demonstrations, Sampled
+from moetrain.interop.swift.codecs import (
+    JSON,
+    NOT,
+    NUMBER,
+    STEPS,
+    TEXT,
+    TRUTH,
+    WHOLE,
+    Choice,
+    Entry,
+    Keys,
+    Option,
+    Same,
+)
+from moetrain.interop.swift.datasets import DataSets, System
+from moetrain.interop.swift.entries import (
+    MODULES,
+    TRAINED,
+    EvalPacks,
+    Keep,
+    Length,
+    Nodes,
+    Offload,
+    RecomputedParts,
+    Reports,
+    Weights,
+)
+from moetrain.interop.swift.methods import METHOD
+from moetrain.interop.swift.online import (
+    Clipping,
+    Divergence,
+    Mismatch,
+    OnlineBatch,
+    OnlineLength,
+    OnlineSteps,
+    Servers,
+    is_online,
+)
+from moetrain.interop.swift.reference import Reference
+from moetrain.interop.swift.rewards import RewardFunctions
+from moetrain.interop.swift.schedule import Schedule
+from moetrain.interop.swift.text import Thoughts
+
+# Names that ms-swift 3 had for what 4 calls otherwise.
+OLD_NAMES = {
+    "adapter_load": "mcore_adapter",
+    "eval_interval": "eval_steps",
+    "load": "mcore_model",
+    "log_interval": "logging_steps",
+    "max_epochs": "num_train_epochs",
+    "num_workers": "dataloader_num_workers",
+    "ref_adapter_load": "mcore_ref_adapter",
+    "ref_load": "mcore_ref_model",
+    "save": "output_dir",
+    "save_interval": "save_steps",
+    "train_type": "tuner_type",
+}
+
+PAIRS = ("dpo", "ipo", "hinge", "orpo", "simpo", "reward")
+CORPUS = ("cpt", "pretrain")
+WITH_BETA = ("dpo", "ipo", "hinge", "kto", "orpo", "simpo")
+
+
+def method(*names: str) -> Callable[[Keys], bool]:
+    """Whether the recipe's method is one of these."""
+    return lambda keys: keys.get("method.name") in names
+
+
+def _of_records(keys: Keys) -> bool:
+    return keys.get("method.name") not in CORPUS
+
+
+def has_adapter(keys: Keys) -> bool:
+    return keys.get("adapter.type") is not None or keys.get("adapter.path") is not None
+
+
+def has_held_out(keys: Keys) -> bool:
+    return bool(keys.get("data.eval") or keys.get("data.eval_share"))
+
+
+def _new_adapter(keys: Keys) -> bool:
+    return keys.get("adapter.type") is not None and keys.get("adapter.path") is None
+
+
+def _beta(keys: Keys) -> float:
+    return 0.04 if is_online(keys) else 2.0 if keys["method.name"] == "simpo" else 0.1
+
+
+def _supervised(keys: Keys) -> bool:
+    """Records that are packed once, before the run."""
+    return _of_records(keys) and not is_online(keys)
+
+
+def _run_dir(keys: Keys) -> str | None:
+    path = str(keys.get("model.path", "")).rstrip("/")
+    return f"megatron_output/{path.rpartition('/')[2]}" if path else None
+
+
+def _pipelined(keys: Keys) -> bool:
+    return keys.get("parallel.pp", 1) > 1
+
+
+_MODEL: tuple[Entry, ...] = (
+    Weights(),
+    Same("output_dir", "run_dir", TEXT, default=_run_dir, along={"add_version": "false"}),
+    Same("seed", "seed", WHOLE, default=42, alike=("data_seed",)),
+    Choice("model.init", (Option(None, {}), Option("load", {}))),
+    Choice(
+        "model.dtype",
+        (
+            Option("fp32", {"torch_dtype": "float32", "fp16": "false"}, {"bf16": "false"}),
+            Option("bf16", {}, {"torch_dtype": "bfloat16"}),
+        ),
+    ),
+    Same("tensor_model_parallel_size", "parallel.tp", WHOLE, default=1),
+    Same(
+        "sequence_parallel",
+        "parallel.sp",
+        TRUTH,
+        default=False,
+        when=lambda keys: keys.get("parallel.tp", 1) > 1,
+    ),
+    Same("pipeline_model_parallel_size", "parallel.pp", WHOLE, default=1),
+    Same("virtual_pipeline_model_parallel_size", "parallel.vpp", WHOLE, when=_pipelined),
+    Same("decoder_first_pipeline_num_layers", "parallel.first_stage_layers", WHOLE),
+    Same("decoder_last_pipeline_num_layers", "parallel.last_stage_layers", WHOLE),
+    Same("expert_model_parallel_size", "parallel.ep", WHOLE, default=1),
+    Same("expert_tensor_parallel_size", "parallel.etp", WHOLE, default=1),
+    Same("context_parallel_size", "parallel.cp", WHOLE, default=1),
+)
+
+_ADAPTER: tuple[Entry, ...] = (
+    Same("adapters", "adapter.path", TEXT, along={"tuner_type": "lora"}),
+    Choice(
+        "adapter.type",
+        (
+            Option(None, {"tuner_type": "full"}, {"use_rslora": "false"}),
+            Option("rslora", {"tuner_type": "lora", "use_rslora": "true"}, {"lora_dropout": "0"}),
+            Option("dora", {"tuner_type": "lora", "use_dora": "true"}, read_only=True),
+            Option("pissa", {"tuner_type": "lora", "init_weights": "pissa"}, read_only=True),
+            Option("olora", {"tuner_type": "lora", "init_weights": "olora"}, read_only=True),
+            Option("lora", {"tuner_type": "lora"}, {"use_rslora": "false", "lora_dropout": "0"}),
+        ),
+        defaults={"tuner_type": "full", "use_rslora": "false"},
+        when=lambda keys: keys.get("adapter.path") is None,
+        wanted="--tuner_type: a recipe has full training and lora",
+        instead="lora",
+    ),
+    Same("lora_rank", "adapter.rank", WHOLE, default=8, when=_new_adapter, always=True),
+    Same("lora_alpha", "adapter.alpha", NUMBER, default=32.0, when=_new_adapter, always=True),
+    Same(
+        "target_modules",
+        "adapter.target",
+        MODULES,
+        default=lambda keys: ["all-linear"],
+        when=_new_adapter,
+        always=True,
+    ),
+    Same(
+        "trainable_parameters_regex", "trainable", TRAINED, along={"freeze_parameters_ratio": "1"}
+    ),
+    Choice(
+        "router.freeze",
+        (
+            Option(True, {"freeze_parameters_regex": r"\.mlp\.router\."}),
+            Option(False, {}),
+        ),
+    ),
+    Same(
+        "moe_aux_loss_coeff",
+        "router.aux_loss",
+        NUMBER,
+        default=0.0,
+        along={"moe_router_load_balancing_type": "seq_aux_loss"},
+    ),
+    Same("moe_z_loss_coeff", "router.z_loss", NUMBER, default=0.0),
+)
+
+_NUMBERS_OF_METHODS: tuple[Entry, ...] = (
+    Same(
+        "beta",
+        "method.beta",
+        NUMBER,
+        default=_beta,
+        when=lambda keys: is_online(keys) or keys.get("method.name") in WITH_BETA,
+        always=True,
+    ),
+    Same("label_smoothing", "method.label_smoothing", NUMBER, default=0.0, when=method("dpo")),
+    Same("rpo_alpha", "method.rpo_alpha", NUMBER, default=0.0, when=method("dpo")),
+    Same("desirable_weight", "method.desirable_weight", NUMBER, default=1.0, when=method("kto")),
+    Same(
+        "undesirable_weight", "method.undesirable_weight", NUMBER, default=1.0, when=method("kto")
+    ),
+    Same("simpo_gamma", "method.gamma", NUMBER, default=1.0, when=method("simpo")),
+    Same(
+        "center_rewards_coefficient",
+        "method.center_rewards",
+        NUMBER,
+        default=0.0,
+        when=method("reward"),
+    ),
+)
+
+_DATA: tuple[Entry, ...] = (
+    Reference(),
+    DataSets(CORPUS),
+    System(),
+    Thoughts(),
+    Same("max_length", "data.seq_len", WHOLE),
+    Same("packing", "data.pack", TRUTH, default=False, when=_supervised),
+    Choice(
+        "data.too_long",
+        (
+            Option("truncate", {"truncation_strategy": "right"}),
+            Option("reject", {"truncation_strategy": "delete"}),
+        ),
+        defaults={"truncation_strategy": "delete"},
+        when=_supervised,
+    ),
+    Choice(
+        "data.shuffle",
+        (
+            Option(False, {"train_dataloader_shuffle": "false"}, {"dataset_shuffle": "false"}),
+            Option(True, {}, {"train_dataloader_shuffle": "true", "dataset_shuffle": "true"}),
+        ),
+        defaults={"train_dataloader_shuffle": "true", "dataset_shuffle": "true"},
+    ),
+    Same("dataset_num_proc", "data.num_workers", WHOLE, default=0),
+)
+
+_TRAINING: tuple[Entry, ...] = (
+    Length(),
+    Same("global_batch_size", "train.global_batch", WHOLE, default=16, always=True),
+    Same("micro_batch_size", "train.micro_batch", WHOLE, default=1),
+    Choice(
+        "train.recompute",
+        (
+            Option(
+                "full",
+                {"recompute_granularity": "full"},
+                {"recompute_method": "uniform", "recompute_num_layers": "1"},
+            ),
+            Option(
+                "selective",
+                {"recompute_granularity": "selective"},
+                {"recompute_modules": "core_attn"},
+            ),
+            Option("none", {"recompute_granularity": "none"}),
+        ),
+        defaults={"recompute_granularity": "selective", "recompute_modules": "core_attn"},
+    ),
+    Choice(  # ms-swift 3 had it
+        "train.deterministic",
+        (Option(True, {"deterministic_mode": "true"}, read_only=True), Option(False, {})),
+    ),
+    Same("overlap_grad_reduce", "train.overlap", TRUTH, alike=("overlap_param_gather",)),
+    Same(
+        "lr",
+        "optim.lr",
+        NUMBER,
+        default=lambda keys: 1e-4 if has_adapter(keys) else 1e-5,
+        always=True,
+    ),
+    Same("min_lr", "optim.min_lr", NUMBER, default=0.0),
+    Schedule(),
+    Same("weight_decay", "optim.weight_decay", NUMBER, default=0.1),
+    Same("adam_beta1", "optim.beta1", NUMBER, default=0.9),
+    Same("adam_beta2", "optim.beta2", NUMBER, default=0.95),
+    Same("adam_eps", "optim.eps", NUMBER, default=1e-8),
+    Same("clip_grad", "optim.clip_grad", NUMBER, default=1.0),
+    Offload(),
+    Choice(
+        "optim.state_dtype",
+        (
+            Option(
+                "bf16",
+                {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
+                {"use_precision_aware_optimizer": "true"},
+            ),
+            Option(
+                "fp8",
+                {"exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp8"},
+                {"use_precision_aware_optimizer": "true"},
+            ),
+            Option("fp32", {}, {"exp_avg_dtype": "fp32", "exp_avg_sq_dtype": "fp32"}),
+        ),
+        defaults={"exp_avg_dtype": "fp32", "exp_avg_sq_dtype": "fp32"},
+    ),
+    Same("main_grads_dtype", "optim.grad_dtype", TEXT, default="fp32"),
+)
+
+_REST: tuple[Entry, ...] = (
+    Same("save_steps", "checkpoint.every", STEPS, default=500),
+    Same(
+        "eval_steps",
+        "train.eval_every",
+        STEPS,
+        default=lambda keys: keys.get("checkpoint.every") if has_held_out(keys) else None,
+    ),
+    EvalPacks(),
+    Keep(),
+    Same("no_save_optim", "checkpoint.save_optimizer", NOT, default=True),
+    Choice(
+        "checkpoint.export_hf",
+        (
+            Option(True, {"save_safetensors": "true", "merge_lora": "true"}),
+            Option(False, {"merge_lora": "false"}, {"save_safetensors": "true"}, read_only=True),
+            Option(False, {"save_safetensors": "false"}),
+        ),
+        defaults={"save_safetensors": "true", "merge_lora": "true"},
+        when=has_adapter,
+    ),
+    Same(
+        "save_safetensors",
+        "checkpoint.export_hf",
+        TRUTH,
+        default=True,
+        when=lambda keys: not has_adapter(keys),
+    ),
+    Reports(),
+    Nodes(),
+    Same("megatron_extra_kwargs", "megatron", JSON),
+    RecomputedParts(),
+)
+
+_ONLINE: tuple[Entry, ...] = (
+    OnlineBatch(),
+    Same(
+        "max_completion_length",
+        "rollout.max_tokens",
+        WHOLE,
+        default=512,
+        when=is_online,
+        always=True,
+    ),
+    Same("temperature", "rollout.temperature", NUMBER, default=0.9, when=is_online, always=True),
+    Clipping(),
+    Divergence(),
+    Mismatch(),
+    Same("dynamic_sample", "method.dynamic_sampling", TRUTH, default=False, when=method("dapo")),
+    Choice(
+        "method.truncated",
+        (
+            Option("mask", {"overlong_filter": "true"}),
+            Option("reward", {}, {"overlong_filter": "false"}),
+        ),
+        when=is_online,
+    ),
+    Choice(
+        "rollout.routing_replay",
+        (
+            Option(True, {"router_replay_mode": "R3"}),
+            Option(False, {}, {"router_replay_mode": "disabled"}),
+        ),
+        when=is_online,
+    ),
+    Same(
+        "vllm_gpu_memory_utilization",
+        "rollout.gpu_memory",
+        NUMBER,
+        default=0.9,
+        when=is_online,
+    ),
+    Same(
+        "vllm_tensor_parallel_size",
+        "rollout.tensor_parallel",
+        WHOLE,
+        default=1,
+        when=is_online,
+    ),
+    Servers(),
+    RewardFunctions(),
+    OnlineLength(),
+    OnlineSteps(),
+)
+
+TABLE: tuple[Entry, ...] = (
+    METHOD,
+    Demonstrations(),
+    Sampled(),
+    *_MODEL,
+    *_ADAPTER,
+    *_NUMBERS_OF_METHODS,
+    *_DATA,
+    *_TRAINING,
+    *_REST,
+    *_ONLINE,
+)

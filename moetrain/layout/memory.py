@@ -1,0 +1,133 @@
+"""Static bytes per GPU by pipeline stage: weights, gradients and optimizer state, counted from the
+weight table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+from moetrain.config.recipe import Recipe
+from moetrain.errors import ConfigError, nearest
+from moetrain.layout.mesh import MeshPlan, stage_layers
+from moetrain.models.dims import Dims
+from moetrain.models.rules import BoundRule
+
+GIB = 2**30
+# Device memory in GiB as the driver reports it.
+GPUS = {
+    "H100-80GB": 79.6,
+    "H200-141GB": 139.8,
+    "A100-80GB": 79.2,
+    "A100-40GB": 39.4,
+    "B200-180GB": 178.0,
+}
+_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """What one GPU of a pipeline stage holds before any activation, in bytes."""
+
+    stage: int
+    num_params: int  # on one GPU, padding included
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def gpu_gib(name: str) -> float:
+    """Memory of a named GPU. Raises ConfigError listing the known ones."""
+    if name not in GPUS:
+        raise ConfigError(
+            f"cluster.gpu={name} is not known.{nearest(name, GPUS)} Known: {', '.join(GPUS)}"
+        )
+    return GPUS[name]
+
+
+def static_bytes(
+    dims: Dims,
+    table: Mapping[str, BoundRule],
+    plan: MeshPlan,
+    recipe: Recipe,
+    trained: Mapping[str, BoundRule] | None = None,
+) -> list[StageBytes]:
+    """Bytes per GPU of each stage (tensor rank 0, expert rank 0), with the optimizer sharded over
+    data parallelism.
+
+    `trained` is the table of what has gradients and optimizer state: a part of `table`, or that of
+    an adapter beside it; all of `table` when None.
+    """
+    trained = table if trained is None else trained
+    layers = stage_layers(
+        dims.num_layers,
+        plan.pp,
+        plan.vpp,
+        recipe.parallel.first_stage_layers,
+        recipe.parallel.last_stage_layers,
+    )
+    stages: list[StageBytes] = []
+    for stage in range(plan.pp):
+        held = {layer for chunk in layers[stage] for layer in chunk}
+        held_rules = partial(_on_rank, held=held, stage=stage, plan=plan, dims=dims)
+        weights = held_rules({**table, **trained})
+        stages.append(_bytes(stage, sum(weights), held_rules(trained), plan, recipe))
+    return stages
+
+
+def checkpoint_bytes(
+    table: Mapping[str, BoundRule], recipe: Recipe, trained: Mapping[str, BoundRule]
+) -> int:
+    """Bytes of one checkpoint of the recipe on disk: the weights (with an adapter its own alone),
+    and of what is trained an fp32 copy and the two moments. Megatron writes that copy beside fp32
+    weights too.
+    """
+    held = table if recipe.adapter is None else trained
+    weights = _BYTES[recipe.model.dtype] * sum(rule.num_params for rule in held.values())
+    if not recipe.checkpoint.save_optimizer:
+        return weights
+    state = 4 + 2 * _BYTES[recipe.optim.state_dtype]
+    return weights + state * sum(rule.num_params for rule in trained.values())
+
+
+def _on_rank(
+    table: Mapping[str, BoundRule], *, held: set[int], stage: int, plan: MeshPlan, dims: Dims
+) -> tuple[int, int]:
+    """Parameters of a rank: (dense and attention, experts), padding included."""
+    dense = expert = 0
+    for rule in table.values():
+        if not _is_held(rule, held, stage, plan, dims):
+            continue
+        if rule.expert is None:
+            dense += prod(rule.local_shape(dims, 0, plan.tp))
+        elif rule.expert < dims.experts // plan.ep:
+            expert += prod(rule.local_shape(dims, 0, plan.etp))
+    return dense, expert
+
+
+def _is_held(rule: BoundRule, held: set[int], stage: int, plan: MeshPlan, dims: Dims) -> bool:
+    if rule.layer is not None:
+        return rule.layer in held
+    first, last = stage == 0, stage == plan.pp - 1
+    if rule.name.startswith("embedding."):
+        return first or (last and dims.tied)
+    return last
+
+
+def _bytes(
+    stage: int, num_params: int, trained: tuple[int, int], plan: MeshPlan, recipe: Recipe
+) -> StageBytes:
+    weight = _BYTES[recipe.model.dtype]
+    gradient = _BYTES[recipe.optim.grad_dtype]
+    # fp32 weights are their own main copy; bf16 ones have an fp32 copy beside the two moments.
+    state = (0 if recipe.model.dtype == "fp32" else 4) + 2 * _BYTES[recipe.optim.state_dtype]
+    dense, expert = trained
+    sharded = -(-dense // (plan.dp * plan.cp)) + -(-expert // plan.edp)
+    optimizer = round(state * sharded * (1 - recipe.optim.offload))
+    return StageBytes(
+        stage, num_params, weight * num_params, gradient * (dense + expert), optimizer
+    )

@@ -1,0 +1,120 @@
+"""What every training loop does before its first step and after its last."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from moetrain.config.recipe import Recipe
+from moetrain.engine import Engine, StepResult
+from moetrain.engine.checkpoint_folder import Checkpoints
+from moetrain.engine.optim import learning_rate
+from moetrain.errors import ConfigError
+from moetrain.layout.mesh import rank_table
+from moetrain.observe.reporter import Reporter
+from moetrain.observe.sinks import check_sinks
+from moetrain.run.folder import (
+    check_recipe,
+    check_schedule,
+    check_writable,
+    write_run_files,
+)
+from moetrain.run.lock import RunLock
+from moetrain.run.starts import record_start
+
+
+class Job:
+    """A run_dir and this rank's part in the run that goes on there.
+
+    Raises ConfigError when the folder is in use, or was started with another recipe.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.is_first = int(os.environ.get("RANK", 0)) == 0
+        check_sinks(recipe)
+        self._lock = RunLock(recipe.run_dir)
+        if self.is_first:
+            if (recipe.run_dir / "checkpoints").is_dir():
+                check_writable(recipe.run_dir)
+            self._lock.take()
+        self._earlier = check_recipe(recipe)
+        self._damaged: list[str] = []
+        self.checkpoints = Checkpoints(
+            recipe.run_dir,
+            keep=recipe.checkpoint.keep,
+            best=recipe.checkpoint.best,
+            more=recipe.best_is_more,
+            optimizer=recipe.checkpoint.save_optimizer,
+            background=recipe.checkpoint.background,
+        )
+
+    def resume(
+        self, engine: Engine, num_steps: Callable[[Recipe], int]
+    ) -> tuple[int, dict[str, Any]]:
+        """Bring the engine to the newest checkpoint that is whole: (its step, its state); (0, {})
+        without one.
+
+        `num_steps` is the loop's reading of a recipe's length. Raises ConfigError when learning
+        rates of the steps that are done would be others now.
+        """
+        state, self._damaged = self.checkpoints.restore(engine)
+        if state is None:
+            return 0, {}
+        earlier = self._earlier
+        assert earlier is not None, "a run_dir with checkpoints and without a recipe is refused"
+        check_schedule(earlier, self.recipe, state["step"], num_steps, learning_rate)
+        return int(state["step"]), state
+
+    def begin(self, engine: Engine, step: int, num_steps: int, lines: list[str]) -> Reporter:
+        """Write the run's own files; the reporter to enter, which first says `lines`. Raises
+        ConfigError when the schedule leaves the last steps nothing to learn at.
+        """
+        recipe = self.recipe
+        optim, last = recipe.optim, engine.num_steps
+        if optim.lr and learning_rate(last, optim, last) == 0:
+            raise ConfigError(
+                f"optim.decay_steps={optim.decay_steps} ends before the run: the learning rate of"
+                f" step {last} is 0, and nothing moves. Give optim.min_lr, or leave"
+                " optim.decay_steps out."
+            )
+        if self.is_first:
+            check_writable(recipe.run_dir)
+            self._lock.take()
+            write_run_files(recipe, rank_table(engine.mesh.plan), {"num_steps": num_steps})
+            lines = [*lines, record_start(recipe.run_dir, step, self._damaged), *self._damaged]
+        report = Reporter(recipe, num_steps, step, speaks=engine.mesh.is_main)
+        for line in lines:
+            report.say(line)
+        return report
+
+    def end(self, engine: Engine) -> None:
+        """Write what the recipe asks for once the last step is done and saved."""
+        if self.recipe.adapter is not None:
+            engine.export_peft(self.recipe.run_dir / "adapter")
+        if self.recipe.checkpoint.export_hf:
+            engine.export_hf(self.recipe.run_dir / "hf")
+
+    def close(self) -> None:
+        """Give the run_dir free."""
+        self._lock.release()
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether what happens every so many steps happens after this one."""
+    return every is not None and step % every == 0
+
+
+def step_row(step: int, result: StepResult, seconds: float) -> dict[str, Any]:
+    """A ledger row. `tokens` are those of the global batch without padding."""
+    return {
+        "step": step,
+        "loss": result.loss,
+        **result.metrics,
+        "tokens": result.tokens,
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "tokens_per_s": result.tokens / seconds,
+        "seconds": seconds,
+        "memory_gib": result.memory_gib,
+        **{f"router/{name}": value for name, value in result.router.items()},
+    }
