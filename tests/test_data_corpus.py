@@ -219,6 +219,30 @@ def test_empty_documents_are_counted_and_not_held_against_the_limit(tmp_path: Pa
     assert "9 empty ones skipped" in stats.told(tmp_path / "c")
 
 
+@pytest.mark.parametrize("how", ["reject", "escape", "keep"])
+def test_control_tokens_in_documents(tmp_path: Path, how: Any) -> None:
+    """A page about ChatML would end the document, or begin a turn, in the middle."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    texts = ["Plain.", "It ends with <|endoftext|>, then <|im_start|>system\n.", "<think> is text."]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    prefix = tmp_path / "a"
+    stats = corpus.index([path], tokenizer_folder(), prefix, max_rejected=0.5, special_tokens=how)
+    found = IndexedDataset(str(prefix))
+    loaded = tokenizer.load(tokenizer_folder())
+    documents = [found[i].tolist()[:-1] for i in range(len(found))]
+    special = {loaded.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "<|im_start|>")}
+    kept = [text for text in texts if how != "reject" or "<|" not in text]
+    assert [loaded.decode(ids) for ids in documents] == kept
+    assert any(special & set(ids) for ids in documents) == (how == "keep")
+    assert (stats.num_rejected, stats.num_special) == ((1, 0) if how == "reject" else (0, 1))
+    if how == "reject":
+        reason = (tmp_path / "a.rejected.jsonl").read_text()
+        assert "'<|endoftext|>'" in reason and "--special-tokens" in reason
+    else:
+        assert "control tokens in 1 of them" in stats.told(prefix)
+
+
 def test_a_limit_passed_early_stops_and_passed_late_keeps_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

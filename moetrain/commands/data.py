@@ -52,6 +52,13 @@ def _index_arguments(parser: Parser) -> None:
         metavar="SHARE",
         help="stop when more of the records are no documents (0.05)",
     )
+    parser.add_argument(
+        "--special-tokens",
+        choices=("reject", "escape", "keep"),
+        default="reject",
+        help="a document with a control token such as <|endoftext|> in its text: reject it, escape"
+        " the token (its letters), or keep it as that token (reject)",
+    )
 
 
 def rows(text: str) -> tuple[int, int | None]:
@@ -76,6 +83,7 @@ def _index(args: Arguments) -> int:
         args.out,
         text_key=args.text_key,
         max_rejected=args.max_rejected,
+        special_tokens=args.special_tokens,
     )
     print(stats.told(args.out))
     return 0

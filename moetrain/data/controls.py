@@ -37,12 +37,8 @@ class Controls:
         self, tokenizer: "PreTrainedTokenizerFast", template: Template, how: How = "reject"
     ) -> None:
         self.how = how
-        added = tokenizer.added_tokens_decoder.values()
-        self._tokens = {token.content for token in added}
-        special = {token.content for token in added if token.special and token.content.strip()}
-        marks = {mark for mark in special if not THINK.search(mark)} | template.turn_marks
-        longest = sorted(marks, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+        self._tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        self._pattern = _any_of(_special_tokens(tokenizer) | template.turn_marks)
         self._spells = how != "escape" or _spells(tokenizer)
 
     def guarded(self, conversation: Conversation) -> tuple[Conversation, tuple[str, ...]]:
@@ -100,6 +96,47 @@ class Controls:
             f' template{why}: give texts that are not templated, or "templated": true beside prompt'
             " and completion that are to be taken as they are, or set data.special_tokens_in_text"
         )
+
+
+class Spelling:
+    """Finds a tokenizer's control tokens in texts that no template is put around, and cuts them so
+    that they are spelled in letters.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        self._pattern = _any_of(_special_tokens(tokenizer))
+        self.possible = _spells(tokenizer)
+
+    def first(self, text: str) -> str | None:
+        """The first control token of a text."""
+        found = self._pattern.search(text)
+        return None if found is None else found[0]
+
+    def pieces(self, text: str) -> list[str]:
+        """The text cut behind the first character of each control token."""
+        cuts = [0, *(found.start() + 1 for found in self._pattern.finditer(text)), len(text)]
+        return [text[a:b] for a, b in pairwise(cuts) if a < b]
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> set[str]:
+    """Without those of thoughts, which belong in texts."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special and token.content.strip()}
+    return {token for token in special if not THINK.search(token)}
+
+
+def _any_of(texts: set[str]) -> re.Pattern[str]:
+    """Grouped by how they begin: most of what begins with `<` is HTML and none of hundreds of
+    reserved tokens, which would be tried one by one.
+    """
+    longest = sorted(texts, key=len, reverse=True)  # one token may begin with another
+    groups: dict[str, list[str]] = {}
+    for text in longest:
+        groups.setdefault(text[:2], []).append(re.escape(text[2:]))
+    # One that is a character long comes last, behind all that begin with it.
+    starts = sorted(groups, key=len, reverse=True)
+    parts = [f"{re.escape(start)}(?:{'|'.join(groups[start])})" for start in starts]
+    return re.compile("|".join(parts) or r"(?!)")
 
 
 @dataclass(frozen=True)

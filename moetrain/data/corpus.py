@@ -19,8 +19,9 @@ from moetrain import files
 from moetrain.data import index_files
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.cache import build_once, digest_files, key_of
-from moetrain.data.rejects import NOTHING_THERE, Reject, check_rejects, write_rejects
-from moetrain.data.sources import Row, find_sources, read_rows
+from moetrain.data.controls import How
+from moetrain.data.documents import Documents, tokenise
+from moetrain.data.rejects import write_rejects
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed, pack_one
 
@@ -40,12 +41,17 @@ class IndexStats:
     vocab: int
     tokenizer: str
     num_empty: int = 0  # documents without text, which are nobody's fault
+    num_special: int = 0  # documents with control tokens in their text, kept or spelled
+    special_tokens: How = "reject"
 
     def told(self, prefix: Path) -> str:
         """In words."""
         line = f"{prefix}: {self.num_documents} documents, {self.num_tokens} tokens"
         if self.num_empty:
             line += f"; {self.num_empty} empty ones skipped"
+        if self.num_special:
+            done = "taken as such" if self.special_tokens == "keep" else "spelled in letters"
+            line += f"; control tokens in {self.num_special} of them are {done}"
         if self.num_rejected:
             line += f"; {self.num_rejected} records rejected, see {prefix}.rejected.jsonl"
         return line
@@ -58,57 +64,55 @@ def index(
     *,
     text_key: str = "text",
     max_rejected: float = 0.05,
+    special_tokens: How = "reject",
 ) -> IndexStats:
     """Tokenise documents into `out`.bin and `out`.idx, each ended by the end-of-document token.
 
     A document is a text file or the `text_key` of a record; empty ones are counted and skipped.
-    Records that are none go to `out`.rejected.jsonl. The files appear only when both are complete.
+    Records that are none go to `out`.rejected.jsonl, and, unless `special_tokens` says otherwise,
+    documents with control tokens in them. The files appear only when both are complete.
 
     Raises DataError when an input is missing, nothing is left or too much is rejected: within the
     first EARLY records before anything is written, later with the files written all the same.
     """
     loaded = tokenizers.load(tokenizer)
     eod = tokenizers.end_of_document(loaded)
-    found = _Documents(inputs, text_key)
-    prefix = _prefix(out)
+    found = Documents(inputs, text_key, loaded, special_tokens)
+    prefix, vocab = _prefix(out), tokenizers.vocab_of(loaded)
     num_documents = num_tokens = 0
     early = True
-    with _written(prefix, tokenizers.vocab_of(loaded)) as (builder, finish):
+    with _written(prefix, vocab) as (builder, finish):
         for texts in batched(found, CHUNK):
-            batch = loaded(
-                list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-            )
-            for ids in batch["input_ids"]:
+            for ids in tokenise(loaded, texts):
                 builder.add_item(torch.tensor([*ids, eod]))
                 builder.end_document()
                 num_documents += 1
                 num_tokens += len(ids) + 1
-            records = num_documents + len(found.rejects)
-            early = records <= EARLY
-            if early and records >= FEWEST:
-                check_rejects(found.rejects, records, max_rejected, "--max-rejected")
-        num_records = num_documents + len(found.rejects)
+            early = num_documents + len(found.rejects) <= EARLY
+            if early and num_documents + len(found.rejects) >= FEWEST:
+                found.check_rejects(num_documents, max_rejected)
         rejected = Path(f"{prefix}.rejected.jsonl")
         if found.rejects:
             write_rejects(rejected, found.rejects)
         if early:
-            check_rejects(found.rejects, num_records, max_rejected, "--max-rejected")
+            found.check_rejects(num_documents, max_rejected)
         if num_documents == 0:
             names = ", ".join(map(str, inputs))
             raise DataError(f"There is no document in {names}: each record needs {text_key!r}.")
-        num_rejected, vocab = len(found.rejects), tokenizers.vocab_of(loaded)
         stats = IndexStats(
-            num_documents, num_tokens, num_rejected, vocab, str(tokenizer), found.num_empty
+            num_documents,
+            num_tokens,
+            len(found.rejects),
+            vocab,
+            str(tokenizer),
+            found.num_empty,
+            found.num_special,
+            special_tokens,
         )
         finish(stats)
     if not found.rejects:  # those of an earlier index say nothing of this one
         write_rejects(rejected, ())
-    try:
-        check_rejects(found.rejects, num_records, max_rejected, "--max-rejected")
-    except DataError as error:
-        raise DataError(
-            f"{error} The index of the other {num_documents} documents is whole, in {prefix}."
-        ) from None
+    found.check_rejects(num_documents, max_rejected, whole=prefix)
     return stats
 
 
@@ -136,34 +140,6 @@ def _written(prefix: Path, vocab: int) -> Iterator[tuple[Any, Callable[[IndexSta
                     builder.data_file.close()
     except OSError as error:
         raise DataError(f"{prefix} cannot be written: {error.strerror or error}.") from error
-
-
-class _Documents:
-    """The texts of all records, in order; what is none is noted as they are gone through."""
-
-    def __init__(self, inputs: Iterable[str | Path], text_key: str):
-        self.sources, self.text_key = find_sources(inputs), text_key
-        self.rejects: list[Reject] = []
-        self.num_empty = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for row in (row for source in self.sources for row in read_rows(source)):
-            if isinstance(row, Reject) and row.reason not in NOTHING_THERE:
-                self.rejects.append(row)
-            elif isinstance(row, Reject) or self._is_empty(row):
-                self.num_empty += 1
-            elif isinstance(text := row.value.get(self.text_key), str):
-                yield text
-            else:
-                keys = sorted(map(str, row.value))
-                reason = f"no text under {self.text_key!r}; the keys are {keys}"
-                self.rejects.append(Reject(row.file, row.line, reason))
-
-    def _is_empty(self, row: Row) -> bool:
-        if self.text_key not in row.value:
-            return self.text_key in row.nulls
-        text = row.value[self.text_key]
-        return text is None or (isinstance(text, str) and not text.strip())
 
 
 def _prefix(path: str | Path) -> Path:

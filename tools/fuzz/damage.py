@@ -2,34 +2,36 @@
 """Flipped bytes in exports, adapters and checkpoints: each is refused in a line by every command
 that reads its file, and changes nothing for the others.
 
-Which files a command reads is seen, not declared: the kernel tells which it opens (inotify). The
-commands are the real ones, each in a process forked from this one.
+Which files a command reads is seen, not declared: the kernel tells which it opens (inotify). Each
+pair of a command and a file that it reads has its turn before any has a second one, weights in
+every other flip. The commands are the real ones, each in a process forked from this one.
 """
 
 import argparse
-import ctypes
 import hashlib
+import itertools
 import json
 import os
 import random
 import shutil
-import struct
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from apart import Done, apart
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
-OPENED = 0x20  # inotify's IN_OPEN
+sys.path.insert(0, str(ROOT))
+
 MEASURED = {"seconds", "tokens_per_s", "memory_gib"}
 PLAIN = ["observe.tensorboard=false", "observe.progress=false", "checkpoint.export_hf=false"]
 DRAWN = ["rollout.engine=embedded", "rollout.max_tokens=4"]
 RESUME = "train (resume)"
+WEIGHTS = (".safetensors", ".distcp")
 SAMPLE_OF_UNREAD = 10  # of so many flips one is tried on a command that does not read its file
 
 
@@ -41,16 +43,6 @@ class Case:
     folder: Path  # in which bytes are flipped
     words: Callable[[Path], list[str]]  # of a folder to write into
     ready: Callable[[Path], None] = lambda out: None
-
-
-@dataclass
-class Done:
-    """What came of a command."""
-
-    code: int
-    said: str  # on stderr
-    made: str  # a digest of what it made
-    opened: set[str] = field(default_factory=set[str])
 
 
 @dataclass
@@ -191,60 +183,13 @@ def _digest(out: Path) -> str:
     """Of what a command made: weights, scores, answers, losses; not of times and paths."""
     digest = hashlib.sha256()
     for path in sorted(out.rglob("*")):
-        if path.suffix in (".safetensors", ".distcp") or path.name in ("s", "tokenizer.json"):
+        if path.suffix in WEIGHTS or path.name in ("s", "tokenizer.json"):
             digest.update(path.name.encode() + path.read_bytes())
         elif path.name == "ledger.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             kept = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
             digest.update(json.dumps(kept).encode())
     return digest.hexdigest()
-
-
-def apart(do: Callable[[], int], place: Path, watched: Path | None = None) -> Done:
-    """Do it in a forked process; what it says and which files of `watched` it opens."""
-    with tempfile.TemporaryFile(dir=place) as said:
-        events = _watch(watched) if watched else None
-        pid = os.fork()
-        if not pid:
-            null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, 0)
-            os.dup2(null, 1)
-            os.dup2(said.fileno(), 2)
-            try:
-                code = do()
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else 1
-            except BaseException:
-                traceback.print_exc()
-                code = 99
-            sys.stderr.flush()
-            os._exit(code)
-        _, status = os.waitpid(pid, 0)
-        said.seek(0)
-        told = said.read().decode(errors="replace")
-        opened = _opened(events) if events is not None else set[str]()
-    return Done(os.waitstatus_to_exitcode(status), told, "", opened)
-
-
-def _watch(folder: Path) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    events = libc.inotify_init1(os.O_NONBLOCK)
-    assert events >= 0 and libc.inotify_add_watch(events, os.fsencode(folder), OPENED) >= 0
-    return events
-
-
-def _opened(events: int) -> set[str]:
-    found: set[str] = set()
-    while True:
-        try:
-            data = os.read(events, 1 << 16)
-        except BlockingIOError:
-            os.close(events)
-            return found
-        while data:
-            size = struct.unpack_from("iIII", data)[3]
-            found.add(data[16 : 16 + size].rstrip(b"\0").decode())
-            data = data[16 + size :]
 
 
 def flip(path: Path, place: int, bits: int) -> None:
@@ -282,12 +227,13 @@ def hunt(bench: Bench, cases: Sequence[Case], args: argparse.Namespace) -> int:
     spare = {path: places for f in folders for path, places in _optimizer(f).items()}
     flips = faults = 0
     try:
-        while flips < args.flips and time.monotonic() < end:
-            folder = folders[flips % len(folders)]
-            place = _place(folder, rng)
-            own = {case: done for case, done in whole.items() if case.folder == folder}
-            kind = bench_name(bench, folder)
-            for name, what, said in one(bench, own, place, spare.get(place[0], []), rng, args.each):
+        for path, chosen in turns(whole, rng, args.all):
+            if flips == args.flips or time.monotonic() > end:
+                break
+            place = path, rng.randrange(path.stat().st_size), rng.randrange(1, 256)
+            own = {case: done for case, done in whole.items() if case.folder == path.parent}
+            kind = bench_name(bench, path.parent)
+            for name, what, said in one(bench, own, place, spare.get(path, []), chosen, rng):
                 counts[kind, name, what] += 1
                 if what.startswith("FAULT"):
                     faults += 1
@@ -303,12 +249,29 @@ def hunt(bench: Bench, cases: Sequence[Case], args: argparse.Namespace) -> int:
     return faults
 
 
-def _place(folder: Path, rng: random.Random) -> tuple[Path, int, int]:
-    """(file, byte, bits): weights are most of a folder, and not all that is read."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.stat().st_size)
-    heavy = [p for p in files if p.suffix in (".safetensors", ".distcp")]
-    path = rng.choice(heavy if rng.random() < 0.4 else files)
-    return path, rng.randrange(path.stat().st_size), rng.randrange(1, 256)
+def turns(
+    whole: Mapping[Case, Done], rng: random.Random, every: bool
+) -> Iterator[tuple[Path, list[Case]]]:
+    """(file, commands to try of those that read it) without an end; of weights and of other files
+    in turns, each pair as often as the others of its kind.
+    """
+    pairs = [
+        (case.folder / name, case)
+        for case, done in whole.items()
+        for name in sorted(done.opened)
+        if (case.folder / name).is_file() and (case.folder / name).stat().st_size
+    ]
+    weights = [pair for pair in pairs if pair[0].suffix in WEIGHTS]
+    others = [pair for pair in pairs if pair[0].suffix not in WEIGHTS]
+    print(f"{len(weights)} pairs of a command and a file of weights, {len(others)} of another file")
+    left: list[list[tuple[Path, Case]]] = [[], []]
+    for number in itertools.count():
+        kind = left[number % 2]
+        if not kind:
+            kind += (weights, others)[number % 2]
+            rng.shuffle(kind)
+        path, case = kind.pop()
+        yield path, [c for p, c in pairs if p == path] if every else [case]
 
 
 def one(
@@ -316,16 +279,15 @@ def one(
     whole: Mapping[Case, Done],
     flipped: tuple[Path, int, int],
     spare: Sequence[tuple[int, int]],
+    chosen: Sequence[Case],
     rng: random.Random,
-    each: int | None,
 ) -> Iterator[tuple[str, str, str]]:
-    """(command, what came of it, what it said) of those that read a flipped byte's file, and of one
-    that does not, now and then.
+    """(command, what came of it, what it said) of the chosen ones that read a flipped byte's file,
+    and of one that does not, now and then.
     """
     path, place, _ = flipped
     reading = [case for case, done in whole.items() if path.name in done.opened]
     others = [case for case in whole if case not in reading]
-    chosen = rng.sample(reading, min(each, len(reading))) if each else reading
     if others and not rng.randrange(SAMPLE_OF_UNREAD):
         chosen = [*chosen, rng.choice(others)]
     flip(*flipped)
@@ -371,7 +333,7 @@ def main() -> int:
     parser.add_argument("--flips", type=int, default=1000, help="bytes (1000)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="end after so long")
-    parser.add_argument("--each", type=int, help="of the commands that read it, so many (all)")
+    parser.add_argument("--all", action="store_true", help="each on every command that reads it")
     parser.add_argument("--only", default="", help="commands whose name begins so")
     args = parser.parse_args()
     preload()

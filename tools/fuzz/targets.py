@@ -174,15 +174,15 @@ def _other_commands(bench: Bench, row: Any, template: int) -> list[str]:
 
 
 def _corpus_commands(bench: Bench, path: Path) -> None:
-    from moetrain.data import corpus, tokenizer
+    from moetrain.data import tokenizer
+    from moetrain.data.documents import Documents, tokenise
     from moetrain.data.rejects import Reject, write_rejects
 
     rejects: list[Reject] = []
     list(tokenizer._all_texts([path], rejects))
-    documents = corpus._Documents([path], "text")
-    texts = list(documents)
-    if texts:
-        bench.encoder("chat", 0).chat.tokenizer(texts, add_special_tokens=False, verbose=False)
+    loaded = bench.encoder("chat", 0).chat.tokenizer
+    documents = Documents([path], "text", loaded, "escape")
+    list(tokenise(loaded, list(documents)))
     write_rejects(bench.folder / "rejected.jsonl", rejects + documents.rejects)
 
 
