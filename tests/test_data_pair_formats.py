@@ -6,6 +6,7 @@ import pytest
 
 from moetrain.data.formats import FormatError, MissingError
 from moetrain.data.pair_formats import PAIR_FORMATS, detect_pair, to_labelled, to_pair
+from moetrain.data.prompts import to_prompt
 
 ASKED = "What is 7 plus 5?"
 PROMPT = [{"role": "user", "content": ASKED}]
@@ -135,6 +136,9 @@ def test_system_input_history_tools_and_margin() -> None:
         ({"chosen": None}, r"no known format of pairs with the keys \['prompt', 'rejected'\]"),
         ({"chosen": [GOOD | {"weight": 0}]}, "the answer in chosen is switched off by its weight"),
         ({"rejected": [BAD | {"loss": False}]}, "the answer in rejected is switched off"),
+        ({"prompt": PROMPT * 1001}, "prompt has 1,001 messages; at most 1,000"),
+        ({"chosen": [*PROMPT * 1000, GOOD]}, "chosen has 1,001 messages; at most 1,000"),
+        ({"prompt": PROMPT * 1000}, "the record has 1,001 messages; at most 1,000"),
         ({"margin": "big"}, "margin must be a number, not 'big'"),
         ({"margin": float("nan")}, "margin must be a number, not nan"),
     ],
@@ -179,3 +183,19 @@ def test_unusable_labels() -> None:
         to_labelled({"messages": PROMPT, "label": True})
     with pytest.raises(FormatError, match="no known format with the keys"):
         to_labelled({"text": "x", "label": True})
+    with pytest.raises(FormatError, match="messages has 1,001 messages; at most 1,000"):
+        to_labelled({"messages": [*PROMPT * 1000, GOOD], "label": True})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": PROMPT * 1001},
+        {"conversations": HUMAN * 1001},
+        {"instruction": ASKED, "history": [["1", "2"]] * 500},
+        {"messages": PROMPT * 1000, "system": "Be kind."},
+    ],
+)
+def test_a_prompt_of_too_many_messages(record: dict[str, Any]) -> None:
+    with pytest.raises(FormatError, match=r"has 1,001 messages; at most 1,000"):
+        to_prompt(record)

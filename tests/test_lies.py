@@ -56,6 +56,7 @@ def patched(prefix: Path, place: int, value: bytes) -> None:
         (HEADER.size + 4 * DOCUMENTS + 8 * 7, struct.pack("<q", 2**40), "sequence 7 is at byte"),
         (HEADER.size + 4 * DOCUMENTS + 8 * 7, struct.pack("<q", -8), "sequence 7 is at byte -8"),
         (HEADER.size + 4 * DOCUMENTS, struct.pack("<q", 2**63 - 1), "sequence 0 is at byte"),
+        (HEADER.size + 4 * DOCUMENTS + 8 * 7, struct.pack("<q", 1), "sequence 7 is at byte 1 of"),
     ],
 )
 def test_an_index_that_lies(prefix: Path, place: int, value: bytes, words: str) -> None:
@@ -65,6 +66,32 @@ def test_an_index_that_lies(prefix: Path, place: int, value: bytes, words: str) 
     with pytest.raises(DataError) as caught:
         open_corpus(prefix)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "code", "words"),
+    [
+        (np.uint16([3, 600]), 8, "has 601 tokens but the model's vocab_size is 512"),
+        (np.int32([3, 600]), 4, "has 601 tokens"),
+        (np.int64([3, 2**40]), 5, "has 1099511627777 tokens"),
+        (np.int32([3, -7]), 4, "has a token -7, which no vocabulary has"),
+    ],
+)
+def test_an_index_from_elsewhere_with_tokens_that_the_model_lacks(
+    tmp_path: Path, tokens: Any, code: int, words: str
+) -> None:
+    many = np.tile(tokens, 50)
+    places = np.array([0, many.nbytes // 2], np.int64)
+    head = HEADER.pack(b"MMIDIDX\x00\x00", 1, code, 2, 3)
+    lengths = np.array([50, 50], np.int32)
+    parts = (lengths, places, np.arange(3, dtype=np.int64))
+    (tmp_path / "a.idx").write_bytes(head + b"".join(part.tobytes() for part in parts))
+    (tmp_path / "a.bin").write_bytes(np.where(many == tokens[1], 5, many).astype(many.dtype))
+    assert len(open_corpus(tmp_path / "a")) > 0
+    (tmp_path / "a.bin").write_bytes(many)
+    for _ in range(2):
+        with pytest.raises(DataError, match=words):
+            open_corpus(tmp_path / "a")
 
 
 def test_an_index_may_be_sparse(prefix: Path) -> None:

@@ -63,11 +63,12 @@ def digest_files(paths: Iterable[Path], root: Path) -> list[tuple[str, str]]:
 
     Digests are remembered under `root` by size and time.
     """
-    return [(str(path), _digest(path, root / "digests")) for path in paths]
+    memory = root / "digests"
+    return [(str(path), remembered(path, memory, _digest)) for path in paths]
 
 
-def _digest(path: Path, memory: Path) -> str:
-    """The content's digest.
+def remembered(path: Path, memory: Path, find: Callable[[Path], str]) -> str:
+    """What `find` says of a file's content.
 
     Every rank asks for it, so one reading of a large file is remembered.
     """
@@ -75,9 +76,13 @@ def _digest(path: Path, memory: Path) -> str:
     note = memory / key_of([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
     if note.is_file():
         return note.read_text()
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    said = find(path)
     if time.time() - stat.st_mtime > RACY_SECONDS:
         with contextlib.suppress(OSError):  # it only saves time; a cache may be read-only
-            files.write_text(note, digest)
-    return digest
+            files.write_text(note, said)
+    return said
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

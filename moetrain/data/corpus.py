@@ -189,9 +189,9 @@ class CorpusSet:
         files = [
             index_files.existing(p, suffix) for p in self.prefixes for suffix in (".idx", ".bin")
         ]
-        for prefix in self.prefixes:
-            index_files.check_made_for(prefix, model_vocab)
         self.num_samples = [index_files.num_samples(p, seq_len) for p in self.prefixes]
+        for prefix in self.prefixes:
+            index_files.check_tokens(prefix, model_vocab, root)
         indexes = [digest for _, digest in digest_files(files[::2], root)]
         index_files.check_once(self.prefixes, indexes)
         if weights is not None and len(weights) != len(prefixes):
@@ -267,7 +267,11 @@ class CorpusSet:
         """Sample `number` of an epoch: one sequence of t tokens, all of them scored."""
         sample = self.epoch(epoch)[number]
         tokens, labels = sample["tokens"], sample["labels"]
+        # The index was looked at; these are the bytes that came.
+        smallest = int(min(tokens.min(), labels.min()))
         largest = int(max(tokens.max(), labels.max()))
         where = f"{', '.join(map(str, self.prefixes))} epoch {epoch} sample {number}"
+        if smallest < 0:
+            raise DataError(f"The index behind {where} has a token {smallest}: make it again.")
         tokenizers.check_vocab(largest + 1, self.model_vocab, f"The index behind {where}")
         return pack_one(tokens, labels, torch.ones(self.seq_len), id=where)

@@ -16,6 +16,7 @@ from moetrain.data.messages import (
     read_message,
     read_messages,
     read_turn,
+    refuse_many,
     shown,
     text_of,
 )
@@ -26,7 +27,6 @@ __all__ = ["FormatError", "Message", "MissingError", "read_message", "read_messa
 SYSTEM_KEYS = ("system", "system_prompt")
 # `templated: true` says that texts are rendered already: `prompt` and what follows it, as they are.
 TEMPLATED = "templated"
-MAX_MESSAGES = 1000  # each turn is rendered with all before it
 TEMPLATE_KEYS = ("tools", "chat_template_kwargs")
 Record = Mapping[str, Any]
 
@@ -100,6 +100,7 @@ def alpaca_prompt(record: Record) -> list[Message]:
     history = record.get("history")
     if history is not None and not isinstance(history, list):
         raise FormatError("history must be a list of pairs [instruction, output]")
+    refuse_many(history or [], "history")
     for i, pair in enumerate(history or []):  # LLaMA-Factory's earlier rounds
         if not isinstance(pair, list) or len(pair) != 2:
             raise FormatError(f"history[{i}] must be a pair [instruction, output]")
@@ -144,16 +145,19 @@ def columns(record: Record) -> tuple[str, ...]:
 
 
 def with_system(messages: list[Message], record: Record) -> list[Message]:
-    """The messages after what a column beside them says as the system."""
+    """The messages after what a column beside them says as the system. FormatError when that makes
+    two of it, or when there are too many messages.
+    """
     given = {key: record[key] for key in SYSTEM_KEYS if record.get(key) is not None}
     texts = {text for key, value in given.items() if (text := text_of(value, key)).strip()}
-    if not texts:
-        return messages
     own = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
-    if len(texts | ({own} if own is not None else set())) > 1:
+    if texts and len(texts | ({own} if own is not None else set())) > 1:
         both = " and ".join([*given, *(["the first message"] if own is not None else [])])
         raise FormatError(f"{both} give different system messages: keep one")
-    return messages if own is not None else [{"role": "system", "content": texts.pop()}, *messages]
+    if texts and own is None:
+        messages = [{"role": "system", "content": texts.pop()}, *messages]
+    refuse_many(messages, "the record")
+    return messages
 
 
 def is_spoken(message: Message) -> bool:
@@ -183,8 +187,6 @@ def to_conversation(record: Record) -> Conversation:
     if (texts := templated(record, "prompt", "completion")) is not None:
         return Conversation([], [], rendered=(texts[0], texts[1]))
     messages = with_system(detect(record).read(record), record)
-    if len(messages) > MAX_MESSAGES:
-        raise FormatError(f"{len(messages)} messages; at most {MAX_MESSAGES} are read")
     trained = [m["role"] == "assistant" and m.get("weight", True) for m in messages]
     messages = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
     if not any(m["role"] == "assistant" for m in messages):

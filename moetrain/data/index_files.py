@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrain.data import tokenizer as tokenizers
+from moetrain.data.cache import remembered
 from moetrain.errors import DataError
 
 LOOK = 1 << 20  # bytes of a .bin that are compared at a place
@@ -21,8 +22,9 @@ VERSION = 1
 # Magic, version, dtype's code, sequences, documents; then a length (int32) and a pointer (int64)
 # for each sequence and an int64 for each document.
 HEADER = struct.Struct("<9sQBQQ")
-# Bytes of a token by the dtype's code: uint8, int8, int16, int32, int64, uint16; others are floats.
-WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+# Of a token, by the dtype's code; other codes are floats.
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+READ_AT_ONCE = 1 << 24  # tokens
 LOOKED_AT = 1 << 20  # sequences whose places are looked at together
 
 
@@ -65,15 +67,33 @@ def _same_bytes(a: Path, b: Path) -> bool:
     return True
 
 
-def check_made_for(prefix: Path, model_vocab: int | None) -> None:
-    """Refuse an index that says it was made with more tokens than the embedding has."""
+def check_tokens(prefix: Path, model_vocab: int | None, root: Path) -> None:
+    """Refuse a sound index with tokens that the model's embedding does not have, before a run
+    meets one: by what is written beside it, or else by one reading of all tokens, which is
+    remembered under `root`.
+    """
+    if model_vocab is None or _is_vouched_for(prefix, model_vocab):
+        return
+    code = _head(prefix)[1]
+    data = Path(f"{prefix}.bin")
+    said = remembered(data, root / "tokens" / str(code), lambda path: _extremes(path, code))
+    smallest, largest = map(int, said.split())
+    if smallest < 0:
+        raise DataError(f"{data} has a token {smallest}, which no vocabulary has: make it again.")
+    tokenizers.check_vocab(largest + 1, model_vocab, f"The index {prefix}")
+
+
+def _is_vouched_for(prefix: Path, model_vocab: int) -> bool:
+    """Whether the note that `moetrain data index` writes is there, of just these tokens. DataError
+    where it says that they were made with more of them than the embedding has.
+    """
     note = Path(f"{prefix}.json")
     try:
         said = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return  # there is none, or it is about something else
+        return False  # there is none, or it is about something else
     if not isinstance(said, dict) or "vocab" not in said:
-        return
+        return False
     vocab = said["vocab"]
     if type(vocab) is not int or vocab < 1:
         raise DataError(
@@ -81,32 +101,37 @@ def check_made_for(prefix: Path, model_vocab: int | None) -> None:
             " or make the index again."
         )
     tokenizers.check_vocab(vocab, model_vocab, f"The tokenizer of the index {prefix}")
+    return said.get("num_tokens") == int(_lengths(prefix).sum(dtype=np.int64))
+
+
+def _extremes(data: Path, code: int) -> str:
+    """The smallest and the largest token of a .bin."""
+    smallest = largest = 0
+    with data.open("rb") as file:
+        while (tokens := np.fromfile(file, DTYPES[code], READ_AT_ONCE)).size:
+            smallest, largest = min(smallest, int(tokens.min())), max(largest, int(tokens.max()))
+    return f"{smallest} {largest}"
 
 
 def num_samples(prefix: Path, seq_len: int) -> int:
     """How many samples of seq_len (and a token after) an index holds. DataError when damaged."""
-    size = os.path.getsize(f"{prefix}.idx")
-    with open(f"{prefix}.idx", "rb") as file:
-        head = file.read(HEADER.size)
-    if len(head) < HEADER.size or not head.startswith(MAGIC):
-        raise DataError(f"{prefix}.idx is not a Megatron index, or is cut short: make it again.")
-    _, version, code, num_sequences, num_documents = HEADER.unpack(head)
+    version, code, num_sequences, num_documents = _head(prefix)
     if version != VERSION:
         raise DataError(
             f"{prefix}.idx is of version {version}, and {VERSION} is what is read: make it again."
         )
-    if code not in WIDTHS:
+    if code not in DTYPES:
         raise DataError(
             f"{prefix}.idx has tokens of an unknown or fractional type (code {code}; there are"
-            f" {', '.join(map(str, WIDTHS))}): make it again."
+            f" {', '.join(map(str, DTYPES))}): make it again."
         )
-    if size < HEADER.size + num_sequences * 12 + num_documents * 8:
+    if os.path.getsize(f"{prefix}.idx") < HEADER.size + num_sequences * 12 + num_documents * 8:
         raise DataError(f"{prefix}.idx is cut short: make it again.")
     if num_sequences == 0:
         raise DataError(f"{prefix} has no document: index something.")
-    lengths = np.memmap(f"{prefix}.idx", np.int32, "r", offset=HEADER.size, shape=(num_sequences,))
+    lengths = _lengths(prefix)
     _check_documents(prefix, num_sequences, num_documents)
-    num_tokens, width = int(lengths.sum(dtype=np.int64)), WIDTHS[code]
+    num_tokens, width = int(lengths.sum(dtype=np.int64)), np.dtype(DTYPES[code]).itemsize
     if int(lengths.min(initial=0)) < 0:
         raise DataError(f"{prefix}.idx is damaged: make it again.")
     if os.path.getsize(f"{prefix}.bin") < num_tokens * width:
@@ -121,6 +146,20 @@ def num_samples(prefix: Path, seq_len: int) -> int:
     return (num_tokens - 1) // seq_len
 
 
+def _head(prefix: Path) -> tuple[int, int, int, int]:
+    """(version, dtype's code, sequences, documents + 1) of an index."""
+    with open(f"{prefix}.idx", "rb") as file:
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        raise DataError(f"{prefix}.idx is not a Megatron index, or is cut short: make it again.")
+    return HEADER.unpack(head)[1:]
+
+
+def _lengths(prefix: Path) -> NDArray[np.int32]:
+    num = _head(prefix)[2]
+    return np.memmap(f"{prefix}.idx", np.int32, "r", offset=HEADER.size, shape=(num,))
+
+
 def _check_places(prefix: Path, lengths: NDArray[np.int32], width: int) -> None:
     """Refuse an index that points outside of its .bin: it would be found in mid-training."""
     size, num = os.path.getsize(f"{prefix}.bin"), len(lengths)
@@ -130,7 +169,7 @@ def _check_places(prefix: Path, lengths: NDArray[np.int32], width: int) -> None:
         own = starts[first : first + LOOKED_AT]
         ends = own + lengths[first : first + LOOKED_AT].astype(np.int64) * width
         # A sum that is too large for an int64 turns negative.
-        wrong = (own < 0) | (ends < own) | (ends > size)
+        wrong = (own < 0) | (ends < own) | (ends > size) | (own % width != 0)
         if wrong.any():
             at = first + int(wrong.argmax())
             raise DataError(

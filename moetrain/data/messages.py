@@ -29,6 +29,7 @@ ROLE_ALIASES = {"tool_response": "tool", "observation": "tool", "function": "too
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 # Names for "learn this turn": OpenAI's, ms-swift's two.
 WEIGHT_FIELDS = ("weight", "loss", "loss_scale")
+MAX_MESSAGES = 1000  # each turn is rendered with all before it
 COPIED_FIELDS = ("name", "tool_call_id")
 READ_FIELDS = frozenset(
     {
@@ -92,7 +93,14 @@ def list_of(value: Any, where: str) -> list[Any]:
     value = parsed(value, where) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
     if not isinstance(value, list) or not value:
         raise FormatError(f"{where} must be a list with at least one message")
+    refuse_many(value, where)
     return [_object(item, f"{where}[{i}]") for i, item in enumerate(value)]
+
+
+def refuse_many(messages: list[Any], where: str) -> None:
+    """FormatError when there are more messages than are read."""
+    if len(messages) > MAX_MESSAGES:
+        raise FormatError(f"{where} has {len(messages):,} messages; at most {MAX_MESSAGES:,}")
 
 
 def _object(value: Any, where: str) -> Any:

@@ -27,6 +27,7 @@ from moetrain.data.messages import (
     listed,
     read_messages,
     read_turn,
+    refuse_many,
     shown,
 )
 
@@ -77,6 +78,7 @@ def _answer(value: Any, where: str) -> list[Message]:
     if isinstance(value, Mapping):
         return [read_turn(value, where)]
     if isinstance(value, list) and value:
+        refuse_many(value, where)
         return joined_calls([read_turn(turn, f"{where}[{i}]") for i, turn in enumerate(value)])
     if isinstance(value, list):
         raise FormatError(f"{where} is empty")
@@ -91,7 +93,7 @@ def _after(prompt: list[Message], record: Record, key: str) -> list[Message]:
     answer = _answer(record[key], key)
     if answer[0]["role"] not in OPENING_ROLES:
         return prompt + answer
-    said = [_said(message) for message in answer]
+    said = {_said(message) for message in answer}
     if any(_said(message) not in said for message in prompt):
         raise FormatError(f"{key} is a whole conversation and the prompt is not in it")
     return answer

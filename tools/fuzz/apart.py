@@ -21,11 +21,17 @@ class Done:
     said: str  # on stderr
     made: str  # a digest of what it made
     opened: set[str] = field(default_factory=set[str])
+    imported: list[str] = field(default_factory=list[str])  # modules
 
 
 def apart(do: Callable[[], int], place: Path, watched: Path | None = None) -> Done:
-    """Do it in a forked process; what it says and which files of `watched` it opens."""
-    with tempfile.TemporaryFile(dir=place) as said:
+    """Do it in a forked process; what it says, which files of `watched` it opens, and which modules
+    it imports.
+    """
+    said = tempfile.TemporaryFile(dir=place)
+    modules = tempfile.TemporaryFile(dir=place)
+    with said, modules:
+        known = set(sys.modules)
         events = _watch(watched) if watched else None
         pid = os.fork()
         if not pid:
@@ -41,12 +47,16 @@ def apart(do: Callable[[], int], place: Path, watched: Path | None = None) -> Do
                 traceback.print_exc()
                 code = 99
             sys.stderr.flush()
+            modules.write("\n".join(name for name in sys.modules if name not in known).encode())
+            modules.flush()
             os._exit(code)
         _, status = os.waitpid(pid, 0)
         said.seek(0)
         told = said.read().decode(errors="replace")
+        modules.seek(0)
+        imported = modules.read().decode().split("\n")
         opened = _opened(events) if events is not None else set[str]()
-    return Done(os.waitstatus_to_exitcode(status), told, "", opened)
+    return Done(os.waitstatus_to_exitcode(status), told, "", opened, imported)
 
 
 def _watch(folder: Path) -> int:

@@ -8,7 +8,9 @@ every other flip. The commands are the real ones, each in a process forked from 
 """
 
 import argparse
+import contextlib
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +84,7 @@ class Bench:
         for words in made:
             done = apart(lambda words=words: cli.main(words), place)
             assert done.code == 0, (words, done.said)
+            preload(done.imported)
         shutil.copytree(place / "run/hf", place / "export")
         return self.cases(recipe)
 
@@ -201,8 +204,13 @@ def flip(path: Path, place: int, bits: int) -> None:
     os.utime(path)  # so that no two contents have one time
 
 
-def preload() -> None:
-    """What the commands import, once for all of them."""
+def preload(names: Iterable[str] = ()) -> None:
+    """What the commands import, once for all of them: a thousand modules are most of the time that
+    a refusal takes.
+    """
+    for name in names:
+        with contextlib.suppress(Exception, SystemExit):
+            importlib.import_module(name)
     import moetrain.answers.sample
     import moetrain.engine.convert
     import moetrain.engine.derived
@@ -220,6 +228,7 @@ def hunt(bench: Bench, cases: Sequence[Case], args: argparse.Namespace) -> int:
     whole = {case: bench.run(case, watch=True) for case in cases}
     for case, done in whole.items():
         assert done.code == 0, (case.name, done.said)
+    preload(name for done in whole.values() for name in done.imported)
     print(f"{len(cases)} commands read what is whole", flush=True)
     counts: Counter[tuple[str, str, str]] = Counter()
     rng, end = random.Random(args.seed), time.monotonic() + args.seconds
