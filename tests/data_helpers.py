@@ -47,9 +47,9 @@ def questions(num_records: int = len(QUESTIONS)) -> list[dict[str, Any]]:
     return [chat(q, a) for q, a in QUESTIONS[:num_records]]
 
 
-def recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
+def recipe(folder: Path, **sections: Any) -> Recipe:
     """A recipe for the small tokenizer with its own cache; `sections` add to the defaults here."""
-    base: dict[str, dict[str, Any]] = {
+    base: dict[str, Any] = {
         "model": {
             "hf": {"architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 512},
             "tokenizer": str(tokenizer_folder()),
@@ -59,7 +59,7 @@ def recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
         "train": {"steps": 4} | ({} if "rollout" in sections else {"global_batch": 4}),
     }
     for name, values in sections.items():
-        base[name] = {**base.get(name, {}), **values}
+        base[name] = base.get(name, {}) | values if isinstance(values, dict) else values
     if base["train"].get("epochs") is not None:
         base["train"].pop("steps")
     return Recipe.model_validate({"run_dir": str(folder / "run"), **base})

@@ -11,7 +11,11 @@ from moetrain import cli
 from moetrain.commands.common import parse
 from moetrain.data.encode import Encoder, Spec
 from moetrain.data.loader import KINDS
+from moetrain.data.prompts import prepare_prompts
+from moetrain.data.rejects import read_rejects
+from moetrain.data.show import View
 from moetrain.data.sources import find_sources, read_rows
+from moetrain.errors import DataError
 
 RECORDS: list[Any] = [
     {
@@ -31,12 +35,9 @@ RECORDS: list[Any] = [
 
 def shown(folder: Path, capsys: pytest.CaptureFixture[str], *more: str, **sections: Any) -> Any:
     """What the command prints for a recipe with these sections; with --json, its rows."""
-    base = recipe(folder, data=sections.pop("data"))
-    content = base.model_dump(mode="json", exclude_unset=True) | sections
-    if "rollout" in sections:
-        content["train"].pop("global_batch")
+    made = recipe(folder, **sections)
     path = folder / "r.yaml"
-    path.write_text(json.dumps(content))
+    path.write_text(made.model_dump_json(exclude_unset=True))
     assert cli.main(["data", "show", str(path), *more]) == 0
     out = capsys.readouterr().out
     return [json.loads(line) for line in out.splitlines()] if "--json" in more else out
@@ -82,6 +83,35 @@ def test_pairs_labels_and_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[
     online = {"rollout": {"max_tokens": 8}, "rewards": ["accuracy"], "method": {"name": "grpo"}}
     (row,) = shown(tmp_path, capsys, "--json", "--rows", "1:2", data=data, **online)
     assert row["learned"] == [] and row["text"].endswith("<|im_start|>assistant\n")
+
+
+CHORD: dict[str, Any] = {
+    "rollout": {"max_tokens": 8},
+    "rewards": ["accuracy"],
+    "method": {"name": "chord"},
+}
+
+
+def test_demonstrations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What chord learns beside its own answers is shown, as a run reads it; its rejects and what
+    of them is not rendered are the run's.
+    """
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "1 + 1?", "answer": "2"}])
+    worked = write_jsonl(tmp_path / "worked.jsonl", RECORDS)
+    given = {"train": [str(path)], "demonstrations": [str(worked)], "take": [1], "seq_len": 400}
+    rows = shown(tmp_path, capsys, "--json", "--demonstrations", data=given, **CHORD)
+    assert [(row["file"], row["line"]) for row in rows] == [(str(worked), i) for i in (1, 2, 3, 4)]
+    assert rows[3]["learned_text"] == ["6<|im_end|>"] and "rejected" in rows[1]
+    out = shown(tmp_path, capsys, data=given, **CHORD)
+    assert "1 + 1?" in out and "3 + 3?" not in out and "--demonstrations shows it" in out
+    with pytest.raises(DataError, match=r"sft learns from no demonstrations"):
+        View(recipe(tmp_path, data={"train": [str(path)]}), demonstrations=True)
+    own = recipe(tmp_path, data=given | {"max_rejected": 0.5}, **CHORD)
+    lines = prepare_prompts(own).lines
+    assert any(line.startswith("demonstrations: 4 records, 2 sequences") for line in lines)
+    assert "note: the column images is not read (1 record)" in lines
+    rejects = read_rejects(own.run_dir / "rejected.jsonl")
+    assert [(reject.file, reject.line) for reject in rejects] == [(str(worked), 2), (str(worked), 3)]
 
 
 def test_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -262,12 +262,16 @@ def test_a_model_is_asked_scored_and_resumed(
     run = tmp_path / "run"
     run.mkdir()
     (run / "resolved.yaml").write_text("{}")
+    asked = written(tmp_path, *({"prompt": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)),
+                    {"prompt": "9 + 1?"})  # fmt: skip
     command = ["eval", "builtin:qwen3-moe-tiny", str(ROOT / "examples/evals/checkable.yaml")]
     out = tmp_path / "run" / "evals" / "own.jsonl"
-    small = ["--out", str(out), "limit=4", "samples=2", "pass_at=[1,2]", "rollout.max_tokens=6"]
+    small = ["--out", str(out), f"data={asked}", "answer=null", "samples=2", "pass_at=[1,2]"]
+    small.append("rollout.max_tokens=6")
     assert cli.main([*command, *small]) == 0
     said = capsys.readouterr().out
     assert "pass@2" in said and "maj@2" in said and "95 % interval" in said
+    assert f"no reward can grade 1 of 4 in {asked}: they lack answer" in said
     score = json.loads(out.with_suffix(".json").read_text())
     assert all(one["n"] == 4 for one in score["scores"].values())
     assert score["questions"] == 4 and score["counts"]["answers"] == 8

@@ -12,6 +12,8 @@ from export_helpers import CHATML, END, OTHERS, TURNS, base_model, prompts, trai
 
 from moetrain import cli
 from moetrain.data.samples import read_lines
+from moetrain.errors import CheckpointError
+from moetrain.loops.score import score
 from moetrain.weights.beside import Beside, beside_adapter
 
 
@@ -132,6 +134,24 @@ def test_an_adapters_checkpoint_is_sampled_written_and_merged(
     assert cli.main(["convert", "adapter", str(last), str(tmp_path / "last")]) == 0
     for path in (adapted / "adapter").iterdir():
         assert path.read_bytes() == (tmp_path / "last" / path.name).read_bytes(), path.name
+
+
+def test_an_adapter_run_is_scored(
+    second_base: Path, adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its base with the adapter, which the ranks of a job would each write."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"tokens": [5, 6, 7, 8]}\n')
+    found: list[str] = []
+    with_adapter = f"adapter.path={adapted / 'adapter'}"
+    for model, more in ((adapted, []), (second_base, [with_adapter]), (second_base, [])):
+        out = tmp_path / f"{len(found)}.jsonl"
+        assert cli.main(["score", str(model), str(rows), "--out", str(out), *more]) == 0
+        found.append(out.read_text())
+    assert found[0] == found[1] != found[2]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CheckpointError, match=r"score the base with adapter\.path="):
+        score(str(adapted), rows, tmp_path / "out.jsonl")
 
 
 def test_an_adapter_run_is_evaluated(adapted: Path, tmp_path: Path) -> None:

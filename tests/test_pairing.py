@@ -219,6 +219,24 @@ def test_a_mistake_is_one_line(
     assert message in said and len(said.splitlines()) == 1 and not out.exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--sft"]])
+def test_prompts_that_are_templated_already_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """`sample` answers them; no record could say where the answer's turn ends."""
+    plain = row("q", answer("1", 1.0), answer("2", 0.0))
+    marked = row("r", answer("1", 1.0), answer("2", 0.0))
+    marked["prompt"]["columns"] = {"prompt": "<|im_start|>user\nr", "templated": True}
+    both = written(tmp_path / "both.jsonl", plain, marked)
+    out = tmp_path / "out.jsonl"
+    assert cli.main(["pairs", str(both), "--out", str(out), *more]) == 0
+    assert '(1 with "templated": true, sample prompts that are m' in capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == 1
+    alone = written(tmp_path / "alone.jsonl", marked)
+    assert cli.main(["pairs", str(alone), "--out", str(tmp_path / "none.jsonl"), *more]) == 2
+    assert "nothing to write" in capsys.readouterr().err
+
+
 def test_other_files_are_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = written(tmp_path / "s.jsonl", {"question": "q"})
     assert cli.main(["pairs", str(source), "--out", str(tmp_path / "o.jsonl")]) == 2

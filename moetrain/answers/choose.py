@@ -12,6 +12,7 @@ from typing import Any
 from moetrain import files as publishing
 from moetrain.answers.file import Row, check_manifest, manifest_of
 from moetrain.data.cache import cache_root, digest_files
+from moetrain.data.formats import TEMPLATED
 from moetrain.data.pairing import Asked, Choice, Chosen, gather, pairs, right_answers
 from moetrain.data.samples import put_lines, read_lines
 from moetrain.errors import DataError
@@ -127,7 +128,9 @@ def _wrong(row: Row) -> str:
             return "prompt.id is no text"
         if not isinstance(row["prompt"].get("opened", ""), str):
             return "prompt.opened is no text"
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        templated = row["prompt"]["columns"].get(TEMPLATED) and isinstance(messages, str)
+        whole = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+        if not whole and not templated:
             return "prompt.columns.prompt is no list of messages"
         for name, kinds in OF_AN_ANSWER.items():
             if not all(isinstance(answer[name], kinds) for answer in answers):

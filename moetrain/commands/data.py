@@ -24,7 +24,9 @@ def arguments(parser: Parser) -> None:
         "--rows", type=rows, metavar="A:B", help="records A to B-1, from 0 (0:10; --json: all)"
     )
     show.add_argument("--json", action="store_true", help="one JSON object a text")
-    show.add_argument("--eval", action="store_true", help="the held-out records")
+    of = show.add_mutually_exclusive_group()
+    of.add_argument("--eval", action="store_true", help="the held-out records")
+    of.add_argument("--demonstrations", action="store_true", help="those of data.demonstrations")
     add_overrides(show)
 
 
@@ -93,7 +95,8 @@ def _show(args: Arguments) -> int:
     from moetrain.config.load import load_recipe
     from moetrain.data.show import View
 
-    view = View(load_recipe(args.recipe, args.overrides), held_out=args.eval)
+    recipe = load_recipe(args.recipe, args.overrides)
+    view = View(recipe, held_out=args.eval, demonstrations=args.demonstrations)
     start, stop = args.rows or ((0, None) if args.json else ROWS)
     if stop is not None and stop <= start:
         raise MoetrainError(f"--rows {start}:{stop} has no record: give A:B with A < B.")
@@ -142,6 +145,8 @@ def _print(shown: "list[Shown]", view: "View") -> None:
     console.print(Text(line))
     for note in noted(view.chat.notes(), view.notes):
         console.print(Text(note, style="yellow"))
+    if view.recipe.method.demonstrated:
+        console.print(Text("What it learns of data.demonstrations: --demonstrations shows it."))
 
 
 COMMAND = Command("see what is learned of records; index a corpus", arguments, run)

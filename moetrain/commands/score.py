@@ -9,7 +9,8 @@ from moetrain.errors import MoetrainError
 def arguments(parser: Parser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "model", help="Hugging Face folder or Megatron checkpoint; or a recipe with a reference"
+        "model",
+        help="Hugging Face folder, Megatron checkpoint or run_dir; or a recipe with a reference",
     )
     parser.add_argument("data", nargs="?", default="", help="JSONL with `tokens` (ids) or `text`")
     parser.add_argument("--out", type=Path, metavar="FILE")

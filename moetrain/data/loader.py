@@ -133,9 +133,14 @@ def prepare(recipe: Recipe) -> Prepared:
 def _describe(name: str, packs: Packs, recipe: Recipe) -> str:
     if not isinstance(packs, Shuffled):
         return f"{name}: {len(packs)} samples of {recipe.data.seq_len} tokens"
-    stats = packs.data.stats
+    return told_of_set(name, packs.data, recipe)
+
+
+def told_of_set(name: str, data: PackedSet, recipe: Recipe) -> str:
+    """How much a set holds and what was left out of it, in a line."""
+    stats = data.stats
     line = (
-        f"{name}: {stats.num_records} records, {stats.num_groups} {packs.data.unit},"
+        f"{name}: {stats.num_records} records, {stats.num_groups} {data.unit},"
         f" {stats.num_tokens} tokens in"
         f" {stats.num_packs} packs of {recipe.data.seq_len} ({stats.fill:.1%} full)"
     )

@@ -41,6 +41,7 @@ class Asked:
     given: dict[str, Any] = field(default_factory=dict[str, Any])  # what else its template reads
     num_graded: int = 0  # also of answers that are cut, empty, or the same as another
     num_right: int = 0
+    templated: bool = False  # a text, whose answers' end of turn no record could say
 
     @property
     def share_right(self) -> float:
@@ -96,11 +97,15 @@ def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[A
     for source, row in rows:
         columns = row["prompt"]["columns"]
         messages = columns["prompt"]
+        templated = isinstance(messages, str)
+        if templated:
+            messages = [{"role": "user", "content": messages}]  # to be told apart by
         given = {name: columns[name] for name in TEMPLATE_KEYS if columns.get(name)}
         opened = row["prompt"].get("opened", "")
         key = plain(" ".join(str(message.get("content")) for message in messages))
         key += json.dumps(given, sort_keys=True) if given else ""
-        asked = found.setdefault(key, Asked(row["prompt"]["id"], source, messages, [], given))
+        new = Asked(row["prompt"]["id"], source, messages, [], given, templated=templated)
+        asked = found.setdefault(key, new)
         if asked.source != source:
             continue
         seen = texts.setdefault(key, set())
@@ -140,7 +145,7 @@ def pairs(asked: Sequence[Asked], choice: Choice) -> Chosen:
     slots: list[Slot] = []
     for one in asked:
         wrong = [a for a in one.answers if a.reward <= choice.wrong]
-        if not wrong or not _right(one, choice):
+        if one.templated or not wrong or not _right(one, choice):
             reasons[_lack(one, choice)] += 1
             continue
         surest = sorted(wrong, key=lambda a: -a.confidence)[: choice.per_prompt]
@@ -171,7 +176,7 @@ def right_answers(asked: Sequence[Asked], choice: Choice) -> Chosen:
     slots: list[Slot] = []
     for one in asked:
         right = _right(one, choice)
-        if not right:
+        if one.templated or not right:
             reasons[_lack(one, choice)] += 1
             continue
         middle = median(answer.length for answer in right)
@@ -195,6 +200,8 @@ def _right(asked: Asked, choice: Choice) -> list[Answer]:
 
 def _lack(asked: Asked, choice: Choice) -> str:
     """Why a prompt gives nothing."""
+    if asked.templated:
+        return 'with "templated": true, sample prompts that are messages'
     if not asked.num_graded:
         return "without a grade"
     if not asked.num_right:

@@ -18,6 +18,7 @@ from moetrain.data import assets
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.cache import cache_root
 from moetrain.data.chat import Chat
+from moetrain.data.demonstrations import prepare_demonstrations
 from moetrain.data.formats import (
     SYSTEM_KEYS,
     TEMPLATE_KEYS,
@@ -235,11 +236,13 @@ def prepare_prompts(recipe: Recipe) -> PromptSet:
     held_out = read(recipe.data.eval, True) if recipe.data.eval else Found([], [], Counter())
     if selection is not None and selection.share:
         held_out = read(recipe.data.train, False, selection.other())
-    write_rejected(recipe, train.rejects + held_out.rejects)
+    shown, unusable = prepare_demonstrations(recipe)
+    write_rejected(recipe, train.rejects + held_out.rejects + unusable)
     line = f"train: {len(train.prompts)} prompts{told_repeats(train.prompts)}"
     if train.rejects:
         line += f"; {len(train.rejects)} rejected, see {recipe.run_dir / 'rejected.jsonl'}"
-    lines = [line, *told_of_tokenizer(recipe), *noted(chat.notes(), train.notes + held_out.notes)]
+    notes = noted(chat.notes(), train.notes + held_out.notes)
+    lines = [line, *told_of_tokenizer(recipe), *notes, *shown]
     order = PromptOrder(train.prompts, recipe.seed, recipe.data.shuffle)
     asked = held_out.prompts[: rollout.eval_prompts][: recipe.train.eval_packs]
     return PromptSet(order, asked, lines)

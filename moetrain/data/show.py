@@ -10,6 +10,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.data import assets, packing
 from moetrain.data.cache import cache_root
 from moetrain.data.chat import Chat, ChatOptions, Encoded, Marked
+from moetrain.data.demonstrations import demonstration_recipe
 from moetrain.data.encode import Encoder, Result, Spec
 from moetrain.data.loader import CORPUS, FEEDS, KINDS, chat_of, model_vocab, tokenizer_of
 from moetrain.data.messages import FormatError
@@ -57,12 +58,23 @@ class Shown:
 
 
 class View:
-    """The records of a recipe as a run would read them, in the order of the data.
+    """The records of a recipe as a run would read them, in the order of the data; `demonstrations`:
+    those of data.demonstrations, in place of the prompts.
 
     Raises DataError: no data, no tokenizer, no template, a corpus.
     """
 
-    def __init__(self, recipe: Recipe, *, held_out: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, *, held_out: bool = False, demonstrations: bool = False
+    ) -> None:
+        if demonstrations:
+            own = demonstration_recipe(recipe)
+            if own is None:
+                raise DataError(
+                    f"method {recipe.method.name} learns from no demonstrations (chord does): leave"
+                    " --demonstrations out."
+                )
+            recipe = own
         self.recipe, self.held_out = recipe, held_out
         self.feed = FEEDS.get(recipe.method.name)  # None: prompts
         if self.feed == CORPUS:

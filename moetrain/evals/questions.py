@@ -51,6 +51,7 @@ def read_questions(
             raise DataError(f"{where}: {error}.") from None
         if notes is not None:
             notes.update(own)
+        prompt = replace(prompt, source=row.file)
         number = ids[prompt.id] = ids.get(prompt.id, 0) + 1
         found.append(prompt if number == 1 else replace(prompt, id=f"{prompt.id}{AGAIN}{number}"))
         if len(found) == bench.limit:

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.config.method import SftMethod
-from moetrain.config.online import ChordMethod
 from moetrain.config.recipe import Recipe
-from moetrain.data.loader import Loader, Shuffled, build_train
-from moetrain.data.rejects import check_rejects
+from moetrain.data.demonstrations import demonstration_recipe
+from moetrain.data.loader import Loader, build_train
 from moetrain.engine.mesh import Mesh
 from moetrain.errors import DataError
 from moetrain.methods.online import DEMONSTRATION
@@ -42,26 +40,15 @@ class Demonstrations:
 
 def open_demonstrations(recipe: Recipe, mesh: Mesh) -> Demonstrations:
     """The recipe's data.demonstrations. Collective. Raises DataError."""
-    method = recipe.method
-    if not isinstance(method, ChordMethod):
+    own = demonstration_recipe(recipe)
+    if own is None:
         return Demonstrations(None)
-    if method.packs % mesh.dp_size:
+    if own.train.global_batch % mesh.dp_size:
         raise DataError(
-            f"method.packs={method.packs} does not divide over {mesh.dp_size} data-parallel ranks:"
-            f" use a multiple of {mesh.dp_size}."
+            f"method.packs={own.train.global_batch} does not divide over {mesh.dp_size}"
+            f" data-parallel ranks: use a multiple of {mesh.dp_size}."
         )
-    whole = {"train": recipe.data.demonstrations, "take": None, "eval_share": 0.0}
-    data = recipe.data.model_copy(update=whole)
-    # As often as answers are learned from, so train.epochs does not count them.
-    train = recipe.train.model_copy(
-        update={"global_batch": method.packs, "epochs": None, "steps": 1}
-    )
-    own = recipe.model_copy(update={"method": SftMethod(), "data": data, "train": train})
-    loader = build_train(own, mesh.dp_rank, mesh.dp_size)
-    assert isinstance(loader.packs, Shuffled)
-    found = loader.packs.data
-    check_rejects(found.rejects(), found.stats.num_records, recipe.data.max_rejected)
-    return Demonstrations(loader)
+    return Demonstrations(build_train(own, mesh.dp_rank, mesh.dp_size))
 
 
 def beside(pack: Packed, like: Packed, share: float) -> Packed:

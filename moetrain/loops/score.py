@@ -3,6 +3,7 @@ layout.
 """
 
 import json
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,9 +18,9 @@ from moetrain.data import tokenizer
 from moetrain.data.rejects import Reject
 from moetrain.data.sources import Row, find_sources, read_rows
 from moetrain.engine import Engine
-from moetrain.engine.models import open_engine, recipe_for
+from moetrain.engine.models import is_adapter, model_in, open_engine, recipe_for, sections_of
 from moetrain.engine.source import find_model
-from moetrain.errors import DataError
+from moetrain.errors import CheckpointError, DataError
 from moetrain.models import family_of
 from moetrain.ops.packed import Packed, concat, from_tokens
 
@@ -35,7 +36,8 @@ def score(model: str, data: Path, out: Path, overrides: Sequence[str] = ()) -> i
     appears whole. DataError with file and line for the first row that cannot be scored, before
     anything is computed.
     """
-    recipe = recipe_for(model, out.parent, overrides)
+    path, adapter = _of_run(model)
+    recipe = recipe_for(path, out.parent, overrides, adapter)
     if not out.parent.is_dir():
         raise DataError(f"{out}: there is no folder {out.parent}. Make it, or give another --out.")
     rows = read_sequences(recipe, data)
@@ -51,6 +53,17 @@ def score(model: str, data: Path, out: Path, overrides: Sequence[str] = ()) -> i
         raise DataError(f"{out} cannot be written: {error.strerror or error}.") from error
     engine.close()
     return 0
+
+
+def _of_run(model: str) -> tuple[str, dict[str, Any]]:
+    """(path of a model, which may be a run's, or of its base; further sections of the recipe)."""
+    found = model_in(model)
+    if is_adapter(Path(found).expanduser()) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CheckpointError(
+            f"{found} is an adapter's checkpoint, which one process turns into a folder: tools/"
+            f"convert adapter {found} FOLDER, then score the base with adapter.path=FOLDER."
+        )
+    return sections_of(found)
 
 
 @contextmanager

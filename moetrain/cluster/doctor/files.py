@@ -195,20 +195,29 @@ def tokenizer(subject: Subject) -> Finding:
 
 
 def data(subject: Subject) -> Finding:
-    """Every path of data.train and data.eval opens, and its first records can be learned from."""
+    """Every path of data.train, data.eval and data.demonstrations opens, and its first records can
+    be learned from.
+    """
     from moetrain.data.loader import CORPUS, FEEDS, KINDS
 
     recipe = subject.recipe
     given = [*recipe.data.train, *recipe.data.eval]
-    paths = [path for path in given if not path.startswith("builtin:")]
-    if not paths:
+    paths, shown = (
+        [path for path in some if not path.startswith("builtin:")]
+        for some in (given, recipe.data.demonstrations)
+    )
+    if not paths and not shown:
         return ok(f"{', '.join(given)}: made here")
     feed = FEEDS.get(recipe.method.name)
     if feed == CORPUS:
         return _corpora(paths)
     results = list(_read(subject, paths, KINDS[feed]) if feed else _read_prompts(subject, paths))
+    results += _read(subject, shown, KINDS["chat"])
     bad = [(where, reason) for where, reason in results if reason]
-    said = f"{len(results) - len(bad)} of the first {len(results)} records of {len(paths)} paths"
+    said = (
+        f"{len(results) - len(bad)} of the first {len(results)} records of"
+        f" {len(paths) + len(shown)} paths"
+    )
     if not bad:
         return ok(f"{said} can be used")
     where, reason = bad[0]
@@ -223,8 +232,9 @@ def data(subject: Subject) -> Finding:
 def _rows(subject: Subject, paths: list[str]) -> Iterator[Any]:
     from moetrain.data.sources import find_sources, read_rows
 
+    data = subject.recipe.data
     for path in paths:
-        held_out = path not in subject.recipe.data.train
+        held_out = path not in (*data.train, *data.demonstrations)
         for source in find_sources([path], held_out=held_out):
             yield from islice(read_rows(source), RECORDS)
 
