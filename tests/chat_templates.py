@@ -45,50 +45,47 @@ GPT_OSS = tuple(
     f"<|{name}|>" for name in ("start", "end", "message", "channel", "call", "return", "constrain")
 )
 
-# Qwen3-Thinking-2507: the prompt for an answer opens a thought; earlier thoughts are left out.
-QWEN3_THINKING = """\
-{%- if messages[0].role == 'system' %}<|im_start|>system
-{{ messages[0].content }}<|im_end|>
-{% endif %}
-{%- set ns = namespace(last=0) %}
-{%- for m in messages if m.role == 'user' %}{% set ns.last = messages.index(m) %}{% endfor %}
-{%- for m in messages %}
-{%- if m.role == 'user' or (m.role == 'system' and not loop.first) %}
-{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
-{%- elif m.role == 'assistant' %}
-{%- set content = m.content if m.content is string else '' %}
-{%- set thought = m.reasoning_content if m.reasoning_content is string else '' %}
-{%- if not thought and '</think>' in content %}
-{%- set thought = content.split('</think>')[0].split('<think>')[-1] %}
-{%- set content = content.split('</think>')[-1] %}
-{%- endif %}
-{%- if loop.index0 > ns.last and (loop.last or thought) %}
-{{- '<|im_start|>assistant\\n<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}
-{{- content.lstrip('\\n') }}
-{%- else %}{{- '<|im_start|>assistant\\n' + content }}{%- endif %}
-{%- for call in m.tool_calls or [] %}
-{{- '\\n' if content or not loop.first else '' }}
-{%- set given = call.function.arguments %}
-{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
-{{- given if given is string else given | tojson }}
-{{- '}\\n</tool_call>' }}
-{%- endfor %}{{- '<|im_end|>\\n' }}
-{%- elif m.role == 'tool' %}
-{{- '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' }}
-{%- endif %}{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}
+# Qwen3-Thinking-2507 is Qwen3's template but for the prompt for an answer, which opens a thought.
+QWEN3_PROMPT = """\
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
 """
-# DeepSeek-V3.1: both kinds of answers begin with </think>, and the prompt has it or <think>.
+OPENED = "    {{- '<think>\\n' }}\n"
+# DeepSeek-V3.1: an answer to a user begins with </think>, which the prompt has, or <think> there;
+# one to a tool's output has no mark of its own. `tools` are not rendered, arguments are texts, and
+# only a content of none is left out before calls.
 DEEPSEEK_V31 = """\
-{{- bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}
+{{- bos_token }}
+{%- set ns = namespace(user=false, tool=false) %}
+{%- for m in messages if m.role == 'system' %}
+{{- ('' if loop.first else '\\n\\n') + m.content }}
+{%- endfor %}
 {%- for m in messages %}
-{%- if m.role == 'user' %}{{- '<\uff5cUser\uff5c>' + m.content }}
+{%- if m.role == 'user' %}
+{{- '<\uff5cUser\uff5c>' + m.content }}{% set ns.user = true %}{% set ns.tool = false %}
 {%- elif m.role == 'assistant' %}
-{%- set content = m.content or '' %}
-{%- if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}
-{{- '<\uff5cAssistant\uff5c></think>' + content + eos_token }}
+{%- if ns.user %}{{- '<\uff5cAssistant\uff5c></think>' }}{% endif %}
+{%- set ns.user = false %}
+{%- if m.tool_calls is defined and m.tool_calls is not none %}
+{%- for call in m.tool_calls %}
+{%- if loop.first %}
+{{- (m.content if m.content is not none else '') + '<\uff5ctool\u2581calls\u2581begin\uff5c>' }}
+{%- endif %}
+{{- '<\uff5ctool\u2581call\u2581begin\uff5c>' + call.function.name }}
+{{- '<\uff5ctool\u2581sep\uff5c>' + call.function.arguments }}
+{{- '<\uff5ctool\u2581call\u2581end\uff5c>' }}
+{%- endfor %}
+{{- '<\uff5ctool\u2581calls\u2581end\uff5c>' }}
+{%- elif not ns.tool and '</think>' in m.content %}
+{{- m.content.split('</think>', 1)[1] }}
+{%- else %}{{- m.content }}{%- endif %}
+{{- eos_token }}{% set ns.tool = false %}
+{%- elif m.role == 'tool' %}{% set ns.user = false %}{% set ns.tool = true %}
+{{- '<\uff5ctool\u2581output\u2581begin\uff5c>' + m.content }}
+{{- '<\uff5ctool\u2581output\u2581end\uff5c>' }}
 {%- endif %}{%- endfor %}
-{%- if add_generation_prompt %}
+{%- if add_generation_prompt and ns.user %}
 {{- '<\uff5cAssistant\uff5c>' + ('<think>' if thinking is defined and thinking else '</think>') }}
 {%- endif %}
 """
@@ -124,27 +121,37 @@ class Known:
     stops: str | None = None  # what stops an answer, where no token ends a turn
     reasoning: bool = False  # has a place for a thought
     calls: bool = False
+    tools: bool = True  # has a place for the tools on offer
     system: bool = True
+    other: tuple[str, str] = ("", "")  # what of the file is different, and how
 
     @property
     def text(self) -> str:
         if not self.source.endswith(".jinja"):
             return self.source
         files = {file.name: file for file in metadata.files("trl") or ()}
-        return Path(str(files[self.source].locate())).read_text(encoding="utf-8")
+        text = Path(str(files[self.source].locate())).read_text(encoding="utf-8")
+        assert self.other[0] in text
+        return text.replace(*self.other) if self.other[0] else text
 
 
 QWEN: dict[str, Any] = dict(tokens=(*IM, *THINK), eos="<|im_end|>", calls=True)
 KNOWN: dict[str, Known] = {
-    "qwen3-thinking-2507": Known(QWEN3_THINKING, **QWEN, reasoning=True),
+    "qwen3-thinking-2507": Known(
+        "qwen3.jinja", **QWEN, reasoning=True, other=(QWEN3_PROMPT, OPENED)
+    ),
     "qwen3-instruct-2507": Known("qwen3_instruct_2507.jinja", **QWEN),
     "qwen3": Known("qwen3.jinja", **QWEN, reasoning=True),
     "qwen2.5": Known("qwen2_5.jinja", **QWEN),
     "llama-3.1": Known("llama3_1.jinja", LLAMA, "<|eot_id|>", "<|begin_of_text|>", calls=True),
     "llama-3.3": Known("llama3_2.jinja", LLAMA, "<|eot_id|>", "<|begin_of_text|>", calls=True),
     "r1-distill": Known("deepseek_r1_distill.jinja", (*DEEPSEEK, *THINK), DEEPSEEK[1], DEEPSEEK[0]),
-    "deepseek-v3": Known("deepseekv3.jinja", DEEPSEEK, DEEPSEEK[1], DEEPSEEK[0], calls=True),
-    "deepseek-v3.1": Known(DEEPSEEK_V31, (*DEEPSEEK, *THINK), DEEPSEEK[1], DEEPSEEK[0]),
+    "deepseek-v3": Known(
+        "deepseekv3.jinja", DEEPSEEK, DEEPSEEK[1], DEEPSEEK[0], calls=True, tools=False
+    ),
+    "deepseek-v3.1": Known(
+        DEEPSEEK_V31, (*DEEPSEEK, *THINK), DEEPSEEK[1], DEEPSEEK[0], calls=True, tools=False
+    ),
     "glm-4.5": Known(
         "glm4moe.jinja",
         (*GLM, *THINK, "<tool_call>", "</tool_call>"),

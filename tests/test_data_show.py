@@ -111,7 +111,7 @@ def test_demonstrations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert any(line.startswith("demonstrations: 4 records, 2 sequences") for line in lines)
     assert "note: the column images is not read (1 record)" in lines
     rejects = read_rejects(own.run_dir / "rejected.jsonl")
-    assert [(reject.file, reject.line) for reject in rejects] == [(str(worked), 2), (str(worked), 3)]
+    assert [(r.file, r.line) for r in rejects] == [(str(worked), 2), (str(worked), 3)]
 
 
 def test_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from export_helpers import CHATML, END, OTHERS, TURNS, base_model, prompts, trai
 
 from moetrain import cli
 from moetrain.data.samples import read_lines
-from moetrain.errors import CheckpointError
+from moetrain.errors import CheckpointError, ConfigError
 from moetrain.loops.score import score
 from moetrain.weights.beside import Beside, beside_adapter
 
@@ -149,6 +149,8 @@ def test_an_adapter_run_is_scored(
         assert cli.main(["score", str(model), str(rows), "--out", str(out), *more]) == 0
         found.append(out.read_text())
     assert found[0] == found[1] != found[2]
+    with pytest.raises(ConfigError, match=r"moetrain score does not read data\.system"):
+        score(str(second_base), rows, tmp_path / "out.jsonl", ["data.system=Be kind."])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(CheckpointError, match=r"score the base with adapter\.path="):
         score(str(adapted), rows, tmp_path / "out.jsonl")

@@ -3,9 +3,10 @@
 The right text of a turn is written down here for each template, from what is public about it.
 """
 
+import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from moetrain.data.encode import Encoder, Kind, Result, Spec
 from moetrain.data.formats import to_conversation, unread
 from moetrain.data.messages import FormatError
 from moetrain.data.prompts import read_prompt
-from moetrain.data.sources import find_sources, read_rows
+from moetrain.data.sources import Row, find_sources, read_rows
 from moetrain.data.turns import end_of_turn, stop_ids
 
 THOUGHTFUL = {
@@ -225,18 +226,24 @@ def as_jsonl(rows: list[dict[str, Any]], path: Path) -> Path:
     return file
 
 
+def filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with all columns: a table is made of the first row's alone."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
 def as_parquet(rows: list[dict[str, Any]], path: Path) -> Path:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(filled(rows)), path / "a.parquet")
     return path / "a.parquet"
 
 
 def as_folder(rows: list[dict[str, Any]], path: Path) -> Path:
     import datasets
 
-    datasets.Dataset.from_list(rows).save_to_disk(str(path / "saved"))
+    datasets.Dataset.from_list(filled(rows)).save_to_disk(str(path / "saved"))
     return path / "saved"
 
 
@@ -278,6 +285,196 @@ def test_generated_records_in_every_container(name: str, tmp_path: Path) -> None
             chat = chat_of(name)
             found = [t for g in result.groups for s in g.sequences for t in runs(chat, s)]
             assert found == drawn[i][1], rows[i]
+
+
+PER_KIND = 12  # records of each kind, for each template
+Drawn = tuple[dict[str, Any], Any]  # a record, and what is right of it
+
+
+def draws(seed: str) -> tuple[random.Random, Callable[[], str]]:
+    rng = random.Random(seed)
+    return rng, lambda: rng.choice(STARTS) + rng.choice(WORDS).strip() + f"{rng.randrange(99)}."
+
+
+def offered(rng: random.Random, word: Callable[[], str]) -> tuple[list[Any], list[Any]]:
+    """(tools, calls of the first of them): both differ in their keys, which tables fill up."""
+    kinds: dict[str, Callable[[], Any]] = {
+        "text": word,
+        "count": lambda: rng.randrange(99),
+        "share": lambda: rng.randrange(8) / 8,
+        "sure": lambda: rng.random() < 0.5,
+        "many": lambda: [word(), word()],
+        "deep": lambda: {rng.choice("ab"): word()},
+    }
+    tools, calls = [], []
+    for number in range(rng.randint(1, 2)):
+        own = rng.sample(sorted(kinds), rng.randint(1, 3))
+        properties = {
+            key: {"type": "string"} | ({"description": word()} if rng.random() < 0.5 else {})
+            for key in own
+        }
+        parameters = {"type": "object", "properties": properties, "required": own[:1]}
+        function = {"name": f"f{number}", "description": word(), "parameters": parameters}
+        tools.append({"type": "function", "function": function})
+        call = {"name": f"f{number}", "arguments": {key: kinds[key]() for key in own}}
+        calls.append({"type": "function", "function": call})
+    return tools, calls[:1]
+
+
+def called(name: str, rng: random.Random, word: Callable[[], str]) -> Drawn:
+    """A record with tools: a call, its result, and an answer after it."""
+    tools, calls = offered(rng, word)
+    asked, answer, found = word(), word(), f"found {word()}"
+    turns = [
+        U(asked),
+        A(None if rng.random() < 0.5 else "", tool_calls=calls),
+        {"role": "tool", "content": found, "name": calls[0]["function"]["name"]},
+        A(answer),
+    ]
+    values = [calls[0]["function"]["name"]]
+    for value in calls[0]["function"]["arguments"].values():
+        values += value if isinstance(value, list) else [value]
+    return {"messages": turns, "tools": tools}, (values, found, said(name, answer))
+
+
+def stands(value: Any, text: str) -> bool:
+    """Whether a value of a call is in a text, as itself or in JSON."""
+    value = next(iter(value.values())) if isinstance(value, dict) else value
+    ways = [json.dumps(value), json.dumps(value, ensure_ascii=False)]
+    return any(way in text for way in ([*ways, value] if isinstance(value, str) else ways))
+
+
+def paired(name: str, rng: random.Random, word: Callable[[], str]) -> Drawn:
+    """Two answers in one of the forms of pairs, with a thought where the template has a place."""
+    asked, better, worse = word(), f"{word()} yes", f"{word()} no"
+    thoughts = [word() if KNOWN[name].reasoning and rng.random() < 0.5 else None for _ in range(2)]
+    field = rng.choice(["reasoning", "thinking", "reasoning_content"])
+    chosen, rejected = (
+        A(text, **({field: thought} if thought else {}))
+        for text, thought in zip((better, worse), thoughts, strict=True)
+    )
+    right = [said(name, better, thoughts[0]), said(name, worse, thoughts[1])]
+    more: dict[str, Any] = {"margin": rng.randrange(9) / 8} if rng.random() < 0.5 else {}
+    if KNOWN[name].system and rng.random() < 0.5:
+        more["system"] = word()
+    record = more | rng.choice(
+        [
+            {"prompt": [U(asked)], "chosen": [chosen], "rejected": [rejected]},
+            {"chosen": [U(asked), chosen], "rejected": [U(asked), rejected]},
+            {"messages": [U(asked), chosen], "rejected_messages": [U(asked), rejected]},
+            {"conversations": [{"from": "human", "value": asked}],
+             "chosen": chosen, "rejected": rejected},
+        ]
+    )  # fmt: skip
+    return record, (more.get("system"), right)
+
+
+def asked_for(name: str, rng: random.Random, word: Callable[[], str]) -> Drawn:
+    """A prompt of RL and of benchmarks with its columns, and the messages that it is."""
+    question, system, more = word(), [], {}
+    if KNOWN[name].system and rng.random() < 0.5:
+        more = {"system": word()}
+        system = [{"role": "system", "content": more["system"]}]
+    if KNOWN[name].calls and rng.random() < 0.5:
+        more["tools"] = offered(rng, word)[0]
+    if rng.random() < 0.5:
+        more["chat_template_kwargs"] = {"enable_thinking": rng.random() < 0.5}
+    more |= {rng.choice(["answer", "solution"]): word()}
+    form = rng.choice(["question", "problem", "prompt", "messages", "conversations"])
+    turns = [U(question)]
+    if form in ("question", "problem"):
+        return more | {form: question}, system + turns
+    if rng.random() < 0.5:
+        turns = [U(word()), A(word()), U(question)]
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [{"from": names[t["role"]], "value": t["content"]} for t in turns]
+    return more | {form: shared if form == "conversations" else turns}, system + turns
+
+
+def in_containers(rows: list[dict[str, Any]], place: Path) -> Iterator[tuple[list[int], Path]]:
+    """(numbers of rows, where they lie) in every container; rows of the same columns that share
+    one type together, as a table has to have them.
+    """
+    kinds: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        typed = next(((k, type(row[k])) for k in ("messages", "prompt", "conversations", "chosen")
+                      if k in row), None)  # fmt: skip
+        kinds.setdefault(str(typed), []).append(i)
+    for number, (own, write) in enumerate(itertools.product(kinds.values(), CONTAINERS)):
+        (here := place / str(number)).mkdir()
+        yield own, write([rows[i] for i in own], here)
+
+
+@pytest.mark.parametrize("name", [name for name, known in KNOWN.items() if known.calls])
+def test_generated_calls_in_every_container(name: str, tmp_path: Path) -> None:
+    """Tools and calls with other keys in every record: nothing of them is lost or made up."""
+    rng, word = draws(f"calls {name}")
+    drawn = [called(name, rng, word) for _ in range(PER_KIND)]
+    chat, first = chat_of(name), {}
+    for own, path in in_containers([record for record, _ in drawn], tmp_path):
+        for i, result in zip(own, encoded(name, path), strict=True):
+            record, (values, found, answer) = drawn[i]
+            assert result.reason is None, (record, result.reason)
+            sequences = [s for group in result.groups for s in group.sequences]
+            call, last = [text for s in sequences for text in runs(chat, s)]
+            assert last == answer and found not in call, record
+            assert all(stands(value, call) for value in values), (record, call)
+            assert "null" not in call and "None" not in call, call
+            whole = [str(chat.tokenizer.decode(s.tokens)) for s in sequences]
+            unsaid = [note for note in result.notes if "tools on offer" in note]
+            if KNOWN[name].tools:
+                tools = [tool["function"]["name"] for tool in record["tools"]]
+                assert not unsaid and all(tool in whole[-1] for tool in tools), record
+            else:
+                assert unsaid
+            assert "null" not in whole[-1] and "None" not in whole[-1], whole[-1]
+            # Keys stand in the table's order, and their values with them.
+            assert first.setdefault(i, sorted("".join(whole))) == sorted("".join(whole)), path
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_generated_pairs_in_every_container(name: str, tmp_path: Path) -> None:
+    rng, word = draws(f"pairs {name}")
+    drawn = [paired(name, rng, word) for _ in range(PER_KIND)]
+    chat = chat_of(name)
+    for own, path in in_containers([record for record, _ in drawn], tmp_path):
+        for i, result in zip(own, encoded(name, path, preference.PAIRS), strict=True):
+            record, (system, right) = drawn[i]
+            assert result.reason is None, (record, result.reason)
+            (group,) = result.groups
+            assert [t for s in group.sequences for t in runs(chat, s)] == right, record
+            assert system is None or system in str(chat.tokenizer.decode(group.sequences[1].tokens))
+            margins = (group.extras or {}).get("margin", (0.0,))
+            assert margins[0] == record.get("margin", 0.0), record
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_generated_prompts_in_every_container(name: str, tmp_path: Path) -> None:
+    """What is asked is what transformers renders of the messages; the rewards' columns, and with
+    them a prompt's name, are the same from every container.
+    """
+    rng, word = draws(f"prompts {name}")
+    drawn = [asked_for(name, rng, word) for _ in range(PER_KIND)]
+    chat, first = chat_of(name), {}
+    for own, path in in_containers([record for record, _ in drawn], tmp_path):
+        rows = [row for source in find_sources([path]) for row in read_rows(source)]
+        for i, row in zip(own, rows, strict=True):
+            record, messages = drawn[i]
+            assert isinstance(row, Row)
+            prompt, _ = read_prompt(row.value, chat)
+            wanted = chat.tokenizer.apply_chat_template(
+                messages,
+                tools=record.get("tools"),
+                add_generation_prompt=True,
+                tokenize=False,
+                **record.get("chat_template_kwargs", {}),
+            )
+            text = str(chat.tokenizer.decode(prompt.tokens))
+            assert text == wanted or (record.get("tools") and sorted(text) == sorted(wanted))
+            seen = prompt.id, prompt.columns, prompt.opened, sorted(text)
+            assert first.setdefault(i, seen) == seen, path
+            kept = {key: value for key, value in record.items() if key in ("answer", "solution")}
+            assert kept.items() <= prompt.columns.items()
 
 
 @pytest.mark.parametrize("name", KNOWN)

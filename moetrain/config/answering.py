@@ -67,6 +67,7 @@ EVAL = Answers(
         "data.max_rejected": "a question that cannot be asked ends it",
     },
 )
+SCORE = Answers("moetrain score", frozenset(_MODEL), otherwise="rows are scored as they stand")
 BENCH = Answers(
     "A benchmark",
     frozenset(["rollout.eval_temperature", *(f"rollout.{key}" for key in ENGINE)]),

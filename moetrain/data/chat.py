@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrain.data import tokenizer as tokenizers
-from moetrain.data.contract import TrainedTurn
+from moetrain.data.contract import TrainedTurn, stands_in
 from moetrain.data.controls import Controls, How, cut
 from moetrain.data.formats import Conversation
 from moetrain.data.messages import FormatError, Message, shown, split_thought
@@ -261,8 +261,13 @@ class Chat:
             found.append("the chat template does not render the system message")
         offered = kwargs.get("tools")
         names = [_name_of(tool) for tool in offered] if isinstance(offered, list) else []
-        if any(isinstance(name, str) and name not in text for name in names):
+        names = [name for name in names if isinstance(name, str)]
+        # A call's name stands in the text also where the tool does not.
+        if names and not (self.template.reads.tools and all(name in text for name in names)):
             found.append("the chat template does not render the tools on offer")
+        results = [m["content"] for m in messages if m["role"] == "tool"]
+        if not all(stands_in((said or "").strip(), text) for said in results):
+            found.append("the chat template does not render the tools' results")
         return tuple(found)
 
     def encode(self, marked: list[Marked]) -> list[Encoded]:

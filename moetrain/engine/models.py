@@ -175,8 +175,10 @@ def recipe_for(
 
 
 def open_engine(recipe: Recipe) -> Engine:
-    """The model alone: no gradients, no optimizer."""
-    return Engine(recipe, train=False)
+    """The model alone, with adapter.path in it: no gradients, no optimizer."""
+    engine = Engine(recipe, train=False)
+    engine.continue_adapter()
+    return engine
 
 
 def mark_dtypes(folder: Path, engine: Engine) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from moetrain import files
+from moetrain.config.answering import SCORE, keys_given
 from moetrain.config.recipe import Recipe
 from moetrain.data import tokenizer
 from moetrain.data.rejects import Reject
@@ -36,6 +37,7 @@ def score(model: str, data: Path, out: Path, overrides: Sequence[str] = ()) -> i
     appears whole. DataError with file and line for the first row that cannot be scored, before
     anything is computed.
     """
+    SCORE.check(keys_given(overrides))
     path, adapter = _of_run(model)
     recipe = recipe_for(path, out.parent, overrides, adapter)
     if not out.parent.is_dir():
