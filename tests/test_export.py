@@ -15,6 +15,7 @@ from moetrain.data.samples import read_lines
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.loops.score import score
 from moetrain.weights.beside import Beside, beside_adapter
+from moetrain.weights.folder import NAMED
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +253,7 @@ def test_ends_and_template_stand_in_every_place(tmp_path: Path) -> None:
         generation_config_json={"eos_token_id": 1, "top_p": 0.9, "_from_model_config": True},
     )
     beside = Beside(tokenizer, model, template="new", ends={3: "<|eot|>", 4: "<|eom|>"})
-    hf = {"eos_token_id": 1, "bos_token_id": 0, "auto_map": {"AutoModel": "code.M"}}
+    hf = {"eos_token_id": 1, "bos_token_id": 0, "auto_map": {"AutoModel": "code.M"}, NAMED: "x"}
     assert beside.config(hf) == {"eos_token_id": [3, 4], "bos_token_id": 0}
     assert written(beside, tmp_path / "out", hf) == {
         "tokenizer.json": {},

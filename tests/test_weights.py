@@ -78,7 +78,8 @@ def test_a_slice_is_a_slice(
     folder, model = tiny(family)
     model.save_pretrained(tmp_path, max_shard_size=size, save_original_format=not fused)
     assert (tmp_path / INDEX).exists() == (size == "60KB")
-    (tmp_path / "tokenizer.safetensors").write_text("not ours")
+    other = "tokenizer" if size == "60KB" else "consolidated"  # without an index vLLM reads all
+    (tmp_path / f"{other}.safetensors").write_text("not ours")
     expected = load_file(Path(folder) / "model.safetensors")
     _, _, reader = reader_of(config_of(tmp_path), tmp_path)
     assert set(reader.names()) == set(expected)
@@ -236,6 +237,53 @@ def test_two_sets_of_weights_in_one_folder_are_refused(tmp_path: Path, case: str
         with pytest.raises(WeightsError, match=TWO_SETS + message) as caught:
             reads(tmp_path)
         assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _beside(name: str, tensor: str = "a") -> Callable[[Path], object]:
+    return lambda folder: save_file({tensor: torch.ones(3)}, folder / name)
+
+
+def _named(value: str) -> Callable[[Path], object]:
+    return lambda f: (f / "config.json").write_text(json.dumps({"transformers_weights": value}))
+
+
+THEIRS = "layers.0.attention.wq.weight"  # as Mistral's own format names it
+# What transformers 5.19 and vLLM 0.32 read of it; None: both the same, or the same weights.
+READ: dict[str, tuple[Callable[[Path], object], str | None]] = {
+    "another": (_beside("extra.safetensors"), r"extra\.safetensors beside model\.safetensors"),
+    "another part": (_beside("model.fp16.safetensors", "b"), "Move model.fp16.safetensors to"),
+    "Mistral's format": (_beside("consolidated.safetensors", THEIRS), None),
+    "consolidated": (_beside("consolidated.00.safetensors"), r"a stands in consolidated\.00\."),
+    "not fetched": (
+        lambda f: (f / "consolidated.safetensors").write_text("version https://git-lfs\n"),
+        None,
+    ),
+    "named": (_named("extra.safetensors"), r"config\.json says transformers_weights='extra\."),
+    "named as it is": (_named("model.safetensors"), None),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_a_file_that_some_programs_read_is_refused(tmp_path: Path, case: str) -> None:
+    """Beside a single file; beside shards vLLM, too, takes what their index names."""
+    make, message = READ[case]
+    for place in ("single", "shards"):
+        folder = tmp_path / place
+        folder.mkdir()
+        save_file({"a": torch.zeros(3)}, folder / "model.safetensors")
+        if place == "shards":
+            _two_shards(folder, "model.safetensors")
+        make(folder)
+        same = message is None or (place == "shards" and case.startswith("another"))
+        if place == "shards" and case == "named as it is":
+            same, message = False, "reads in place of model.safetensors.index.json"
+        for reads in (SafetensorsReader, weight_files):
+            if same:
+                reads(folder)
+                continue
+            with pytest.raises(WeightsError, match=message) as caught:
+                reads(folder)
+            assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_index_of_the_single_file_is_no_second_set(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def _squeezed(text: str) -> str:
 
 
 def stands_in(value: Any, text: str) -> bool:
-    """Whether a value of a tool call or its result stands in a text, however it is escaped there."""
+    """Whether a value of a call or its result stands in a text, however it is escaped there."""
     if isinstance(value, str):
         ways = [value, json.dumps(value, ensure_ascii=False), json.dumps(value)]
         return any(way.strip('"') in text for way in ways)

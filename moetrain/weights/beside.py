@@ -11,6 +11,7 @@ from typing import Any
 from moetrain.data.tokenizer import tokenizer_files
 from moetrain.errors import WeightsError
 from moetrain.manifest import read_bytes, read_text
+from moetrain.weights.folder import NAMED
 
 GENERATION = "generation_config.json"
 CONFIG, SPECIALS = "tokenizer_config.json", "special_tokens_map.json"
@@ -41,10 +42,10 @@ class Beside:
         return cls(folder, folder)
 
     def config(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """The config.json of the exported model. Code that came with the source is not shipped, so
-        that `auto_map` would point nowhere.
+        """The config.json of the exported model. Code that came with the source is not shipped, and
+        files have the usual names, so that `auto_map` and a file's name would point nowhere.
         """
-        config = {key: value for key, value in hf.items() if key != "auto_map"}
+        config = {key: value for key, value in hf.items() if key not in ("auto_map", NAMED)}
         if not self.ends.keys() <= set(_ids(hf)):
             config["eos_token_id"] = _one_or_all([*self.ends])
         return config

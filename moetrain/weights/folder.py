@@ -4,6 +4,9 @@ conversion and the doctor share.
 `save_pretrained` of transformers 5 leaves an earlier save's files beside its own, and programs
 differ in which they take: transformers the single file, vLLM what the index names, and where there
 is no index every file. So a folder with two sets of weights is refused.
+
+Mistral's folders hold its own format beside Hugging Face's, in `consolidated*.safetensors`: the
+same weights under other names, which vLLM 0.32 takes in their place. They are left alone.
 """
 
 import json
@@ -13,9 +16,12 @@ from pathlib import Path
 
 from moetrain.errors import WeightsError
 from moetrain.manifest import read_text
+from moetrain.weights.header import read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
+ADAPTER, CONFIG = "adapter_config.json", "config.json"
+NAMED = "transformers_weights"  # of config.json: the file that transformers 5 reads in their place
+CONSOLIDATED = "consolidated"
 LONGEST_NAME = 255  # bytes, on all file systems that matter
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
@@ -30,7 +36,8 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
 
     Raises:
         WeightsError: no weights, a damaged index or one that leaves the folder, a shard missing,
-            two sets of weights, or an adapter beside a model. It names what to remove.
+            two sets of weights, a file that some programs read and others do not, or an adapter
+            beside a model. It names what to remove.
     """
     single, index = folder / SINGLE, folder / INDEX
     strays = _shards(folder)
@@ -44,9 +51,12 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
             f"{folder} holds an adapter ({ADAPTER}) beside a model, and transformers would read"
             f" both. Move one of them to another folder."
         )
+    _check_named(folder, single.name if single.is_file() else index.name)
     if not index.is_file():
         if strays:
             raise _two_sets(folder, f"{_some(strays)}, which no index names", "those")
+        _check_others(folder)
+        _check_consolidated(folder, set(read_header(single, None)))
         return {single: None}
     files = _indexed(index)
     missing = sorted(path.name for path in files if not path.is_file())
@@ -59,7 +69,47 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
             f"{folder}: {len(missing)} of {len(files)} shards are missing: {_some(missing)}. Copy"
             f" the model again."
         )
+    _check_consolidated(folder, {name for names in files.values() for name in names})
     return dict(files)
+
+
+def _check_named(folder: Path, read: str) -> None:
+    """config.json may say which file transformers reads."""
+    try:
+        named = json.loads(read_text(folder / CONFIG))[NAMED]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # whoever reads config.json says what is wrong with it
+    if named not in (None, read):
+        raise WeightsError(
+            f"{folder}: {CONFIG} says {NAMED}={named!r}, which transformers reads in place of"
+            f" {read}. Take {NAMED} out, and the file that is not meant."
+        )
+
+
+def _check_others(folder: Path) -> None:
+    """Without an index vLLM reads every file, the last of two values of a weight."""
+    names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != SINGLE)
+    others = [name for name in names if not name.startswith(CONSOLIDATED)]
+    if others:
+        raise WeightsError(
+            f"{folder} holds {_some(others)} beside {SINGLE}, and no index says what the model is:"
+            f" transformers reads {SINGLE} alone, vLLM all of them. Move {_some(others)} to another"
+            " folder."
+        )
+
+
+def _check_consolidated(folder: Path, names: set[str]) -> None:
+    """A file of that name with the model's own tensors is a second set of them."""
+    for path in sorted(folder.glob(f"{CONSOLIDATED}*.safetensors")):
+        try:
+            both = sorted(names & read_header(path, None).keys())
+        except WeightsError:
+            continue  # damaged, or not fetched: nothing here reads it
+        if both:
+            raise WeightsError(
+                f"{folder}: {both[0]} stands in {path.name}, which vLLM reads, and in the files"
+                f" that transformers does. Move {path.name} to another folder."
+            )
 
 
 def _two_sets(folder: Path, other: str, second: str) -> WeightsError:
