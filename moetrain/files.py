@@ -14,10 +14,12 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from stat import S_ISDIR
 from typing import IO
 
 from moetrain.errors import MoetrainError
@@ -39,6 +41,7 @@ OF_THE_DISK = {
 }
 PASSING = (errno.EIO, errno.ESTALE)  # another start may not meet it
 STALE_SECONDS = 86400.0  # nobody writes for so long without touching a file
+SCRATCH_SECONDS = 3600.0  # no process waits for so long between making its folder and locking it
 NAMELESS_ROOM = 1 << 22  # bytes
 _LONGEST = 120  # bytes of a name that the names of temporaries repeat
 _OS_ERROR = re.compile(r"\b(?:os error|[Ee]rrno):? (\d+)|No space left on device")
@@ -84,6 +87,15 @@ def publish_folder(folder: Path) -> Iterator[Path]:
         _sync_folder(folder.parent)
 
 
+@contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, for writers that put it in its place themselves; removed in
+    the end where it still has its name, and by the next writer after a kill. Raises OSError.
+    """
+    with _aside(folder, is_folder=True) as aside:
+        yield aside
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old content or all of the new. Raises OSError."""
     with publish(path) as (aside,), aside.open("w", encoding="utf-8") as file:
@@ -123,13 +135,16 @@ def as_os_error(error: Exception, path: Path) -> OSError | None:
 
 @contextmanager
 def scratch(folder: str | None = None) -> Iterator[Path]:
-    """A folder that is gone in the end, in `folder` or where temporary files go. Raises
-    MoetrainError when there is no room.
+    """A folder that is gone in the end, in `folder` or where temporary files go; a later one takes
+    away what a killed process has left. Raises MoetrainError when there is no room.
     """
     place = Path(folder or os.environ.get("TMPDIR") or "/tmp")
+    prefix = f"moetrain-{_host()}-"
     try:
-        with tempfile.TemporaryDirectory(prefix="moetrain-", dir=folder) as name:
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as name, _held(name):
             place = Path(name).parent
+            for other in place.glob(f"{prefix}*"):
+                _remove_scratch(other)
             with named(Path(name)):
                 yield Path(name)
     except OSError as error:
@@ -166,12 +181,42 @@ def told(error: OSError) -> str | None:
 def clean(path: Path) -> None:
     """Remove what killed writers of `path` have left beside it."""
     own, host = _stem(path), _host()
-    for other in path.parent.glob(f"{_escaped(own)}*"):
+    for other in (*path.parent.glob(f"{_escaped(own)}*"), *_of_earlier_versions(path)):
         with contextlib.suppress(OSError):
             if other.name.startswith(f"{own}{host}-") and _is_free(other):
                 _remove(other)
             elif _newest(path.parent) - other.stat().st_mtime > STALE_SECONDS:
                 _remove(other)
+
+
+def _of_earlier_versions(path: Path) -> Iterator[Path]:
+    """What earlier versions named otherwise, and did not lock."""
+    yield from path.parent.glob(f".writing_{_escaped(path.name)}")
+    name = re.compile(rf"{re.escape(path.stem)}\.tmp-[0-9a-f]{{8}}{re.escape(path.suffix)}")
+    others = path.parent.glob(f"{_escaped(path.stem)}.tmp-*")
+    yield from (other for other in others if name.fullmatch(other.name))
+
+
+@contextmanager
+def _held(folder: str) -> Iterator[None]:
+    """The lock of a folder, for as long as it is there."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        locked(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_scratch(folder: Path) -> None:
+    """Remove a folder of `scratch` whose process is gone; one that is too young may be waiting for
+    its lock.
+    """
+    with contextlib.suppress(OSError):
+        stat = folder.lstat()
+        is_own = S_ISDIR(stat.st_mode) and stat.st_uid == os.geteuid()
+        if is_own and time.time() - stat.st_mtime > SCRATCH_SECONDS and _is_free(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def killed_writer(path: Path, *, is_folder: bool = False) -> int:
     pid = os.fork()
     if pid == 0:
         if is_folder:
-            with files.publish_folder(path) as aside:
+            with files.beside(path) as aside:
                 (aside / "half").write_text("x")
                 os.write(told, b"1")
                 signal.pause()
@@ -63,14 +63,48 @@ def test_what_a_killed_writer_leaves_goes_with_the_next_start(
 
 
 def test_another_hosts_leftover_goes_when_nobody_has_touched_it_for_a_day(tmp_path: Path) -> None:
+    """And what earlier versions left, which had other names and no locks."""
     fresh, stale = (tmp_path / f".a.tmp-elsewhere-{n}" for n in (1, 2))
-    for path, age in ((fresh, 0.9), (stale, 1.1)):
-        path.write_text("x")
+    young, old = (tmp_path / f"a.tmp-0123abc{n}" for n in (1, 2))
+    folder, own = tmp_path / ".writing_a", tmp_path / "a.tmp-mine"
+    aged = ((fresh, 0.9), (stale, 1.1), (young, 0.9), (old, 1.1), (folder, 1.1), (own, 9.0))
+    for path, age in aged:
+        path.mkdir() if path == folder else path.write_text("x")
         when = tmp_path.stat().st_mtime - age * files.STALE_SECONDS
         os.utime(path, (when, when))
     (tmp_path / "now").write_text("")
     files.write_text(tmp_path / "a", "x")
-    assert names(tmp_path) == [fresh.name, "a", "now"]
+    assert names(tmp_path) == [fresh.name, "a", young.name, own.name, "now"]
+
+
+def test_what_a_killed_process_leaves_in_the_temporary_folder(tmp_path: Path) -> None:
+    """A conversion keeps a whole model there. What lives stays, however old, and what is young."""
+
+    def started() -> tuple[int, Path]:
+        ready, told = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            with files.scratch(str(tmp_path)) as place:
+                (place / "half").write_text("x")
+                os.write(told, os.fsencode(place))
+                signal.pause()
+        return pid, Path(os.fsdecode(os.read(ready, 4096)))
+
+    (dead, left), (alive, kept) = started(), started()
+    os.kill(dead, signal.SIGKILL)
+    os.waitpid(dead, 0)
+    try:
+        with files.scratch(str(tmp_path)):
+            assert left.exists(), "it is as young as one that waits for its lock"
+        when = tmp_path.stat().st_mtime - 2 * files.SCRATCH_SECONDS
+        for place in (left, kept):
+            os.utime(place, (when, when))
+        with files.scratch(str(tmp_path)) as place:
+            assert set(names(tmp_path)) == {kept.name, place.name}
+        assert names(tmp_path) == [kept.name]
+    finally:
+        os.kill(alive, signal.SIGKILL)
+        os.waitpid(alive, 0)
 
 
 def test_several_files_appear_together_the_last_one_last(tmp_path: Path) -> None:

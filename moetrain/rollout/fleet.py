@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moetrain import files
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.samples import Sample
 from moetrain.errors import RolloutError
@@ -217,17 +218,14 @@ class Fleet:
     def _write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Path:
         """A Hugging Face folder without a tokenizer: only ids travel."""
         folder = self.folder / f"{version:08d}"
-        part = folder.with_suffix(".part")
         try:
-            for old in (part, folder):
-                shutil.rmtree(old, ignore_errors=True)
-            part.mkdir(parents=True)
-            (part / "config.json").write_text(json.dumps(self.hf))
-            for number, tensors in enumerate(_shards(weights)):
-                save_file(tensors, part / f"{number:05d}.safetensors", {"format": "pt"})
-            part.rename(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            with files.beside(folder) as part:
+                (part / "config.json").write_text(json.dumps(self.hf))
+                for number, tensors in enumerate(_shards(weights)):
+                    save_file(tensors, part / f"{number:05d}.safetensors", {"format": "pt"})
+                part.rename(folder)
         except (OSError, RuntimeError) as error:
-            shutil.rmtree(part, ignore_errors=True)
             raise RolloutError(
                 f"The weights of step {version} cannot be written to {self.folder}: {error}. Make"
                 " room there."

@@ -9,7 +9,6 @@ e, e + E, ...
 
 import json
 import math
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain import manifest
+from moetrain import files, manifest
 from moetrain.errors import WeightsError
 from moetrain.models.adapter import SUFFIX, AdapterTable, Matrix, all_matrices, is_parameter
 from moetrain.models.dims import Dims
@@ -82,21 +81,17 @@ def write_peft(
         wanted = {key for key, place in places.items() if place.live}
         wanted |= {HEAD} if table.dims.scalar_head else set()
         assert held.keys() == wanted, f"tensors {sorted(held.keys() ^ wanted)} are not as they must"
-        aside = folder.with_name(f".writing_{folder.name}")
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            save_tensors(_to_peft(held, table, initial), aside / WEIGHTS)
-            text = json.dumps(config_of(table, base_name), indent=2)
-            (aside / CONFIG).write_text(text + "\n")
-            if note is not None:
-                note[0].write(aside, note[1])
-            manifest.write(aside, manifest.complete(aside, {}))
-            put_in_place(aside, folder)
+            with files.beside(folder) as aside:
+                save_tensors(_to_peft(held, table, initial), aside / WEIGHTS)
+                text = json.dumps(config_of(table, base_name), indent=2)
+                (aside / CONFIG).write_text(text + "\n")
+                if note is not None:
+                    note[0].write(aside, note[1])
+                manifest.write(aside, manifest.complete(aside, {}))
+                put_in_place(aside, folder)
         except FAILURES as error:
             problem = reason(error)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     if dist.is_initialized() and dist.get_world_size() > 1:
         said = [problem]
         dist.broadcast_object_list(said, src=0)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moetrain import manifest
+from moetrain import files, manifest
 from moetrain.errors import WeightsError
 from moetrain.manifest import Entry, entry
 from moetrain.weights.beside import Beside
@@ -63,16 +64,9 @@ def write_hf(
             untouched.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    aside = folder.with_name(f".writing_{folder.name}")
-    try:
-        problem = _write(params, folder, aside, rank, beside, config, dtypes, default, shard_bytes)
-    except BaseException:
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with ExitStack() as stack:
+        problem = _write(params, folder, stack, rank, beside, config, dtypes, default, shard_bytes)
     if problem:
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
         raise WeightsError(
             f"Writing {folder} failed: {problem}. What was there before is untouched. Make room "
             f"there or give another folder."
@@ -82,7 +76,7 @@ def write_hf(
 def _write(
     params: Iterable[tuple[str, Tensor]],
     folder: Path,
-    aside: Path,
+    stack: ExitStack,
     rank: int,
     beside: Beside,
     config: Mapping[str, Any],
@@ -91,14 +85,13 @@ def _write(
     shard_bytes: int,
 ) -> str:
     """What went wrong first on any rank, the same on all; "" when the folder is in its place."""
-    problem = ""
+    problem, aside = "", folder
     if rank == 0:
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            aside = stack.enter_context(files.beside(folder))
         except OSError as error:
             problem = reason(error)
-    problem = _first(_gather(problem))
+    problem, aside = _gather((problem, aside))[0]
     if problem:
         return problem
     shards: list[Shard] = []
@@ -165,13 +158,13 @@ def _finish(
     place.
     """
     places: dict[str, str] = {}
-    files: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for i, shard in enumerate(shards):
         num = len(shards)
         final = SINGLE if num == 1 else f"model-{i + 1:05d}-of-{num:05d}.safetensors"
         os.rename(aside / shard.name, aside / final)
         places |= dict.fromkeys(shard.tensors, final)
-        files[final] = shard.entry
+        entries[final] = shard.entry
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(shard.size for shard in shards)},
@@ -180,7 +173,7 @@ def _finish(
         (aside / INDEX).write_text(json.dumps(index, indent=1))
     (aside / "config.json").write_text(json.dumps(beside.config(config), indent=2) + "\n")
     beside.write(aside, config)
-    manifest.write(aside, manifest.complete(aside, files))
+    manifest.write(aside, manifest.complete(aside, entries))
     put_in_place(aside, folder)
 
 
