@@ -1,7 +1,7 @@
 """Adapters as weights, against PEFT on the transformers model. Values stand in for training."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from weights_helpers import Spread, readapt, reader_of
 from moetrain.config.recipe import AdapterConfig
 from moetrain.engine.derived import merge
 from moetrain.errors import ConfigError, WeightsError
-from moetrain.models import BoundRule, Dims, expand, family_of, with_scalar_head
+from moetrain.models import Rule, read_model, with_scalar_head
 from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_table, row_parts
 from moetrain.models.patterns import trainable_names
 from moetrain.testing.gloo import Workers
@@ -57,17 +57,17 @@ def config_in(folder: Path) -> dict[str, Any]:
 
 
 def table_on(base: Path, spec: AdapterSpec) -> tuple[AdapterTable, Reader]:
-    family, dims, reader = reader_of(config_in(base), base)
-    return adapter_table(family, dims, spec), reader
+    model, reader = reader_of(config_in(base), base)
+    return adapter_table(model, spec), reader
 
 
 def shards(table: AdapterTable, reader: Reader) -> list[LocalParam]:
     """An adapter in this process, loaded as the engine would."""
     local = [
-        LocalParam(name, torch.full(rule.local_shape(table.dims, 0, 1), torch.nan), 0, 1, None)
+        LocalParam(name, torch.full(rule.local_shape(0, 1), torch.nan), 0, 1, None)
         for name, rule in table.items()
     ]
-    load(local, table, reader, table.dims)
+    load(local, table, reader, table.model)
     return local
 
 
@@ -75,7 +75,7 @@ def train(local: list[LocalParam], table: AdapterTable) -> None:
     """Move what is live; what is not must not, and its rows are what `row_parts` says."""
     torch.manual_seed(1)
     for param in local:
-        rows = row_parts(table[param.name], table.dims, 0, 1)
+        rows = row_parts(table[param.name], 0, 1)
         live = torch.tensor([table.parts(param.name)[part] for part in rows])
         step = torch.randn_like(param.tensor) * 0.1
         param.tensor.add_(step * live.reshape(-1, *[1] * (step.dim() - 1)))
@@ -90,7 +90,7 @@ def exported(
     local = shards(table, initial)
     for _ in range(steps):
         train(local, table)
-    tensors = {name: t.clone() for name, t in export(local, table, table.dims, to="all")}
+    tensors = {name: t.clone() for name, t in export(local, table, to="all")}
     write_peft(tensors.items(), folder, table, str(base), initial)
     return table, tensors
 
@@ -253,13 +253,13 @@ def test_pefts_own_folder_is_read(tmp_path: Path, case: str) -> None:
     gap = logits_of(model_in(tmp_path / "merged")) - wanted
     assert gap.abs().max() < 1e-4
 
-    family, dims, reader = reader_of(config_in(base), base)
-    found = PeftReader(folder, family, dims, reader)
+    model, reader = reader_of(config_in(base), base)
+    found = PeftReader(folder, model, reader)
     local = shards(found.table, found)
     for name in found.names():
         assert found.dtype(name) == torch.float32
     initial = InitialAdapter(reader, found.table, 0)
-    tensors = export(local, found.table, dims, to="all")
+    tensors = export(local, found.table, to="all")
     write_peft(tensors, again, found.table, "base", initial)
     assert (logits_of(in_peft(base, again)) - wanted).abs().max() < 1e-4
     if case not in (
@@ -277,7 +277,7 @@ def test_our_own_folder_is_read_as_it_was_written(tmp_path: Path) -> None:
     base, folder = tmp_path / "base", tmp_path / "adapter"
     save_model("qwen3_moe", base, **MIXED)
     table, tensors = exported(base, spec_of("rslora", *EVERYTHING), folder)
-    found = PeftReader(folder, table.family, table.dims, table_on(base, table.spec)[1])
+    found = PeftReader(folder, table.model, table_on(base, table.spec)[1])
     assert replace(found.spec, target=()) == replace(table.spec, target=())
     assert set(found.names()) == set(tensors)
     assert all(torch.equal(whole(found, name), tensor) for name, tensor in tensors.items())
@@ -311,16 +311,13 @@ def test_a_reward_models_head_goes_along(tmp_path: Path) -> None:
     """The base is a language model; PEFT has the adapter on transformers' classification model."""
     base, folder, plain = (tmp_path / name for name in ("base", "adapter", "merged"))
     save_model("qwen3_moe", base)
-    family = family_of(config_in(base))
-    hf = with_scalar_head(config_in(base), family.architecture)
-    dims, reader = family.dims(hf), reader_of(config_in(base), base)[2]
-    table = adapter_table(family, dims, spec_of("lora", "all-linear"))
+    hf = with_scalar_head(config_in(base))
+    model, reader = read_model(hf), reader_of(config_in(base), base)[1]
+    table = adapter_table(model, spec_of("lora", "all-linear"))
     local = shards(table, InitialAdapter(reader, table, 3))
     train(local, table)
     head = torch.randn(1, 48)
-    write_peft(
-        [*export(local, table, dims, to="all"), ("score.weight", head)], folder, table, str(base)
-    )
+    write_peft([*export(local, table, to="all"), ("score.weight", head)], folder, table, str(base))
     merge(base, folder, plain)
     theirs: Any = PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), folder
@@ -332,10 +329,10 @@ def test_a_reward_models_head_goes_along(tmp_path: Path) -> None:
     with torch.no_grad():
         gap = theirs.eval()(tokens).logits - ours.eval()(tokens).logits
     assert gap.shape == (1, 1) and gap.abs().max() < 1e-4
-    again = PeftReader(folder, family, dims, reader)
+    again = PeftReader(folder, model, reader)
     assert again.head is not None and torch.equal(again.head, head)
     with pytest.raises(WeightsError, match="of a reward or classification model"):
-        PeftReader(folder, family, family.dims(config_in(base)), reader)
+        PeftReader(folder, read_model(config_in(base)), reader)
 
 
 def test_merging_keeps_each_dtype(tmp_path: Path) -> None:
@@ -344,7 +341,7 @@ def test_merging_keeps_each_dtype(tmp_path: Path) -> None:
     save_model("qwen3_moe", base).bfloat16().save_pretrained(base)
     table, tensors = exported(base, spec_of("lora", "down_proj"), folder)
     merge(base, folder, plain)
-    before, after = (reader_of(config_in(f), f)[2] for f in (base, plain))
+    before, after = (reader_of(config_in(f), f)[1] for f in (base, plain))
     matrix = table.matrices["model.layers.1.mlp.experts.4.down_proj"]
     product = tensors[f"{matrix.name}.lora_B.weight"] @ tensors[f"{matrix.name}.lora_A.weight"]
     wanted = (whole(before, matrix.weights[0]).float() + 1.5 * product).bfloat16()
@@ -447,8 +444,7 @@ def test_a_folder_that_does_not_fit_is_one_line(tmp_path: Path, case: str) -> No
 
 def small_table(type: str, *target: str, rank: int = 4, **changes: Any) -> AdapterTable:
     hf = CONFIGS["qwen3_moe"] | MIXED | changes
-    family = family_of(hf)
-    return adapter_table(family, family.dims(hf), spec_of(type, *target, rank=rank))
+    return adapter_table(read_model(hf), spec_of(type, *target, rank=rank))
 
 
 @pytest.mark.parametrize(
@@ -520,8 +516,7 @@ def test_only_targeted_parts_are_live() -> None:
 
 def test_trainable_patterns_name_parameters() -> None:
     hf = CONFIGS["qwen3_moe"]
-    family = family_of(hf)
-    table = expand(family, family.dims(hf))
+    table = read_model(hf).table
     assert trainable_names(table, ["layers.2"]) == {
         n for n in table if n.startswith("decoder.layers.2.")
     }
@@ -539,7 +534,7 @@ def test_trainable_patterns_name_parameters() -> None:
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> tuple[AdapterTable, dict[str, BoundRule], int]:
+def tables(draw: st.DrawFn) -> tuple[AdapterTable, Mapping[str, Rule], int]:
     tp = draw(st.sampled_from([1, 2, 4]))
     groups = draw(st.sampled_from([1, 2, 4]))
     heads = groups * draw(st.sampled_from([4, 8]))
@@ -553,31 +548,29 @@ def tables(draw: st.DrawFn) -> tuple[AdapterTable, dict[str, BoundRule], int]:
         "moe_intermediate_size": 4 * draw(st.integers(1, 5)),
         "hidden_size": draw(st.sampled_from([4, 6, 10])),
     }
-    family = family_of(hf)
-    dims = family.dims(hf)
+    model = read_model(hf)
     target = draw(
         st.sampled_from([("all-router",), ("q_proj", "v_proj"), ("layers.1.mlp.up_proj",)])
     )
     spec = spec_of("lora", *target, rank=draw(st.integers(1, 2)))
-    return adapter_table(family, dims, spec), expand(family, dims), tp
+    return adapter_table(model, spec), model.table, tp
 
 
-def cut(rule: BoundRule, tensors: dict[str, Tensor], dims: Dims, rank: int, tp: int) -> Tensor:
-    slices = rule.layout.parts(dims, rank, tp)
+def cut(rule: Rule, tensors: dict[str, Tensor], rank: int, tp: int) -> Tensor:
+    slices = rule.sharding.parts(rank, tp)
     parts = tuple(tensors[key][part] for key, part in zip(rule.hf, slices, strict=True))
-    return rule.layout.pack(parts, dims, rank, tp)
+    return rule.sharding.pack(parts, rank, tp)
 
 
 @settings(max_examples=40, deadline=None)
 @given(tables())
 def test_shards_are_exact_and_make_the_shard_of_the_product(
-    case: tuple[AdapterTable, dict[str, BoundRule], int],
+    case: tuple[AdapterTable, Mapping[str, Rule], int],
 ) -> None:
     """At every rank: unpack undoes pack; and B A of the shards, each row with the A of its part, is
     the shard of the Hugging Face matrices' B A.
     """
     table, base, tp = case
-    dims = table.dims
     torch.manual_seed(0)
     tensors = {
         key: torch.randint(-9, 9, shape).double()
@@ -594,18 +587,18 @@ def test_shards_are_exact_and_make_the_shard_of_the_product(
     for name, rule in table.items():
         back: list[list[Tensor]] = []
         for rank in range(tp):
-            local = cut(rule, tensors, dims, rank, tp)
-            assert tuple(local.shape) == rule.local_shape(dims, rank, tp)
-            back.append(list(rule.layout.unpack(local, dims, rank, tp)))
+            local = cut(rule, tensors, rank, tp)
+            assert tuple(local.shape) == rule.local_shape(rank, tp)
+            back.append(list(rule.sharding.unpack(local, rank, tp)))
             if ".lora_B" not in name:
                 continue
             weight = table.base[name]
-            a = cut(table[name.replace(".lora_B", ".lora_A")], tensors, dims, rank, tp)
+            a = cut(table[name.replace(".lora_B", ".lora_A")], tensors, rank, tp)
             of_part = a.reshape(-1, table.spec.rank, a.shape[1])
-            rows = row_parts(rule, dims, rank, tp) if of_part.shape[0] > 1 else [0] * len(local)
+            rows = row_parts(rule, rank, tp) if of_part.shape[0] > 1 else [0] * len(local)
             made = torch.stack([b @ of_part[part] for b, part in zip(local, rows, strict=True)])
-            assert torch.equal(made, cut(base[weight.name], product, dims, rank, tp)), name
-        dim = rule.layout.dim
+            assert torch.equal(made, cut(base[weight.name], product, rank, tp)), name
+        dim = rule.sharding.dim
         for i, key in enumerate(rule.hf):
             parts = [rank[i] for rank in back]
             whole_again = parts[0] if dim is None else torch.cat(parts, dim)

@@ -14,7 +14,7 @@ from moetrain.config.builtin import MODELS
 from moetrain.config.load import dump_recipe, load_recipe, recipe_from, recipe_hash
 from moetrain.config.recipe import ParallelConfig, Recipe
 from moetrain.errors import ConfigError
-from moetrain.models import family_of
+from moetrain.models import read_model
 
 BASE = """
 run_dir: runs/x
@@ -266,10 +266,11 @@ def test_hash_sees_every_key(tmp_path: Path) -> None:
 
 
 def test_builtin_model_is_of_a_known_family() -> None:
-    dims = {name: family_of(hf).dims(hf) for name, hf in MODELS.items()}
-    tiny = dims["qwen3-moe-tiny"]
-    assert (tiny.experts, tiny.top_k, tiny.head_dim) == (8, 2, 32)
-    assert tiny.head_dim != tiny.hidden // tiny.heads
+    models = {name: read_model(hf) for name, hf in MODELS.items()}
+    tiny = models["qwen3-moe-tiny"]
+    assert tiny.moe is not None
+    assert (tiny.num_experts, tiny.moe.router.top_k, tiny.attention.head_dim) == (8, 2, 32)
+    assert tiny.attention.head_dim != tiny.hidden // tiny.attention.heads
 
 
 # Rewards

@@ -414,7 +414,7 @@ def test_checkpoints_are_as_large_as_planned(tmp_path: Path) -> None:
     written = sum(file.stat().st_size for file in step.rglob("*") if file.is_file())
     plan = subject().plan
     assert plan is not None
-    planned = files.checkpoint_bytes(plan.model[0], plan.recipe, plan.learns)
+    planned = files.checkpoint_bytes(plan.model.table, plan.recipe, plan.learns)
     assert written == pytest.approx(planned, rel=0.05)
 
 

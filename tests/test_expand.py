@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from weights_helpers import reader_of
 
 from moetrain import cli
-from moetrain.models import expand, family_of
+from moetrain.models import read_model
 from moetrain.models.patterns import trainable_names
 from moetrain.testing.tiny import save_model
 from moetrain.weights.adapter_init import whole
@@ -38,7 +38,7 @@ def config_in(folder: Path) -> dict[str, Any]:
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
-    reader = reader_of(config_in(folder), folder)[2]
+    reader = reader_of(config_in(folder), folder)[1]
     return {name: whole(reader, name) for name in reader.names()}
 
 
@@ -77,7 +77,7 @@ def test_a_deeper_model_answers_as_before(
     assert note["added"] == [f"model.layers.{layer}" for layer in added]
     assert f"trainable: [{', '.join(note['trainable'])}]" in capsys.readouterr().out
     hf = config_in(dst)
-    table = expand(family_of(hf), family_of(hf).dims(hf))
+    table = read_model(hf).table
     chosen = trainable_names(table, note["trainable"])
     assert chosen == {name for name, rule in table.items() if rule.layer in added}
     assert (dst / "tokenizer.json").read_text() == "{}"

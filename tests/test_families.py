@@ -12,16 +12,11 @@ from safetensors import safe_open
 from moetrain.config.builtin import published
 from moetrain.config.hub_models import PUBLISHED
 from moetrain.errors import ConfigError
-from moetrain.models import (
-    FAMILIES,
-    Dims,
-    Family,
-    Rule,
-    expand,
-    family_of,
-    fused_slices,
-    ignored_keys,
-)
+from moetrain.models import FAMILIES, Model, read_model
+from moetrain.models import architecture as architecture_of
+from moetrain.models.parts.rope import Linear, Llama3, Yarn
+from moetrain.models.rules import Weight
+from moetrain.models.sharding import Copy
 
 # Asymmetric on purpose: heads, groups, head_dim and experts all differ; hidden is no product.
 SIZES: dict[str, Any] = {
@@ -53,11 +48,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
-MOE = {name: config for name, config in CONFIGS.items() if FAMILIES[name].fused}
+MOE = {name: hf for name, hf in CONFIGS.items() if FAMILIES[name].build(hf).moe is not None}
 
 
-def on_disk(architecture: str, folder: Path, **changes: Any) -> tuple[Family, Dims, dict[str, Any]]:
-    """Save a tiny random model as transformers does; (family, dims, state dict on disk)."""
+def on_disk(architecture: str, folder: Path, **changes: Any) -> tuple[Model, dict[str, Any]]:
+    """Save a tiny random model as transformers does; (model, state dict on disk)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fused = changes.pop("fused", False)
@@ -66,18 +61,17 @@ def on_disk(architecture: str, folder: Path, **changes: Any) -> tuple[Family, Di
     model.save_pretrained(folder, save_original_format=not fused)
     hf = json.loads((folder / "config.json").read_text())
     assert hf["architectures"] == [architecture]
-    family = family_of(hf)
     with safe_open(folder / "model.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-    return family, family.dims(hf), tensors
+    return read_model(hf), tensors
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_names_and_shapes_are_transformers(architecture: str, tied: bool, tmp_path: Path) -> None:
-    family, dims, tensors = on_disk(architecture, tmp_path, tie_word_embeddings=tied)
-    assert dims.tied is tied
-    table = expand(family, dims)
+    model, tensors = on_disk(architecture, tmp_path, tie_word_embeddings=tied)
+    assert model.heads.tied is tied
+    table = model.table
     expected = {
         key: shape
         for bound in table.values()
@@ -86,22 +80,22 @@ def test_names_and_shapes_are_transformers(architecture: str, tied: bool, tmp_pa
     assert expected == {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     num_params = sum(bound.num_params for bound in table.values())
     assert num_params == sum(tensor.numel() for tensor in tensors.values())
-    assert not ignored_keys(dims) & tensors.keys()
+    assert not model.ignored_keys & tensors.keys()
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_every_parameter_packs_and_unpacks(architecture: str, tp: int, tmp_path: Path) -> None:
-    family, dims, tensors = on_disk(architecture, tmp_path)
-    for bound in expand(family, dims).values():
-        layout = bound.layout
+    model, tensors = on_disk(architecture, tmp_path)
+    for bound in model.table.values():
+        layout = bound.sharding
         ranks: list[tuple[torch.Tensor, ...]] = []
         for rank in range(tp):
-            slices = layout.parts(dims, rank, tp)
+            slices = layout.parts(rank, tp)
             parts = tuple(tensors[k][cut] for k, cut in zip(bound.hf, slices, strict=True))
-            local = layout.pack(parts, dims, rank, tp)
-            assert tuple(local.shape) == bound.local_shape(dims, rank, tp)
-            ranks.append(layout.unpack(local, dims, rank, tp))
+            local = layout.pack(parts, rank, tp)
+            assert tuple(local.shape) == bound.local_shape(rank, tp)
+            ranks.append(layout.unpack(local, rank, tp))
         for number, key in enumerate(bound.hf):
             own = [parts[number] for parts in ranks]
             whole = own[0] if layout.dim is None else torch.cat(own, dim=layout.dim)
@@ -112,10 +106,10 @@ def test_every_parameter_packs_and_unpacks(architecture: str, tp: int, tmp_path:
 def test_fused_keys_are_transformers_5(architecture: str, tmp_path: Path) -> None:
     """The same weights saved fused and per expert: `fused` finds every expert's rows."""
     torch.manual_seed(0)
-    family, dims, apart = on_disk(architecture, tmp_path / "apart")
+    model, apart = on_disk(architecture, tmp_path / "apart")
     torch.manual_seed(0)
-    _, _, fused = on_disk(architecture, tmp_path / "fused", fused=True)
-    where = fused_slices(family, dims)
+    _, fused = on_disk(architecture, tmp_path / "fused", fused=True)
+    where = model.fused_slices
     assert {place.key for place in where.values()} | (apart.keys() - where.keys()) == fused.keys()
     for name, place in where.items():
         tensor = fused[place.key]
@@ -124,30 +118,35 @@ def test_fused_keys_are_transformers_5(architecture: str, tmp_path: Path) -> Non
         assert tensor.equal(apart[name]), name
 
 
-def test_the_sizes_of_qwen3_moe() -> None:
-    family = FAMILIES["Qwen3MoeForCausalLM"]
-    dims = family.dims(CONFIGS["Qwen3MoeForCausalLM"])
-    assert dims.moe_layers == (True, False, True)
-    assert (dims.experts, dims.top_k, dims.moe_ffn, dims.ffn) == (5, 3, 14, 20)
-    assert (dims.heads, dims.groups, dims.head_dim, dims.hidden) == (6, 2, 8, 24)
-    assert dims.qk_norm and dims.norm_topk and not dims.tied and dims.rope_scaling is None
-    every_other = {
-        **CONFIGS["Qwen3MoeForCausalLM"],
-        "mlp_only_layers": [],
-        "decoder_sparse_step": 2,
-    }
-    assert family.dims(every_other).moe_layers == (False, True, False)
+def test_the_parts_of_qwen3_moe() -> None:
+    hf = CONFIGS["Qwen3MoeForCausalLM"]
+    model = read_model(hf)
+    assert model.moe_layers == (True, False, True)
+    assert model.moe is not None and model.dense is not None and model.moe.shared is None
+    assert (model.moe.experts.num, model.moe.experts.top_k, model.moe.experts.ffn) == (5, 3, 14)
+    assert model.dense.ffn == 20
+    heads = model.attention
+    assert (heads.heads, heads.groups, heads.head_dim, heads.hidden) == (6, 2, 8, 24)
+    assert heads.qk_norm and not heads.qkv_bias and model.moe.router.renormalise
+    assert not model.heads.tied and model.rope.scaling is None
+    every_other = {**hf, "mlp_only_layers": [], "decoder_sparse_step": 2}
+    assert read_model(every_other).moe_layers == (False, True, False)
+
+
+def test_a_model_is_read_once() -> None:
+    """Its table of 235B takes a second, and an adapter's three."""
+    hf = CONFIGS["Qwen3MoeForCausalLM"]
+    assert read_model(hf) is read_model(dict(reversed(hf.items())))
+    assert read_model(hf) is not read_model(hf, value_head=True)
 
 
 def test_bound_rules_carry_global_layer_and_expert_numbers() -> None:
-    family = FAMILIES["Qwen3MoeForCausalLM"]
-    dims = family.dims(CONFIGS["Qwen3MoeForCausalLM"])
-    table = expand(family, dims)
+    table = read_model(CONFIGS["Qwen3MoeForCausalLM"]).table
     bound = table["decoder.layers.2.mlp.experts.linear_fc1.weight4"]
     assert (bound.layer, bound.expert) == (2, 4)
     assert bound.hf[0] == "model.layers.2.mlp.experts.4.gate_proj.weight"
     assert bound.hf_shapes == ((14, 24), (14, 24))
-    assert bound.local_shape(dims, 0, 2) == (14, 24)
+    assert bound.local_shape(0, 2) == (14, 24)
     assert "decoder.layers.1.mlp.linear_fc1.weight" in table
     assert "decoder.layers.1.mlp.router.weight" not in table
     whole_model = {name for name, bound in table.items() if bound.layer is None}
@@ -161,26 +160,26 @@ def test_bound_rules_carry_global_layer_and_expert_numbers() -> None:
 
 def test_a_window_that_is_off_is_no_window() -> None:
     """Qwen2.5 ships `sliding_window` with `use_sliding_window: false`, which switches it off."""
-    family, config = FAMILIES["Qwen2ForCausalLM"], CONFIGS["Qwen2ForCausalLM"]
+    config = CONFIGS["Qwen2ForCausalLM"]
     window = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 2}
-    assert family.dims({**config, **window}) == family.dims(config)
+    assert read_model({**config, **window}) == read_model(config)
 
 
 def test_qkv_bias_has_its_rule() -> None:
-    family = FAMILIES["Qwen2ForCausalLM"]
-    dims = family.dims(CONFIGS["Qwen2ForCausalLM"])
-    bound = expand(family, dims)["decoder.layers.0.self_attention.linear_qkv.bias"]
+    table = read_model(CONFIGS["Qwen2ForCausalLM"]).table
+    bound = table["decoder.layers.0.self_attention.linear_qkv.bias"]
     assert bound.hf_shapes == ((48,), (16,), (16,))
-    assert bound.local_shape(dims, 1, 2) == (40,)
+    assert bound.local_shape(1, 2) == (40,)
 
 
-def test_a_table_that_takes_something_twice_is_a_defect() -> None:
-    family = FAMILIES["LlamaForCausalLM"]
-    dims = family.dims(CONFIGS["LlamaForCausalLM"])
-    norm = next(rule for rule in family.rules if rule.mcore == "decoder.final_layernorm.weight")
-    for extra in (norm, replace(norm, mcore="other"), Rule("x", norm.hf, norm.layout)):
-        with pytest.raises(AssertionError):
-            expand(replace(family, rules=(*family.rules, extra)), dims)
+def test_a_table_that_takes_something_twice_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = read_model(CONFIGS["LlamaForCausalLM"])
+    own = list(model.heads.weights())
+    norm = next(weight for weight in own if weight.mcore == "decoder.final_layernorm.weight")
+    for extra in (norm, replace(norm, mcore="other"), Weight("x", norm.hf, Copy((24,)))):
+        with monkeypatch.context() as patched, pytest.raises(AssertionError):
+            patched.setattr(type(model.heads), "weights", lambda _, new=extra: [*own, new])
+            assert replace(model).table
 
 
 # As published: the tables count the parameters that the model cards' safetensors do (tied output
@@ -218,15 +217,12 @@ MIXTRAL = {
 
 @pytest.mark.parametrize("name", NUM_PARAMS)
 def test_published_models_have_their_published_number_of_parameters(name: str) -> None:
-    hf = PUBLISHED[name]
-    family = family_of(hf)
-    table = expand(family, family.dims(hf))
+    table = read_model(PUBLISHED[name]).table
     assert sum(bound.num_params for bound in table.values()) == NUM_PARAMS[name]
 
 
 def test_mixtral_has_its_published_number_of_parameters() -> None:
-    family = FAMILIES["MixtralForCausalLM"]
-    table = expand(family, family.dims(MIXTRAL))
+    table = read_model({**MIXTRAL, "model_type": "mixtral"}).table
     assert sum(bound.num_params for bound in table.values()) == 46_702_792_704
 
 
@@ -257,7 +253,7 @@ def test_a_published_model_is_known_by_its_name(path: str, wanted: str | None) -
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, (5e5, None)),
         (
             {"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2}},
-            (7.0, {"rope_type": "linear", "factor": 2.0}),
+            (7.0, Linear(2.0)),
         ),
         (
             {
@@ -270,22 +266,17 @@ def test_a_published_model_is_known_by_its_name(path: str, wanted: str | None) -
                     "high_freq_factor": 4.0,
                 },
             },
-            (
-                5e5,
-                {
-                    "rope_type": "llama3",
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 77,
-                },
-            ),
+            (5e5, Llama3(8.0, 1.0, 4.0, 77)),
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5}},
+            (10000.0, Yarn(4.0, 2048, 1.5)),
         ),
     ],
 )
 def test_rope_is_read_in_both_spellings(hf: dict[str, Any], expected: tuple[float, Any]) -> None:
-    dims = FAMILIES["LlamaForCausalLM"].dims({**SIZES, **hf})
-    assert (dims.rope_theta, dims.rope_scaling) == expected
+    rope = read_model({**SIZES, **hf, "model_type": "llama"}).rope
+    assert (rope.theta, rope.scaling) == expected
 
 
 def test_defaults_are_transformers() -> None:
@@ -297,8 +288,8 @@ def test_defaults_are_transformers() -> None:
         full = AutoConfig.for_model(**given).to_dict()
         head_dim = full.get("head_dim") or SIZES["hidden_size"] // SIZES["num_attention_heads"]
         full = {**full, "head_dim": head_dim}
-        family = FAMILIES[architecture]
-        assert family.dims(given) == family.dims(full), architecture
+        build = FAMILIES[architecture].build
+        assert build(given) == build(full), architecture
 
 
 @pytest.mark.parametrize(
@@ -313,12 +304,15 @@ def test_defaults_are_transformers() -> None:
         ),
         ("Qwen2ForCausalLM", {"num_key_value_heads": None}, "num_key_value_heads is missing"),
         ("Qwen3ForCausalLM", {"layer_types": ["sliding_attention"]}, "sliding_attention"),
-        ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias = true"),
+        ("Qwen2ForCausalLM", {"attention_bias": True}, "attention_bias = true"),
+        ("MixtralForCausalLM", {"attention_bias": True}, "attention_bias = true"),
+        ("Qwen3ForCausalLM", {"attention_bias": 1}, "attention_bias = 1 is not true or false"),
         ("Qwen3ForCausalLM", {"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ("LlamaForCausalLM", {"mlp_bias": True}, "mlp_bias = true"),
         ("LlamaForCausalLM", {"hidden_act": "gelu"}, 'hidden_act = "gelu" .* "silu"'),
         ("LlamaForCausalLM", {"quantization_config": {"bits": 4}}, "quantization_config"),
-        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'yarn'"),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "'dynamic'"),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ("LlamaForCausalLM", {"rope_scaling": [1]}, "not a mapping"),
         (
@@ -337,7 +331,7 @@ def test_defaults_are_transformers() -> None:
         (
             "LlamaForCausalLM",
             {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"factor": 2}},
-            "rope_scaling = .* and rope_parameters = None differ",
+            "rope_scaling = .* and rope_parameters = .* differ",
         ),
         ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ("LlamaForCausalLM", {"hidden_size": None}, "hidden_size is missing"),
@@ -362,24 +356,24 @@ def test_what_is_not_supported_is_refused_by_name(
     architecture: str, change: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
-        FAMILIES[architecture].dims({**CONFIGS[architecture], **change})
+        FAMILIES[architecture].build({**CONFIGS[architecture], **change})
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_architecture_lists_the_known() -> None:
     with pytest.raises(ConfigError, match=r"'Qwen3MoForCausalLM' is unknown; known: Llama.* mean"):
-        family_of({"architectures": ["Qwen3MoForCausalLM"]})
+        architecture_of({"architectures": ["Qwen3MoForCausalLM"]})
     for other in ("Qwen2MoeForCausalLM", "Qwen3NextForCausalLM", "MistralForCausalLM"):
         with pytest.raises(ConfigError, match=rf"'{other}' is unknown; known: [\w, ]+\.$"):
-            family_of({"architectures": [other]})  # another family's is no slip of the pen
+            architecture_of({"architectures": [other]})  # another family's is no slip of the pen
     with pytest.raises(ConfigError, match="model_type = None"):
-        family_of({})
-    assert family_of({"model_type": "mixtral"}) is FAMILIES["MixtralForCausalLM"]
+        architecture_of({})
+    assert architecture_of({"model_type": "mixtral"}) == "MixtralForCausalLM"
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_the_dictionary_is_keyed_by_architecture(architecture: str) -> None:
-    assert FAMILIES[architecture].architecture == architecture
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_dictionary_is_keyed_by_architecture(name: str) -> None:
+    assert read_model(CONFIGS[name]).architecture == name
 
 
 def test_families_import_no_torch() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_parity import reference_gradients, sequences
 
-from moetrain.models import family_of
+from moetrain.models import read_model
 from moetrain.models.adapter import AdapterSpec, adapter_table
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
@@ -59,7 +59,7 @@ def test_gradients_follow_from_those_of_the_merged_model(
     assert loss == pytest.approx(loss_wanted, rel=1e-5)
     hf = model.config.to_dict()
     spec = AdapterSpec.of(ranks.recipe_for(folder, {}, adapter=adapter).adapter)
-    table = adapter_table(family_of(hf), family_of(hf).dims(hf), spec)
+    table = adapter_table(read_model(hf), spec)
     assert grads.keys() == values.keys() == table.places.keys()
     whole_a: dict[str, torch.Tensor] = {}
     total = 0.0

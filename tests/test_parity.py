@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.models import family_of
-from moetrain.models.rules import fused_slices
+from moetrain.models import read_model
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import save_model
@@ -61,8 +60,7 @@ def as_on_disk(model: Any, grads: dict[str, torch.Tensor]) -> dict[str, torch.Te
     disk.
     """
     hf = model.config.to_dict()
-    family = family_of(hf)
-    slices = fused_slices(family, family.dims(hf))
+    slices = read_model(hf).fused_slices
     fused = {where.key for where in slices.values()}
     out = {name: grad for name, grad in grads.items() if name not in fused}
     for name, where in slices.items():

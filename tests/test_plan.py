@@ -14,7 +14,7 @@ from moetrain.config.recipe import ParallelConfig, Recipe
 from moetrain.errors import ConfigError, LayoutError
 from moetrain.layout.memory import StageBytes, static_bytes
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table, stage_layers
-from moetrain.models import Dims, expand, family_of
+from moetrain.models import read_model
 from moetrain.models.lookup import read_hf_config
 from moetrain.run.dry_run import check, dry_run, world_size
 
@@ -59,13 +59,8 @@ def recipe(hf: dict[str, Any] = TINY, **sections: Any) -> Recipe:
     return recipe_from(content | sections)
 
 
-def dims_of(hf: dict[str, Any]) -> Dims:
-    return family_of(hf).dims(hf)
-
-
 def bytes_of(r: Recipe, num_ranks: int) -> list[StageBytes]:
-    family, dims = check(r, num_ranks)
-    return static_bytes(dims, expand(family, dims), plan_mesh(r.parallel, num_ranks), r)
+    return static_bytes(check(r, num_ranks), plan_mesh(r.parallel, num_ranks), r)
 
 
 sizes = st.sampled_from([1, 2, 3, 4])
@@ -146,19 +141,19 @@ def test_layout_that_does_not_divide(
     parallel: dict[str, Any], changed: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(LayoutError) as caught:
-        check_layout(dims_of(TINY | changed), ParallelConfig(**parallel), 64)
+        check_layout(read_model(TINY | changed), ParallelConfig(**parallel), 64)
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
 
 
 def test_layouts_that_divide() -> None:
-    check_layout(dims_of(TINY), ParallelConfig(tp=8, ep=8, pp=2, vpp=2), 64)  # tp > KV heads
-    check_layout(dims_of(BIG), ParallelConfig(tp=2, ep=32, pp=8), 4096)  # 94 over 8
+    check_layout(read_model(TINY), ParallelConfig(tp=8, ep=8, pp=2, vpp=2), 64)  # tp > KV heads
+    check_layout(read_model(BIG), ParallelConfig(tp=2, ep=32, pp=8), 4096)  # 94 over 8
 
 
 def test_dense_model_has_no_expert_axes() -> None:
     dense = {**TINY, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     with pytest.raises(LayoutError, match=r"ep=2.*no experts"):
-        check_layout(dims_of(dense), ParallelConfig(ep=2), 64)
+        check_layout(read_model(dense), ParallelConfig(ep=2), 64)
 
 
 def test_batch_that_does_not_divide() -> None:
@@ -206,14 +201,13 @@ def test_a_published_model_that_is_quantised_is_no_model_to_train(name: str) -> 
         check(asked, 1, dry=True)
     assert name in str(caught.value) and "\n" not in str(caught.value)
     plain = recipe(model={"hf": None, "path": "Qwen/Qwen3-30B-A3B-Instruct-2507"})
-    assert check(plain, 1, dry=True)[1].num_layers == 48
+    assert check(plain, 1, dry=True).num_layers == 48
 
 
 def test_published_sizes() -> None:
     """The bf16 `total_size` of the published index is 61,064,245,248 bytes."""
     for hf, published in ((MIDDLE, 61_064_245_248 // 2), (BIG, 235_093_634_560)):
-        family, dims = family_of(hf), dims_of(hf)
-        assert sum(rule.num_params for rule in expand(family, dims).values()) == published
+        assert sum(rule.num_params for rule in read_model(hf).table.values()) == published
 
 
 def test_bytes_at_tp2_pp2_ep2() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from weights_helpers import reader_of, short_files
 
 from moetrain.errors import WeightsError
-from moetrain.models import Dims, expand, family_of
+from moetrain.models import Model, read_model
 from moetrain.testing.tiny import CONFIGS, save_model
 from moetrain.weights.beside import Beside
 from moetrain.weights.compare import compare
@@ -39,20 +39,16 @@ def whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
 
 def shards_of(hf: dict[str, Any], dtype: torch.dtype = torch.float32) -> list[LocalParam]:
     """All of a model in this process, NaN."""
-    family = family_of(hf)
-    dims = family.dims(hf)
     return [
-        LocalParam(
-            name, torch.full(rule.local_shape(dims, 0, 1), torch.nan, dtype=dtype), 0, 1, None
-        )
-        for name, rule in expand(family, dims).items()
+        LocalParam(name, torch.full(rule.local_shape(0, 1), torch.nan, dtype=dtype), 0, 1, None)
+        for name, rule in read_model(hf).table.items()
     ]
 
 
-def load_into(local: list[LocalParam], hf: dict[str, Any], folder: Path | None) -> Dims:
-    family, dims, reader = reader_of(hf, folder)
-    load(local, expand(family, dims), reader, dims)
-    return dims
+def load_into(local: list[LocalParam], hf: dict[str, Any], folder: Path | None) -> Model:
+    model, reader = reader_of(hf, folder)
+    load(local, model.table, reader, model)
+    return model
 
 
 def write(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
@@ -81,7 +77,7 @@ def test_a_slice_is_a_slice(
     other = "tokenizer" if size == "60KB" else "consolidated"  # without an index vLLM reads all
     (tmp_path / f"{other}.safetensors").write_text("not ours")
     expected = load_file(Path(folder) / "model.safetensors")
-    _, _, reader = reader_of(config_of(tmp_path), tmp_path)
+    _, reader = reader_of(config_of(tmp_path), tmp_path)
     assert set(reader.names()) == set(expected)
     for name, tensor in expected.items():
         assert reader.shape(name) == tuple(tensor.shape)
@@ -409,24 +405,21 @@ def test_every_shard_has_its_rule() -> None:
     wider = torch.zeros(2, *one.tensor.shape)  # copy_ would broadcast into it
     with pytest.raises(WeightsError, match=rf"{one.name} is \[2, .* its rule asks for \["):
         load_into([LocalParam(one.name, wider, 0, 1, None)], HF, None)
-    family = family_of(HF)
-    dims = family.dims(HF)
     with pytest.raises(WeightsError, match=f"No rank holds {one.name}"):
-        list(export(good[1:], expand(family, dims), dims, to="all"))
+        list(export(good[1:], read_model(HF).table, to="all"))
 
 
 # Made from scratch
 
 
 def test_random_weights_depend_on_seed_and_name_alone() -> None:
-    family = family_of(HF)
-    dims = family.dims(HF | {"hidden_size": 512})
-    reader, other = RandomReader(family, dims, 1, 0.02), RandomReader(family, dims, 2, 0.02)
+    model = read_model(HF | {"hidden_size": 512})
+    reader, other = RandomReader(model, 1, 0.02), RandomReader(model, 2, 0.02)
     q, k = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
     full = reader.read(q, whole(reader.shape(q)))
     cut = (slice(5, 9), slice(100, 200))
     assert torch.equal(reader.read(q, cut), full[cut])
-    assert torch.equal(RandomReader(family, dims, 1, 0.02).read(q, cut), full[cut])
+    assert torch.equal(RandomReader(model, 1, 0.02).read(q, cut), full[cut])
     assert not torch.equal(other.read(q, cut), full[cut])
     assert not torch.equal(reader.read(k, cut), full[cut])
     assert full.dtype == torch.float32
@@ -465,9 +458,9 @@ def test_transformers_loads_what_is_written(tiny: Tiny, tmp_path: Path, shard_by
     (source / "optimizer.bin").write_text("not this")
     hf = config_of(source)
     local = shards_of(hf)
-    dims = load_into(local, hf, source)
+    model = load_into(local, hf, source)
     out = tmp_path / "deep" / "out"
-    tensors = dict(export(local, expand(family_of(hf), dims), dims, to="owner"))
+    tensors = dict(export(local, model.table, to="owner"))
     write(out, tensors, beside=Beside.of(source), config=hf, shard_bytes=shard_bytes)
 
     files = sorted(path.name for path in out.glob("*.safetensors"))

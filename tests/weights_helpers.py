@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.errors import WeightsError
-from moetrain.models import BoundRule, Dims, Family, expand, family_of
+from moetrain.models import Model, Rule, read_model
 from moetrain.models.adapter import AdapterSpec, adapter_table
 from moetrain.weights.adapter_init import InitialAdapter
 from moetrain.weights.beside import Beside
@@ -35,7 +35,7 @@ class Spread:
 
 
 def local_params(
-    table: Mapping[str, BoundRule], dims: Dims, spread: Spread, dtype: torch.dtype = torch.float32
+    table: Mapping[str, Rule], model: Model, spread: Spread, dtype: torch.dtype = torch.float32
 ) -> list[LocalParam]:
     """This rank's shards, all NaN; collective, since it makes the groups."""
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -47,19 +47,19 @@ def local_params(
     for name, rule in table.items():
         last = spread.pp - 1
         if rule.layer is not None:
-            homes = {rule.layer * spread.pp // dims.num_layers}
+            homes = {rule.layer * spread.pp // model.num_layers}
         elif name.startswith("embedding."):
-            homes = {0, last} if dims.tied else {0}
+            homes = {0, last} if model.heads.tied else {0}
         else:
             homes = {last}
         if stage not in homes:
             continue
         at: tuple[int, int, ProcessGroup | None] = (rank % spread.tp, spread.tp, tp_group)
         if rule.expert is not None:
-            if rule.expert * spread.ep // dims.experts != ep_rank:
+            if rule.expert * spread.ep // model.num_experts != ep_rank:
                 continue
             at = (rank % spread.etp, spread.etp, etp_group)
-        shard = torch.full(rule.local_shape(dims, at[0], at[1]), torch.nan, dtype=dtype)
+        shard = torch.full(rule.local_shape(at[0], at[1]), torch.nan, dtype=dtype)
         params.append(LocalParam(name, shard, *at))
     return params
 
@@ -87,13 +87,12 @@ class Counting:
         return found
 
 
-def reader_of(hf: dict[str, Any], folder: Path | None) -> tuple[Family, Dims, Reader]:
+def reader_of(hf: dict[str, Any], folder: Path | None) -> tuple[Model, Reader]:
     """Of a folder, or weights made from scratch."""
-    family = family_of(hf)
-    dims = family.dims(hf)
+    model = read_model(hf)
     if folder is None:
-        return family, dims, RandomReader(family, dims, 7, 0.02)
-    return family, dims, SafetensorsReader(folder, family, dims)
+        return model, RandomReader(model, 7, 0.02)
+    return model, SafetensorsReader(folder, model)
 
 
 def start() -> None:
@@ -107,12 +106,12 @@ def through_shards(
 ) -> tuple[dict[str, Tensor], list[str], int, int]:
     """(all that export yields here, names this rank owns, elements read, elements held)."""
     start()
-    family, dims, reader = reader_of(hf, folder)
-    table, counting = expand(family, dims), Counting(reader)
-    local = local_params(table, dims, spread)
-    load(local, table, counting, dims)
-    owned = [name for name, _ in export(local, table, dims, to="owner")]
-    whole = {name: tensor.clone() for name, tensor in export(local, table, dims, to="all")}
+    model, reader = reader_of(hf, folder)
+    table, counting = model.table, Counting(reader)
+    local = local_params(table, model, spread)
+    load(local, table, counting, model)
+    owned = [name for name, _ in export(local, table, to="owner")]
+    whole = {name: tensor.clone() for name, tensor in export(local, table, to="all")}
     return whole, owned, counting.num_read, sum(param.tensor.numel() for param in local)
 
 
@@ -126,13 +125,13 @@ def rewrite(
 ) -> None:
     """Load `folder` into shards and write it to `out`; rank `failing` cannot write 20 kB files."""
     start()
-    family, dims, reader = reader_of(hf, folder)
-    table = expand(family, dims)
-    local = local_params(table, dims, spread)
-    load(local, table, reader, dims)
+    model, reader = reader_of(hf, folder)
+    table = model.table
+    local = local_params(table, model, spread)
+    load(local, table, reader, model)
     with short_files(20_000 if failing == dist.get_rank() else None):
         write_hf(
-            export(local, table, dims, to="owner"),
+            export(local, table, to="owner"),
             out,
             beside=Beside.of(folder),
             config=hf,
@@ -174,14 +173,14 @@ def readapt(
     fails with, or "".
     """
     start()
-    family, dims, reader = reader_of(hf, base)
-    table = adapter_table(family, dims, spec)
+    model, reader = reader_of(hf, base)
+    table = adapter_table(model, spec)
     initial = InitialAdapter(reader, table, 3)
-    local = local_params(table, dims, spread)
-    first = initial if adapter is None else PeftReader(adapter, family, dims, reader)
-    load(local, table, first, dims)
+    local = local_params(table, model, spread)
+    first = initial if adapter is None else PeftReader(adapter, model, reader)
+    load(local, table, first, model)
     try:
-        write_peft(export(local, table, dims, to="all"), out, table, "base", initial)
+        write_peft(export(local, table, to="all"), out, table, "base", initial)
     except WeightsError as error:
         return str(error)
     return ""

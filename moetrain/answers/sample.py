@@ -33,7 +33,7 @@ from moetrain.engine.models import (
     sections_of,
 )
 from moetrain.engine.source import ModelSource, find_model
-from moetrain.models import expand, family_of
+from moetrain.models import read_model
 from moetrain.rewards import Grader, check_columns
 from moetrain.rollout import open_engine
 from moetrain.rollout.base import Sampling
@@ -184,13 +184,11 @@ def weights_of(recipe: Recipe, source: ModelSource) -> Iterator[tuple[str, Tenso
         yield from engine.export()
         engine.close()
         return
-    family = family_of(source.hf)
-    dims = family.dims(source.hf)
-    reader = source.reader(recipe, family, dims)
+    model = read_model(source.hf)
+    reader = source.reader(recipe, model)
     dtype = DTYPES[recipe.model.dtype]
-    table = expand(family, dims)
-    check_names((), table, reader, dims)
-    for rule in table.values():
+    check_names((), model.table, reader, model)
+    for rule in model.table.values():
         for name in rule.hf:
             whole = tuple(slice(0, size) for size in reader.shape(name))
             yield name, reader.read(name, whole).to(dtype)

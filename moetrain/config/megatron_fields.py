@@ -20,7 +20,8 @@ OWNED: dict[str, str] = {
     num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size
     qk_layernorm add_qkv_bias layernorm_epsilon normalization gated_linear_unit activation_func
     add_bias_linear hidden_dropout attention_dropout num_moe_experts moe_router_topk
-    moe_ffn_hidden_size moe_router_pre_softmax moe_layer_freq""",
+    moe_ffn_hidden_size moe_router_pre_softmax moe_layer_freq moe_shared_expert_gate
+    moe_shared_expert_intermediate_size softmax_scale""",
     _DTYPE: "params_dtype pipeline_dtype bf16 moe_router_dtype",
     _INIT: "perform_initialization",
     _BACKEND: "moe_grouped_gemm",
@@ -41,7 +42,7 @@ OWNED: dict[str, str] = {
 # Read by nothing that moetrain builds, or only where it would break what it builds.
 UNREAD: dict[str, str] = {
     _MODEL: """
-    activation_func_clamp_value glu_linear_offset softmax_scale softmax_type window_size
+    activation_func_clamp_value glu_linear_offset softmax_type window_size
     window_attn_skip_freq qk_l2_norm no_rope_freq rotary_interleaved mrope_section
     attention_output_gate apply_query_key_layer_scaling apply_residual_connection_post_layernorm
     layernorm_zero_centered_gamma multi_latent_attention experimental_attention_variant
@@ -54,8 +55,7 @@ UNREAD: dict[str, str] = {
     dsa_indexer_use_sparse_loss experimental_attention_variant_loss_scale_func
     moe_router_score_function moe_router_topk_scaling_factor moe_router_num_groups
     moe_router_group_topk moe_router_topk_limited_devices moe_router_enable_expert_bias
-    moe_apply_probs_on_input moe_latent_size moe_shared_expert_gate
-    moe_shared_expert_intermediate_size moe_shared_expert_overlap
+    moe_apply_probs_on_input moe_latent_size moe_shared_expert_overlap
     use_mup mup_attn_scale_power mup_base_head_dim mup_base_hidden_size mup_embedding_mult
     mup_output_mult mup_width_mult""",
     "method: none of them trains multi-token prediction": """

@@ -16,15 +16,15 @@ from moetrain.config.recipe import Recipe
 from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.params import canonical_name
-from moetrain.models import Dims, Family
+from moetrain.models import Model
 from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_table
-from moetrain.models.sharding import Copy, GateUp, Layout
+from moetrain.models.sharding import GateUp, Sharding
 from moetrain.weights.adapter_init import InitialAdapter, Residual
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.reader import Reader
 
 
-def adapter_of(recipe: Recipe, family: Family, dims: Dims, base: Reader) -> AdapterTable | None:
+def adapter_of(recipe: Recipe, model: Model, base: Reader) -> AdapterTable | None:
     """The weight table of the recipe's adapter; of one to go on from it is the folder that says
     what it is.
     """
@@ -32,8 +32,8 @@ def adapter_of(recipe: Recipe, family: Family, dims: Dims, base: Reader) -> Adap
     if config is None:
         return None
     if config.path is not None:
-        return PeftReader(config.path, family, dims, base).table
-    return adapter_table(family, dims, AdapterSpec.of(config))
+        return PeftReader(config.path, model, base).table
+    return adapter_table(model, AdapterSpec.of(config))
 
 
 def base_for(reader: Reader, adapters: AdapterTable | None, seed: int) -> Reader:
@@ -52,10 +52,10 @@ def adapter_state(
     state: dict[str, ShardedTensor | ShardedTensorFactory] = {}
     for name, param in _trained(chunks):
         if ".mlp.experts." in name:
-            state[name] = _expert(name, param, adapters[name + "0"].layout, mesh)
+            state[name] = _expert(name, param, adapters[name + "0"].sharding, mesh)
         else:
-            layout = adapters[name].layout if name in adapters else Copy((1, "hidden"))
-            state[name] = _dense(name, param, layout, mesh)
+            rule = adapters[name] if name in adapters else adapters.model.table[name]
+            state[name] = _dense(name, param, rule.sharding, mesh)
     return state
 
 
@@ -66,34 +66,34 @@ def _trained(chunks: list[PackedGPT]) -> Iterator[tuple[str, nn.Parameter]]:
                 yield canonical_name(name, chunk), param
 
 
-def _dense(name: str, param: Tensor, layout: Layout, mesh: Mesh) -> Any:
+def _dense(name: str, param: Tensor, sharding: Sharding, mesh: Mesh) -> Any:
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return _sharded(name, param, layout, 0, (), mesh.tp_rank, mesh.plan.tp, replica)
+    return _sharded(name, param, sharding, 0, (), mesh.tp_rank, mesh.plan.tp, replica)
 
 
-def _expert(name: str, param: Tensor, layout: Layout, mesh: Mesh) -> Any:
+def _expert(name: str, param: Tensor, sharding: Sharding, mesh: Mesh) -> Any:
     replica = parallel_state.get_expert_data_parallel_rank()
     experts = ((0, mesh.ep_rank, mesh.plan.ep),)
-    return _sharded(name, param, layout, 1, experts, mesh.etp_rank, mesh.plan.etp, replica)
+    return _sharded(name, param, sharding, 1, experts, mesh.etp_rank, mesh.plan.etp, replica)
 
 
 def _sharded(
     name: str,
     param: Tensor,
-    layout: Layout,
+    sharding: Sharding,
     lead: int,  # dimensions before the matrix's own
     offsets: tuple[tuple[int, int, int], ...],
     tp_rank: int,
     tp_size: int,
     replica: int,
 ) -> ShardedTensor | ShardedTensorFactory:
-    """One parameter, split over tensor ranks as its layout says."""
-    if layout.dim is None:
+    """One parameter, split over tensor ranks as its sharding says."""
+    if sharding.dim is None:
         return ShardedTensor.from_rank_offsets(
             name, param, *offsets, replica_id=(0, tp_rank, replica)
         )
-    dim = lead + layout.dim
-    if not isinstance(layout, GateUp):
+    dim = lead + sharding.dim
+    if not isinstance(sharding, GateUp):
         return ShardedTensor.from_rank_offsets(
             name, param, *offsets, (dim, tp_rank, tp_size), replica_id=(0, 0, replica)
         )

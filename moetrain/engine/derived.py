@@ -11,8 +11,7 @@ from torch import Tensor
 
 from moetrain import files
 from moetrain.errors import CheckpointError, ConfigError, WeightsError
-from moetrain.models import Dims, Family, family_of, with_scalar_head
-from moetrain.models import expand as expand_table
+from moetrain.models import Model, read_model, with_scalar_head
 from moetrain.models.lookup import HF, read_mapping
 from moetrain.weights import expand as depth
 from moetrain.weights.beside import Beside, beside_adapter
@@ -32,12 +31,12 @@ def merge(base: Path, adapter: Path, dst: Path) -> int:
     refuse_existing(dst)
     if not (adapter / CONFIG).is_file():
         adapter = _of_run(adapter)
-    hf, family, dims, reader = _hf_model(base)
-    if read_config(adapter / CONFIG).scalar_head and not dims.scalar_head:
-        hf = with_scalar_head(hf, family.architecture)
-        dims = family.dims(hf)
-    peft = PeftReader(adapter, family, dims, reader)
-    if dims.scalar_head and peft.head is None and HEAD not in reader.names():
+    hf, model, reader = _hf_model(base)
+    if read_config(adapter / CONFIG).scalar_head and not model.heads.scalar:
+        hf = with_scalar_head(hf)
+        model = read_model(hf)
+    peft = PeftReader(adapter, model, reader)
+    if model.heads.scalar and peft.head is None and HEAD not in reader.names():
         raise WeightsError(f"Neither {base} nor {adapter} has {HEAD}, the model's head.")
     same = {name: name for name in reader.names()}
     _write(beside_adapter(base, adapter), dst, hf, reader, same, merged(reader, peft))
@@ -60,9 +59,9 @@ def expand(src: Path, dst: Path, every: int) -> int:
     as `dst`, which must not exist.
     """
     refuse_existing(dst)
-    hf, family, dims, reader = _hf_model(src)
-    expansion = depth.plan(dims.num_layers, every)
-    names = depth.sources(family, dims, expansion)
+    hf, model, reader = _hf_model(src)
+    expansion = depth.plan(model.num_layers, every)
+    names = depth.sources(model, expansion)
     with published(dst) as part:
         config = depth.expanded_config(hf, expansion)
         old = {new: source.old for new, source in names.items()}
@@ -73,7 +72,7 @@ def expand(src: Path, dst: Path, every: int) -> int:
     return 0
 
 
-def _hf_model(folder: Path) -> tuple[dict[str, object], Family, Dims, SafetensorsReader]:
+def _hf_model(folder: Path) -> tuple[dict[str, object], Model, SafetensorsReader]:
     """A Hugging Face folder that holds all that its config.json promises."""
     try:
         hf = read_mapping(folder / HF)
@@ -82,11 +81,10 @@ def _hf_model(folder: Path) -> tuple[dict[str, object], Family, Dims, Safetensor
             f"{folder}: no Hugging Face model, its config.json cannot be read ({error}) Give a "
             f"model folder; mcore2hf makes one of a Megatron checkpoint."
         ) from None
-    family = family_of(hf)
-    dims = family.dims(hf)
-    reader = SafetensorsReader(folder, family, dims)
-    check_names((), expand_table(family, dims), reader, dims)
-    return hf, family, dims, reader
+    model = read_model(hf)
+    reader = SafetensorsReader(folder, model)
+    check_names((), model.table, reader, model)
+    return hf, model, reader
 
 
 def _write(

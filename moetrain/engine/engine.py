@@ -1,9 +1,9 @@
 """The engine: few verbs over Megatron Core, the same on two CPU cores and on H100 nodes."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor
 from moetrain.config.recipe import Recipe
 from moetrain.engine import checkpoint, device
 from moetrain.engine.adapter_state import adapter_of, adapter_state, base_for, fill_adapters
-from moetrain.engine.backend import choose_backend
+from moetrain.engine.layers.block import choose_backend
+from moetrain.engine.layers.router import RouterMonitor, watch
 from moetrain.engine.lora import attach
 from moetrain.engine.mesh import start_mesh
 from moetrain.engine.model import DTYPES, build, transformer_config
@@ -29,17 +30,16 @@ from moetrain.engine.params import (
     local_merged,
     local_params,
 )
-from moetrain.engine.router import RouterMonitor, watch
 from moetrain.engine.snapshot import Weights, as_before, snapshot
 from moetrain.engine.source import ModelSource, model_of
 from moetrain.engine.step import Runner, micro_batches
 from moetrain.errors import ConfigError, DivergedError
 from moetrain.layout.mesh import check_layout
 from moetrain.methods.base import Known, Method, Out
-from moetrain.models import family_of
+from moetrain.models import Rule, read_model
 from moetrain.models.adapter import AdapterTable
 from moetrain.models.patterns import trainable_names
-from moetrain.models.rules import VALUE_HEAD, BoundRule, expand, head_names
+from moetrain.models.rules import VALUE_HEAD
 from moetrain.ops.packed import Packed
 from moetrain.weights import transport
 from moetrain.weights.adapter_init import InitialAdapter
@@ -81,28 +81,29 @@ class Engine:
     def __init__(self, recipe: Recipe, *, train: bool = True):
         self.recipe = recipe
         self.source: ModelSource = model_of(recipe, exports=train)
-        self.family = family_of(self.source.hf)
-        self.dims = replace(self.family.dims(self.source.hf), value_head=recipe.method.value_head)
-        check_layout(self.dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
+        self.model = read_model(self.source.hf, value_head=recipe.method.value_head)
+        check_layout(self.model, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
         if recipe.train.deterministic:
             device.ask_for_determinism()
         torch.use_deterministic_algorithms(recipe.train.deterministic)
         self.device = device.start(far=recipe.rollout is not None and bool(recipe.rollout.address))
         self.backend = choose_backend(recipe.model.backend, self.device)
         self.mesh = start_mesh(recipe.parallel, recipe.seed)
-        self.rules = expand(self.family, self.dims)
         self.num_steps = recipe.train.steps or 0  # the loop sets it where epochs decide
         self.steps_done = 0
         # Reduce gradients to every rank, not only to the one that updates the weight: for
         # `gradients()`, at more traffic.
         self.whole_gradients = False
         self.monitor = RouterMonitor(
-            self.dims.num_layers, self.dims.experts, recipe.router.aux_loss, recipe.router.z_loss
+            self.model.num_layers,
+            self.model.num_experts,
+            recipe.router.aux_loss,
+            recipe.router.z_loss,
         )
-        self.config = transformer_config(recipe, self.dims, self.device, self.backend)
+        self.config = transformer_config(recipe, self.model, self.device, self.backend)
         adapted = recipe.adapter is not None
         with self.device:  # Megatron's router makes its weight where torch makes tensors
-            self.chunks = build(self.config, self.dims, self.mesh, self.backend, adapted)
+            self.chunks = build(self.config, self.model, self.mesh, self.backend, adapted)
         watch(self.chunks, self.monitor)
         self.optimizer: Any = None
         self.adapters: AdapterTable | None = None
@@ -112,13 +113,13 @@ class Engine:
         self.wrapped: list[Any] = []
         if train:
             patterns = recipe.trainable if self.adapters is None else None
-            trained = trainable_names(self.rules, patterns) if patterns else None
+            trained = trainable_names(self.model.table, patterns) if patterns else None
             freeze(self.chunks, self.mesh, all_but=trained, router=recipe.router.freeze)
             self.wrapped = models = wrap(self.chunks, self.config, recipe)
             self.config.finalize_model_grads_func = self._finalize_gradients
             self.optimizer = make_optimizer(self.wrapped, recipe, self.backend)
             self.config.grad_scale_func = self.optimizer.scale_loss
-        self.run = Runner(models, self.mesh, self.dims, self.device)
+        self.run = Runner(models, self.mesh, self.model, self.device)
 
     def _finalize_gradients(self, models: Any, num_tokens: Any = None, **kwargs: Any) -> None:
         # num_tokens is Megatron's divisor of the summed gradients; ours was applied in the loss.
@@ -127,8 +128,8 @@ class Engine:
     def _load_source(self) -> None:
         """Base weights, then an adapter that changes nothing yet."""
         recipe = self.recipe
-        reader = self.source.reader(recipe, self.family, self.dims)
-        adapters = adapter_of(recipe, self.family, self.dims, reader)
+        reader = self.source.reader(recipe, self.model)
+        adapters = adapter_of(recipe, self.model, reader)
         if self.source.megatron is not None and recipe.model.init != "random":
             if adapters is not None and (adapters.spec.dora or not adapters.spec.starts_at_base):
                 raise ConfigError(
@@ -147,7 +148,7 @@ class Engine:
     def load_adapter(self, reader: Reader) -> None:
         """Fill the adapters from `reader`, which has the tensors of `self.adapters`."""
         assert self.adapters is not None, "the recipe has no adapter"
-        transport.load(local_adapters(self.chunks, self.mesh), self.adapters, reader, self.dims)
+        transport.load(local_adapters(self.chunks, self.mesh), self.adapters, reader, self.model)
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
@@ -156,23 +157,23 @@ class Engine:
         config = self.recipe.adapter
         if config is not None and config.path is not None:
             assert self.adapters is not None
-            base = self.source.reader(self.recipe, self.family, self.dims)
-            reader = PeftReader(config.path, self.family, self.dims, base)
+            base = self.source.reader(self.recipe, self.model)
+            reader = PeftReader(config.path, self.model, base)
             for chunk in self.chunks:
                 if chunk.has_scalar_head and reader.head is not None:
                     chunk.output_layer.weight.data.copy_(reader.head)
             self.load_adapter(reader)
 
     @property
-    def trained_rules(self) -> dict[str, BoundRule]:
+    def trained_rules(self) -> dict[str, Rule]:
         """The weight table of what is trained, by canonical name."""
         if self.adapters is not None:
-            heads = {name: self.rules[name] for name in head_names(self.dims)}
+            heads = {name: self.model.table[name] for name in self.model.heads.new}
             return heads | dict(self.adapters)
         if self.recipe.trainable is None:
-            return self.rules
-        names = trainable_names(self.rules, self.recipe.trainable)
-        return {name: rule for name, rule in self.rules.items() if name in names}
+            return dict(self.model.table)
+        names = trainable_names(self.model.table, self.recipe.trainable)
+        return {name: rule for name, rule in self.model.table.items() if name in names}
 
     def close(self) -> None:
         """Leave the process group. The engine is of no use afterwards."""
@@ -210,13 +211,13 @@ class Engine:
         lr = set_rates(self.optimizer, step, recipe.optim, self.num_steps)
         clip_and_step(self.optimizer, grad_norm, recipe.optim.clip_grad)
         self.steps_done = step
-        router = self.monitor.summary(self.moe_layers) if self.dims.experts else {}
+        router = self.monitor.summary(self.moe_layers) if self.model.moe is not None else {}
         loss = totals.pop("loss")
         return StepResult(loss, totals, grad_norm, lr, int(tokens), device.memory_gib(), router)
 
     @property
     def moe_layers(self) -> list[int]:
-        return [i for i, is_moe in enumerate(self.dims.moe_layers) if is_moe]
+        return [i for i, is_moe in enumerate(self.model.moe_layers) if is_moe]
 
     def _begun(
         self, packs: Sequence[Packed], method: Method
@@ -259,7 +260,7 @@ class Engine:
         head; fp32 [t] CPU tensors of the pack's own length, on every rank of the replica.
         """
         batches = micro_batches(packs, 1, self.mesh)
-        has_values = self.dims.value_head or self.dims.scalar_head
+        has_values = self.model.heads.value or self.model.heads.scalar
         self.run.with_entropy = False
 
         def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
@@ -297,7 +298,7 @@ class Engine:
 
     def load(self, reader: Reader) -> None:
         """Fill the live shards from `reader`; this rank reads only what it needs."""
-        transport.load(local_params(self.chunks, self.mesh), self.rules, reader, self.dims)
+        transport.load(local_params(self.chunks, self.mesh), self.model.table, reader, self.model)
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
@@ -309,12 +310,12 @@ class Engine:
             yield from self._export_merged("all")
 
     def _export_merged(self, to: transport.To) -> Iterator[tuple[str, Tensor]]:
-        rules = self._exported(self.rules)
+        rules = self._exported(self.model.table)
         local = [p for p in local_merged(self.chunks, self.mesh) if p.name in rules]
-        return transport.export(local, rules, self.dims, to=to)
+        return transport.export(local, rules, to=to)
 
     @staticmethod
-    def _exported(rules: dict[str, BoundRule]) -> dict[str, BoundRule]:
+    def _exported(rules: Mapping[str, Rule]) -> dict[str, Rule]:
         return {name: rule for name, rule in rules.items() if name != VALUE_HEAD}
 
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
@@ -324,19 +325,17 @@ class Engine:
         assert self.adapters is not None, "the recipe has no adapter"
         local = local_adapters(self.chunks, self.mesh)
         rules = self._exported(self.trained_rules)
-        heads = head_names(self.dims) & rules.keys()
+        heads = self.model.heads.new & rules.keys()
         local += [p for p in local_params(self.chunks, self.mesh) if p.name in heads]
         with settled(self.wrapped):
-            yield from transport.export(local, rules, self.dims, to="all")
+            yield from transport.export(local, rules, to="all")
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, fp32 gradient of the mean loss) after a step with `whole_gradients`
         and without clipping.
         """
         assert self.whole_gradients, "the distributed optimizer has scattered the gradients"
-        return transport.export(
-            local_grads(self.chunks, self.mesh), self.trained_rules, self.dims, to="all"
-        )
+        return transport.export(local_grads(self.chunks, self.mesh), self.trained_rules, to="all")
 
     @cached_property
     def beside(self) -> Beside:
@@ -351,7 +350,7 @@ class Engine:
                 folder,
                 beside=self.beside,
                 config=self.source.hf_for_export(self.recipe),
-                dtypes=self.source.dtypes(self.recipe, self.family, self.dims),
+                dtypes=self.source.dtypes(self.recipe, self.model),
                 default=DTYPES[self.recipe.model.dtype],
             )
 

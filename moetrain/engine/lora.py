@@ -25,8 +25,8 @@ from torch.distributed import ProcessGroup
 
 from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
+from moetrain.models import Rule
 from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_name, row_parts
-from moetrain.models.rules import head_names
 from moetrain.ops.grouped import grouped_linear
 
 
@@ -231,30 +231,21 @@ def _mark_split(param: Tensor, dim: int, size: int) -> None:
 
 def _add(module: Any, args: Any, output: Any) -> Any:
     """The forward hook: (output, bias) or output, with the adapter's part added."""
-    bias = None
+    bias = None  # that Megatron adds later, which an adapter has no part in
     is_pair = isinstance(output, tuple)
     if is_pair:
         output, bias = output
-        assert bias is None, "an adapter beside a layer with a bias"
     lora = module.lora
     total = output + lora(*args).to(output.dtype)
     if isinstance(lora, Lora) and lora.magnitude is not None:
         factor = lora.stretch(module.weight).to(total.dtype)
         total = total * factor
-        own = module.bias  # in the output already, and not to be stretched; TE has an empty one
+        own = (
+            None if bias is not None else module.bias
+        )  # in the output already, and not to be stretched; TE has an empty one
         if own is not None and own.numel():
             total = total + own * (1 - factor)
     return (total, bias) if is_pair else total
-
-
-_LINEAR = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-    "mlp.router",
-)
-_EXPERTS = {"mlp.experts.linear_fc1": "B", "mlp.experts.linear_fc2": "A"}
 
 
 def attach(chunks: list[PackedGPT], adapters: AdapterTable, mesh: Mesh) -> None:
@@ -264,38 +255,34 @@ def attach(chunks: list[PackedGPT], adapters: AdapterTable, mesh: Mesh) -> None:
     for chunk in chunks:
         for name, param in chunk.named_parameters():
             # A new head is trained with its adapter.
-            param.requires_grad = name in head_names(adapters.dims)
+            param.requires_grad = name in adapters.model.heads.new
         for layer in chunk.decoder.layers:
-            prefix = f"decoder.layers.{layer.layer_number - 1}."
-            for name in _LINEAR:
-                if adapter_name(f"{prefix}{name}.weight", "lora_A") in adapters:
-                    module = layer.get_submodule(name)
-                    module.lora = _beside(module, f"{prefix}{name}.weight", adapters, mesh)
-                    if name != "mlp.router":  # the router adds its own, before the choice
-                        module.register_forward_hook(_add)
-            for name, split in _EXPERTS.items():
-                if adapter_name(f"{prefix}{name}.weight0", "lora_A") in adapters:
-                    module = layer.get_submodule(name)
+            for base in adapters.of_layer(layer.layer_number - 1):
+                module = layer.get_submodule(base.module)
+                if base.expert is None:
+                    module.lora = _beside(module, base, adapters, mesh)
+                else:
+                    split = "A" if base.sharding.dim == 1 else "B"
                     module.lora = ExpertLora(module.weight, adapters.spec, split, mesh.etp_group)
+                if base.adapts != "router":  # the router adds its own, before the choice
                     module.register_forward_hook(_add)
 
 
-def _beside(module: Any, weight_name: str, adapters: AdapterTable, mesh: Mesh) -> Lora:
+def _beside(module: Any, base: Rule, adapters: AdapterTable, mesh: Mesh) -> Lora:
     """The adapter of one linear layer, by how tensor-parallel ranks split it."""
     spec, tp_size = adapters.spec, mesh.plan.tp
     parallel = bool(module.config.sequence_parallel)
     num_rows, num_in = module.weight.shape
     arguments = (num_in, num_rows, spec, module.weight)
-    base = adapters.base[adapter_name(weight_name, "lora_A")]
     lora: ColumnLora | RowLora | RouterLora
-    if base.layout.dim is None:
+    if base.sharding.dim is None:
         lora = RouterLora(*arguments, sequence_parallel=parallel)
-    elif base.layout.dim == 1:
+    elif base.sharding.dim == 1:
         lora = RowLora(*arguments, sequence_parallel=parallel, tp_size=tp_size, group=mesh.tp_group)
     else:
         lora = ColumnLora(*arguments, sequence_parallel=parallel, tp_size=tp_size)
         if len(base.hf) > 1:
-            live = adapters.parts(adapter_name(weight_name, "lora_A"))
-            lora.split(row_parts(base, adapters.dims, mesh.tp_rank, tp_size), live)
+            live = adapters.parts(adapter_name(base.name, "lora_A"))
+            lora.split(row_parts(base, mesh.tp_rank, tp_size), live)
     lora.mark()
     return lora

@@ -4,11 +4,9 @@ Legend: t tokens of the pack, c = t/cp local tokens, h hidden, d head_dim.
 """
 
 import importlib.util
-import math
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import (
@@ -21,23 +19,26 @@ from torch import Tensor, nn
 
 from moetrain.config.megatron import SET_HERE
 from moetrain.config.recipe import Recipe
-from moetrain.engine.backend import layer_specs
+from moetrain.engine.layers import moe
+from moetrain.engine.layers.block import config_fields, layer_specs
+from moetrain.engine.layers.rotary import Rotary
 from moetrain.engine.mesh import Mesh
 from moetrain.errors import ConfigError
 from moetrain.layout.mesh import stage_layers
 from moetrain.layout.passed import check_backend, check_passed
-from moetrain.models.dims import Dims
+from moetrain.models import Model
+from moetrain.models.sharding import padded_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def pipeline_layout(dims: Dims, recipe: Recipe) -> list[list[str]]:
+def pipeline_layout(model: Model, recipe: Recipe) -> list[list[str]]:
     """Megatron's pipeline_model_parallel_layout for our own split of layers, ordered chunk by chunk
     over the stages.
     """
     p = recipe.parallel
     stages = stage_layers(
-        dims.num_layers, p.pp, p.vpp or 1, p.first_stage_layers, p.last_stage_layers
+        model.num_layers, p.pp, p.vpp or 1, p.first_stage_layers, p.last_stage_layers
     )
     flat = [["decoder"] * len(stages[pp][vpp]) for vpp in range(p.vpp or 1) for pp in range(p.pp)]
     flat[0].insert(0, "embedding")
@@ -46,23 +47,11 @@ def pipeline_layout(dims: Dims, recipe: Recipe) -> list[list[str]]:
 
 
 def transformer_config(
-    recipe: Recipe, dims: Dims, device: torch.device, backend: str
+    recipe: Recipe, model: Model, device: torch.device, backend: str
 ) -> TransformerConfig:
     """Megatron's TransformerConfig for the recipe; `megatron:` fields of it are applied last."""
     dtype = DTYPES[recipe.model.dtype]
     owned: dict[str, Any] = dict(
-        num_layers=dims.num_layers,
-        hidden_size=dims.hidden,
-        num_attention_heads=dims.heads,
-        num_query_groups=dims.groups,
-        kv_channels=dims.head_dim,
-        ffn_hidden_size=dims.ffn,
-        qk_layernorm=dims.qk_norm,
-        add_qkv_bias=dims.qkv_bias,
-        layernorm_epsilon=dims.norm_eps,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -72,24 +61,13 @@ def transformer_config(
         perform_initialization=False,
         calculate_per_token_loss=True,
         deterministic_mode=recipe.train.deterministic,
-        **_layout_fields(recipe, dims),
+        **config_fields(model, backend),
+        **_layout_fields(recipe, model),
     )
-    if dims.experts:
-        owned |= dict(
-            num_moe_experts=dims.experts,
-            moe_router_topk=dims.top_k,
-            moe_ffn_hidden_size=dims.moe_ffn,
-            # Megatron refuses one renormalised expert a token, whose weight is always 1: set below
-            moe_router_pre_softmax=not dims.norm_topk or dims.top_k == 1,
-            moe_router_dtype="fp32",
-            moe_router_load_balancing_type="none",
-            moe_layer_freq=[int(is_moe) for is_moe in dims.moe_layers],
-            moe_grouped_gemm=backend == "te",
-        )
     assert owned.keys() <= SET_HERE.keys(), f"megatron_fields.py lacks {owned.keys() - SET_HERE}"
-    check_passed(recipe, dims)
-    check_backend(recipe, dims, backend, on_gpu=device.type == "cuda")
-    defaults = _default_fields(recipe, dims, device, backend)
+    check_passed(recipe, model)
+    check_backend(recipe, model, backend, on_gpu=device.type == "cuda")
+    defaults = _default_fields(recipe, model, device, backend)
     try:
         config = TransformerConfig(**owned | defaults | recipe.megatron)
     except (AssertionError, ValueError) as error:
@@ -99,11 +77,12 @@ def transformer_config(
         raise ConfigError(
             f"megatron: {recipe.megatron} is refused by megatron-core: {why}"
         ) from None
-    config.moe_router_pre_softmax = not dims.norm_topk
+    if model.moe is not None:
+        moe.finish(model.moe, config)
     return config
 
 
-def _layout_fields(recipe: Recipe, dims: Dims) -> dict[str, Any]:
+def _layout_fields(recipe: Recipe, model: Model) -> dict[str, Any]:
     p = recipe.parallel
     fields: dict[str, Any] = dict(
         tensor_model_parallel_size=p.tp,
@@ -115,12 +94,12 @@ def _layout_fields(recipe: Recipe, dims: Dims) -> dict[str, Any]:
         expert_tensor_parallel_size=p.etp,
     )
     if p.pp > 1:
-        fields["pipeline_model_parallel_layout"] = pipeline_layout(dims, recipe)
+        fields["pipeline_model_parallel_layout"] = pipeline_layout(model, recipe)
     return fields
 
 
 def _default_fields(
-    recipe: Recipe, dims: Dims, device: torch.device, backend: str
+    recipe: Recipe, model: Model, device: torch.device, backend: str
 ) -> dict[str, Any]:
     """What a recipe's `megatron:` section may change."""
     p, uses_te = recipe.parallel, backend == "te"
@@ -135,7 +114,7 @@ def _default_fields(
         overlap_p2p_comm=bool(p.vpp),
         batch_p2p_comm=not p.vpp,
     )
-    if dims.experts:
+    if model.moe is not None:
         # gloo has no uneven all-gather, which all-to-all needs when experts are tensor parallel.
         uneven = device.type != "cuda" and p.etp > 1
         defaults["moe_token_dispatcher_type"] = "allgather" if uneven else "alltoall"
@@ -147,39 +126,6 @@ def _default_fields(
     elif recipe.train.recompute == "selective":
         defaults |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     return defaults
-
-
-class Rotary(nn.Module):
-    """Rotary angles by position, as transformers computes them (default, linear and llama3
-    scaling).
-    """
-
-    def __init__(self, dims: Dims):
-        super().__init__()
-        inv = 1.0 / dims.rope_theta ** (
-            torch.arange(0, dims.head_dim, 2, dtype=torch.float32) / dims.head_dim
-        )
-        scaling = dims.rope_scaling or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind == "linear":
-            inv = inv / float(cast(float, scaling["factor"]))
-        elif kind == "llama3":
-            inv = _llama3_frequencies(inv, scaling)
-        self.inv_freq = inv  # a plain attribute: not part of any checkpoint
-
-    def forward(self, position_ids: Tensor) -> Tensor:
-        """[c] int64 -> angles [c, 1, 1, d] fp32."""
-        angles = torch.outer(position_ids.float(), self.inv_freq.to(position_ids.device))
-        return torch.cat([angles, angles], -1)[:, None, None, :]
-
-
-def _llama3_frequencies(inv: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Llama 3.1's scaling: long wavelengths are stretched by `factor`, middle ones blended."""
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    old_len = scaling["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / inv
-    blend = ((old_len / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 - blend) * inv / factor + blend * inv
 
 
 class _Head(ColumnParallelLinear):
@@ -196,21 +142,21 @@ class PackedGPT(GPTModel):
     here.
     """
 
-    def __init__(self, *args: Any, dims: Dims, **kwargs: Any):
+    def __init__(self, *args: Any, model: Model, **kwargs: Any):
         super().__init__(*args, position_embedding_type="none", **kwargs)
-        self.rotary = Rotary(dims)
-        self.has_scalar_head = self.post_process and dims.scalar_head
+        self.rotary = Rotary(model.rope)
+        self.has_scalar_head = self.post_process and model.heads.scalar
         if self.has_scalar_head:
             like = self.output_layer.weight
             self.output_layer = nn.Linear(
-                dims.hidden, 1, bias=False, dtype=like.dtype, device=like.device
+                model.hidden, 1, bias=False, dtype=like.dtype, device=like.device
             )
         elif self.post_process:
             self.output_layer.__class__ = _Head
-        if self.post_process and dims.value_head:
+        if self.post_process and model.heads.value:
             like = next(self.decoder.parameters())
             self.value_head = nn.Linear(
-                dims.hidden, 1, bias=False, dtype=like.dtype, device=like.device
+                model.hidden, 1, bias=False, dtype=like.dtype, device=like.device
             )
 
     def forward(
@@ -268,7 +214,7 @@ class PackedGPT(GPTModel):
 
 def build(
     config: TransformerConfig,
-    dims: Dims,
+    model: Model,
     mesh: Mesh,
     backend: str,
     adapted: bool = False,
@@ -280,20 +226,20 @@ def build(
     chunks: list[PackedGPT] = []
     for vp_stage in range(max(plan.vpp, 1)):
         stage = vp_stage if plan.vpp > 1 else None
-        model = PackedGPT(
+        chunk = PackedGPT(
             config,
-            layer_specs(config, dims, backend, stage, mesh.pp_rank, adapted),
-            vocab_size=dims.padded_vocab(plan.tp),
-            max_sequence_length=dims.max_positions,
+            layer_specs(config, model, backend, stage, mesh.pp_rank, adapted),
+            vocab_size=padded_rows(model.heads.vocab, plan.tp),
+            max_sequence_length=model.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(
                 ignore_virtual=False, vp_stage=stage
             ),
             post_process=parallel_state.is_pipeline_last_stage(
                 ignore_virtual=False, vp_stage=stage
             ),
-            share_embeddings_and_output_weights=dims.tied,
+            share_embeddings_and_output_weights=model.heads.tied,
             vp_stage=stage,
-            dims=dims,
+            model=model,
         )
-        chunks.append(model)
+        chunks.append(chunk)
     return chunks

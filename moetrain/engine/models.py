@@ -183,7 +183,7 @@ def open_engine(recipe: Recipe) -> Engine:
 
 def mark_dtypes(folder: Path, engine: Engine) -> None:
     """Note in a Megatron folder which dtype each weight had, for the way back to Hugging Face."""
-    found = engine.source.dtypes(engine.recipe, engine.family, engine.dims)
+    found = engine.source.dtypes(engine.recipe, engine.model)
     note = json.loads((folder / NOTE).read_text())
     note["dtypes"] = {n: str(found[n]).removeprefix("torch.") for n in sorted(found)}
     (folder / NOTE).write_text(json.dumps(note, indent=1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain.engine.backend import TE_NAMES
+from moetrain.engine.layers.block import TE_NAMES
 from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
 from moetrain.weights.transport import LocalParam

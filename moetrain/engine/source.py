@@ -16,10 +16,8 @@ from moetrain.data.loader import CORPUS, FEEDS, adapter_tokenizer
 from moetrain.data.tokenizer import load, tokenizer_files
 from moetrain.data.turns import end_of_turn
 from moetrain.errors import ConfigError, WeightsError
-from moetrain.models import Family, family_of, with_scalar_head
-from moetrain.models.dims import Dims
+from moetrain.models import Model, with_scalar_head
 from moetrain.models.lookup import NOTE, config_of, read_mapping
-from moetrain.models.rules import expand, head_names
 from moetrain.weights.beside import Beside, check_links
 from moetrain.weights.folder import has_weights
 from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
@@ -34,18 +32,17 @@ class ModelSource:
     megatron: Path | None  # a checkpoint that Engine.save wrote
     tokenizer: Path | None
 
-    def reader(self, recipe: Recipe, family: Family, dims: Dims) -> Reader:
+    def reader(self, recipe: Recipe, model: Model) -> Reader:
         """What to load: the folder's weights, or random ones that are the same at every layout."""
-        random = RandomReader(family, dims, recipe.seed, recipe.model.init_std)
+        random = RandomReader(model, recipe.seed, recipe.model.init_std)
         if self.folder is None or recipe.model.init == "random":
             return random
-        stored = SafetensorsReader(self.folder, family, dims)
-        rules = expand(family, dims)
-        heads = {key for name in head_names(dims) for key in rules[name].hf}
+        stored = SafetensorsReader(self.folder, model)
+        heads = {key for name in model.heads.new for key in model.table[name].hf}
         new = heads - set(stored.names())
         return Joined(stored, dict.fromkeys(new, random)) if new else stored
 
-    def dtypes(self, recipe: Recipe, family: Family, dims: Dims) -> Mapping[str, torch.dtype]:
+    def dtypes(self, recipe: Recipe, model: Model) -> Mapping[str, torch.dtype]:
         """Hugging Face name -> dtype of the source's weights; empty where none were read."""
         if recipe.model.init == "random":
             return {}
@@ -53,7 +50,7 @@ class ModelSource:
             return _noted_dtypes(self.megatron / NOTE)
         if self.folder is None or not has_weights(self.folder):
             return {}
-        reader = SafetensorsReader(self.folder, family, dims)
+        reader = SafetensorsReader(self.folder, model)
         return {name: reader.dtype(name) for name in reader.names()}
 
     def hf_for_export(self, recipe: Recipe) -> dict[str, Any]:
@@ -114,8 +111,7 @@ def find_model(model: ModelConfig, scalar_head: bool = False) -> ModelSource:
     """
     found = _find(model)
     if scalar_head:
-        hf = with_scalar_head(found.hf, family_of(found.hf).architecture)
-        return replace(found, hf=hf)
+        return replace(found, hf=with_scalar_head(found.hf))
     return found
 
 

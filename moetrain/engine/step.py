@@ -16,13 +16,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from moetrain.engine.attention import segment_table
 from moetrain.engine.context import gather, take_local
+from moetrain.engine.layers.attention import segment_table
+from moetrain.engine.layers.router import sequence_table
 from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
-from moetrain.engine.router import sequence_table
 from moetrain.methods.base import Out
-from moetrain.models.dims import Dims
+from moetrain.models import Model
+from moetrain.models.sharding import padded_rows
 from moetrain.ops.logprob import token_logprobs
 from moetrain.ops.packed import Packed, concat, pad_to
 from moetrain.pulse import beat
@@ -86,7 +87,7 @@ class Runner:
 
     models: Sequence[Any]  # PackedGPT, or Megatron's DDP around it
     mesh: Mesh
-    dims: Dims
+    model: Model
     device: torch.device
     chunk: int = 1024  # tokens whose logits exist at one time
     with_entropy: bool = False
@@ -143,7 +144,7 @@ class Runner:
         `head` has done so.
         """
         gpt: PackedGPT = get_attr_wrapped_model(model, "head_weight", return_model_obj=True)
-        if self.dims.scalar_head:
+        if self.model.heads.scalar:
             out = self._value(gpt, hidden)
         else:
             out = self._logp(gpt, hidden, pack, scored)
@@ -163,9 +164,9 @@ class Runner:
             self._mine(pack.labels)[scored.places],
             group=self.mesh.tp_group if self.mesh.plan.tp > 1 else None,
             vocab_start=self.mesh.tp_rank
-            * self.dims.padded_vocab(self.mesh.plan.tp)
+            * padded_rows(self.model.heads.vocab, self.mesh.plan.tp)
             // self.mesh.plan.tp,
-            vocab_size=self.dims.vocab,
+            vocab_size=self.model.heads.vocab,
             chunk=self.chunk,
             temperature=scored.temperature,
             with_entropy=self.with_entropy,
@@ -173,7 +174,7 @@ class Runner:
         size = hidden.size(0)
         whole = None if entropy is None else self._spread(entropy, scored.places, size)
         value = None
-        if self.dims.value_head:
+        if self.model.heads.value:
             # Of every token: what follows a cut answer has no label.
             value = gather(gpt.values(hidden.squeeze(1)), self.mesh.cp_group, reduce_grad=False)
         return Out(logp=self._spread(logp, scored.places, size), entropy=whole, value=value)

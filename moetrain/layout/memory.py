@@ -10,8 +10,7 @@ from math import prod
 from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError, nearest
 from moetrain.layout.mesh import MeshPlan, stage_layers
-from moetrain.models.dims import Dims
-from moetrain.models.rules import BoundRule
+from moetrain.models import Model, Rule
 
 GIB = 2**30
 # Device memory in GiB as the driver reports it.
@@ -50,21 +49,20 @@ def gpu_gib(name: str) -> float:
 
 
 def static_bytes(
-    dims: Dims,
-    table: Mapping[str, BoundRule],
+    model: Model,
     plan: MeshPlan,
     recipe: Recipe,
-    trained: Mapping[str, BoundRule] | None = None,
+    trained: Mapping[str, Rule] | None = None,
 ) -> list[StageBytes]:
     """Bytes per GPU of each stage (tensor rank 0, expert rank 0), with the optimizer sharded over
     data parallelism.
 
-    `trained` is the table of what has gradients and optimizer state: a part of `table`, or that of
-    an adapter beside it; all of `table` when None.
+    `trained` is the table of what has gradients and optimizer state: a part of the model's, or that
+    of an adapter beside it; all of it when None.
     """
-    trained = table if trained is None else trained
+    trained = model.table if trained is None else trained
     layers = stage_layers(
-        dims.num_layers,
+        model.num_layers,
         plan.pp,
         plan.vpp,
         recipe.parallel.first_stage_layers,
@@ -73,15 +71,13 @@ def static_bytes(
     stages: list[StageBytes] = []
     for stage in range(plan.pp):
         held = {layer for chunk in layers[stage] for layer in chunk}
-        held_rules = partial(_on_rank, held=held, stage=stage, plan=plan, dims=dims)
-        weights = held_rules({**table, **trained})
+        held_rules = partial(_on_rank, held=held, stage=stage, plan=plan, model=model)
+        weights = held_rules({**model.table, **trained})
         stages.append(_bytes(stage, sum(weights), held_rules(trained), plan, recipe))
     return stages
 
 
-def checkpoint_bytes(
-    table: Mapping[str, BoundRule], recipe: Recipe, trained: Mapping[str, BoundRule]
-) -> int:
+def checkpoint_bytes(table: Mapping[str, Rule], recipe: Recipe, trained: Mapping[str, Rule]) -> int:
     """Bytes of one checkpoint of the recipe on disk: the weights (with an adapter its own alone),
     and of what is trained an fp32 copy and the two moments. Megatron writes that copy beside fp32
     weights too.
@@ -95,26 +91,26 @@ def checkpoint_bytes(
 
 
 def _on_rank(
-    table: Mapping[str, BoundRule], *, held: set[int], stage: int, plan: MeshPlan, dims: Dims
+    table: Mapping[str, Rule], *, held: set[int], stage: int, plan: MeshPlan, model: Model
 ) -> tuple[int, int]:
     """Parameters of a rank: (dense and attention, experts), padding included."""
     dense = expert = 0
     for rule in table.values():
-        if not _is_held(rule, held, stage, plan, dims):
+        if not _is_held(rule, held, stage, plan, model):
             continue
         if rule.expert is None:
-            dense += prod(rule.local_shape(dims, 0, plan.tp))
-        elif rule.expert < dims.experts // plan.ep:
-            expert += prod(rule.local_shape(dims, 0, plan.etp))
+            dense += prod(rule.local_shape(0, plan.tp))
+        elif rule.expert < model.num_experts // plan.ep:
+            expert += prod(rule.local_shape(0, plan.etp))
     return dense, expert
 
 
-def _is_held(rule: BoundRule, held: set[int], stage: int, plan: MeshPlan, dims: Dims) -> bool:
+def _is_held(rule: Rule, held: set[int], stage: int, plan: MeshPlan, model: Model) -> bool:
     if rule.layer is not None:
         return rule.layer in held
     first, last = stage == 0, stage == plan.pp - 1
     if rule.name.startswith("embedding."):
-        return first or (last and dims.tied)
+        return first or (last and model.heads.tied)
     return last
 
 

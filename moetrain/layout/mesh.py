@@ -7,7 +7,8 @@ from math import lcm
 
 from moetrain.config.recipe import ParallelConfig
 from moetrain.errors import LayoutError
-from moetrain.models.dims import Dims
+from moetrain.models import Model
+from moetrain.models.parts.base import Split
 
 
 @dataclass(frozen=True)
@@ -57,43 +58,22 @@ def _divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
-def check_layout(dims: Dims, parallel: ParallelConfig, num_tokens: int) -> None:
+def check_layout(model: Model, parallel: ParallelConfig, num_tokens: int) -> None:
     """Raise LayoutError when the layout does not divide the model, or `num_tokens` of a
     micro-batch.
     """
     p = parallel
-    if dims.heads % p.tp:
-        raise LayoutError(
-            f"parallel.tp={p.tp} does not divide {dims.heads} heads. Allowed: "
-            f"{_divisors(dims.heads)}"
-        )
-    if max(dims.groups, p.tp) % min(dims.groups, p.tp):
-        raise LayoutError(
-            f"parallel.tp={p.tp} and {dims.groups} KV heads: neither divides the other. Change tp."
-        )
-    if any(not is_moe for is_moe in dims.moe_layers) and dims.ffn % p.tp:
-        raise LayoutError(
-            f"parallel.tp={p.tp} does not divide the MLP's {dims.ffn} columns. Change tp."
-        )
-    if dims.experts:
-        if dims.experts % p.ep:
-            raise LayoutError(
-                f"parallel.ep={p.ep} does not divide {dims.experts} experts. Allowed: "
-                f"{_divisors(dims.experts)}"
-            )
-        if dims.moe_ffn % p.etp:
-            raise LayoutError(
-                f"parallel.etp={p.etp} does not divide an expert's {dims.moe_ffn} columns. Change "
-                f"etp."
-            )
-        if p.tp > 1 and not p.sp:
-            raise LayoutError(
-                "Experts with parallel.tp > 1 need sequence parallelism. Leave parallel.sp out or "
-                "set it."
-            )
-    elif p.ep > 1 or p.etp > 1:
+    for part in model.parts:
+        for split in part.splits():
+            _check_split(split, getattr(p, split.axis))
+    if model.moe is None and (p.ep > 1 or p.etp > 1):
         raise LayoutError(
             f"parallel.ep={p.ep} etp={p.etp}: this model has no experts. Leave both out."
+        )
+    if model.moe is not None and p.tp > 1 and not p.sp:
+        raise LayoutError(
+            "Experts with parallel.tp > 1 need sequence parallelism. Leave parallel.sp out or "
+            "set it."
         )
     unit = p.tp * (2 * p.cp if p.cp > 1 else 1)
     if num_tokens % unit:
@@ -102,7 +82,20 @@ def check_layout(dims: Dims, parallel: ParallelConfig, num_tokens: int) -> None:
             f"(tp={p.tp}, cp={p.cp}). "
             f"Use {-(-num_tokens // unit) * unit}."
         )
-    stage_layers(dims.num_layers, p.pp, p.vpp or 1, p.first_stage_layers, p.last_stage_layers)
+    stage_layers(model.num_layers, p.pp, p.vpp or 1, p.first_stage_layers, p.last_stage_layers)
+
+
+def _check_split(split: Split, size: int) -> None:
+    given = f"parallel.{split.axis}={size}"
+    if split.either_way and max(split.size, size) % min(split.size, size):
+        raise LayoutError(
+            f"{given} and {split.size} {split.what}: neither divides the other. Change "
+            f"{split.axis}."
+        )
+    if not split.either_way and split.size % size:
+        raise LayoutError(
+            f"{given} does not divide {split.size} {split.what}. Allowed: {_divisors(split.size)}"
+        )
 
 
 def stage_layers(

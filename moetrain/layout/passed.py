@@ -4,17 +4,17 @@ backend.
 
 from moetrain.config.recipe import Recipe, RouterConfig
 from moetrain.errors import ConfigError
-from moetrain.models.dims import Dims
+from moetrain.models import Model
 
 # Kernels that megatron-core has through Transformer Engine alone.
 NEEDS_TE = ("moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion")
 NEEDS_GPU = ("bias_dropout_fusion", "gradient_accumulation_fusion")
 
 
-def check_passed(recipe: Recipe, dims: Dims) -> None:
+def check_passed(recipe: Recipe, model: Model) -> None:
     """ConfigError for what this layout or this model does not read."""
     given, p, train = recipe.megatron, recipe.parallel, recipe.train
-    if not dims.experts and recipe.router != RouterConfig():
+    if not model.moe and recipe.router != RouterConfig():
         raise ConfigError("router: this model has no experts. Leave the section out.")
     reads = {
         "recompute_method": (train.recompute == "full", "train.recompute=full"),
@@ -38,7 +38,7 @@ def check_passed(recipe: Recipe, dims: Dims) -> None:
             raise ConfigError(
                 f"megatron.{key} does nothing without {needs}. Give that, or leave it out."
             )
-        if key.startswith("moe_") and not dims.experts:
+        if key.startswith("moe_") and not model.moe:
             raise ConfigError(
                 f"megatron.{key} does nothing: this model has no experts. Leave it out."
             )
@@ -47,20 +47,20 @@ def check_passed(recipe: Recipe, dims: Dims) -> None:
             "megatron.batch_p2p_comm=true does not go with overlap_p2p_comm, which parallel.vpp"
             " turns on. Give megatron.overlap_p2p_comm=false too."
         )
-    layers = dims.num_layers // (p.pp * (p.vpp or 1))
+    layers = model.num_layers // (p.pp * (p.vpp or 1))
     if given.get("recompute_num_layers", 0) > layers:
         raise ConfigError(
             f"megatron.recompute_num_layers={given['recompute_num_layers']}, and a stage has"
             f" {layers} layers. Give no more."
         )
-    if "mlp" in given.get("recompute_modules", ()) and all(dims.moe_layers):
+    if "mlp" in given.get("recompute_modules", ()) and all(model.moe_layers):
         raise ConfigError(
             "megatron.recompute_modules: every layer of this model has experts, and mlp is a dense"
             " layer's. Use train.recompute=full."
         )
 
 
-def check_backend(recipe: Recipe, dims: Dims, backend: str, *, on_gpu: bool) -> None:
+def check_backend(recipe: Recipe, model: Model, backend: str, *, on_gpu: bool) -> None:
     """ConfigError for a field that this backend or machine does not read."""
     given = recipe.megatron
     for key in NEEDS_TE:
@@ -78,7 +78,7 @@ def check_backend(recipe: Recipe, dims: Dims, backend: str, *, on_gpu: bool) -> 
             "megatron.recompute_modules: layernorm needs Transformer Engine. Use core_attn, mlp, or"
             " train.recompute=full."
         )
-    if given.get("bias_activation_fusion") and backend != "te" and all(dims.moe_layers):
+    if given.get("bias_activation_fusion") and backend != "te" and all(model.moe_layers):
         raise ConfigError(
             "megatron.bias_activation_fusion does nothing: with backend torch dense layers read it,"
             " and this model has experts throughout. Leave it out."

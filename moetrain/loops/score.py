@@ -22,7 +22,7 @@ from moetrain.engine import Engine
 from moetrain.engine.models import is_adapter, model_in, open_engine, recipe_for, sections_of
 from moetrain.engine.source import find_model
 from moetrain.errors import CheckpointError, DataError
-from moetrain.models import family_of
+from moetrain.models import read_model
 from moetrain.ops.packed import Packed, concat, from_tokens
 
 WINDOW = 1024  # rows whose log-probs are held at one time
@@ -81,7 +81,7 @@ def read_sequences(recipe: Recipe, data: Path) -> "list[array[int]]":
     chat template).
     """
     source = find_model(recipe.model)
-    vocab = family_of(source.hf).dims(source.hf).vocab
+    vocab = read_model(source.hf).heads.vocab
     loaded: Any = None
     rows: list[array[int]] = []
     for row in (row for found in find_sources([data]) for row in read_rows(found)):

@@ -1,51 +1,66 @@
-"""Model families: a Hugging Face config to sizes, and one weight table for both directions.
+"""Models: a Hugging Face config to parts, and one weight table for both directions.
 
 Imports no torch.
 """
 
+import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 
 from moetrain.errors import ConfigError, nearest
-from moetrain.models.dims import (
-    Dims,
-    HfConfig,
-    architecture_of,
-    vocab_head,
-    with_scalar_head,
-)
+from moetrain.models import config
+from moetrain.models.config import HfConfig, architecture_of, vocab_head
 from moetrain.models.families import llama, mixtral, qwen2, qwen3, qwen3_moe
-from moetrain.models.rules import BoundRule, Family, Rule, expand, fused_slices, ignored_keys
-from moetrain.models.sharding import Layout
+from moetrain.models.model import Model
+from moetrain.models.rules import Rule
 
-__all__ = [
-    "FAMILIES",
-    "BoundRule",
-    "Dims",
-    "Family",
-    "HfConfig",
-    "Layout",
-    "Rule",
-    "expand",
-    "family_of",
-    "fused_slices",
-    "ignored_keys",
-    "with_scalar_head",
-]
+__all__ = ["FAMILIES", "Family", "HfConfig", "Model", "Rule", "read_model", "with_scalar_head"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A page of families/: transformers' model_type, and what makes a model of a config.json."""
+
+    model_type: str
+    build: Callable[[HfConfig], Model]
+
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": llama.FAMILY,
-    "MixtralForCausalLM": mixtral.FAMILY,
-    "Qwen2ForCausalLM": qwen2.FAMILY,
-    "Qwen3ForCausalLM": qwen3.FAMILY,
-    "Qwen3MoeForCausalLM": qwen3_moe.FAMILY,
+    page.ARCHITECTURE: Family(page.MODEL_TYPE, page.build)
+    for page in (llama, mixtral, qwen2, qwen3, qwen3_moe)
 }
 
 
-def family_of(hf: HfConfig) -> Family:
-    """The family of a config.json: by `architectures`, or by `model_type` where that is absent.
+def read_model(hf: HfConfig, *, value_head: bool = False) -> Model:
+    """The model of a config.json; with `value_head` also PPO's. One object for equal configs.
 
     Raises ConfigError.
+    """
+    try:
+        text = json.dumps(hf, sort_keys=True, default=repr)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"model config: it cannot be written as JSON ({error})") from None
+    return _read(text, value_head)
+
+
+@lru_cache(maxsize=8)
+def _read(text: str, value_head: bool) -> Model:
+    hf: HfConfig = json.loads(text)
+    model = FAMILIES[architecture(hf)].build(hf)
+    return model.with_value_head() if value_head else model
+
+
+def with_scalar_head(hf: HfConfig) -> dict[str, object]:
+    """The config of the same model that ends in one number a token. Raises ConfigError."""
+    return config.with_scalar_head(hf, architecture(hf))
+
+
+def architecture(hf: HfConfig) -> str:
+    """The key in FAMILIES of a config.json: by `architectures`, or by `model_type` where that is
+    absent. Raises ConfigError.
     """
     known = ", ".join(FAMILIES)
     name = architecture_of(hf)
@@ -55,11 +70,11 @@ def family_of(hf: HfConfig) -> Family:
                 f"model config: architecture {name!r} is unknown; known: {known}."
                 f"{_misspelt(name, hf)}"
             )
-        return FAMILIES[vocab_head(name)]
+        return vocab_head(name)
     model_type = hf.get("model_type")
-    for family in FAMILIES.values():
-        if family.name == model_type:
-            return family
+    for key, family in FAMILIES.items():
+        if family.model_type == model_type:
+            return key
     raise ConfigError(
         f"model config: architectures is missing and model_type = {model_type!r} is unknown; "
         f"give architectures: [one of {known}]"
@@ -73,7 +88,7 @@ def _misspelt(name: str, hf: HfConfig) -> str:
     model_type = hf.get("model_type")
     meant = [known for known in FAMILIES if _alike(known, name)]
     if model_type is not None:
-        meant = [known for known in meant if FAMILIES[known].name == model_type]
+        meant = [known for known in meant if FAMILIES[known].model_type == model_type]
     return "" if name.startswith("Mistral") else nearest(name, meant)
 
 

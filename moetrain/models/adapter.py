@@ -2,7 +2,7 @@
 
 A matrix W [out, in] acts as W + s B A, with A [r, in], B [out, r] and s = `AdapterSpec.scale`
 (LoRA, arXiv 2106.09685, equation 3); with DoRA (arXiv 2402.09353, equation 5) its rows are then
-scaled to the norms m [out]. The table has the base table's names and layouts, so that what loads
+scaled to the norms m [out]. The table has the base table's names and shardings, so that what loads
 and exports weights does so for adapters: `X.weight` -> `X.lora_A`, `X.lora_B`, `X.lora_magnitude`,
 and for expert e `X.lora_A{e}`, `X.lora_B{e}`.
 
@@ -13,28 +13,19 @@ it, which see one matrix [2f, h] there.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import sqrt
 from typing import Literal, Self
 
 from moetrain.config.recipe import AdapterConfig
 from moetrain.errors import ConfigError
-from moetrain.models.dims import Dims
+from moetrain.models.model import Model
 from moetrain.models.patterns import matcher, nothing_matches
-from moetrain.models.rules import BoundRule, Family, expand
-from moetrain.models.sharding import Cols, Copy, Layout, Shape, Stack
+from moetrain.models.rules import Kind, Rule
+from moetrain.models.sharding import Cols, Copy, Shape, Sharding, Stack
 
-type Kind = Literal["attention", "mlp", "experts", "router"]
 type Tensors = Literal["lora_A", "lora_B", "lora_magnitude"]
 
-_KINDS: dict[str, Kind] = {
-    "self_attention.linear_qkv.weight": "attention",
-    "self_attention.linear_proj.weight": "attention",
-    "mlp.linear_fc1.weight": "mlp",
-    "mlp.linear_fc2.weight": "mlp",
-    "mlp.experts.linear_fc1.weight": "experts",
-    "mlp.experts.linear_fc2.weight": "experts",
-    "mlp.router.weight": "router",
-}
 _ALL: dict[str, tuple[Kind, ...]] = {
     "all-linear": ("attention", "mlp", "experts"),
     "all-router": ("attention", "mlp", "experts", "router"),
@@ -98,18 +89,17 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class AdapterTable(Mapping[str, BoundRule]):
+class AdapterTable(Mapping[str, Rule]):
     """The weight table of an adapter, by canonical name, and what it is made from."""
 
-    family: Family
-    dims: Dims
+    model: Model
     spec: AdapterSpec
-    rules: Mapping[str, BoundRule]
-    base: Mapping[str, BoundRule]  # canonical name here -> the base's rule that it adapts
+    rules: Mapping[str, Rule]
+    base: Mapping[str, Rule]  # canonical name here -> the base's rule that it adapts
     places: Mapping[str, Place]  # by the names in the rules' `hf`
     matrices: Mapping[str, Matrix]  # those with an adapter, by name
 
-    def __getitem__(self, name: str) -> BoundRule:
+    def __getitem__(self, name: str) -> Rule:
         return self.rules[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -117,6 +107,19 @@ class AdapterTable(Mapping[str, BoundRule]):
 
     def __len__(self) -> int:
         return len(self.rules)
+
+    def of_layer(self, layer: int) -> list[Rule]:
+        """The base's rules that are adapted there; of experts the first's, for all of them."""
+        return self._by_layer.get(layer, [])
+
+    @cached_property
+    def _by_layer(self) -> dict[int, list[Rule]]:
+        result: dict[int, list[Rule]] = {}
+        for name, base in self.base.items():
+            if base.layer is not None and name == adapter_name(base.name, "lora_A"):
+                if not base.expert:
+                    result.setdefault(base.layer, []).append(base)
+        return result
 
     def parts(self, name: str) -> tuple[bool, ...]:
         """Of each Hugging Face tensor of a rule, whether it is trained. The others stay 0 (the
@@ -131,68 +134,64 @@ def adapter_name(base: str, tensors: Tensors) -> str:
     return stem + tensors + expert
 
 
-def row_parts(rule: BoundRule, dims: Dims, tp_rank: int, tp_size: int) -> list[int]:
+def row_parts(rule: Rule, tp_rank: int, tp_size: int) -> list[int]:
     """Of each local row, the number of the Hugging Face tensor it belongs to (0 in padding).
 
     For a lora_B or lora_magnitude, and for any base weight but one split along its columns.
     """
-    result = [0] * rule.local_shape(dims, tp_rank, tp_size)[0]
-    for piece in rule.layout.pieces(dims, tp_rank, tp_size) if rule.layout.dim != 1 else ():
+    result = [0] * rule.local_shape(tp_rank, tp_size)[0]
+    for piece in rule.sharding.pieces(tp_rank, tp_size) if rule.sharding.dim != 1 else ():
         stop = piece.local_start + piece.length
         result[piece.local_start : stop] = [piece.part] * piece.length
     return result
 
 
-def adapter_table(
-    family: Family, dims: Dims, spec: AdapterSpec, *, loaded: bool = False
-) -> AdapterTable:
+@lru_cache(maxsize=4)  # of 235B it takes seconds
+def adapter_table(model: Model, spec: AdapterSpec, *, loaded: bool = False) -> AdapterTable:
     """The table of `spec`'s adapter on a model; `loaded` when the adapter is there already, whose
     rank may then be any.
 
     Raises ConfigError: a target that matches nothing, or gate without up, or some experts of a
     layer; a rank larger than a matrix; DoRA where PEFT has none.
     """
-    every = [(rule, _matrices(rule, family)) for rule in expand(family, dims).values()]
+    every = [(rule, _matrices(rule)) for rule in model.table.values()]
     chosen = _targeted([matrix for _, found in every for matrix in found], spec.target)
     for matrix in chosen.values():
         if not loaded:
             _check_rank(matrix, spec)
         if spec.dora:
-            _check_dora(matrix, dims)
-    rules: dict[str, BoundRule] = {}
-    base: dict[str, BoundRule] = {}
+            _check_dora(matrix, model)
+    rules: dict[str, Rule] = {}
+    base: dict[str, Rule] = {}
     places: dict[str, Place] = {}
     for rule, found in every:
         if not any(matrix.name in chosen for matrix in found):
             continue
-        for tensors, layout in _layouts(rule, spec).items():
+        for tensors, sharding in _shardings(rule, spec).items():
             own = _places(found, tensors, spec.rank, chosen)
             name = adapter_name(rule.name, tensors)
-            rules[name] = BoundRule(
-                name, tuple(own), layout.hf_shapes(dims), layout, rule.layer, rule.expert
-            )
+            rules[name] = Rule(name, tuple(own), sharding, rule.layer, rule.expert)
             base[name] = rule
             places |= own
-    return AdapterTable(family, dims, spec, rules, base, places, chosen)
+    return AdapterTable(model, spec, rules, base, places, chosen)
 
 
-def _layouts(rule: BoundRule, spec: AdapterSpec) -> dict[Tensors, Layout]:
+def _shardings(rule: Rule, spec: AdapterSpec) -> dict[Tensors, Sharding]:
     """Of each tensor of a base weight's adapter: B is split as W's rows, A as its columns."""
-    out, into = rule.layout.shape
-    whole = isinstance(rule.layout, Copy | Cols)
+    base = rule.sharding
+    out, into = base.shape
+    whole = isinstance(base, Copy | Cols)
     into_rank = (spec.rank, into)
-    result: dict[Tensors, Layout] = {}
-    if isinstance(rule.layout, Cols):
+    result: dict[Tensors, Sharding] = {}
+    if isinstance(base, Cols):
         result["lora_A"] = Cols(into_rank)
     elif len(rule.hf) > 1 and rule.expert is None:
         result["lora_A"] = Stack(into_rank, len(rule.hf))
     else:
         result["lora_A"] = Copy(into_rank)
-    result["lora_B"] = (
-        Copy((out, spec.rank)) if whole else replace(rule.layout, shape=(out, spec.rank))
-    )
+    result["lora_B"] = Copy((out, spec.rank)) if whole else replace(base, shape=(out, spec.rank))
     if spec.dora:
-        result["lora_magnitude"] = Copy((out,)) if whole else replace(rule.layout, shape=(out,))
+        result["lora_magnitude"] = Copy((out,)) if whole else replace(base, shape=(out,))
     return result
 
 
@@ -207,7 +206,7 @@ SUFFIX: dict[Tensors, str] = {
 def _places(
     matrices: tuple[Matrix, ...], tensors: Tensors, rank: int, chosen: Mapping[str, Matrix]
 ) -> dict[str, Place]:
-    """One kind of tensor of all matrices of a base weight, in the order of its layout's parts."""
+    """One kind of tensor of all matrices of a base weight, in the order of its sharding's parts."""
     result: dict[str, Place] = {}
     for matrix in matrices:
         live = matrix.name in chosen
@@ -221,44 +220,33 @@ def _places(
     return result
 
 
-def all_matrices(family: Family, dims: Dims) -> list[Matrix]:
+def all_matrices(model: Model) -> list[Matrix]:
     """Everything of a model that can have an adapter, in the table's order."""
-    return [m for rule in expand(family, dims).values() for m in _matrices(rule, family)]
+    return [m for rule in model.table.values() for m in _matrices(rule)]
 
 
-def _matrices(rule: BoundRule, family: Family) -> tuple[Matrix, ...]:
+def _matrices(rule: Rule) -> tuple[Matrix, ...]:
     """The matrices of a base rule, in its order; none where an adapter cannot be."""
-    stem = rule.name if rule.layer is None else rule.name.split(".", 3)[3]
-    kind = _KINDS.get(stem if rule.expert is None else stem.removesuffix(str(rule.expert)))
-    if kind is None:
+    if rule.adapts is None:
         return ()
-    fused = _fused(rule, family)
     if rule.expert is not None:
-        assert fused is not None, f"{rule.name} has no fused name in {family.name}"
+        assert rule.fused is not None, f"{rule.name} has no fused name"
         first = rule.hf[0].removesuffix(".weight")
         if len(rule.hf) > 1:
-            first = first.rpartition(".")[0] + "." + fused.rpartition(".")[2]
+            first = first.rpartition(".")[0] + "." + rule.fused.rpartition(".")[2]
         shape = (sum(shape[0] for shape in rule.hf_shapes), rule.hf_shapes[0][1])
-        return (Matrix(first, rule.hf, shape, kind, fused, rule.expert),)
+        return (Matrix(first, rule.hf, shape, rule.adapts, rule.fused, rule.expert),)
     return tuple(
         Matrix(
             key.removesuffix(".weight"),
             (key,),
             shape,
-            kind,
-            (fused or key).removesuffix(".weight"),
+            rule.adapts,
+            (rule.fused or key).removesuffix(".weight"),
             None,
         )
         for key, shape in zip(rule.hf, rule.hf_shapes, strict=True)
     )
-
-
-def _fused(rule: BoundRule, family: Family) -> str | None:
-    """transformers' name for the tensors of a rule, where it is another than the table's."""
-    for key, names in family.fused.items():
-        if tuple(name.format(l=rule.layer, e=rule.expert) for name in names) == rule.hf:
-            return key.format(l=rule.layer)
-    return None
 
 
 def _targeted(matrices: list[Matrix], target: tuple[str, ...]) -> dict[str, Matrix]:
@@ -312,18 +300,18 @@ def _check_rank(matrix: Matrix, spec: AdapterSpec) -> None:
         )
 
 
-def _check_dora(matrix: Matrix, dims: Dims) -> None:
-    if is_parameter(matrix, dims):
+def _check_dora(matrix: Matrix, model: Model) -> None:
+    if is_parameter(matrix, model):
         raise ConfigError(
             f"adapter.type=dora: PEFT cannot hold DoRA on {matrix.module}; take another type, or "
             f"adapter.target: [q_proj, k_proj, v_proj, o_proj]"
         )
 
 
-def is_parameter(matrix: Matrix, dims: Dims) -> bool:
+def is_parameter(matrix: Matrix, model: Model) -> bool:
     """Whether PEFT names it in `target_parameters`, not in `target_modules`.
 
     The dense MLP in a mixture of experts too: there PEFT (0.20) takes gate_proj, up_proj and
     down_proj in `target_modules` for the experts'.
     """
-    return matrix.kind in ("experts", "router") or (matrix.kind == "mlp" and any(dims.moe_layers))
+    return matrix.kind in ("experts", "router") or (matrix.kind == "mlp" and model.moe is not None)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 
 from moetrain.errors import ConfigError, nearest
-from moetrain.models.rules import VALUE_HEAD, BoundRule
+from moetrain.models.rules import VALUE_HEAD, Rule
 
 type Matcher = Callable[[str], bool]
 
@@ -36,7 +36,7 @@ def nothing_matches(key: str, pattern: str, names: Iterable[str]) -> ConfigError
     )
 
 
-def trainable_names(table: Mapping[str, BoundRule], patterns: Sequence[str]) -> frozenset[str]:
+def trainable_names(table: Mapping[str, Rule], patterns: Sequence[str]) -> frozenset[str]:
     """The canonical names of the parameters that the recipe's `trainable` patterns select.
 
     A pattern is held against Hugging Face names, with and without `.weight`. Raises ConfigError for

@@ -2,9 +2,9 @@
 
 Legend: h hidden, f feed-forward, d head_dim, g key/value groups, q queries per group, v vocabulary.
 HF tensors are global; a Megatron tensor here is one rank's local shard. Values are copied, never
-computed, so every layout is exact and invertible in any dtype.
+computed, so every sharding is exact and invertible in any dtype.
 
-A layout says one thing, its `pieces`: which rows (or columns) of which HF tensor lie where in the
+A sharding says one thing, its `pieces`: which rows (or columns) of which HF tensor lie where in the
 local tensor. Slices to read, packing, unpacking and shapes follow from it, and so cannot disagree.
 """
 
@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from moetrain.errors import LayoutError
-from moetrain.models.dims import Dims, Extent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 type Shape = tuple[int, ...]
 type Slices = tuple[slice, ...]
+
+# Megatron's make_vocab_size_divisible_by: each tensor-parallel rank holds a multiple of these rows.
+VOCAB_MULTIPLE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,43 +37,43 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Layout(ABC):
-    """`shape` names the dimensions of the (first) HF tensor.
+class Sharding(ABC):
+    """`shape` is the global shape of the (first) HF tensor.
 
     `dim` is the dimension along which tensor-parallel ranks split the HF tensors: their parts,
     concatenated along it in rank order, are the HF tensor. None: every rank holds the whole.
     """
 
-    shape: tuple[Extent, ...]
+    shape: Shape
     dim: ClassVar[int | None] = 0
     num_parts: ClassVar[int] = 1
 
     @abstractmethod
-    def pieces(self, dims: Dims, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
+    def pieces(self, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
         """Where everything lies along `dim` (0 when replicated), in local order, none empty.
 
         The pieces of one part are consecutive in its HF tensor. Raises LayoutError when `tp_size`
         does not divide.
         """
 
-    def hf_shapes(self, dims: Dims) -> tuple[Shape, ...]:
+    def hf_shapes(self) -> tuple[Shape, ...]:
         """The global shape of each HF tensor."""
-        return (tuple(dims.size(extent) for extent in self.shape),) * self.num_parts
+        return (self.shape,) * self.num_parts
 
-    def local_shape(self, dims: Dims, tp_rank: int, tp_size: int) -> Shape:
+    def local_shape(self, tp_rank: int, tp_size: int) -> Shape:
         """The shape of the local Megatron tensor, padding included."""
-        shape = list(self.hf_shapes(dims)[0])
-        shape[self.dim or 0] = sum(piece.length for piece in self.pieces(dims, tp_rank, tp_size))
+        shape = list(self.hf_shapes()[0])
+        shape[self.dim or 0] = sum(piece.length for piece in self.pieces(tp_rank, tp_size))
         return tuple(shape)
 
-    def parts(self, dims: Dims, tp_rank: int, tp_size: int) -> tuple[Slices, ...]:
+    def parts(self, tp_rank: int, tp_size: int) -> tuple[Slices, ...]:
         """What this rank needs of each HF tensor: a slice, start and stop given, per dimension.
 
         Where it needs nothing, slice(0, 0) along `dim`.
         """
-        pieces = self.pieces(dims, tp_rank, tp_size)
+        pieces = self.pieces(tp_rank, tp_size)
         result: list[Slices] = []
-        for part, shape in enumerate(self.hf_shapes(dims)):
+        for part, shape in enumerate(self.hf_shapes()):
             own = [piece for piece in pieces if piece.part == part]
             start = own[0].hf_start if own else 0
             stop = own[-1].hf_start + own[-1].length if own else 0
@@ -80,17 +82,17 @@ class Layout(ABC):
             result.append(tuple(slices))
         return tuple(result)
 
-    def pack(self, parts: tuple[Tensor, ...], dims: Dims, tp_rank: int, tp_size: int) -> Tensor:
+    def pack(self, parts: tuple[Tensor, ...], tp_rank: int, tp_size: int) -> Tensor:
         """The local Megatron tensor from what `parts` cut out of the HF tensors.
 
         dtype and device are those of the parts; it may share their memory.
         """
         dim = self.dim or 0
-        shape = self.local_shape(dims, tp_rank, tp_size)
-        pieces = self.pieces(dims, tp_rank, tp_size)
+        shape = self.local_shape(tp_rank, tp_size)
+        pieces = self.pieces(tp_rank, tp_size)
         if len(pieces) == 1 and pieces[0].length == shape[dim]:
             return parts[pieces[0].part]
-        slices = self.parts(dims, tp_rank, tp_size)
+        slices = self.parts(tp_rank, tp_size)
         local = parts[0].new_zeros(shape)
         for piece in pieces:
             start = piece.hf_start - slices[piece.part][dim].start
@@ -98,12 +100,12 @@ class Layout(ABC):
             local.narrow(dim, piece.local_start, piece.length).copy_(source)
         return local
 
-    def unpack(self, local: Tensor, dims: Dims, tp_rank: int, tp_size: int) -> tuple[Tensor, ...]:
+    def unpack(self, local: Tensor, tp_rank: int, tp_size: int) -> tuple[Tensor, ...]:
         """The HF tensors' parts from the local tensor, padding dropped; they may be views of it."""
         dim = self.dim or 0
-        pieces = self.pieces(dims, tp_rank, tp_size)
+        pieces = self.pieces(tp_rank, tp_size)
         result: list[Tensor] = []
-        for part, slices in enumerate(self.parts(dims, tp_rank, tp_size)):
+        for part, slices in enumerate(self.parts(tp_rank, tp_size)):
             own = [piece for piece in pieces if piece.part == part]
             if len(own) == 1:
                 result.append(local.narrow(dim, own[0].local_start, own[0].length))
@@ -117,11 +119,11 @@ class Layout(ABC):
         return tuple(result)
 
 
-def _share(size: int, tp_rank: int, tp_size: int, what: object) -> tuple[int, int]:
+def _share(size: int, tp_rank: int, tp_size: int, what: str) -> tuple[int, int]:
     """(start, length) of a rank's equal share of `size`."""
     if size % tp_size:
         raise LayoutError(
-            f"{what} {size} does not divide by tensor-parallel size {tp_size}; "
+            f"{size} {what} do not divide by tensor-parallel size {tp_size}; "
             f"take a divisor of {size}"
         )
     length = size // tp_size
@@ -129,17 +131,17 @@ def _share(size: int, tp_rank: int, tp_size: int, what: object) -> tuple[int, in
 
 
 @dataclass(frozen=True)
-class Copy(Layout):
+class Copy(Sharding):
     """The whole tensor on every rank: norms, router."""
 
     dim = None
 
-    def pieces(self, dims: Dims, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
-        return (Piece(0, 0, 0, dims.size(self.shape[0])),)
+    def pieces(self, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
+        return (Piece(0, 0, 0, self.shape[0]),)
 
 
 @dataclass(frozen=True)
-class Stack(Layout):
+class Stack(Sharding):
     """`count` tensors [r, in], one above the other on every rank: the A of each matrix of QKV or
     GateUp.
     """
@@ -147,36 +149,36 @@ class Stack(Layout):
     count: int = 2
     dim = None
 
-    def hf_shapes(self, dims: Dims) -> tuple[Shape, ...]:
-        return super().hf_shapes(dims) * self.count
+    def hf_shapes(self) -> tuple[Shape, ...]:
+        return super().hf_shapes() * self.count
 
-    def pieces(self, dims: Dims, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
-        rows = dims.size(self.shape[0])
+    def pieces(self, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
+        rows = self.shape[0]
         return tuple(Piece(part, 0, part * rows, rows) for part in range(self.count))
 
 
 @dataclass(frozen=True)
-class Rows(Layout):
+class Rows(Sharding):
     """Column-parallel: the output dimension, dim 0 of [out, in], in equal shares."""
 
-    def pieces(self, dims: Dims, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
-        start, length = _share(dims.size(self.shape[0]), tp_rank, tp_size, self.shape[0])
+    def pieces(self, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
+        start, length = _share(self.shape[0], tp_rank, tp_size, "rows")
         return (Piece(0, start, 0, length),)
 
 
 @dataclass(frozen=True)
-class Cols(Layout):
+class Cols(Sharding):
     """Row-parallel: the input dimension, dim 1 of [out, in], in equal shares."""
 
     dim = 1
 
-    def pieces(self, dims: Dims, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
-        start, length = _share(dims.size(self.shape[1]), tp_rank, tp_size, self.shape[1])
+    def pieces(self, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
+        start, length = _share(self.shape[1], tp_rank, tp_size, "columns")
         return (Piece(0, start, 0, length),)
 
 
 @dataclass(frozen=True)
-class GateUp(Layout):
+class GateUp(Sharding):
     """Two [f, h] -> [2 f/tp, h]: in every rank its share of the gate, then its share of up.
 
     What the `torch.chunk` in Megatron's `MLP.forward` takes apart.
@@ -184,59 +186,69 @@ class GateUp(Layout):
 
     num_parts = 2
 
-    def pieces(self, dims: Dims, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
-        start, length = _share(dims.size(self.shape[0]), tp_rank, tp_size, self.shape[0])
+    def pieces(self, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
+        start, length = _share(self.shape[0], tp_rank, tp_size, "rows")
         return (Piece(0, start, 0, length), Piece(1, start, length, length))
 
 
 @dataclass(frozen=True)
-class Vocab(Layout):
-    """[v, h], padded with zero rows to `dims.padded_vocab(tp)`, in equal shares.
+class Vocab(Sharding):
+    """[v, h], padded with zero rows to `padded_rows(v, tp)`, in equal shares.
 
     The last ranks may hold padding alone.
     """
 
-    def pieces(self, dims: Dims, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
-        start, length = _share(dims.padded_vocab(tp_size), tp_rank, tp_size, "padded vocabulary")
-        real = min(start + length, dims.vocab) - start
+    def pieces(self, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
+        vocab = self.shape[0]
+        length = padded_rows(vocab, tp_size) // tp_size
+        start = tp_rank * length
+        real = min(start + length, vocab) - start
         return (Piece(0, start, 0, real),) if real > 0 else ()
 
-    def local_shape(self, dims: Dims, tp_rank: int, tp_size: int) -> Shape:
-        rows = dims.padded_vocab(tp_size) // tp_size
-        return (rows, *self.hf_shapes(dims)[0][1:])
+    def local_shape(self, tp_rank: int, tp_size: int) -> Shape:
+        return (padded_rows(self.shape[0], tp_size) // tp_size, *self.shape[1:])
+
+
+def padded_rows(vocab: int, tp_size: int) -> int:
+    """The vocabulary rows that Megatron holds over `tp_size` ranks together."""
+    multiple = VOCAB_MULTIPLE * tp_size
+    return -(-vocab // multiple) * multiple
 
 
 @dataclass(frozen=True)
-class QKV(Layout):
+class QKV(Sharding):
     """[g q d, h], [g d, h], [g d, h] -> [g (q+2) d / tp, h]: each group's queries, key, value.
 
-    With more ranks than groups Megatron still cuts those packed rows into equal runs, wherever that
-    falls (even within a head), and gathers them in `get_query_key_value_tensors`: no group is
-    stored twice, and a rank may hold no row of the queries, the keys or the values.
+    `shape` is that of the queries. With more ranks than groups Megatron still cuts those packed
+    rows into equal runs, wherever that falls (even within a head), and gathers them in
+    `get_query_key_value_tensors`: no group is stored twice, and a rank may hold no row of the
+    queries, the keys or the values.
     """
 
+    groups: int
+    head_dim: int
     num_parts = 3
 
-    def hf_shapes(self, dims: Dims) -> tuple[Shape, ...]:
-        rest = tuple(dims.size(extent) for extent in self.shape[1:])
-        keys = (dims.size("keys"), *rest)
-        return (dims.size("queries"), *rest), keys, keys
+    def hf_shapes(self) -> tuple[Shape, ...]:
+        keys = (self.groups * self.head_dim, *self.shape[1:])
+        return self.shape, keys, keys
 
-    def pieces(self, dims: Dims, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
-        _share(dims.heads, tp_rank, tp_size, "number of attention heads")
-        if dims.groups % tp_size and tp_size % dims.groups:
+    def pieces(self, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
+        heads = self.shape[0] // self.head_dim
+        _share(heads, tp_rank, tp_size, "attention heads")
+        if self.groups % tp_size and tp_size % self.groups:
             raise LayoutError(
                 f"tensor-parallel size {tp_size} is neither a divisor nor a multiple of the "
-                f"{dims.groups} key/value heads"
+                f"{self.groups} key/value heads"
             )
-        queries = dims.heads // dims.groups * dims.head_dim  # rows of one group
-        group_rows = queries + 2 * dims.head_dim
-        low, length = _share(dims.groups * group_rows, tp_rank, tp_size, "rows of linear_qkv")
+        queries = heads // self.groups * self.head_dim  # rows of one group
+        group_rows = queries + 2 * self.head_dim
+        low, length = _share(self.groups * group_rows, tp_rank, tp_size, "rows of linear_qkv")
         high = low + length
         result: list[Piece] = []
         for group in range(low // group_rows, -(-high // group_rows)):
             begin = group * group_rows  # of this part of this group, in the packed rows
-            for part, rows in enumerate((queries, dims.head_dim, dims.head_dim)):
+            for part, rows in enumerate((queries, self.head_dim, self.head_dim)):
                 start, stop = max(begin, low), min(begin + rows, high)
                 if start < stop:
                     hf_start = group * rows + start - begin

@@ -3,7 +3,6 @@ per GPU.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import lcm
 
 from moetrain.config.load import dump_recipe
@@ -13,12 +12,10 @@ from moetrain.errors import ConfigError
 from moetrain.layout.memory import GIB, gpu_gib, static_bytes
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table
 from moetrain.layout.passed import check_passed
-from moetrain.models import family_of, with_scalar_head
+from moetrain.models import Model, Rule, read_model, with_scalar_head
 from moetrain.models.adapter import AdapterSpec, adapter_table
-from moetrain.models.dims import Dims
 from moetrain.models.lookup import read_hf_config
 from moetrain.models.patterns import trainable_names
-from moetrain.models.rules import BoundRule, Family, expand, head_names
 
 MAX_RANKS_SHOWN = 64
 
@@ -37,15 +34,14 @@ def world_size(recipe: Recipe, num_procs: int | None) -> int:
     return lcm(p.tp * p.cp * p.pp, p.etp * p.ep * p.pp)
 
 
-def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> tuple[Family, Dims]:
+def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> Model:
     """Everything about model and layout that can be refused before a process is started."""
     hf = read_hf_config(recipe.model, dry=dry)
-    family = family_of(hf)
     if recipe.method.scalar_head:
-        hf = with_scalar_head(hf, family.architecture)
-    dims = replace(family.dims(hf), value_head=recipe.method.value_head)
+        hf = with_scalar_head(hf)
+    model = read_model(hf, value_head=recipe.method.value_head)
     plan = plan_mesh(recipe.parallel, num_ranks)
-    check_layout(dims, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
+    check_layout(model, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
     if not recipe.method.samples and recipe.train.global_batch % plan.dp:
         raise ConfigError(
             f"train.global_batch={recipe.train.global_batch} does not divide over {plan.dp} "
@@ -64,24 +60,22 @@ def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> tuple[Family,
             "optim.offload keeps the fp32 main weights of a bf16 model on the host, and "
             "model.dtype=fp32 has none. Use bf16, or leave optim.offload out."
         )
-    check_passed(recipe, dims)
-    trained(recipe, family, dims)
+    check_passed(recipe, model)
+    trained(recipe, model)
     check_reward_files(recipe.rewards)
-    return family, dims
+    return model
 
 
-def trained(recipe: Recipe, family: Family, dims: Dims) -> Mapping[str, BoundRule]:
+def trained(recipe: Recipe, model: Model) -> Mapping[str, Rule]:
     """The weight table of what the recipe trains: the model, a part of it, or an adapter, which may
     stand beside a scalar head. Raises ConfigError for patterns that match nothing.
     """
-    table = expand(family, dims)
+    table = model.table
     if recipe.adapter is not None:
         spec = AdapterSpec.of(recipe.adapter)
-        heads = {name: table[name] for name in head_names(dims)}
+        heads = {name: table[name] for name in model.heads.new}
         # What an adapter that is there already is, its folder says when it is read.
-        return heads | dict(
-            adapter_table(family, dims, spec, loaded=recipe.adapter.path is not None)
-        )
+        return heads | dict(adapter_table(model, spec, loaded=recipe.adapter.path is not None))
     if recipe.trainable is not None:
         names = trainable_names(table, recipe.trainable)
         return {name: rule for name, rule in table.items() if name in names}
@@ -91,9 +85,9 @@ def trained(recipe: Recipe, family: Family, dims: Dims) -> Mapping[str, BoundRul
 def dry_run(recipe: Recipe, num_procs: int | None) -> str:
     """The text of a dry run. Raises ConfigError or LayoutError as the run itself would."""
     num_ranks = world_size(recipe, num_procs)
-    family, dims = check(recipe, num_ranks, dry=True)
+    model = check(recipe, num_ranks, dry=True)
     plan = plan_mesh(recipe.parallel, num_ranks)
-    table = expand(family, dims)
+    table = model.table
     lines = [
         dump_recipe(recipe),
         f"# {plan.world_size} ranks: " + " ".join(f"{k}={v}" for k, v in vars(plan).items()),
@@ -104,14 +98,14 @@ def dry_run(recipe: Recipe, num_procs: int | None) -> str:
     if len(rows) > MAX_RANKS_SHOWN:
         lines.append(f"... and {len(rows) - MAX_RANKS_SHOWN} more")
     total = sum(rule.num_params for rule in table.values())
-    learns = trained(recipe, family, dims)
-    stages = static_bytes(dims, table, plan, recipe, learns)
+    learns = trained(recipe, model)
+    stages = static_bytes(model, plan, recipe, learns)
     worst = max(stages, key=lambda s: s.total)
     name, unit = ("GiB", GIB) if worst.total >= GIB else ("MiB", GIB // 1024)
     num_trained = sum(rule.num_params for rule in learns.values())
     part = f", {num_trained / 1e9:.4f} B trained" if len(learns) != len(table) else ""
     lines.append(
-        f"\n# {family.architecture}, {total / 1e9:.3f} B parameters{part}. Static {name} per "
+        f"\n# {model.architecture}, {total / 1e9:.3f} B parameters{part}. Static {name} per "
         f"GPU, before activations:"
     )
     lines.append("stage  params(B)  weights  gradients  optimizer    total")

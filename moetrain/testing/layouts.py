@@ -85,7 +85,7 @@ def _steps(engine: Any, packs: Sequence[Packed]) -> Found:
 
 
 def _start_anew(engine: Any) -> None:
-    engine.load(engine.source.reader(engine.recipe, engine.family, engine.dims))
+    engine.load(engine.source.reader(engine.recipe, engine.model))
     if engine.adapters is not None:
         engine.load_adapter(Noise(engine.adapters))
     forget_state(engine.optimizer)
@@ -165,7 +165,8 @@ def _own_counts() -> Iterator[None]:
 @contextmanager
 def _unreduced_keys() -> Iterator[None]:
     """Each context rank keeps the gradients of the keys that it used itself."""
-    from moetrain.engine import attention, context
+    from moetrain.engine import context
+    from moetrain.engine.layers import attention
 
     def gather(x: Tensor, group: Any, *, reduce_grad: bool) -> Tensor:
         return context.gather(x, group, reduce_grad=False)

@@ -4,6 +4,7 @@ returns plain tensors.
 
 import threading
 from collections.abc import Collection, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,13 @@ def logits_of(engine: Any, tokens: Sequence[int]) -> Any:
             whole = gather(columns, self.mesh.cp_group, reduce_grad=False)
             return whole.sum(), torch.ones((), dtype=torch.int), {"logits": whole}
 
-    runner = LogitsRunner(engine.chunks, engine.mesh, engine.dims, engine.device)
+    runner = LogitsRunner(engine.chunks, engine.mesh, engine.model, engine.device)
     for chunk in engine.chunks:
         chunk.eval()
     batches = micro_batches([from_tokens(tokens)], 1, engine.mesh)
     with torch.no_grad():
         kept = runner(batches, None, forward_only=True)  # type: ignore[arg-type]
-    return kept[0]["logits"][: len(tokens), : engine.dims.vocab] if kept else None
+    return kept[0]["logits"][: len(tokens), : engine.model.heads.vocab] if kept else None
 
 
 def losses(
@@ -163,8 +164,10 @@ def mutated_logits(model: str, tokens: Sequence[int], mutation: str) -> tuple[Te
 
     engine = Engine(recipe_for(model, {}), train=False)
     before = {name: w.clone() for name, w in engine.export()}
-    engine.rules = (MUTATIONS | DENSE_MUTATIONS)[mutation](engine.rules)
-    engine.load(engine.source.reader(engine.recipe, engine.family, engine.dims))
+    wrong = copy(engine.model)
+    vars(wrong)["table"] = (MUTATIONS | DENSE_MUTATIONS)[mutation](engine.model.table)
+    engine.model = wrong
+    engine.load(engine.source.reader(engine.recipe, engine.model))
     exact = all(torch.equal(before[name], w) for name, w in engine.export())
     return logits_of(engine, tokens), exact
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import ConfigError
-from moetrain.models import Dims, family_of, ignored_keys
+from moetrain.models import Model, read_model
 from moetrain.models.lookup import read_mapping
 from moetrain.models.rules import EMBEDDING, HEAD
 from moetrain.weights.reader import Aliased, Reader, SafetensorsReader
@@ -33,9 +33,9 @@ def compare(a: Path, b: Path) -> Iterator[Difference]:
     model's embedding with an lm_head of the other, and what no parameter is made of (old rotary
     buffers) may be on one side alone.
     """
-    (first, dims), (second, others) = _reader(a), _reader(b)
-    ignored, also_ignored = (ignored_keys(d) if d else frozenset[str]() for d in (dims, others))
-    first, second = _with_head(first, dims, second), _with_head(second, others, first)
+    (first, model), (second, other) = _reader(a), _reader(b)
+    ignored, also_ignored = (m.ignored_keys if m else frozenset[str]() for m in (model, other))
+    first, second = _with_head(first, model, second), _with_head(second, other, first)
     names = set(first.names()) | set(second.names())
     names -= (ignored | also_ignored) & (set(first.names()) ^ set(second.names()))
     for name in sorted(names):
@@ -59,10 +59,10 @@ def compare(a: Path, b: Path) -> Iterator[Difference]:
                 yield Difference(name, f"{share:.2%} of values differ, by up to {gap.item():.3g}")
 
 
-def _with_head(own: Reader, dims: Dims | None, other: Reader) -> Reader:
+def _with_head(own: Reader, model: Model | None, other: Reader) -> Reader:
     """A tied model with its embedding as lm_head too, where the other one has an lm_head."""
     held = own.names()
-    if dims is None or not dims.tied or HEAD in held or HEAD not in other.names():
+    if model is None or not model.heads.tied or HEAD in held or HEAD not in other.names():
         return own
     return Aliased(own, {HEAD: EMBEDDING})
 
@@ -72,13 +72,12 @@ def _bits(x: Tensor) -> Tensor:
     return x.flatten().view(_INTEGERS[x.element_size()])
 
 
-def _reader(folder: Path) -> tuple[Reader, Dims | None]:
-    """With per-expert names where config.json names a known architecture, and then its sizes."""
+def _reader(folder: Path) -> tuple[Reader, Model | None]:
+    """With per-expert names where config.json names a known architecture, and then the model."""
     config = folder / "config.json"
     try:
         hf = read_mapping(config) if config.is_file() else {}
-        family = family_of(hf)
-        dims = family.dims(hf)
+        model = read_model(hf)
     except ConfigError:
         return SafetensorsReader(folder), None
-    return SafetensorsReader(folder, family, dims), dims
+    return SafetensorsReader(folder, model), model

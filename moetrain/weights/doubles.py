@@ -4,14 +4,15 @@ ignored by its name.
 
 import torch
 
-from moetrain.models.dims import Dims
-from moetrain.models.rules import EMBEDDING, HEAD, rotary_keys
+from moetrain.models import Model
+from moetrain.models.parts.rope import Rope
+from moetrain.models.rules import EMBEDDING, HEAD
 from moetrain.weights.reader import Reader
 
 BLOCK = 64 * 2**20  # bytes of each tensor that are compared at a time
 
 
-def contradiction(reader: Reader, dims: Dims) -> str:
+def contradiction(reader: Reader, model: Model) -> str:
     """What the tensors say against the config, "" for nothing.
 
     A tied model's own lm_head must be its embedding, and rotary frequencies that old transformers
@@ -19,18 +20,19 @@ def contradiction(reader: Reader, dims: Dims) -> str:
     vLLM ties where it starts without weights; both drop frequencies.
     """
     names = reader.names()
-    if dims.tied and HEAD in names and EMBEDDING in names and not _same(reader, HEAD, EMBEDDING):
+    both = model.heads.tied and HEAD in names and EMBEDDING in names
+    if both and not _same(reader, HEAD, EMBEDDING):
         return (
             f"config.json says tie_word_embeddings, and {HEAD} is not {EMBEDDING}. Set"
             f" tie_word_embeddings to false in config.json, or remove {HEAD} from the file if it is"
             f" left over."
         )
-    for name in sorted(rotary_keys(dims) & set(names)):
-        other = _other_rotation(reader, name, dims)
+    for name in sorted(model.rotary_keys & set(names)):
+        other = _other_rotation(reader, name, model.rope)
         if other:
             return (
-                f"{name} is {other}, config.json asks for {dims.head_dim // 2} frequencies of"
-                f" rope_theta {dims.rope_theta:g}. Give config.json what the model was trained"
+                f"{name} is {other}, config.json asks for {model.rope.head_dim // 2} frequencies of"
+                f" rope_theta {model.rope.theta:g}. Give config.json what the model was trained"
                 f" with, or remove these tensors from the file."
             )
     return ""
@@ -50,17 +52,16 @@ def _same(reader: Reader, a: str, b: str) -> bool:
     return True
 
 
-def _other_rotation(reader: Reader, name: str, dims: Dims) -> str:
+def _other_rotation(reader: Reader, name: str, rope: Rope) -> str:
     """What saved frequencies are, where they are not the model's; "" where they are."""
-    shape, num = reader.shape(name), dims.head_dim // 2
+    shape, num = reader.shape(name), rope.head_dim // 2
     if shape != (num,):
         return str(list(shape))
     found = reader.read(name, (slice(0, num),)).double()
-    scaling = dims.rope_scaling or {}
     # Linear scaling was of positions once, and is of frequencies now.
-    factors = {1.0, float(str(scaling.get("factor", 1.0)))}
-    powers = torch.arange(0, dims.head_dim, 2, dtype=torch.float64) / dims.head_dim
-    wanted = dims.rope_theta**-powers
+    factors = {1.0, 1.0 if rope.scaling is None else rope.scaling.factor}
+    powers = torch.arange(0, rope.head_dim, 2, dtype=torch.float64) / rope.head_dim
+    wanted = rope.theta**-powers
     # As far as bf16 and, for the smallest, fp16 tell numbers apart.
     if any(torch.allclose(found * f, wanted, rtol=0.01, atol=1e-7) for f in factors):
         return ""

@@ -13,21 +13,10 @@ import torch
 from torch import Tensor
 
 from moetrain.errors import ConfigError
-from moetrain.models import BoundRule, Dims, Family, family_of
-from moetrain.models import expand as expand_table
-from moetrain.models.rules import H, L
+from moetrain.models import Model, Rule, read_model
+from moetrain.models.rules import HF_LAYER
 from moetrain.weights.adapter_init import whole
 from moetrain.weights.reader import Reader
-
-# Whatever goes back into the residual stream goes through one of these.
-_OUTPUTS = tuple(
-    L + name
-    for name in (
-        "self_attention.linear_proj.weight",
-        "mlp.linear_fc2.weight",
-        "mlp.experts.linear_fc2.weight{e}",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -71,14 +60,14 @@ def expanded_config(hf: Mapping[str, Any], expansion: Expansion) -> dict[str, An
                 f" {max(expansion.sources) + 1} layers"
             )
         result["layer_types"] = [hf["layer_types"][source] for source in expansion.sources]
-    dims = family_of(hf).dims(hf)
+    model = read_model(hf)
     if "mlp_only_layers" in hf or "decoder_sparse_step" in hf:
         # every second block, say, is no longer every second one: name the dense ones
         result["decoder_sparse_step"] = 1
         result["mlp_only_layers"] = [
             layer
             for layer, source in enumerate(expansion.sources)
-            if not dims.moe_layers[source] and dims.experts
+            if not model.moe_layers[source] and model.num_experts
         ]
     return result
 
@@ -91,18 +80,18 @@ class Source:
     zero: bool  # an output of an added block
 
 
-def sources(family: Family, dims: Dims, expansion: Expansion) -> dict[str, Source]:
+def sources(model: Model, expansion: Expansion) -> dict[str, Source]:
     """By name of the new model's tensors."""
-    by_layer: dict[int | None, list[BoundRule]] = {}
-    for rule in expand_table(family, dims).values():
+    by_layer: dict[int | None, list[Rule]] = {}
+    for rule in model.table.values():
         by_layer.setdefault(rule.layer, []).append(rule)
     result = {key: Source(key, False) for rule in by_layer[None] for key in rule.hf}
     for new, old in enumerate(expansion.sources):
         for rule in by_layer[old]:
-            outputs = {name.format(l=old, e=rule.expert) for name in _OUTPUTS}
-            zero = new in expansion.added and rule.name in outputs
+            zero = new in expansion.added and rule.writes
             for key in rule.hf:
-                result[key.replace(H.format(l=old), H.format(l=new), 1)] = Source(key, zero)
+                renamed = key.replace(HF_LAYER.format(l=old), HF_LAYER.format(l=new), 1)
+                result[renamed] = Source(key, zero)
     return result
 
 

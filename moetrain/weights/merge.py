@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from moetrain.models.adapter import SUFFIX
-from moetrain.models.rules import expand
 from moetrain.weights.adapter_init import InitialAdapter, Residual, adapted, whole
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import HEAD
@@ -20,7 +19,7 @@ def merged(base: Reader, adapter: PeftReader) -> Iterator[tuple[str, Tensor]]:
     if not table.spec.starts_at_base:  # the adapter is one for W - s B0 A0
         base = Residual(base, InitialAdapter(base, table, 0))
     places = adapted(table)
-    for key in (key for rule in expand(table.family, table.dims).values() for key in rule.hf):
+    for key in (key for rule in table.model.table.values() for key in rule.hf):
         if key == HEAD and adapter.head is not None:
             yield key, adapter.head
             continue

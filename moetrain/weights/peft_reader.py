@@ -11,8 +11,7 @@ from torch import Tensor
 from moetrain.errors import WeightsError
 from moetrain.manifest import Manifest, say_unchecked
 from moetrain.models.adapter import SUFFIX, AdapterSpec, Matrix, adapter_table, all_matrices
-from moetrain.models.dims import Dims
-from moetrain.models.rules import Family
+from moetrain.models.model import Model
 from moetrain.weights.adapter_init import idle, table_shapes
 from moetrain.weights.header import open_file
 from moetrain.weights.peft_config import PeftConfig, rank_of, read_config, scale_of
@@ -34,14 +33,14 @@ class PeftReader:
             base: the first tensor that does not fit, and its dimension.
     """
 
-    def __init__(self, folder: Path, family: Family, dims: Dims, base: Reader):
+    def __init__(self, folder: Path, model: Model, base: Reader):
         self.folder, self.base = Path(folder), base
         config = read_config(self.folder / CONFIG)
         self._file = _open(self.folder / WEIGHTS)
         keys = set(self._file.keys())
-        self.head = self._head(keys, config, dims)
+        self.head = self._head(keys, config, model)
         modules: dict[str, list[Matrix]] = {}
-        for matrix in all_matrices(family, dims):
+        for matrix in all_matrices(model):
             modules.setdefault(matrix.module, []).append(matrix)
         self._stems = self._find(keys, config, modules)
         ranks = self._check(keys, config, modules)
@@ -56,24 +55,24 @@ class PeftReader:
             dora=config.dora,
             init=config.init,
         )
-        self.table = adapter_table(family, dims, self.spec, loaded=True)
+        self.table = adapter_table(model, self.spec, loaded=True)
         self._shapes = table_shapes(self.table)
-        self._num_experts = dims.experts
+        self._num_experts = model.num_experts
         self._recent: dict[str, Tensor] = {}
 
     def __str__(self) -> str:
         return str(self.folder)
 
-    def _head(self, keys: set[str], config: PeftConfig, dims: Dims) -> Tensor | None:
+    def _head(self, keys: set[str], config: PeftConfig, model: Model) -> Tensor | None:
         """The scalar head [1, h] that lies beside the adapter; its key is taken off `keys`."""
-        if config.scalar_head and not dims.scalar_head:
+        if config.scalar_head and not model.heads.scalar:
             raise WeightsError(
                 f"{self.folder} is an adapter of a reward or classification model, this is a "
                 f"language model. Is it an adapter of another base?"
             )
         if not config.scalar_head or PREFIX + HEAD not in keys:
             return None
-        self._fits(PREFIX + HEAD, (1, dims.hidden))
+        self._fits(PREFIX + HEAD, (1, model.hidden))
         keys.remove(PREFIX + HEAD)
         return self._file.get_tensor(PREFIX + HEAD)
 

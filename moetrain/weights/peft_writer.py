@@ -20,7 +20,7 @@ from torch import Tensor
 from moetrain import files, manifest
 from moetrain.errors import WeightsError
 from moetrain.models.adapter import SUFFIX, AdapterTable, Matrix, all_matrices, is_parameter
-from moetrain.models.dims import Dims
+from moetrain.models.model import Model
 from moetrain.weights.adapter_init import whole
 from moetrain.weights.beside import Beside
 from moetrain.weights.reader import Reader
@@ -79,7 +79,7 @@ def write_peft(
     problem = ""
     if rank == 0:
         wanted = {key for key, place in places.items() if place.live}
-        wanted |= {HEAD} if table.dims.scalar_head else set()
+        wanted |= {HEAD} if table.model.heads.scalar else set()
         assert held.keys() == wanted, f"tensors {sorted(held.keys() ^ wanted)} are not as they must"
         try:
             with files.beside(folder) as aside:
@@ -112,7 +112,7 @@ def config_of(table: AdapterTable, base_name: str) -> dict[str, Any]:
     modules, parameters = targets(table)
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if table.dims.scalar_head else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if table.model.heads.scalar else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -125,7 +125,7 @@ def config_of(table: AdapterTable, base_name: str) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "modules_to_save": [HEAD.removesuffix(".weight")] if table.dims.scalar_head else None,
+        "modules_to_save": [HEAD.removesuffix(".weight")] if table.model.heads.scalar else None,
     }
 
 
@@ -136,27 +136,27 @@ def targets(table: AdapterTable) -> tuple[list[str], list[str]]:
     chosen: dict[tuple[bool, str], list[str]] = {}
     counts: dict[tuple[bool, str], int] = {}
     modules = {m.module: m for m in table.matrices.values()}
-    for module, matrix in {m.module: m for m in all_matrices(table.family, table.dims)}.items():
-        short = _short(matrix, table.dims)
+    for module, matrix in {m.module: m for m in all_matrices(table.model)}.items():
+        short = _short(matrix, table.model)
         counts[short] = counts.get(short, 0) + 1
         if module in modules:
-            chosen.setdefault(short, []).append(_full(matrix, table.dims))
+            chosen.setdefault(short, []).append(_full(matrix, table.model))
     result: tuple[list[str], list[str]] = ([], [])
     for short, names in chosen.items():
         result[short[0]].extend([short[1]] if len(names) == counts[short] else names)
     return sorted(result[0]), sorted(result[1])
 
 
-def _full(matrix: Matrix, dims: Dims) -> str:
+def _full(matrix: Matrix, model: Model) -> str:
     """As PEFT names it among its targets."""
-    weight = is_parameter(matrix, dims) and matrix.kind != "experts"
+    weight = is_parameter(matrix, model) and matrix.kind != "experts"
     return matrix.module + (".weight" if weight else "")
 
 
-def _short(matrix: Matrix, dims: Dims) -> tuple[bool, str]:
+def _short(matrix: Matrix, model: Model) -> tuple[bool, str]:
     """(whether it is a parameter, the end of its name that is the same in all layers)."""
-    if is_parameter(matrix, dims):
-        return True, _full(matrix, dims).split(".", 3)[3]
+    if is_parameter(matrix, model):
+        return True, _full(matrix, model).split(".", 3)[3]
     return False, matrix.module.rpartition(".")[2]
 
 
@@ -180,7 +180,7 @@ def _to_peft(
         if spec.dora:
             name = groups[module][0].name + SUFFIX["lora_magnitude"]
             result[key + SUFFIX["lora_magnitude"]] = held[name]
-    if table.dims.scalar_head:
+    if table.model.heads.scalar:
         result[PREFIX + HEAD] = held[HEAD]
     return result
 

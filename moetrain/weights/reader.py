@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moetrain.errors import WeightsError
 from moetrain.manifest import Manifest, say_unchecked
-from moetrain.models.dims import Dims
-from moetrain.models.rules import Family, FusedSlice, expand, fused_slices
+from moetrain.models import Model
+from moetrain.models.rules import FusedSlice
 from moetrain.weights.folder import weight_files
 from moetrain.weights.header import Stored, open_file, read_header
 
@@ -39,15 +39,15 @@ class SafetensorsReader:
 
     Args:
         folder: holds model.safetensors, or model.safetensors.index.json and its shards.
-        family, dims: present transformers-5 fused experts under the family's per-expert names.
+        model: present transformers-5 fused experts under the table's per-expert names.
 
     Raises:
         WeightsError: what `weight_files` and `read_header` refuse, a file that is not as it was
             written, a tensor in two files, or fused experts that stand there one by one too or are
-            not as many as `dims` has.
+            not as many as `model` has.
     """
 
-    def __init__(self, folder: Path, family: Family | None = None, dims: Dims | None = None):
+    def __init__(self, folder: Path, model: Model | None = None):
         self.folder = Path(folder)
         self._where: dict[str, Path] = {}
         self._meta: dict[str, Stored] = {}
@@ -72,16 +72,16 @@ class SafetensorsReader:
                 self._where[name] = path
                 self._meta[name] = entry
         self._fused: dict[str, FusedSlice] = {}
-        if family is not None and dims is not None:
-            slices = fused_slices(family, dims)
+        if model is not None:
+            slices = model.fused_slices
             self._fused = {name: cut for name, cut in slices.items() if cut.key in self._where}
-            self._check_fused(dims)
+            self._check_fused(model.num_experts)
         self._hidden = {cut.key for cut in self._fused.values()}
 
     def __str__(self) -> str:
         return str(self.folder)
 
-    def _check_fused(self, dims: Dims) -> None:
+    def _check_fused(self, num_experts: int) -> None:
         """By its per-expert names alone a fused tensor with too many experts would look right."""
         for name, cut in self._fused.items():
             if name in self._where:
@@ -96,10 +96,10 @@ class SafetensorsReader:
                     f"{self.folder}: {cut.key} is {list(shape)}, which does not hold {name}. Is "
                     f"config.json the one of these weights?"
                 )
-            if cut.expert is not None and shape[0] != dims.experts:
+            if cut.expert is not None and shape[0] != num_experts:
                 raise WeightsError(
                     f"{self.folder}: {cut.key} is {list(shape)}, config.json asks for "
-                    f"{dims.experts} experts. Check the number of experts in config.json."
+                    f"{num_experts} experts. Check the number of experts in config.json."
                 )
 
     def names(self) -> Collection[str]:
@@ -162,11 +162,11 @@ class RandomReader:
     Matrices are normal(0, std) in fp32, norms ones, biases zeros.
     """
 
-    def __init__(self, family: Family, dims: Dims, seed: int, std: float):
+    def __init__(self, model: Model, seed: int, std: float):
         self.seed, self.std = seed, std
         self._shapes = {
             key: shape
-            for rule in expand(family, dims).values()
+            for rule in model.table.values()
             for key, shape in zip(rule.hf, rule.hf_shapes, strict=True)
         }
 

@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.errors import WeightsError
-from moetrain.models.dims import Dims
-from moetrain.models.rules import BoundRule, ignored_keys
+from moetrain.models import Model, Rule
 from moetrain.pulse import beat
 from moetrain.weights.doubles import contradiction
 from moetrain.weights.reader import Reader
 
-Table = Mapping[str, BoundRule]
+Table = Mapping[str, Rule]
 To = Literal["all", "owner"]
 
 
@@ -38,7 +37,7 @@ class LocalParam:
     tp_group: ProcessGroup | None
 
 
-def check_names(local: Iterable[str], table: Table, reader: Reader, dims: Dims) -> None:
+def check_names(local: Iterable[str], table: Table, reader: Reader, model: Model) -> None:
     """Every local weight has one rule, and the reader holds exactly the table's tensors in the
     table's shapes; what it holds beside them says nothing else than they do.
     """
@@ -56,7 +55,7 @@ def check_names(local: Iterable[str], table: Table, reader: Reader, dims: Dims) 
         raise WeightsError(
             f"{reader}: {len(missing)} of {len(wanted)} tensors are missing: {_some(missing)}"
         )
-    extra = sorted(held - set(wanted) - ignored_keys(dims))
+    extra = sorted(held - set(wanted) - model.ignored_keys)
     if extra:
         raise WeightsError(
             f"{reader}: {len(extra)} tensors belong to no parameter of this model: {_some(extra)}. "
@@ -69,12 +68,12 @@ def check_names(local: Iterable[str], table: Table, reader: Reader, dims: Dims) 
                 f"{list(shape)}. "
                 "Check vocab_size and the other sizes in config.json."
             )
-    problem = contradiction(reader, dims)
+    problem = contradiction(reader, model)
     if problem:
         raise WeightsError(f"{reader}: {problem}")
 
 
-def load(local: Iterable[LocalParam], table: Table, reader: Reader, dims: Dims) -> None:
+def load(local: Iterable[LocalParam], table: Table, reader: Reader, model: Model) -> None:
     """Fill each local shard in place, reading only the slices it is made of; values are cast to the
     shard's dtype.
 
@@ -82,18 +81,18 @@ def load(local: Iterable[LocalParam], table: Table, reader: Reader, dims: Dims) 
     its rule's shape.
     """
     params = list(local)
-    check_names((p.name for p in params), table, reader, dims)
-    _check_shards(params, table, dims)
+    check_names((p.name for p in params), table, reader, model)
+    _check_shards(params, table)
     for param in params:
         beat()
         rule = table[param.name]
-        slices = rule.layout.parts(dims, param.tp_rank, param.tp_size)
+        slices = rule.sharding.parts(param.tp_rank, param.tp_size)
         parts = tuple(reader.read(key, cut) for key, cut in zip(rule.hf, slices, strict=True))
         with torch.no_grad():
-            param.tensor.copy_(rule.layout.pack(parts, dims, param.tp_rank, param.tp_size))
+            param.tensor.copy_(rule.sharding.pack(parts, param.tp_rank, param.tp_size))
 
 
-def _check_shards(params: list[LocalParam], table: Table, dims: Dims) -> None:
+def _check_shards(params: list[LocalParam], table: Table) -> None:
     """`copy_` would broadcast into a shard of another shape, and a name held twice hides another
     that is held by nobody.
     """
@@ -101,7 +100,7 @@ def _check_shards(params: list[LocalParam], table: Table, dims: Dims) -> None:
     if twice:
         raise WeightsError(f"{_some(twice)}: on this rank more than once.")
     for param in params:
-        shape = table[param.name].local_shape(dims, param.tp_rank, param.tp_size)
+        shape = table[param.name].local_shape(param.tp_rank, param.tp_size)
         if tuple(param.tensor.shape) != shape:
             raise WeightsError(
                 f"{param.name} is {list(param.tensor.shape)} on tensor-parallel rank "
@@ -109,9 +108,7 @@ def _check_shards(params: list[LocalParam], table: Table, dims: Dims) -> None:
             )
 
 
-def export(
-    local: Iterable[LocalParam], table: Table, dims: Dims, *, to: To
-) -> Iterator[tuple[str, Tensor]]:
+def export(local: Iterable[LocalParam], table: Table, *, to: To) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, whole tensor) in the table's order.
 
     Collective. With to="all" every rank yields every tensor, sent by its owner; with to="owner"
@@ -131,7 +128,7 @@ def export(
         param = mine.get(name)
         parts: tuple[Tensor, ...] | None = None
         if param is not None and _in_owners_group(param, owner):
-            parts = _whole(param, rule, dims)
+            parts = _whole(param, rule)
         if to == "owner":
             if rank == owner:
                 assert parts is not None
@@ -169,19 +166,19 @@ def _in_owners_group(param: LocalParam, owner: int) -> bool:
     return owner in dist.get_process_group_ranks(param.tp_group)
 
 
-def _whole(param: LocalParam, rule: BoundRule, dims: Dims) -> tuple[Tensor, ...]:
+def _whole(param: LocalParam, rule: Rule) -> tuple[Tensor, ...]:
     """The Hugging Face tensors of one weight, whole; takes part in a gather over the
     tensor-parallel group.
     """
-    if param.tp_size == 1 or rule.layout.dim is None:
-        return rule.layout.unpack(param.tensor, dims, param.tp_rank, param.tp_size)
+    if param.tp_size == 1 or rule.sharding.dim is None:
+        return rule.sharding.unpack(param.tensor, param.tp_rank, param.tp_size)
     shards = [
         torch.empty_like(param.tensor, memory_format=torch.contiguous_format)
         for _ in range(param.tp_size)
     ]
     dist.all_gather(shards, param.tensor.contiguous(), group=param.tp_group)
-    unpacked = [rule.layout.unpack(shard, dims, r, param.tp_size) for r, shard in enumerate(shards)]
-    return tuple(torch.cat(parts, rule.layout.dim) for parts in zip(*unpacked, strict=True))
+    unpacked = [rule.sharding.unpack(shard, r, param.tp_size) for r, shard in enumerate(shards)]
+    return tuple(torch.cat(parts, rule.sharding.dim) for parts in zip(*unpacked, strict=True))
 
 
 def _some(names: list[str]) -> str:

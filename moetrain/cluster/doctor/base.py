@@ -9,8 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moetrain.config.recipe import Recipe
-from moetrain.models.dims import Dims
-from moetrain.models.rules import BoundRule, expand
+from moetrain.models import Model, Rule
 from moetrain.run import dry_run
 
 GIB = 2**30
@@ -87,16 +86,14 @@ class Planned:
         return self.recipe.cluster.nodes or -(-self.num_ranks // self.recipe.cluster.gpus_per_node)
 
     @cached_property
-    def model(self) -> tuple[dict[str, BoundRule], Dims]:
-        """The weight table and the sizes. A published model need not be here."""
-        family, dims = dry_run.check(self.recipe, self.num_ranks, dry=True)
-        return expand(family, dims), dims
+    def model(self) -> Model:
+        """A published model need not be here."""
+        return dry_run.check(self.recipe, self.num_ranks, dry=True)
 
     @cached_property
-    def learns(self) -> Mapping[str, BoundRule]:
+    def learns(self) -> Mapping[str, Rule]:
         """The table of what is trained: a checkpoint holds its optimizer state."""
-        family, dims = dry_run.check(self.recipe, self.num_ranks, dry=True)
-        return dry_run.trained(self.recipe, family, dims)
+        return dry_run.trained(self.recipe, self.model)
 
 
 @dataclass

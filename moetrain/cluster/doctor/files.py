@@ -11,7 +11,7 @@ from typing import Any
 
 from moetrain.cluster.doctor.base import GIB, Finding, Subject, fail, ok, skip, warn, worst
 from moetrain.layout.memory import checkpoint_bytes
-from moetrain.models.lookup import HF, NOTE, config_of, read_hf_config
+from moetrain.models.lookup import HF, NOTE, config_of
 
 PROBE_BYTES = 16 * 2**20
 SEEN_SECONDS = 10.0  # for the other nodes to see a file: NFS caches folders for some seconds
@@ -107,7 +107,7 @@ def space(subject: Subject) -> Finding:
     """Whether the checkpoints that the recipe keeps have room where run_dir is."""
     plan = subject.plan
     assert plan is not None
-    recipe, (table, _) = plan.recipe, plan.model
+    recipe, table = plan.recipe, plan.model.table
     folder = _existing(recipe.run_dir)
     usage, inodes = shutil.disk_usage(folder), os.statvfs(folder)
     one = checkpoint_bytes(table, recipe, plan.learns)
@@ -127,8 +127,6 @@ def space(subject: Subject) -> Finding:
 
 def model(subject: Subject) -> Finding:
     """The model's folder holds one set of weights, every tensor of it as config.json says."""
-    from moetrain.models import family_of
-    from moetrain.models.rules import head_names
     from moetrain.weights.folder import weight_files
     from moetrain.weights.reader import SafetensorsReader
     from moetrain.weights.transport import check_names
@@ -153,11 +151,11 @@ def model(subject: Subject) -> Finding:
             f"{path}: {len(gone)} of {len(files)} weight files may not be read, first {gone[0]}",
             "give this user the right to read them",
         )
-    table, dims = subject.plan.model
-    reader = SafetensorsReader(folder, family_of(read_hf_config(subject.recipe.model)), dims)
-    held = set(reader.names())
-    heads = {n for n in head_names(dims) if not held & set(table[n].hf)}  # made where they lack
-    check_names((), {n: rule for n, rule in table.items() if n not in heads}, reader, dims)
+    model = subject.plan.model
+    reader = SafetensorsReader(folder, model)
+    held, table = set(reader.names()), model.table
+    made = {name for name in model.heads.new if not held & set(table[name].hf)}
+    check_names((), {n: rule for n, rule in table.items() if n not in made}, reader, model)
     size = sum(file.stat().st_size for file in files)
     return ok(f"{path}: {len(files)} files of weights, {size / GIB:.1f} GiB")
 

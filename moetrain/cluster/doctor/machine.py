@@ -154,9 +154,8 @@ def _planned_bytes(subject: Subject) -> tuple[float, str]:
     if subject.plan is None:
         return 0.0, ""
     plan = subject.plan
-    table, dims = plan.model
     mesh = plan_mesh(plan.recipe.parallel, plan.num_ranks)
-    stages = static_bytes(dims, table, mesh, plan.recipe, plan.learns)
+    stages = static_bytes(plan.model, mesh, plan.recipe, plan.learns)
     return max(stage.total for stage in stages) / GIB, plan.recipe.cluster.gpu
 
 
@@ -227,11 +226,10 @@ def needed_memory(subject: Subject) -> float:
     assert subject.plan is not None
     plan, recipe = subject.plan, subject.recipe
     ranks = len(subject.ranks.node_ranks) if subject.ranks else plan.ranks_of_a_node
-    table, dims = plan.model
     mesh = plan_mesh(recipe.parallel, plan.num_ranks)
-    stages = static_bytes(dims, table, mesh, recipe, plan.learns)
+    stages = static_bytes(plan.model, mesh, recipe, plan.learns)
     whole = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"offload": 0.0})})
-    worst_stage = max(static_bytes(dims, table, mesh, whole, plan.learns), key=lambda s: s.total)
+    worst_stage = max(static_bytes(plan.model, mesh, whole, plan.learns), key=lambda s: s.total)
     offloaded = worst_stage.optimizer - max(stage.optimizer for stage in stages)
     saved = worst_stage.optimizer * recipe.checkpoint.save_optimizer
     saved += worst_stage.weights if recipe.adapter is None else 0

@@ -14,9 +14,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from moetrain.engine.context import gather, local_runs
+from moetrain.engine.layers.norm import RMSNorm
+from moetrain.models.parts.attention import GQA
+from moetrain.models.parts.rope import Rope
 from moetrain.ops.packed import Packed, prefixes
 
 
@@ -162,3 +170,42 @@ class PackedAttention(nn.Module):
         flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
         out = (_attend_varlen if flash else _attend_sdpa)(q, k, v, pieces, self.scale)
         return out.flatten(1).unsqueeze(1)
+
+
+def config_fields(part: GQA, rope: Rope) -> dict[str, Any]:
+    """Of Megatron's TransformerConfig."""
+    fields: dict[str, Any] = dict(
+        num_attention_heads=part.heads,
+        num_query_groups=part.groups,
+        kv_channels=part.head_dim,
+        qk_layernorm=part.qk_norm,
+        add_qkv_bias=part.qkv_bias,
+    )
+    if rope.attention_factor != 1:  # of queries and of keys
+        fields["softmax_scale"] = rope.attention_factor**2 / part.head_dim**0.5
+    return fields
+
+
+def spec(part: GQA) -> ModuleSpec:
+    """Of the torch backend."""
+    norm: Any = RMSNorm if part.qk_norm else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=with_bias(RowParallelLinear) if part.output_bias else RowParallelLinear,
+            q_layernorm=norm,
+            k_layernorm=norm,
+        ),
+    )
+
+
+def with_bias(linear: Any) -> Any:
+    """`linear` with a bias: Megatron's configuration knows one for all linear layers or none."""
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return linear(*args, **kwargs | {"bias": True})
+
+    return build

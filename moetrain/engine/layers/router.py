@@ -7,11 +7,9 @@ Legend: c local tokens (t over context and sequence-parallel ranks), n sequences
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     topk_routing_with_score_function,
@@ -201,31 +199,3 @@ def sequence_table(ids: Tensor, num_sequences: int, routes: Tensor | None = None
     if routes is not None:
         table = torch.cat([table, routes.flatten(1).T.to(table.dtype)])
     return table.expand(num_sequences, *table.shape)
-
-
-class PackedMoE(MoELayer):
-    """Megatron's MoE layer, which hands the router the sequence ids that arrive in `padding_mask`.
-
-    Upstream turns `padding_mask` into a bool; the ids must reach the router whole. They are set and
-    used inside one call of forward, so recomputation, which calls forward again with the same
-    arguments, sees the same ids.
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        intermediate_tensors: Any = None,
-        padding_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """hidden_states [c, 1, h]; `padding_mask` is what `sequence_table` makes."""
-        assert padding_mask is not None
-        self.router.num_sequences = padding_mask.size(0)
-        table = padding_mask[0]
-        self.router.sequence_ids = table[0]
-        self.router.routes = None
-        if table.size(0) > 1:
-            k = self.config.moe_router_topk
-            before = sum(self.config.moe_layer_freq[: self.layer_number - 1])  # MoE layers
-            self.router.routes = table[1 + before * k : 1 + (before + 1) * k].T
-        return super().forward(hidden_states, intermediate_tensors=intermediate_tensors)

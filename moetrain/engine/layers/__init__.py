@@ -1,0 +1,1 @@
+"""One page a part: Megatron's specification and configuration fields of it."""

@@ -1,0 +1,168 @@
+"""The layers of a model chunk under either backend: `torch` (this project's modules) and `te`
+(Transformer Engine).
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from moetrain.engine.layers import attention, mlp, moe
+from moetrain.engine.layers.experts import GroupedExperts
+from moetrain.engine.layers.norm import RMSNorm
+from moetrain.engine.layers.router import PackedRouter
+from moetrain.errors import ConfigError
+from moetrain.models.model import Layer, Model
+from moetrain.models.parts.moe import Moe
+
+# Transformer Engine keeps a norm inside the linear layer that follows it: its name -> ours.
+TE_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def _names_on_disk(moe: bool) -> dict[str, str]:
+    """Checkpoints have Transformer Engine's names whatever wrote them, so that a run may change its
+    backend; a norm before experts stands alone there too.
+    """
+    return {ours: te for te, ours in TE_NAMES.items() if not (moe and te.startswith("mlp."))}
+
+
+def choose_backend(wanted: str, device: torch.device) -> str:
+    """Resolve `model.backend`: te where Transformer Engine imports on a GPU, torch elsewhere."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+
+        has_te = device.type == "cuda"
+    except ImportError:
+        has_te = False
+    if wanted == "te" and not has_te:
+        raise ConfigError(
+            "model.backend=te needs a GPU and Transformer Engine. Install the 'te' extra there, "
+            "or use backend=torch."
+        )
+    return "te" if has_te and wanted != "torch" else "torch"
+
+
+def config_fields(model: Model, backend: str) -> dict[str, Any]:
+    """Of Megatron's TransformerConfig, what the model's parts decide."""
+    fields: dict[str, Any] = dict(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden,
+        layernorm_epsilon=model.norm_eps,
+        normalization="RMSNorm",
+        **attention.config_fields(model.attention, model.rope),
+    )
+    if model.moe is not None:
+        fields |= moe.config_fields(model.moe)
+        fields["moe_layer_freq"] = [int(is_moe) for is_moe in model.moe_layers]
+        fields["moe_grouped_gemm"] = backend == "te"
+        fields["ffn_hidden_size"] = model.moe.experts.ffn  # read where a layer is dense
+    if model.dense is not None:
+        fields |= mlp.config_fields(model.dense)
+    return fields
+
+
+def layer_specs(
+    config: TransformerConfig,
+    model: Model,
+    backend: str,
+    vp_stage: int | None,
+    pp_rank: int,
+    adapted: bool,
+) -> TransformerBlockSubmodules:
+    """The specs of this chunk's layers and the norm after the last; `adapted` when adapters will
+    stand beside them.
+    """
+    make = _torch_layer
+    if backend == "te":
+        make = _te_layer_apart if adapted else _te_layer
+    block = config.pipeline_model_parallel_layout
+    if block is None:
+        first, num_layers = 0, model.num_layers
+    else:
+        first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+        stage = block.layout[pp_rank][vp_stage or 0]
+        num_layers = sum(kind.name == "decoder" for kind in stage)
+    layers = model.layers[first : first + num_layers]
+    return TransformerBlockSubmodules(
+        layer_specs=[make(layer) for layer in layers], layer_norm=_final_norm(backend)
+    )
+
+
+def _final_norm(backend: str) -> Any:
+    if backend == "te":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return RMSNorm
+
+
+def _torch_layer(layer: Layer) -> ModuleSpec:
+    is_moe = isinstance(layer.mlp, Moe)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention.spec(layer.attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=moe.spec(moe.submodules(layer.mlp)) if isinstance(layer.mlp, Moe) else mlp.spec(),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_names_on_disk(is_moe),
+        ),
+    )
+
+
+def _te_layer(layer: Layer) -> ModuleSpec:
+    """Megatron's own Transformer Engine layer, with packed attention and our router in place of
+    upstream's.
+    """
+    experts = layer.mlp.experts.num if isinstance(layer.mlp, Moe) else None
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=experts,
+        moe_grouped_gemm=experts is not None,
+        qk_layernorm=layer.attention.qk_norm,
+    )
+    own: Any = spec.submodules
+    heads = own.self_attention.submodules
+    heads.core_attention = attention.PackedAttention
+    if layer.attention.output_bias:
+        heads.linear_proj = attention.with_bias(heads.linear_proj)
+    if experts is not None:
+        upstream: MoESubmodules = own.mlp.keywords["submodules"]
+        own.mlp = moe.spec(replace(upstream, router=PackedRouter))
+    return spec
+
+
+def _te_layer_apart(layer: Layer) -> ModuleSpec:
+    """The same with norms outside the linear layers, whose input an adapter reads too, and with our
+    experts, whose weights are one tensor. Not yet run: it takes a GPU.
+    """
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    spec = _te_layer(layer)
+    is_moe = isinstance(layer.mlp, Moe)
+    own: Any = spec.submodules
+    own.input_layernorm = TENorm
+    own.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    own.pre_mlp_layernorm = TENorm
+    own.sharded_state_dict_keys_map = _names_on_disk(is_moe)
+    if is_moe:
+        ours: MoESubmodules = own.mlp.keywords["submodules"]
+        own.mlp = moe.spec(replace(ours, experts=GroupedExperts))
+    else:
+        own.mlp.keywords["submodules"].linear_fc1 = TEColumnParallelLinear
+    return spec

@@ -1,0 +1,86 @@
+"""A mixture of experts over packs: Megatron's layer with our router and experts.
+
+Legend: c local tokens, h hidden, n sequences of the pack, k experts a token.
+"""
+
+from functools import partial
+from typing import Any, cast
+
+import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor
+
+from moetrain.engine.layers import mlp
+from moetrain.engine.layers.experts import GroupedExperts
+from moetrain.engine.layers.router import PackedRouter
+from moetrain.models.parts.moe import Moe
+
+
+def config_fields(part: Moe) -> dict[str, Any]:
+    """Of Megatron's TransformerConfig, but for what depends on all layers or on the machine."""
+    router, shared = part.router, part.shared
+    fields: dict[str, Any] = dict(
+        num_moe_experts=router.experts,
+        moe_router_topk=router.top_k,
+        moe_ffn_hidden_size=part.experts.ffn,
+        # Megatron refuses one renormalised expert a token, whose weight is always 1: `finish`
+        moe_router_pre_softmax=not router.renormalise or router.top_k == 1,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+    )
+    if shared is not None:
+        fields["moe_shared_expert_intermediate_size"] = shared.ffn
+        fields["moe_shared_expert_gate"] = shared.gated
+    return fields
+
+
+def finish(part: Moe, config: Any) -> None:
+    """What Megatron's checks would not let pass."""
+    config.moe_router_pre_softmax = not part.router.renormalise
+
+
+def submodules(part: Moe) -> MoESubmodules:
+    """Of the torch backend."""
+    return MoESubmodules(
+        router=PackedRouter,
+        experts=GroupedExperts,
+        shared_experts=None
+        if part.shared is None
+        else partial(cast(Any, SharedExpertMLP), submodules=mlp.LINEAR),
+    )
+
+
+def spec(modules: MoESubmodules) -> Any:
+    """The layer around them, of either backend."""
+    return partial(cast(Any, PackedMoE), submodules=modules)
+
+
+class PackedMoE(MoELayer):
+    """Megatron's MoE layer, which hands the router the sequence ids that arrive in `padding_mask`.
+
+    Upstream turns `padding_mask` into a bool; the ids must reach the router whole. They are set and
+    used inside one call of forward, so recomputation, which calls forward again with the same
+    arguments, sees the same ids.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: Any = None,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """hidden_states [c, 1, h]; `padding_mask` is what `sequence_table` makes."""
+        assert padding_mask is not None
+        self.router.num_sequences = padding_mask.size(0)
+        table = padding_mask[0]
+        self.router.sequence_ids = table[0]
+        self.router.routes = None
+        if table.size(0) > 1:
+            k = self.config.moe_router_topk
+            before = sum(self.config.moe_layer_freq[: self.layer_number - 1])  # MoE layers
+            self.router.routes = table[1 + before * k : 1 + (before + 1) * k].T
+        return super().forward(hidden_states, intermediate_tensors=intermediate_tensors)

@@ -1,0 +1,177 @@
+"""A mixture of experts: a router, experts of which a token meets a few, and one that it always
+meets.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moetrain.errors import ConfigError
+from moetrain.models.config import HfConfig, read_int
+from moetrain.models.parts.base import Split
+from moetrain.models.parts.mlp import swiglu
+from moetrain.models.rules import Weight
+from moetrain.models.sharding import Cols, Copy, GateUp
+
+
+@dataclass(frozen=True)
+class Names:
+    """What Hugging Face calls the block and an expert's projections in its files. In memory
+    transformers 5 calls every family's block `mlp` and keeps all experts as two tensors.
+    """
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class Router:
+    """Softmax over `experts`, of which the `top_k` likeliest are taken."""
+
+    hidden: int
+    experts: int
+    top_k: int
+    renormalise: bool = True  # the chosen experts' probabilities sum to 1
+    names: Names = Names()
+
+    def weights(self) -> Iterator[Weight]:
+        yield Weight(
+            "mlp.router.weight",
+            (f"{self.names.block}.gate.weight",),
+            Copy((self.experts, self.hidden)),
+            adapts="router",
+            fused=None if self.names.block == "mlp" else "mlp.gate.weight",
+        )
+
+    def splits(self) -> Iterator[Split]:
+        yield from ()
+
+    def flops(self, num_tokens: int, num_pairs: int) -> int:
+        return 2 * num_tokens * self.hidden * self.experts
+
+
+@dataclass(frozen=True)
+class Experts:
+    """`num` SwiGLU blocks with `ffn` columns each; a token meets `top_k` of them."""
+
+    hidden: int
+    ffn: int
+    num: int
+    top_k: int
+    names: Names = Names()
+
+    def weights(self) -> Iterator[Weight]:
+        expert = f"{self.names.block}.experts.{{e}}."
+        yield Weight(
+            "mlp.experts.linear_fc1.weight{e}",
+            (f"{expert}{self.names.gate}.weight", f"{expert}{self.names.up}.weight"),
+            GateUp((self.ffn, self.hidden)),
+            adapts="experts",
+            fused="mlp.experts.gate_up_proj",
+            num_experts=self.num,
+        )
+        yield Weight(
+            "mlp.experts.linear_fc2.weight{e}",
+            (f"{expert}{self.names.down}.weight",),
+            Cols((self.hidden, self.ffn)),
+            adapts="experts",
+            writes=True,
+            fused="mlp.experts.down_proj",
+            num_experts=self.num,
+        )
+
+    def splits(self) -> Iterator[Split]:
+        yield Split("ep", self.num, "experts")
+        yield Split("etp", self.ffn, "columns of an expert")
+
+    def flops(self, num_tokens: int, num_pairs: int) -> int:
+        return 6 * num_tokens * self.top_k * self.hidden * self.ffn
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """A SwiGLU block that every token meets, times sigmoid(gate x) of its own where `gated`."""
+
+    hidden: int
+    ffn: int
+    gated: bool
+
+    def weights(self) -> Iterator[Weight]:
+        yield from swiglu(self.hidden, self.ffn, "mlp.shared_experts", "mlp.shared_expert")
+        if self.gated:
+            yield Weight(
+                "mlp.shared_experts.gate_weight",
+                ("mlp.shared_expert_gate.weight",),
+                Copy((1, self.hidden)),
+            )
+
+    def splits(self) -> Iterator[Split]:
+        yield Split("tp", self.ffn, "columns of the shared expert")
+
+    def flops(self, num_tokens: int, num_pairs: int) -> int:
+        return num_tokens * self.hidden * (6 * self.ffn + 2 * self.gated)
+
+
+@dataclass(frozen=True)
+class Moe:
+    """All of them."""
+
+    router: Router
+    experts: Experts
+    shared: SharedExpert | None = None
+
+    @property
+    def parts(self) -> tuple[Router | Experts | SharedExpert, ...]:
+        """Those that are there."""
+        return (self.router, self.experts, *((self.shared,) if self.shared else ()))
+
+    def weights(self) -> Iterator[Weight]:
+        for part in self.parts:
+            yield from part.weights()
+
+    def splits(self) -> Iterator[Split]:
+        for part in self.parts:
+            yield from part.splits()
+
+    def flops(self, num_tokens: int, num_pairs: int) -> int:
+        return sum(part.flops(num_tokens, num_pairs) for part in self.parts)
+
+
+def read_moe(
+    hf: HfConfig,
+    num_experts: int,
+    *,
+    ffn: str,
+    renormalise: bool,
+    top_k: int | None = None,
+    shared: SharedExpert | None = None,
+    names: Names | None = None,
+) -> Moe:
+    """From config.json, where `ffn` is the key of an expert's columns and `top_k` the family's own
+    default. Raises ConfigError.
+    """
+    hidden, names = read_int(hf, "hidden_size"), names or Names()
+    chosen = read_int(hf, "num_experts_per_tok", top_k)
+    if chosen > num_experts:
+        raise ConfigError(
+            f"model config: num_experts_per_tok {chosen} is more than the {num_experts} experts"
+        )
+    return Moe(
+        Router(hidden, num_experts, chosen, renormalise, names),
+        Experts(hidden, read_int(hf, ffn), num_experts, chosen, names),
+        shared,
+    )
+
+
+def read_num_experts(hf: HfConfig) -> int:
+    """The number of experts; transformers writes num_experts or num_local_experts."""
+    keys = [key for key in ("num_experts", "num_local_experts") if hf.get(key) is not None]
+    counts = {read_int(hf, key, minimum=0) for key in keys}
+    if not counts:
+        raise ConfigError("model config: num_experts is missing; give a whole number")
+    if len(counts) > 1:
+        raise ConfigError(
+            "model config: num_experts and num_local_experts differ; give one of them"
+        )
+    return counts.pop()
