@@ -5,33 +5,17 @@ Imports no torch.
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
 
 from moetrain.errors import ConfigError, nearest
 from moetrain.models import config
 from moetrain.models.config import HfConfig, architecture_of, vocab_head
-from moetrain.models.families import llama, mixtral, qwen2, qwen3, qwen3_moe
+from moetrain.models.families import FAMILIES
 from moetrain.models.model import Model
 from moetrain.models.rules import Rule
 
-__all__ = ["FAMILIES", "Family", "HfConfig", "Model", "Rule", "read_model", "with_scalar_head"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """A page of families/: transformers' model_type, and what makes a model of a config.json."""
-
-    model_type: str
-    build: Callable[[HfConfig], Model]
-
-
-FAMILIES: dict[str, Family] = {
-    page.ARCHITECTURE: Family(page.MODEL_TYPE, page.build)
-    for page in (llama, mixtral, qwen2, qwen3, qwen3_moe)
-}
+__all__ = ["FAMILIES", "HfConfig", "Model", "Rule", "read_model", "with_scalar_head"]
 
 
 def read_model(hf: HfConfig, *, value_head: bool = False) -> Model:
