@@ -135,6 +135,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, tuple[str, ...]]] = {
     "llama": ("llama", {}, "pissa", ("all-linear",)),
     "qwen3": ("qwen3", {}, "dora", ("all-linear",)),
     "qwen2": ("qwen2", {}, "dora", ("all-linear",)),
+    "qwen2_moe": ("qwen2_moe", {}, "lora", ("all-router",)),
+    "attention with biases": ("llama", {"attention_bias": True}, "dora", ("o_proj", "q_proj")),
 }
 
 

@@ -37,6 +37,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
     },
     "Qwen2ForCausalLM": {**SIZES, "model_type": "qwen2"},
+    "Qwen2MoeForCausalLM": {
+        **SIZES,
+        "head_dim": 4,  # transformers takes hidden_size / num_attention_heads
+        "model_type": "qwen2_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 14,
+        "shared_expert_intermediate_size": 18,
+        "mlp_only_layers": [1],
+    },
     "Qwen3ForCausalLM": {**SIZES, "model_type": "qwen3"},
     "Qwen3MoeForCausalLM": {
         **SIZES,
@@ -363,7 +373,7 @@ def test_what_is_not_supported_is_refused_by_name(
 def test_an_unknown_architecture_lists_the_known() -> None:
     with pytest.raises(ConfigError, match=r"'Qwen3MoForCausalLM' is unknown; known: Llama.* mean"):
         architecture_of({"architectures": ["Qwen3MoForCausalLM"]})
-    for other in ("Qwen2MoeForCausalLM", "Qwen3NextForCausalLM", "MistralForCausalLM"):
+    for other in ("Qwen2VLForCausalLM", "Qwen3NextForCausalLM", "MistralForCausalLM"):
         with pytest.raises(ConfigError, match=rf"'{other}' is unknown; known: [\w, ]+\.$"):
             architecture_of({"architectures": [other]})  # another family's is no slip of the pen
     with pytest.raises(ConfigError, match="model_type = None"):

@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
 }
 CASES = [("qwen3_moe", layout) for layout in LAYOUTS] + [
     (family, layout)
-    for family in ("qwen3", "qwen2", "llama", "mixtral")
+    for family in ("qwen3", "qwen2", "llama", "mixtral", "qwen2_moe")
     for layout in ("one", "tp2-sp", "pp2")
 ]
 
@@ -102,6 +102,13 @@ def test_gradients_equal_transformers(
         assert grad_norm == pytest.approx(norm, rel=1e-4)
 
 
+# Of the four frequencies one is as before, one on the ramp and two are divided.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+}
 MORE: dict[str, tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]] = {
     # name: (family, changes of its config, world, layout, other sections of the recipe)
     "etp2": ("qwen3_moe", {}, 2, {"etp": 2}, {}),
@@ -145,6 +152,31 @@ MORE: dict[str, tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]]
                 "original_max_position_embeddings": 16,
             }
         },
+        1,
+        {},
+        {},
+    ),
+    "a shared expert, tp2-etp2-ep2": ("qwen2_moe", {}, 4, {"tp": 2, "etp": 2, "ep": 2}, {}),
+    "a shared expert, tp2-cp2": ("qwen2_moe", {}, 4, {"tp": 2, "cp": 2}, {}),
+    "biases all through attention, tp2": ("llama", {"attention_bias": True}, 2, {"tp": 2}, {}),
+    "biases all through attention, tp2-ep2": (
+        "qwen3_moe",
+        {"attention_bias": True},
+        2,
+        {"tp": 2, "ep": 2},
+        {},
+    ),
+    "yarn": ("qwen3", {"rope_parameters": YARN}, 1, {}, {}),
+    "yarn with its own numbers, tp2": (
+        "qwen3_moe",
+        {"rope_parameters": YARN | {"beta_fast": 2, "beta_slow": 0.5, "truncate": False}},
+        2,
+        {"tp": 2},
+        {},
+    ),
+    "yarn that leaves attention as it is": (
+        "llama",
+        {"rope_parameters": YARN | {"attention_factor": 1.0}},
         1,
         {},
         {},
@@ -276,7 +308,7 @@ def test_packing_changes_nothing(workers: Workers, tiny: Tiny, num_packs: int) -
         assert (grad - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "qwen2", "llama", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen3", "qwen2", "llama", "mixtral"])
 @pytest.mark.parametrize("layout", ["one", "tp2-ep2", "pp2"])
 def test_round_trip_is_bit_exact(workers: Workers, tiny: Tiny, family: str, layout: str) -> None:
     from safetensors import safe_open

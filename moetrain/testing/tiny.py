@@ -29,6 +29,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         norm_topk_prob=True,
         mlp_only_layers=[],
     ),
+    "qwen2_moe": COMMON
+    | dict(
+        model_type="qwen2_moe",
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=28,
+        shared_expert_intermediate_size=36,
+        decoder_sparse_step=1,
+        norm_topk_prob=False,
+        mlp_only_layers=[],
+    ),
     "qwen3": COMMON | dict(model_type="qwen3", tie_word_embeddings=True),
     "qwen2": COMMON | dict(model_type="qwen2"),
     "llama": COMMON | dict(model_type="llama"),

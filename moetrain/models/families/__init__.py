@@ -17,10 +17,9 @@ class Family:
     build: Callable[[HfConfig], Model]
 
 
+_PAGES = [import_module(f"{__name__}.{page.name}") for page in pkgutil.iter_modules(__path__)]
+
 # By transformers' name of the architecture with a vocabulary head.
 FAMILIES: dict[str, Family] = {
-    page.ARCHITECTURE: Family(page.MODEL_TYPE, page.build)
-    for page in (
-        import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)
-    )
+    page.ARCHITECTURE: Family(page.MODEL_TYPE, page.build) for page in _PAGES
 }
