@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moetrain.errors import WeightsError
 from moetrain.loops.reference import keep
 from moetrain.testing.tiny import save_model
 from moetrain.weights.digest import STRIDE, file_digest
@@ -44,6 +46,26 @@ def test_a_large_tensor_is_looked_at_more_than_once(tmp_path: Path) -> None:
     before = file_digest(other)
     os.utime(other, (1, 1))
     assert file_digest(other) != before
+
+
+def test_a_header_that_is_none_is_refused_in_a_line(tmp_path: Path) -> None:
+    """An adapter's weights are known by a look into them before anything reads them."""
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({"a": torch.zeros(4)}, path)
+    whole = path.read_bytes()
+    assert file_digest(path)
+    for broken in (
+        whole.replace(b"data_offsets", b"data\xffoffsets"),
+        whole.replace(b'"a"', b"'a'"),
+        whole.replace(b"[0,16]", b"[0,99]"),
+        whole[:20],
+        b"\xff" * 64,
+        b"",
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(WeightsError, match=r"adapter_model\.safetensors") as caught:
+            file_digest(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_runs_that_fill_a_cache_at_once(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tables import write_table
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY = 24, 6
 DISK = "1g"  # many checkpoints; what ends it is the ballast
@@ -28,6 +30,7 @@ SETTINGS = [
     *"observe.tensorboard=false parallel.ep=2 cluster.hang_seconds=20".split(),
 ]
 COMMAND = [sys.executable, "-m", "moetrain", "train", str(ROOT / "examples/pretrain_tiny.yaml")]
+COLUMNS = ("fault", "runs", "survived", "lost steps: mean, most")
 MEASURED = {"seconds", "tokens_per_s", "memory_gib"}
 
 
@@ -253,18 +256,10 @@ def prove(name: str, run: Run, whole: Run, outcome: Outcome) -> None:
         shutil.rmtree(run.folder)
 
 
-def write_table(path: Path, outcomes: dict[str, Outcome], command: str) -> None:
-    """The table between the page's marks."""
-    lines = ["| fault | runs | survived | lost steps: mean, most |", "| --- | --- | --- | --- |"]
-    for fault, o in outcomes.items():
-        mean = sum(o.lost) / len(o.lost) if o.lost else 0.0
-        figures = f"{mean:.1f}, {max(o.lost, default=0)}"
-        lines.append(f"| {fault} | {o.runs} | {o.survived} | {figures} |")
-    text = path.read_text()
-    head, _, rest = text.partition("<!-- table -->\n")
-    tail = rest.partition("<!-- end -->\n")[2]
-    table = "\n".join([f"`{command}`", "", *lines])
-    path.write_text(f"{head}<!-- table -->\n{table}\n<!-- end -->\n{tail}")
+def row(outcome: Outcome) -> list[object]:
+    lost = outcome.lost
+    mean = sum(lost) / len(lost) if lost else 0.0
+    return [outcome.runs, outcome.survived, f"{mean:.1f}, {max(lost, default=0)}"]
 
 
 def main() -> int:
@@ -274,6 +269,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name holds it")
     parser.add_argument("--folder", type=Path, default=Path("runs/prove"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/reliability.md")
     args = parser.parse_args()
     if "MOETRAIN_PROVE" not in os.environ:
         words = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
@@ -291,7 +287,9 @@ def main() -> int:
         for place, (fault, outcome) in enumerate(outcomes.items()):
             prove(fault, Run(folder / f"run-{place}-{number}"), whole, outcome)
             print(f"{fault}: {outcome.survived} of {outcome.runs} survived", flush=True)
-            write_table(ROOT / "docs/reliability.md", outcomes, f"make prove N={args.runs}")
+            found = {name: row(one) for name, one in outcomes.items() if one.runs}
+            lead = f"`tools/prove.py --runs {args.runs} --seed {args.seed}`"
+            write_table(args.page, "faults", COLUMNS, found, FAULTS, lead)
     return int(any(o.survived < o.runs for o in outcomes.values()))
 
 

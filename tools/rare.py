@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tables import write_table
+
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = [sys.executable, "-W", "ignore"]
 MOETRAIN = [*PYTHON, "-m", "moetrain"]
@@ -29,6 +31,7 @@ TRAIN = [
     *(*MOETRAIN, "train", TINY, "--nproc", "2", "parallel.ep=2", f"train.steps={STEPS}"),
     *"checkpoint.every=4 checkpoint.export_hf=true data.seq_len=64 observe.progress=false".split(),
 ]
+COLUMNS = ("case", "well", "figures of the last")
 MEASURED = {"seconds", "tokens_per_s", "memory_gib"}
 # Answers clock_gettime(CLOCK_REALTIME), gettimeofday and time with a jump that stands in a file.
 CLOCK = r"""
@@ -211,7 +214,7 @@ def records(folder: Path, num: int = 1_000_000) -> str:
         "r = load_recipe(Path('examples/sft_tiny.yaml'), sys.argv[1:])\n"
         "p = prepare(r)\nassert p.num_packs and not p.num_rejected, p\n"
     )
-    words = [f"data.train={data}", "data.eval=null", f"run_dir={folder}/run"]
+    words = [f"data.train={data}", "data.eval=[]", f"run_dir={folder}/run"]
     first = measured(code, *words, f"data.cache={folder}/cache")
     again = measured(code, *words, f"data.cache={folder}/cache")
     small = folder / "small.jsonl"
@@ -335,19 +338,6 @@ CASES: dict[str, Callable[[Path], str]] = {
 }
 
 
-def write_table(path: Path, found: dict[str, tuple[int, int, str]]) -> None:
-    """The rows of `found` into the page's second table; the others stay."""
-    text = path.read_text()
-    head, _, rest = text.partition("<!-- rare -->\n")
-    old, _, tail = rest.partition("<!-- end rare -->\n")
-    lines = dict(re.findall(r"^\| ([^|]+?) \|(.*)$", old, re.MULTILINE))
-    for name, (good, num, said) in found.items():
-        lines[name] = f" {good} of {num} | {said.replace('|', '/')} |"
-    kept = [f"| {name} |{lines[name]}" for name in CASES if name in lines]
-    table = "\n".join(["| case | well | figures of the last |", "| --- | --- | --- |", *kept])
-    path.write_text(f"{head}<!-- rare -->\n{table}\n<!-- end rare -->\n{tail}")
-
-
 def main() -> int:
     """Returns 0 when every case went well, or was skipped with a reason."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -361,7 +351,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     top = args.folder.resolve()
     shutil.rmtree(top, ignore_errors=True)
-    found: dict[str, tuple[int, int, str]] = {}
+    found: dict[str, tuple[str, str]] = {}
     for name, case in CASES.items():
         if args.only not in name:
             continue
@@ -378,10 +368,10 @@ def main() -> int:
             except Failed as wrong:
                 print(f"{name}: {wrong}\nsee {folder}", file=sys.stderr)
                 said = f"FAILED: {str(wrong).splitlines()[-1]}"
-        found[name] = (good, args.runs, said)
+        found[name] = f"{good} of {args.runs}", said
         print(f"{name}: {good} of {args.runs}: {said}", flush=True)
-        write_table(args.page, found)
-    return int(any(said.startswith("FAILED") for _, _, said in found.values()))
+        write_table(args.page, "rare", COLUMNS, found, CASES)
+    return int(any(said.startswith("FAILED") for _, said in found.values()))
 
 
 if __name__ == "__main__":

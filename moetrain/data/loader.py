@@ -1,6 +1,5 @@
 """What a run reads: from a recipe's data section to the streams of training and held-out packs."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from moetrain.data.sets import PackedSet, build
 from moetrain.data.stream import EvalPacks, Loader, Packs
 from moetrain.data.tokenizer_check import check_beside_model
 from moetrain.errors import DataError
+from moetrain.models.lookup import read_mapping
 from moetrain.ops.packed import Packed
 
 # What a method eats: corpora, or a kind of set.
@@ -228,16 +228,22 @@ def model_hf(recipe: Recipe) -> dict[str, Any]:
     elif hf is None and path is not None:
         config, note = (Path(path) / name for name in ("config.json", "moetrain.json"))
         if note.is_file():  # a Megatron checkpoint
-            hf = json.loads(note.read_text()).get("hf")
+            hf = read_mapping(note).get("hf")
         elif config.is_file():
-            hf = json.loads(config.read_text())
+            hf = read_mapping(config)
     return hf if isinstance(hf, dict) else {}
 
 
 def model_vocab(recipe: Recipe) -> int | None:
-    """The model's vocab_size as its configuration says; None when there is none to be read."""
+    """The model's vocab_size as its configuration says; None when there is none to be read.
+    DataError, ConfigError, DamageError.
+    """
     vocab = model_hf(recipe).get("vocab_size")
-    return int(vocab) if vocab is not None else None
+    if vocab is None:
+        return None
+    if type(vocab) is not int or vocab < 1:
+        raise DataError(f"The model's vocab_size is {str(vocab)[:40]!r}: give a number of tokens.")
+    return vocab
 
 
 def told_of_tokenizer(recipe: Recipe) -> list[str]:

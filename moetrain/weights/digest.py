@@ -4,17 +4,21 @@ into every tensor sees it.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
+
+from moetrain.manifest import Manifest
+from moetrain.weights.header import read_header
 
 SPOT, STRIDE = 1 << 12, 1 << 24  # bytes of a look, and of a tensor between two looks
 
 
 def file_digest(path: Path) -> str:
     """By name, size, header and a look into every tensor; a file that is no safetensors has no
-    tensors to find: by looks and the time it was written. Raises OSError.
+    tensors to find: by looks and the time it was written.
+
+    Raises OSError; WeightsError and DamageError of a header as `read_header` does.
     """
     stat = path.stat()
     parts = f"{path.name} {stat.st_size}"
@@ -22,24 +26,21 @@ def file_digest(path: Path) -> str:
         parts += f" {stat.st_mtime_ns}"
     digest = hashlib.sha256(parts.encode())
     with path.open("rb") as file:
-        for start, end in _spots(path, file, stat.st_size):
+        for start, end in _spots(path, stat.st_size):
             file.seek(start)
             digest.update(file.read(end - start))
     return digest.hexdigest()
 
 
-def _spots(path: Path, file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+def _spots(path: Path, size: int) -> Iterator[tuple[int, int]]:
     """(first byte, one behind the last) of every look."""
     if path.suffix != ".safetensors":
         yield from _within(0, size)
         return
-    begin = 8 + int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(begin - 8))
-    yield 0, begin
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            yield from _within(begin + first, begin + last)
+    tensors = read_header(path, Manifest.of(path.parent)).values()
+    yield 0, min((one.start for one in tensors), default=size)
+    for one in tensors:
+        yield from _within(one.start, one.start + prod(one.shape) * one.dtype.itemsize)
 
 
 def _within(start: int, end: int) -> Iterator[tuple[int, int]]:
