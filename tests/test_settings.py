@@ -57,23 +57,19 @@ OTHER: dict[str, Any] = {
 # What only a run shows, and the test that does: its source names the key.
 SHOWN_BY: dict[str, str] = {
     "method.reference": "test_reference_start",
-    "method.inner_steps": "test_rl",
-    "method.packs": "test_rl",
-    "method.truncated": "test_cut_answers",
+    "method.inner_steps": "test_settings_runs",
+    "method.packs": "test_settings_runs",
+    "method.truncated": "test_settings_runs",
     "rollout.steps_off": "test_rl",
-    "rollout.replay": "test_rl",
     "rollout.token_file": "test_settings_runs",
     "data.cache": "test_settings_runs",
-    "data.demonstrations": "test_rl",
-    "data.empty_thoughts": "test_text_contract",
+    "data.demonstrations": "test_settings_runs",
     "observe.progress": "test_settings_runs",
     "observe.wandb": "test_settings_runs",
     "adapter.path": "test_reference_start",
-    "model.path": "test_settings_runs",
-    "run_dir": "test_supervised",
-    "rewards": "test_rewards_run",
+    "run_dir": "test_settings_runs",
     "megatron": "test_megatron_fields",
-    "rollout.engine": "system.test_vllm",
+    "rollout.engine": "test_settings_runs",
     "cluster.hang_seconds": "system.test_slurm",
     "rollout.reward_workers": "system.test_slurm",
 }
@@ -211,6 +207,7 @@ PLANS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"parallel": {"first_stage_layers": 1}}, PP),
     ({"parallel": {"last_stage_layers": 1}}, PP),
     ({"model": {"dtype": "fp32"}}, {}),
+    ({"model": {"hf": None, "path": "builtin:qwen3-moe-tiny"}}, {}),
     ({"model": {"hf": HF | {"num_hidden_layers": 2}}}, {}),
     ({"optim": {"grad_dtype": "bf16"}}, {}),
     ({"optim": {"offload": 0.5}}, {}),
@@ -312,8 +309,7 @@ def test_every_key_is_here() -> None:
         | {f"method.{key}" for _, key in method_fields()}
         | {f"rollout.{key}" for key, _ in SERVED}
     )
-    known |= {f"rollout.{leaf}" for over in SAMPLED for leaf in over.get("rollout", ())}
-    laid_over = [over for over, _ in [*PLANS, *RUNS]] + [over for _, over, _ in DATA]
+    laid_over = [over for over, _ in [*PLANS, *RUNS]] + [over for _, over, _ in DATA] + SAMPLED
     for over in [*laid_over, *(o for base, others in STEPS.values() for o in (base, *others))]:
         for name, value in over.items():
             known |= {f"{name}.{leaf}" for leaf in value} if isinstance(value, dict) else {name}

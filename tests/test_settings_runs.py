@@ -15,11 +15,13 @@ from settings_helpers import HF, laid, seen
 from test_supervised import make_recipe, rows
 
 from moetrain.config.load import load_recipe, recipe_from
+from moetrain.data.demonstrations import demonstration_recipe
 from moetrain.data.loader import build_eval, build_train, prepare
-from moetrain.errors import MoetrainError
+from moetrain.errors import MoetrainError, RolloutError
 from moetrain.loops import rl, supervised
 from moetrain.observe.reporter import Reporter
 from moetrain.observe.sinks import check_sinks
+from moetrain.rollout import check_engine
 from moetrain.rollout.opening import check_fleet, open_fleet
 from moetrain.testing import footprint
 from moetrain.testing.gloo import Workers
@@ -41,6 +43,9 @@ def folder() -> Path:
     write_jsonl(root / "labels.jsonl", LABELS[:20])
     write_jsonl(root / "bad.jsonl", [*questions(20), "{"])
     (root / "template").write_text(TEMPLATE)
+    thought = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+    asked = "{% if add_generation_prompt %}assistant: {% endif %}"
+    (root / "thoughtful").write_text(TEMPLATE.replace("{{ m.content }}", thought) + asked)
     (root / "loud").write_text(TEMPLATE.replace(": {{", "{{ '!' if shout else ':' }} {{"))
     return root
 
@@ -78,6 +83,7 @@ DATA: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("sft", {"data": {"shuffle": False}}, {}),
     ("sft", {"data": {"chat_template": "template"}}, {}),
     ("sft", {"data": {"system": "Be brief."}}, {}),
+    ("sft", {"data": {"empty_thoughts": False}}, {"data": {"chat_template": "thoughtful"}}),
     ("sft", {"data": {"chat_template_kwargs": {"shout": True}}}, LOUD),
     ("sft", {"seed": 7}, {}),
     ("sft", {"model": {"tokenizer": "builtin:stdlib-tokenizer"}}, {}),
@@ -97,6 +103,45 @@ def test_a_key_of_the_data(method: str, over: dict[str, Any], beside: dict[str, 
     given = {"method": method, "data": {"train": [f"{name}.jsonl"], "max_rejected": 0.5}} | small
     base = laid(beside, laid(given, CHAT))
     assert seen(packs, laid(over, base)) != packs(copy.deepcopy(base))
+
+
+CHORD: dict[str, Any] = {
+    "method": {"name": "chord", "packs": 1}, "rollout": {}, "rewards": ["accuracy"],
+    "data": {"train": ["chat.jsonl"], "demonstrations": ["chat.jsonl"], "max_rejected": 0.5},
+}  # fmt: skip
+
+
+def demonstrated(content: dict[str, Any]) -> list[Any]:
+    """The worked answers of a step."""
+    data = content["data"]
+    data["demonstrations"] = [str(folder() / name) for name in data["demonstrations"]]
+    data["cache"], content["model"]["tokenizer"] = str(folder() / "cache"), str(tokenizer_folder())
+    own = demonstration_recipe(recipe_from(content))
+    assert own is not None
+    return [pack.tokens.tolist() for pack in build_train(own, 0, 1).next()]
+
+
+@pytest.mark.parametrize(
+    "over",
+    [{"data": {"demonstrations": ["more.jsonl"]}}, {"method": {"packs": 2}}],
+    ids=str,
+)
+def test_a_key_of_demonstrations(over: dict[str, Any]) -> None:
+    base = laid(CHORD, CHAT)
+    base["train"] = {"steps": 2}
+    assert demonstrated(laid(over, base)) != demonstrated(copy.deepcopy(base))
+
+
+def test_where_a_run_is(tmp_path: Path) -> None:
+    """What its data's bad records are written to."""
+    for name in ("one", "two"):
+        content = laid(
+            {"data": {"train": [str(folder() / "bad.jsonl")], "max_rejected": 0.5}}, CHAT
+        )
+        content["model"]["tokenizer"] = str(tokenizer_folder())
+        content["data"]["cache"] = str(folder() / "cache")
+        prepare(recipe_from(content | {"run_dir": str(tmp_path / name)}))
+        assert (tmp_path / name / "rejected.jsonl").is_file()
 
 
 # Two steps of an engine
@@ -242,6 +287,15 @@ def test_a_key_of_the_servers(tmp_path: Path, key: str, value: Any) -> None:
     assert found != plain
 
 
+def test_who_answers() -> None:
+    """The servers' interpreter is looked at where they answer, and is of no use elsewhere."""
+    content = load_recipe(ROLLOUT).model_dump(mode="json", exclude_unset=True)
+    check_engine(recipe_from(laid({"rollout": {"engine": "embedded"}}, content)))
+    servers = {"rollout": {"engine": "vllm", "python": "/nonexistent/python"}}
+    with pytest.raises(RolloutError, match=r"rollout\.python=/nonexistent/python is no program"):
+        check_engine(recipe_from(laid(servers, content)))
+
+
 def test_the_token_is_the_files(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret-token-of-a-file")
     (tmp_path / "token").chmod(0o600)
@@ -267,7 +321,11 @@ SAMPLED: list[dict[str, Any]] = [
     {"rollout": {"eval_temperature": 1.5}},
     {"rollout": {"tolerance": 1e-12}},
     {"rollout": {"reward_seconds": 1e-6}},
+    {"rollout": {"replay": "plain/rollouts"}},
     {"train": {"eval_packs": 1}},
+    {"method": {"inner_steps": 2}},
+    {"method": {"truncated": "mask"}},
+    {"rewards": [{"name": "length", "options": {"target": 4}}]},
 ]
 
 
@@ -286,6 +344,8 @@ def sampled(workers: Workers, folder: Path, over: dict[str, Any]) -> Any:
         "rewards=[{name: length, options: {target: 40}}]",
     ]
     content = load_recipe(ROLLOUT, few).model_dump(mode="json") | {"run_dir": str(folder)}
+    if "replay" in over.get("rollout", ()):
+        over = {"rollout": {"replay": str(folder.parent / over["rollout"]["replay"])}}
     made = recipe_from(laid(over, content))
     assert workers.run(1, rl.train, made) == [0]
     return rows(made)
