@@ -212,16 +212,18 @@ class Chat:
             if message["role"] != "assistant":
                 continue
             text, marks = self.template.render(spoken[: turn + 1], **kwargs)
-            if not text.startswith(current.text):
-                done.append(current)
-                current = Marked("", ())
-            spans, notes = current.spans, current.notes
+            spans: tuple[Span, ...] = ()
+            notes: list[str] = []
             if trained[turn]:
                 whole = self._unthought(message)
                 own = TrainedTurn(self.template, spoken[:turn], whole, (text, marks), kwargs)
-                spans += own.spans(turn - shift, self.empty_thoughts)
-                notes += tuple(note for note in own.notes if note not in notes)
-            current = Marked(text, spans, notes)
+                spans = own.spans(turn - shift, self.empty_thoughts)
+                text, notes = own.text, own.notes
+            if not text.startswith(current.text):
+                done.append(current)
+                current = Marked("", ())
+            more = tuple(note for note in notes if note not in current.notes)
+            current = Marked(text, current.spans + spans, current.notes + more)
         done.append(current)
         found = [marked for marked in done if marked.spans]
         if found:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetrain.data.messages import FormatError, Message, arguments_of, leaves, shown
-from moetrain.data.template import CONTENT, THOUGHT, Span, Template
+from moetrain.data.template import ARGUMENT, CONTENT, THOUGHT, Span, Template, shared
 
+REWRITES = "the chat template rewrites the turns before an answer, so that it has no own span"
 EMPTY_THOUGHT = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
 
 
@@ -30,7 +31,10 @@ class TrainedTurn:
         self.notes: list[str] = []
 
     def spans(self, turn: int, empty_thoughts: bool) -> tuple[Span, ...]:
-        """What of the text is learned; `turn` is its number in the record, for messages."""
+        """What of `text` is learned; `turn` is its number in the record, for messages. Where the
+        template shows earlier turns otherwise once this one is there, `text` becomes what the model
+        had before it when it said this turn, and the turn.
+        """
         start, skeleton = self._start()
         end, closed = self._end(start)
         if end <= start:
@@ -49,28 +53,63 @@ class TrainedTurn:
             made["reasoning_content"] = THOUGHT
         return made
 
+    def _skeleton(self) -> tuple[str, int]:
+        """(The text with words in place of what the turn says, where the first of them is).
+
+        Calls are words, too: a turn that calls may be shown otherwise than one that answers.
+        """
+        tried = [self._words()]
+        if calls := self.message.get("tool_calls"):
+            named = {"function": {"name": ARGUMENT, "arguments": {}}}
+            own = self._words() | {"tool_calls": [call | named for call in calls]}
+            if not self.message["content"]:  # some templates refuse one beside a thought
+                own["content"] = self.message["content"]
+            tried.insert(0, own)
+        for words in tried:
+            try:
+                skeleton = self._render(self.template.speaks(words))
+            except FormatError:
+                continue  # of calls; without them it is the turn's own text that is judged
+            found = [at for at in map(skeleton.find, (THOUGHT, CONTENT, ARGUMENT)) if at >= 0]
+            if found:
+                return skeleton, min(found)
+        raise FormatError("the chat template renders nothing for an assistant turn")
+
     def _start(self) -> tuple[int, str]:
-        """(Where the turn begins, the text with words in place of what it says).
+        """(Where the turn begins, what follows there with words in place of what it says).
 
         What a prompt for this turn and the turn itself begin with is the prompt's. It is compared
         on a turn of words, since what a real turn says can begin as a prompt goes on.
         """
-        skeleton = self._render(self.template.speaks(self._words()))
-        words = [at for at in map(skeleton.find, (THOUGHT, CONTENT)) if at >= 0]
-        if not words:
-            raise FormatError("the chat template renders nothing for an assistant turn")
+        skeleton, first = self._skeleton()
         prompt = self._render(add_generation_prompt=True)
-        start = _shared(prompt, skeleton[: min(words)])
-        if self.text[:start] != skeleton[:start]:
-            raise FormatError(
-                "the chat template rewrites the turns before an answer, so that it has no own span"
-            )
+        start = at = shared(prompt, skeleton[:first])
+        if len(prompt) > start:
+            asked, opening = self._render(), self.template.opening
+            opened = len(asked + opening) if prompt.startswith(asked + opening) else 0
+            if len(asked) > start:
+                # Of the turns before, some is shown in the prompt and not beside the answer.
+                start, at = opened, skeleton.rfind(opening, 0, first) + len(opening)
+                if not opening or not opened or at < len(opening):
+                    raise FormatError(REWRITES)
+            elif opened:  # a mark of calls can begin as the prompt goes on
+                start = at = min(start, opened)
+        if self.text[:at] != skeleton[:at]:
+            raise FormatError(REWRITES)
+        if at != start:
+            self._move(prompt[:start], at)
         ahead = prompt[start:]
         if ahead and not self.text.startswith(ahead, start):
             self.notes.append(
                 f"the prompt for an answer ends with {shown(ahead)}, which the trained text lacks"
             )
-        return start, skeleton
+        return start, skeleton[at:]
+
+    def _move(self, before: str, start: int) -> None:
+        """Put the turn, which begins at `start` of the text, behind `before`."""
+        moved = len(before) - start
+        self.marks = [(a + moved, b + moved) for a, b in self.marks if b > start]
+        self.text = before + self.text[start:]
 
     def _end(self, start: int) -> tuple[int, bool]:
         """(The end of the turn, whether something that ends a turn is there).
@@ -116,7 +155,7 @@ class TrainedTurn:
             self.notes.append(f"the chat template drops the {name} of a trained turn")
         self._check_calls(turn, said)
         if content and content.strip() and not self.message.get("tool_calls"):
-            whole = skeleton[start:].replace(CONTENT, content).replace(THOUGHT, thought or "")
+            whole = skeleton.replace(CONTENT, content).replace(THOUGHT, thought or "")
             if _squeezed(whole) != _squeezed(self.text[start:]):
                 raise FormatError(
                     f"the chat template makes something else of the assistant turn {turn}"
@@ -173,14 +212,3 @@ def stands_in(value: Any, text: str) -> bool:
         ways = [value, json.dumps(value, ensure_ascii=False), json.dumps(value)]
         return any(way.strip('"') in text for way in ways)
     return json.dumps(value) in text or str(value) in text
-
-
-def _shared(a: str, b: str) -> int:
-    """How many characters two texts begin with in common."""
-    if b.startswith(a):
-        return len(a)
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
-    return low

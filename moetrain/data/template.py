@@ -189,6 +189,14 @@ class Template:
             return ""
 
     @cached_property
+    def opening(self) -> str:
+        """What an answer and the prompt for one both begin with."""
+        asked, prompt = self._tries(), self._tries(add_generation_prompt=True)
+        answer = self._tries(_said(CONTENT)).partition(CONTENT)[0]
+        both = shared(prompt, answer)
+        return prompt[len(asked) : both] if prompt.startswith(asked) else ""
+
+    @cached_property
     def ends(self) -> Ends:
         """What ends a turn: after an answer, and after calls where they end otherwise."""
         answered = self._tries(_said(CONTENT))
@@ -256,3 +264,14 @@ def _calls(arguments: Any, content: str | None, number: int = 1) -> Message:
         {"type": "function", "id": f"call0000{i}", "function": function} for i in range(number)
     ]
     return _said(content) | {"tool_calls": calls}
+
+
+def shared(a: str, b: str) -> int:
+    """How many characters two texts begin with in common."""
+    if b.startswith(a):
+        return len(a)
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
+    return low
