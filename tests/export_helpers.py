@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from moetrain.data import assets
+from moetrain.testing import command
 
 ROOT = Path(__file__).parents[1]
 # As users write it: no {% generation %}, and the tokenizer's own eos in no place.
@@ -60,18 +59,10 @@ def train(run: Path, base: Path, data: Path, template: Path, *words: str) -> Pat
     """60 steps from `base` on the records."""
     recipe = ROOT / "examples" / "sft_tiny.yaml"
     own = [f"run_dir={run}", f"model.path={base}", f"data.train={data}"]
-    command = [sys.executable, "-m", "moetrain", "train", str(recipe), *WORDS, *own]
     # An engine in this process would have its ranks meet at the same address.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "RANK", "WORLD_"))}
-    done = subprocess.run(
-        [*command, f"data.chat_template={template}", *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=env,
-        timeout=400,
-        check=False,
-    )
+    own.append(f"data.chat_template={template}")
+    done = command.run("train", recipe, *WORDS, *own, *words, cwd=ROOT, env=env, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return run
 

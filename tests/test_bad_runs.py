@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import yaml
 from data_helpers import chat, questions, tokenizer_folder, write_jsonl
 from safetensors.torch import load_file, save_file
 
+from moetrain.testing import command
 from moetrain.testing.tiny import save_model
-
-TRAIN = [sys.executable, "-m", "moetrain", "train"]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +46,7 @@ def write_recipe(folder: Path, model: Path, **sections: Any) -> Path:
 
 
 def run(recipe: Path, *more: str, nproc: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [*TRAIN, str(recipe), "--nproc", str(nproc), *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return command.run("train", recipe, "--nproc", str(nproc), *more)
 
 
 def a_copy(model: Path, folder: Path) -> Path:
@@ -137,7 +134,7 @@ def test_a_full_disk_while_saving(model: Path, tmp_path: Path) -> None:
     mebibytes = round(size * 1.6 / 2**20)
     disk = tmp_path / "disk"
     disk.mkdir()
-    train = f"{' '.join(TRAIN)} {recipe} --nproc 2 run_dir={disk}/run"
+    train = f"{' '.join(command.MOETRAIN)} train {recipe} --nproc 2 run_dir={disk}/run"
     script = f"""
         mount -t tmpfs -o size={mebibytes}m none {disk} || exit 99
         {train}; echo "code $?"; ls {disk}/run/checkpoints

@@ -13,6 +13,7 @@ from moetrain.cluster import doctor
 from moetrain.cluster.doctor import files, image, job, links, machine, traffic, versions
 from moetrain.cluster.doctor.base import Finding, Level, Planned, Subject
 from moetrain.config.load import load_recipe
+from moetrain.testing import command
 from moetrain.testing.tiny import save_model
 
 ROOT = Path(__file__).parent.parent
@@ -27,8 +28,8 @@ def subject(*overrides: str, recipe: Path = TINY, num_procs: int | None = None) 
 def run(*words: str, **environ: str) -> tuple[int, dict[str, str]]:
     """(exit code, check -> its line) of `moetrain doctor` in a process of its own."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | environ
-    command = [sys.executable, "-m", "moetrain", "doctor", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
+    fresh = "PYTHONPATH" in environ
+    done = command.run("doctor", *words, env=env, cwd=ROOT, timeout=120, fresh=fresh)
     lines = [line for line in done.stdout.splitlines() if line[5:6] == " "]
     assert not any("the check itself broke" in line for line in lines), done.stdout
     return done.returncode, {line[6:21].strip(): line for line in lines}
@@ -408,8 +409,8 @@ def test_a_disk_that_may_not_be_written(small_disk: Path) -> None:
 def test_checkpoints_are_as_large_as_planned(tmp_path: Path) -> None:
     """Against one that the engine writes."""
     words = ["train.steps=1", f"run_dir={tmp_path}/run", "data.eval=[]", "data.seq_len=64"]
-    command = [sys.executable, "-m", "moetrain", "train", str(TINY), *words]
-    subprocess.run([*command, "train.global_batch=1"], check=True, cwd=ROOT, capture_output=True)
+    done = command.run("train", TINY, *words, "train.global_batch=1", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     (step,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     written = sum(file.stat().st_size for file in step.rglob("*") if file.is_file())
     plan = subject().plan

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from moetrain.cluster import doctor
 from moetrain.cluster.doctor import machine, traffic, versions
 from moetrain.cluster.doctor.base import Finding, Level, Ranks, Subject
 from moetrain.engine.device import free_port
+from moetrain.testing import command
 from moetrain.testing.gloo import Workers
 
 ROOT = Path(__file__).parent.parent
@@ -26,11 +26,12 @@ def _start(node: str, rank: int, port: int, *words: str, before: str = "") -> An
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     env |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURMD_NODENAME": node}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "moetrain", "doctor", *words]
-    if before:
-        command = ["unshare", "-m", "sh", "-c", f'{before} && exec "$@"', "sh", *command]
+    if not before:
+        return command.start("doctor", *words, env=env, cwd=ROOT)
+    inside = [*command.MOETRAIN, "doctor", *words]
+    inside = ["unshare", "-m", "sh", "-c", f'{before} && exec "$@"', "sh", *inside]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
+    return subprocess.Popen(inside, env=env, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
 
 
 def _lines(text: str) -> dict[str, str]:
@@ -61,13 +62,7 @@ def test_two_nodes(tmp_path: Path) -> None:
 def test_local_ranks_and_the_worst_of_them() -> None:
     """`--nproc 2` on one node; the recipe does not divide, so that the exit code is 2."""
     words = ["doctor", TINY, "--nproc", "2", "parallel.ep=3"]
-    done = subprocess.run(
-        [sys.executable, "-m", "moetrain", *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-    )
+    done = command.run(*words, cwd=ROOT, timeout=120)
     assert done.returncode == 2, done.stdout + done.stderr
     lines = _lines(done.stdout)
     assert "2 ranks do not divide" in lines["layout"]

@@ -3,14 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from moetrain.testing import command
+from moetrain.testing.command import Started
 from moetrain.weights.compare import compare
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -24,19 +24,15 @@ SETTINGS = (
 MEASURED = {"seconds", "tokens_per_s", "memory_gib"}
 
 
-def start(run_dir: Path, *more: str, recipe: Path = RECIPE) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "moetrain", "train", str(recipe), "--nproc", "2"]
-    return subprocess.Popen(
-        [*command, "parallel.ep=2", *SETTINGS, f"run_dir={run_dir}", *more],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+def start(run_dir: Path, *more: str, recipe: Path = RECIPE, fresh: bool = False) -> Started:
+    words = ("train", recipe, "--nproc", "2", "parallel.ep=2", *SETTINGS, f"run_dir={run_dir}")
+    return command.start(*words, *more, fresh=fresh)
 
 
-def finish(run_dir: Path, *more: str, recipe: Path = RECIPE) -> None:
-    process = start(run_dir, *more, recipe=recipe)
+def finish(run_dir: Path, *more: str, recipe: Path = RECIPE, fresh: bool = False) -> None:
+    process = start(run_dir, *more, recipe=recipe, fresh=fresh)
     _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err.decode()
+    assert process.returncode == 0, err
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
@@ -45,7 +41,7 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(r).items() if k not in MEASURED} for r in lines]
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+def wait_for(condition: Callable[[], bool], process: Started) -> None:
     end = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, "the run ended before it could be killed"
@@ -67,13 +63,14 @@ def equal(run_dir: Path, whole: Path) -> None:
 
 
 def test_killed_in_the_middle_of_a_run(whole: Path, tmp_path: Path) -> None:
+    """In interpreters of its own, as users have it; the others are forked."""
     run_dir = tmp_path / "run"
-    process = start(run_dir)
+    process = start(run_dir, fresh=True)
     wait_for(lambda: len(rows(run_dir)) >= 6, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert [p.name for p in (run_dir / "checkpoints").glob("step_*")] == ["step_00000004"]
-    finish(run_dir)
+    finish(run_dir, fresh=True)
     equal(run_dir, whole)
 
 
@@ -126,4 +123,4 @@ def test_another_recipe_is_refused(whole: Path) -> None:
     process = start(whole, "optim.lr=1e-5")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "optim.lr" in err.decode() and len(err.decode().splitlines()) == 1
+    assert "optim.lr" in err and len(err.splitlines()) == 1

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from moetrain.config.load import load_recipe
 from moetrain.data.loader import build_eval
 from moetrain.ops.packed import Packed
+from moetrain.testing import command
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -27,8 +27,7 @@ FEW = "data.train=builtin:checkable-pairs-eval"  # fewer pairs than there are to
 
 
 def moetrain(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moetrain", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return command.run(*words)
 
 
 def train(recipe: Path, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -4,8 +4,6 @@ trained here.
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,16 @@ import pytest
 
 from moetrain.config.rewards import RewardConfig
 from moetrain.rewards import Grader
+from moetrain.testing import command
 
 ROOT = Path(__file__).parents[1]
 
 
 def train(recipe: str, run_dir: Path, *more: str) -> list[dict[str, Any]]:
     """The rows of the run's ledger."""
-    command = [sys.executable, "-m", "moetrain", "train", f"examples/{recipe}"]
-    command += [f"run_dir={run_dir}", "observe.tensorboard=false", *more]
+    words = (f"run_dir={run_dir}", "observe.tensorboard=false", *more)
     own = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=own, timeout=400)
+    done = command.run("train", f"examples/{recipe}", *words, cwd=ROOT, env=own, timeout=400)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
 

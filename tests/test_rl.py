@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from moetrain.testing import ranks
+from moetrain.testing import command, ranks
+from moetrain.testing.command import Started
 from moetrain.testing.gloo import Workers
 from moetrain.weights.compare import compare
 
@@ -27,15 +26,9 @@ SETTINGS = (
 MEASURED = ("seconds", "tokens_per_s", "memory_gib", "push/")
 
 
-def start(run_dir: Path, *more: str, nproc: int = 2) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "moetrain", "train", str(RECIPE), "--nproc", str(nproc)]
-    return subprocess.Popen(
-        [*command, *SETTINGS, f"run_dir={run_dir}", *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
+def start(run_dir: Path, *more: str, nproc: int = 2) -> Started:
+    words = ("train", RECIPE, "--nproc", str(nproc), *SETTINGS, f"run_dir={run_dir}")
+    return command.start(*words, *more, cwd=ROOT)
 
 
 def train(run_dir: Path, *more: str, nproc: int = 2) -> None:
@@ -115,7 +108,7 @@ def test_told_to_stop_and_resumed(whole: Path, tmp_path: Path) -> None:
     ]
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: Started) -> None:
     end = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, "the run ended before it could be stopped"

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from moetrain.answers.sample import counted
 from moetrain.data import assets
 from moetrain.data.chat import ChatOptions
 from moetrain.data.samples import read_lines
+from moetrain.testing.command import start
 
 ROOT = Path(__file__).parents[1]
 MODEL = "builtin:qwen3-moe-tiny"
@@ -84,12 +83,7 @@ def test_nothing_finished_is_lost(
 ) -> None:
     """Killed while answers come, and once more after a line was cut short."""
     out = tmp_path / "samples.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moetrain", *command(prompts, rewards, out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT,
-    )
+    process = start(*command(prompts, rewards, out), cwd=ROOT)
     part = out.with_name("samples.jsonl.partial0")
     end = time.monotonic() + 200
     while not (part.exists() and part.stat().st_size):
@@ -126,18 +120,7 @@ def test_more_answers_are_added_to_those_that_are_there(
 
 def test_told_to_stop_it_says_how_to_go_on(prompts: Path, rewards: Path, tmp_path: Path) -> None:
     out = tmp_path / "samples.jsonl"
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "moetrain",
-            *command(prompts, rewards, out, "rollout.max_tokens=400"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
+    process = start(*command(prompts, rewards, out, "rollout.max_tokens=400"), cwd=ROOT)
     end = time.monotonic() + 200
     while not out.exists():
         assert process.poll() is None and time.monotonic() < end

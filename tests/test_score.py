@@ -3,8 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from moetrain.data import tokenizer
 from moetrain.engine import convert
 from moetrain.errors import CheckpointError, DataError, WeightsError
 from moetrain.loops import score
+from moetrain.testing import command
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import save_model
 
@@ -141,8 +140,7 @@ def test_verify_lists_what_differs(tiny: Tiny, tmp_path: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1e-6
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "-m", "moetrain", "convert", "verify", str(source), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = command.run("convert", "verify", source, tmp_path)
     assert done.returncode == 1
     *said, first, second = done.stdout.splitlines()
     assert all("no manifest.json" in line for line in said)

@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from moetrain.cluster.submit import script_of
 from moetrain.errors import ConfigError
+from moetrain.testing import command
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -60,8 +60,7 @@ def options(text: str) -> dict[str, str]:
 def test_a_script_is_what_launch_prints(path: Path) -> None:
     """And the nodes it asks for are the recipe's, which its layout fits."""
     recipe = ROOT / "examples" / f"{path.stem}.yaml"
-    command = [sys.executable, "-m", "moetrain", "launch", str(recipe), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = command.run("launch", recipe, "--dry-run")
     assert done.returncode == 0, done.stderr
     ours, theirs = (text.split("#SBATCH hetjob\n") for text in (path.read_text(), done.stdout))
     assert list(map(options, ours)) == list(map(options, theirs))
@@ -72,9 +71,8 @@ def test_a_script_is_what_launch_prints(path: Path) -> None:
 def test_launch(tmp_path: Path) -> None:
     def launch(*words: str) -> subprocess.CompletedProcess[str]:
         recipe = ROOT / "examples" / "dpo_235b.yaml"
-        command = [sys.executable, "-m", "moetrain", "launch", str(recipe), *words]
         env = os.environ | {"PATH": str(tmp_path)}  # no Slurm there
-        return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        return command.run("launch", recipe, *words, env=env)
 
     printed = launch(
         "--nodes", "8", "--time", "1:00:00", "--dry-run", "optim.lr=1e-5", "seed=[a b]"

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from moetrain.observe.ledger import read_ledger
 from moetrain.observe.runs import find_runs
 from moetrain.run.child import Children
 from moetrain.run.sweep import is_done, plan_sweep, ranges, split_grid, write_plan
+from moetrain.testing import command
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "examples" / "sft_tiny.yaml"
@@ -236,13 +236,10 @@ SETTINGS = (
 ).split()
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+def start(folder: Path, *more: str) -> command.Started:
     grid = ["--grid", f"data.train={folder / 'none.jsonl'},builtin:checkable-sft"]
     words = [str(RECIPE), *grid, "--out", str(folder / "s"), *SETTINGS, *more]
-    return subprocess.Popen(
-        [sys.executable, "-m", "moetrain", "sweep", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-    )  # fmt: skip
+    return command.start("sweep", *words, cwd=ROOT, merged=True)
 
 
 @pytest.mark.slow

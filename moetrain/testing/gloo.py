@@ -54,7 +54,7 @@ _server.set_forkserver_preload(["moetrain.testing.preload"])
 
 
 @contextmanager
-def _own_server() -> Iterator[None]:
+def own_server() -> Iterator[None]:
     """Processes start from a server of our own: the one that a process has by default may serve
     others too, who want nothing imported.
     """
@@ -99,7 +99,7 @@ class Workers:
         while len(self.ranks) < world:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(len(self.ranks), theirs), daemon=True)
-            with _own_server():
+            with own_server():
                 process.start()
             theirs.close()  # else the end of the rank would not be heard
             self.ranks.append((process, ours))
