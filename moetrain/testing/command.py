@@ -54,6 +54,10 @@ class Started:
         assert self._process.pid is not None
         self.pid = self._process.pid
 
+    def __del__(self) -> None:
+        self.stdout.close()
+        self.stderr.close()
+
     @property
     def returncode(self) -> int | None:
         """The exit code, or minus the number of the signal that ended it."""

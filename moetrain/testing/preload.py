@@ -4,6 +4,7 @@ Importing costs each of them 6 CPU seconds otherwise. No thread may start here, 
 among it.
 """
 
+import gc
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo on the CPU, on a machine with a GPU too
@@ -12,6 +13,10 @@ import matplotlib.pyplot  # noqa: F401
 import peft  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from moetrain.run import quickstart  # noqa: F401
 from moetrain.testing import ranks  # noqa: F401
+
+get_checkpoint_conversion_mapping("qwen3_moe")  # compiles 700 patterns, once
+gc.freeze()  # what is here stays: no process goes through it again to look for garbage
