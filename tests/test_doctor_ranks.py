@@ -21,13 +21,15 @@ TINY = "examples/sft_tiny.yaml"
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]
 
 
-def _start(node: str, rank: int, port: int, *words: str, before: str = "") -> Any:
+def _start(
+    node: str, rank: int, port: int, *words: str, before: str = "", fresh: bool = False
+) -> Any:
     """Rank `rank` of 2 as srun starts it on a node; `before` runs in a shell in its place first."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     env |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURMD_NODENAME": node}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if not before:
-        return command.start("doctor", *words, env=env, cwd=ROOT)
+        return command.start("doctor", *words, env=env, cwd=ROOT, fresh=fresh)
     inside = [*command.MOETRAIN, "doctor", *words]
     inside = ["unshare", "-m", "sh", "-c", f'{before} && exec "$@"', "sh", *inside]
     pipe = subprocess.PIPE
@@ -81,7 +83,8 @@ def test_a_folder_and_versions_of_one_node_alone(tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-m", "sh", "-c", before], capture_output=True).returncode:
         pytest.skip("mounting takes root: a folder that is not shared stays unproven here")
     port = free_port()
-    first = _start("n0", 0, port, TINY, f"run_dir={folder}/run")
+    # The other one is: a rank that waits for it would give up.
+    first = _start("n0", 0, port, TINY, f"run_dir={folder}/run", fresh=True)
     before += f"; export PYTHONPATH={tmp_path}/site:$PYTHONPATH"
     second = _start("n1", 1, port, TINY, f"run_dir={folder}/run", before=before)
     out, err = first.communicate(timeout=120)
