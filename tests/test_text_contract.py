@@ -380,7 +380,8 @@ def paired(name: str, rng: random.Random, word: Callable[[], str]) -> Drawn:
 
 def asked_for(name: str, rng: random.Random, word: Callable[[], str]) -> Drawn:
     """A prompt of RL and of benchmarks with its columns, and the messages that it is."""
-    question, system, more = word(), [], {}
+    question, system = word(), []
+    more: dict[str, Any] = {}
     if KNOWN[name].system and rng.random() < 0.5:
         more = {"system": word()}
         system = [{"role": "system", "content": more["system"]}]
@@ -480,7 +481,7 @@ def test_generated_prompts_in_every_container(name: str, tmp_path: Path) -> None
                 tokenize=False,
                 **record.get("chat_template_kwargs", {}),
             )
-            text = str(chat.tokenizer.decode(prompt.tokens))
+            text = str(chat.tokenizer.decode(list(prompt.tokens)))
             assert text == wanted or (record.get("tools") and sorted(text) == sorted(wanted))
             seen = prompt.id, prompt.columns, prompt.opened, sorted(text)
             assert first.setdefault(i, seen) == seen, path
