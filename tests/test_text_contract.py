@@ -544,7 +544,7 @@ def test_what_a_template_changes_is_refused() -> None:
 
 
 def test_loss_scale_and_weights_switch_turns_off() -> None:
-    for switch in ({"weight": 0}, {"loss": False}, {"loss_scale": 0.0}):
+    for switch in ({"weight": 0}, {"loss": False}, {"loss_scale": 0.0}, {"train": False}):
         record = {"messages": [U("q"), A("one", **switch), U("r"), A("two")]}
         assert learned("qwen2.5", record) == [said("qwen2.5", "two")]
         turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "one", **switch},
@@ -566,6 +566,14 @@ def test_calls_that_are_turns_of_their_own() -> None:
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 2
 
 
+def test_a_call_without_arguments() -> None:
+    texts = [
+        learned("qwen2.5", {"messages": [U("q"), A(None, tool_calls=[{"function": function}])]})
+        for function in ({"name": "f", "arguments": given} for given in ("", None, "{}", {}))
+    ]
+    assert texts[1:] == texts[:-1] and '"arguments": {}' in texts[0][0]
+
+
 def test_a_call_as_openai_wrote_it_before_tool_calls() -> None:
     call = A(None, function_call=CALL["function"])
     assert learned("qwen2.5", {"messages": [U("q"), call]}) == learned(
@@ -575,9 +583,10 @@ def test_a_call_as_openai_wrote_it_before_tool_calls() -> None:
 
 def test_fields_of_a_message_that_are_not_read_are_named() -> None:
     odd = {"thoughts": "hm", "images": ["a.png"], "refusal": "no", "id": 3, "extra": None}
+    odd |= {"mask": 1, "learned": False}
     record = {"messages": [U("q"), A("a", **odd)]}
     fields = [note.split()[2] for note in unread(record, ("messages",))]
-    assert fields == ["images", "refusal", "thoughts"]
+    assert fields == ["images", "learned", "mask", "refusal", "thoughts"]
     _, notes = read_prompt({"prompt": [U("q") | {"images": ["a"]}], "image": "b"}, chat_of("qwen3"))
     assert [note.split()[2] for note in notes if "not read" in note] == ["image", "images"]
     rendered = {"templated": True, "prompt": "<|im_start|>user", "completion": "a", "system": "S"}
@@ -591,6 +600,26 @@ def test_a_system_message_of_the_recipe() -> None:
     assert chat.prompt([U("q")]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
     (own,) = chat.mark(to_conversation({"system": "Be long.", "messages": [U("q"), A("a")]}))
     assert "Be brief." not in own.text and "Be long." in own.text
+
+
+@pytest.mark.parametrize("name", [name for name, known in KNOWN.items() if known.system])
+def test_a_developer_s_message_is_a_system_message(name: str) -> None:
+    """For templates that know no such role, Qwen3's among them, which leave it out."""
+    told = [{"role": "developer", "content": "Be brief."}, U("q")]
+    chat = chat_of(name)
+    (marked,) = chat.mark(to_conversation({"messages": [*told, A("a")]}))
+    assert "Be brief." in marked.text and not [n for n in marked.notes if "system" in n]
+    assert "Be brief." in chat.prompt(told)
+    assert "enable_thinking" in str(unread({"enable_thinking": False}, ()))
+
+
+def test_a_thought_that_never_ends_is_told() -> None:
+    cut = {"messages": [U("q"), A("<think>\nand so")]}
+    (marked,) = chat_of("qwen2.5").mark(to_conversation(cut))
+    assert "a trained turn begins a thought and never ends it" in marked.notes
+    whole = {"messages": [U("q"), A("<think>\nand so\n</think>\n\n4")]}
+    (marked,) = chat_of("qwen2.5").mark(to_conversation(whole))
+    assert not [note for note in marked.notes if "never ends" in note]
 
 
 def test_empty_thoughts_can_be_left_out() -> None:

@@ -153,6 +153,8 @@ class TrainedTurn:
                     " it is"
                 )
             self.notes.append(f"the chat template drops the {name} of a trained turn")
+        if "<think>" in (content or "").rpartition("</think>")[2]:
+            self.notes.append("a trained turn begins a thought and never ends it")
         self._check_calls(turn, said)
         if content and content.strip() and not self.message.get("tool_calls"):
             whole = skeleton.replace(CONTENT, content).replace(THOUGHT, thought or "")

@@ -28,6 +28,8 @@ SYSTEM_KEYS = ("system", "system_prompt")
 # `templated: true` says that texts are rendered already: `prompt` and what follows it, as they are.
 TEMPLATED = "templated"
 TEMPLATE_KEYS = ("tools", "chat_template_kwargs")
+SWITCHES = ("enable_thinking",)  # of templates, which read them in chat_template_kwargs
+MASKS = ("mask", "loss_mask")  # numbers that other trainers have, each for another thing
 Record = Mapping[str, Any]
 
 
@@ -242,7 +244,7 @@ def unread(record: Record, read: tuple[str, ...]) -> tuple[str, ...]:
         *(
             f"the column {shown(key)[1:-1]} is not read"
             for key, value in record.items()
-            if key not in known and _says_something(value)
+            if key not in known and (_says_something(value) or key in SWITCHES)
         ),
         *unread_fields(record[key] for key in read if key in record),
     )
@@ -255,8 +257,13 @@ def unread_fields(columns: Iterable[Any]) -> Iterator[str]:
         for message in value if isinstance(value, list) else [value]:
             if isinstance(message, Mapping):
                 own = message.keys() - READ_FIELDS
-                fields |= {str(key) for key in own if _says_something(message[key])}
+                fields |= {str(key) for key in own if key in MASKS or _switches(message[key])}
     yield from (f"the field {shown(f)[1:-1]} of a message is not read" for f in sorted(fields))
+
+
+def _switches(value: Any) -> bool:
+    """Whether a field of a message says something, if only whether the turn is to be learned."""
+    return isinstance(value, bool) or _says_something(value)
 
 
 def _says_something(value: Any) -> bool:

@@ -27,8 +27,8 @@ CALL_ROLES = ("tool_call", "function_call")
 ROLE_ALIASES = {"tool_response": "tool", "observation": "tool", "function": "tool"}
 # Names that data has for what the model thought before it answered.
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-# Names for "learn this turn": OpenAI's, ms-swift's two.
-WEIGHT_FIELDS = ("weight", "loss", "loss_scale")
+# Names for "learn this turn": OpenAI's, ms-swift's two, axolotl's.
+WEIGHT_FIELDS = ("weight", "loss", "loss_scale", "train")
 MAX_MESSAGES = 1000  # each turn is rendered with all before it
 COPIED_FIELDS = ("name", "tool_call_id")
 READ_FIELDS = frozenset(
@@ -236,7 +236,7 @@ def _call(value: Any, where: str) -> Message:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise FormatError(f"{where} must be an object with a function's name and arguments")
     arguments = function.get("arguments")
-    arguments = {} if arguments is None else arguments
+    arguments = {} if arguments is None or arguments == "" else arguments  # of a call without any
     if not isinstance(parsed(arguments, f"{where}.arguments"), Mapping):
         raise FormatError(f"{where}.arguments must be an object, or an object as JSON text")
     outer = {k: v for k, v in value.items() if k in ("id", "type") and v is not None}

@@ -20,6 +20,7 @@ from moetrain.data.cache import cache_root
 from moetrain.data.chat import Chat
 from moetrain.data.demonstrations import prepare_demonstrations
 from moetrain.data.formats import (
+    SWITCHES,
     SYSTEM_KEYS,
     TEMPLATE_KEYS,
     TEMPLATED,
@@ -141,8 +142,8 @@ def read_prompt(
 
 def _unread(record: Mapping[str, Any], key: str) -> Iterator[str]:
     """Notes on what neither the prompt nor a reward can take in."""
-    for name in MEDIA:
-        if record.get(name):
+    for name in (*MEDIA, *SWITCHES):
+        if record.get(name) or (name in SWITCHES and name in record):
             yield f"the column {name} is not read"
     if record.get(TEMPLATED):
         for name in (*SYSTEM_KEYS, *TEMPLATE_KEYS):

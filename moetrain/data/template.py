@@ -38,6 +38,7 @@ class Reads:
     text: bool  # whether it takes them as JSON text
     null: bool  # whether a turn of calls may have the content None
     system: bool  # whether it renders a system message
+    developer: bool  # whether it knows that role
     tools: bool  # whether it renders the tools on offer
 
 
@@ -114,6 +115,8 @@ class Template:
         """An assistant's message as this template takes it: the thought where it looks for one,
         the arguments of calls in the form that it writes.
         """
+        if message["role"] == "developer" and not self.reads.developer:
+            return message | {"role": "system"}  # OpenAI's later name for it
         if message["role"] != "assistant":
             return message
         made = {k: v for k, v in message.items() if k not in ("reasoning_content", "tool_calls")}
@@ -162,7 +165,6 @@ class Template:
         empty = self._tries(_calls(arguments, content=""))
         tool = {"name": ARGUMENT, "description": "d", "parameters": {"type": "object"}}
         offered = self._tries(tools=[{"type": "function", "function": tool}])
-        system = self._tries_system()
         return Reads(
             reasoning=next(fields, None),
             inline=THOUGHT in inline and CONTENT in inline,
@@ -170,7 +172,8 @@ class Template:
             mapping=takes_mapping or not takes_text,
             text=takes_text,
             null=ARGUMENT in null and null.count("None") <= empty.count("None"),
-            system=CONTENT in system,
+            system=CONTENT in self._tries_first("system"),
+            developer=CONTENT in self._tries_first("developer"),
             tools=ARGUMENT in offered,
         )
 
@@ -181,8 +184,8 @@ class Template:
         tried = (self._tries(_calls(arguments, content, number)) for content in (None, ""))
         return next((text for text in tried if ARGUMENT in text), "")
 
-    def _tries_system(self) -> str:
-        messages = [{"role": "system", "content": CONTENT}, {"role": "user", "content": QUESTION}]
+    def _tries_first(self, role: str) -> str:
+        messages = [{"role": role, "content": CONTENT}, {"role": "user", "content": QUESTION}]
         try:
             return self.render(messages)[0]
         except FormatError:
