@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -185,16 +187,28 @@ def test_far_too_long_prompts_and_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "loop",
+    ("loop", "words"),
     [
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
-        "{{ m(99) }}",
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "works on it for over 0.3 s",
+        ),
+        (
+            "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
+            "{{ m(99) }}",
+            "works on it for over 0.3 s",
+        ),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{{ 'x' * 1000 }}{% endfor %}"
+            "{% endfor %}",
+            "takes over 16 MiB of memory for it",
+        ),
     ],
 )
-def test_a_template_without_an_end(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_without_an_end(loop: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs a record and not the run, whether for every record or for one."""
     monkeypatch.setattr(template, "SECONDS", 0.3)
+    monkeypatch.setattr(template, "ROOM", 1 << 24)
     own = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     own = f"{{% if 'loop' in messages[0].content %}}{loop}{{% endif %}}{own}"
     spec = Spec((), tokenizer_folder(), 256, "reject", 1, chat=ChatOptions(own))
@@ -202,7 +216,30 @@ def test_a_template_without_an_end(loop: str, monkeypatch: pytest.MonkeyPatch) -
     rows = [Row(chat(text, "a"), "f", i) for i, text in enumerate(("a", "loop", "b"))]
     reasons = [found.reason for found in encode(rows)]
     assert reasons[0] is None and reasons[2] is None
-    assert reasons[1] is not None and "works on it for over 0.3 s" in reasons[1]
+    assert reasons[1] is not None and words in reasons[1]
+
+
+def test_one_call_that_takes_all_memory() -> None:
+    """`{{ 'x' * 10**12 }}`: there is no step of Python in it at which it could be stopped."""
+    code = """
+import resource, threading
+from moetrain.data.limits import OverMemory, limited
+before = resource.getrlimit(resource.RLIMIT_DATA)
+for call in (lambda: "x" * 10**9, lambda: [0] * 10**8, lambda: "%1000000000d" % 1):
+    try:
+        with limited(5, 1 << 26):
+            call()
+        print("not stopped")
+    except OverMemory:
+        pass
+assert resource.getrlimit(resource.RLIMIT_DATA) == before
+bytes(1 << 27)
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+with limited(5, 1 << 26):  # another thread could start a process now, which would keep the limit
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def test_all_templates_open_quickly() -> None:

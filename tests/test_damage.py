@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from moetrain.models import read_model
 from moetrain.rewards.reward_model import RewardModel
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import CONFIGS, save_model
+from moetrain.weights.beside import check_exported
 from moetrain.weights.compare import compare
 from moetrain.weights.folder import INDEX, weight_files
 from moetrain.weights.peft_config import read_config
@@ -402,6 +404,36 @@ def test_a_link_out_of_the_folder_is_not_exported(model: Path, tmp_path: Path, n
     with pytest.raises(WeightsError, match=f"{name} is a link to .*secret, outside"):
         expand(copy, tmp_path / "made", every=1)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("generation_config.json", "[]"),
+        ("generation_config.json", "{"),
+        ("generation_config.json", "[" * 100_000),
+        ("generation_config.json", '{"eos_token_id": "x"}'),
+        ("special_tokens_map.json", "3"),
+    ],
+)
+def test_what_an_export_would_meet_in_the_end_is_met_at_the_start(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    shutil.copytree(tokenizer_folder(), tmp_path, dirs_exist_ok=True)
+    check_exported(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(WeightsError, match=f"{re.escape(name)}|eos_token_id") as caught:
+        check_exported(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_may_be_links_to_wherever_they_lie(model: Path, tmp_path: Path) -> None:
+    """What is read is read with the user's own rights; an export holds files."""
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    shutil.move(copy / "model.safetensors", tmp_path / "elsewhere")
+    (copy / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    expand(copy, tmp_path / "made", every=1)
+    assert not any(path.is_symlink() for path in (tmp_path / "made").iterdir())
 
 
 def test_links_of_the_hubs_cache_and_within_the_folder_are_files(

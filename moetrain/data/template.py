@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moetrain.data.limits import OverMemory, OverTime, limited
 from moetrain.data.messages import REASONING_FIELDS, FormatError, Message, arguments_of
-from moetrain.data.time_limit import OverTime, time_limit
 from moetrain.errors import DataError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -23,6 +23,7 @@ CONTENT, THOUGHT, QUESTION, ARGUMENT = "Qz7ContentqZ", "Qz7ThoughtqZ", "Qz7Quest
 TAG = re.compile(r"<[|\uff5c]?[\w\u2581/ .:-]{1,40}[|\uff5c]?>|\[/?[A-Z_]{2,20}\]")
 THINK = re.compile("think", re.IGNORECASE)
 SECONDS = 5.0  # of the processor, for one text
+ROOM = 1 << 28  # bytes, the same
 
 Span = tuple[int, int]
 
@@ -97,7 +98,7 @@ class Template:
         # Its annotations say less than it takes and returns (transformers 5.19).
         render: Any = chat_template_utils.render_jinja_template
         try:
-            with time_limit(SECONDS):
+            with limited(SECONDS, ROOM):
                 texts, marks = render(
                     conversations=[list(messages)],
                     chat_template=self.text,
@@ -106,6 +107,10 @@ class Template:
                 )
         except OverTime as error:
             raise FormatError(f"the chat template works on it for over {SECONDS:g} s") from error
+        except OverMemory as error:
+            raise FormatError(
+                f"the chat template takes over {ROOM >> 20} MiB of memory for it"
+            ) from error
         except Exception as error:  # a template is a program: it raises what it likes
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FormatError(f"the chat template refuses it: {reason}") from error

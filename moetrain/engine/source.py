@@ -18,7 +18,7 @@ from moetrain.data.turns import end_of_turn
 from moetrain.errors import ConfigError, WeightsError
 from moetrain.models import Model, with_scalar_head
 from moetrain.models.lookup import NOTE, config_of, read_mapping
-from moetrain.weights.beside import Beside, check_links
+from moetrain.weights.beside import Beside, check_exported
 from moetrain.weights.folder import has_weights
 from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
 
@@ -99,8 +99,8 @@ def model_of(recipe: Recipe, *, exports: bool = False) -> ModelSource:
     own = adapter_tokenizer(recipe)
     found = found if own is None else replace(found, tokenizer=own)
     if exports:
-        check_links(found.tokenizer)
-        check_links(found.folder or found.megatron)
+        check_exported(found.tokenizer)
+        check_exported(found.folder or found.megatron)
     return found
 
 

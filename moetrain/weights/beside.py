@@ -52,7 +52,7 @@ class Beside:
 
     def write(self, folder: Path, hf: Mapping[str, Any]) -> None:
         """Put it all into `folder`; `hf` is the model's config as it was."""
-        check_links(self.tokenizer)
+        check_exported(self.tokenizer)
         self._write_tokenizer(folder)
         source = self.model / GENERATION if self.model else None
         given = _json(source) if source is not None and source.is_file() else None
@@ -145,7 +145,8 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(_inside(path)))
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: not JSON ({error}). Restore the file.") from None
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise WeightsError(f"{path}: not JSON ({reason}). Restore the file.") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: a mapping is wanted, not {type(content).__name__}.")
     return content
@@ -155,12 +156,19 @@ def _copy(source: Path, target: Path) -> None:
     target.write_bytes(read_bytes(_inside(source)))
 
 
-def check_links(folder: Path | None) -> None:
-    """WeightsError for a link among what would be exported from `folder` that leads elsewhere."""
-    if folder is not None:
-        more = folder / OTHER_TEMPLATES[1]
-        for path in [*tokenizer_files(folder), folder / GENERATION, *more.glob("*")]:
-            _inside(path)
+def check_exported(folder: Path | None) -> None:
+    """WeightsError for what an export from `folder` would meet in the end: a link that leads
+    elsewhere, a file that is not what its name says.
+    """
+    if folder is None:
+        return
+    more = folder / OTHER_TEMPLATES[1]
+    for path in [*tokenizer_files(folder), folder / GENERATION, *more.glob("*")]:
+        _inside(path)
+    for path in (folder / name for name in (GENERATION, CONFIG, SPECIALS)):
+        content = _json(path) if path.is_file() else {}
+        if path.name == GENERATION:
+            _ids(content)
 
 
 def _inside(path: Path) -> Path:
