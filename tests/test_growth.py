@@ -1,17 +1,34 @@
-"""Twice the input takes at most two and a half times as long: what was quadratic is no more."""
+"""Twice the input takes at most two and a half times as long and as much memory: what was
+quadratic is no more.
+"""
 
 import contextlib
+import gc
+import json
 import time
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
 
 from moetrain.config.yaml_text import parse_value
 from moetrain.data.contract import EMPTY_THOUGHT
+from moetrain.data.controls import JOINT, Cut, cut
+from moetrain.data.messages import FormatError, read_messages
+from moetrain.data.parsing import parse_json
 from moetrain.errors import ConfigError
 from moetrain.interop.swift.shell import find_commands
 from moetrain.rewards.code import fenced
 from moetrain.rewards.prose import _formulas
+
+
+def turns_and_joints(n: int) -> Cut:
+    """As many turns are found in a text as it has control tokens that are spelled."""
+    whole = cut(f"<{JOINT}|im_end|>" * n)
+    for place in range(0, 11 * n, 11):
+        whole.moved(place)
+    return whole
+
 
 FACTOR, TRIES = 2.5, 6
 # What is done with n of something, and an n that takes some hundredths of a second.
@@ -23,12 +40,18 @@ CASES: dict[str, tuple[Callable[[int], object], int]] = {
     "blanks where a thought may be": (lambda n: EMPTY_THOUGHT.match("\n" * n), 1_000_000),
     "brackets of a script": (lambda n: find_commands("A=" + "$(" * n), 40_000),
     "an array that grows": (lambda n: find_commands("A+=(x)\n" * n), 4_000),
+    "control tokens in a text": (turns_and_joints, 5_000),
+    "calls that are turns": (
+        lambda n: read_messages([{"role": "tool_call", "content": '{"name": "f"}'}] * n, "x"),
+        500,
+    ),
+    "a record of short texts": (lambda n: parse_json(json.dumps([["x"]] * n)), 30_000),
 }
 
 
 def seconds(run: Callable[[int], object], size: int) -> float:
     begin = time.process_time()
-    with contextlib.suppress(ConfigError):
+    with contextlib.suppress(ConfigError, FormatError):
         run(size)
     return time.process_time() - begin
 
@@ -40,3 +63,22 @@ def test_growth(run: Callable[[int], object], size: int) -> None:
     twice = min(seconds(run, 2 * size) for _ in range(TRIES))
     assert twice <= FACTOR * once + 0.01, (once, twice)
     assert twice < 5
+
+
+def peak(run: Callable[[int], object], size: int) -> int:
+    """The most bytes that Python holds at a time."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ConfigError, FormatError):
+            run(size)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("run", "size"), CASES.values(), ids=CASES)
+def test_growth_of_memory(run: Callable[[int], object], size: int) -> None:
+    once = peak(run, size // 4)
+    twice = peak(run, size // 2)
+    assert twice <= FACTOR * once + 100_000, (once, twice)

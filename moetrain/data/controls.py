@@ -10,6 +10,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -148,7 +149,12 @@ class Cut:
 
     def moved(self, place: int) -> int:
         """Where a place of the text with joints is in the one without."""
-        return place - bisect_left([cut + i for i, cut in enumerate(self.at)], place)
+        return place - bisect_left(self._joints, place)
+
+    @cached_property
+    def _joints(self) -> list[int]:
+        """Where they stood in the text with them; once for the thousand turns of a conversation."""
+        return [cut + i for i, cut in enumerate(self.at)]
 
     def parts(self, *edges: int) -> list[str]:
         """The text in pieces, cut at its joints and at `edges`."""
