@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,22 @@ def test_a_loss_that_is_no_number(model: Path, tmp_path: Path, nproc: int) -> No
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
 
 
+FULL_DISK = """
+import subprocess, sys
+from pathlib import Path
+from moetrain.testing import command
+
+disk, size, recipe = sys.argv[1:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], check=True)
+for _ in range(2):
+    done = command.run("train", recipe, "--nproc", "2", f"run_dir={disk}/run")
+    print("code", done.returncode)
+    print(*sorted(path.name for path in Path(disk, "run", "checkpoints").iterdir()), sep="\\n")
+    sys.stderr.write(done.stderr)
+    subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
+"""
+
+
 def test_a_full_disk_while_saving(model: Path, tmp_path: Path) -> None:
     """A real one: a tmpfs that holds one checkpoint and not two; it grows, and the run ends."""
     recipe = write_recipe(tmp_path, model, checkpoint={"every": 2, "keep": 1})
@@ -134,18 +151,12 @@ def test_a_full_disk_while_saving(model: Path, tmp_path: Path) -> None:
     mebibytes = round(size * 1.6 / 2**20)
     disk = tmp_path / "disk"
     disk.mkdir()
-    train = f"{' '.join(command.MOETRAIN)} train {recipe} --nproc 2 run_dir={disk}/run"
-    script = f"""
-        mount -t tmpfs -o size={mebibytes}m none {disk} || exit 99
-        {train}; echo "code $?"; ls {disk}/run/checkpoints
-        mount -o remount,size=1g {disk}
-        {train}; echo "code $?"; ls {disk}/run/checkpoints
-    """
-    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    probe = f"mount -t tmpfs none {disk}"
-    if subprocess.run([*unshare, probe], capture_output=True, check=False).returncode:
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    probe = [*unshare, "mount", "-t", "tmpfs", "none", str(disk)]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("no mount namespaces here: a full disk stays unproven")
-    done = subprocess.run([*unshare, script], capture_output=True, text=True, check=False)
+    script = [sys.executable, "-c", FULL_DISK, str(disk), f"{mebibytes}m", str(recipe)]
+    done = subprocess.run([*unshare, *script], capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith(("code", "step_"))]
     assert lines == ["code 2", "step_00000002", "code 0", "step_00000004"], (
         done.stdout + done.stderr
