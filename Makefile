@@ -36,9 +36,9 @@ quickstart: $(STAMP)
 	$(BIN)/moetrain quickstart
 
 # One thread a process: the tests start up to four ranks on two cores. They wait for each other half of the time, so two files run
-# at once.
+# at once, the longest first (tests/conftest.py).
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP) files
 	$(BIN)/ruff check .
