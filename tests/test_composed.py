@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,21 +140,30 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     return Cases(tmp_path_factory.mktemp("composed"))
 
 
+EveryMethod = Callable[[int], tuple[list[Case], list[Found]]]
+
+
 @pytest.fixture(scope="module")
-def every_method(cases: Cases, workers: Workers) -> tuple[list[Case], list[Found]]:
-    """The nine methods, and what one process makes of them."""
-    made = [cases.case(method) for method in METHODS]
-    return made, workers.run(1, layouts.run, {}, made)[0]
+def every_method(cases: Cases, workers: Workers) -> EveryMethod:
+    """The nine methods in so many packs, and what one process makes of them."""
+
+    @cache
+    def made(num_packs: int) -> tuple[list[Case], list[Found]]:
+        made = [cases.case(method, num_packs=num_packs) for method in METHODS]
+        return made, workers.run(1, layouts.run, {}, made)[0]
+
+    return made
 
 
-def test_one_process_learns(every_method: tuple[list[Case], list[Found]]) -> None:
+def test_one_process_learns(every_method: EveryMethod) -> None:
     """So that nothing is compared with nothing: every loss moves, every gradient is clipped but
     one."""
-    for case, found in zip(*every_method, strict=True):
-        assert abs(found.losses[1] - found.losses[0]) > 1e-3, case.name
-        assert found.norms[0] > (0.05 if case.name == "dft" else 0.1), case.name
-        moved = [(a - b).abs().max() for a, b in zip(*halves(found.logps), strict=True)]
-        assert case.name == "reward" or min(moved) > 1e-2, case.name
+    for num_packs in (2, 4):
+        for case, found in zip(*every_method(num_packs), strict=True):
+            assert abs(found.losses[1] - found.losses[0]) > 1e-3, case.name
+            assert found.norms[0] > (0.05 if case.name == "dft" else 0.1), case.name
+            moved = [(a - b).abs().max() for a, b in zip(*halves(found.logps), strict=True)]
+            assert case.name == "reward" or min(moved) > 1e-2, case.name
 
 
 def halves(both: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -168,10 +178,12 @@ def halves(both: list[Any]) -> tuple[list[Any], list[Any]]:
     ],
 )
 def test_methods_are_the_same_at_every_layout(
-    workers: Workers, every_method: tuple[list[Case], list[Found]], layout: str
+    workers: Workers, every_method: EveryMethod, layout: str
 ) -> None:
-    made, wanted = every_method
+    """Where neither stages nor replicas share the packs, two of them show what four would."""
     world, parallel = EVERYWHERE[layout]
+    shared = "pp" in parallel or world > parallel.get("tp", 1) * parallel.get("cp", 1)
+    made, wanted = every_method(4 if shared else 2)
     said: set[str] = set()
     for answers in workers.run(world, layouts.run, parallel, made, timeout=400):
         for case, one, found in zip(made, wanted, answers, strict=True):
