@@ -359,6 +359,7 @@ def test_an_index_with_names_that_no_file_has(tmp_path: Path, name: str) -> None
         ("rank_pattern", [1]),
         ("alpha_pattern", {"q_proj": float("-inf")}),
         ("target_parameters", 5),
+        ("target_parameters", ["a", 1]),
     ],
 )
 def test_an_adapter_config_that_lies(tmp_path: Path, key: str, value: Any) -> None:

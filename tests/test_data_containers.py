@@ -407,3 +407,9 @@ def test_text_of_json_inside_a_record_is_held_to_the_same(
     assert second.groups
     found = read_prompts([path], ChatOptions().open(tokenizer_folder()))
     assert len(found.prompts) + len(found.rejects) == 2
+
+
+def test_prompts_of_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"No record in .*p\.jsonl can be used\.$"):
+        read_prompts([tmp_path / "p.jsonl"], ChatOptions().open(tokenizer_folder()))

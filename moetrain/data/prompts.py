@@ -94,11 +94,8 @@ def read_prompts(
         again = replace(prompt, id=f"{prompt.id}{AGAIN}{number}")
         found.prompts.append(prompt if number == 1 else again)
     if not found.prompts:
-        rejects = found.rejects
-        first = f" The first: {rejects[0].file}:{rejects[0].line}: {rejects[0].reason}." * bool(
-            rejects
-        )
-        raise DataError(f"No record in {', '.join(map(str, inputs))} can be used.{first}")
+        why = "".join(f" The first: {r.file}:{r.line}: {r.reason}." for r in found.rejects[:1])
+        raise DataError(f"No record in {', '.join(map(str, inputs))} can be used.{why}")
     return found
 
 

@@ -101,10 +101,16 @@ def read_config(path: Path) -> PeftConfig:
             dora=bool(content.get("use_dora")),
             init=first if first in ("olora", "pissa") else "lora",
             scalar_head=content.get("task_type") == "SEQ_CLS",
-            parameters=tuple(content.get("target_parameters") or ()),
+            parameters=_names(content.get("target_parameters") or ()),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{path}: not a LoRA config of PEFT's ({error!r}).") from None
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"target_parameters {str(value)[:60]}, no list of names")
+    return tuple(value)
 
 
 def _rank(value: Any) -> int:
