@@ -813,7 +813,12 @@ def test_every_deciding_flag_is_tried() -> None:
         (f"{BASE} --lr $LR", r"\$LR"),
         (f"{BASE} --lr $(cat lr)", r"\$\(cat lr\)"),
         ("megatron sft conf.yaml --lr 1", "conf.yaml"),
-        (f"{BASE.replace('sft', 'rlhf')} --rlhf_type ppo", "dpo, kto, rm and grpo"),
+        (
+            f"{BASE.replace('sft', 'rlhf')} --rlhf_type ppo",
+            "--rlhf_type ppo: .*dpo, kto, rm and grpo",
+        ),
+        (f"{BASE} --truncation_strategy split", "--truncation_strategy split: data.too_long"),
+        (f"{DPO} --truncation_strategy left", "--truncation_strategy left: data.too_long"),
         (f"{BASE} --tuner_type lora_llm", "full training and lora"),
     ],
 )

@@ -316,7 +316,9 @@ class Choice(Entry):
                 break
         else:
             if self.wanted:
-                raise ConfigError(self.wanted)
+                flag, _, allowed = self.wanted.partition(": ")
+                flag = flag.removeprefix("--")
+                raise ConfigError(f"{shown(flag, reading.given.get(flag, ()))}: {allowed}")
             return
         if option.value is not None:
             reading.keys[self.key] = option.value

@@ -38,6 +38,9 @@ class DataSets(Entry):
             if keys["data.eval"] != held_out:
                 why = "#N takes a sample, which data.eval does not: make a file of it"
                 reading.note("not carried", "val_dataset", why)
+        if keys.get("method.name") in self.corpora and "truncation_strategy" in reading.given:
+            why = "a corpus is cut into sequences of data.seq_len"
+            reading.note("implied", "truncation_strategy", why)
         self._share(reading, bool(held_out), bool(given), bool(cached))
 
     def _train(self, reading: Reading, paths: list[str]) -> None:

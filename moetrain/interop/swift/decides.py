@@ -80,7 +80,7 @@ DECIDES = DECIDING.keys() | frozenset(
     off_policy_sequence_mask_delta optimizer overlong_filter quant_method ref_adapters ref_model
     reference_free reward_funcs reward_model rollout_importance_sampling_mode router_replay_mode
     rpo_alpha sft_alpha sync_ref_model target_modules target_regex task_type top_entropy_quantile
-    trainable_parameters trainable_parameters_regex use_chat_template use_vllm
+    trainable_parameters trainable_parameters_regex truncation_strategy use_chat_template use_vllm
     weight_decay_incr_style
     """.split()
 )
