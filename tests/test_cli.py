@@ -13,6 +13,7 @@ from moetrain.errors import DivergedError, MoetrainError
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "examples" / "pretrain_tiny.yaml")
+ONLINE = str(ROOT / "examples" / "grpo_tiny.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,10 @@ def test_score_wants_a_model_data_and_a_file(
         ([RECIPE, "--nproc", "3", "parallel.ep=2"], "Use 2 or 4 ranks"),
         ([RECIPE, "parallel.ep=2"], "1 ranks do not divide"),
         ([RECIPE, "--dry-run", "parallel.ep=3"], "ep=3 does not divide 8 experts"),
+        (
+            [ONLINE, "--dry-run", "rollout.max_tokens=512"],
+            "no room for a prompt in data.seq_len=512",
+        ),
         ([RECIPE, "model.path=/none"], "model.path=/none"),
         ([str(ROOT / "examples")], "Is a directory"),
         ([RECIPE, "optim.lr=[1"], "override optim.lr: line 1"),

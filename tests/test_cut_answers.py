@@ -161,6 +161,19 @@ def test_a_group_of_one_teaches_nothing(method: str) -> None:
     assert recipe_with("ppo", rollout={"group_size": 1}).rollout.group_size == 1
 
 
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_steps_without_a_group_and_rewards_without_a_weight(method: str) -> None:
+    """A schedule would count optimizer steps that do not come; every answer would be worth 0."""
+    few = {"rollout": {"prompts_per_step": 4}}
+    assert recipe_with({"name": method, "inner_steps": 4}, **few)
+    with pytest.raises(ConfigError, match=r"inner_steps=5 is more than rollout.prompts_per_step=4"):
+        recipe_with({"name": method, "inner_steps": 5}, **few)
+    nothing = {"name": "accuracy", "weight": 0}
+    assert recipe_with(method, rewards=[nothing, "format"])
+    with pytest.raises(ConfigError, match="every weight is 0"):
+        recipe_with(method, rewards=[nothing])
+
+
 @pytest.mark.parametrize(
     ("method", "says"),
     [

@@ -19,10 +19,11 @@ from moetrain.config.cluster import ClusterConfig
 from moetrain.config.data import DataConfig
 from moetrain.config.megatron import passed_through
 from moetrain.config.method import MethodConfig
-from moetrain.config.online import DapoMethod, OnlineMethod
+from moetrain.config.online import OnlineMethod
 from moetrain.config.reads import leave_out, unread
 from moetrain.config.rewards import Reward, Rewards
 from moetrain.config.rollout import RolloutConfig
+from moetrain.config.sampling import check_sampling
 from moetrain.config.section import Count, Folder, Fraction, Location, Paths, Section, WarmUp
 
 
@@ -369,17 +370,8 @@ class Recipe(Section):
         method, rollout = self.method, self.rollout
         if not isinstance(method, OnlineMethod) or rollout is None:
             return self
-        if method.compares and rollout.group_size == 1 and rollout.replay is None:
-            raise ValueError(
-                f"rollout.group_size=1: {method.name} compares the answers to a prompt, and one"
-                " alone teaches nothing. Give 2 or more; ppo can learn from one"
-            )
-        if isinstance(method, DapoMethod) and method.dynamic_sampling and self.train.epochs:
-            raise ValueError(
-                "train.epochs: dapo samples further prompts in place of groups without signal, so"
-                " nobody knows how many steps there are. Give train.steps, or"
-                " method.dynamic_sampling=false"
-            )
+        weights = [reward.weight for reward in self.rewards]
+        check_sampling(method, rollout, weights, self.train.epochs)
         # Frozen for users; what follows from another section is part of the recipe as it is read.
         object.__setattr__(self, "method", method.within(rollout.max_tokens))
         return self

@@ -48,6 +48,11 @@ def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> Model:
             f"data-parallel ranks. "
             f"Use {-(-recipe.train.global_batch // plan.dp) * plan.dp}."
         )
+    if recipe.rollout is not None and recipe.rollout.max_tokens >= recipe.data.seq_len:
+        raise ConfigError(
+            f"rollout.max_tokens={recipe.rollout.max_tokens} leaves no room for a prompt in"
+            f" data.seq_len={recipe.data.seq_len}, which holds both. Give less, or raise it."
+        )
     if recipe.method.name == "cpt" and (
         recipe.model.hf is not None or recipe.model.init == "random"
     ):

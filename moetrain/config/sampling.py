@@ -1,0 +1,34 @@
+"""What a method that learns from rollouts asks of them."""
+
+from collections.abc import Sequence
+
+from moetrain.config.online import DapoMethod, OnlineMethod
+from moetrain.config.rollout import RolloutConfig
+
+
+def check_sampling(
+    method: OnlineMethod, rollout: RolloutConfig, weights: Sequence[float], epochs: float | None
+) -> None:
+    """Raises ValueError where nothing could be learned, or a setting would not be what it says."""
+    fresh = rollout.replay is None
+    if method.compares and rollout.group_size == 1 and fresh:
+        raise ValueError(
+            f"rollout.group_size=1: {method.name} compares the answers to a prompt, and one alone"
+            " teaches nothing. Give 2 or more; ppo can learn from one"
+        )
+    if weights and not any(weights) and fresh:
+        raise ValueError(
+            "rewards: every weight is 0, so that no answer is better than another. Give one another"
+        )
+    if isinstance(method, DapoMethod) and method.dynamic_sampling and epochs:
+        raise ValueError(
+            "train.epochs: dapo samples further prompts in place of groups without signal, so"
+            " nobody knows how many steps there are. Give train.steps, or"
+            " method.dynamic_sampling=false"
+        )
+    if method.inner_steps > rollout.prompts_per_step and fresh:
+        raise ValueError(
+            f"method.inner_steps={method.inner_steps} is more than rollout.prompts_per_step="
+            f"{rollout.prompts_per_step}: each optimizer step takes whole groups. Give less, or"
+            " more prompts"
+        )
