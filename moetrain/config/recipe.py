@@ -371,7 +371,7 @@ class Recipe(Section):
         if not isinstance(method, OnlineMethod) or rollout is None:
             return self
         weights = [reward.weight for reward in self.rewards]
-        check_sampling(method, rollout, weights, self.train.epochs)
+        check_sampling(method.name, method, rollout, weights, self.train.epochs)
         # Frozen for users; what follows from another section is part of the recipe as it is read.
         object.__setattr__(self, "method", method.within(rollout.max_tokens))
         return self

@@ -7,13 +7,17 @@ from moetrain.config.rollout import RolloutConfig
 
 
 def check_sampling(
-    method: OnlineMethod, rollout: RolloutConfig, weights: Sequence[float], epochs: float | None
+    name: str,
+    method: OnlineMethod,
+    rollout: RolloutConfig,
+    weights: Sequence[float],
+    epochs: float | None,
 ) -> None:
     """Raises ValueError where nothing could be learned, or a setting would not be what it says."""
     fresh = rollout.replay is None
     if method.compares and rollout.group_size == 1 and fresh:
         raise ValueError(
-            f"rollout.group_size=1: {method.name} compares the answers to a prompt, and one alone"
+            f"rollout.group_size=1: {name} compares the answers to a prompt, and one alone"
             " teaches nothing. Give 2 or more; ppo can learn from one"
         )
     if weights and not any(weights) and fresh:
