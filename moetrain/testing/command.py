@@ -15,7 +15,8 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -137,6 +138,41 @@ def run(
     started = start(*words, cwd=cwd, env=env, fresh=fresh)
     out, err = started.communicate(timeout)
     return subprocess.CompletedProcess(started.args, started.returncode or 0, out, err)
+
+
+SCRIPT = """#!/bin/sh
+own=$(dirname "$0")
+printf '%s\\0' "$PWD" "$@" > "$own/asked"
+read -r code < "$own/told"
+cat "$own/out"
+exit "$code"
+"""
+
+
+@contextmanager
+def for_scripts(folder: Path) -> Iterator[Path]:
+    """A program in `folder` that shell scripts call as `moetrain`, one call after another."""
+    folder.mkdir()
+    for name in ("asked", "told"):
+        os.mkfifo(folder / name)
+    program = folder / "moetrain"
+    program.write_text(SCRIPT)
+    program.chmod(0o755)
+
+    def serve() -> None:
+        while asked := (folder / "asked").read_text():
+            cwd, *words = asked.split("\0")[:-1]
+            started = start(*words, cwd=Path(cwd), merged=True)
+            (folder / "out").write_text(started.communicate()[0])
+            (folder / "told").write_text(f"{(started.returncode or 0) % 256}\n")
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield program
+    finally:
+        (folder / "asked").write_text("")
+        thread.join()
 
 
 # In the process that is the command

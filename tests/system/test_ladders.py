@@ -3,10 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from moetrain.testing import command
 
 ROOT = Path(__file__).parents[2]
 WORDS = "train.steps=1 train.micro_batch=1 observe.tensorboard=false".split()
@@ -39,8 +40,6 @@ def test_every_stage_runs(ladder: str, tmp_path: Path) -> None:
     small = bench.replace("samples: 8", "samples: 2\nlimit: 2").replace("[1, 8]", "[1, 2]")
     (tmp_path / "bench.yaml").write_text(small)
     environment = os.environ | {
-        "MOETRAIN": f"{sys.executable} -m moetrain",
-        "PYTHONPATH": str(ROOT),
         "RANKS": "--nproc 1",
         "PROMPTS": "prompts.jsonl",
         "SAMPLING": SAMPLING,
@@ -48,10 +47,12 @@ def test_every_stage_runs(ladder: str, tmp_path: Path) -> None:
         "BENCH": "bench.yaml",
         "CHOICE": "--cut",  # after one step no answer ends by itself
     }
-    script = f"examples/{ladder}/run.sh"
-    done = subprocess.run(
-        ["sh", script, *WORDS], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    script = ["sh", f"examples/{ladder}/run.sh", *WORDS]
+    with command.for_scripts(tmp_path / "bin") as moetrain:
+        environment |= {"MOETRAIN": str(moetrain)}
+        done = subprocess.run(
+            script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     runs = tmp_path / "runs" / ladder
     for stage in LADDERS[ladder]:
