@@ -62,6 +62,7 @@ def work(args: argparse.Namespace) -> None:
         os.chdir(folder)
         for name in names:  # imports and a tokenizer, which are no input's fault
             one(chosen[name], bench, random.Random(name))
+        gc.freeze()  # all that was imported: else every look for garbage goes through it
         first = size = settled()
         counts: Counter[str] = Counter()
         for number in range(args.start, args.num):
