@@ -4,7 +4,7 @@ tokens in them.
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moetrain.data.controls import How, Spelling
 from moetrain.data.messages import FormatError
@@ -92,10 +92,8 @@ def tokenise(
 ) -> Iterator[list[int]]:
     """The token ids of each document; all pieces go to the tokenizer in one batch."""
     pieces = [piece for document in documents for piece in document]
-    ids = iter(
-        tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
-    )
+    how: dict[str, Any] = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
+    # transformers 5.19 raises IndexError for a batch of no texts.
+    ids = iter(tokenizer(pieces, **how)["input_ids"] if pieces else [])
     for document in documents:
         yield [token for _ in document for token in next(ids)]
