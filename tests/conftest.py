@@ -13,8 +13,9 @@ from moetrain.testing.gloo import Workers
 # The files that take longest, by CPU seconds. They come first, so that at the end no worker of
 # xdist is left alone with one of them (`--dist loadfile --no-loadscope-reorder`).
 LONGEST = (
-    "composed", "rl", "settings_runs", "kill", "parity", "disks", "temperature", "online_engine",
-    "methods_engine", "offline_runs", "adapter", "families", "bad_runs", "fuzz", "rewards_run",
+    "composed", "rl", "kill", "settings_runs", "parity", "disks", "offline_runs", "methods_engine",
+    "lora", "temperature", "online_engine", "rewards_run", "megatron_fields", "fuzz", "rewards",
+    "cut_answers", "doctor", "doctor_ranks", "bad_runs", "sweep", "quickstart", "export",
 )  # fmt: skip
 
 
