@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +17,8 @@ from typing import Any
 import pytest
 
 from moetrain.rollout.client import Client
-from moetrain.testing import ranks
+from moetrain.testing import command, ranks
+from moetrain.testing.command import Started
 from moetrain.testing.gloo import Workers
 
 ROOT = Path(__file__).parents[2]
@@ -35,14 +34,8 @@ SETTINGS = (
 TIMEOUT = 400
 
 
-def moetrain(*words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "moetrain", words[0], str(RECIPE), *SETTINGS, *words[1:]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
+def moetrain(*words: str) -> Started:
+    return command.start(words[0], RECIPE, *SETTINGS, *words[1:], cwd=ROOT)
 
 
 def train(run_dir: Path, *more: str, nproc: int = 2) -> None:
@@ -56,7 +49,7 @@ def steps(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "loss" in row]
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: Started) -> None:
     end = time.monotonic() + TIMEOUT
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -68,7 +61,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 class Served:
     address: str
     token_file: Path
-    process: subprocess.Popen[str]
+    process: Started
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -242,13 +235,12 @@ def test_a_benchmark_has_the_same_greedy_answers_from_either_engine(
     served: Served, tmp_path: Path
 ) -> None:
     bench = ROOT / "examples" / "evals" / "checkable.yaml"
-    command = [sys.executable, "-m", "moetrain", "eval", "builtin:qwen3-moe-tiny", str(bench)]
     small = "limit=6 samples=1 pass_at=[1] rollout.max_tokens=12 rollout.eval_temperature=0".split()
     answers: list[list[Any]] = []
     for engine in (("rollout.engine=embedded",), ("rollout.engine=vllm", *served.words)):
         out = tmp_path / f"{len(answers)}.jsonl"
-        words = [*command, "--out", str(out), *small, *engine]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT)
+        words = ("eval", "builtin:qwen3-moe-tiny", bench, "--out", out, *small, *engine)
+        done = command.run(*words, timeout=TIMEOUT, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         rows = map(json.loads, out.read_text().splitlines())
         answers.append(sorted(a["tokens"] for row in rows for a in row["answers"]))
