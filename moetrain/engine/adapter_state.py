@@ -13,9 +13,9 @@ from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFac
 from torch import Tensor, nn
 
 from moetrain.config.recipe import Recipe
-from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.params import canonical_name
+from moetrain.engine.world import World
 from moetrain.models import Model
 from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_table
 from moetrain.models.sharding import GateUp, Sharding
@@ -44,7 +44,7 @@ def base_for(reader: Reader, adapters: AdapterTable | None, seed: int) -> Reader
 
 
 def adapter_state(
-    chunks: list[PackedGPT], adapters: AdapterTable, mesh: Mesh
+    chunks: list[PackedGPT], adapters: AdapterTable, world: World
 ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """Every trained parameter of this rank as Megatron's checkpoints want it, by canonical name:
     adapters, those of all local experts as one tensor [e, ...], and a scalar head.
@@ -52,10 +52,10 @@ def adapter_state(
     state: dict[str, ShardedTensor | ShardedTensorFactory] = {}
     for name, param in _trained(chunks):
         if ".mlp.experts." in name:
-            state[name] = _expert(name, param, adapters[name + "0"].sharding, mesh)
+            state[name] = _expert(name, param, adapters[name + "0"].sharding, world)
         else:
             rule = adapters[name] if name in adapters else adapters.model.table[name]
-            state[name] = _dense(name, param, rule.sharding, mesh)
+            state[name] = _dense(name, param, rule.sharding, world)
     return state
 
 
@@ -66,15 +66,15 @@ def _trained(chunks: list[PackedGPT]) -> Iterator[tuple[str, nn.Parameter]]:
                 yield canonical_name(name, chunk), param
 
 
-def _dense(name: str, param: Tensor, sharding: Sharding, mesh: Mesh) -> Any:
+def _dense(name: str, param: Tensor, sharding: Sharding, world: World) -> Any:
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return _sharded(name, param, sharding, 0, (), mesh.tp_rank, mesh.plan.tp, replica)
+    return _sharded(name, param, sharding, 0, (), world.tp_rank, world.plan.tp, replica)
 
 
-def _expert(name: str, param: Tensor, sharding: Sharding, mesh: Mesh) -> Any:
+def _expert(name: str, param: Tensor, sharding: Sharding, world: World) -> Any:
     replica = parallel_state.get_expert_data_parallel_rank()
-    experts = ((0, mesh.ep_rank, mesh.plan.ep),)
-    return _sharded(name, param, sharding, 1, experts, mesh.etp_rank, mesh.plan.etp, replica)
+    experts = ((0, world.ep_rank, world.plan.ep),)
+    return _sharded(name, param, sharding, 1, experts, world.etp_rank, world.plan.etp, replica)
 
 
 def _sharded(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint.api import CheckpointException
@@ -16,6 +15,7 @@ from moetrain.engine.manifest import write as write_manifest
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.optim import counted, part_steps, start_state
 from moetrain.engine.reading import read, read_state
+from moetrain.engine.world import World
 from moetrain.errors import CheckpointError
 from moetrain.manifest import Entry, entries
 from moetrain.pulse import beat
@@ -53,12 +53,17 @@ class Saving:
     """
 
     def __init__(
-        self, folder: Path, content: dict[str, Any], optimizer: Any, state: dict[str, Any]
+        self,
+        folder: Path,
+        content: dict[str, Any],
+        optimizer: Any,
+        state: dict[str, Any],
+        world: World,
     ):
         """Save `content` (sharded tensors), the optimizer when given, and `state` into `folder`
         (made here, by all ranks together).
         """
-        self.folder = folder
+        self.folder, self.world = folder, world
         self.files: dict[str, Entry] = {}
         self._problem: BaseException | None = None
         self._note = state | {"format": FORMAT, "has_optimizer": optimizer is not None}
@@ -66,7 +71,7 @@ class Saving:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             self._problem = error
-        _agree(self._problem)
+        _agree(self._problem, self.world)
         if optimizer is not None:
             with counted(optimizer, state["steps_done"]):
                 content["optimizer"] = optimizer.sharded_state_dict(content, metadata=_METADATA)
@@ -108,32 +113,26 @@ class Saving:
         while self._thread.is_alive():
             self._thread.join(1.0)
             beat()
-        _agree(self._problem)
+        _agree(self._problem, self.world)
         try:
             self._write_index()
         except CheckpointException:  # torch's, which is no Exception
             raise OSError("some of it could not be written; is the disk full?") from None
-        known = _gathered(self.files)
+        known = self.world.gather(self.files)
         problem: Exception | None = None
-        if dist.get_rank() == 0:
+        if self.world.is_first:
             try:
                 (self.folder / "state.json").write_text(json.dumps(self._note))
                 save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
                 write_manifest(self.folder, {k: v for files in known for k, v in files.items()})
             except OSError as error:
                 problem = error
-        _agree(problem)
+        _agree(problem, self.world)
 
 
-def _gathered(mine: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
-
-
-def _agree(problem: BaseException | None) -> None:
+def _agree(problem: BaseException | None, world: World) -> None:
     """OSError on every rank when one has a problem, since all must leave a save together."""
-    lines = _gathered(None if problem is None else _line(problem))
+    lines = world.gather(None if problem is None else _line(problem))
     first = next((line for line in lines if line), None)
     if first is not None:
         raise OSError(first)
@@ -153,13 +152,13 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def load_weights(chunks: list[PackedGPT], folder: Path) -> None:
+def load_weights(chunks: list[PackedGPT], folder: Path, world: World) -> None:
     """Read the weights of a checkpoint into the live shards, at whatever layout it was written."""
-    fill(chunks, read(model_state(chunks), folder))
+    fill(chunks, read(model_state(chunks), folder, world))
 
 
 def restore(
-    folder: Path, content: dict[str, Any], optimizer: Any
+    folder: Path, content: dict[str, Any], optimizer: Any, world: World
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the checkpoint holds for `content` and the optimizer, and the saved `state`."""
     state = read_state(folder)
@@ -180,7 +179,7 @@ def restore(
             content["optimizer"] = optimizer.sharded_state_dict(
                 content, is_loading=True, metadata=_METADATA
             )
-    return read(content, folder), state
+    return read(content, folder, world), state
 
 
 def restore_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:

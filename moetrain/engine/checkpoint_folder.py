@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moetrain import files
@@ -91,10 +89,10 @@ class Checkpoints:
         if final.is_dir():
             return final
         temporary = self.folder / f".writing_{step:08d}"
-        if engine.mesh.is_main:
+        if engine.world.is_first:
             for stale in self.folder.glob(".writing_*"):
                 shutil.rmtree(stale, ignore_errors=True)
-        dist.barrier()
+        engine.world.barrier()
 
         def begin() -> Saving:
             return engine.begin_save(temporary, state, optimizer=self.optimizer)
@@ -111,9 +109,7 @@ class Checkpoints:
         """
         if self._flight is None:
             return
-        done = torch.tensor(float(self._flight.saving.is_written), device=engine.device)
-        dist.all_reduce(done, dist.ReduceOp.MIN)
-        if done:
+        if engine.world.all(self._flight.saving.is_written):
             self.settle(engine)
 
     def settle(self, engine: "Engine") -> None:
@@ -126,7 +122,7 @@ class Checkpoints:
         self._together(engine, flight.saving.folder, flight.saving.finish)
 
         def publish() -> None:
-            if engine.mesh.is_main:
+            if engine.world.is_first:
                 _sync(flight.saving.folder)
                 os.rename(flight.saving.folder, flight.final)
                 _sync(self.folder)
@@ -150,13 +146,11 @@ class Checkpoints:
             problem = "not everything could be written"
         except Exception as error:  # a full disk surfaces as one of several upstream errors
             problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        problems: list[Any] = [None] * engine.mesh.world_size
-        dist.all_gather_object(problems, problem)
-        first = next((p for p in problems if p), None)
+        first = next((p for p in engine.world.gather(problem) if p), None)
         if first:
-            if engine.mesh.is_main:
+            if engine.world.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
-            dist.barrier()
+            engine.world.barrier()
             free = shutil.disk_usage(self.folder).free / 2**30 if self.folder.is_dir() else 0.0
             raise CheckpointError(
                 f"Saving to {self.folder} failed ({first}; {free:.2f} GiB free). Earlier "
@@ -206,13 +200,13 @@ class Checkpoints:
         """
         said: list[str] = []
         found = self.all()
-        dist.barrier()  # no rank renames one before all have looked
+        engine.world.barrier()  # no rank renames one before all have looked
         for path in reversed(found):
-            problem = damage(path)
+            problem = damage(path, engine.world)
             if not problem:
                 return engine.restore(path), said
             said.append(f"{path} is damaged ({problem}); the checkpoint before it is taken")
-            if engine.mesh.is_main:
+            if engine.world.is_first:
                 with contextlib.suppress(OSError):  # of another name, it is not in the way
                     os.rename(path, path.with_name(f"damaged_{path.name}"))
         if found:

@@ -13,7 +13,7 @@ import torch
 _installed = False
 
 
-def install() -> None:
+def install(*, on_gpu: bool) -> None:
     """Mend megatron-core where it needs it. Call after compat_torch.install, before building a
     model.
     """
@@ -21,7 +21,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    if not torch.cuda.is_available():
+    if not on_gpu:
         _without_gpu()
     _with_torch_adam()
     _save_in_this_process()

@@ -91,7 +91,7 @@ def install(target: torch.device) -> None:
     is.
     """
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
         return
     _installed = True
     _install_cuda_namespace(target)

@@ -7,9 +7,10 @@ attention costs every rank about the same. Legend: c = t/cp local tokens.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from moetrain.ops.reduce import add_up, side_by_side
 
 
 def local_runs(t: int, cp_rank: int, cp_size: int) -> list[tuple[int, int]]:
@@ -40,8 +41,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup, reduce_grad: bool) -> Tensor:
         ctx.group, ctx.reduce_grad = group, reduce_grad
-        out = x.new_empty(group.size() * x.size(0), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        out = side_by_side(x, group)
         return _restore_order(out.view(group.size(), *x.shape), group.size())
 
     @staticmethod
@@ -51,7 +51,7 @@ class _Gather(torch.autograd.Function):
             # An all-reduce and a slice: gloo has no reduce-scatter of unequal dtypes, and K and V
             # are small next to Q.
             grad = grad.clone()
-            dist.all_reduce(grad, group=ctx.group)
+            add_up(grad, ctx.group)
         return take_local(grad, ctx.group.rank(), ctx.group.size()), None, None
 
 

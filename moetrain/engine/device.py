@@ -1,15 +1,13 @@
-"""The device and the process group: cuda with NCCL, cpu with gloo, or meta with a fake one."""
+"""This process's device, and what makes Megatron run on it."""
 
-import datetime
 import logging
 import os
 import socket
 import warnings
 
 import torch
-import torch.distributed as dist
 
-from moetrain.engine import compat_megatron, compat_torch, meeting, pickles
+from moetrain.engine import compat_megatron, compat_torch, pickles
 from moetrain.errors import ConfigError
 
 
@@ -53,46 +51,18 @@ def prepare() -> torch.device:
         torch.cuda.set_device(device)
     else:
         compat_torch.install(device)
-    compat_megatron.install()
+    compat_megatron.install(on_gpu=has_gpu)
     pickles.install()
     return device
 
 
 def ask_for_determinism() -> None:
     """Tell NCCL, cuBLAS and Transformer Engine to give the same bits every time. They look when
-    they start: call before `start`. What the user has set stays.
+    they start: call before a world is opened. What the user has set stays.
     """
     os.environ.setdefault("NCCL_ALGO", "Ring")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-
-
-def start(*, far: bool = False) -> torch.device:
-    """Join the process group that RANK and WORLD_SIZE name (one process without them); returns the
-    device. far: of `meeting.join`.
-    """
-    device = prepare()
-    has_gpu = device.type == "cuda"
-    if not dist.is_initialized():
-        minutes = float(os.environ.get("MOETRAIN_TIMEOUT_MINUTES", 10))
-        meeting.join(
-            "nccl" if has_gpu else "gloo",
-            int(os.environ.get("RANK", 0)),
-            int(os.environ.get("WORLD_SIZE", 1)),
-            datetime.timedelta(minutes=minutes),
-            device if has_gpu else None,
-            far=far,
-        )
-    return device
-
-
-def stop() -> None:
-    """Leave the process group and Megatron's groups; a new layout can be started after it."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def numbers(values: torch.Tensor) -> list[float]:
@@ -102,11 +72,11 @@ def numbers(values: torch.Tensor) -> list[float]:
     return [1.0] * values.numel() if values.is_meta else values.double().tolist()
 
 
-def memory_gib() -> float:
-    """Peak device memory of this process in GiB; on CPU its anonymous memory now (mapped files do
-    not count).
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process on the device in GiB; on CPU its anonymous memory now (mapped
+    files do not count).
     """
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     with open("/proc/self/status") as status:
         for line in status:

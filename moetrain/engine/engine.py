@@ -19,7 +19,6 @@ from moetrain.engine.adapter_state import adapter_of, adapter_state, base_for, f
 from moetrain.engine.layers.block import choose_backend
 from moetrain.engine.layers.router import RouterMonitor, watch
 from moetrain.engine.lora import attach
-from moetrain.engine.mesh import start_mesh
 from moetrain.engine.model import DTYPES, build, transformer_config
 from moetrain.engine.objective import Objective
 from moetrain.engine.optim import clip_and_step, make_optimizer, set_rates, settled, wrap
@@ -64,7 +63,7 @@ class StepResult:
 
 
 class Engine:
-    """A model on this process's place in the mesh. Every verb is collective: all ranks call it in
+    """A model on this process's place in the world. Every verb is collective: all ranks call it in
     the same order.
 
     Args:
@@ -88,7 +87,7 @@ class Engine:
         torch.use_deterministic_algorithms(recipe.train.deterministic)
         self.device = device.start(far=recipe.rollout is not None and bool(recipe.rollout.address))
         self.backend = choose_backend(recipe.model.backend, self.device)
-        self.mesh = start_mesh(recipe.parallel, recipe.seed)
+        self.world = start_mesh(recipe.parallel, recipe.seed)
         self.num_steps = recipe.train.steps or 0  # the loop sets it where epochs decide
         self.steps_done = 0
         # Reduce gradients to every rank, not only to the one that updates the weight: for
@@ -103,7 +102,7 @@ class Engine:
         self.config = transformer_config(recipe, self.model, self.device, self.backend)
         adapted = recipe.adapter is not None
         with self.device:  # Megatron's router makes its weight where torch makes tensors
-            self.chunks = build(self.config, self.model, self.mesh, self.backend, adapted)
+            self.chunks = build(self.config, self.model, self.world, self.backend, adapted)
         watch(self.chunks, self.monitor)
         self.optimizer: Any = None
         self.adapters: AdapterTable | None = None
@@ -114,12 +113,12 @@ class Engine:
         if train:
             patterns = recipe.trainable if self.adapters is None else None
             trained = trainable_names(self.model.table, patterns) if patterns else None
-            freeze(self.chunks, self.mesh, all_but=trained, router=recipe.router.freeze)
+            freeze(self.chunks, self.world, all_but=trained, router=recipe.router.freeze)
             self.wrapped = models = wrap(self.chunks, self.config, recipe)
             self.config.finalize_model_grads_func = self._finalize_gradients
             self.optimizer = make_optimizer(self.wrapped, recipe, self.backend)
             self.config.grad_scale_func = self.optimizer.scale_loss
-        self.run = Runner(models, self.mesh, self.model, self.device)
+        self.run = Runner(models, self.world, self.model, self.device)
 
     def _finalize_gradients(self, models: Any, num_tokens: Any = None, **kwargs: Any) -> None:
         # num_tokens is Megatron's divisor of the summed gradients; ours was applied in the loss.
@@ -140,7 +139,7 @@ class Engine:
         else:
             self.load(base_for(reader, adapters, recipe.seed))
         if adapters is not None:
-            attach(self.chunks, adapters, self.mesh)
+            attach(self.chunks, adapters, self.world)
             self.adapters = adapters
             self.initial_adapter = InitialAdapter(reader, adapters, recipe.seed)
             self.load_adapter(self.initial_adapter)
@@ -148,7 +147,7 @@ class Engine:
     def load_adapter(self, reader: Reader) -> None:
         """Fill the adapters from `reader`, which has the tensors of `self.adapters`."""
         assert self.adapters is not None, "the recipe has no adapter"
-        transport.load(local_adapters(self.chunks, self.mesh), self.adapters, reader, self.model)
+        transport.load(local_adapters(self.chunks, self.world), self.adapters, reader, self.model)
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
@@ -225,16 +224,16 @@ class Engine:
         """What a method makes of a global batch: its objective, the micro-batches to run, and the
         global means that it wants to know before.
         """
-        objective = Objective(method, self.recipe.method, self.mesh, self.device)
+        objective = Objective(method, self.recipe.method, self.world, self.device)
         self.run.with_entropy = "entropy" in method.needs
         asked, packs = objective.parted(packs)
         known: dict[str, float] = {}
         if asked is not None:
-            batches = micro_batches(asked, self.recipe.train.micro_batch, self.mesh)
+            batches = micro_batches(asked, self.recipe.train.micro_batch, self.world)
             with torch.no_grad():
                 known = objective.totals(self._forward_only(batches, objective.estimate))
             del known["loss"]
-        return objective, micro_batches(packs, self.recipe.train.micro_batch, self.mesh), known
+        return objective, micro_batches(packs, self.recipe.train.micro_batch, self.world), known
 
     # Forward only
 
@@ -259,7 +258,7 @@ class Engine:
         """What the model gives for each pack: log-probs, and values where it has a value or scalar
         head; fp32 [t] CPU tensors of the pack's own length, on every rank of the replica.
         """
-        batches = micro_batches(packs, 1, self.mesh)
+        batches = micro_batches(packs, 1, self.world)
         has_values = self.model.heads.value or self.model.heads.scalar
         self.run.with_entropy = False
 
@@ -272,8 +271,8 @@ class Engine:
         table = torch.zeros(shape, device=self.device)
         if kept:
             table = torch.stack([row["given"] for row in kept])
-        if self.mesh.plan.pp > 1:
-            dist.broadcast(table, group_src=self.mesh.plan.pp - 1, group=self.mesh.pp_group)
+        if self.world.plan.pp > 1:
+            dist.broadcast(table, group_src=self.world.plan.pp - 1, group=self.world.pp_group)
         found = table.cpu()
         return [
             Out(own[0], value=own[1] if has_values else None)
@@ -298,7 +297,7 @@ class Engine:
 
     def load(self, reader: Reader) -> None:
         """Fill the live shards from `reader`; this rank reads only what it needs."""
-        transport.load(local_params(self.chunks, self.mesh), self.model.table, reader, self.model)
+        transport.load(local_params(self.chunks, self.world), self.model.table, reader, self.model)
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
@@ -311,7 +310,7 @@ class Engine:
 
     def _export_merged(self, to: transport.To) -> Iterator[tuple[str, Tensor]]:
         rules = self._exported(self.model.table)
-        local = [p for p in local_merged(self.chunks, self.mesh) if p.name in rules]
+        local = [p for p in local_merged(self.chunks, self.world) if p.name in rules]
         return transport.export(local, rules, to=to)
 
     @staticmethod
@@ -323,10 +322,10 @@ class Engine:
         one order on every rank.
         """
         assert self.adapters is not None, "the recipe has no adapter"
-        local = local_adapters(self.chunks, self.mesh)
+        local = local_adapters(self.chunks, self.world)
         rules = self._exported(self.trained_rules)
         heads = self.model.heads.new & rules.keys()
-        local += [p for p in local_params(self.chunks, self.mesh) if p.name in heads]
+        local += [p for p in local_params(self.chunks, self.world) if p.name in heads]
         with settled(self.wrapped):
             yield from transport.export(local, rules, to="all")
 
@@ -335,7 +334,7 @@ class Engine:
         and without clipping.
         """
         assert self.whole_gradients, "the distributed optimizer has scattered the gradients"
-        return transport.export(local_grads(self.chunks, self.mesh), self.trained_rules, to="all")
+        return transport.export(local_grads(self.chunks, self.world), self.trained_rules, to="all")
 
     @cached_property
     def beside(self) -> Beside:
@@ -376,7 +375,7 @@ class Engine:
         with settled(self.wrapped):
             state = state | {"steps_done": self.steps_done}
             saving = checkpoint.Saving(folder, self._content(), kept, state)
-        if self.mesh.is_main:
+        if self.world.is_first:
             self.source.describe(folder, self.recipe, self.beside)
         return saving
 
@@ -384,7 +383,7 @@ class Engine:
         """What a checkpoint holds of the model: all of it, or its adapters."""
         if self.adapters is None:
             return checkpoint.model_state(self.chunks)
-        return {"adapter": adapter_state(self.chunks, self.adapters, self.mesh)}
+        return {"adapter": adapter_state(self.chunks, self.adapters, self.world)}
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Read what `save` wrote, at this layout or another; returns its `state`."""

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -23,11 +22,12 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
+from moetrain.engine.world import World
 from moetrain.models import Rule
 from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_name, row_parts
 from moetrain.ops.grouped import grouped_linear
+from moetrain.ops.reduce import add_up
 
 
 class Lora(nn.Module):
@@ -149,7 +149,7 @@ class RowLora(Lora):
 
     def square_sum(self, local: Tensor) -> Tensor:
         if self.tp_size > 1:
-            dist.all_reduce(local, group=self.group)
+            add_up(local, self.group)
         return local
 
 
@@ -181,9 +181,8 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        return add_up(grad, ctx.group), None
 
 
 class ExpertLora(nn.Module):
@@ -248,7 +247,7 @@ def _add(module: Any, args: Any, output: Any) -> Any:
     return (total, bias) if is_pair else total
 
 
-def attach(chunks: list[PackedGPT], adapters: AdapterTable, mesh: Mesh) -> None:
+def attach(chunks: list[PackedGPT], adapters: AdapterTable, world: World) -> None:
     """Put an adapter beside every targeted weight of this rank, zero until it is loaded, and freeze
     all else.
     """
@@ -260,17 +259,17 @@ def attach(chunks: list[PackedGPT], adapters: AdapterTable, mesh: Mesh) -> None:
             for base in adapters.of_layer(layer.layer_number - 1):
                 module = layer.get_submodule(base.module)
                 if base.expert is None:
-                    module.lora = _beside(module, base, adapters, mesh)
+                    module.lora = _beside(module, base, adapters, world)
                 else:
                     split = "A" if base.sharding.dim == 1 else "B"
-                    module.lora = ExpertLora(module.weight, adapters.spec, split, mesh.etp_group)
+                    module.lora = ExpertLora(module.weight, adapters.spec, split, world.etp_group)
                 if base.adapts != "router":  # the router adds its own, before the choice
                     module.register_forward_hook(_add)
 
 
-def _beside(module: Any, base: Rule, adapters: AdapterTable, mesh: Mesh) -> Lora:
+def _beside(module: Any, base: Rule, adapters: AdapterTable, world: World) -> Lora:
     """The adapter of one linear layer, by how tensor-parallel ranks split it."""
-    spec, tp_size = adapters.spec, mesh.plan.tp
+    spec, tp_size = adapters.spec, world.plan.tp
     parallel = bool(module.config.sequence_parallel)
     num_rows, num_in = module.weight.shape
     arguments = (num_in, num_rows, spec, module.weight)
@@ -278,11 +277,13 @@ def _beside(module: Any, base: Rule, adapters: AdapterTable, mesh: Mesh) -> Lora
     if base.sharding.dim is None:
         lora = RouterLora(*arguments, sequence_parallel=parallel)
     elif base.sharding.dim == 1:
-        lora = RowLora(*arguments, sequence_parallel=parallel, tp_size=tp_size, group=mesh.tp_group)
+        lora = RowLora(
+            *arguments, sequence_parallel=parallel, tp_size=tp_size, group=world.tp_group
+        )
     else:
         lora = ColumnLora(*arguments, sequence_parallel=parallel, tp_size=tp_size)
         if len(base.hf) > 1:
             live = adapters.parts(adapter_name(base.name, "lora_A"))
-            lora.split(row_parts(base, mesh.tp_rank, tp_size), live)
+            lora.split(row_parts(base, world.tp_rank, tp_size), live)
     lora.mark()
     return lora

@@ -4,12 +4,10 @@ them by all ranks together before a run goes on from it.
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from moetrain import manifest
 from moetrain.engine.pickles import index_of
+from moetrain.engine.world import World
 from moetrain.errors import MoetrainError
 from moetrain.manifest import NAME, Files, Manifest
 
@@ -26,16 +24,14 @@ def write(folder: Path, known: Files) -> None:
     manifest.write(folder, found)
 
 
-def damage(folder: Path) -> str:
+def damage(folder: Path, world: World) -> str:
     """What is wrong with a checkpoint, "" when it is whole. Collective: each rank reads a share."""
     problem = ""
     try:
-        problem = damage_of_share(folder, dist.get_rank(), dist.get_world_size())
+        problem = damage_of_share(folder, world.rank, world.size)
     except (OSError, ValueError) as error:
         problem = str(error)
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((p for p in problems if p), "")
+    return next((p for p in world.gather(problem) if p), "")
 
 
 def damage_of_share(folder: Path, rank: int, num_ranks: int) -> str:

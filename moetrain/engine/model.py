@@ -22,7 +22,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.engine.layers import moe
 from moetrain.engine.layers.block import config_fields, layer_specs
 from moetrain.engine.layers.rotary import Rotary
-from moetrain.engine.mesh import Mesh
+from moetrain.engine.world import World
 from moetrain.errors import ConfigError
 from moetrain.layout.mesh import stage_layers
 from moetrain.layout.passed import check_backend, check_passed
@@ -215,20 +215,20 @@ class PackedGPT(GPTModel):
 def build(
     config: TransformerConfig,
     model: Model,
-    mesh: Mesh,
+    world: World,
     backend: str,
     adapted: bool = False,
 ) -> list[PackedGPT]:
     """This rank's model chunks, one per virtual pipeline stage, with uninitialised weights;
     `adapted` when adapters will be put beside their layers.
     """
-    plan = mesh.plan
+    plan = world.plan
     chunks: list[PackedGPT] = []
     for vp_stage in range(max(plan.vpp, 1)):
         stage = vp_stage if plan.vpp > 1 else None
         chunk = PackedGPT(
             config,
-            layer_specs(config, model, backend, stage, mesh.pp_rank, adapted),
+            layer_specs(config, model, backend, stage, world.pp_rank, adapted),
             vocab_size=padded_rows(model.heads.vocab, plan.tp),
             max_sequence_length=model.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(

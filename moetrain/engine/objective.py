@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.engine.device import numbers
-from moetrain.engine.mesh import Mesh
+from moetrain.engine.world import World
 from moetrain.errors import DataError
 from moetrain.methods.base import Known, Method, Out
 from moetrain.ops.packed import Packed, select
@@ -23,12 +22,11 @@ Kept = list[dict[str, Any]]  # what a head kept of each micro-batch, on the last
 
 @dataclass(frozen=True)
 class Objective:
-    """A method with its section of the recipe, on a mesh. Collective but for `head`, `estimate`."""
+    """A method with its section of the recipe. Collective but for `head` and `estimate`."""
 
     method: Method
     cfg: Any
-    mesh: Mesh
-    device: torch.device
+    world: World
 
     def parted(self, packs: Sequence[Packed]) -> tuple[Sequence[Packed] | None, Sequence[Packed]]:
         """(packs of the sequences to estimate from, packs of the others to learn from)."""
@@ -48,8 +46,9 @@ class Objective:
         names = sorted(own[0])
         sums = [sum(float(counts[name]) for counts in own) for name in names]
         sums.append(sum(float(batch.valid.sum()) for batch in batches))
-        table = torch.tensor(sums, dtype=torch.float64, device=self.device)
-        dist.all_reduce(table, group=self.mesh.dp_group)
+        table = torch.tensor(sums, dtype=torch.float64)
+        if self.world.kind != "meta":
+            table = self.world.sum(table, self.world.dp_group)
         *found, tokens = numbers(table)
         if not any(found) and self.method.estimate is None:
             raise DataError(
@@ -72,26 +71,24 @@ class Objective:
     def estimate(self, out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
         """As a head: no loss, and the sums of `Method.estimate`."""
         assert self.method.estimate is not None
-        zero = torch.zeros((), device=self.device)
+        zero = torch.zeros((), device=self.world.device)
         return zero, {"loss": zero, "metrics": self.method.estimate.values(out, pack, self.cfg)}
 
     def totals(self, kept: Kept) -> dict[str, float]:
         """Global means from the micro-batches' sums, and the loss, of which they are shares; only
         one rank of each data-parallel replica contributes.
         """
-        names: list[Any] = [sorted(kept[0]["metrics"]) if kept else []]
-        if self.mesh.world_size > 1 and self.device.type != "meta":
-            last = self.mesh.plan.world_size - 1  # always on the last stage
-            dist.broadcast_object_list(names, src=last, device=self.device)
-        sums = torch.zeros(1 + 2 * len(names[0]), dtype=torch.float64, device=self.device)
-        if self.mesh.speaks:
+        own: list[str] = sorted(kept[0]["metrics"]) if kept else []
+        names = self.world.share(own, self.world.size - 1)  # which is on the last stage
+        device = self.world.device
+        sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=device)
+        if self.world.reports:
             for row in kept:
-                flat = [x for name in names[0] for x in row["metrics"][name]]
+                flat = [x for name in names for x in row["metrics"][name]]
                 values = [torch.as_tensor(x).double() for x in (row["loss"], *flat)]
-                sums += torch.stack([x.to(self.device) for x in values])
-        dist.all_reduce(sums)
-        loss, *pairs = numbers(sums)
-        means = {n: pairs[2 * i] / max(pairs[2 * i + 1], 1e-12) for i, n in enumerate(names[0])}
+                sums += torch.stack([x.to(device) for x in values])
+        loss, *pairs = numbers(self.world.sum(sums))
+        means = {n: pairs[2 * i] / max(pairs[2 * i + 1], 1e-12) for i, n in enumerate(names)}
         return {"loss": loss, **means}
 
     def suspects(self, loss: float, kept: Kept, batches: Sequence[Packed]) -> str:
@@ -101,8 +98,6 @@ class Objective:
         bad = [i for row in kept if not torch.isfinite(row["loss"]) for i in row["ids"] if i]
         if math.isfinite(loss):
             bad = [i for batch in batches for i in batch.ids if i]
-        everyone: list[Any] = [None] * self.mesh.world_size
-        dist.all_gather_object(everyone, bad)
-        names = sorted({i for part in everyone for i in part})
+        names = sorted({i for part in self.world.gather(bad) for i in part})
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return ", ".join(names[:8]) + more if names else "-"

@@ -110,7 +110,9 @@ def settled(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
             model.enable_forward_pre_hook()
 
 
-def make_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe, backend: str) -> Any:
+def make_optimizer(
+    wrapped: list[DistributedDataParallel], recipe: Recipe, backend: str, *, on_gpu: bool
+) -> Any:
     """Megatron's distributed AdamW. Norm weights and biases take no weight decay."""
     cfg, dtype = recipe.optim, DTYPES[recipe.model.dtype]
     extra: dict[str, Any] = {}
@@ -122,7 +124,7 @@ def make_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe, backe
             )
         low = {"bf16": torch.bfloat16, "fp8": torch.uint8}[cfg.state_dtype]
         extra = dict(use_precision_aware_optimizer=True, exp_avg_dtype=low, exp_avg_sq_dtype=low)
-    if cfg.offload and has_device():
+    if cfg.offload and on_gpu:
         # Without the precision-aware path the fp32 main weights would stay on the device too.
         extra |= dict(
             optimizer_cpu_offload=True,
@@ -144,19 +146,12 @@ def make_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe, backe
         overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
         **extra,
     )
-    optimizer = get_megatron_optimizer(
-        config, wrapped, use_gloo_process_groups=torch.distributed.get_backend() == "nccl"
-    )
-    if not has_device():  # on the host torch's AdamW goes over memory ten times, fused once
+    optimizer = get_megatron_optimizer(config, wrapped, use_gloo_process_groups=on_gpu)
+    if not on_gpu:  # on the host torch's AdamW goes over memory ten times, fused once
         for inner in _stepping(optimizer):
             for group in inner.param_groups:
                 group["fused"] = all(param.device.type == "cpu" for param in group["params"])
     return optimizer
-
-
-def has_device() -> bool:
-    """Whether weights lie elsewhere than on the host, so that there is something to offload."""
-    return torch.cuda.is_available()
 
 
 def start_state(optimizer: Any) -> None:

@@ -10,22 +10,22 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.engine.layers.block import TE_NAMES
-from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
+from moetrain.engine.world import World
 from moetrain.weights.transport import LocalParam
 
 _GROUPED = re.compile(r"\.mlp\.experts\.linear_fc[12]\.(?:weight|lora_[AB])(\d*)$")
 _ADAPTER = re.compile(r"\.lora\.(A|B|magnitude)$")
 
 
-def canonical_tensors(chunk: PackedGPT, mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+def canonical_tensors(chunk: PackedGPT, world: World) -> Iterator[tuple[str, Tensor]]:
     """(canonical name, local tensor) of one model chunk; grouped experts come out one by one, as
     views.
 
     A last stage's own copy of tied embeddings comes out under the embedding's name.
     """
     for name, param in chunk.named_parameters():
-        yield from canonical(name, param, chunk, mesh)
+        yield from canonical(name, param, chunk, world)
 
 
 def canonical_name(name: str, chunk: PackedGPT) -> str:
@@ -41,7 +41,7 @@ def canonical_name(name: str, chunk: PackedGPT) -> str:
 
 
 def canonical(
-    name: str, tensor: Tensor, chunk: PackedGPT, mesh: Mesh
+    name: str, tensor: Tensor, chunk: PackedGPT, world: World
 ) -> Iterator[tuple[str, Tensor]]:
     """A parameter of `chunk`, or what goes with it, under the name or names of the weight table."""
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
@@ -53,7 +53,7 @@ def canonical(
         return
     layer = chunk.decoder.layers[int(name.split(".")[2])]
     num_local = layer.mlp.num_local_experts
-    first = mesh.ep_rank * num_local
+    first = world.ep_rank * num_local
     stem = whole.removesuffix(grouped[1])
     if grouped[1]:  # Transformer Engine: a parameter per expert
         yield f"{stem}{first + int(grouped[1])}", tensor
@@ -63,7 +63,7 @@ def canonical(
 
 
 def freeze(
-    chunks: list[PackedGPT], mesh: Mesh, *, all_but: Collection[str] | None, router: bool
+    chunks: list[PackedGPT], world: World, *, all_but: Collection[str] | None, router: bool
 ) -> None:
     """Train only the weights with the canonical names `all_but` (None: all), and with `router` no
     router.
@@ -73,33 +73,33 @@ def freeze(
             if router and ".mlp.router." in name:
                 param.requires_grad = False
             elif all_but is not None:
-                names = [n for n, _ in canonical(name, param, chunk, mesh)]
+                names = [n for n, _ in canonical(name, param, chunk, world)]
                 param.requires_grad = names[0] in all_but
                 assert len({n in all_but for n in names}) == 1, f"{name}: some experts only"
 
 
-def local_params(chunks: list[PackedGPT], mesh: Mesh) -> list[LocalParam]:
+def local_params(chunks: list[PackedGPT], world: World) -> list[LocalParam]:
     """All weights of this rank as the transport wants them, without adapters."""
     return [
-        LocalParam(name, tensor.data, *_coordinates(name, mesh))
+        LocalParam(name, tensor.data, *_coordinates(name, world))
         for chunk in chunks
-        for name, tensor in canonical_tensors(chunk, mesh)
+        for name, tensor in canonical_tensors(chunk, world)
         if ".lora_" not in name
     ]
 
 
-def local_adapters(chunks: list[PackedGPT], mesh: Mesh) -> list[LocalParam]:
+def local_adapters(chunks: list[PackedGPT], world: World) -> list[LocalParam]:
     """The adapters of this rank."""
     return [
-        LocalParam(name, tensor.data, *_coordinates(name, mesh))
+        LocalParam(name, tensor.data, *_coordinates(name, world))
         for chunk in chunks
-        for name, tensor in canonical_tensors(chunk, mesh)
+        for name, tensor in canonical_tensors(chunk, world)
         if ".lora_" in name
     ]
 
 
 @torch.no_grad()
-def local_merged(chunks: list[PackedGPT], mesh: Mesh) -> list[LocalParam]:
+def local_merged(chunks: list[PackedGPT], world: World) -> list[LocalParam]:
     """The weights of this rank with their adapters in them; a copy where there is one."""
     merged: list[LocalParam] = []
     for chunk in chunks:
@@ -110,25 +110,25 @@ def local_merged(chunks: list[PackedGPT], mesh: Mesh) -> list[LocalParam]:
             tensor = param.data
             if "lora" in owner._modules and name.endswith(".weight"):
                 tensor = owner.lora.merged(param.data)
-            for full, part in canonical(name, tensor, chunk, mesh):
-                merged.append(LocalParam(full, part, *_coordinates(full, mesh)))
+            for full, part in canonical(name, tensor, chunk, world):
+                merged.append(LocalParam(full, part, *_coordinates(full, world)))
     return merged
 
 
-def local_grads(chunks: list[PackedGPT], mesh: Mesh) -> list[LocalParam]:
+def local_grads(chunks: list[PackedGPT], world: World) -> list[LocalParam]:
     """The gradients of the last step under the names of the trained weights, from DDP's buffers
     (Engine.whole_gradients).
     """
     return [
-        LocalParam(full, grad, *_coordinates(full, mesh))
+        LocalParam(full, grad, *_coordinates(full, world))
         for chunk in chunks
         for name, param in chunk.named_parameters()
         if param.requires_grad
-        for full, grad in canonical(name, param.main_grad, chunk, mesh)  # type: ignore[arg-type]
+        for full, grad in canonical(name, param.main_grad, chunk, world)  # type: ignore[arg-type]
     ]
 
 
-def _coordinates(name: str, mesh: Mesh) -> tuple[int, int, ProcessGroup | None]:
+def _coordinates(name: str, world: World) -> tuple[int, int, ProcessGroup | None]:
     if ".mlp.experts." in name:
-        return mesh.etp_rank, mesh.plan.etp, mesh.etp_group
-    return mesh.tp_rank, mesh.plan.tp, mesh.tp_group
+        return world.etp_rank, world.plan.etp, world.etp_group
+    return world.tp_rank, world.plan.tp, world.tp_group

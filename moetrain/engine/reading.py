@@ -4,16 +4,17 @@ run, and where one rank cannot read its part all ranks say so.
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moetrain import manifest
 from moetrain.engine.pickles import index_of
+from moetrain.engine.world import World
 from moetrain.errors import CheckpointError, MoetrainError
 from moetrain.manifest import Manifest, say_unchecked
 
@@ -22,14 +23,16 @@ COMMON = ("common.pt", "metadata.json")
 COMMON_KEY = "common_state/shard_0_1"
 
 
-def read(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+def read(content: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     """What the checkpoint holds for `content`, at whatever layout it was written. Collective.
 
     Raises CheckpointError or DamageError on every rank, when any rank met something.
     """
     # Upstream's own collectives come between: what every rank reads is looked at before.
-    _together(folder, lambda: _check_common(folder))
-    return _together(folder, lambda: dist_checkpointing.load(content, str(folder)))
+    failures = (Exception, CheckpointException)  # torch's is no Exception
+    told = partial(_told, folder)
+    world.together(lambda: _check_common(folder), told, failures)
+    return world.together(lambda: dist_checkpointing.load(content, str(folder)), told, failures)
 
 
 def _check_common(folder: Path) -> None:
@@ -44,22 +47,6 @@ def _check_common(folder: Path) -> None:
         if place.fqn == COMMON_KEY:
             path = folder / part.relative_path
             found.check(path, part.offset, part.offset + part.length)
-
-
-def _together(folder: Path, do: Any) -> Any:
-    """What `do` gives; the first rank's problem on every rank when it fails on one."""
-    problem: MoetrainError | None = None
-    given: Any = None
-    try:
-        given = do()
-    except (Exception, CheckpointException) as error:  # torch's, which is no Exception
-        problem = _told(folder, error)
-    problems: list[MoetrainError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    first = next((p for p in problems if p is not None), None)
-    if first is not None:
-        raise first
-    return given
 
 
 def _told(folder: Path, error: BaseException) -> MoetrainError:

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
@@ -19,8 +18,8 @@ from torch import Tensor
 from moetrain.engine.context import gather, take_local
 from moetrain.engine.layers.attention import segment_table
 from moetrain.engine.layers.router import sequence_table
-from moetrain.engine.mesh import Mesh
 from moetrain.engine.model import PackedGPT
+from moetrain.engine.world import World
 from moetrain.methods.base import Out
 from moetrain.models import Model
 from moetrain.models.sharding import padded_rows
@@ -33,25 +32,18 @@ from moetrain.pulse import beat
 Head = Callable[[Out, Packed], tuple[Tensor, dict[str, Any]]]
 
 
-def micro_batches(
-    packs: Sequence[Packed], size: int, mesh: Mesh, *, alone: bool = False
-) -> list[Packed]:
+def micro_batches(packs: Sequence[Packed], size: int, world: World) -> list[Packed]:
     """Join `size` packs to a micro-batch and bring all to one length and one number on every rank.
 
     Pipelines exchange activations of one shape, and experts expect every rank to come: ranks with
     less data run blank micro-batches, which are all padding.
     """
     joined = [concat(packs[i : i + size]) for i in range(0, len(packs), size)]
-    unit = mesh.plan.tp * 2 * mesh.plan.cp
+    unit = world.plan.tp * 2 * world.plan.cp
     longest = max((p.num_tokens for p in joined), default=unit)
-    shape = torch.tensor([len(joined), -(-longest // unit) * unit])
-    if not alone and mesh.world_size > 1:
-        on_device = shape.cuda() if torch.cuda.is_available() else shape
-        dist.all_reduce(on_device, dist.ReduceOp.MAX)
-        shape = on_device.cpu()
-    num, t = int(shape[0]), int(shape[1])
-    if mesh.plan.vpp > 1:  # interleaving deals micro-batches in rounds of the pipeline's size
-        num = -(-num // mesh.plan.pp) * mesh.plan.pp
+    num, t = world.most(len(joined), -(-longest // unit) * unit)
+    if world.plan.vpp > 1:  # interleaving deals micro-batches in rounds of the pipeline's size
+        num = -(-num // world.plan.pp) * world.plan.pp
     out = [pad_to(p, t) for p in joined]
     return out + [_blank(t, packs[0] if packs else None)] * (num - len(out))
 
@@ -86,9 +78,8 @@ class Runner:
     """Runs micro-batches through the model chunks of this rank."""
 
     models: Sequence[Any]  # PackedGPT, or Megatron's DDP around it
-    mesh: Mesh
+    world: World
     model: Model
-    device: torch.device
     chunk: int = 1024  # tokens whose logits exist at one time
     with_entropy: bool = False
 
@@ -114,8 +105,8 @@ class Runner:
         on_host = next(data)
         # Logits exist for scored tokens alone: prompts and padding cost no vocabulary.
         scored = self._scored(on_host)
-        pack = on_host.to(self.device)
-        ids = pack.sequence_ids.to(self.device).masked_fill(~pack.valid, -1)
+        pack = on_host.to(self.world.device)
+        ids = pack.sequence_ids.to(self.world.device).masked_fill(~pack.valid, -1)
         routes = pack.per_token.get("routes")
         sequences = sequence_table(
             self._mine(ids), pack.num_sequences, None if routes is None else self._mine(routes)
@@ -126,16 +117,16 @@ class Runner:
         return hidden, partial(self._finish, head, pack, scored, model)
 
     def _mine(self, x: Tensor) -> Tensor:
-        return take_local(x, self.mesh.cp_rank, self.mesh.plan.cp)
+        return take_local(x, self.world.cp_rank, self.world.plan.cp)
 
     def _scored(self, on_host: Packed) -> Scored:
         """A sequence says its temperature in extras; others have 1."""
         places = self._mine(on_host.loss_mask).nonzero()[:, 0]
         own = on_host.extras.get("temperature")
         if own is None or bool(((own == 1) | (own == 0)).all()):  # 0: nothing of it is scored
-            return Scored(places.to(self.device), 1.0)
+            return Scored(places.to(self.world.device), 1.0)
         temperature = self._mine(own[on_host.sequence_ids])[places]
-        return Scored(places.to(self.device), temperature.to(self.device))
+        return Scored(places.to(self.world.device), temperature.to(self.world.device))
 
     def _finish(
         self, head: Head, pack: Packed, scored: Scored, model: Any, hidden: Tensor
@@ -153,7 +144,7 @@ class Runner:
 
     def _value(self, gpt: PackedGPT, hidden: Tensor) -> Out:
         """What a scalar head says at every token; there are no log-probs then."""
-        value = gather(gpt.scores(hidden.squeeze(1)), self.mesh.cp_group, reduce_grad=False)
+        value = gather(gpt.scores(hidden.squeeze(1)), self.world.cp_group, reduce_grad=False)
         return Out(logp=torch.zeros_like(value), value=value)
 
     def _logp(self, gpt: PackedGPT, hidden: Tensor, pack: Packed, scored: Scored) -> Out:
@@ -162,10 +153,10 @@ class Runner:
             hidden.squeeze(1)[scored.places],
             gpt.head_weight(),
             self._mine(pack.labels)[scored.places],
-            group=self.mesh.tp_group if self.mesh.plan.tp > 1 else None,
-            vocab_start=self.mesh.tp_rank
-            * padded_rows(self.model.heads.vocab, self.mesh.plan.tp)
-            // self.mesh.plan.tp,
+            group=self.world.tp_group if self.world.plan.tp > 1 else None,
+            vocab_start=self.world.tp_rank
+            * padded_rows(self.model.heads.vocab, self.world.plan.tp)
+            // self.world.plan.tp,
             vocab_size=self.model.heads.vocab,
             chunk=self.chunk,
             temperature=scored.temperature,
@@ -176,10 +167,10 @@ class Runner:
         value = None
         if self.model.heads.value:
             # Of every token: what follows a cut answer has no label.
-            value = gather(gpt.values(hidden.squeeze(1)), self.mesh.cp_group, reduce_grad=False)
+            value = gather(gpt.values(hidden.squeeze(1)), self.world.cp_group, reduce_grad=False)
         return Out(logp=self._spread(logp, scored.places, size), entropy=whole, value=value)
 
     def _spread(self, values: Tensor, scored: Tensor, size: int) -> Tensor:
         """Values of this rank's scored tokens -> [t] on every context rank, 0 elsewhere."""
         local = values.new_zeros(size).index_copy(0, scored, values)
-        return gather(local, self.mesh.cp_group, reduce_grad=False)
+        return gather(local, self.world.cp_group, reduce_grad=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from moetrain.config.recipe import Recipe
 from moetrain.data.demonstrations import demonstration_recipe
 from moetrain.data.loader import Loader, build_train
-from moetrain.engine.mesh import Mesh
+from moetrain.engine.world import World
 from moetrain.errors import DataError
 from moetrain.methods.online import DEMONSTRATION
 from moetrain.ops.packed import Packed
@@ -38,17 +38,17 @@ class Demonstrations:
             self._loader.load_state_dict(dict(state))
 
 
-def open_demonstrations(recipe: Recipe, mesh: Mesh) -> Demonstrations:
+def open_demonstrations(recipe: Recipe, world: World) -> Demonstrations:
     """The recipe's data.demonstrations. Collective. Raises DataError."""
     own = demonstration_recipe(recipe)
     if own is None:
         return Demonstrations(None)
-    if own.train.global_batch % mesh.dp_size:
+    if own.train.global_batch % world.dp_size:
         raise DataError(
-            f"method.packs={own.train.global_batch} does not divide over {mesh.dp_size}"
-            f" data-parallel ranks: use a multiple of {mesh.dp_size}."
+            f"method.packs={own.train.global_batch} does not divide over {world.dp_size}"
+            f" data-parallel ranks: use a multiple of {world.dp_size}."
         )
-    return Demonstrations(build_train(own, mesh.dp_rank, mesh.dp_size))
+    return Demonstrations(build_train(own, world.dp_rank, world.dp_size))
 
 
 def beside(pack: Packed, like: Packed, share: float) -> Packed:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.config.recipe import Recipe
 from moetrain.data.groups import Group, pack_groups
 from moetrain.engine import Engine, StepResult
 from moetrain.engine.snapshot import Weights
+from moetrain.engine.world import World
 from moetrain.errors import DataError
 from moetrain.loops.demonstrations import Demonstrations
 from moetrain.loops.rollouts import Batch, means, tensors
@@ -34,7 +34,7 @@ class Lessons:
         """This data-parallel rank's packs of each optimizer step, with all that the method asks
         for. Collective.
         """
-        recipe, mesh = self.recipe, self.engine.mesh
+        recipe, world = self.recipe, self.engine.world
         method, rollout = recipe.sampling
         online = METHODS[recipe.method.name].online
         assert online is not None
@@ -49,10 +49,10 @@ class Lessons:
                 own_groups,
                 own,
                 seq_len=recipe.data.seq_len,
-                min_packs=mesh.dp_size,
+                min_packs=world.dp_size,
                 beyond=how == "bootstrap",
             )
-            parts.append(packs[mesh.dp_rank :: mesh.dp_size])
+            parts.append(packs[world.dp_rank :: world.dp_size])
         flat = [pack for part in parts for pack in part]
         if not rollout.routing_replay:  # rollouts of a run that had it hold the choices
             flat = [_without_routes(pack) for pack in flat]
@@ -143,21 +143,19 @@ def _completed(
             known["ref_logp"] = other
         pack = replace(pack, per_token=known)
         done.append(replace(pack, per_token=known | online.targets(pack, recipe.method)))
-    return whitened(done, engine.mesh.dp_group) if online.whiten(recipe.method) else done
+    return whitened(done, engine.world) if online.whiten(recipe.method) else done
 
 
-def whitened(packs: Sequence[Packed], group: dist.ProcessGroup | None) -> list[Packed]:
-    """Packs whose `advantage` has mean 0 and deviation 1 over the answers' tokens of all packs of
-    `group`. Collective.
+def whitened(packs: Sequence[Packed], world: World | None) -> list[Packed]:
+    """Packs whose `advantage` has mean 0 and standard deviation 1 over the answers' tokens of all
+    packs of all data-parallel ranks. Collective.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for pack in packs:
         own = pack.per_token["advantage"][answer_mask(pack) > 0].double().cpu()
         sums += torch.stack([torch.tensor(float(len(own))), own.sum(), own.square().sum()])
-    if group is not None and group.size() > 1:
-        shared = sums.cuda() if torch.cuda.is_available() else sums
-        dist.all_reduce(shared, group=group)
-        sums = shared.cpu()
+    if world is not None:
+        sums = world.sum(sums, world.dp_group)
     num, mean, square = sums[0].clamp_min(1), sums[1] / sums[0], sums[2] / sums[0]
     scale = (square - mean.square()).clamp_min(0).mul(num / (num - 1).clamp_min(1)).sqrt() + 1e-8
 

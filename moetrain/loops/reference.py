@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.progress import track
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from moetrain.data.sets import PackedSet
 from moetrain.data.tokenizer import tokenizer_files
 from moetrain.engine import Engine
 from moetrain.engine.models import model_digest, model_in
+from moetrain.engine.source import ModelSource
 from moetrain.errors import DataError
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed
@@ -83,8 +83,7 @@ def _of_another(recipe: Recipe, folder: str, report: Callable[[str], None]) -> R
     found = _of(other, engine, report)
     del engine
     gc.collect()  # a model is a circle through its hooks
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return found
 
 
@@ -106,14 +105,14 @@ def _file(
     identity = _identity(recipe, engine, data)
     given = None if held_out else recipe.data.reference
     folder = given or cache_root(recipe.data.cache) / "reference" / key_of(identity)
-    if given is not None or _everywhere(folder.is_dir()):
+    if given is not None or engine.world.all(folder.is_dir()):
         _check(folder, identity)
     else:
         started = time.perf_counter()
-        table = _score(engine, data, shows=engine.mesh.is_main and recipe.observe.progress)
-        if engine.mesh.is_main:
+        table = _score(engine, data, shows=engine.world.is_first and recipe.observe.progress)
+        if engine.world.is_first:
             keep(folder, table, identity)
-        dist.barrier()
+        engine.world.barrier()
         keep(folder, table, identity)  # where a node has a cache of its own
         seconds = time.perf_counter() - started
         report(f"reference log-probs of {data.num_items} answers in {seconds:.0f} s: {folder}")
@@ -130,7 +129,7 @@ def fill(recipe: Recipe) -> int:
     prepare(recipe)
     engine, found = take_reference(recipe, lambda line: None, train=False)
     for what, path in (("train", found.train), ("held out", found.held_out)):
-        if path is not None and engine.mesh.is_main:
+        if path is not None and engine.world.is_first:
             print(f"{what}: {path.parent}")
     engine.close()
     return 0
@@ -164,17 +163,15 @@ def far_from_reference(recipe: Recipe, metrics: Mapping[str, float]) -> str | No
 
 def _score(engine: Engine, data: PackedSet, *, shows: bool) -> Tensor:
     """[num_items] fp32 on the CPU: the sum of the log-probs of each answer's scored tokens."""
-    mesh = engine.mesh
+    world = engine.world
     table = torch.zeros(data.num_items, dtype=torch.float64)
-    rounds = list(batched(range(len(data)), PACKS_AT_A_TIME * mesh.dp_size))
+    rounds = list(batched(range(len(data)), PACKS_AT_A_TIME * world.dp_size))
     for together in track(rounds, "reference log-probs", disable=not shows):
-        mine = [data[i] for i in together[mesh.dp_rank :: mesh.dp_size]]
+        mine = [data[i] for i in together[world.dp_rank :: world.dp_size]]
         for pack, logp in zip(mine, engine.logprobs(mine), strict=True):
             scored, items = answers(pack, logp)
             table[items] = scored.double()
-    table = table.to(engine.device)
-    dist.all_reduce(table, group=mesh.dp_group)
-    return table.float().cpu()
+    return world.sum(table, world.dp_group).float()
 
 
 def answers(pack: Packed, logp: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +185,7 @@ def _identity(recipe: Recipe, engine: Engine, data: PackedSet) -> dict[str, Any]
     """All that decides the numbers, by what a user would call it."""
     return {
         "version": VERSION,
-        "model": _on_main(engine, lambda: model_digest(recipe, engine.source)),
+        "model": engine.world.first(lambda: _model_digest(recipe, engine.source)),
         "dtype": recipe.model.dtype,
         "tokenizer": _tokenizer_digest(recipe),
         "data": data.sequences_fingerprint,
@@ -240,23 +237,10 @@ def _check(folder: Path, identity: dict[str, Any]) -> None:
             )
 
 
-def _on_main(engine: Engine, find: Callable[[], str]) -> str:
-    """What the main rank finds; DataError on all ranks when it cannot read."""
-    said: list[tuple[str, str | None]] = [("", None)]
-    if engine.mesh.is_main:
-        try:
-            said = [(find(), None)]
-        except OSError as error:
-            said = [("", f"{error.filename}: {error.strerror or error}. Is the model whole?")]
-    dist.broadcast_object_list(said, src=0, device=engine.device)
-    found, problem = said[0]
-    if problem is not None:
-        raise DataError(problem)
-    return found
-
-
-def _everywhere(here: bool) -> bool:
-    """Whether all ranks say yes: a cache on a local disk may be there on one node alone."""
-    said: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(said, here)
-    return all(said)
+def _model_digest(recipe: Recipe, source: ModelSource) -> str:
+    try:
+        return model_digest(recipe, source)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename}: {error.strerror or error}. Is the model whole?"
+        ) from None

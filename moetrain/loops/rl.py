@@ -42,10 +42,10 @@ def train(recipe: Recipe) -> int:
     # What the run starts from is the reference, until a checkpoint is put into it.
     reference = engine.snapshot() if method.beta else None
     step, state = job.resume(engine, lambda r: length(r, len(prompts.train.prompts)))
-    lessons = Lessons(recipe, engine, reference, open_demonstrations(recipe, engine.mesh))
+    lessons = Lessons(recipe, engine, reference, open_demonstrations(recipe, engine.world))
     lessons.demonstrations.load_state_dict(state.get("demonstrations", {}))
     with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal(engine.device))
+        stop = stack.enter_context(StopSignal(engine.world))
         report = stack.enter_context(job.begin(engine, step, num_steps, lines))
         sampler = stack.enter_context(open_sampler(recipe, engine, prompts, stop))
         sampler.start(step, num_steps, state)

@@ -12,8 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-import torch.distributed as dist
-
 from moetrain.config.recipe import Recipe
 from moetrain.data.loader import chat_of, tokenizer_of
 from moetrain.data.prompts import PromptSet, prompts_read
@@ -71,7 +69,7 @@ def open_sampler(
         return
     with ExitStack() as stack:
         driver = None
-        if engine.mesh.is_main:
+        if engine.world.is_first:
             driver = Driver(recipe, engine, prompts, stack)
         yield Live(recipe, engine, prompts, stop, driver)
 
@@ -282,7 +280,7 @@ class Live:
         return figures
 
     def _send(self, step: int, attempt: str) -> dict[str, float]:
-        weights = self.engine.export()
+        weights = self.engine.export("first")  # which alone has the driver
 
         def send(driver: Driver) -> dict[str, float]:
             if attempt == "reload":
@@ -350,10 +348,8 @@ class Live:
             return error, None
 
     def _told(self, problem: BaseException | None, answer: Any) -> Any:
-        said = [problem, answer]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(said, src=0, device=self.engine.device)
+        problem, answer = self.engine.world.share((problem, answer))
         beat()  # a rollout engine that hangs is noticed by its client, not by the launcher
-        if said[0] is not None:
-            raise said[0]
-        return said[1]
+        if problem is not None:
+            raise problem
+        return answer

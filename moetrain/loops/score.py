@@ -10,8 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch.distributed as dist
-
 from moetrain import files
 from moetrain.config.answering import SCORE, keys_given
 from moetrain.config.recipe import Recipe
@@ -45,7 +43,7 @@ def score(model: str, data: Path, out: Path, overrides: Sequence[str] = ()) -> i
     rows = read_sequences(recipe, data)
     engine = open_engine(recipe)
     try:
-        with _written(out, engine.mesh.is_main) as file:
+        with _written(out, engine.world.is_first) as file:
             for start in range(0, len(rows), WINDOW):
                 window = rows[start : start + WINDOW]
                 for tokens, logprobs in zip(window, score_window(engine, window), strict=True):
@@ -125,26 +123,23 @@ def score_window(engine: Engine, rows: "Sequence[array[int]]") -> "list[array[fl
     """Log-probs of each token after the first of every row, on rank 0 (empty ones on the others).
     Collective.
     """
-    mesh = engine.mesh
+    world = engine.world
     bins = list(_bins([len(row) for row in rows]))
     # Packs of like length go to the replicas together, since a round takes as long as its longest.
-    mine = bins[mesh.dp_rank :: mesh.dp_size]
+    mine = bins[world.dp_rank :: world.dp_size]
     found: dict[int, array[float]] = {}
-    for number in range(-(-len(bins) // mesh.dp_size)):
+    for number in range(-(-len(bins) // world.dp_size)):
         members = mine[number] if number < len(mine) else []
         packs: list[Packed] = (
             [concat([from_tokens(rows[i].tolist()) for i in members])] if members else []
         )
         logps = engine.logprobs(packs)
-        if members and mesh.tp_rank == mesh.cp_rank == mesh.pp_rank == 0:
+        if members and world.tp_rank == world.cp_rank == world.pp_rank == 0:
             starts = packs[0].cu_seqlens.tolist()
             for i, start in zip(members, starts, strict=False):
                 found[i] = array("f", logps[0][start : start + len(rows[i]) - 1].tolist())
-    everyone: list[Any] = [None] * mesh.world_size
-    dist.gather_object(found, everyone if mesh.is_main else None)
-    if mesh.is_main:
-        for part in everyone:
-            found.update(part)
+    for part in world.to_first(found) or ():
+        found.update(part)
     return [found.get(i, array("f")) for i in range(len(rows))]
 
 

@@ -26,7 +26,7 @@ def train(recipe: Recipe) -> int:
     lines = list(prepared.lines)
     engine, reference = take_reference(recipe, lines.append)
     engine.num_steps = prepared.num_steps
-    rank, size = engine.mesh.dp_rank, engine.mesh.dp_size
+    rank, size = engine.world.dp_rank, engine.world.dp_size
     loader = build_train(recipe, rank, size, reference.train)
     held_out = build_eval(recipe, rank, size, reference.held_out)
     step, state = job.resume(engine, num_steps)
@@ -55,7 +55,7 @@ def _loop(
     """From `step` to the last one; False when a signal came before it."""
     recipe, last = job.recipe, engine.num_steps
     method = METHODS[recipe.method.name]
-    with StopSignal(engine.device) as stop:
+    with StopSignal(engine.world) as stop:
         while step < last:
             started = time.perf_counter()
             result = engine.step(loader.next(), method)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.ops.reduce import add_up, largest
+
 ROWS = 16  # tokens of a chunk that are worked on at one time: what a cache holds
 
 
@@ -158,14 +160,14 @@ class _TokenLogprobs(torch.autograd.Function):
         top = stats[0].clone()
         sums = stats[1:]
         if group is not None and group.size() > 1:
-            dist.all_reduce(top, dist.ReduceOp.MAX, group=group)  # pyright: ignore
+            largest(top, group)
             # A rank with padding rows only has m = -inf and zero sums: its scale is 0 and its shift
             # must not be -inf * 0.
             shift = (stats[0] - top).clamp_min(torch.finfo(torch.float32).min)
             scale = shift.exp()
             sums[2] = scale * (sums[2] + shift * sums[0])
             sums[0] *= scale
-            dist.all_reduce(sums, group=group)  # pyright: ignore
+            add_up(sums, group)
         lse = top + sums[0].log()
         ctx.save_for_backward(hidden, weight, labels, lse)
         # Given up by the backward as it reads it, hence no saved tensor.

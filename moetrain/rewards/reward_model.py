@@ -39,7 +39,7 @@ class RewardModel:
         self.chat = Chat(tokenizer.load(folder), self.options.chat_template)
         device = self.options.device
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if torch.accelerator.is_available() else "cpu"
         self.device = torch.device(device)
         self.model = _load(folder, self.options.dtype).to(self.device).eval()
 

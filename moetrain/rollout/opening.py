@@ -61,8 +61,8 @@ def way_of(rollout: RolloutConfig) -> str:
     import torch
 
     if rollout.push == "auto":
-        return "nccl" if torch.cuda.is_available() else "file"
-    if rollout.push != "file" and not torch.cuda.is_available():
+        return "nccl" if torch.accelerator.is_available() else "file"
+    if rollout.push != "file" and not torch.accelerator.is_available():
         raise RolloutError(f"rollout.push={rollout.push} needs GPUs. Take file, or leave it out.")
     return rollout.push
 
@@ -105,9 +105,9 @@ def env_of(rollout: RolloutConfig, way: str, number: int, *, behind: int) -> dic
     """
     import torch
 
-    if not torch.cuda.is_available():
+    count = torch.accelerator.device_count()
+    if not count:
         return {}
-    count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     if way == "ipc":
         own = visible[:1]

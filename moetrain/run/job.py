@@ -80,9 +80,9 @@ class Job:
         if self.is_first:
             check_writable(recipe.run_dir)
             self._lock.take()
-            write_run_files(recipe, rank_table(engine.mesh.plan), {"num_steps": num_steps})
+            write_run_files(recipe, rank_table(engine.world.plan), {"num_steps": num_steps})
             lines = [*lines, record_start(recipe.run_dir, step, self._damaged), *self._damaged]
-        report = Reporter(recipe, num_steps, step, speaks=engine.mesh.is_main)
+        report = Reporter(recipe, num_steps, step, speaks=engine.world.is_first)
         for line in lines:
             report.say(line)
         return report

@@ -2,10 +2,10 @@
 
 import signal
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    from moetrain.engine.world import World
 
 # SIGTERM comes from Slurm, torchrun and `kill`; SIGUSR1 from `sbatch --signal=USR1@300`, ahead of
 # the time limit; SIGINT from Ctrl-C, once to save and leave, twice to leave.
@@ -16,8 +16,8 @@ EXIT_STOPPED = 128 + signal.SIGTERM
 class StopSignal:
     """Catches the signals while it is entered; `agreed` says whether any rank has had one."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, world: "World"):
+        self.world = world
         self._caught = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -37,7 +37,4 @@ class StopSignal:
 
     def agreed(self) -> bool:
         """Collective: True on every rank when one of them was told to stop."""
-        flag = torch.tensor(float(self._caught), device=self.device)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        return self.world.any(self._caught)

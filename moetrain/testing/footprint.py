@@ -73,7 +73,7 @@ def footprint(model: str, sequences: Lists, sections: dict[str, Any]) -> Footpri
     with _Calls() as calls:
         engine = Engine(recipe)
         with ops:
-            packs = packs_of(sequences, 4)[engine.mesh.dp_rank :: engine.mesh.dp_size]
+            packs = packs_of(sequences, 4)[engine.world.dp_rank :: engine.world.dp_size]
             engine.step(packs, METHODS[recipe.method.name])
             result = engine.step(packs, METHODS[recipe.method.name])
     chunks = engine.chunks

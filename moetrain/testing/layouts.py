@@ -61,14 +61,14 @@ def run(parallel: dict[str, Any], cases: Sequence[Case]) -> list[Found]:
 def _steps(engine: Any, packs: Sequence[Packed]) -> Found:
     _start_anew(engine)
     method = METHODS[engine.recipe.method.name]
-    mine = list(packs)[engine.mesh.dp_rank :: engine.mesh.dp_size]
+    mine = list(packs)[engine.world.dp_rank :: engine.world.dp_size]
     outputs = engine.outputs(packs)
     results = [engine.step(mine, method) for _ in range(2)]
     outputs += engine.outputs(packs)
     evaluated = engine.evaluate(mine, method)
     exported = engine.export() if engine.adapters is None else engine.export_adapter()
     weights = {name: w.clone() for name, w in exported}
-    speaks = engine.mesh.is_main
+    speaks = engine.world.is_first
     # A scalar head speaks of every token, and what is asked of it is the last of a sequence.
     masks = [pack.loss_mask for pack in packs] * 2
     pairs = zip(outputs, masks, strict=True)

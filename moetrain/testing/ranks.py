@@ -45,7 +45,7 @@ def recipe_for(model: str, parallel: dict[str, Any], /, **sections: Any) -> Any:
 
 
 def _mine(packs: list[Packed], engine: Any) -> list[Packed]:
-    return packs[engine.mesh.dp_rank :: engine.mesh.dp_size]
+    return packs[engine.world.dp_rank :: engine.world.dp_size]
 
 
 def packs_of(sequences: Lists, num_packs: int) -> list[Packed]:
@@ -64,7 +64,7 @@ def gradients(
     engine.whole_gradients = True
     result = engine.step(_mine(packs_of(sequences, num_packs), engine), METHODS["sft"])
     grads = {name: g.clone() for name, g in engine.gradients()}
-    return result.loss, result.grad_norm, grads if engine.mesh.is_main else {}
+    return result.loss, result.grad_norm, grads if engine.world.is_first else {}
 
 
 def log_probs(
@@ -96,14 +96,14 @@ def logits_of(engine: Any, tokens: Sequence[int]) -> Any:
     class LogitsRunner(Runner):
         def _finish(self, head: Any, pack: Any, scored: Tensor, model: Any, hidden: Tensor) -> Any:
             local = hidden.squeeze(1) @ model.head_weight().T
-            columns = all_columns(local, self.mesh.tp_group)
-            whole = gather(columns, self.mesh.cp_group, reduce_grad=False)
+            columns = all_columns(local, self.world.tp_group)
+            whole = gather(columns, self.world.cp_group, reduce_grad=False)
             return whole.sum(), torch.ones((), dtype=torch.int), {"logits": whole}
 
-    runner = LogitsRunner(engine.chunks, engine.mesh, engine.model, engine.device)
+    runner = LogitsRunner(engine.chunks, engine.world, engine.model, engine.world.device)
     for chunk in engine.chunks:
         chunk.eval()
-    batches = micro_batches([from_tokens(tokens)], 1, engine.mesh)
+    batches = micro_batches([from_tokens(tokens)], 1, engine.world)
     with torch.no_grad():
         kept = runner(batches, None, forward_only=True)  # type: ignore[arg-type]
     return kept[0]["logits"][: len(tokens), : engine.model.heads.vocab] if kept else None
@@ -155,7 +155,7 @@ def round_trip(model: str, parallel: dict[str, Any]) -> dict[str, Tensor]:
     """
     engine = Engine(recipe_for(model, parallel), train=False)
     weights = {name: w.clone() for name, w in engine.export()}
-    return weights if engine.mesh.is_main else {}
+    return weights if engine.world.is_first else {}
 
 
 def mutated_logits(model: str, tokens: Sequence[int], mutation: str) -> tuple[Tensor, bool]:
@@ -212,7 +212,7 @@ def adapter_gradients(
     values = {name: w.clone() for name, w in engine.export_adapter()}
     result = engine.step(_mine(packs_of(sequences, num_packs), engine), METHODS["sft"])
     grads = {name: g.clone() for name, g in engine.gradients()}
-    if not engine.mesh.is_main:
+    if not engine.world.is_first:
         return result.loss, result.grad_norm, {}, {}, {}
     return result.loss, result.grad_norm, grads, values, merged
 
@@ -315,7 +315,7 @@ def gradients_of_packs(
     engine.whole_gradients = True
     result = engine.step(_mine(list(packs), engine), METHODS[recipe.method.name])
     grads = {name: g.clone() for name, g in engine.gradients()}
-    return result.loss, result.metrics, grads if engine.mesh.is_main else {}
+    return result.loss, result.metrics, grads if engine.world.is_first else {}
 
 
 def train_with_a_deaf_engine(recipe: str, run_dir: str) -> str:
@@ -354,7 +354,7 @@ def lessons(
 ) -> dict[int, float]:
     """The advantage of each answer that a step learns from, by its number of tokens."""
     engine = Engine(recipe_for(model, parallel, **sections), train=False)
-    made = Lessons(engine.recipe, engine, None, open_demonstrations(engine.recipe, engine.mesh))
+    made = Lessons(engine.recipe, engine, None, open_demonstrations(engine.recipe, engine.world))
     found: dict[int, float] = {}
     for pack in (pack for part in made.packs(Batch(1, tuple(groups), 0)) for pack in part):
         for n in range(pack.num_sequences):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moetrain import files, manifest
@@ -23,6 +22,7 @@ from moetrain.models.adapter import SUFFIX, AdapterTable, Matrix, all_matrices, 
 from moetrain.models.model import Model
 from moetrain.weights.adapter_init import whole
 from moetrain.weights.beside import Beside
+from moetrain.weights.ranks import ALONE, Ranks
 from moetrain.weights.reader import Reader
 from moetrain.weights.writer import FAILURES, put_in_place, reason, save_tensors
 
@@ -52,6 +52,7 @@ def write_peft(
     folder: Path,
     table: AdapterTable,
     base_name: str,
+    ranks: Ranks = ALONE,
     initial: Reader | None = None,
     note: tuple[Beside, Mapping[str, Any]] | None = None,
 ) -> None:
@@ -70,14 +71,13 @@ def write_peft(
     Raises:
         WeightsError: on every rank, when the folder cannot be written; what was there is untouched.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
     places = table.places
     held: dict[str, Tensor] = {}
     for name, tensor in tensors:  # to make them may be collective: no rank stops early
-        if rank == 0 and (name not in places or places[name].live):
+        if ranks.rank == 0 and (name not in places or places[name].live):
             held[name] = tensor.detach().to("cpu", copy=True)
     problem = ""
-    if rank == 0:
+    if ranks.rank == 0:
         wanted = {key for key, place in places.items() if place.live}
         wanted |= {HEAD} if table.model.heads.scalar else set()
         assert held.keys() == wanted, f"tensors {sorted(held.keys() ^ wanted)} are not as they must"
@@ -92,10 +92,7 @@ def write_peft(
                 put_in_place(aside, folder)
         except FAILURES as error:
             problem = reason(error)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        said = [problem]
-        dist.broadcast_object_list(said, src=0)
-        problem = said[0]
+    problem = ranks.share(problem)
     if problem:
         raise WeightsError(
             f"Writing {folder} failed: {problem}. What was there before is untouched. Make room "

@@ -20,10 +20,11 @@ from moetrain.errors import WeightsError
 from moetrain.models import Model, Rule
 from moetrain.pulse import beat
 from moetrain.weights.doubles import contradiction
+from moetrain.weights.ranks import ALONE, Ranks
 from moetrain.weights.reader import Reader
 
 Table = Mapping[str, Rule]
-To = Literal["all", "owner"]
+To = Literal["all", "first", "owner"]
 
 
 @dataclass(frozen=True)
@@ -108,31 +109,31 @@ def _check_shards(params: list[LocalParam], table: Table) -> None:
             )
 
 
-def export(local: Iterable[LocalParam], table: Table, *, to: To) -> Iterator[tuple[str, Tensor]]:
+def export(
+    local: Iterable[LocalParam], table: Table, ranks: Ranks = ALONE, *, to: To
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, whole tensor) in the table's order.
 
-    Collective. With to="all" every rank yields every tensor, sent by its owner; with to="owner"
-    each rank yields what it owns and nothing crosses pipeline stages or expert ranks. A yielded
-    tensor is valid until the next one.
+    Collective. With to="all" every rank yields every tensor, sent by its owner; with to="first"
+    the first rank does, and the others nothing; with to="owner" each rank yields what it owns and
+    nothing crosses pipeline stages or expert ranks. A yielded tensor is valid until the next one.
     """
     mine = {p.name: p for p in local}
-    owners = _owners(mine)
+    owners = _owners(mine, ranks)
     missing = sorted(set(table) - set(owners))
     if missing:
         raise WeightsError(f"No rank holds {_some(missing)}. Nothing was exported.")
-    rank = dist.get_rank() if dist.is_initialized() else 0
     device = next(iter(mine.values())).tensor.device if mine else torch.device("cpu")
     for name, rule in table.items():
         beat()
         owner, dtype = owners[name]
         param = mine.get(name)
         parts: tuple[Tensor, ...] | None = None
-        if param is not None and _in_owners_group(param, owner):
+        if param is not None and _in_owners_group(param, owner, ranks):
             parts = _whole(param, rule)
-        if to == "owner":
-            if rank == owner:
-                assert parts is not None
-                yield from zip(rule.hf, parts, strict=True)
+        wanted = {"all": True, "first": ranks.rank == 0, "owner": ranks.rank == owner}[to]
+        gives = to == "first" and ranks.rank == owner
+        if not wanted and not gives:
             continue
         for i, (key, shape) in enumerate(zip(rule.hf, rule.hf_shapes, strict=True)):
             tensor = (
@@ -140,19 +141,18 @@ def export(local: Iterable[LocalParam], table: Table, *, to: To) -> Iterator[tup
                 if parts is not None
                 else torch.empty(shape, dtype=dtype, device=device)
             )
-            if len(owners) and dist.is_initialized() and dist.get_world_size() > 1:
-                dist.broadcast(tensor, src=owner)
-            yield key, tensor
+            if to == "all":
+                ranks.broadcast(tensor, owner)
+            elif to == "first":
+                ranks.bring(tensor, owner, 0)
+            if wanted:
+                yield key, tensor
 
 
-def _owners(mine: Mapping[str, LocalParam]) -> dict[str, tuple[int, torch.dtype]]:
+def _owners(mine: Mapping[str, LocalParam], ranks: Ranks) -> dict[str, tuple[int, torch.dtype]]:
     """name -> (owning global rank, dtype), the same on every rank."""
-    here = {name: (p.tp_rank, p.tensor.dtype) for name, p in mine.items()}
-    everyone: list[dict[str, tuple[int, torch.dtype]]] = [here]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, here)
     owners: dict[str, tuple[int, torch.dtype]] = {}
+    everyone = ranks.gather({name: (p.tp_rank, p.tensor.dtype) for name, p in mine.items()})
     for rank, names in enumerate(everyone):
         for name, (tp_rank, dtype) in names.items():
             if tp_rank == 0:
@@ -160,9 +160,9 @@ def _owners(mine: Mapping[str, LocalParam]) -> dict[str, tuple[int, torch.dtype]
     return owners
 
 
-def _in_owners_group(param: LocalParam, owner: int) -> bool:
+def _in_owners_group(param: LocalParam, owner: int, ranks: Ranks) -> bool:
     if param.tp_size == 1 or param.tp_group is None:
-        return dist.get_rank() == owner if dist.is_initialized() else True
+        return ranks.rank == owner
     return owner in dist.get_process_group_ranks(param.tp_group)
 
 

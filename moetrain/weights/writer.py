@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +25,7 @@ from moetrain.errors import WeightsError
 from moetrain.manifest import Entry, entry
 from moetrain.weights.beside import Beside
 from moetrain.weights.folder import INDEX, SINGLE
+from moetrain.weights.ranks import ALONE, Ranks
 
 # A full disk is a SafetensorError, which is no OSError.
 FAILURES = (OSError, RuntimeError, SafetensorError)
@@ -44,6 +44,7 @@ class Shard:
 def write_hf(
     params: Iterable[tuple[str, Tensor]],
     folder: Path,
+    ranks: Ranks = ALONE,
     *,
     beside: Beside,
     config: Mapping[str, Any],
@@ -63,9 +64,8 @@ def write_hf(
         WeightsError: on every rank, when any rank could not write; what was at `folder` before is
             untouched.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
     with ExitStack() as stack:
-        problem = _write(params, folder, stack, rank, beside, config, dtypes, default, shard_bytes)
+        problem = _write(params, folder, stack, ranks, beside, config, dtypes, default, shard_bytes)
     if problem:
         raise WeightsError(
             f"Writing {folder} failed: {problem}. What was there before is untouched. Make room "
@@ -77,7 +77,7 @@ def _write(
     params: Iterable[tuple[str, Tensor]],
     folder: Path,
     stack: ExitStack,
-    rank: int,
+    ranks: Ranks,
     beside: Beside,
     config: Mapping[str, Any],
     dtypes: Mapping[str, torch.dtype],
@@ -86,30 +86,30 @@ def _write(
 ) -> str:
     """What went wrong first on any rank, the same on all; "" when the folder is in its place."""
     problem, aside = "", folder
-    if rank == 0:
+    if ranks.rank == 0:
         try:
             aside = stack.enter_context(files.beside(folder))
         except OSError as error:
             problem = reason(error)
-    problem, aside = _gather((problem, aside))[0]
+    problem, aside = ranks.share((problem, aside))
     if problem:
         return problem
     shards: list[Shard] = []
     rest = iter(params)
     try:
-        shards = _write_shards(rest, aside, rank, dtypes, default, shard_bytes)
+        shards = _write_shards(rest, aside, ranks.rank, dtypes, default, shard_bytes)
     except FAILURES as error:
         problem = reason(error)
         for _ in rest:  # to make them is collective: the other ranks would wait for this one
             pass
-    reports: list[tuple[str, list[Shard]]] = _gather((problem, shards))
+    reports = ranks.gather((problem, shards))
     problem = _first([p for p, _ in reports])
-    if not problem and rank == 0:
+    if not problem and ranks.rank == 0:
         try:
             _finish(aside, folder, [shard for _, own in reports for shard in own], beside, config)
         except OSError as error:
             problem = reason(error)
-    return _first(_gather(problem))
+    return _first(ranks.gather(problem))
 
 
 def _write_shards(
@@ -205,14 +205,6 @@ def reason(error: Exception) -> str:
     ):
         return "no space left on the disk"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _gather(value: Any) -> list[Any]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
 
 
 def _first(problems: list[str]) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     topk_routing_with_score_function,
@@ -18,6 +17,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from moetrain.engine.device import numbers
+from moetrain.engine.world import World
+from moetrain.ops.reduce import add_up
 
 
 @dataclass
@@ -55,17 +56,14 @@ class RouterMonitor:
         self.sums["aux_loss"][layer] += aux.detach()
         self.sums["z_loss"][layer] += z.detach()
 
-    def summary(self, moe_layers: list[int]) -> dict[str, float]:
+    def summary(self, moe_layers: list[int], world: World) -> dict[str, float]:
         """The step's figures over all ranks: losses averaged over layers, load as max/mean per
         layer, dead experts.
         """
         flat = torch.cat(
             [self.sums[name].flatten() for name in ("load", "aux_loss", "z_loss")]
         ).float()
-        if torch.cuda.is_available():  # also where no router of this rank has added anything
-            flat = flat.cuda()
-        dist.all_reduce(flat)
-        flat = torch.tensor(numbers(flat))
+        flat = torch.tensor(numbers(world.sum(flat)))
         size = self.num_layers * self.num_experts
         load = flat[:size].view(self.num_layers, self.num_experts)[moe_layers]
         imbalance = load.amax(1) / load.mean(1).clamp(min=1e-9)
@@ -170,7 +168,7 @@ class PackedRouter(TopKRouter):
         slot = torch.where(valid, ids, n)
         counts = logits.new_zeros(n + 1, chosen.size(1)).index_add(0, slot, chosen.to(logits.dtype))
         if self.tp_cp_group.size() > 1:
-            dist.all_reduce(counts, group=self.tp_cp_group)
+            add_up(counts, self.tp_cp_group)
         probs = torch.softmax(logits, -1)
         length = counts.sum(-1, keepdim=True).clamp(min=1) / self.topk
         weight = counts[:n] / length[:n]  # [n, E]

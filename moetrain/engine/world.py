@@ -1,0 +1,262 @@
+"""The ranks of a run as one object: the device, the mesh of process groups, and agreement.
+
+Three kinds: `nccl` on GPUs, `gloo` on CPUs, and `meta`, where one process is any rank of any layout
+and nothing has values.
+"""
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moetrain.config.recipe import ParallelConfig
+from moetrain.engine import compat_meta, device, meeting
+from moetrain.errors import MoetrainError
+from moetrain.layout.mesh import MeshPlan, plan_mesh
+from moetrain.ops.reduce import add_up, largest
+
+T = TypeVar("T")
+type Kind = Literal["nccl", "gloo", "meta"]
+
+
+@dataclass(frozen=True)
+class World:
+    """Sizes of the axes in `plan`, this rank's coordinates, and the groups that it talks over.
+
+    What is collective says so: all ranks call it in the same order.
+    """
+
+    kind: Kind
+    device: torch.device
+    plan: MeshPlan
+    rank: int
+    size: int
+    tp_rank: int
+    pp_rank: int
+    ep_rank: int
+    etp_rank: int
+    cp_rank: int
+    dp_rank: int
+    dp_size: int
+    tp_group: ProcessGroup
+    etp_group: ProcessGroup
+    cp_group: ProcessGroup
+    pp_group: ProcessGroup
+    dp_group: ProcessGroup
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.plan.pp - 1
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank adds the loss of its data once: one rank per data-parallel replica
+        does.
+        """
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
+
+    # Numbers
+
+    def sum(self, values: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        """The sum over the group's ranks (None: all), where `values` lie. Collective."""
+        return add_up(self._own(values), group).to(values.device)
+
+    def max(self, values: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        """As `sum`, elementwise maxima. Collective."""
+        return largest(self._own(values), group).to(values.device)
+
+    def _own(self, values: Tensor) -> Tensor:
+        return values.to(self.device, copy=True).contiguous()
+
+    def most(self, *counts: int) -> list[int]:
+        """The largest of all ranks, of each count. Collective."""
+        if self.kind == "meta":
+            return list(counts)
+        return [int(n) for n in self.max(torch.tensor(counts)).tolist()]
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank. Collective."""
+        return bool(self.most(int(here))[0])
+
+    def all(self, here: bool) -> bool:
+        """Whether it is so on every rank. Collective."""
+        return not self.any(not here)
+
+    def broadcast(self, values: Tensor, source: int) -> Tensor:
+        """What rank `source` has, in `values`, which is contiguous. Collective."""
+        if self.size > 1:
+            dist.broadcast(values, source)
+        return values
+
+    def bring(self, values: Tensor, source: int, target: int) -> Tensor:
+        """What rank `source` has, in rank `target`'s `values`; both contiguous. Of those two."""
+        if source != target:
+            if self.rank == source:
+                dist.send(values, target)
+            elif self.rank == target:
+                dist.recv(values, source)
+        return values
+
+    def from_last_stage(self, values: Tensor) -> Tensor:
+        """What the last stage of this rank's pipeline has, in `values`. Collective."""
+        if self.plan.pp > 1:
+            dist.broadcast(values, group_src=self.plan.pp - 1, group=self.pp_group)
+        return values
+
+    # Objects, which are pickled
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank. Collective."""
+        if self.size == 1 or self.kind == "meta":
+            return [value] * self.size
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def to_first(self, value: T) -> list[T] | None:
+        """Every rank's value on the first rank, None on others. Collective."""
+        if self.size == 1 or self.kind == "meta":
+            return [value] * self.size
+        found: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, found)
+        return found
+
+    def share(self, value: T, source: int = 0) -> T:
+        """What rank `source` gives, on every rank. Collective."""
+        if self.size == 1 or self.kind == "meta":
+            return value
+        said: list[Any] = [value]
+        dist.broadcast_object_list(said, src=source, device=self.device)
+        return said[0]
+
+    # Agreement
+
+    def first(self, do: Callable[[], T]) -> T:
+        """What `do` gives on the first rank, which alone does it; its MoetrainError on every rank.
+        Collective.
+        """
+        problem, found = None, None
+        if self.is_first or self.kind == "meta":
+            try:
+                found = do()
+            except MoetrainError as error:
+                problem = error
+        problem, found = self.share((problem, found))
+        if problem is not None:
+            raise problem
+        return found  # type: ignore[return-value]
+
+    def agree(self, problem: MoetrainError | None) -> None:
+        """Raise the first rank's problem on every rank, where any has one. Collective."""
+        for found in self.gather(problem):
+            if found is not None:
+                raise found
+
+    def together(
+        self,
+        do: Callable[[], T],
+        describe: Callable[[BaseException], MoetrainError],
+        errors: type[BaseException] | tuple[type[BaseException], ...] = Exception,
+    ) -> T:
+        """What `do` gives here; when it fails on one rank with one of `errors`, every rank raises
+        what `describe` makes of it. Collective.
+        """
+        problem: MoetrainError | None = None
+        given: Any = None
+        try:
+            given = do()
+        except errors as error:
+            problem = describe(error)
+        self.agree(problem)
+        return given
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective."""
+        if self.kind != "meta":
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group; another world can be opened after it."""
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def open_world(parallel: ParallelConfig, seed: int, *, far: bool = False) -> World:
+    """Join the process group that RANK and WORLD_SIZE name (one process without them), and make
+    Megatron's groups for `parallel`.
+
+    Args:
+        far: of `meeting.join`.
+
+    Raises LayoutError when the layout does not divide the ranks.
+    """
+    own = device.prepare()
+    kind: Kind = "nccl" if own.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        minutes = float(os.environ.get("MOETRAIN_TIMEOUT_MINUTES", 10))
+        meeting.join(
+            kind,
+            int(os.environ.get("RANK", 0)),
+            int(os.environ.get("WORLD_SIZE", 1)),
+            datetime.timedelta(minutes=minutes),
+            own if kind == "nccl" else None,
+            far=far,
+        )
+    return _with_groups(kind, own, parallel, seed)
+
+
+def meta_world(parallel: ParallelConfig, rank: int, size: int) -> World:
+    """Rank `rank` of `size` in one process, without values. What it changes in torch and Megatron
+    stays changed: a process that has opened one trains nothing afterwards.
+    """
+    own = compat_meta.install(rank, size)
+    return _with_groups("meta", own, parallel, 0)
+
+
+def _with_groups(kind: Kind, own: torch.device, parallel: ParallelConfig, seed: int) -> World:
+    plan = plan_mesh(parallel, dist.get_world_size())
+    ps = parallel_state
+    if ps.model_parallel_is_initialized():
+        ps.destroy_model_parallel()
+    ps.initialize_model_parallel(
+        tensor_model_parallel_size=plan.tp,
+        pipeline_model_parallel_size=plan.pp,
+        virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
+        context_parallel_size=plan.cp,
+        expert_model_parallel_size=plan.ep,
+        expert_tensor_parallel_size=plan.etp,
+        create_gloo_process_groups=kind == "nccl",
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return World(
+        kind=kind,
+        device=own,
+        plan=plan,
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        tp_rank=ps.get_tensor_model_parallel_rank(),
+        pp_rank=ps.get_pipeline_model_parallel_rank(),
+        ep_rank=ps.get_expert_model_parallel_rank(),
+        etp_rank=ps.get_expert_tensor_parallel_rank(),
+        cp_rank=ps.get_context_parallel_rank(),
+        dp_rank=ps.get_data_parallel_rank(),
+        dp_size=ps.get_data_parallel_world_size(),
+        tp_group=ps.get_tensor_model_parallel_group(),
+        etp_group=ps.get_expert_tensor_parallel_group(),
+        cp_group=ps.get_context_parallel_group(),
+        pp_group=ps.get_pipeline_model_parallel_group(),
+        dp_group=ps.get_data_parallel_group(),
+    )

@@ -1,0 +1,54 @@
+"""What moving weights asks of a world of ranks; the engine's World is one."""
+
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """Ranks that call in the same order."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        ...
+
+    def share(self, value: T, source: int = 0) -> T:
+        """What rank `source` gives, on every rank."""
+        ...
+
+    def broadcast(self, values: Tensor, source: int) -> Tensor:
+        """What rank `source` has, in `values`, which is contiguous."""
+        ...
+
+    def bring(self, values: Tensor, source: int, target: int) -> Tensor:
+        """What rank `source` has, in rank `target`'s `values`; others take no part."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    rank, size = 0, 1
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def share(self, value: T, source: int = 0) -> T:
+        return value
+
+    def broadcast(self, values: Tensor, source: int) -> Tensor:
+        return values
+
+    def bring(self, values: Tensor, source: int, target: int) -> Tensor:
+        return values
+
+
+ALONE = Alone()
