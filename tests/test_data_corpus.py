@@ -178,14 +178,14 @@ def test_an_index_of_a_larger_vocabulary_is_refused(tmp_path: Path) -> None:
 def _on_a_rank(folder: str, prefixes: list[str], prepared: bool) -> list[list[int]]:
     import os
 
-    from moetrain.engine import device
+    from moetrain.engine.world import join
 
     made = recipe(
         Path(folder), method={"name": "pretrain"}, data={"train": prefixes}, train={"epochs": 3}
     )
     if prepared:
         prepare(made)
-    device.start()
+    join()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     loader = build_train(made, rank, world)
     return [p.tokens.tolist() for _ in range(num_steps(made)) for p in loader.next()]

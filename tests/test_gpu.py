@@ -45,12 +45,12 @@ def sequences(seed: int, count: int = 6) -> list[list[int]]:
 
 def on_gpu(function: Callable[..., Any], *args: Any) -> Any:
     """Call one of testing.ranks' functions in this process, alone in its own process group."""
-    from moetrain.engine import device
+    from moetrain.engine.world import leave
 
     try:
         return function(*args)
     finally:
-        device.stop()
+        leave()
         torch.use_deterministic_algorithms(False)
 
 

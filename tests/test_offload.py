@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from moetrain.engine import Engine, device
 device.prepare()
+import moetrain.engine.engine as engines
 import moetrain.engine.optim as optim
 from moetrain.methods import METHODS
 from moetrain.testing import ranks
@@ -48,7 +49,9 @@ def empty(*args, pin_memory=False, **kwargs):
 for name in ("detach", "clone", "float"):
     inherits(name)
 T.is_cuda, T.cpu, T.pin_memory, torch.empty = property(asked_by_hybrid), to_host, lambda t: t, empty
-optim.has_device = lambda: True
+engines.make_optimizer = lambda *given, on_gpu: optim.make_optimizer(*given, on_gpu=True)
+made = optim.get_megatron_optimizer
+optim.get_megatron_optimizer = lambda *given, **named: made(*given, use_gloo_process_groups=False)
 
 model, folder = sys.argv[1], Path(sys.argv[2])
 packs = [ranks.packs_of([[i, 5, 7, i, 9], [8, i, 2]], 2) for i in range(5)]

@@ -74,6 +74,40 @@ def _group(size: int) -> ProcessGroup:
     return mine
 
 
+class AllRanks:
+    """What weights/ asks of a world, of all ranks of the process group."""
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def share(self, value: Any, source: int = 0) -> Any:
+        return self.gather(value)[source]
+
+    def broadcast(self, values: Tensor, source: int) -> Tensor:
+        dist.broadcast(values, source)
+        return values
+
+    def bring(self, values: Tensor, source: int, target: int) -> Tensor:
+        if source != target and self.rank == source:
+            dist.send(values, target)
+        elif source != target and self.rank == target:
+            dist.recv(values, source)
+        return values
+
+
+ALL = AllRanks()
+
+
 class Counting:
     """A reader that counts the elements it gave out."""
 
@@ -96,9 +130,9 @@ def reader_of(hf: dict[str, Any], folder: Path | None) -> tuple[Model, Reader]:
 
 
 def start() -> None:
-    from moetrain.engine import device
+    from moetrain.engine.world import join
 
-    device.start()
+    join()
 
 
 def through_shards(
@@ -110,8 +144,11 @@ def through_shards(
     table, counting = model.table, Counting(reader)
     local = local_params(table, model, spread)
     load(local, table, counting, model)
-    owned = [name for name, _ in export(local, table, to="owner")]
-    whole = {name: tensor.clone() for name, tensor in export(local, table, to="all")}
+    owned = [name for name, _ in export(local, table, ALL, to="owner")]
+    whole = {name: tensor.clone() for name, tensor in export(local, table, ALL, to="all")}
+    brought = {name: tensor.clone() for name, tensor in export(local, table, ALL, to="first")}
+    assert brought.keys() == (whole.keys() if dist.get_rank() == 0 else set())
+    assert all(torch.equal(whole[name], tensor) for name, tensor in brought.items())
     return whole, owned, counting.num_read, sum(param.tensor.numel() for param in local)
 
 
@@ -131,8 +168,9 @@ def rewrite(
     load(local, table, reader, model)
     with short_files(20_000 if failing == dist.get_rank() else None):
         write_hf(
-            export(local, table, to="owner"),
+            export(local, table, ALL, to="owner"),
             out,
+            ALL,
             beside=Beside.of(folder),
             config=hf,
             dtypes={name: reader.dtype(name) for name in reader.names()},
@@ -180,7 +218,7 @@ def readapt(
     first = initial if adapter is None else PeftReader(adapter, model, reader)
     load(local, table, first, model)
     try:
-        write_peft(export(local, table, to="all"), out, table, "base", initial)
+        write_peft(export(local, table, ALL, to="first"), out, table, "base", initial, ranks=ALL)
     except WeightsError as error:
         return str(error)
     return ""

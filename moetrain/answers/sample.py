@@ -180,7 +180,6 @@ def weights_of(recipe: Recipe, source: ModelSource) -> Iterator[tuple[str, Tenso
     """
     if source.megatron is not None or recipe.adapter is not None:
         engine = Engine(recipe, train=False)
-        engine.continue_adapter()
         yield from engine.export()
         engine.close()
         return

@@ -18,7 +18,7 @@ _FACTORIES = (
     "ones_like full_like "
     "as_tensor triu_indices tril_indices randperm"
 ).split()
-_installed = False
+_target: torch.device | None = None  # where "cuda" is, once this is installed
 
 
 class _Stream:
@@ -68,45 +68,43 @@ class _Event:
         return True
 
 
-def _redirect(device: Any, target: torch.device) -> Any:
+def _redirect(device: Any) -> Any:
     if isinstance(device, str) and device.startswith("cuda"):
-        return target
+        return _target
     if isinstance(device, torch.device) and device.type == "cuda":
-        return target
+        return _target
     return device
 
 
-def _factory(make: Callable[..., Any], target: torch.device) -> Callable[..., Any]:
+def _factory(make: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(make)
     def made(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
-            kwargs["device"] = _redirect(kwargs["device"], target)
+            kwargs["device"] = _redirect(kwargs["device"])
         return make(*args, **kwargs)
 
     return made
 
 
 def install(target: torch.device) -> None:
-    """Answer for torch.cuda with `target` (cpu or meta). Once per process, and only where no GPU
-    is.
-    """
-    global _installed
-    if _installed:
+    """Answer for torch.cuda with `target` (cpu or meta) from now on. Only where no GPU is."""
+    global _target
+    first, _target = _target is None, target
+    if not first:
         return
-    _installed = True
-    _install_cuda_namespace(target)
+    _install_cuda_namespace()
     # `with torch.device(...)` knows the factories by identity, from a set made at its first use.
     # Made after this, it would hold the wrappers, the context would do nothing, and transformers
     # would leave a model's rotary frequencies uninitialised.
     _device_constructors()
     for name in _FACTORIES:
-        setattr(torch, name, _factory(getattr(torch, name), target))
+        setattr(torch, name, _factory(getattr(torch, name)))
     tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if "device" in kwargs:
-            kwargs["device"] = _redirect(kwargs["device"], target)
-        return tensor_to(self, *(_redirect(a, target) for a in args), **kwargs)
+            kwargs["device"] = _redirect(kwargs["device"])
+        return tensor_to(self, *(_redirect(a) for a in args), **kwargs)
 
     def typed(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         # DistributedOptimizer accepts only tensors whose type() is a torch.cuda one.
@@ -126,12 +124,12 @@ def install(target: torch.device) -> None:
     torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
 
 
-def _install_cuda_namespace(target: torch.device) -> None:
+def _install_cuda_namespace() -> None:
     cuda: Any = torch.cuda
     cuda.Stream, cuda.Event = _Stream, _Event
     cuda.current_stream = cuda.default_stream = lambda *a: _Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
-    cuda.current_device = lambda: target
+    cuda.current_device = lambda: _target
     cuda.device_count = lambda: 0
     cuda.memory_allocated = cuda.max_memory_allocated = lambda *a: 0
     cuda.get_rng_state = lambda *a, **k: torch.get_rng_state()

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from moetrain.engine.params import (
 from moetrain.engine.snapshot import Weights, as_before, snapshot
 from moetrain.engine.source import ModelSource, model_of
 from moetrain.engine.step import Runner, micro_batches
+from moetrain.engine.world import World, open_world
 from moetrain.errors import ConfigError, DivergedError
 from moetrain.layout.mesh import check_layout
 from moetrain.methods.base import Known, Method, Out
@@ -69,6 +69,8 @@ class Engine:
     Args:
         recipe: the resolved recipe; `model`, `parallel`, `optim`, `train`, `router` and `megatron`
             are read.
+        world: where it lives; None opens the one that RANK and WORLD_SIZE name. In a meta world
+            there are shapes alone, and no weights are read.
         train: build gradients and the optimizer too. Without it only forward passes and weights are
             there.
 
@@ -77,7 +79,7 @@ class Engine:
         WeightsError: the model's weights are missing or are not this architecture's.
     """
 
-    def __init__(self, recipe: Recipe, *, train: bool = True):
+    def __init__(self, recipe: Recipe, world: World | None = None, *, train: bool = True):
         self.recipe = recipe
         self.source: ModelSource = model_of(recipe, exports=train)
         self.model = read_model(self.source.hf, value_head=recipe.method.value_head)
@@ -85,10 +87,10 @@ class Engine:
         if recipe.train.deterministic:
             device.ask_for_determinism()
         torch.use_deterministic_algorithms(recipe.train.deterministic)
-        self.device = device.start(far=recipe.rollout is not None and bool(recipe.rollout.address))
-        self.backend = choose_backend(recipe.model.backend, self.device)
-        self.world = start_mesh(recipe.parallel, recipe.seed)
-        self.num_steps = recipe.train.steps or 0  # the loop sets it where epochs decide
+        far = recipe.rollout is not None and bool(recipe.rollout.address)
+        self.world = world or open_world(recipe.parallel, recipe.seed, far=far)
+        own = self.world.device
+        self.backend = choose_backend(recipe.model.backend, own)
         self.steps_done = 0
         # Reduce gradients to every rank, not only to the one that updates the weight: for
         # `gradients()`, at more traffic.
@@ -99,15 +101,16 @@ class Engine:
             recipe.router.aux_loss,
             recipe.router.z_loss,
         )
-        self.config = transformer_config(recipe, self.model, self.device, self.backend)
+        self.config = transformer_config(recipe, self.model, own, self.backend)
         adapted = recipe.adapter is not None
-        with self.device:  # Megatron's router makes its weight where torch makes tensors
+        with own:  # Megatron's router makes its weight where torch makes tensors
             self.chunks = build(self.config, self.model, self.world, self.backend, adapted)
         watch(self.chunks, self.monitor)
         self.optimizer: Any = None
         self.adapters: AdapterTable | None = None
         self.initial_adapter: InitialAdapter | None = None
-        self._load_source()
+        if self.world.kind != "meta":
+            self._load_source()
         models: Sequence[Any] = self.chunks
         self.wrapped: list[Any] = []
         if train:
@@ -116,16 +119,17 @@ class Engine:
             freeze(self.chunks, self.world, all_but=trained, router=recipe.router.freeze)
             self.wrapped = models = wrap(self.chunks, self.config, recipe)
             self.config.finalize_model_grads_func = self._finalize_gradients
-            self.optimizer = make_optimizer(self.wrapped, recipe, self.backend)
+            on_gpu = self.world.kind == "nccl"
+            self.optimizer = make_optimizer(self.wrapped, recipe, self.backend, on_gpu=on_gpu)
             self.config.grad_scale_func = self.optimizer.scale_loss
-        self.run = Runner(models, self.world, self.model, self.device)
+        self.run = Runner(models, self.world, self.model)
 
     def _finalize_gradients(self, models: Any, num_tokens: Any = None, **kwargs: Any) -> None:
         # num_tokens is Megatron's divisor of the summed gradients; ours was applied in the loss.
         finalize_model_grads(models, None, **{**kwargs, "force_all_reduce": self.whole_gradients})
 
     def _load_source(self) -> None:
-        """Base weights, then an adapter that changes nothing yet."""
+        """Base weights, then an adapter: a new one, which changes nothing yet, or an earlier."""
         recipe = self.recipe
         reader = self.source.reader(recipe, self.model)
         adapters = adapter_of(recipe, self.model, reader)
@@ -135,7 +139,7 @@ class Engine:
                     "adapter.type: dora, olora and pissa start from the base's matrices. Give"
                     " model.path as a Hugging Face folder (tools/convert mcore2hf), or take lora."
                 )
-            checkpoint.load_weights(self.chunks, self.source.megatron)
+            checkpoint.load_weights(self.chunks, self.source.megatron, self.world)
         else:
             self.load(base_for(reader, adapters, recipe.seed))
         if adapters is not None:
@@ -143,6 +147,30 @@ class Engine:
             self.adapters = adapters
             self.initial_adapter = InitialAdapter(reader, adapters, recipe.seed)
             self.load_adapter(self.initial_adapter)
+            self._continue_adapter(reader)
+
+    def _continue_adapter(self, base: Reader) -> None:
+        """Go on from the adapter in `adapter.path`, where there is one."""
+        config = self.recipe.adapter
+        if config is None or config.path is None:
+            return
+        earlier = PeftReader(config.path, self.model, base)
+        for chunk in self.chunks:
+            if chunk.has_scalar_head and earlier.head is not None:
+                chunk.output_layer.weight.data.copy_(earlier.head)
+        self.load_adapter(earlier)
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Meanwhile the adapter is a new one, which changes nothing. For forward passes alone."""
+        if self.initial_adapter is None:
+            yield
+            return
+        with self.as_before(self.snapshot()):
+            with settled(self.wrapped):
+                local = local_adapters(self.chunks, self.world)
+                transport.load(local, self.initial_adapter.table, self.initial_adapter, self.model)
+            yield
 
     def load_adapter(self, reader: Reader) -> None:
         """Fill the adapters from `reader`, which has the tensors of `self.adapters`."""
@@ -150,18 +178,6 @@ class Engine:
         transport.load(local_adapters(self.chunks, self.world), self.adapters, reader, self.model)
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
-
-    def continue_adapter(self) -> None:
-        """Go on from the adapter in `adapter.path`; until then the model is the base."""
-        config = self.recipe.adapter
-        if config is not None and config.path is not None:
-            assert self.adapters is not None
-            base = self.source.reader(self.recipe, self.model)
-            reader = PeftReader(config.path, self.model, base)
-            for chunk in self.chunks:
-                if chunk.has_scalar_head and reader.head is not None:
-                    chunk.output_layer.weight.data.copy_(reader.head)
-            self.load_adapter(reader)
 
     @property
     def trained_rules(self) -> dict[str, Rule]:
@@ -176,12 +192,16 @@ class Engine:
 
     def close(self) -> None:
         """Leave the process group. The engine is of no use afterwards."""
-        device.stop()
+        self.world.close()
 
     # Training
 
-    def step(self, packs: Sequence[Packed], method: Method) -> StepResult:
+    def step(
+        self, packs: Sequence[Packed], method: Method, num_steps: int | None = None
+    ) -> StepResult:
         """One optimizer step over this data-parallel rank's `packs` of the global batch.
+
+        `num_steps` is how many the run has, for the learning rate (None: train.steps).
 
         Raises DivergedError before the optimizer steps when the loss or the gradient is not finite.
         """
@@ -199,7 +219,9 @@ class Engine:
         totals = objective.totals(kept)
         step = self.steps_done + 1
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
+        grad_norm = 0.0
+        if self.world.kind != "meta":
+            grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
         if not (math.isfinite(totals["loss"]) and math.isfinite(grad_norm)):
             names = objective.suspects(totals["loss"], kept, batches)
             raise DivergedError(
@@ -207,12 +229,15 @@ class Engine:
                 f"was updated. Sequences: {names}. Look at them, lower optim.lr, or resume from "
                 f"the last checkpoint without them."
             )
-        lr = set_rates(self.optimizer, step, recipe.optim, self.num_steps)
+        lr = set_rates(self.optimizer, step, recipe.optim, num_steps or recipe.train.steps or 0)
         clip_and_step(self.optimizer, grad_norm, recipe.optim.clip_grad)
         self.steps_done = step
-        router = self.monitor.summary(self.moe_layers) if self.model.moe is not None else {}
+        router: dict[str, float] = {}
+        if self.model.moe is not None:
+            router = self.monitor.summary(self.moe_layers, self.world)
         loss = totals.pop("loss")
-        return StepResult(loss, totals, grad_norm, lr, int(tokens), device.memory_gib(), router)
+        memory = device.memory_gib(self.world.device)
+        return StepResult(loss, totals, grad_norm, lr, int(tokens), memory, router)
 
     @property
     def moe_layers(self) -> list[int]:
@@ -224,7 +249,7 @@ class Engine:
         """What a method makes of a global batch: its objective, the micro-batches to run, and the
         global means that it wants to know before.
         """
-        objective = Objective(method, self.recipe.method, self.world, self.device)
+        objective = Objective(method, self.recipe.method, self.world)
         self.run.with_entropy = "entropy" in method.needs
         asked, packs = objective.parted(packs)
         known: dict[str, float] = {}
@@ -268,12 +293,10 @@ class Engine:
 
         kept = self._forward_only(batches, head)
         shape = (len(batches), 1 + has_values, batches[0].num_tokens)
-        table = torch.zeros(shape, device=self.device)
+        table = torch.zeros(shape, device=self.world.device)
         if kept:
             table = torch.stack([row["given"] for row in kept])
-        if self.world.plan.pp > 1:
-            dist.broadcast(table, group_src=self.world.plan.pp - 1, group=self.world.pp_group)
-        found = table.cpu()
+        found = self.world.from_last_stage(table).cpu()
         return [
             Out(own[0], value=own[1] if has_values else None)
             for own in (found[i, :, : pack.num_tokens] for i, pack in enumerate(packs))
@@ -301,25 +324,25 @@ class Engine:
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
-    def export(self) -> Iterator[tuple[str, Tensor]]:
+    def export(self, to: transport.To = "all") -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every weight, adapters merged into it, in one order
-        on every rank.
+        on every rank; with to="first" on the first rank alone.
         """
         with settled(self.wrapped):
-            yield from self._export_merged("all")
+            yield from self._export_merged(to)
 
     def _export_merged(self, to: transport.To) -> Iterator[tuple[str, Tensor]]:
         rules = self._exported(self.model.table)
         local = [p for p in local_merged(self.chunks, self.world) if p.name in rules]
-        return transport.export(local, rules, to=to)
+        return transport.export(local, rules, self.world, to=to)
 
     @staticmethod
     def _exported(rules: Mapping[str, Rule]) -> dict[str, Rule]:
         return {name: rule for name, rule in rules.items() if name != VALUE_HEAD}
 
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in `self.adapters`, whole tensor) of the adapter and of a scalar head beside it, in
-        one order on every rank.
+        """(name in `self.adapters`, whole tensor) of the adapter and of a scalar head beside it, on
+        the first rank.
         """
         assert self.adapters is not None, "the recipe has no adapter"
         local = local_adapters(self.chunks, self.world)
@@ -327,14 +350,15 @@ class Engine:
         heads = self.model.heads.new & rules.keys()
         local += [p for p in local_params(self.chunks, self.world) if p.name in heads]
         with settled(self.wrapped):
-            yield from transport.export(local, rules, to="all")
+            yield from transport.export(local, rules, self.world, to="first")
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, fp32 gradient of the mean loss) after a step with `whole_gradients`
         and without clipping.
         """
         assert self.whole_gradients, "the distributed optimizer has scattered the gradients"
-        return transport.export(local_grads(self.chunks, self.world), self.trained_rules, to="all")
+        local = local_grads(self.chunks, self.world)
+        return transport.export(local, self.trained_rules, self.world, to="all")
 
     @cached_property
     def beside(self) -> Beside:
@@ -347,6 +371,7 @@ class Engine:
             write_hf(
                 self._export_merged("owner"),
                 folder,
+                self.world,
                 beside=self.beside,
                 config=self.source.hf_for_export(self.recipe),
                 dtypes=self.source.dtypes(self.recipe, self.model),
@@ -359,7 +384,7 @@ class Engine:
         base = self.recipe.model.path or ""
         started = None if self.adapters.spec.starts_at_base else self.initial_adapter
         note = (self.beside, self.source.hf)
-        write_peft(self.export_adapter(), folder, self.adapters, base, started, note)
+        write_peft(self.export_adapter(), folder, self.adapters, base, started, note, self.world)
 
     # Checkpoints
 
@@ -374,7 +399,7 @@ class Engine:
         kept = self.optimizer if optimizer else None
         with settled(self.wrapped):
             state = state | {"steps_done": self.steps_done}
-            saving = checkpoint.Saving(folder, self._content(), kept, state)
+            saving = checkpoint.Saving(folder, self._content(), kept, state, self.world)
         if self.world.is_first:
             self.source.describe(folder, self.recipe, self.beside)
         return saving
@@ -387,7 +412,7 @@ class Engine:
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Read what `save` wrote, at this layout or another; returns its `state`."""
-        loaded, state = checkpoint.restore(folder, self._content(), self.optimizer)
+        loaded, state = checkpoint.restore(folder, self._content(), self.optimizer, self.world)
         if self.adapters is None:
             checkpoint.fill(self.chunks, loaded)
         else:

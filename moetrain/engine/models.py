@@ -176,9 +176,7 @@ def recipe_for(
 
 def open_engine(recipe: Recipe) -> Engine:
     """The model alone, with adapter.path in it: no gradients, no optimizer."""
-    engine = Engine(recipe, train=False)
-    engine.continue_adapter()
-    return engine
+    return Engine(recipe, train=False)
 
 
 def mark_dtypes(folder: Path, engine: Engine) -> None:

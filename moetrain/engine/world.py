@@ -188,20 +188,13 @@ class World:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group; another world can be opened after it."""
-        parallel_state.destroy_model_parallel()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Leave it. Collective."""
+        leave()
 
 
-def open_world(parallel: ParallelConfig, seed: int, *, far: bool = False) -> World:
-    """Join the process group that RANK and WORLD_SIZE name (one process without them), and make
-    Megatron's groups for `parallel`.
-
-    Args:
-        far: of `meeting.join`.
-
-    Raises LayoutError when the layout does not divide the ranks.
+def join(*, far: bool = False) -> tuple[Kind, torch.device]:
+    """Join the process group that RANK and WORLD_SIZE name, one process without them; far: of
+    `meeting.join`.
     """
     own = device.prepare()
     kind: Kind = "nccl" if own.type == "cuda" else "gloo"
@@ -215,7 +208,21 @@ def open_world(parallel: ParallelConfig, seed: int, *, far: bool = False) -> Wor
             own if kind == "nccl" else None,
             far=far,
         )
-    return _with_groups(kind, own, parallel, seed)
+    return kind, own
+
+
+def leave() -> None:
+    """Leave the process group; another world can be opened after it."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def open_world(parallel: ParallelConfig, seed: int, *, far: bool = False) -> World:
+    """`join`, and make Megatron's groups for `parallel`. Raises LayoutError when the layout does
+    not divide the ranks.
+    """
+    return _with_groups(*join(far=far), parallel, seed)
 
 
 def meta_world(parallel: ParallelConfig, rank: int, size: int) -> World:

@@ -61,8 +61,8 @@ def take_reference(
         found = _of_another(recipe, reference, report)
     engine = Engine(recipe, train=train)
     if reference == BASE:
-        found = _of(recipe, engine, report)
-    engine.continue_adapter()
+        with engine.as_base():
+            found = _of(recipe, engine, report)
     if reference == START:
         found = _of(recipe, engine, report)
     return engine, found

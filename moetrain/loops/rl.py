@@ -37,8 +37,6 @@ def train(recipe: Recipe) -> int:
     lines = [*prompts.lines, *([told] if told else [])]
     engine = Engine(recipe)
     num_steps = length(recipe, len(prompts.train.prompts))
-    engine.num_steps = num_steps * method.inner_steps
-    engine.continue_adapter()
     # What the run starts from is the reference, until a checkpoint is put into it.
     reference = engine.snapshot() if method.beta else None
     step, state = job.resume(engine, lambda r: length(r, len(prompts.train.prompts)))
@@ -46,7 +44,7 @@ def train(recipe: Recipe) -> int:
     lessons.demonstrations.load_state_dict(state.get("demonstrations", {}))
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal(engine.world))
-        report = stack.enter_context(job.begin(engine, step, num_steps, lines))
+        report = stack.enter_context(job.begin(engine, step, num_steps, lines, method.inner_steps))
         sampler = stack.enter_context(open_sampler(recipe, engine, prompts, stop))
         sampler.start(step, num_steps, state)
         finished = _loop(job, engine, prompts, lessons, sampler, stop, report, step, num_steps)
@@ -82,7 +80,7 @@ def _loop(
             seconds = dict(batch.seconds)
             with timed(seconds, "train"):
                 parts = lessons.packs(batch)
-                results = [engine.step(packs, method) for packs in parts]
+                results = [engine.step(packs, method, last * len(parts)) for packs in parts]
             step += 1
             with timed(seconds, "push"):
                 proof = sampler.push(step)

@@ -25,17 +25,17 @@ def train(recipe: Recipe) -> int:
     prepared = prepare(recipe)
     lines = list(prepared.lines)
     engine, reference = take_reference(recipe, lines.append)
-    engine.num_steps = prepared.num_steps
     rank, size = engine.world.dp_rank, engine.world.dp_size
     loader = build_train(recipe, rank, size, reference.train)
     held_out = build_eval(recipe, rank, size, reference.held_out)
+    last = prepared.num_steps
     step, state = job.resume(engine, num_steps)
     if step:
         loader.load_state_dict(state["loader"])
         # A run whose last step was a smaller one, prolonged, may need one more.
-        engine.num_steps = max(engine.num_steps, step + (loader.steps_left() or 0))
-    with job.begin(engine, step, engine.num_steps, lines) as report:
-        finished = _loop(job, engine, loader, held_out, report, step)
+        last = max(last, step + (loader.steps_left() or 0))
+    with job.begin(engine, step, last, lines) as report:
+        finished = _loop(job, engine, loader, held_out, report, step, last)
         if finished:
             job.end(engine)
         report.finish()
@@ -51,14 +51,15 @@ def _loop(
     held_out: EvalPacks | None,
     report: Reporter,
     step: int,
+    last: int,
 ) -> bool:
     """From `step` to the last one; False when a signal came before it."""
-    recipe, last = job.recipe, engine.num_steps
+    recipe = job.recipe
     method = METHODS[recipe.method.name]
     with StopSignal(engine.world) as stop:
         while step < last:
             started = time.perf_counter()
-            result = engine.step(loader.next(), method)
+            result = engine.step(loader.next(), method, last)
             step += 1
             row = step_row(step, result, time.perf_counter() - started)
             warning = far_from_reference(recipe, result.metrics) if step == 1 else None

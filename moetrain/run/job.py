@@ -65,12 +65,14 @@ class Job:
         check_schedule(earlier, self.recipe, state["step"], num_steps, learning_rate)
         return int(state["step"]), state
 
-    def begin(self, engine: Engine, step: int, num_steps: int, lines: list[str]) -> Reporter:
+    def begin(
+        self, engine: Engine, step: int, num_steps: int, lines: list[str], inner_steps: int = 1
+    ) -> Reporter:
         """Write the run's own files; the reporter to enter, which first says `lines`. Raises
         ConfigError when the schedule leaves the last steps nothing to learn at.
         """
         recipe = self.recipe
-        optim, last = recipe.optim, engine.num_steps
+        optim, last = recipe.optim, num_steps * inner_steps
         if optim.lr and learning_rate(last, optim, last) == 0:
             raise ConfigError(
                 f"optim.decay_steps={optim.decay_steps} ends before the run: the learning rate of"
@@ -95,7 +97,7 @@ class Job:
             engine.export_hf(self.recipe.run_dir / "hf")
 
     def close(self) -> None:
-        """Give the run_dir free."""
+        """Release the lock of run_dir."""
         self._lock.release()
 
 

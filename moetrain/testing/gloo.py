@@ -26,6 +26,8 @@ def _serve(rank: int, pipe: Connection) -> None:
     from moetrain.engine import device
 
     device.prepare()
+    from moetrain.engine.world import leave
+
     while True:
         job = pipe.recv()
         if job is None:
@@ -41,7 +43,7 @@ def _serve(rank: int, pipe: Connection) -> None:
                 (error if isinstance(error, Exception) else None, traceback.format_exc()),
             )
         try:
-            device.stop()
+            leave()
         finally:
             try:
                 pipe.send(answer)

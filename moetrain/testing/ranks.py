@@ -100,7 +100,7 @@ def logits_of(engine: Any, tokens: Sequence[int]) -> Any:
             whole = gather(columns, self.world.cp_group, reduce_grad=False)
             return whole.sum(), torch.ones((), dtype=torch.int), {"logits": whole}
 
-    runner = LogitsRunner(engine.chunks, engine.world, engine.model, engine.world.device)
+    runner = LogitsRunner(engine.chunks, engine.world, engine.model)
     for chunk in engine.chunks:
         chunk.eval()
     batches = micro_batches([from_tokens(tokens)], 1, engine.world)
@@ -247,7 +247,6 @@ def continued_adapter(
     """Logits [t, v] after going on from its PEFT folder."""
     sections = sections | {"adapter": {"path": str(folder / "peft")}}
     engine = Engine(recipe_for(model, parallel, **sections))
-    engine.continue_adapter()
     return logits_of(engine, tokens)
 
 

@@ -52,9 +52,9 @@ def write_peft(
     folder: Path,
     table: AdapterTable,
     base_name: str,
-    ranks: Ranks = ALONE,
     initial: Reader | None = None,
     note: tuple[Beside, Mapping[str, Any]] | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write an adapter as PEFT reads it; collective.
 
