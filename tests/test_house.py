@@ -83,6 +83,34 @@ def test_files_and_functions_are_short(path: Path) -> None:
             assert lines <= MAX_FUNCTION, f"{node.name} at line {node.lineno} has {lines} lines"
 
 
+# What may call torch.distributed: the World and what it is opened with, sums under autograd, moving
+# weights, and the doctor, which tries groups that no run has.
+TRANSPORT = (
+    "engine/world.py",
+    "engine/meeting.py",
+    "engine/compat_meta.py",
+    "ops/reduce.py",
+    "weights/transport.py",
+    "cluster/doctor/",
+    "rollout/remote/",
+    "testing/",
+)
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_ranks_talk_through_the_world(path: Path) -> None:
+    """No other module calls torch.distributed, or asks by itself whether there is a GPU."""
+    name, text = name_of(path).removeprefix("moetrain/"), path.read_text()
+    if not name.startswith(("tools/", *TRANSPORT)):
+        assert not re.search(r"\bdist\.[a-z_]+\(", text)
+    if not name.startswith(("tools/", "engine/device.py", "cluster/doctor/", "testing/")):
+        assert "cuda.is_available" not in text
+
+
+def test_the_map_of_rooms_is_made_from_the_imports() -> None:
+    run(sys.executable, ROOT / "tools/room_map.py", "--check")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=name_of)
 def test_no_test_mocks_collectives(path: Path) -> None:
     """A fake collective proves that the fake works."""

@@ -102,7 +102,7 @@ import sys, torch
 from pathlib import Path
 from moetrain.engine.device import memory_gib
 from moetrain.weights.reader import SafetensorsReader
-def mib(): return memory_gib() * 1024
+def mib(): return memory_gib(torch.device('cpu')) * 1024
 reader = SafetensorsReader(Path(sys.argv[1]))
 reader.read("x", (slice(0, 1), slice(0, 1)))
 before = mib()

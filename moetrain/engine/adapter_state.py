@@ -3,7 +3,8 @@
 Only what is trained is saved: the base is read again from where it came.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from moetrain.config.recipe import Recipe
 from moetrain.engine.model import PackedGPT
-from moetrain.engine.params import canonical_name
+from moetrain.engine.optim import settled
+from moetrain.engine.params import canonical_name, local_adapters
+from moetrain.engine.snapshot import as_before, snapshot
 from moetrain.engine.world import World
 from moetrain.models import Model
 from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_table
@@ -22,6 +25,7 @@ from moetrain.models.sharding import GateUp, Sharding
 from moetrain.weights.adapter_init import InitialAdapter, Residual
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.reader import Reader
+from moetrain.weights.transport import load
 
 
 def adapter_of(recipe: Recipe, model: Model, base: Reader) -> AdapterTable | None:
@@ -120,3 +124,26 @@ def fill_adapters(chunks: list[PackedGPT], loaded: dict[str, Tensor]) -> None:
     """Copy what a checkpoint held into the parameters."""
     for name, param in _trained(chunks):
         param.data.copy_(loaded[name])
+
+
+def fill_head(chunks: list[PackedGPT], head: Tensor | None) -> None:
+    """Copy the scalar head [1, h] that lay beside an adapter, where there was one."""
+    for chunk in chunks:
+        if chunk.has_scalar_head and head is not None:
+            chunk.output_layer.weight.data.copy_(head)
+
+
+@contextmanager
+def as_base(
+    chunks: list[PackedGPT], wrapped: Sequence[Any], world: World, initial: InitialAdapter | None
+) -> Iterator[None]:
+    """Meanwhile adapters have the values that they are made with, which change nothing of the base;
+    None where there are none.
+    """
+    if initial is None:
+        yield
+        return
+    with as_before(chunks, wrapped, snapshot(chunks, wrapped)):
+        with settled(wrapped):
+            load(local_adapters(chunks, world), initial.table, initial, initial.table.model)
+        yield

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,14 @@ from torch import Tensor
 
 from moetrain.config.recipe import Recipe
 from moetrain.engine import checkpoint, device
-from moetrain.engine.adapter_state import adapter_of, adapter_state, base_for, fill_adapters
+from moetrain.engine.adapter_state import (
+    adapter_of,
+    adapter_state,
+    as_base,
+    base_for,
+    fill_adapters,
+    fill_head,
+)
 from moetrain.engine.layers.block import choose_backend
 from moetrain.engine.layers.router import RouterMonitor, watch
 from moetrain.engine.lora import attach
@@ -36,9 +43,9 @@ from moetrain.errors import ConfigError, DivergedError
 from moetrain.layout.mesh import check_layout
 from moetrain.methods.base import Known, Method, Out
 from moetrain.models import Rule, read_model
-from moetrain.models.adapter import AdapterTable
+from moetrain.models.adapter import AdapterTable, trained_table
 from moetrain.models.patterns import trainable_names
-from moetrain.models.rules import VALUE_HEAD
+from moetrain.models.rules import exported
 from moetrain.ops.packed import Packed
 from moetrain.weights import transport
 from moetrain.weights.adapter_init import InitialAdapter
@@ -147,30 +154,10 @@ class Engine:
             self.adapters = adapters
             self.initial_adapter = InitialAdapter(reader, adapters, recipe.seed)
             self.load_adapter(self.initial_adapter)
-            self._continue_adapter(reader)
-
-    def _continue_adapter(self, base: Reader) -> None:
-        """Go on from the adapter in `adapter.path`, where there is one."""
-        config = self.recipe.adapter
-        if config is None or config.path is None:
-            return
-        earlier = PeftReader(config.path, self.model, base)
-        for chunk in self.chunks:
-            if chunk.has_scalar_head and earlier.head is not None:
-                chunk.output_layer.weight.data.copy_(earlier.head)
-        self.load_adapter(earlier)
-
-    @contextmanager
-    def as_base(self) -> Iterator[None]:
-        """Meanwhile the adapter is a new one, which changes nothing. For forward passes alone."""
-        if self.initial_adapter is None:
-            yield
-            return
-        with self.as_before(self.snapshot()):
-            with settled(self.wrapped):
-                local = local_adapters(self.chunks, self.world)
-                transport.load(local, self.initial_adapter.table, self.initial_adapter, self.model)
-            yield
+            if recipe.adapter is not None and recipe.adapter.path is not None:
+                earlier = PeftReader(recipe.adapter.path, self.model, reader)
+                fill_head(self.chunks, earlier.head)
+                self.load_adapter(earlier)
 
     def load_adapter(self, reader: Reader) -> None:
         """Fill the adapters from `reader`, which has the tensors of `self.adapters`."""
@@ -180,15 +167,9 @@ class Engine:
             self.optimizer.reload_model_params()
 
     @property
-    def trained_rules(self) -> dict[str, Rule]:
+    def trained_rules(self) -> Mapping[str, Rule]:
         """The weight table of what is trained, by canonical name."""
-        if self.adapters is not None:
-            heads = {name: self.model.table[name] for name in self.model.heads.new}
-            return heads | dict(self.adapters)
-        if self.recipe.trainable is None:
-            return dict(self.model.table)
-        names = trainable_names(self.model.table, self.recipe.trainable)
-        return {name: rule for name, rule in self.model.table.items() if name in names}
+        return trained_table(self.model, self.recipe.trainable, self.adapters)
 
     def close(self) -> None:
         """Leave the process group. The engine is of no use afterwards."""
@@ -234,14 +215,10 @@ class Engine:
         self.steps_done = step
         router: dict[str, float] = {}
         if self.model.moe is not None:
-            router = self.monitor.summary(self.moe_layers, self.world)
+            router = self.monitor.summary(self.model.moe_layers, self.world)
         loss = totals.pop("loss")
         memory = device.memory_gib(self.world.device)
         return StepResult(loss, totals, grad_norm, lr, int(tokens), memory, router)
-
-    @property
-    def moe_layers(self) -> list[int]:
-        return [i for i, is_moe in enumerate(self.model.moe_layers) if is_moe]
 
     def _begun(
         self, packs: Sequence[Packed], method: Method
@@ -310,6 +287,10 @@ class Engine:
         """Meanwhile the weights are an earlier snapshot's: a reference without a second model."""
         return as_before(self.chunks, self.wrapped, weights)
 
+    def as_base(self) -> AbstractContextManager[None]:
+        """Meanwhile the adapter is a new one, which changes nothing. For forward passes alone."""
+        return as_base(self.chunks, self.wrapped, self.world, self.initial_adapter)
+
     def _forward_only(self, batches: Sequence[Packed], head: Any) -> list[dict[str, Any]]:
         for model in self.run.models:
             model.eval()
@@ -332,13 +313,9 @@ class Engine:
             yield from self._export_merged(to)
 
     def _export_merged(self, to: transport.To) -> Iterator[tuple[str, Tensor]]:
-        rules = self._exported(self.model.table)
+        rules = exported(self.model.table)
         local = [p for p in local_merged(self.chunks, self.world) if p.name in rules]
         return transport.export(local, rules, self.world, to=to)
-
-    @staticmethod
-    def _exported(rules: Mapping[str, Rule]) -> dict[str, Rule]:
-        return {name: rule for name, rule in rules.items() if name != VALUE_HEAD}
 
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """(name in `self.adapters`, whole tensor) of the adapter and of a scalar head beside it, on
@@ -346,7 +323,7 @@ class Engine:
         """
         assert self.adapters is not None, "the recipe has no adapter"
         local = local_adapters(self.chunks, self.world)
-        rules = self._exported(self.trained_rules)
+        rules = exported(self.trained_rules)
         heads = self.model.heads.new & rules.keys()
         local += [p for p in local_params(self.chunks, self.world) if p.name in heads]
         with settled(self.wrapped):

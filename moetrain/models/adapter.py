@@ -11,7 +11,7 @@ above the other in lora_A. An expert's gate and up share one A, as PEFT's `targe
 it, which see one matrix [2f, h] there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import sqrt
@@ -20,7 +20,7 @@ from typing import Literal, Self
 from moetrain.config.recipe import AdapterConfig
 from moetrain.errors import ConfigError
 from moetrain.models.model import Model
-from moetrain.models.patterns import matcher, nothing_matches
+from moetrain.models.patterns import matcher, nothing_matches, trainable_names
 from moetrain.models.rules import Kind, Rule
 from moetrain.models.sharding import Cols, Copy, Shape, Sharding, Stack
 
@@ -193,6 +193,22 @@ def _shardings(rule: Rule, spec: AdapterSpec) -> dict[Tensors, Sharding]:
     if spec.dora:
         result["lora_magnitude"] = Copy((out,)) if whole else replace(base, shape=(out,))
     return result
+
+
+def trained_table(
+    model: Model, trainable: Sequence[str] | None, adapters: AdapterTable | None
+) -> Mapping[str, Rule]:
+    """The weight table of what a recipe trains: an adapter with what heads are new beside it, the
+    part of the model that the `trainable` patterns select, or all of it. Raises ConfigError for a
+    pattern that matches nothing.
+    """
+    table = model.table
+    if adapters is not None:
+        return {name: table[name] for name in model.heads.new} | dict(adapters)
+    if trainable is None:
+        return table
+    names = trainable_names(table, trainable)
+    return {name: rule for name, rule in table.items() if name in names}
 
 
 # What a tensor's name has after its module's, here and in PEFT.

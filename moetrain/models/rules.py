@@ -4,7 +4,7 @@ A part yields `Weight`s, whose names are relative to its layer; a model binds th
 GLOBAL layer and expert numbers. Only `Rule.local_shape` knows of ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -82,6 +82,11 @@ class Rule:
     def local_shape(self, tp_rank: int, tp_size: int) -> Shape:
         """Of the Megatron tensor there, padding included. An expert's rank and size are ETP's."""
         return self.sharding.local_shape(tp_rank, tp_size)
+
+
+def exported(table: Mapping[str, Rule]) -> dict[str, Rule]:
+    """What of a table goes into an exported model."""
+    return {name: rule for name, rule in table.items() if name != VALUE_HEAD}
 
 
 @dataclass(frozen=True, slots=True)

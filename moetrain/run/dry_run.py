@@ -13,9 +13,8 @@ from moetrain.layout.memory import GIB, gpu_gib, static_bytes
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table
 from moetrain.layout.passed import check_passed
 from moetrain.models import Model, Rule, read_model, with_scalar_head
-from moetrain.models.adapter import AdapterSpec, adapter_table
+from moetrain.models.adapter import AdapterSpec, adapter_table, trained_table
 from moetrain.models.lookup import read_hf_config
-from moetrain.models.patterns import trainable_names
 
 MAX_RANKS_SHOWN = 64
 
@@ -72,19 +71,14 @@ def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> Model:
 
 
 def trained(recipe: Recipe, model: Model) -> Mapping[str, Rule]:
-    """The weight table of what the recipe trains: the model, a part of it, or an adapter, which may
-    stand beside a scalar head. Raises ConfigError for patterns that match nothing.
+    """The weight table of what the recipe trains. Raises ConfigError for patterns that match
+    nothing.
     """
-    table = model.table
-    if recipe.adapter is not None:
-        spec = AdapterSpec.of(recipe.adapter)
-        heads = {name: table[name] for name in model.heads.new}
-        # What an adapter that is there already is, its folder says when it is read.
-        return heads | dict(adapter_table(model, spec, loaded=recipe.adapter.path is not None))
-    if recipe.trainable is not None:
-        names = trainable_names(table, recipe.trainable)
-        return {name: rule for name, rule in table.items() if name in names}
-    return table
+    adapters = None
+    if recipe.adapter is not None:  # what one that is there already is, its folder says
+        loaded = recipe.adapter.path is not None
+        adapters = adapter_table(model, AdapterSpec.of(recipe.adapter), loaded=loaded)
+    return trained_table(model, recipe.trainable, adapters)
 
 
 def dry_run(recipe: Recipe, num_procs: int | None) -> str:

@@ -93,7 +93,7 @@ class Workers:
         """Raise what the first failing rank raised, with its traceback; a hang fails after
         `timeout` seconds.
         """
-        from moetrain.engine.world.device import free_port
+        from moetrain.engine.device import free_port
 
         self._num_runs += 1
         if self._num_runs > RUNS_OF_A_RANK:

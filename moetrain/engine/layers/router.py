@@ -56,10 +56,11 @@ class RouterMonitor:
         self.sums["aux_loss"][layer] += aux.detach()
         self.sums["z_loss"][layer] += z.detach()
 
-    def summary(self, moe_layers: list[int], world: World) -> dict[str, float]:
-        """The step's figures over all ranks: losses averaged over layers, load as max/mean per
-        layer, dead experts.
+    def summary(self, is_moe: Sequence[bool], world: World) -> dict[str, float]:
+        """The step's figures over all ranks, of the layers where `is_moe` [num_layers] says so: losses
+        averaged over layers, load as max/mean per layer, dead experts.
         """
+        moe_layers = [layer for layer, moe in enumerate(is_moe) if moe]
         flat = torch.cat(
             [self.sums[name].flatten() for name in ("load", "aux_loss", "z_loss")]
         ).float()
