@@ -57,7 +57,7 @@ class RouterMonitor:
         self.sums["z_loss"][layer] += z.detach()
 
     def summary(self, is_moe: Sequence[bool], world: World) -> dict[str, float]:
-        """The step's figures over all ranks, of the layers where `is_moe` [num_layers] says so: losses
+        """Figures of the step over all ranks, of the layers where `is_moe` [num_layers]: losses
         averaged over layers, load as max/mean per layer, dead experts.
         """
         moe_layers = [layer for layer, moe in enumerate(is_moe) if moe]
