@@ -392,3 +392,18 @@ def test_families_import_no_torch() -> None:
 
     code = "import sys, moetrain.models; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_flops_are_those_that_torch_counts(architecture: str) -> None:
+    """Of transformers' forward pass, whose eager attention computes all pairs."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**CONFIGS[architecture])
+    config._attn_implementation = config._experts_implementation = "eager"
+    model, tokens = AutoModelForCausalLM.from_config(config).eval(), 16
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.arange(tokens)[None])
+    wanted = counter.get_total_flops()
+    assert read_model(CONFIGS[architecture]).flops(tokens, tokens**2) == wanted

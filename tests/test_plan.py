@@ -281,6 +281,7 @@ def test_dry_run_warns() -> None:
     assert "128 ranks" in text
     assert "and 64 more" in text
     assert "235.094 B parameters" in text
+    assert "22.191 B parameters act on a token" in text
 
 
 def test_dry_run_of_a_small_model() -> None:

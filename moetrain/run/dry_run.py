@@ -81,6 +81,15 @@ def trained(recipe: Recipe, model: Model) -> Mapping[str, Rule]:
     return trained_table(model, recipe.trainable, adapters)
 
 
+def _work(model: Model, seq_len: int) -> str:
+    """What a pack costs, where one sequence fills it. A backward pass is two forward ones."""
+    teraflops = 3 * model.flops(seq_len, seq_len * (seq_len + 1) // 2) / 1e12
+    return (
+        f"# {model.active_params / 1e9:.3f} B parameters act on a token; a pack of {seq_len} tokens"
+        f" takes {teraflops:.4g} TFLOP forward and backward."
+    )
+
+
 def dry_run(recipe: Recipe, num_procs: int | None) -> str:
     """The text of a dry run. Raises ConfigError or LayoutError as the run itself would."""
     num_ranks = world_size(recipe, num_procs)
@@ -103,8 +112,9 @@ def dry_run(recipe: Recipe, num_procs: int | None) -> str:
     name, unit = ("GiB", GIB) if worst.total >= GIB else ("MiB", GIB // 1024)
     num_trained = sum(rule.num_params for rule in learns.values())
     part = f", {num_trained / 1e9:.4f} B trained" if len(learns) != len(table) else ""
+    lines.append("\n" + _work(model, recipe.data.seq_len))
     lines.append(
-        f"\n# {model.architecture}, {total / 1e9:.3f} B parameters{part}. Static {name} per "
+        f"# {model.architecture}, {total / 1e9:.3f} B parameters{part}. Static {name} per "
         f"GPU, before activations:"
     )
     lines.append("stage  params(B)  weights  gradients  optimizer    total")
