@@ -225,7 +225,12 @@ def _aside(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
     if not is_folder and _is_direct(path):
         yield path
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # a file is where a folder is wanted
+        raise NotADirectoryError(
+            errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename
+        ) from None
     clean(path)
     while True:
         aside = path.parent / f"{_stem(path)}{_host()}-{uuid.uuid4().hex[:8]}"

@@ -71,10 +71,10 @@ def test_an_index_that_lies(prefix: Path, place: int, value: bytes, words: str) 
 @pytest.mark.parametrize(
     ("tokens", "code", "words"),
     [
-        (np.uint16([3, 600]), 8, "has 601 tokens but the model's vocab_size is 512"),
-        (np.int32([3, 600]), 4, "has 601 tokens"),
-        (np.int64([3, 2**40]), 5, "has 1099511627777 tokens"),
-        (np.int32([3, -7]), 4, "has a token -7, which no vocabulary has"),
+        (np.array([3, 600], np.uint16), 8, "has 601 tokens but the model's vocab_size is 512"),
+        (np.array([3, 600], np.int32), 4, "has 601 tokens"),
+        (np.array([3, 2**40], np.int64), 5, "has 1099511627777 tokens"),
+        (np.array([3, -7], np.int32), 4, "has a token -7, which no vocabulary has"),
     ],
 )
 def test_an_index_from_elsewhere_with_tokens_that_the_model_lacks(

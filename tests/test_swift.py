@@ -807,6 +807,7 @@ def test_every_deciding_flag_is_tried() -> None:
         (f"{GRPO} --vllm_engine_kwargs [", "JSON mapping"),
         (f"{BASE}; {BASE}", "2 training commands"),
         (f"{BASE} --lr abc", "--lr abc: a number"),
+        (f"{BASE} --lr_warmup_fraction 5e400", "5e400: a number"),
         (f"{BASE} --train_iters 1.5", "a whole number"),
         (f"{BASE} --packing maybe", "true or false"),
         (f"{BASE} --system 'open", "not closed"),

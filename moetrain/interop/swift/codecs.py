@@ -1,6 +1,7 @@
 """Entries of the table, and how each is read and written: the two directions stand side by side."""
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -144,7 +145,10 @@ def _one(words: Words) -> str:
 def _number(words: Words) -> float:
     if len(words) > 1:
         raise NotCarried("the recipe has one number there")
-    return float(_one(words))
+    number = float(_one(words))
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _show_number(value: float) -> Words:
