@@ -10,7 +10,7 @@ python_of() { # the image's Python: that of Debian 13, and of NVIDIA's image
   esac
 }
 
-# Requirements, exact, one a line; installed without dependencies, so that nothing else comes in.
+# Requirements, exact, one per line; installed without dependencies, so that nothing else comes in.
 packages_of() {
   local tools='^(#|pyright|nodejs|nodeenv|ruff|import-linter|grimp|pre_commit|virtualenv|hypothesis)'
   local nvidia='^(nvidia-|cuda-)'

@@ -211,12 +211,12 @@ def check(folder: Path, names: Iterable[str] | None = None) -> None:
                 found.check(folder / name)
 
 
-_said: set[Path] = set()
+_warned: set[Path] = set()
 
 
 def say_unchecked(folder: Path) -> None:
     """Say once that a folder of weights has no manifest; on the first rank."""
-    if folder in _said or os.environ.get("RANK", "0") != "0":
+    if folder in _warned or os.environ.get("RANK", "0") != "0":
         return
-    _said.add(folder)
+    _warned.add(folder)
     print(f"{folder} has no {NAME}: its weights are read as they are", flush=True)

@@ -62,7 +62,9 @@ class ChordSftMethod(MethodSection):
 class ReferencedMethod(MethodSection):
     """What methods with a reference share."""
 
-    beta: float = Field(default=0.1, gt=0, description="how dear it is to leave the reference")
+    beta: float = Field(
+        default=0.1, gt=0, description="strength of the penalty for drifting from the reference"
+    )
     reference: Location = Field(
         default="start",
         description="start: the model as the run starts, adapter.path included; base: without it;"

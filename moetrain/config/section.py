@@ -44,7 +44,7 @@ class Section(BaseModel):
 class MethodSection(Section):
     """A training method and its numbers."""
 
-    scalar_head: ClassVar[bool] = False  # the model ends in one number a token
+    scalar_head: ClassVar[bool] = False  # the model ends in one number per token
     value_head: ClassVar[bool] = False  # it has one beside the vocabulary
     samples: ClassVar[bool] = False  # it learns from rollouts
     demonstrated: ClassVar[bool] = False  # and from data.demonstrations beside them

@@ -140,7 +140,7 @@ class Chat:
                 f" have at most {most:,}"
             )
 
-    def _begun(self, messages: list[Message]) -> list[Message]:
+    def _with_system(self, messages: list[Message]) -> list[Message]:
         """The messages after the recipe's system message, where they have none."""
         if self.system is None or (messages and messages[0]["role"] in ("system", "developer")):
             return messages
@@ -173,7 +173,7 @@ class Chat:
         record says.
         """
         messages, kwargs, _ = self.controls.guard(messages, kwargs)
-        messages = self._begun(messages)
+        messages = self._with_system(messages)
         text, _ = self.template.render(
             [self._spoken(message) for message in messages], add_generation_prompt=True, **kwargs
         )
@@ -183,7 +183,7 @@ class Chat:
     def prompt_notes(self, messages: list[Message], text: str, /, **kwargs: Any) -> tuple[str, ...]:
         """What of a prompt the template does not render."""
         messages, kwargs, notes = self.controls.guard(messages, kwargs)
-        return notes + self._context_notes(self._begun(messages), text, kwargs)
+        return notes + self._context_notes(self._with_system(messages), text, kwargs)
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text that `prompt` made."""
@@ -201,7 +201,7 @@ class Chat:
         if conversation.rendered is not None:
             context, answer = conversation.rendered
             return [Marked(context + answer, ((len(context), len(context + answer)),))]
-        messages = self._begun(conversation.messages)
+        messages = self._with_system(conversation.messages)
         shift = len(messages) - len(conversation.messages)
         trained = [False] * shift + conversation.trained
         kwargs = conversation.template_kwargs

@@ -80,7 +80,7 @@ def chosen(folder: Path, parts: Sequence[Path], prose: Iterable[str], held_out: 
     if of[DOUBTFUL]:
         raise DataError(
             f"{folder} holds {_names(of[DOUBTFUL])}, which may be held-out data or not. Name what"
-            f" is meant, one or several as a list: {', '.join(_told(group) for group in groups)}."
+            f" is meant, one or several as a list: {', '.join(map(_as_path, groups))}."
         )
     if saved and len(of[""]) == len(groups) > 1:
         raise _which(folder, "splits", groups)
@@ -97,7 +97,7 @@ def chosen(folder: Path, parts: Sequence[Path], prose: Iterable[str], held_out: 
     if groups and not of[""]:
         raise DataError(
             f"{folder} holds held-out data alone ({_names(groups)}). To learn from it all the same,"
-            f" name it: {_told(groups[0])}."
+            f" name it: {_as_path(groups[0])}."
         )
     out = {path for kind in KINDS for group in of[kind] for path in group.paths}
     return [path for path in parts if path not in out]
@@ -112,7 +112,7 @@ def _only(folder: Path, what: str, found: list[Group]) -> list[Path]:
 def _which(folder: Path, what: str, groups: list[Group]) -> DataError:
     return DataError(
         f"{folder} holds several {what}: {_names(groups)}. Name one, or several as a list:"
-        f" {', '.join(_told(group) for group in groups)}."
+        f" {', '.join(map(_as_path, groups))}."
     )
 
 
@@ -160,7 +160,7 @@ def _without_shard(stem: str) -> str:
     return re.sub(r"[-_.]?(part|shard|chunk)?[-_.]?\d+$", "", stem) or stem
 
 
-def _told(group: Group) -> str:
+def _as_path(group: Group) -> str:
     """What a recipe says for it: its file or folder, or a pattern that means just its files."""
     paths = [str(path) for path in group.paths]
     if group.at is not None or len(paths) == 1:

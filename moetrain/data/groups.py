@@ -70,7 +70,7 @@ def pack_groups(
             for unit in [_unit(group, [first + i], first, values, beyond)]
         ]
     units += [_blank(units[0])] * (min_packs - len(units))
-    return [concat(own) for own in _dealt(units, seq_len, min_packs)]
+    return [concat(own) for own in _fill_packs(units, seq_len, min_packs)]
 
 
 def _firsts(groups: Sequence[Group]) -> list[int]:
@@ -148,7 +148,7 @@ def _answer(prompt: Prompt, sample: Sample, beyond: bool) -> Packed:
     if beyond and sample.finish == "length":
         tokens = torch.cat([tokens, labels[-1:]])
         labels, mask = (torch.cat([x, x.new_zeros(1)]) for x in (labels, mask))
-        # The sampler did not come so far: a router chooses there for itself.
+        # No routes were recorded there: the router chooses by itself.
         own = {name: torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for name, x in own.items()}
     return pack_one(tokens, labels, mask, id=f"{prompt.id}:{sample.index}", per_token=own)
 
@@ -160,7 +160,7 @@ def _routes(sample: Sample, start: int, end: int | None) -> dict[str, Tensor]:
     return {"routes": torch.from_numpy(sample.routes[start:end].astype(np.int16)) + 1}
 
 
-def _dealt(units: Sequence[Packed], seq_len: int, min_packs: int) -> list[list[Packed]]:
+def _fill_packs(units: Sequence[Packed], seq_len: int, min_packs: int) -> list[list[Packed]]:
     """Units into packs, the largest first into the emptiest pack; more packs until all fit."""
     total = sum(unit.num_tokens for unit in units)
     num = max(min_packs, -(-total // seq_len))

@@ -51,14 +51,14 @@ def decoded(record: dict[str, Any], places: frozenset[Place]) -> dict[str, Any]:
         value = found.get(column)
         if value is None:
             continue
-        found[column] = _said(value, inner[0]) if inner else _parsed(value)
+        found[column] = _parse_field(value, inner[0]) if inner else _parsed(value)
     return found
 
 
-def _said(value: Any, field: str) -> Any:
+def _parse_field(value: Any, field: str) -> Any:
     """A message, or a list of them, with one field parsed."""
     if isinstance(value, list):
-        return [_said(item, field) for item in value]
+        return [_parse_field(item, field) for item in value]
     if isinstance(value, Mapping) and value.get(field) is not None:
         return {**value, field: _parsed(value[field])}
     return value

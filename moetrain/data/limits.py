@@ -35,13 +35,13 @@ class _Watch:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._limits: dict[int, _Limit] = {}  # by thread
-        self._told: set[int] = set()
+        self._notified: set[int] = set()
         self.thread: threading.Thread | None = None
 
     def begin(self, seconds: float, memory: int) -> None:
         own = threading.get_ident()
         with self._lock:
-            self._told.discard(own)
+            self._notified.discard(own)
             self._limits[own] = _Limit(time.thread_time() + seconds, memory)
             if self.thread is None:
                 self.thread = threading.Thread(target=self._look, daemon=True)
@@ -51,8 +51,8 @@ class _Watch:
         own = threading.get_ident()
         with self._lock:
             self._limits.pop(own, None)
-            if own in self._told:  # and it may not have come through yet
-                self._told.discard(own)
+            if own in self._notified:  # and it may not have come through yet
+                self._notified.discard(own)
                 _raise_in(own, None)
 
     def _look(self) -> None:
@@ -64,7 +64,7 @@ class _Watch:
                     is_late = time.clock_gettime(clock) > limit.processor_time
                     if is_late or _writable_memory() > limit.memory:
                         del self._limits[thread]
-                        self._told.add(thread)
+                        self._notified.add(thread)
                         _raise_in(thread, OverTime if is_late else OverMemory)
 
 

@@ -93,13 +93,13 @@ def _after(prompt: list[Message], record: Record, key: str) -> list[Message]:
     answer = _answer(record[key], key)
     if answer[0]["role"] not in OPENING_ROLES:
         return prompt + answer
-    said = {_said(message) for message in answer}
-    if any(_said(message) not in said for message in prompt):
+    said = {_role_and_text(message) for message in answer}
+    if any(_role_and_text(message) not in said for message in prompt):
         raise FormatError(f"{key} is a whole conversation and the prompt is not in it")
     return answer
 
 
-def _said(message: Message) -> tuple[str, str]:
+def _role_and_text(message: Message) -> tuple[str, str]:
     return message["role"], (message["content"] or "").strip()
 
 

@@ -187,7 +187,7 @@ def right_answers(asked: Sequence[Asked], choice: Choice) -> Chosen:
         {
             "messages": [*slot.asked.messages, _turn(slot.answer)],
             **slot.asked.given,
-            **_told(slot.asked),
+            **_summary(slot.asked),
         }
         for slot in kept
     ]
@@ -259,7 +259,7 @@ def _turn(answer: Answer) -> dict[str, str]:
     return {"role": "assistant", "content": answer.text}
 
 
-def _told(asked: Asked) -> dict[str, Any]:
+def _summary(asked: Asked) -> dict[str, Any]:
     return {"id": asked.id, "source": asked.source, "share_right": round(asked.share_right, 4)}
 
 
@@ -274,6 +274,6 @@ def _pair(slot: Slot, chosen: Answer) -> dict[str, Any]:
         "chosen": [_turn(chosen)],
         "rejected": [_turn(slot.answer)],
         **slot.asked.given,
-        **_told(slot.asked),
+        **_summary(slot.asked),
         **figures,
     }

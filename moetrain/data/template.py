@@ -158,9 +158,9 @@ class Template:
         fields = (
             field
             for field in REASONING_FIELDS
-            if THOUGHT in self._tries(_said(CONTENT) | {field: THOUGHT})
+            if THOUGHT in self._tries(_assistant(CONTENT) | {field: THOUGHT})
         )
-        inline = self._tries(_said(f"<think>\n{THOUGHT}\n</think>\n\n{CONTENT}"))
+        inline = self._tries(_assistant(f"<think>\n{THOUGHT}\n</think>\n\n{CONTENT}"))
         mapping = self._calls_of({"k": ARGUMENT})
         text = self._calls_of(json.dumps({"k": ARGUMENT}))
         takes_mapping = bool(mapping) and f"'{ARGUMENT}'" not in mapping
@@ -200,14 +200,14 @@ class Template:
     def opening(self) -> str:
         """What an answer and the prompt for one both begin with."""
         asked, prompt = self._tries(), self._tries(add_generation_prompt=True)
-        answer = self._tries(_said(CONTENT)).partition(CONTENT)[0]
+        answer = self._tries(_assistant(CONTENT)).partition(CONTENT)[0]
         both = shared(prompt, answer)
         return prompt[len(asked) : both] if prompt.startswith(asked) else ""
 
     @cached_property
     def ends(self) -> Ends:
         """What ends a turn: after an answer, and after calls where they end otherwise."""
-        answered = self._tries(_said(CONTENT))
+        answered = self._tries(_assistant(CONTENT))
         tail = answered[answered.rfind(CONTENT) + len(CONTENT) :].strip()
         if CONTENT not in answered:
             return Ends((), None, ())
@@ -246,7 +246,7 @@ class Template:
         """The tokens that begin what follows an answer."""
         found: list[str] = []
         for role in ("user", "tool"):
-            text = self._tries(_said(CONTENT), {"role": role, "content": ARGUMENT})
+            text = self._tries(_assistant(CONTENT), {"role": role, "content": ARGUMENT})
             between = text[text.rfind(CONTENT) + len(CONTENT) : text.rfind(ARGUMENT)]
             if token := self._token.search(between):
                 found.append(token.group())
@@ -256,13 +256,13 @@ class Template:
     def turn_marks(self) -> set[str]:
         """What this template writes around turns: a text should have none of it."""
         text = self._tries(
-            _said(CONTENT), {"role": "user", "content": ARGUMENT}, add_generation_prompt=True
+            _assistant(CONTENT), {"role": "user", "content": ARGUMENT}, add_generation_prompt=True
         )
         found = set(self._token.findall(text)) | set(TAG.findall(text))
         return {mark for mark in found if not THINK.search(mark)}
 
 
-def _said(content: str | None) -> Message:
+def _assistant(content: str | None) -> Message:
     return {"role": "assistant", "content": content}
 
 
@@ -271,7 +271,7 @@ def _calls(arguments: Any, content: str | None, number: int = 1) -> Message:
     calls = [
         {"type": "function", "id": f"call0000{i}", "function": function} for i in range(number)
     ]
-    return _said(content) | {"tool_calls": calls}
+    return _assistant(content) | {"tool_calls": calls}
 
 
 def shared(a: str, b: str) -> int:

@@ -44,13 +44,13 @@ def _problem(loaded: Any, folder: Path) -> DataError | None:
         return None
     cut = loaded(text, add_special_tokens=False)["input_ids"]
     return DataError(
-        f"{_told(loaded)} reads the tokenizer in {folder} as {type(loaded).__name__} and not as"
+        f"{_library(loaded)} reads the tokenizer in {folder} as {type(loaded).__name__} and not as"
         f" its tokenizer.json says: {text!r} becomes {len(cut)} tokens, {loaded.decode(cut)!r}."
         f" {_remedy(folder)}"
     )
 
 
-def _told(loaded: Any) -> str:
+def _library(loaded: Any) -> str:
     import transformers
 
     return f"transformers {transformers.__version__}"

@@ -27,7 +27,13 @@ from moetrain.engine.layers.router import RouterMonitor, watch
 from moetrain.engine.lora import attach
 from moetrain.engine.model import DTYPES, build, transformer_config
 from moetrain.engine.objective import Objective
-from moetrain.engine.optim import clip_and_step, make_optimizer, set_rates, settled, wrap
+from moetrain.engine.optim import (
+    clip_and_step,
+    gathered_parameters,
+    make_optimizer,
+    set_rates,
+    wrap,
+)
 from moetrain.engine.params import (
     freeze,
     local_adapters,
@@ -188,7 +194,7 @@ class Engine:
         """
         assert self.optimizer is not None, "this engine was built with train=False"
         recipe = self.recipe
-        objective, batches, known = self._begun(packs, method)
+        objective, batches, known = self._prepare(packs, method)
         counts, tokens = objective.counts(batches)
         self.monitor.start_step(tokens)
         for chunk in self.wrapped:
@@ -220,7 +226,7 @@ class Engine:
         memory = device.memory_gib(self.world.device)
         return StepResult(loss, totals, grad_norm, lr, int(tokens), memory, router)
 
-    def _begun(
+    def _prepare(
         self, packs: Sequence[Packed], method: Method
     ) -> tuple[Objective, list[Packed], Known]:
         """What a method makes of a global batch: its objective, the micro-batches to run, and the
@@ -244,7 +250,7 @@ class Engine:
         """Mean loss and metrics over held-out packs (each data-parallel rank brings its share):
         {"loss": ..., ...}.
         """
-        objective, batches, known = self._begun(packs, method)
+        objective, batches, known = self._prepare(packs, method)
         counts, _ = objective.counts(batches)
         return objective.totals(self._forward_only(batches, objective.head(counts, known)))
 
@@ -294,7 +300,7 @@ class Engine:
     def _forward_only(self, batches: Sequence[Packed], head: Any) -> list[dict[str, Any]]:
         for model in self.run.models:
             model.eval()
-        with settled(self.wrapped):
+        with gathered_parameters(self.wrapped):
             return self.run(batches, head, forward_only=True)
 
     # Weights
@@ -309,7 +315,7 @@ class Engine:
         """(Hugging Face name, whole tensor) of every weight, adapters merged into it, in one order
         on every rank; with to="first" on the first rank alone.
         """
-        with settled(self.wrapped):
+        with gathered_parameters(self.wrapped):
             yield from self._export_merged(to)
 
     def _export_merged(self, to: transport.To) -> Iterator[tuple[str, Tensor]]:
@@ -326,7 +332,7 @@ class Engine:
         rules = exported(self.trained_rules)
         heads = self.model.heads.new & rules.keys()
         local += [p for p in local_params(self.chunks, self.world) if p.name in heads]
-        with settled(self.wrapped):
+        with gathered_parameters(self.wrapped):
             yield from transport.export(local, rules, self.world, to="first")
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -344,7 +350,7 @@ class Engine:
 
     def export_hf(self, folder: Path) -> None:
         """Write a Hugging Face model folder, in the source's dtypes, with adapters merged in."""
-        with settled(self.wrapped):
+        with gathered_parameters(self.wrapped):
             write_hf(
                 self._export_merged("owner"),
                 folder,
@@ -374,7 +380,7 @@ class Engine:
     ) -> checkpoint.Saving:
         """As `save`, up to a copy in host memory; `finish` of what it returns does the rest."""
         kept = self.optimizer if optimizer else None
-        with settled(self.wrapped):
+        with gathered_parameters(self.wrapped):
             state = state | {"steps_done": self.steps_done}
             saving = checkpoint.Saving(folder, self._content(), kept, state, self.world)
         if self.world.is_first:

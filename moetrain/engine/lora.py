@@ -75,7 +75,7 @@ class Lora(nn.Module):
         return self.scale * F.linear(self.middle(F.linear(x, self.A)), self.up())
 
     def middle(self, a: Tensor) -> Tensor:
-        """What happens to A x between the two matrices: communication of r numbers a token."""
+        """What happens to A x between the two matrices: communication of r numbers per token."""
         return a
 
     def norm(self, weight: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def attach(chunks: list[PackedGPT], adapters: AdapterTable, world: World) -> Non
             for base in adapters.of_layer(layer.layer_number - 1):
                 module = layer.get_submodule(base.module)
                 if base.expert is None:
-                    module.lora = _beside(module, base, adapters, world)
+                    module.lora = _make_lora(module, base, adapters, world)
                 else:
                     split = "A" if base.sharding.dim == 1 else "B"
                     module.lora = ExpertLora(module.weight, adapters.spec, split, world.etp_group)
@@ -267,7 +267,7 @@ def attach(chunks: list[PackedGPT], adapters: AdapterTable, world: World) -> Non
                     module.register_forward_hook(_add)
 
 
-def _beside(module: Any, base: Rule, adapters: AdapterTable, world: World) -> Lora:
+def _make_lora(module: Any, base: Rule, adapters: AdapterTable, world: World) -> Lora:
     """The adapter of one linear layer, by how tensor-parallel ranks split it."""
     spec, tp_size = adapters.spec, world.plan.tp
     parallel = bool(module.config.sequence_parallel)

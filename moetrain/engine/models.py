@@ -78,7 +78,8 @@ def latest(run: Path) -> Path:
     latest = Checkpoints(run, keep=1).latest()
     if latest is None:
         raise CheckpointError(
-            f"{run} has neither hf nor a checkpoint yet. Let the run come so far."
+            f"{run} has neither hf nor a checkpoint yet. Wait until it has saved its first"
+            f" checkpoint."
         )
     return latest
 

@@ -30,7 +30,7 @@ def read(content: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     """
     # Upstream's own collectives come between: what every rank reads is looked at before.
     failures = (Exception, CheckpointException)  # torch's is no Exception
-    told = partial(_told, folder)
+    told = partial(_describe, folder)
     world.together(lambda: _check_common(folder), told, failures)
     return world.together(lambda: dist_checkpointing.load(content, str(folder)), told, failures)
 
@@ -49,7 +49,7 @@ def _check_common(folder: Path) -> None:
             found.check(path, part.offset, part.offset + part.length)
 
 
-def _told(folder: Path, error: BaseException) -> MoetrainError:
+def _describe(folder: Path, error: BaseException) -> MoetrainError:
     """The error in a line; torch wraps those of reading."""
     cause: BaseException = error
     if isinstance(error, CheckpointException) and error.failures:

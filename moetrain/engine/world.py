@@ -71,13 +71,13 @@ class World:
 
     def sum(self, values: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """The sum over the group's ranks (None: all), where `values` lie. Collective."""
-        return add_up(self._own(values), group).to(values.device)
+        return add_up(self._on_device(values), group).to(values.device)
 
     def max(self, values: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """As `sum`, elementwise maxima. Collective."""
-        return largest(self._own(values), group).to(values.device)
+        return largest(self._on_device(values), group).to(values.device)
 
-    def _own(self, values: Tensor) -> Tensor:
+    def _on_device(self, values: Tensor) -> Tensor:
         return values.to(self.device, copy=True).contiguous()
 
     def most(self, *counts: int) -> list[int]:

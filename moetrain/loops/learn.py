@@ -44,7 +44,7 @@ class Lessons:
         if how == "mask":
             groups, values = _without_cut(batch, values)
         parts: list[list[Packed]] = []
-        for own_groups, own in _dealt(groups, values, method.inner_steps):
+        for own_groups, own in _split_into_steps(groups, values, method.inner_steps):
             packs = pack_groups(
                 own_groups,
                 own,
@@ -102,7 +102,7 @@ def _without_cut(
     return tuple(groups), {name: value[whole] for name, value in values.items()}
 
 
-def _dealt(
+def _split_into_steps(
     groups: Sequence[Group], values: Mapping[str, Tensor], num_parts: int
 ) -> list[tuple[list[Group], dict[str, Tensor]]]:
     """Whole groups dealt in order to the batch's optimizer steps, with the values of their

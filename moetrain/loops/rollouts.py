@@ -1,8 +1,8 @@
 """Batches of graded answers: collected once, kept on disk, replayed without an engine.
 
-`<run_dir>/rollouts` holds a file a step, `00000012.jsonl` (a head, then a prompt with its graded
-answers a line), and `00000012.partial.jsonl` while it is being made: each answer as it ends, so
-that a killed run loses none.
+`<run_dir>/rollouts` holds one file per step, `00000012.jsonl` (a head, then one line per prompt
+with its graded answers), and `00000012.partial.jsonl` while it is being made: each answer as it
+ends, so that a killed run loses none.
 """
 
 import hashlib
@@ -128,7 +128,7 @@ class Collector:
     num_steps: int = 0  # of the run, for rewards that ask
     limit: int | None = None  # prompts of the stream that there are, where epochs are counted
     # Faults that a batch has counted; those of the push before it are among them.
-    _told: Counter[str] = field(default_factory=Counter[str])
+    _reported: Counter[str] = field(default_factory=Counter[str])
 
     def batch(self, step: int, cursor: int) -> Batch:
         """The batch of `step`, from prompt number `cursor` on; what of it is on disk is taken from
@@ -160,8 +160,8 @@ class Collector:
             if len(groups) >= self.num_prompts:
                 break
         faults = self.engine.counts + self.grader.counts
-        counts += faults - self._told
-        self._told = faults
+        counts += faults - self._reported
+        self._reported = faults
         missing = self.num_prompts - len(groups)
         metrics = self.grader.take_metrics()
         fault = self.grader.said if self.grader.num_faults > failed else ""

@@ -288,11 +288,11 @@ class Live:
             return {f"push/{k}_s": v for k, v in driver.engine.push(weights, step).items()}
 
         try:
-            problem, figures = self._tried(send)
+            problem, figures = self._attempt(send)
         finally:
             for _ in weights:  # every rank takes part in what is exported, to the end
                 pass
-        return self._told(problem, figures)
+        return self._share_outcome(problem, figures)
 
     def _gap(self) -> float:
         """The largest difference of a log-prob between the two sides, over given and generated
@@ -337,9 +337,9 @@ class Live:
 
     def _shared(self, ask: Callable[[Driver], T]) -> T:
         """What the driver answers, on every rank; what it raises, too."""
-        return self._told(*self._tried(ask))
+        return self._share_outcome(*self._attempt(ask))
 
-    def _tried(self, ask: Callable[[Driver], T]) -> tuple[BaseException | None, Any]:
+    def _attempt(self, ask: Callable[[Driver], T]) -> tuple[BaseException | None, Any]:
         if self.driver is None:
             return None, None
         try:
@@ -347,7 +347,7 @@ class Live:
         except MoetrainError as error:
             return error, None
 
-    def _told(self, problem: BaseException | None, answer: Any) -> Any:
+    def _share_outcome(self, problem: BaseException | None, answer: Any) -> Any:
         problem, answer = self.engine.world.share((problem, answer))
         beat()  # a rollout engine that hangs is noticed by its client, not by the launcher
         if problem is not None:

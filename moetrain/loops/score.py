@@ -28,8 +28,8 @@ PACK_TOKENS = 4096  # short rows share a pack up to so many tokens
 
 
 def score(model: str, data: Path, out: Path, overrides: Sequence[str] = ()) -> int:
-    """Score the rows of `data` with `model` and write `out`, one row a row, in their order. Returns
-    the exit code.
+    """Score the rows of `data` with `model` and write `out`, one output row per input row, in their
+    order. Returns the exit code.
 
     A row has `tokens` (ids) or `text`. Every rank of the job calls this; rank 0 writes `out`, which
     appears whole. DataError with file and line for the first row that cannot be scored, before

@@ -38,7 +38,7 @@ def _read(text: str, value_head: bool) -> Model:
 
 
 def with_scalar_head(hf: HfConfig) -> dict[str, object]:
-    """The config of the same model that ends in one number a token. Raises ConfigError."""
+    """The config of the same model that ends in one number per token. Raises ConfigError."""
     return config.with_scalar_head(hf, architecture(hf))
 
 

@@ -30,7 +30,7 @@ def architecture_of(hf: HfConfig) -> str | None:
 
 
 def has_scalar_head(hf: HfConfig) -> bool:
-    """Whether the model ends in one number a token (transformers' sequence classification)."""
+    """Whether the model ends in one number per token (transformers' sequence classification)."""
     return (architecture_of(hf) or "").endswith(_SCALAR_HEAD)
 
 

@@ -74,7 +74,7 @@ def last_row(folder: Path) -> Row:
 
 
 def num_steps(folder: Path) -> int | None:
-    """How many steps the run has in all, when it has come so far as to know."""
+    """How many steps the run has in all, once that is known."""
     try:
         content = _json((folder / "environment.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):

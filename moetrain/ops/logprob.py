@@ -87,7 +87,7 @@ def _add(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
         total += _matmul(a, b)
 
 
-def _own(labels: Tensor, vocab_start: int, num_rows: int) -> tuple[Tensor, Tensor]:
+def _local_labels(labels: Tensor, vocab_start: int, num_rows: int) -> tuple[Tensor, Tensor]:
     """Row of each label on this rank `[c]` (0 where it is elsewhere) and whether it is here `[c]`
     bool.
     """
@@ -117,7 +117,7 @@ def _statistics(
     for part in _chunks(t, chunk):
         del exps
         logits = _logits(hidden[part].to(weight.dtype), weight, _part(divisor, part))
-        rows, here = _own(labels[part], vocab_start, num_rows)
+        rows, here = _local_labels(labels[part], vocab_start, num_rows)
         stats[2, part] = logits.gather(1, rows[:, None])[:, 0].mul_(here)
         for some in _chunks(len(logits), chunk if logits.is_cuda else ROWS):
             _exp_(logits[some], stats[:, part][:, some], with_entropy)
@@ -196,7 +196,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 exps, scale = kept
             # d logp / d logits = onehot - p, and p = exps * scale
             share = grad_logp[part] if divisor is None else grad_logp[part] / divisor
-            rows, here = _own(labels[part], ctx.vocab_start, ctx.num_rows)
+            rows, here = _local_labels(labels[part], ctx.vocab_start, ctx.num_rows)
             grad = exps.mul_((-share * scale)[:, None])
             grad.scatter_add_(1, rows[:, None], (share * here)[:, None])
             grad = grad.to(weight.dtype)

@@ -133,7 +133,7 @@ class Sandbox:
             )
             in_time = _wait(process, limits.seconds)
             seconds = time.monotonic() - started
-            told = _told(os.pread(status, MAX_TOLD, 0))
+            told = _parse_status(os.pread(status, MAX_TOLD, 0))
             _wait_for_init(told.get("child-pid"))
             out = os.pread(streams[1], limits.file, 0)
             sizes = [os.fstat(fd).st_size for fd in streams[1:]]
@@ -325,7 +325,7 @@ def _wait_for_init(pid: int | None) -> None:
     os.close(handle)
 
 
-def _told(said: bytes) -> dict[str, Any]:
+def _parse_status(said: bytes) -> dict[str, Any]:
     """What bubblewrap, or jail.py, says of the run."""
     told: dict[str, Any] = {}
     for line in said.decode(errors="replace").splitlines():

@@ -68,9 +68,9 @@ class Embedded:
             Sample(
                 prompt_id=request.prompt.id,
                 index=request.index,
-                tokens=tuple(drawing.own(row)),
+                tokens=tuple(drawing.answer_tokens(row)),
                 logprobs=tuple(drawing.logprobs[row][: drawing.lengths[row]]),
-                text=text_of_answer(self.tokenizer, drawing.own(row), sampling.stop_ids),
+                text=text_of_answer(self.tokenizer, drawing.answer_tokens(row), sampling.stop_ids),
                 finish="length" if row in drawing.open_rows else "stop",
                 version=self.version,
                 routes=drawing.routes(row) if sampling.routes else None,
@@ -194,7 +194,7 @@ class _Drawing:
         self.ids = torch.cat([self.ids, drawn[:, None]], 1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
 
-    def own(self, row: int) -> list[int]:
+    def answer_tokens(self, row: int) -> list[int]:
         """The tokens of an answer, to its end."""
         return self.tokens[row][: self.lengths[row]]
 

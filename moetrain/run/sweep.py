@@ -1,5 +1,4 @@
-"""`moetrain sweep`: the product of grids over one recipe, each run a process and a folder of its
-own.
+"""`moetrain sweep`: the product of grids over one recipe, each run in its own process and folder.
 
 Started again it goes on: what is done is skipped, what was interrupted resumes from its checkpoint.
 """

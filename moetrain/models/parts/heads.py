@@ -11,7 +11,7 @@ from moetrain.models.sharding import Copy, Vocab
 @dataclass(frozen=True)
 class Heads:
     """The embedding, the final norm, and the output: logits of the vocabulary, or with `scalar` one
-    number a token (a reward); with `value` one more number a token (PPO's value) beside it.
+    number per token (a reward); with `value` one more number per token (PPO's value) beside it.
     """
 
     hidden: int
@@ -40,7 +40,7 @@ class Heads:
 
     @property
     def new(self) -> frozenset[str]:
-        """Megatron names of the heads of one number a token: a language model's folder may lack
+        """Megatron names of the heads of one number per token: a language model's folder may lack
         them, and they are trained whole beside an adapter.
         """
         scalar = {"output_layer.weight"} if self.scalar else set[str]()
