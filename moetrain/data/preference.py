@@ -136,10 +136,12 @@ def _mismatched(result: Result, other: Result, spec: Spec) -> Result:
     start, begin = _answer_start(own), _answer_start(donor)
     mask = np.concatenate([np.zeros(start, dtype=np.bool_), donor.mask[begin:]])
     answer = Encoded(np.concatenate([own.tokens[:start], donor.tokens[begin:]]), mask)
-    return replace(result, groups=_mismatched(own, answer, group.extras, spec))
+    return replace(result, groups=_own_and_mismatched(own, answer, group.extras, spec))
 
 
-def _mismatched(own: Encoded, answer: Encoded, extras: Extras, spec: Spec) -> tuple[Group, ...]:
+def _own_and_mismatched(
+    own: Encoded, answer: Encoded, extras: Extras, spec: Spec
+) -> tuple[Group, ...]:
     """A record's own answer, cut by data.seq_len alone, and as much of a mismatched one as there is
     room for in the same pack. Where no token of that has room it stands by itself.
     """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moetrain.config.recipe import Recipe
 from moetrain.engine.model import PackedGPT
-from moetrain.engine.optim import gathered_parameters
+from moetrain.engine.optim import gathered
 from moetrain.engine.params import canonical_name, local_adapters
 from moetrain.engine.snapshot import as_before, snapshot
 from moetrain.engine.world import World
@@ -144,6 +144,6 @@ def as_base(
         yield
         return
     with as_before(chunks, wrapped, snapshot(chunks, wrapped)):
-        with gathered_parameters(wrapped):
+        with gathered(wrapped):
             load(local_adapters(chunks, world), initial.table, initial, initial.table.model)
         yield

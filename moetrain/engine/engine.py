@@ -27,13 +27,7 @@ from moetrain.engine.layers.router import RouterMonitor, watch
 from moetrain.engine.lora import attach
 from moetrain.engine.model import DTYPES, build, transformer_config
 from moetrain.engine.objective import Objective
-from moetrain.engine.optim import (
-    clip_and_step,
-    gathered_parameters,
-    make_optimizer,
-    set_rates,
-    wrap,
-)
+from moetrain.engine.optim import clip_and_step, gathered, make_optimizer, set_rates, wrap
 from moetrain.engine.params import (
     freeze,
     local_adapters,
@@ -300,7 +294,7 @@ class Engine:
     def _forward_only(self, batches: Sequence[Packed], head: Any) -> list[dict[str, Any]]:
         for model in self.run.models:
             model.eval()
-        with gathered_parameters(self.wrapped):
+        with gathered(self.wrapped):
             return self.run(batches, head, forward_only=True)
 
     # Weights
@@ -315,7 +309,7 @@ class Engine:
         """(Hugging Face name, whole tensor) of every weight, adapters merged into it, in one order
         on every rank; with to="first" on the first rank alone.
         """
-        with gathered_parameters(self.wrapped):
+        with gathered(self.wrapped):
             yield from self._export_merged(to)
 
     def _export_merged(self, to: transport.To) -> Iterator[tuple[str, Tensor]]:
@@ -332,7 +326,7 @@ class Engine:
         rules = exported(self.trained_rules)
         heads = self.model.heads.new & rules.keys()
         local += [p for p in local_params(self.chunks, self.world) if p.name in heads]
-        with gathered_parameters(self.wrapped):
+        with gathered(self.wrapped):
             yield from transport.export(local, rules, self.world, to="first")
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -350,7 +344,7 @@ class Engine:
 
     def export_hf(self, folder: Path) -> None:
         """Write a Hugging Face model folder, in the source's dtypes, with adapters merged in."""
-        with gathered_parameters(self.wrapped):
+        with gathered(self.wrapped):
             write_hf(
                 self._export_merged("owner"),
                 folder,
@@ -380,7 +374,7 @@ class Engine:
     ) -> checkpoint.Saving:
         """As `save`, up to a copy in host memory; `finish` of what it returns does the rest."""
         kept = self.optimizer if optimizer else None
-        with gathered_parameters(self.wrapped):
+        with gathered(self.wrapped):
             state = state | {"steps_done": self.steps_done}
             saving = checkpoint.Saving(folder, self._content(), kept, state, self.world)
         if self.world.is_first:

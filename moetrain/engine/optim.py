@@ -94,7 +94,7 @@ def _start_grad_sync(model: DistributedDataParallel, *unused: Any) -> None:
 
 
 @contextmanager
-def gathered_parameters(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
+def gathered(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """All weights are whole in here: outside, an overlapped parameter gather may still be due.
 
     With overlap, the gather after an optimizer step is left to the hooks of the next training

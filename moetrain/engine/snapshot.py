@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moetrain.engine.model import PackedGPT
-from moetrain.engine.optim import gathered_parameters
+from moetrain.engine.optim import gathered
 
 Weights = Mapping[str, Tensor]
 """This rank's trained parameters by chunk and name, on the host."""
@@ -17,7 +17,7 @@ Weights = Mapping[str, Tensor]
 
 def snapshot(chunks: Sequence[PackedGPT], wrapped: Sequence[Any]) -> Weights:
     """What is trained as it is now; an adapter alone, where there is one."""
-    with gathered_parameters(wrapped):
+    with gathered(wrapped):
         return {name: p.data.to("cpu", copy=True) for name, p in _trained(chunks)}
 
 
@@ -35,7 +35,7 @@ def as_before(
 
 
 def _put(chunks: Sequence[PackedGPT], wrapped: Sequence[Any], weights: Weights) -> None:
-    with gathered_parameters(wrapped):
+    with gathered(wrapped):
         for name, param in _trained(chunks):
             param.data.copy_(weights[name])
 
