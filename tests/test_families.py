@@ -282,6 +282,18 @@ def test_a_published_model_is_known_by_its_name(path: str, wanted: str | None) -
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5}},
             (10000.0, Yarn(4.0, 2048, 1.5)),
         ),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 1,
+                    "beta_fast": 0,
+                    "mscale": 0,
+                    "truncate": None,
+                }
+            },
+            (10000.0, Yarn(1.0, 2048, 1.0, truncate=False)),
+        ),
     ],
 )
 def test_rope_is_read_in_both_spellings(hf: dict[str, Any], expected: tuple[float, Any]) -> None:
@@ -323,6 +335,11 @@ def test_defaults_are_transformers() -> None:
         ("LlamaForCausalLM", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "'dynamic'"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
+        (
+            "LlamaForCausalLM",
+            {"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2}},
+            "rope_theta = 1 must be above 1",
+        ),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ("LlamaForCausalLM", {"rope_scaling": [1]}, "not a mapping"),
         (

@@ -15,7 +15,6 @@ from moetrain.models.sharding import (
     Copy,
     GateUp,
     Piece,
-    Rows,
     Sharding,
     Vocab,
     padded_rows,
@@ -40,7 +39,6 @@ class Sizes:
         made: dict[str, Sharding] = {
             "norm": Copy((self.hidden,)),
             "router": Copy((self.experts, self.hidden)),
-            "rows": Rows((self.ffn, self.hidden)),
             "cols": Cols((self.hidden, self.ffn)),
             "proj": Cols((self.hidden, queries)),
             "gate_up": GateUp((self.ffn, self.hidden)),
@@ -52,7 +50,7 @@ class Sizes:
         return made[name]
 
 
-NAMES = "norm router rows cols proj gate_up expert_gate_up vocab qkv qkv_bias".split()
+NAMES = "norm router cols proj gate_up expert_gate_up vocab qkv qkv_bias".split()
 SIZES = Sizes()
 
 
@@ -199,7 +197,7 @@ def test_packing_lets_gradients_through_and_runs_on_meta() -> None:
 @pytest.mark.parametrize(
     ("layout", "tp", "words"),
     [
-        (SIZES.sharding("rows"), 3, "8 rows do not divide by tensor-parallel size 3"),
+        (SIZES.sharding("gate_up"), 3, "8 rows do not divide by tensor-parallel size 3"),
         (SIZES.sharding("cols"), 16, "8 columns do not divide"),
         (SIZES.sharding("qkv"), 16, "8 attention heads do not divide"),
         (SIZES.sharding("qkv"), 3, "8 attention heads do not divide"),

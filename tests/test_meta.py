@@ -45,10 +45,16 @@ def step(*given: Any) -> tuple[int, float, float]:
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("rank", [0, 7])
-def test_a_step_without_data(rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "parallel", "dense"),
+    [
+        (7, {"tp": 2, "pp": 2, "ep": 2}, []),
+        (0, {"tp": 2, "etp": 2, "ep": 2, "pp": 2}, [0, 1]),  # a stage without experts
+    ],
+)
+def test_a_step_without_data(rank: int, parallel: dict[str, int], dense: list[int]) -> None:
     hf = {**CONFIGS["qwen3_moe"], "moe_intermediate_size": 32, "num_experts": 8}
-    step(hf, {"tp": 2, "pp": 2, "ep": 2}, rank, 8, 2, 64, FULL)
+    step(hf | {"mlp_only_layers": dense}, parallel, rank, 8, 2, 64, FULL)
 
 
 def test_a_step_of_a_rank_of_235b() -> None:

@@ -85,6 +85,8 @@ class AllRanks:
     def size(self) -> int:
         return dist.get_world_size()
 
+    device = torch.device("cpu")
+
     def gather(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)

@@ -34,8 +34,10 @@ def imports() -> dict[str, set[str]]:
 def arrows(found: dict[str, set[str]]) -> list[tuple[str, str]]:
     """(imported, importer), without those that follow from others."""
 
-    def below(room: str) -> set[str]:
-        return found[room] | {deeper for other in found[room] for deeper in below(other)}
+    def below(room: str, path: tuple[str, ...] = ()) -> set[str]:
+        assert room not in path, f"a circle of imports: {' -> '.join((*path, room))}"
+        deeper = (below(other, (*path, room)) for other in found[room])
+        return found[room].union(*deeper)
 
     return sorted(
         (other, room)

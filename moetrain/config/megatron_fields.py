@@ -55,7 +55,7 @@ UNREAD: dict[str, str] = {
     dsa_indexer_use_sparse_loss experimental_attention_variant_loss_scale_func
     moe_router_score_function moe_router_topk_scaling_factor moe_router_num_groups
     moe_router_group_topk moe_router_topk_limited_devices moe_router_enable_expert_bias
-    moe_apply_probs_on_input moe_latent_size moe_shared_expert_overlap
+    moe_apply_probs_on_input moe_latent_size
     use_mup mup_attn_scale_power mup_base_head_dim mup_base_hidden_size mup_embedding_mult
     mup_output_mult mup_width_mult""",
     "method: none of them trains multi-token prediction": """
@@ -123,6 +123,7 @@ UNREAD: dict[str, str] = {
     cp_comm_type hierarchical_context_parallel_sizes hybrid_context_parallel
     max_seqlen_per_dp_cp_rank""",
     _OVERLAP: """
+    moe_shared_expert_overlap
     grad_sync_func no_sync_func param_sync_func tp_comm_atomic_ag tp_comm_atomic_rs
     tp_comm_bootstrap_backend tp_comm_bulk_dgrad tp_comm_bulk_wgrad tp_comm_overlap
     tp_comm_overlap_ag tp_comm_overlap_disable_fc1 tp_comm_overlap_disable_qkv tp_comm_overlap_rs

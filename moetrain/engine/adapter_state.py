@@ -17,7 +17,6 @@ from moetrain.config.recipe import Recipe
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.optim import gathered
 from moetrain.engine.params import canonical_name, local_adapters
-from moetrain.engine.snapshot import as_before, snapshot
 from moetrain.engine.world import World
 from moetrain.models import Model
 from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_table
@@ -135,15 +134,25 @@ def fill_head(chunks: list[PackedGPT], head: Tensor | None) -> None:
 
 @contextmanager
 def as_base(
-    chunks: list[PackedGPT], wrapped: Sequence[Any], world: World, initial: InitialAdapter | None
+    recipe: Recipe,
+    chunks: list[PackedGPT],
+    wrapped: Sequence[Any],
+    world: World,
+    initial: InitialAdapter | None,
 ) -> Iterator[None]:
-    """Meanwhile adapters have the values that they are made with, which change nothing of the base;
-    None where there are none.
+    """Meanwhile adapters that go on from `adapter.path`, frozen ones too, have the values that new
+    ones are made with, which change nothing of the base.
     """
-    if initial is None:
+    if initial is None or recipe.adapter is None or recipe.adapter.path is None:
         yield
         return
-    with as_before(chunks, wrapped, snapshot(chunks, wrapped)):
-        with gathered(wrapped):
-            load(local_adapters(chunks, world), initial.table, initial, initial.table.model)
+    with gathered(wrapped):
+        local = local_adapters(chunks, world)
+        now = [param.tensor.to("cpu", copy=True) for param in local]
+        load(local, initial.table, initial, initial.table.model)
+    try:
         yield
+    finally:
+        with gathered(wrapped):
+            for param, tensor in zip(local, now, strict=True):
+                param.tensor.copy_(tensor)

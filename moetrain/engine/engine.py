@@ -99,9 +99,7 @@ class Engine:
         own = self.world.device
         self.backend = choose_backend(recipe.model.backend, own)
         self.steps_done = 0
-        # Reduce gradients to every rank, not only to the one that updates the weight: for
-        # `gradients()`, at more traffic.
-        self.whole_gradients = False
+        self.whole_gradients = False  # at more traffic: for `gradients`
         self.monitor = RouterMonitor(
             self.model.num_layers,
             self.model.num_experts,
@@ -288,8 +286,8 @@ class Engine:
         return as_before(self.chunks, self.wrapped, weights)
 
     def as_base(self) -> AbstractContextManager[None]:
-        """Meanwhile the adapter is a new one, which changes nothing. For forward passes alone."""
-        return as_base(self.chunks, self.wrapped, self.world, self.initial_adapter)
+        """Before the first step: meanwhile an earlier adapter is a new one, without effect."""
+        return as_base(self.recipe, self.chunks, self.wrapped, self.world, self.initial_adapter)
 
     def _forward_only(self, batches: Sequence[Packed], head: Any) -> list[dict[str, Any]]:
         for model in self.run.models:
@@ -324,7 +322,7 @@ class Engine:
         assert self.adapters is not None, "the recipe has no adapter"
         local = local_adapters(self.chunks, self.world)
         rules = exported(self.trained_rules)
-        heads = self.model.heads.new & rules.keys()
+        heads = self.model.heads.added & rules.keys()
         local += [p for p in local_params(self.chunks, self.world) if p.name in heads]
         with gathered(self.wrapped):
             yield from transport.export(local, rules, self.world, to="first")

@@ -254,7 +254,7 @@ def attach(chunks: list[PackedGPT], adapters: AdapterTable, world: World) -> Non
     for chunk in chunks:
         for name, param in chunk.named_parameters():
             # A new head is trained with its adapter.
-            param.requires_grad = name in adapters.model.heads.new
+            param.requires_grad = name in adapters.model.heads.added
         for layer in chunk.decoder.layers:
             for base in adapters.of_layer(layer.layer_number - 1):
                 module = layer.get_submodule(base.module)

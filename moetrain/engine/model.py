@@ -78,7 +78,7 @@ def transformer_config(
             f"megatron: {recipe.megatron} is refused by megatron-core: {why}"
         ) from None
     if model.moe is not None:
-        moe.finish(model.moe, config)
+        moe.set_pre_softmax(model.moe, config)
     return config
 
 
@@ -116,7 +116,7 @@ def _default_fields(
     )
     if model.moe is not None:
         # gloo has no uneven all-gather, which all-to-all needs when experts are tensor parallel.
-        uneven = device.type != "cuda" and p.etp > 1
+        uneven = device.type == "cpu" and p.etp > 1
         defaults["moe_token_dispatcher_type"] = "allgather" if uneven else "alltoall"
         defaults["moe_permute_fusion"] = uses_te
     if recipe.train.recompute == "full":

@@ -133,7 +133,8 @@ def write_adapter(run: Path, dst: Path) -> str:
     hf = read_mapping(checkpoint / NOTE).get("hf")
     if not isinstance(hf, dict):
         raise CheckpointError(f"{checkpoint / NOTE} has no 'hf' mapping. Restore the file.")
-    write_peft(tensors, dst, engine.adapters, base, first, (Beside.of(checkpoint), hf))
+    note = (Beside.of(checkpoint), hf)
+    write_peft(tensors, dst, engine.adapters, base, first, note, engine.world)
     engine.close()
     return base
 

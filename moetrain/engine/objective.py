@@ -82,7 +82,7 @@ class Objective:
         names = self.world.share(own, self.world.size - 1)  # which is on the last stage
         device = self.world.device
         sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=device)
-        if self.world.reports:
+        if self.world.adds_loss:
             for row in kept:
                 flat = [x for name in names for x in row["metrics"][name]]
                 values = [torch.as_tensor(x).double() for x in (row["loss"], *flat)]

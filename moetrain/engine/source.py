@@ -38,7 +38,7 @@ class ModelSource:
         if self.folder is None or recipe.model.init == "random":
             return random
         stored = SafetensorsReader(self.folder, model)
-        heads = {key for name in model.heads.new for key in model.table[name].hf}
+        heads = {key for name in model.heads.added for key in model.table[name].hf}
         new = heads - set(stored.names())
         return Joined(stored, dict.fromkeys(new, random)) if new else stored
 

@@ -61,7 +61,7 @@ class World:
         return self.pp_rank == self.plan.pp - 1
 
     @property
-    def reports(self) -> bool:
+    def adds_loss(self) -> bool:
         """Whether this rank adds the loss of its data once: one rank per data-parallel replica
         does.
         """
@@ -70,15 +70,20 @@ class World:
     # Numbers
 
     def sum(self, values: Tensor, group: ProcessGroup | None = None) -> Tensor:
-        """The sum over the group's ranks (None: all), where `values` lie. Collective."""
-        return add_up(self._on_device(values), group).to(values.device)
+        """The sum over the group's ranks (None: all), where `values` lie (on meta: there).
+        Collective.
+        """
+        return self._back(add_up(self._on_device(values), group), values)
 
     def max(self, values: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """As `sum`, elementwise maxima. Collective."""
-        return largest(self._on_device(values), group).to(values.device)
+        return self._back(largest(self._on_device(values), group), values)
 
     def _on_device(self, values: Tensor) -> Tensor:
         return values.to(self.device, copy=True).contiguous()
+
+    def _back(self, found: Tensor, values: Tensor) -> Tensor:
+        return found if self.kind == "meta" else found.to(values.device)
 
     def most(self, *counts: int) -> list[int]:
         """The largest of all ranks, of each count. Collective."""

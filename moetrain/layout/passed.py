@@ -78,7 +78,8 @@ def check_backend(recipe: Recipe, model: Model, backend: str, *, on_gpu: bool) -
             "megatron.recompute_modules: layernorm needs Transformer Engine. Use core_attn, mlp, or"
             " train.recompute=full."
         )
-    if given.get("bias_activation_fusion") and backend != "te" and all(model.moe_layers):
+    unread = all(model.moe_layers) and not (model.moe and model.moe.shared)
+    if given.get("bias_activation_fusion") and backend != "te" and unread:
         raise ConfigError(
             "megatron.bias_activation_fusion does nothing: with backend torch dense layers read it,"
             " and this model has experts throughout. Leave it out."

@@ -51,8 +51,8 @@ def take_reference(
     recipe: Recipe, report: Callable[[str], None], *, train: bool = True
 ) -> tuple[Engine, References]:
     """A run's engine as it starts, an earlier adapter included, and its reference log-probs,
-    computed where the cache lacks them: those of the start, or of the base before that adapter is
-    put into it, or of another model, whose engine is closed before the run's is built. Collective.
+    computed where the cache lacks them: those of the start, or of the base without that adapter, or
+    of another model, whose engine is closed before the run's is built. Collective.
     """
     method = recipe.method
     reference = method.reference if isinstance(method, ReferencedMethod) else None

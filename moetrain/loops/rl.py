@@ -80,7 +80,9 @@ def _loop(
             seconds = dict(batch.seconds)
             with timed(seconds, "train"):
                 parts = lessons.packs(batch)
-                results = [engine.step(packs, method, last * len(parts)) for packs in parts]
+                # A batch may have fewer parts: groups without signal are left out.
+                num_steps = last * recipe.sampling[0].inner_steps
+                results = [engine.step(packs, method, num_steps) for packs in parts]
             step += 1
             with timed(seconds, "push"):
                 proof = sampler.push(step)

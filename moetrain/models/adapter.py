@@ -204,7 +204,7 @@ def trained_table(
     """
     table = model.table
     if adapters is not None:
-        return {name: table[name] for name in model.heads.new} | dict(adapters)
+        return {name: table[name] for name in model.heads.added} | dict(adapters)
     if trainable is None:
         return table
     names = trainable_names(table, trainable)

@@ -126,16 +126,3 @@ def read_bool(hf: HfConfig, key: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"model config: {key} = {value!r} is not true or false")
     return value
-
-
-def read_experts(hf: HfConfig) -> int:
-    """The number of experts; transformers writes num_experts or num_local_experts."""
-    keys = [key for key in ("num_experts", "num_local_experts") if hf.get(key) is not None]
-    counts = {read_int(hf, key, minimum=0) for key in keys}
-    if not counts:
-        raise ConfigError("model config: num_experts is missing; give a whole number")
-    if len(counts) > 1:
-        raise ConfigError(
-            "model config: num_experts and num_local_experts differ; give one of them"
-        )
-    return counts.pop()

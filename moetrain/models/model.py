@@ -1,7 +1,7 @@
 """A model as its parts, and the one weight table that follows from them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
@@ -46,7 +46,6 @@ class Layer:
 class Model:
     """One decoder-only model. All sizes are global."""
 
-    hf: HfConfig = field(compare=False, repr=False)
     architecture: str
     hidden: int
     norm_eps: float
@@ -179,7 +178,6 @@ def decoder(
     positions = read_int(hf, "max_position_embeddings", max_positions)
     scalar = has_scalar_head(hf)
     return Model(
-        hf=hf,
         architecture=architecture,
         hidden=attention.hidden,
         norm_eps=read_float(hf, "rms_norm_eps", norm_eps),

@@ -158,15 +158,6 @@ class Stack(Sharding):
 
 
 @dataclass(frozen=True)
-class Rows(Sharding):
-    """Column-parallel: the output dimension, dim 0 of [out, in], in equal shares."""
-
-    def pieces(self, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
-        start, length = _share(self.shape[0], tp_rank, tp_size, "rows")
-        return (Piece(0, start, 0, length),)
-
-
-@dataclass(frozen=True)
 class Cols(Sharding):
     """Row-parallel: the input dimension, dim 1 of [out, in], in equal shares."""
 

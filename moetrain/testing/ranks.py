@@ -243,11 +243,15 @@ def restored_adapter(
 
 def continued_adapter(
     model: str, parallel: dict[str, Any], tokens: Sequence[int], folder: Path, sections: Any
-) -> Tensor | None:
-    """Logits [t, v] after going on from its PEFT folder."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Logits [t, v] after going on from its PEFT folder: of the base, lent for a while, and then of
+    what the run starts from.
+    """
     sections = sections | {"adapter": {"path": str(folder / "peft")}}
     engine = Engine(recipe_for(model, parallel, **sections))
-    return logits_of(engine, tokens)
+    with engine.as_base():
+        base = logits_of(engine, tokens)
+    return base, logits_of(engine, tokens)
 
 
 def trained_and_resumed(

@@ -42,7 +42,7 @@ class PeftReader:
         modules: dict[str, list[Matrix]] = {}
         for matrix in all_matrices(model):
             modules.setdefault(matrix.module, []).append(matrix)
-        self._stems = self._find(keys, config, modules)
+        self._stems = self._find(keys, config, modules, model)
         ranks = self._check(keys, config, modules)
         rank = max(ranks.values())
         scale = self._one_scale(config, ranks)
@@ -77,7 +77,11 @@ class PeftReader:
         return self._file.get_tensor(PREFIX + HEAD)
 
     def _find(
-        self, keys: Collection[str], config: PeftConfig, modules: Mapping[str, list[Matrix]]
+        self,
+        keys: Collection[str],
+        config: PeftConfig,
+        modules: Mapping[str, list[Matrix]],
+        model: Model,
     ) -> dict[str, str]:
         """transformers' name of each adapted module -> what its keys start with."""
         stems: dict[str, str] = {}
@@ -90,6 +94,11 @@ class PeftReader:
             if block.endswith(".experts"):
                 both = f"{PREFIX}{block}.base_layer{SUFFIX['lora_A']}" in keys
                 module = f"{block}.{config.expert_parameter(block, both, module != block)}"
+            if module not in modules and self._has_weight(model, module):
+                raise WeightsError(
+                    f"{self.folder}: {key} adapts {module}, which has no adapter here. Merge the"
+                    f" adapter with PEFT instead."
+                )
             if module not in modules:
                 raise WeightsError(
                     f"{self.folder}: {key} has no place in this model. Is it an adapter of another "
@@ -99,6 +108,9 @@ class PeftReader:
         if not stems:
             raise WeightsError(f"{self.folder / WEIGHTS}: holds no tensors.")
         return {module: stems[module] for module in modules if module in stems}
+
+    def _has_weight(self, model: Model, module: str) -> bool:
+        return any(f"{module}.weight" in rule.hf for rule in model.table.values())
 
     def _check(
         self, keys: Collection[str], config: PeftConfig, modules: Mapping[str, list[Matrix]]

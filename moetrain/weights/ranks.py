@@ -2,6 +2,7 @@
 
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -15,6 +16,11 @@ class Ranks(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors lie that the ranks send each other."""
+        ...
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
@@ -36,7 +42,7 @@ class Ranks(Protocol):
 class Alone:
     """One process."""
 
-    rank, size = 0, 1
+    rank, size, device = 0, 1, torch.device("cpu")
 
     def gather(self, value: T) -> list[T]:
         return [value]

@@ -123,7 +123,6 @@ def export(
     missing = sorted(set(table) - set(owners))
     if missing:
         raise WeightsError(f"No rank holds {_some(missing)}. Nothing was exported.")
-    device = next(iter(mine.values())).tensor.device if mine else torch.device("cpu")
     for name, rule in table.items():
         beat()
         owner, dtype = owners[name]
@@ -139,7 +138,7 @@ def export(
             tensor = (
                 parts[i].contiguous()
                 if parts is not None
-                else torch.empty(shape, dtype=dtype, device=device)
+                else torch.empty(shape, dtype=dtype, device=ranks.device)
             )
             if to == "all":
                 ranks.broadcast(tensor, owner)

@@ -154,7 +154,7 @@ def model(subject: Subject) -> Finding:
     model = subject.plan.model
     reader = SafetensorsReader(folder, model)
     held, table = set(reader.names()), model.table
-    made = {name for name in model.heads.new if not held & set(table[name].hf)}
+    made = {name for name in model.heads.added if not held & set(table[name].hf)}
     check_names((), {n: rule for n, rule in table.items() if n not in made}, reader, model)
     size = sum(file.stat().st_size for file in files)
     return ok(f"{path}: {len(files)} files of weights, {size / GIB:.1f} GiB")

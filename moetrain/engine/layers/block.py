@@ -41,7 +41,11 @@ def _names_on_disk(moe: bool) -> dict[str, str]:
 
 
 def choose_backend(wanted: str, device: torch.device) -> str:
-    """Resolve `model.backend`: te where Transformer Engine imports on a GPU, torch elsewhere."""
+    """Resolve `model.backend`: te where Transformer Engine imports on a GPU, torch elsewhere and,
+    for either, on meta.
+    """
+    if device.type == "meta":
+        return "torch"
     try:
         import transformer_engine.pytorch  # noqa: F401
 

@@ -24,7 +24,8 @@ def config_fields(part: Moe) -> dict[str, Any]:
         num_moe_experts=router.experts,
         moe_router_topk=router.top_k,
         moe_ffn_hidden_size=part.experts.ffn,
-        # Megatron refuses one renormalised expert a token, whose weight is always 1: `finish`
+        # Megatron refuses one renormalised expert per token, whose weight is always 1:
+        # `set_pre_softmax`.
         moe_router_pre_softmax=not router.renormalise or router.top_k == 1,
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
@@ -37,7 +38,7 @@ def config_fields(part: Moe) -> dict[str, Any]:
     return fields
 
 
-def finish(part: Moe, config: Any) -> None:
+def set_pre_softmax(part: Moe, config: Any) -> None:
     """What Megatron's checks would not let pass."""
     config.moe_router_pre_softmax = not part.router.renormalise
 

@@ -39,7 +39,7 @@ class Heads:
         return 2 * num_tokens * self.hidden * (rows + self.value)
 
     @property
-    def new(self) -> frozenset[str]:
+    def added(self) -> frozenset[str]:
         """Megatron names of the heads of one number per token: a language model's folder may lack
         them, and they are trained whole beside an adapter.
         """

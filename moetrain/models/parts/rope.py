@@ -97,7 +97,10 @@ def read_rope(hf: HfConfig, head_dim: int, default_theta: float, max_positions: 
         raise ConfigError(
             f"model config: {_both(places)} differ. Remove rope_scaling, or rope_parameters."
         )
-    return Rope(head_dim, theta, next(iter(found.values()), None))
+    scaling = next(iter(found.values()), None)
+    if isinstance(scaling, Yarn) and theta <= 1:
+        raise ConfigError(f"model config: rope_theta = {theta:g} must be above 1 with yarn")
+    return Rope(head_dim, theta, scaling)
 
 
 def _mapping(hf: HfConfig, key: str) -> Mapping[str, object]:
@@ -141,21 +144,24 @@ def _scaling(hf: HfConfig, given: Mapping[str, object], max_positions: int) -> S
 
 
 def _yarn(given: Mapping[str, object], original: int) -> Yarn:
-    """As transformers reads it: `mscale` counts only together with `mscale_all_dim`."""
-    factor = read_float(given, "factor")
+    """As transformers reads it: `mscale` counts only together with `mscale_all_dim`, a 0 is as good
+    as nothing, and a null `truncate` is false.
+    """
+    stated = {key: value for key, value in given.items() if value != 0 or value is False}
+    factor = read_float(stated, "factor")
     scale = 1.0
     if factor > 1:
         whole, part = (
-            0.1 * read_float(given, key, 1.0) * math.log(factor) + 1
+            0.1 * read_float(stated, key, 1.0) * math.log(factor) + 1
             for key in ("mscale", "mscale_all_dim")
         )
-        both = given.get("mscale") and given.get("mscale_all_dim")
+        both = stated.get("mscale") and stated.get("mscale_all_dim")
         scale = whole / part if both else 0.1 * math.log(factor) + 1
     return Yarn(
         factor,
         original,
         read_float(given, "attention_factor", scale),
-        read_float(given, "beta_fast", 32.0),
-        read_float(given, "beta_slow", 1.0),
-        read_bool(given, "truncate", True),
+        read_float(stated, "beta_fast", 32.0),
+        read_float(stated, "beta_slow", 1.0),
+        read_bool(given, "truncate", "truncate" not in given),
     )
