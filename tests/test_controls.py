@@ -207,7 +207,8 @@ def test_far_too_long_prompts_and_pairs(tmp_path: Path) -> None:
 )
 def test_a_template_without_an_end(loop: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs a record and not the run, whether for every record or for one."""
-    monkeypatch.setattr(template, "SECONDS", 0.3)
+    # Where memory is the limit there is time enough, also for a thread that looks late.
+    monkeypatch.setattr(template, "SECONDS", 30.0 if "memory" in words else 0.3)
     monkeypatch.setattr(template, "ROOM", 1 << 24)
     own = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     own = f"{{% if 'loop' in messages[0].content %}}{loop}{{% endif %}}{own}"

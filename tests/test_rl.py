@@ -253,7 +253,7 @@ def test_a_push_that_does_not_arrive_stops_the_run(workers: Workers, tmp_path: P
         (("rewards=[./examples/rewards/emoji.py:f]",), "has no function f"),
         (("rewards=[code]",), "no reward can grade its records: code needs tests or"),
         (("rollout.replay=/nonexistent",), "has no batch of step 1"),
-        (("rollout.max_tokens=600",), "No record"),
+        (("rollout.max_tokens=600",), "leaves no room for a prompt"),
         (("rollout.engine=vllm", "rollout.python=/none"), "is no program"),
     ],
     ids=lambda value: str(value),

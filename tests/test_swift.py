@@ -527,7 +527,7 @@ def online_recipes(draw: st.DrawFn) -> Recipe:
             "model": {"path": "/m"},
             "method": method
             | {"beta": beta, "clip_low": draw(small), "clip_high": draw(small)}
-            | {"inner_steps": inner},
+            | {"inner_steps": min(inner, prompts)},
             "data": {"train": ["a.jsonl"], "seq_len": answer + draw(count)} | data,
             "rollout": {
                 "engine": "vllm",
