@@ -168,3 +168,23 @@ def test_recipe_docs_are_current() -> None:
 def test_commands_are_executable() -> None:
     for name in (".ci/run", "tools/convert", "tools/bench/gpu_step.py"):
         assert os.access(ROOT / name, os.X_OK), name
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    def anchor(heading: str) -> str:
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading.lower())
+        return re.sub(r"[^\w\- ]", "", plain.strip()).replace(" ", "-")
+
+    dead: list[str] = []
+    for name in run("git", "ls-files", "*.md").split():
+        page = ROOT / name
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", text):
+            path, _, place = link.partition("#")
+            target = page.parent / path if path else page
+            headings = []
+            if target.suffix == ".md" and target.is_file():
+                headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            if not target.exists() or (place and place not in map(anchor, headings)):
+                dead.append(f"{name}: {link}")
+    assert not dead
