@@ -27,8 +27,7 @@ from moetrain.config.recipe import OptimConfig, Recipe
 from moetrain.engine.optim import learning_rate
 from moetrain.methods import METHODS
 from moetrain.methods.base import Out
-from moetrain.methods.online import DEMONSTRATION
-from moetrain.ops.packed import concat
+from moetrain.ops.packed import DEMONSTRATION, concat
 from moetrain.run.dry_run import dry_run
 
 

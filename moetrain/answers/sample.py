@@ -37,10 +37,9 @@ from moetrain.models import read_model
 from moetrain.rewards import Grader, check_columns
 from moetrain.rollout import open_engine
 from moetrain.rollout.base import Sampling
+from moetrain.run.stop import EXIT_STOPPED
 from moetrain.weights.digest import file_digest
 from moetrain.weights.transport import check_names
-
-EXIT_STOPPED = 128 + signal.SIGTERM
 
 
 def sample(model: str, prompts: str, out: Path, num: int, overrides: Sequence[str] = ()) -> int:

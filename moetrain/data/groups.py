@@ -14,9 +14,7 @@ from torch import Tensor
 
 from moetrain.data.samples import Prompt, Sample
 from moetrain.errors import DataError
-from moetrain.ops.packed import Packed, concat, pack_one
-
-ANSWER = 1  # `role` of an answer; 0 is a shared prompt or padding
+from moetrain.ops.packed import ANSWER, Packed, concat, pack_one
 
 
 @dataclass(frozen=True)

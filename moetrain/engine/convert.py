@@ -8,7 +8,7 @@ from pathlib import Path
 from moetrain import files
 from moetrain.engine import Engine, models
 from moetrain.engine.derived import published, refuse_existing
-from moetrain.engine.models import mark_dtypes, open_engine, recipe_for
+from moetrain.engine.models import mark_dtypes, recipe_for
 from moetrain.errors import WeightsError
 from moetrain.weights.compare import compare
 
@@ -73,7 +73,7 @@ def _open(src: Path, dst: Path) -> Engine:
             f"{src} is no folder. Give a Hugging Face model folder or a Megatron checkpoint."
         )
     refuse_existing(dst)
-    return open_engine(recipe_for(str(src), dst.parent))
+    return Engine(recipe_for(str(src), dst.parent), train=False)
 
 
 def _as_hf(path: Path, scratch: Path) -> Path:

@@ -176,11 +176,6 @@ def recipe_for(
     return recipe_from(content, source="command line")
 
 
-def open_engine(recipe: Recipe) -> Engine:
-    """The model alone, with adapter.path in it: no gradients, no optimizer."""
-    return Engine(recipe, train=False)
-
-
 def mark_dtypes(folder: Path, engine: Engine) -> None:
     """Note in a Megatron folder which dtype each weight had, for the way back to Hugging Face."""
     found = engine.source.dtypes(engine.recipe, engine.model)

@@ -15,7 +15,6 @@ from rich.table import Table
 from moetrain import files
 from moetrain.answers.file import Row
 from moetrain.answers.sample import (
-    EXIT_STOPPED,
     answer_all,
     answering_recipe,
     outcome,
@@ -33,6 +32,7 @@ from moetrain.evals.scores import Score, majority, mean_of, pass_at_k, share, vo
 from moetrain.rewards import check_columns
 from moetrain.rewards.accuracy import final, said
 from moetrain.run.folder import environment
+from moetrain.run.stop import EXIT_STOPPED
 
 OF_THE_RECIPE = ("model.", "data.", "parallel.", "adapter.")  # overrides
 

@@ -12,8 +12,7 @@ from moetrain.data.demonstrations import demonstration_recipe
 from moetrain.data.loader import Loader, build_train
 from moetrain.engine.world import World
 from moetrain.errors import DataError
-from moetrain.methods.online import DEMONSTRATION
-from moetrain.ops.packed import Packed
+from moetrain.ops.packed import DEMONSTRATION, Packed
 
 
 class Demonstrations:

@@ -17,7 +17,7 @@ from moetrain.data import tokenizer
 from moetrain.data.rejects import Reject
 from moetrain.data.sources import Row, find_sources, read_rows
 from moetrain.engine import Engine
-from moetrain.engine.models import is_adapter, model_in, open_engine, recipe_for, sections_of
+from moetrain.engine.models import is_adapter, model_in, recipe_for, sections_of
 from moetrain.engine.source import find_model
 from moetrain.errors import CheckpointError, DataError
 from moetrain.models import read_model
@@ -41,7 +41,7 @@ def score(model: str, data: Path, out: Path, overrides: Sequence[str] = ()) -> i
     if not out.parent.is_dir():
         raise DataError(f"{out}: there is no folder {out.parent}. Make it, or give another --out.")
     rows = read_sequences(recipe, data)
-    engine = open_engine(recipe)
+    engine = Engine(recipe, train=False)
     try:
         with _written(out, engine.world.is_first) as file:
             for start in range(0, len(rows), WINDOW):

@@ -14,7 +14,6 @@ from moetrain.config.online import ChordMethod
 from moetrain.methods.base import Known, Method, Metrics, Online, Out, Terms
 from moetrain.methods.grpo import NEEDS, num_answers, token_losses
 from moetrain.methods.online import (
-    DEMONSTRATION,
     broadcast_advantage,
     lengths,
     normalised,
@@ -23,7 +22,7 @@ from moetrain.methods.online import (
     tokens_of,
     truncated,
 )
-from moetrain.ops.packed import Packed
+from moetrain.ops.packed import DEMONSTRATION, Packed
 
 
 def mu(step: int, cfg: ChordMethod) -> float:

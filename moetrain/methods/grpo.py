@@ -12,7 +12,6 @@ from torch import Tensor
 from moetrain.config.online import DapoMethod, DrGrpoMethod, LossKlMethod
 from moetrain.methods.base import Known, Method, Metrics, Online, Out, Terms
 from moetrain.methods.online import (
-    ANSWER,
     Tokens,
     answer_mask,
     broadcast_advantage,
@@ -28,7 +27,7 @@ from moetrain.methods.online import (
     truncated,
     without_signal,
 )
-from moetrain.ops.packed import Packed
+from moetrain.ops.packed import ANSWER, Packed
 
 NEEDS = frozenset({"logp", "entropy"})
 

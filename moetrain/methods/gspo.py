@@ -10,7 +10,6 @@ from moetrain.config.online import GspoMethod
 from moetrain.methods.base import Known, Method, Metrics, Online, Out, Terms
 from moetrain.methods.grpo import NEEDS, count_answers
 from moetrain.methods.online import (
-    ANSWER,
     broadcast_advantage,
     clipped,
     lengths,
@@ -22,7 +21,7 @@ from moetrain.methods.online import (
     tokens_of,
     truncated,
 )
-from moetrain.ops.packed import Packed
+from moetrain.ops.packed import ANSWER, Packed
 from moetrain.ops.segment import segment_sum
 
 

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from moetrain.config.online import LossKlMethod, OnlineMethod
 from moetrain.methods.base import Metrics, Out
-from moetrain.ops.packed import Packed
+from moetrain.ops.packed import ANSWER, Packed
 from moetrain.ops.scan import decayed_sums
 from moetrain.ops.segment import segment_sum
-
-ANSWER, DEMONSTRATION = 1, 2  # `role` of a sampled answer, of one that somebody else gave
 
 # Advantages, from the rewards [n] of all answers and the group [n] of each
 

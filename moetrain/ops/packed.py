@@ -10,6 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+# `role` of a sequence: a sampled answer, one that somebody else gave; 0: a prompt or padding.
+ANSWER, DEMONSTRATION = 1, 2
+
 
 @dataclass(frozen=True)
 class Packed:

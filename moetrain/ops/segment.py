@@ -27,16 +27,3 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.segment_reduce(
         values, "sum", lengths=segment_lengths(cu_seqlens, values.device), initial=0.0
     )
-
-
-def segment_mean(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Mean of `[t]` values where `[t]` mask is 1, over each sequence: `[n]`; 0 where a sequence has
-    nothing under the mask.
-    """
-    mask = mask.to(values.dtype)
-    return segment_sum(values * mask, cu_seqlens) / segment_sum(mask, cu_seqlens).clamp_min(1)
-
-
-def spread(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """One value per sequence `[n]` given to each of its tokens: `[t]`, differentiable."""
-    return values[segment_ids(cu_seqlens, values.device)]

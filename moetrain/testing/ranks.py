@@ -19,9 +19,8 @@ from moetrain.loops.demonstrations import open_demonstrations
 from moetrain.loops.learn import Lessons
 from moetrain.loops.rollouts import Batch
 from moetrain.methods import METHODS
-from moetrain.methods.online import ANSWER
 from moetrain.models.adapter import AdapterTable
-from moetrain.ops.packed import Packed, concat, from_tokens
+from moetrain.ops.packed import ANSWER, Packed, concat, from_tokens
 from moetrain.weights.adapter_init import table_shapes
 from moetrain.weights.reader import seeded
 
