@@ -98,17 +98,17 @@ def test_names_and_shapes_are_transformers(architecture: str, tied: bool, tmp_pa
 def test_every_parameter_packs_and_unpacks(architecture: str, tp: int, tmp_path: Path) -> None:
     model, tensors = on_disk(architecture, tmp_path)
     for bound in model.table.values():
-        layout = bound.sharding
+        sharding = bound.sharding
         ranks: list[tuple[torch.Tensor, ...]] = []
         for rank in range(tp):
-            slices = layout.parts(rank, tp)
+            slices = sharding.parts(rank, tp)
             parts = tuple(tensors[k][cut] for k, cut in zip(bound.hf, slices, strict=True))
-            local = layout.pack(parts, rank, tp)
+            local = sharding.pack(parts, rank, tp)
             assert tuple(local.shape) == bound.local_shape(rank, tp)
-            ranks.append(layout.unpack(local, rank, tp))
+            ranks.append(sharding.unpack(local, rank, tp))
         for number, key in enumerate(bound.hf):
             own = [parts[number] for parts in ranks]
-            whole = own[0] if layout.dim is None else torch.cat(own, dim=layout.dim)
+            whole = own[0] if sharding.dim is None else torch.cat(own, dim=sharding.dim)
             assert whole.equal(tensors[key])
 
 

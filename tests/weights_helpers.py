@@ -99,7 +99,7 @@ class AllRanks:
         dist.broadcast(values, source)
         return values
 
-    def bring(self, values: Tensor, source: int, target: int) -> Tensor:
+    def transfer(self, values: Tensor, source: int, target: int) -> Tensor:
         if source != target and self.rank == source:
             dist.send(values, target)
         elif source != target and self.rank == target:

@@ -25,7 +25,7 @@ from moetrain.data.samples import Prompt
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
 from moetrain.engine.model import DTYPES
-from moetrain.engine.models import (
+from moetrain.engine.on_disk import (
     asked_as_trained,
     model_digest,
     model_in,

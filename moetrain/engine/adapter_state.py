@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor, nn
 
 from moetrain.config.recipe import Recipe
+from moetrain.engine.layers.experts import gate_up_shards
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.optim import gathered
 from moetrain.engine.params import canonical_name, local_adapters
@@ -100,23 +100,7 @@ def _sharded(
         return ShardedTensor.from_rank_offsets(
             name, param, *offsets, (dim, tp_rank, tp_size), replica_id=(0, 0, replica)
         )
-
-    def build(key: str, whole: Tensor, replica_id: ReplicaId, flattened_range: Any) -> Any:
-        # Each rank holds its part of the gate's rows, then of up's: two shards of one tensor.
-        return [
-            ShardedTensor.from_rank_offsets(
-                key,
-                half.contiguous(),
-                *offsets,
-                (dim, tp_rank + i * tp_size, 2 * tp_size),
-                replica_id=replica_id,
-            )
-            for i, half in enumerate(whole.chunk(2, dim))
-        ]
-
-    return ShardedTensorFactory(
-        name, param, build, lambda halves: torch.cat(halves, dim), replica_id=(0, 0, replica)
-    )
+    return gate_up_shards(name, param, offsets, (dim, tp_rank, tp_size), (0, 0, replica))
 
 
 def fill_adapters(chunks: list[PackedGPT], loaded: dict[str, Tensor]) -> None:

@@ -139,26 +139,24 @@ class Checkpoints:
 
     def _together(self, engine: "Engine", temporary: Path, do: Callable[[], T]) -> T:
         """What `do` gives; CheckpointError on every rank when it fails on one."""
-        problem, given = "", None
         try:
-            given = do()
-        except CheckpointException:  # torch's, which is no Exception: some rank could not write
-            problem = "not everything could be written"
-        except Exception as error:  # a full disk surfaces as one of several upstream errors
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        first = next((p for p in engine.world.gather(problem) if p), None)
-        if first:
+            # torch's own is no Exception: some rank could not write.
+            return engine.world.together(do, self._failed, (Exception, CheckpointException))
+        except CheckpointError:
             if engine.world.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
             engine.world.barrier()
-            free = shutil.disk_usage(self.folder).free / 2**30 if self.folder.is_dir() else 0.0
-            raise CheckpointError(
-                f"Saving to {self.folder} failed ({first}; {free:.2f} GiB free). Earlier "
-                f"checkpoints are whole: "
-                "make room or set checkpoint.keep lower, and start again to resume."
-            )
-        assert given is not None or not problem
-        return given  # type: ignore[return-value]
+            raise
+
+    def _failed(self, error: BaseException) -> CheckpointError:
+        why = "not everything could be written"
+        if not isinstance(error, CheckpointException):  # a full disk is one of several errors
+            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        free = shutil.disk_usage(self.folder).free / 2**30 if self.folder.is_dir() else 0.0
+        return CheckpointError(
+            f"Saving to {self.folder} failed ({why}; {free:.2f} GiB free). Earlier checkpoints are"
+            " whole: make room or set checkpoint.keep lower, and start again to resume."
+        )
 
     def _remember(self, final: Path, metric: float | None) -> None:
         record = self.folder / "best.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from moetrain import files
 from moetrain.engine import Engine, models
 from moetrain.engine.derived import published, refuse_existing
-from moetrain.engine.models import mark_dtypes, recipe_for
+from moetrain.engine.on_disk import mark_dtypes, recipe_for
 from moetrain.errors import WeightsError
 from moetrain.weights.compare import compare
 

@@ -46,12 +46,12 @@ def merge(base: Path, adapter: Path, dst: Path) -> int:
 
 def _of_run(folder: Path) -> Path:
     """The PEFT folder of an adapter run, or of its checkpoint; anything else as it is."""
-    from moetrain.engine import models  # Megatron, which nothing else here needs
+    from moetrain.engine import on_disk  # Megatron, which nothing else here needs
 
     if (folder / "resolved.yaml").is_file():
-        folder = models.latest(folder)
-    folder = Path(models.model_in(str(folder)))
-    return models.as_peft(folder) if models.is_adapter(folder) else folder
+        folder = on_disk.latest(folder)
+    folder = Path(on_disk.model_in(str(folder)))
+    return on_disk.as_peft(folder) if on_disk.is_adapter(folder) else folder
 
 
 def expand(src: Path, dst: Path, every: int) -> int:

@@ -47,9 +47,7 @@ class Objective:
         sums = [sum(float(counts[name]) for counts in own) for name in names]
         sums.append(sum(float(batch.valid.sum()) for batch in batches))
         table = torch.tensor(sums, dtype=torch.float64)
-        if self.world.kind != "meta":
-            table = self.world.sum(table, self.world.dp_group)
-        *found, tokens = numbers(table)
+        *found, tokens = numbers(self.world.sum(table, self.world.dp_group))
         if not any(found) and self.method.estimate is None:
             raise DataError(
                 "A global batch has nothing to learn from. Check the loss mask and data.seq_len."

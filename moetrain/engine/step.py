@@ -41,7 +41,7 @@ def micro_batches(packs: Sequence[Packed], size: int, world: World) -> list[Pack
     joined = [concat(packs[i : i + size]) for i in range(0, len(packs), size)]
     unit = world.plan.tp * 2 * world.plan.cp
     longest = max((p.num_tokens for p in joined), default=unit)
-    num, t = world.most(len(joined), -(-longest // unit) * unit)
+    num, t = world.max_counts(len(joined), -(-longest // unit) * unit)
     if world.plan.vpp > 1:  # interleaving deals micro-batches in rounds of the pipeline's size
         num = -(-num // world.plan.pp) * world.plan.pp
     out = [pad_to(p, t) for p in joined]

@@ -85,7 +85,7 @@ class World:
     def _back(self, found: Tensor, values: Tensor) -> Tensor:
         return found if self.kind == "meta" else found.to(values.device)
 
-    def most(self, *counts: int) -> list[int]:
+    def max_counts(self, *counts: int) -> list[int]:
         """The largest of all ranks, of each count. Collective."""
         if self.kind == "meta":
             return list(counts)
@@ -93,7 +93,7 @@ class World:
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any rank. Collective."""
-        return bool(self.most(int(here))[0])
+        return bool(self.max_counts(int(here))[0])
 
     def all(self, here: bool) -> bool:
         """Whether it is so on every rank. Collective."""
@@ -105,7 +105,7 @@ class World:
             dist.broadcast(values, source)
         return values
 
-    def bring(self, values: Tensor, source: int, target: int) -> Tensor:
+    def transfer(self, values: Tensor, source: int, target: int) -> Tensor:
         """What rank `source` has, in rank `target`'s `values`; both contiguous. Of those two."""
         if source != target:
             if self.rank == source:

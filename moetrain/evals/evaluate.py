@@ -25,7 +25,7 @@ from moetrain.config.bench import BenchConfig, load_bench
 from moetrain.data.loader import chat_of
 from moetrain.data.rejects import noted
 from moetrain.data.samples import read_lines
-from moetrain.engine.models import run_of
+from moetrain.engine.on_disk import run_of
 from moetrain.errors import DataError
 from moetrain.evals.questions import locate, read_questions
 from moetrain.evals.scores import Score, majority, mean_of, pass_at_k, share, vote_of

@@ -26,7 +26,7 @@ from moetrain.data.loader import build_set, prepare, tokenizer_of
 from moetrain.data.sets import PackedSet
 from moetrain.data.tokenizer import tokenizer_files
 from moetrain.engine import Engine
-from moetrain.engine.models import model_digest, model_in
+from moetrain.engine.on_disk import model_digest, model_in
 from moetrain.engine.source import ModelSource
 from moetrain.errors import DataError
 from moetrain.methods import METHODS

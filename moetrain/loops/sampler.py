@@ -7,7 +7,7 @@ while the others, and its own main thread, wait in short rounds in which a signa
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -17,7 +17,7 @@ from moetrain.data.loader import chat_of, tokenizer_of
 from moetrain.data.prompts import PromptSet, prompts_read
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
-from moetrain.errors import DataError, MoetrainError, RolloutError
+from moetrain.errors import DataError, RolloutError
 from moetrain.loops.rollouts import Batch, Collector, Store, grade, means, seed_of, timed
 from moetrain.methods import METHODS
 from moetrain.ops.packed import from_tokens
@@ -283,16 +283,16 @@ class Live:
         weights = self.engine.export("first")  # which alone has the driver
 
         def send(driver: Driver) -> dict[str, float]:
-            if attempt == "reload":
-                driver.engine.reload()
-            return {f"push/{k}_s": v for k, v in driver.engine.push(weights, step).items()}
+            try:
+                if attempt == "reload":
+                    driver.engine.reload()
+                return {f"push/{k}_s": v for k, v in driver.engine.push(weights, step).items()}
+            finally:
+                exhaust(weights)  # after a push that failed, too: the other ranks do
 
-        try:
-            problem, figures = self._attempt(send)
-        finally:
-            for _ in weights:  # every rank takes part in what is exported, to the end
-                pass
-        return self._share_outcome(problem, figures)
+        if self.driver is None:
+            exhaust(weights)  # every rank takes part in what is exported, to the end
+        return self._shared(send)
 
     def _gap(self) -> float:
         """The largest difference of a log-prob between the two sides, over given and generated
@@ -337,19 +337,17 @@ class Live:
 
     def _shared(self, ask: Callable[[Driver], T]) -> T:
         """What the driver answers, on every rank; what it raises, too."""
-        return self._share_outcome(*self._attempt(ask))
 
-    def _attempt(self, ask: Callable[[Driver], T]) -> tuple[BaseException | None, Any]:
-        if self.driver is None:
-            return None, None
-        try:
-            return None, ask(self.driver)
-        except MoetrainError as error:
-            return error, None
+        def asked() -> T:
+            assert self.driver is not None, "the first rank drives"
+            return ask(self.driver)
 
-    def _share_outcome(self, problem: BaseException | None, answer: Any) -> Any:
-        problem, answer = self.engine.world.share((problem, answer))
+        found = self.engine.world.first(asked)
         beat()  # a rollout engine that hangs is noticed by its client, not by the launcher
-        if problem is not None:
-            raise problem
-        return answer
+        return found
+
+
+def exhaust(tensors: Iterable[Any]) -> None:
+    """Go through what is left."""
+    for _ in tensors:
+        pass

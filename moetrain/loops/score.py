@@ -17,7 +17,7 @@ from moetrain.data import tokenizer
 from moetrain.data.rejects import Reject
 from moetrain.data.sources import Row, find_sources, read_rows
 from moetrain.engine import Engine
-from moetrain.engine.models import is_adapter, model_in, recipe_for, sections_of
+from moetrain.engine.on_disk import is_adapter, model_in, recipe_for, sections_of
 from moetrain.engine.source import find_model
 from moetrain.errors import CheckpointError, DataError
 from moetrain.models import read_model

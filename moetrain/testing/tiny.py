@@ -18,28 +18,17 @@ COMMON: dict[str, Any] = dict(
     tie_word_embeddings=False,
 )
 
+_SPARSE = COMMON | dict(
+    num_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=28,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+)
 CONFIGS: dict[str, dict[str, Any]] = {
-    "qwen3_moe": COMMON
-    | dict(
-        model_type="qwen3_moe",
-        num_experts=6,
-        num_experts_per_tok=2,
-        moe_intermediate_size=28,
-        decoder_sparse_step=1,
-        norm_topk_prob=True,
-        mlp_only_layers=[],
-    ),
-    "qwen2_moe": COMMON
-    | dict(
-        model_type="qwen2_moe",
-        num_experts=6,
-        num_experts_per_tok=2,
-        moe_intermediate_size=28,
-        shared_expert_intermediate_size=36,
-        decoder_sparse_step=1,
-        norm_topk_prob=False,
-        mlp_only_layers=[],
-    ),
+    "qwen3_moe": _SPARSE | dict(model_type="qwen3_moe", norm_topk_prob=True),
+    "qwen2_moe": _SPARSE
+    | dict(model_type="qwen2_moe", norm_topk_prob=False, shared_expert_intermediate_size=36),
     "qwen3": COMMON | dict(model_type="qwen3", tie_word_embeddings=True),
     "qwen2": COMMON | dict(model_type="qwen2"),
     "llama": COMMON | dict(model_type="llama"),

@@ -34,7 +34,7 @@ class Ranks(Protocol):
         """What rank `source` has, in `values`, which is contiguous."""
         ...
 
-    def bring(self, values: Tensor, source: int, target: int) -> Tensor:
+    def transfer(self, values: Tensor, source: int, target: int) -> Tensor:
         """What rank `source` has, in rank `target`'s `values`; others take no part."""
         ...
 
@@ -53,7 +53,7 @@ class Alone:
     def broadcast(self, values: Tensor, source: int) -> Tensor:
         return values
 
-    def bring(self, values: Tensor, source: int, target: int) -> Tensor:
+    def transfer(self, values: Tensor, source: int, target: int) -> Tensor:
         return values
 
 

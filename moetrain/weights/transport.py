@@ -143,7 +143,7 @@ def export(
             if to == "all":
                 ranks.broadcast(tensor, owner)
             elif to == "first":
-                ranks.bring(tensor, owner, 0)
+                ranks.transfer(tensor, owner, 0)
             if wanted:
                 yield key, tensor
 

@@ -214,7 +214,7 @@ def preload(names: Iterable[str] = ()) -> None:
     import moetrain.answers.sample
     import moetrain.engine.convert
     import moetrain.engine.derived
-    import moetrain.engine.models
+    import moetrain.engine.on_disk
     import moetrain.evals.evaluate
     import moetrain.loops.score
     import moetrain.loops.supervised  # noqa: F401

@@ -17,6 +17,39 @@ from torch import Tensor, nn
 from moetrain.ops.grouped import grouped_linear
 
 
+def gate_up_shards(
+    key: str,
+    param: Tensor,
+    offsets: tuple[tuple[int, int, int], ...],
+    split: tuple[int, int, int],
+    replica: ReplicaId,
+    prepend_axis_num: int = 0,
+) -> ShardedTensorFactory:
+    """A parameter whose ranks hold their part of the gate's rows, then of up's, as a checkpoint has
+    it: two shards of one tensor. `split` is the tensor-parallel (dimension, rank, size).
+    """
+    dim, rank, size = split
+    own = dim - prepend_axis_num  # of the parameter itself
+
+    def build(name: str, whole: Tensor, replica_id: ReplicaId, flattened_range: Any) -> Any:
+        return [
+            ShardedTensor.from_rank_offsets(
+                name,
+                half.contiguous(),
+                *offsets,
+                (dim, rank + i * size, 2 * size),
+                replica_id=replica_id,
+                prepend_axis_num=prepend_axis_num,
+            )
+            for i, half in enumerate(whole.chunk(2, own))
+        ]
+
+    def merge(halves: list[Tensor]) -> Tensor:
+        return torch.cat(halves, own)
+
+    return ShardedTensorFactory(key, param, build, merge, replica_id=replica)
+
+
 class _GroupedWeight(nn.Module):
     """Holds one parameter `weight [e, out, in]`, named as Transformer Engine's grouped linear names
     its module.
@@ -85,30 +118,13 @@ class GroupedExperts(MegatronModule):
         experts = (lead, self.ep_group.rank(), self.ep_group.size())
         tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
 
-        def build_fc1(
-            key: str, w: Tensor, replica_id: ReplicaId, flattened_range: Any
-        ) -> list[ShardedTensor]:
-            # Each rank holds its part of the gate and of the up projection: two shards of one [E,
-            # 2F, h] tensor.
-            return [
-                ShardedTensor.from_rank_offsets(
-                    key,
-                    half.contiguous(),
-                    *sharded_offsets,
-                    experts,
-                    (lead + 1, tp_rank + i * tp_size, 2 * tp_size),
-                    replica_id=replica_id,
-                    prepend_axis_num=lead,
-                )
-                for i, half in enumerate(w.chunk(2, 1))
-            ]
-
-        fc1 = ShardedTensorFactory(
+        fc1 = gate_up_shards(
             f"{prefix}experts.linear_fc1.weight",
             self.linear_fc1.weight,
-            build_fc1,
-            lambda halves: torch.cat(halves, 1),
-            replica_id=replica,
+            (*sharded_offsets, experts),
+            (lead + 1, tp_rank, tp_size),
+            replica,
+            prepend_axis_num=lead,
         )
         fc2 = ShardedTensor.from_rank_offsets(
             f"{prefix}experts.linear_fc2.weight",

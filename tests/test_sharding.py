@@ -1,4 +1,4 @@
-"""Layouts are exact, invertible and Megatron's: properties over random sizes, ranks and dtypes."""
+"""Shardings are exact, invertible and Megatron's: properties over sizes, ranks and dtypes."""
 
 from dataclasses import dataclass, replace
 
@@ -75,25 +75,25 @@ def cases(draw: st.DrawFn) -> tuple[Sizes, int]:
     )
 
 
-def hf_tensors(layout: Sharding) -> tuple[Tensor, ...]:
-    """Every element of every HF tensor of a layout its own number, none of them 0."""
+def hf_tensors(sharding: Sharding) -> tuple[Tensor, ...]:
+    """Every element of every HF tensor of a sharding its own number, none of them 0."""
     result: list[Tensor] = []
     next_value = 1
-    for shape in layout.hf_shapes():
+    for shape in sharding.hf_shapes():
         count = torch.Size(shape).numel()
         result.append(torch.arange(next_value, next_value + count).reshape(shape))
         next_value += count
     return tuple(result)
 
 
-def shards(layout: Sharding, tp: int) -> list[Tensor]:
+def shards(sharding: Sharding, tp: int) -> list[Tensor]:
     """What each rank packs, reading nothing but its slices."""
-    full = hf_tensors(layout)
+    full = hf_tensors(sharding)
     result: list[Tensor] = []
     for rank in range(tp):
-        slices = layout.parts(rank, tp)
+        slices = sharding.parts(rank, tp)
         parts = tuple(tensor[cut] for tensor, cut in zip(full, slices, strict=True))
-        result.append(layout.pack(parts, rank, tp))
+        result.append(sharding.pack(parts, rank, tp))
     return result
 
 
@@ -104,22 +104,22 @@ def test_pack_and_unpack_are_inverse_and_ranks_make_up_the_whole(
     name: str, case: tuple[Sizes, int]
 ) -> None:
     sizes, tp = case
-    layout = sizes.sharding(name)
-    full = hf_tensors(layout)
+    sharding = sizes.sharding(name)
+    full = hf_tensors(sharding)
     unpacked: list[tuple[Tensor, ...]] = []
-    for rank, local in enumerate(shards(layout, tp)):
-        assert tuple(local.shape) == layout.local_shape(rank, tp)
-        parts = layout.unpack(local, rank, tp)
-        for part, tensor, cut in zip(parts, full, layout.parts(rank, tp), strict=True):
+    for rank, local in enumerate(shards(sharding, tp)):
+        assert tuple(local.shape) == sharding.local_shape(rank, tp)
+        parts = sharding.unpack(local, rank, tp)
+        for part, tensor, cut in zip(parts, full, sharding.parts(rank, tp), strict=True):
             assert part.equal(tensor[cut])
-        assert layout.pack(parts, rank, tp).equal(local)
+        assert sharding.pack(parts, rank, tp).equal(local)
         unpacked.append(parts)
     for number, tensor in enumerate(full):
         own = [parts[number] for parts in unpacked]
-        if layout.dim is None:
+        if sharding.dim is None:
             assert all(part.equal(tensor) for part in own)
         else:
-            assert torch.cat(own, dim=layout.dim).equal(tensor)
+            assert torch.cat(own, dim=sharding.dim).equal(tensor)
 
 
 @settings(max_examples=60, deadline=None)
@@ -127,10 +127,10 @@ def test_pack_and_unpack_are_inverse_and_ranks_make_up_the_whole(
 def test_qkv_is_what_megatron_attention_takes_apart(case: tuple[Sizes, int]) -> None:
     """`SelfAttention.get_query_key_value_tensors` step by step, on weights for activations."""
     sizes, tp = case
-    layout = sizes.sharding("qkv")
+    sharding = sizes.sharding("qkv")
     d, per_group = sizes.head_dim, sizes.heads // sizes.groups
-    q, k, v = (t.reshape(-1, d, sizes.hidden) for t in hf_tensors(layout))
-    local = shards(layout, tp)
+    q, k, v = (t.reshape(-1, d, sizes.hidden) for t in hf_tensors(sharding))
+    local = shards(sharding, tp)
     for rank in range(tp):
         mixed, num_groups, heads = local[rank], sizes.groups // tp, slice(None)
         first_group = rank * num_groups
@@ -153,9 +153,9 @@ def test_qkv_is_what_megatron_attention_takes_apart(case: tuple[Sizes, int]) -> 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_gate_and_up_are_the_chunks_of_each_shard(tp: int) -> None:
-    layout = SIZES.sharding("gate_up")
-    gate, up = hf_tensors(layout)
-    for rank, local in enumerate(shards(layout, tp)):
+    sharding = SIZES.sharding("gate_up")
+    gate, up = hf_tensors(sharding)
+    for rank, local in enumerate(shards(sharding, tp)):
         first, second = torch.chunk(local, 2)
         assert first.equal(gate.chunk(tp)[rank])
         assert second.equal(up.chunk(tp)[rank])
@@ -163,39 +163,39 @@ def test_gate_and_up_are_the_chunks_of_each_shard(tp: int) -> None:
 
 @pytest.mark.parametrize(("vocab", "tp"), [(11, 1), (11, 2), (128, 2), (300, 2), (130, 4)])
 def test_vocabulary_is_padded_with_zeros_to_128_rows_a_rank(vocab: int, tp: int) -> None:
-    layout = replace(SIZES, vocab=vocab).sharding("vocab")
-    local = shards(layout, tp)
+    sharding = replace(SIZES, vocab=vocab).sharding("vocab")
+    local = shards(sharding, tp)
     whole = torch.cat(local)
     assert all(shard.shape[0] % 128 == 0 for shard in local)
     assert whole.shape[0] == padded_rows(vocab, tp)
-    assert whole[:vocab].equal(hf_tensors(layout)[0])
+    assert whole[:vocab].equal(hf_tensors(sharding)[0])
     assert not whole[vocab:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
 def test_values_and_dtype_survive(dtype: torch.dtype) -> None:
-    layout = SIZES.sharding("qkv")
-    full = tuple(torch.randn(s).to(dtype) for s in layout.hf_shapes())
-    slices = layout.parts(1, 4)
+    sharding = SIZES.sharding("qkv")
+    full = tuple(torch.randn(s).to(dtype) for s in sharding.hf_shapes())
+    slices = sharding.parts(1, 4)
     parts = tuple(tensor[cut] for tensor, cut in zip(full, slices, strict=True))
-    local = layout.pack(parts, 1, 4)
+    local = sharding.pack(parts, 1, 4)
     assert local.dtype == dtype
-    for part, again in zip(parts, layout.unpack(local, 1, 4), strict=True):
+    for part, again in zip(parts, sharding.unpack(local, 1, 4), strict=True):
         assert part.view(torch.uint8).equal(again.view(torch.uint8))
 
 
 def test_packing_lets_gradients_through_and_runs_on_meta() -> None:
-    layout = SIZES.sharding("gate_up")
+    sharding = SIZES.sharding("gate_up")
     parts = tuple(torch.ones(8, 6, requires_grad=True) for _ in range(2))
-    layout.pack(parts, 0, 1)[:8].sum().backward()
+    sharding.pack(parts, 0, 1)[:8].sum().backward()
     assert parts[0].grad is not None
     assert parts[0].grad.equal(torch.ones(8, 6))
     meta = tuple(part.detach().to("meta") for part in parts)
-    assert layout.pack(meta, 0, 1).shape == (16, 6)
+    assert sharding.pack(meta, 0, 1).shape == (16, 6)
 
 
 @pytest.mark.parametrize(
-    ("layout", "tp", "words"),
+    ("sharding", "tp", "words"),
     [
         (SIZES.sharding("gate_up"), 3, "8 rows do not divide by tensor-parallel size 3"),
         (SIZES.sharding("cols"), 16, "8 columns do not divide"),
@@ -203,9 +203,9 @@ def test_packing_lets_gradients_through_and_runs_on_meta() -> None:
         (SIZES.sharding("qkv"), 3, "8 attention heads do not divide"),
     ],
 )
-def test_a_size_that_does_not_divide_is_named(layout: Sharding, tp: int, words: str) -> None:
+def test_a_size_that_does_not_divide_is_named(sharding: Sharding, tp: int, words: str) -> None:
     with pytest.raises(LayoutError, match=words):
-        layout.parts(0, tp)
+        sharding.parts(0, tp)
 
 
 def test_groups_that_do_not_fit_the_ranks_are_named() -> None:
