@@ -170,6 +170,15 @@ def test_commands_are_executable() -> None:
         assert os.access(ROOT / name, os.X_OK), name
 
 
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_what_is_imported_from_the_engine_is_there(path: Path) -> None:
+    """Its package answers any name at first use, so no type checker sees one that is gone."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "moetrain.engine":
+            for name in {alias.name for alias in node.names} - {"Engine", "StepResult"}:
+                assert (ROOT / "moetrain/engine" / f"{name}.py").is_file(), name
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     def anchor(heading: str) -> str:
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading.lower())

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from moetrain import files
-from moetrain.engine import Engine, models
+from moetrain.engine import Engine, on_disk
 from moetrain.engine.derived import published, refuse_existing
 from moetrain.engine.on_disk import mark_dtypes, recipe_for
 from moetrain.errors import WeightsError
@@ -61,8 +61,8 @@ def adapter(run: Path, dst: Path) -> int:
     which must not exist.
     """
     refuse_existing(dst)
-    source = Path(models.model_in(str(run))) if not (run / "resolved.yaml").is_file() else run
-    base = models.write_adapter(source, dst)
+    source = Path(on_disk.model_in(str(run))) if not (run / "resolved.yaml").is_file() else run
+    base = on_disk.write_adapter(source, dst)
     print(f"{dst}: PEFT adapter of {source}, for {base}")
     return 0
 
