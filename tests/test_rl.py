@@ -71,6 +71,21 @@ def test_what_a_step_says(whole: Path) -> None:
     assert files == [f"{i:08d}.jsonl" for i in range(1, 5)]
 
 
+def test_the_answers_of_every_evaluation_are_kept(whole: Path) -> None:
+    """As a step's rollouts are; their mean is the ledger's."""
+    kept = sorted((whole / "answers").iterdir())
+    assert [path.name for path in kept] == [f"{i:08d}.jsonl" for i in (0, 2, 4)]
+    rollouts = (whole / "rollouts" / "00000004.jsonl").read_text().splitlines()
+    held_out = [row for row in rows(whole) if "eval_reward/mean" in row]
+    for path, row in zip(kept, held_out, strict=True):
+        head, *groups = map(json.loads, path.read_text().splitlines())
+        assert head == {"step": row["step"], "temperature": 0.0}
+        answers = [answer for group in groups for answer in group["answers"]]
+        assert sum(a["reward"] for a in answers) / 4 == pytest.approx(row["eval_reward/mean"])
+        assert groups[0].keys() == json.loads(rollouts[1]).keys()
+        assert answers[0].keys() == json.loads(rollouts[1])["answers"][0].keys()
+
+
 def test_a_replay_gives_the_same_losses_without_an_engine(whole: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", "parallel.ep=2", f"rollout.replay={whole / 'rollouts'}")
     wanted = [row for row in rows(whole) if "loss" in row]
@@ -98,9 +113,14 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     else:
         answers = part.read_text().splitlines(keepends=True)
     part.write_text("".join(answers[:3]))
+    late = run_dir / "answers" / "00000003.jsonl"  # past the checkpoint, of no step that evaluates
+    late.write_text("{}\n")
     train(run_dir, "parallel.ep=2")
     assert rows(run_dir) == rows(whole)
     assert list(compare(run_dir / "hf", whole / "hf")) == []
+    for kept in (whole / "answers").iterdir():
+        assert (run_dir / "answers" / kept.name).read_text() == kept.read_text()
+    assert not late.exists()
 
 
 def test_told_to_stop_and_resumed(whole: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,9 +19,10 @@ from moetrain import files
 from moetrain.data.cache import key_of
 from moetrain.data.samples import Prompt, Sample, read_as, read_lines, write_lines
 from moetrain.errors import DataError
+from moetrain.loops.held_out import row_of
 from moetrain.loops.rollouts import draw, verdicts
 from moetrain.observe.progress import CountDisplay
-from moetrain.rewards import Graded, Grader
+from moetrain.rewards import Grader
 from moetrain.rollout.base import RolloutEngine, Sampling
 from moetrain.run.folder import environment
 
@@ -236,17 +237,6 @@ class Answering:
         rewards = [one.reward for one in found if one.reward is not None]
         seen["num"] += len(rewards)
         seen["reward"] += sum(rewards)
-
-
-def row_of(prompt: Prompt, samples: Sequence[Sample], graded: Sequence[Graded]) -> Row:
-    """A prompt with its answers, as a line of JSON."""
-    answers = [
-        sample.to_json()
-        | {"reward": one.reward, "parts": dict(one.parts)}
-        | ({"fault": one.fault} if one.fault else {})
-        for sample, one in zip(samples, graded, strict=True)
-    ]
-    return {"prompt": asdict(prompt), "answers": answers}
 
 
 def prompts_key(prompts: Iterable[Prompt]) -> str:

@@ -204,7 +204,8 @@ class Collector:
     ) -> list[Group]:
         """The groups with at least two graded answers."""
         pairs = [(p, done[p.id, i]) for p in prompts for i in range(self.group_size)]
-        graded = grade(self.grader, pairs, step, self.num_steps)
+        found = verdicts(self.grader, pairs, step, self.num_steps)
+        graded = [_graded(sample, one) for (_, sample), one in zip(pairs, found, strict=True)]
         groups: list[Group] = []
         for number, prompt in enumerate(prompts):
             own = graded[number * self.group_size : (number + 1) * self.group_size]
@@ -271,15 +272,17 @@ def draw(
         engine.generate(requests, keep)
 
 
-def grade(
-    grader: Grader, pairs: Sequence[tuple[Prompt, Sample]], step: int = 0, last: int = 0
-) -> list[Graded | None]:
-    """Each answer with its reward; None where the rewards have none to give."""
-    found = zip(pairs, verdicts(grader, pairs, step, last), strict=True)
-    return [
-        None if one.reward is None else Graded(sample, one.reward, one.parts, one.extra)
-        for (_, sample), one in found
-    ]
+def with_reward(samples: Sequence[Sample], found: Sequence[Verdict]) -> list[Graded]:
+    """The answers that the rewards have graded."""
+    graded = map(_graded, samples, found)
+    return [one for one in graded if one is not None]
+
+
+def _graded(sample: Sample, found: Verdict) -> Graded | None:
+    """An answer with its reward; None where the rewards have none to give."""
+    if found.reward is None:
+        return None
+    return Graded(sample, found.reward, found.parts, found.extra)
 
 
 def verdicts(

@@ -15,10 +15,21 @@ from typing import Any, Protocol, TypeVar
 from moetrain.config.recipe import Recipe
 from moetrain.data.loader import chat_of, tokenizer_of
 from moetrain.data.prompts import PromptSet, prompts_read
+from moetrain.data.samples import Sample
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
 from moetrain.errors import DataError, RolloutError
-from moetrain.loops.rollouts import Batch, Collector, Store, grade, means, seed_of, timed
+from moetrain.loops.held_out import Answers
+from moetrain.loops.rollouts import (
+    Batch,
+    Collector,
+    Store,
+    means,
+    seed_of,
+    timed,
+    verdicts,
+    with_reward,
+)
 from moetrain.methods import METHODS
 from moetrain.ops.packed import from_tokens
 from moetrain.pulse import beat
@@ -124,6 +135,7 @@ class Driver:
     def __init__(self, recipe: Recipe, engine: Engine, prompts: PromptSet, stack: ExitStack):
         method, rollout = recipe.sampling
         self.store = Store(recipe.run_dir / "rollouts")
+        self.held_out = Answers(recipe.run_dir / "answers")
         folder = tokenizer_of(recipe)
         self.engine: RolloutEngine = open_engine(recipe, engine.source.hf, folder)
         stack.callback(self.engine.close)
@@ -237,6 +249,7 @@ class Live:
         if self.driver is not None:
             self.driver.collector.num_steps = last
             self.driver.start(place["cursor"])
+            self.driver.held_out.go_on(step)
         self.push(step)
 
     def take(self, step: int) -> Batch | None:
@@ -307,21 +320,26 @@ class Live:
     def evaluate(self, step: int) -> dict[str, Any]:
         while not self._shared(lambda driver: driver.pause()):
             pass
-        found = self._shared(self._answers)
+        found = self._shared(lambda driver: self._answers(driver, step))
         self._shared(lambda driver: driver.resume())
         return found
 
-    def _answers(self, driver: Driver) -> dict[str, Any]:
+    def _answers(self, driver: Driver, step: int) -> dict[str, Any]:
         seconds: dict[str, float] = {}
         prompts = {prompt.id: prompt for prompt in self.prompts.held_out}
         sampling = replace(driver.sampling, temperature=self.rollout.eval_temperature, routes=False)
         requests = [Request(p, 0, seed_of(0, p.id, 0), sampling) for p in prompts.values()]
-        samples = []
+        drawn: dict[str, Sample] = {}
         with timed(seconds, "seconds"):
-            driver.engine.generate(requests, samples.append)
+            driver.engine.generate(
+                requests, lambda sample: drawn.update({sample.prompt_id: sample})
+            )
             before = driver.grader.num_faults
-            graded = grade(driver.grader, [(prompts[s.prompt_id], s) for s in samples])
-        found = means([one for one in graded if one is not None], "eval_reward")
+            answers = [(prompt, drawn[name]) for name, prompt in prompts.items()]
+            said = verdicts(driver.grader, answers)
+        driver.held_out.write(step, sampling.temperature, answers, said)
+        samples = [sample for _, sample in answers]
+        found = means(with_reward(samples, said), "eval_reward")
         found["eval_reward/answers"] = float(len(samples))
         logged = driver.grader.take_metrics()
         found |= {f"eval_logged/{name}": value for name, value in logged.items()}

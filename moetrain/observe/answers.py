@@ -1,0 +1,209 @@
+"""Answers in a run's folder, as they are read again: rollouts, held-out answers, and files of
+`moetrain sample`, which are lines of one kind.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, cast
+
+from moetrain.errors import MoetrainError
+from moetrain.observe.ledger import is_number
+
+ROLLOUTS, HELD_OUT = "rollouts", "answers"  # folders of a run
+# Control characters, and those that turn the direction of text: a terminal or a page acts on them.
+_UNSAFE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and its prompt, as text."""
+
+    number: int  # of the answers in its file, from 1
+    prompt: str  # the messages, a role before each
+    columns: Mapping[str, Any]  # the record's other fields
+    text: str
+    reward: float | None
+    parts: Mapping[str, float | None]
+    tokens: int
+    finish: str  # "stop", or "length" where it was cut
+    fault: str  # of a reward
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether it has no end of its own."""
+        return self.finish == "length"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What there is to say of all answers of a file."""
+
+    num_prompts: int
+    num_answers: int
+    num_graded: int
+    num_cut: int
+    mean_reward: float | None
+    mean_tokens: float
+    most_tokens: int
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer]) -> "Summary":
+        """Of these."""
+        rewards = [a.reward for a in answers if a.reward is not None]
+        return cls(
+            num_prompts=len({a.prompt for a in answers}),
+            num_answers=len(answers),
+            num_graded=len(rewards),
+            num_cut=sum(a.was_cut for a in answers),
+            mean_reward=fmean(rewards) if rewards else None,
+            mean_tokens=fmean(a.tokens for a in answers) if answers else 0.0,
+            most_tokens=max((a.tokens for a in answers), default=0),
+        )
+
+    def told(self) -> str:
+        """In a line."""
+        words = [f"{_num(self.num_answers, 'answer')} to {_num(self.num_prompts, 'prompt')}"]
+        if self.mean_reward is not None:
+            of = f" ({self.num_graded} graded)" if self.num_graded < self.num_answers else ""
+            words.append(f"mean reward {self.mean_reward:.3f}{of}")
+        words.append(f"{self.mean_tokens:.0f} tokens on average, {self.most_tokens} at most")
+        return ", ".join([*words, f"{self.num_cut} cut at the limit"])
+
+
+def _num(number: int, unit: str) -> str:
+    return f"{number} {unit}{'' if number == 1 else 's'}"
+
+
+def steps_of(folder: Path) -> dict[int, Path]:
+    """The whole files of a folder of answers, by their steps in order."""
+    found = (path for path in folder.glob("*.jsonl") if path.stem.isdecimal())
+    return dict(sorted((int(path.stem), path) for path in found))
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """The answers of a file; lines that are none are passed over, such as a head, or a last one
+    that a kill cut short. Raises MoetrainError where the file cannot be read or has none.
+    """
+    try:
+        with path.open("rb") as file:
+            found = [answer for line in file for answer in answers_of(_row(line))]
+    except OSError as error:
+        raise MoetrainError(f"{path} cannot be read: {error.strerror}.") from None
+    if not found:
+        raise MoetrainError(
+            f"{path} holds no answers. Give a run's folder, one of its files in {ROLLOUTS}/ or"
+            f" {HELD_OUT}/, or a file of `moetrain sample`."
+        )
+    return [replace(answer, number=number) for number, answer in enumerate(found, 1)]
+
+
+def _row(line: bytes) -> Any:
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def answers_of(row: Any) -> Iterator[Answer]:
+    """The answers of a line, none where it is another thing."""
+    prompt, answers = _at(row, "prompt", dict), _at(row, "answers", list)
+    if prompt is None or answers is None:
+        return
+    columns: dict[str, Any] = _at(prompt, "columns", dict) or {}
+    asked = _messages(columns.get("prompt"))
+    rest = {name: value for name, value in columns.items() if name != "prompt"}
+    for one in cast(list[Any], answers):
+        text = _at(one, "text", str)
+        if text is None:
+            continue
+        parts: dict[str, Any] = _at(one, "parts", dict) or {}
+        yield Answer(
+            number=0,
+            prompt=asked,
+            columns=rest,
+            text=text,
+            reward=_number(one.get("reward")),
+            parts={str(name): _number(value) for name, value in parts.items()},
+            tokens=len(_at(one, "tokens", list) or ()),
+            finish=_at(one, "finish", str) or "",
+            fault=_at(one, "fault", str) or "",
+        )
+
+
+def _at(row: Any, key: str, kind: type) -> Any:
+    found = cast(Mapping[str, Any], row).get(key) if isinstance(row, dict) else None
+    return found if isinstance(found, kind) else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if is_number(value) and value == value else None
+
+
+def _messages(prompt: Any) -> str:
+    """A prompt as text: a templated one is text already."""
+    if not isinstance(prompt, list):
+        return prompt if isinstance(prompt, str) else ""
+    lines: list[str] = []
+    for message in cast(list[Any], prompt):
+        content = message.get("content") if isinstance(message, dict) else message
+        role = _at(message, "role", str) or "?"
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        lines.append(f"{role}: {text}")
+    return "\n".join(lines)
+
+
+def ranked(answers: Iterable[Answer]) -> list[Answer]:
+    """Those with a reward, the best first; of equals in the file's order."""
+    graded = [a for a in answers if a.reward is not None]
+    return sorted(graded, key=lambda a: -cast(float, a.reward))
+
+
+def picked(answers: Sequence[Answer], best: int, worst: int) -> list[tuple[str, Answer]]:
+    """(a title, the answer) of the best and of the worst ones, none twice; without any reward the
+    first ones.
+    """
+    order = ranked(answers)
+    if not order:
+        return [("", answer) for answer in answers[: best + worst]]
+    top = order[:best]
+    low = order[len(top) :][::-1][:worst]
+    found = [(f"best {i}", answer) for i, answer in enumerate(top, 1)]
+    return found + [(f"worst {i}", answer) for i, answer in enumerate(low, 1)]
+
+
+def rewards_told(answer: Answer) -> str:
+    """An answer's reward and its parts, in words."""
+    if answer.reward is None:
+        return f"no reward ({answer.fault})" if answer.fault else ""
+    values = {name: "-" if v is None else f"{v:.4g}" for name, v in answer.parts.items()}
+    parts = [f"{name} {value}" for name, value in values.items()]
+    return f"reward {answer.reward:.4g}" + f" ({', '.join(parts)})" * bool(parts)
+
+
+def harmless(text: str) -> str:
+    """The text with what a terminal would act on written as its code, but for ends of lines."""
+    text = text.replace("\r\n", "\n").replace("\t", "    ")
+    return _UNSAFE.sub(lambda match: _code(ord(match[0])), text)
+
+
+def _code(number: int) -> str:
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+
+def shortened(text: str, most: int, lines: int) -> str:
+    """The text, or of a longer one the beginning and the end, with how much it is in all between
+    them.
+    """
+    if len(text) <= most and text.count("\n") < lines:
+        return text
+    # A third is the end's, where an answer's result is.
+    head = "\n".join(text[: most * 2 // 3].split("\n")[: max(1, lines * 2 // 3)])
+    tail = "\n".join(text[max(0, len(text) - most // 3) :].split("\n")[-max(1, lines // 3) :])
+    left = len(text) - len(head) - len(tail)
+    return f"{head}\n[... {left:,} of {len(text):,} characters are left out here ...]\n{tail}"
