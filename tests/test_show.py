@@ -1,6 +1,7 @@
 """`moetrain show`: the answers of a run in the terminal, and which of its files they are."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,9 @@ from rich.cells import cell_len
 from moetrain import cli
 from moetrain.loops.held_out import Answers
 from moetrain.observe import answers as reading
+from moetrain.observe import report
+from moetrain.observe.report_answers import MARK, section
+from moetrain.observe.runs import Run
 
 
 def row(question: str, *answers: dict[str, Any], **columns: Any) -> dict[str, Any]:
@@ -182,3 +186,32 @@ def test_the_oldest_answers_make_room(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(reading.steps_of(tmp_path)) == [20]
     store.go_on(0)
     assert list(reading.steps_of(tmp_path)) == []
+
+
+def test_answers_on_the_page(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest evaluation's, each once, escaped; without one the newest batch's; a page of many
+    runs stays small.
+    """
+    hostile = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J\u202e"
+    hostile += "y" * 5000
+    answers = [answer(f"said {i} " * i, i / 10) for i in range(12)]
+    answers += [answer(hostile, 0.55, finish="length"), answer("", None, fault="<b>crash")]
+    write(tmp_path / "answers" / "00000004.jsonl", {"step": 4}, row("<i>Why?</i>", *answers))
+    write(tmp_path / "broken" / "answers" / "00000001.jsonl", {"step": 1}, cut="{")
+    one = Run("a<b>", run, "finished")
+    html = section([one, Run("broken", tmp_path / "broken", "failed")])
+    assert "a&lt;b&gt;: held-out answers of step 4" in html and "broken" not in html
+    assert "<script" not in html and "<img" not in html and "<i>" not in html
+    assert "&lt;script&gt;" in html and "\x1b" not in html and "\\x1b[2J\\u202e" in html
+    assert f"of {len(hostile):,} characters are left out" in html
+    titles = re.findall(r'<div class="answer"><p><b>(.*?)</b>', html)
+    wanted = ["best, longest", "best", "best", "worst", "worst", "worst"]
+    assert titles == [*wanted, "longest, cut at the limit"]
+    many = section([Run(str(i), run, "finished") for i in range(30)])
+    assert len(many) < 500_000 and many.count("<details") == 20 and "10 more runs" in many
+    for path in (run / "answers").iterdir():
+        path.unlink()
+    assert "rollouts of step 2" in section([one])
+    assert section([Run("none", tmp_path / "none", "no steps")]) == ""
+    page = report.page([one], report.columns_of([one]), "title")
+    assert page.count('id="answers"') == 1 and MARK not in page

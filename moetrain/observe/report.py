@@ -20,6 +20,7 @@ import moetrain
 from moetrain import files
 from moetrain.errors import MoetrainError
 from moetrain.observe.curves import Series
+from moetrain.observe.report_answers import MARK, section
 from moetrain.observe.runs import Run, find_runs
 
 # A page of ten long runs stays under a megabyte: so many numbers in all its curves and heat maps.
@@ -212,7 +213,7 @@ def page(runs: Sequence[Run], columns: Sequence[Column], title: str) -> str:
     text = json.dumps(_data(runs, columns, title), separators=(",", ":"), ensure_ascii=False)
     # What would end the script element, or is no line of JavaScript, within a name.
     text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return template.replace('"MOETRAIN_DATA"', text)
+    return template.replace('"MOETRAIN_DATA"', text).replace(MARK, section(runs))
 
 
 def _data(runs: Sequence[Run], columns: Sequence[Column], title: str) -> dict[str, Any]:
