@@ -13,6 +13,7 @@ from moetrain.errors import DivergedError, MoetrainError
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "examples" / "pretrain_tiny.yaml")
+PAIRS = str(ROOT / "examples" / "dpo_tiny.yaml")
 ONLINE = str(ROOT / "examples" / "grpo_tiny.yaml")
 
 
@@ -85,6 +86,8 @@ def test_score_wants_a_model_data_and_a_file(
             "no room for a prompt in data.seq_len=512",
         ),
         ([RECIPE, "model.path=/none"], "model.path=/none"),
+        ([PAIRS, "--dry-run", "method.reference=/none"], "method.reference=/none is not there"),
+        ([PAIRS, "data.train=/none.jsonl"], "data.train: /none.jsonl does not exist"),
         ([str(ROOT / "examples")], "Is a directory"),
         ([RECIPE, "optim.lr=[1"], "override optim.lr: line 1"),
         ([RECIPE, "--nproc", "2", "train.global_batch=7"], "Use 8."),
@@ -149,6 +152,24 @@ def test_dry_run_warns_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert cli.main(["train", RECIPE, "--dry-run", hf, *words]) == 0
     assert "WARNING: stage 0 needs" in capsys.readouterr().out
+
+
+def test_launch_without_slurm(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said at once, and not behind what Slurm would have to know."""
+    monkeypatch.setenv("PATH", "")
+    assert cli.main(["launch", RECIPE]) == 2
+    assert "Slurm is not on this machine (no sbatch). Run here with" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_is_not_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    """A published model is planned by its name, which is no promise that it is here."""
+    assert cli.main(["train", str(ROOT / "examples" / "sft_30b.yaml"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    named = [line for line in lines if line.startswith("# NOT HERE: ")]
+    assert "model.path=models/Qwen3-30B-A3B is not on this machine" in named[0]
+    assert "data.train: data/train.jsonl does not exist" in named[1]
 
 
 @pytest.mark.parametrize(

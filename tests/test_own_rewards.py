@@ -241,6 +241,7 @@ def test_the_prompts_thought_is_part_of_the_format() -> None:
         ("def emojy(c): ...", "emoji", "has no function emoji. Did you mean 'emojy'?"),
         ("def f(:", "f", "cannot be run: SyntaxError"),
         ("x = 1", "f", "It has x."),
+        ("def f(prompts, answer): ...", "f", "takes no `completions`, so it sees no answer"),
     ],
 )
 @pytest.mark.parametrize("refuse", [check, lambda recipe, _: dry_run(recipe, 1)])
@@ -269,6 +270,9 @@ def test_a_function_that_is_not_there_is_refused_before_anything(
         "try:\n    import nothing\nexcept ImportError:\n    def f(completions): ...",
         "if True:\n    async def f(completions): ...",
         "class f: ...",
+        "def f(**columns): ...",
+        "def f(completion_ids): ...",
+        "@wrapped\ndef f(x): ...",
         "a, (f, b) = 1, (2, 3)",
         "from os import *",
     ],

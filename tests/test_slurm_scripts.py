@@ -87,7 +87,7 @@ def test_launch(tmp_path: Path) -> None:
     )
     for words, says in (
         (("--nodes", "3"), "24 ranks do not divide"),
-        ((), "sbatch is not on this"),
+        ((), "Slurm is not on this machine (no sbatch)"),
     ):
         done = launch(*words)
         assert done.returncode == 2 and done.stdout == ""

@@ -38,11 +38,23 @@ SERVERS = """\
 """
 
 
+NO_SLURM = (
+    "Slurm is not on this machine (no sbatch). Run here with `moetrain train RECIPE --nproc N`, or"
+    " print the script with --dry-run."
+)
+
 # As sbatch reads them: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
 TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", re.ASCII)
 
 
-def script_of(path: Path, overrides: Sequence[str], nodes: int | None, time: str) -> str:
+def script_of(
+    path: Path,
+    overrides: Sequence[str],
+    nodes: int | None,
+    time: str,
+    *,
+    dry_run: bool = True,
+) -> str:
     """The script that runs the recipe on `nodes` nodes. Raises MoetrainError for a recipe that
     cannot be, and for nodes that its layout does not fit: before the queue, not after it.
     """
@@ -56,6 +68,8 @@ def script_of(path: Path, overrides: Sequence[str], nodes: int | None, time: str
         overrides = [*overrides, f"cluster.nodes={nodes}"]
     nodes = nodes or cluster.nodes
     if nodes is None:
+        if not dry_run and shutil.which("sbatch") is None:
+            raise MoetrainError(NO_SLURM)
         raise ConfigError(f"{path} says no cluster.nodes. Give --nodes.")
     check(recipe, nodes * cluster.gpus_per_node, dry=True)
     common = REPO / "slurm" / "common.sh"
@@ -86,5 +100,5 @@ def _wants_servers(recipe: Recipe) -> bool:
 def submit(script: str) -> int:
     """Hand a script to sbatch; its exit code."""
     if shutil.which("sbatch") is None:
-        raise MoetrainError("sbatch is not on this machine. Print the script with --dry-run.")
+        raise MoetrainError(NO_SLURM)
     return subprocess.run(["sbatch"], input=script, text=True, check=False).returncode

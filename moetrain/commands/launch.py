@@ -18,7 +18,9 @@ def run(args: Arguments) -> int:
     """Run it; the exit code."""
     from moetrain.cluster import submit
 
-    script = submit.script_of(args.recipe, args.overrides, args.nodes, args.time)
+    script = submit.script_of(
+        args.recipe, args.overrides, args.nodes, args.time, dry_run=args.dry_run
+    )
     if args.dry_run:
         print(script, end="")
         return 0

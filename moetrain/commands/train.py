@@ -1,8 +1,12 @@
 """`moetrain train`: train by a recipe."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moetrain.commands.common import Arguments, Command, Parser, add_ranks
+
+if TYPE_CHECKING:
+    from moetrain.config.recipe import Recipe
 
 
 def arguments(parser: Parser) -> None:
@@ -11,7 +15,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print recipe, ranks and static bytes per GPU; run nothing",
+        help="print recipe, ranks, bytes per GPU and what the data comes to; run nothing",
     )
     add_ranks(parser)
 
@@ -22,14 +26,16 @@ def run(args: Arguments) -> int:
     from moetrain.cluster import launch
     from moetrain.cluster.watchdog import Watch
     from moetrain.config.load import load_recipe
-    from moetrain.run.dry_run import check, dry_run
+    from moetrain.run.dry_run import check
+    from moetrain.run.inputs import check_inputs
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:
-        print(dry_run(recipe, args.nproc))
+        _dry_run(recipe, args.nproc)
         return 0
     world_size = launch.joined(args.nproc) or (args.nproc or 1) * launch.num_nodes(args.nproc)
     check(recipe, world_size)  # mistakes show before any process starts
+    check_inputs(recipe)
     quiet = recipe.cluster.hang_seconds
     if recipe.rollout is not None:  # the other ranks wait in one collective while a server starts
         quiet += recipe.rollout.start_timeout
@@ -43,6 +49,22 @@ def run(args: Arguments) -> int:
     else:
         from moetrain.loops.supervised import train
     return train(recipe)
+
+
+def _dry_run(recipe: "Recipe", num_procs: int | None) -> None:
+    from moetrain.run.dry_run import dry_run
+    from moetrain.run.inputs import check_inputs, has_own_data, is_planned, missing
+
+    text = dry_run(recipe, num_procs)
+    if is_planned(recipe):  # on another machine than the run's
+        print(text, *(f"# NOT HERE: {error}" for error in missing(recipe)), sep="\n")
+        return
+    check_inputs(recipe)
+    print(text, flush=True)
+    if has_own_data(recipe):
+        from moetrain.run.ahead import look_ahead
+
+        print(*(f"# {line}" for line in look_ahead(recipe)), sep="\n")
 
 
 COMMAND = Command("train by a recipe", arguments, run)

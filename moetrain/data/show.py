@@ -106,7 +106,7 @@ class View:
         if self.feed is None:
             yield from (shown for row in rows for shown in [self._prompt(row)])
             return
-        encoder = Encoder(KINDS[self.feed], self._spec(), keep_texts=True)
+        encoder = Encoder(KINDS[self.feed], self.spec(), keep_texts=True)
         rows = iter(rows)
         while chunk := list(islice(rows, CHUNK)):
             for result in encoder(chunk):
@@ -122,7 +122,8 @@ class View:
             packs = packing.pack(self.sizes, data.seq_len, self.recipe.seed)
         return len(packs), packing.fill(self.sizes, packs, data.seq_len)
 
-    def _spec(self) -> Spec:
+    def spec(self) -> Spec:
+        """All that decides what a record becomes."""
         data = self.recipe.data
         return Spec(
             inputs=(),

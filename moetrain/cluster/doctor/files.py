@@ -4,10 +4,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from moetrain.cluster.doctor.base import GIB, Finding, Subject, fail, ok, skip, warn, worst
 from moetrain.layout.memory import checkpoint_bytes
@@ -17,7 +14,6 @@ PROBE_BYTES = 16 * 2**20
 SEEN_SECONDS = 10.0  # for the other nodes to see a file: NFS caches folders for some seconds
 SLOW_MB_S = 50.0
 FILES_LEFT = 100_000
-RECORDS = 64  # of each data file that are read as training will
 
 SHARED_REMEDY = "put run_dir on a file system that all nodes mount, and bind it into the image"
 
@@ -193,10 +189,11 @@ def tokenizer(subject: Subject) -> Finding:
 
 
 def data(subject: Subject) -> Finding:
-    """Every path of data.train, data.eval and data.demonstrations opens, and its first records can
-    be learned from.
+    """Every path of data.train, data.eval and data.demonstrations opens, and a sample of its
+    records can be learned from.
     """
-    from moetrain.data.loader import CORPUS, FEEDS, KINDS
+    from moetrain.data.loader import CORPUS, FEEDS
+    from moetrain.data.preview import counted, lengths, previews
 
     recipe = subject.recipe
     given = [*recipe.data.train, *recipe.data.eval]
@@ -209,71 +206,18 @@ def data(subject: Subject) -> Finding:
     feed = FEEDS.get(recipe.method.name)
     if feed == CORPUS:
         return _corpora(paths)
-    results = list(_read(subject, paths, KINDS[feed]) if feed else _read_prompts(subject, paths))
-    results += _read(subject, shown, KINDS["chat"])
-    bad = [(where, reason) for where, reason in results if reason]
-    said = (
-        f"{len(results) - len(bad)} of the first {len(results)} records of"
-        f" {len(paths) + len(shown)} paths"
-    )
+    found = previews(recipe)
+    bad = [reject for one in found for reject in one.rejects]
+    num = sum(one.num_seen for one in found)
+    usable = f"{num - len(bad)} of {num} records looked at"
+    said = f"{usable} in {counted(len(paths) + len(shown), 'path')} can be used"
     if not bad:
-        return ok(f"{said} can be used")
-    where, reason = bad[0]
-    share = len(bad) / len(results)
-    verdict = fail if share > recipe.data.max_rejected else warn
+        return ok("; ".join([said, *lengths(recipe, found)]))
+    verdict = fail if len(bad) / num > recipe.data.max_rejected else warn
     return verdict(
-        f"{said} can be used; {where}: {reason}",
+        f"{said}; {bad[0].file}:{bad[0].line}: {bad[0].reason}",
         f"mend the records, or set data.max_rejected (now {recipe.data.max_rejected})",
     )
-
-
-def _rows(subject: Subject, paths: list[str]) -> Iterator[Any]:
-    from moetrain.data.sources import find_sources, read_rows
-
-    data = subject.recipe.data
-    for path in paths:
-        held_out = path not in (*data.train, *data.demonstrations)
-        for source in find_sources([path], held_out=held_out):
-            yield from islice(read_rows(source), RECORDS)
-
-
-def _read(subject: Subject, paths: list[str], kind: Any) -> Iterator[tuple[str, str | None]]:
-    from moetrain.data.chat import ChatOptions
-    from moetrain.data.encode import Encoder, Spec
-    from moetrain.data.loader import tokenizer_of
-
-    data = subject.recipe.data
-    spec = Spec(
-        inputs=tuple(paths),
-        tokenizer=tokenizer_of(subject.recipe),
-        seq_len=data.seq_len,
-        too_long=data.too_long,
-        seed=subject.recipe.seed,
-        chat=ChatOptions.of(data),
-    )
-    for result in Encoder(kind, spec)(list(_rows(subject, paths))):
-        yield f"{result.file}:{result.line}", result.reason
-
-
-def _read_prompts(subject: Subject, paths: list[str]) -> Iterator[tuple[str, str | None]]:
-    from moetrain.data.loader import chat_of
-    from moetrain.data.messages import FormatError
-    from moetrain.data.prompts import read_prompt
-    from moetrain.data.rejects import Reject
-
-    recipe = subject.recipe
-    chat = chat_of(recipe)
-    for row in _rows(subject, paths):
-        where = f"{row.file}:{row.line}"
-        if isinstance(row, Reject):
-            yield where, row.reason
-            continue
-        try:
-            read_prompt(row.value, chat, recipe.data.seq_len - recipe.sampling[1].max_tokens)
-        except FormatError as error:
-            yield where, str(error)
-        else:
-            yield where, None
 
 
 def _corpora(paths: list[str]) -> Finding:

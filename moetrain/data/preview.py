@@ -1,0 +1,240 @@
+"""What a run would make of its data, from a sample of records: for a dry run, doctor and `init`.
+
+Bounded: RECORDS records of a set are looked at, spread over files up to WHOLE bytes and the first
+of larger ones, and no more once SECONDS have passed. Lines are counted in files up to COUNTED
+bytes; how many a larger one has follows from the bytes of its first ones.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import batched, islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from moetrain.config.recipe import Recipe
+from moetrain.data import assets, index_files, packing
+from moetrain.data.encode import Encoder, Kind, Result, Spec
+from moetrain.data.loader import CORPUS, FEEDS, KINDS, limit
+from moetrain.data.messages import FormatError
+from moetrain.data.prompts import read_prompt
+from moetrain.data.rejects import Reject, noted
+from moetrain.data.samples import Prompt
+from moetrain.data.show import View
+from moetrain.data.sources import Row, Source, find_sources, read_rows
+
+RECORDS = 256
+SECONDS = 10.0
+WHOLE = 64 * 2**20
+COUNTED = 2**30
+CHUNK = 16  # records between two looks at the clock
+FEW_PACKS = 8  # of a sample, which say little about how full packs of all records are
+
+
+@dataclass
+class Preview:
+    """A sample of one set, and what became of its records."""
+
+    key: str  # of the recipe: data.train, ...
+    num_records: int = 0  # of the whole set
+    is_counted: bool = True  # and not estimated
+    num_seen: int = 0
+    rejects: list[Reject] = field(default_factory=list[Reject])
+    num_cut: int = 0
+    sizes: list[int] = field(default_factory=list[int])  # tokens that usable ones take in a pack
+    prompts: list[Prompt] = field(default_factory=list[Prompt])  # of methods that sample
+    notes: Counter[str] = field(default_factory=Counter[str])
+    template: list[str] = field(default_factory=list[str])  # what is to be said of it
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was left out."""
+        return self.is_counted and self.num_seen == self.num_records
+
+    @property
+    def share_rejected(self) -> float:
+        """Of the sample."""
+        return len(self.rejects) / max(self.num_seen, 1)
+
+    def num_packs(self, seq_len: int, pack: bool = True) -> int:
+        """Of the whole set, as far as the sample says."""
+        num: float = len(self.sizes)
+        if pack and self.sizes:
+            num = len(packing.pack(self.sizes, seq_len, 0))
+            if num < FEW_PACKS and self.num_seen < self.num_records:
+                num = sum(self.sizes) / seq_len
+        return math.ceil(num * self.num_records / max(self.num_seen, 1))
+
+    def lines(self, seq_len: int) -> list[str]:
+        """In words."""
+        about = "" if self.is_counted else "about "
+        line = f"{self.key}: {about}{counted(self.num_records, 'record')}"
+        if not self.num_seen:
+            return [line]
+        if self.sizes:
+            line += f", {median(self.sizes):.0f} tokens each (median; longest {max(self.sizes)})"
+        few = self.num_seen < self.num_records
+        line += f"; of {'a sample of ' * few}{self.num_seen}, {len(self.rejects)} would be rejected"
+        if self.num_cut:
+            line += f", {self.num_cut} cut to data.seq_len={seq_len}"
+        first = [f"{r.file}:{r.line}: {r.reason}" for r in self.rejects[:1]]
+        return [line, *(f"the first that is rejected: {one}" for one in first),
+                *noted(self.template, self.notes)]  # fmt: skip
+
+
+def counted(num: int, what: str) -> str:
+    """`1 record`, `1,200 records`."""
+    return f"{num:,} {what}{'s' * (num != 1)}"
+
+
+def preview(recipe: Recipe, key: str, records: int = RECORDS) -> Preview | None:
+    """A sample of what `key` of the recipe's data section names; None where it is empty, comes
+    with the package, or is a corpus. Raises DataError for what is missing or damaged.
+    """
+    given: list[str] = vars(recipe.data)[key]
+    paths = [path for path in given if not assets.is_builtin(path)]
+    if not paths or FEEDS.get(recipe.method.name) == CORPUS:
+        return None
+    found = Preview(f"data.{key}")
+    view = View(recipe, demonstrations=key == "demonstrations")
+    found.template = view.chat.notes()
+    deadline = time.monotonic() + SECONDS
+    rows: list[Row | Reject] = []
+    for number, path in enumerate(given):
+        sources = [] if assets.is_builtin(path) else find_sources([path], held_out=key == "eval")
+        nums = [count(source) for source in sources]
+        for source, (num, _) in zip(sources, nums, strict=True):
+            rows += _sample(source, num, math.ceil(records / len(paths) / len(sources)))
+        found.is_counted &= all(is_counted for _, is_counted in nums)
+        found.num_records += _taken(recipe, key, number, sum(num for num, _ in nums))
+    if view.feed is None:
+        for row in rows:
+            _prompt(view, row, found)
+            if time.monotonic() > deadline:
+                break
+        return found
+    encoder, results = Encoder(KINDS[view.feed], view.spec()), list[Result]()
+    for chunk in batched(rows, CHUNK):
+        results += encoder(chunk)
+        if time.monotonic() > deadline:
+            break
+    _take_in(found, KINDS[view.feed], results, encoder.spec)
+    return found
+
+
+def _take_in(found: Preview, kind: Kind, results: list[Result], spec: Spec) -> None:
+    """Add what became of records to `found`."""
+    joined = results if kind.join is None else kind.join(results, spec)
+    for result in joined:
+        found.num_seen += 1
+        if result.reason is not None:
+            found.rejects.append(Reject(result.file, result.line, result.reason))
+        found.notes.update(result.notes)
+        found.num_cut += any(group.truncated for group in result.groups)
+        found.sizes += [group.num_tokens for group in result.groups]
+
+
+def _prompt(view: View, row: Row | Reject, found: Preview) -> None:
+    recipe = view.recipe
+    found.num_seen += 1
+    if isinstance(row, Reject):
+        found.rejects.append(row)
+        return
+    try:
+        prompt, notes = read_prompt(
+            row.value, view.chat, recipe.data.seq_len - recipe.sampling[1].max_tokens
+        )
+    except FormatError as error:
+        found.rejects.append(Reject(row.file, row.line, str(error)))
+        return
+    found.sizes.append(len(prompt.tokens))
+    found.prompts.append(replace(prompt, source=row.file))
+    found.notes.update(notes)
+
+
+def _taken(recipe: Recipe, key: str, number: int, num: int) -> int:
+    """Records of a path that are learned from, of `num`."""
+    data = recipe.data
+    if key != "train":
+        return num
+    wanted = data.take[number] if data.take is not None else None
+    held = max(int(min(num, wanted or num) * data.eval_share), 1) if data.eval_share else 0
+    return (wanted or num) - held
+
+
+def _sample(source: Source, num: int, wanted: int) -> Iterator[Row | Reject]:
+    size = sum(file.stat().st_size for file in source.files)
+    if size > WHOLE:
+        return islice(read_rows(source), wanted)
+    return islice(read_rows(source), 0, None, max(1, num // wanted))
+
+
+def count(source: Source) -> tuple[int, bool]:
+    """(records of a source, whether they were counted and not estimated)."""
+    path = source.path
+    if path.is_dir():
+        import datasets
+
+        loaded: Any = datasets.load_from_disk(str(path))
+        return len(loaded), True
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(path).num_rows, True
+    if path.suffix == ".json" and path.stat().st_size <= WHOLE:
+        return sum(1 for _ in read_rows(source)), True
+    return _lines(path) if path.suffix in (".jsonl", ".json") else (1, True)
+
+
+def _lines(path: Path) -> tuple[int, bool]:
+    size, most = path.stat().st_size, COUNTED
+    num, read, last = 0, 0, b"\n"
+    with path.open("rb") as file:
+        while block := file.read(min(2**24, most - read) if size > most else 2**24):
+            num, read, last = num + block.count(b"\n"), read + len(block), block[-1:]
+            if size > COUNTED and read >= WHOLE:
+                return max(1, round(num * size / read)), False
+    return num + (last != b"\n"), True
+
+
+def previews(recipe: Recipe) -> list[Preview]:
+    """Of all that the recipe's data section names."""
+    found = (preview(recipe, key) for key in ("train", "eval", "demonstrations"))
+    return [one for one in found if one is not None]
+
+
+def lengths(recipe: Recipe, found: Sequence[Preview]) -> list[str]:
+    """How long an epoch is, and the run, in words."""
+    train = next((one for one in found if one.key == "data.train"), None)
+    packs, unit = _epoch(recipe, train)
+    if not packs:
+        return []
+    rollout = recipe.rollout
+    batch = rollout.prompts_per_step if rollout is not None else recipe.train.global_batch
+    about = "" if train is None or train.is_whole else "about "
+    line = f"an epoch: {about}{counted(packs, unit)}, {packs / batch:.3g} steps of {batch}"
+    if recipe.train.epochs is not None:
+        steps = math.ceil((limit(recipe, packs) or packs) / batch)
+        return [f"{line}; train.epochs={recipe.train.epochs:g}: {about}{counted(steps, 'step')}"]
+    assert recipe.train.steps is not None
+    epochs = f"{recipe.train.steps * batch / packs:.2g}"
+    line += f"; train.steps={recipe.train.steps}: {about}{epochs} epoch{'s' * (epochs != '1')}"
+    return [line]
+
+
+def _epoch(recipe: Recipe, train: Preview | None) -> tuple[int, str]:
+    """(packs or prompts of an epoch, what they are); 0 where nobody has looked."""
+    if FEEDS.get(recipe.method.name) == CORPUS:
+        given = recipe.data.train
+        if any(map(assets.is_builtin, given)):
+            return 0, ""
+        prefixes = [Path(p.removesuffix(".bin").removesuffix(".idx")) for p in given]
+        return sum(index_files.num_samples(p, recipe.data.seq_len) for p in prefixes), "sample"
+    if train is None or not train.sizes:
+        return 0, ""
+    if recipe.method.samples:
+        return round(train.num_records * (1 - train.share_rejected)), "prompt"
+    return train.num_packs(recipe.data.seq_len, recipe.data.pack), "pack"

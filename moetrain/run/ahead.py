@@ -1,0 +1,47 @@
+"""What a dry run says of the data: what is not there, what a sample of it would become."""
+
+from moetrain.config.recipe import Recipe
+from moetrain.config.reward_files import wanted_columns
+from moetrain.data.preview import Preview, lengths, previews
+from moetrain.data.rejects import check_rejects
+from moetrain.errors import DataError
+from moetrain.rewards.columns import check_columns
+
+
+def look_ahead(recipe: Recipe) -> list[str]:
+    """Lines on the recipe's data, from a bounded sample (`data/preview.py`). Raises DataError where
+    the run would: too many of all records are unusable, rewards want columns that are not there.
+    """
+    found = previews(recipe)
+    lines = [line for one in found for line in one.lines(recipe.data.seq_len)]
+    lines += lengths(recipe, found)
+    for one in found:
+        lines += _too_many(one, recipe.data.max_rejected)
+        if one.prompts:
+            lines += _rewards(recipe, one)
+    return lines
+
+
+def _too_many(found: Preview, max_rejected: float) -> list[str]:
+    if found.is_whole:
+        check_rejects(found.rejects, found.num_seen, max_rejected)
+    if found.share_rejected <= max_rejected:
+        return []
+    return [
+        f"WARNING: {found.share_rejected:.1%} of the sample of {found.key} would be rejected, and"
+        f" the run stops above data.max_rejected={max_rejected:g}. Mend the data or raise it."
+    ]
+
+
+def _rewards(recipe: Recipe, found: Preview) -> list[str]:
+    columns = {name for prompt in found.prompts for name in prompt.columns}
+    for reward in recipe.rewards:
+        lacking = [name for name in wanted_columns(reward) if name not in columns]
+        if lacking:
+            raise DataError(
+                f"rewards: {reward.name} cannot be called without {' and '.join(lacking)}, which no"
+                f" record of {found.key} has: it has {', '.join(sorted(columns))}. Rename a column,"
+                " or give the argument a default."
+            )
+    said = check_columns(recipe.rewards, found.prompts)
+    return [f"WARNING: {said}"] if said else []

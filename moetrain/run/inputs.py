@@ -1,0 +1,132 @@
+"""Whether what a recipe reads is there: looked at before a process is started, without torch."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from moetrain.config.builtin import published
+from moetrain.config.method import ReferencedMethod
+from moetrain.config.reads import CORPORA
+from moetrain.config.recipe import Recipe
+from moetrain.data.sources import find_sources
+from moetrain.errors import ConfigError, DataError, MoetrainError
+from moetrain.models.lookup import HF, NOTE
+
+RUN, ADAPTER = "resolved.yaml", "adapter_config.json"
+MODEL = (RUN, HF, NOTE)
+START = ("start", "base")  # references that are no other model
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # what the Hub's client is asked for
+BUILTIN = "builtin:"
+
+
+def is_planned(recipe: Recipe) -> bool:
+    """Whether the model is not on this machine and known by its published config alone, so that
+    only its layout can be tried out here.
+    """
+    path = recipe.model.path
+    return path is not None and not Path(path).exists() and published(path) is not None
+
+
+def has_own_data(recipe: Recipe) -> bool:
+    """Whether any data is not the package's own."""
+    data = recipe.data
+    paths = (*data.train, *data.eval, *data.demonstrations)
+    return not all(path.startswith(BUILTIN) for path in paths)
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Raises ConfigError or DataError for the first thing that the run would read and cannot."""
+    for problem in missing(recipe):
+        raise problem
+
+
+def missing(recipe: Recipe) -> Iterator[MoetrainError]:
+    """An error for each thing that the run would read and that is not there."""
+    if is_planned(recipe):
+        yield ConfigError(
+            f"model.path={recipe.model.path} is not on this machine, and a run would stop at once."
+            " Download the model, or check the path."
+        )
+    yield from _text(recipe)
+    yield from _models(recipe)
+    yield from _data(recipe)
+    yield from _files(recipe)
+
+
+def _text(recipe: Recipe) -> Iterator[MoetrainError]:
+    own, template = recipe.model.tokenizer, recipe.data.chat_template
+    if own is None and recipe.model.path is None and recipe.method.name not in CORPORA:
+        yield DataError(
+            "A model made from model.hf has no tokenizer: set model.tokenizer (a folder or"
+            " builtin:NAME)."
+        )
+    if own is not None and not own.startswith(BUILTIN) and not Path(own).is_dir():
+        if not HUB_NAME.fullmatch(own) or published(own) is not None:
+            yield DataError(
+                f"model.tokenizer={own} is no tokenizer folder. Give a folder, builtin:NAME or a"
+                " Hub name (org/name)."
+            )
+    if template is not None and "{" not in template and not Path(template).is_file():
+        yield DataError(f"data.chat_template={template} is not a file. Check the path.")
+
+
+def _models(recipe: Recipe) -> Iterator[MoetrainError]:
+    method = recipe.method
+    if isinstance(method, ReferencedMethod) and method.reference not in START:
+        yield from _folder("method.reference", method.reference, MODEL)
+    if recipe.adapter is not None and recipe.adapter.path is not None:
+        yield from _folder("adapter.path", str(recipe.adapter.path), (ADAPTER,))
+    for reward in recipe.rewards:
+        if reward.name == "reward_model":
+            where = "rewards: reward_model: path"
+            yield from _folder(where, str(reward.options.get("path")), MODEL)
+
+
+def _folder(key: str, path: str, files: tuple[str, ...]) -> Iterator[MoetrainError]:
+    """What is wrong with a folder that shall hold one of `files`."""
+    folder = Path(path).expanduser()
+    if path.startswith(BUILTIN):
+        return
+    if folder.name == "best" and not folder.exists():
+        folder, files = folder.parent, ()  # a name for the best of a run's checkpoints
+    if not folder.is_dir():
+        yield ConfigError(f"{key}={path} is not there. Check the path.")
+    elif files and not any((folder / name).is_file() for name in files):
+        yield ConfigError(f"{key}={path} holds no {' and no '.join(files)}. Check the path.")
+
+
+def _data(recipe: Recipe) -> Iterator[MoetrainError]:
+    data = recipe.data
+    for key in ("train", "eval", "demonstrations"):
+        paths: list[str] = vars(data)[key]
+        for path in (path for path in paths if not path.startswith(BUILTIN)):
+            if recipe.method.name in CORPORA:
+                yield from _corpus(path)
+                continue
+            try:
+                find_sources([path], held_out=key == "eval")
+            except DataError as error:
+                yield DataError(f"data.{key}: {error}")
+
+
+def _corpus(path: str) -> Iterator[MoetrainError]:
+    prefix = path.removesuffix(".bin").removesuffix(".idx")
+    file = next((f for f in (f"{prefix}.idx", f"{prefix}.bin") if not Path(f).is_file()), None)
+    if file is not None:
+        yield DataError(
+            f"{file} does not exist: pretraining reads index prefixes. Make one with"
+            f" `moetrain data index INPUT --tokenizer FOLDER --out {prefix}`."
+        )
+
+
+def _files(recipe: Recipe) -> Iterator[MoetrainError]:
+    rollout = recipe.rollout
+    given = (
+        ("data.reference", recipe.data.reference, Path.is_dir),
+        ("rollout.replay", rollout and rollout.replay, Path.is_dir),
+        ("rollout.token_file", rollout and rollout.token_file, Path.is_file),
+        ("rollout.python", rollout and rollout.python, Path.is_file),
+    )
+    for key, path, is_there in given:
+        if path is not None and not is_there(path):
+            yield ConfigError(f"{key}={path} is not there. Check the path.")
