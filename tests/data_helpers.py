@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config.recipe import Recipe
-from moetrain.data import preference, tokenizer
+from moetrain.data import preference, tokenizer_training
 from moetrain.data.encode import Kind, Spec
 from moetrain.data.sets import PackedSet, build
 
@@ -27,7 +27,7 @@ def tokenizer_folder() -> Path:
     root = Path(tempfile.mkdtemp())
     text = root / "text.txt"
     text.write_text(Path(__file__).read_text() + "\n".join(q + a for q, a in QUESTIONS))
-    return tokenizer.train([text], 400, root / "tokenizer")
+    return tokenizer_training.train([text], 400, root / "tokenizer")
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> Path:

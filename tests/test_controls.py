@@ -17,7 +17,7 @@ from moetrain.data import preference, sft, template
 from moetrain.data.chat import ChatOptions
 from moetrain.data.controls import JOINT
 from moetrain.data.encode import Encoder, Kind, Result, Spec
-from moetrain.data.loader import prepare
+from moetrain.data.loader import RunData
 from moetrain.data.messages import FormatError
 from moetrain.data.prompts import read_prompt
 from moetrain.data.sources import Row
@@ -150,7 +150,7 @@ def test_they_are_counted_at_the_start(tmp_path: Path, how: str) -> None:
     records = [chat(f"a {end_of('qwen3')} b", "c"), *questions(40)]
     path = write_jsonl(tmp_path / "a.jsonl", records)
     data = {"train": [str(path)], "special_tokens_in_text": how}
-    prepared = prepare(recipe(tmp_path, data=data))
+    prepared = RunData(recipe(tmp_path, data=data)).prepare()
     told = [line for line in prepared.lines if "special_tokens_in_text" in line]
     if how == "reject":
         assert prepared.num_rejected == 1 and told == []
@@ -166,21 +166,21 @@ def test_far_too_long_is_not_tokenised(tmp_path: Path) -> None:
     records = [chat(long, "a"), chat("a", long), *questions(60)]
     path = write_jsonl(tmp_path / "a.jsonl", records)
     begin = time.process_time()
-    prepared = prepare(recipe(tmp_path, data={"train": [str(path)]}))
+    prepared = RunData(recipe(tmp_path, data={"train": [str(path)]})).prepare()
     assert time.process_time() - begin < 5
     assert prepared.num_rejected == 2
     rejects = (tmp_path / "run/rejected.jsonl").read_text().splitlines()
     assert all(re.search(r"10,000,0\d\d characters are far over", line) for line in rejects)
     # What is a little over is cut, as ever.
     path = write_jsonl(tmp_path / "b.jsonl", [chat("a b", "word " * 1000)])
-    assert prepare(recipe(tmp_path, data={"train": [str(path)]})).num_truncated == 1
+    assert RunData(recipe(tmp_path, data={"train": [str(path)]})).prepare().num_truncated == 1
 
 
 def test_far_too_long_prompts_and_pairs(tmp_path: Path) -> None:
     long = "word " * 1_000_000
     pair = write_jsonl(tmp_path / "p.jsonl", [PAIRS[0] | {"rejected": long}, *PAIRS])
     sections = {"data": {"train": [str(pair)]}, "method": {"name": "dpo"}}
-    assert prepare(recipe(tmp_path, **sections)).num_rejected == 1
+    assert RunData(recipe(tmp_path, **sections)).prepare().num_rejected == 1
     for record in ({"question": long}, {"prompt": long, "templated": True}):
         with pytest.raises(FormatError, match="are far over what there is room for: 64 tokens"):
             read_prompt(record, chat_of("qwen3"), 64)

@@ -8,6 +8,7 @@ import pytest
 
 from moetrain.data import assets, checkable, corpus, tokenizer
 from moetrain.data.cache import build_once
+from moetrain.data.run_tokenizer import locate
 from moetrain.errors import DataError
 
 
@@ -105,7 +106,7 @@ def test_offline_means_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="no/such-tokenizer is no folder here and cannot be had"):
-        tokenizer.load("no/such-tokenizer")
+        locate("no/such-tokenizer")
 
 
 def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
@@ -123,8 +124,11 @@ def test_a_tokenizer_from_the_command_line(tmp_path: Path) -> None:
     from moetrain import cli
 
     (tmp_path / "a.txt").write_text("the quick brown fox " * 50)
-    out = str(tmp_path / "made")
-    assert cli.main(["tokenizer", "train", str(tmp_path), "--vocab-size", "270", "--out", out]) == 0
+    out = tmp_path / "made"
+    assert (
+        cli.main(["tokenizer", "train", str(tmp_path), "--vocab-size", "270", "--out", str(out)])
+        == 0
+    )
     loaded = tokenizer.load(out)
     assert tokenizer.vocab_of(loaded) == 270
     assert loaded.decode(loaded("the fox")["input_ids"]) == "the fox"

@@ -19,13 +19,13 @@ from moetrain.data import corpus, preference, sft
 from moetrain.data.chat import ChatOptions
 from moetrain.data.encode import Encoder, Spec
 from moetrain.data.formats import to_conversation
-from moetrain.data.loader import prepare
+from moetrain.data.loader import RunData
 from moetrain.data.pair_formats import to_pair
 from moetrain.data.parsing import MAX_DEPTH
 from moetrain.data.prompts import PromptOrder, read_prompts, told_repeats
 from moetrain.data.rejects import Reject
 from moetrain.data.sources import Row, find_sources, read_rows
-from moetrain.data.tokenizer import train as train_tokenizer
+from moetrain.data.tokenizer_training import train as train_tokenizer
 from moetrain.errors import DataError
 from moetrain.evals.questions import read_questions
 from moetrain.loops.score import read_sequences
@@ -316,7 +316,7 @@ def test_a_bad_row_of_a_table_costs_itself_alone(tmp_path: Path) -> None:
 def test_half_a_character_does_not_end_training(tmp_path: Path) -> None:
     records = [chat(f"{i}?", f"{i}!") for i in range(30)]
     path = write_jsonl(tmp_path / "a.jsonl", [*records, chat("hi", "\ud800")])
-    prepared = prepare(recipe(tmp_path, data={"train": str(path)}))
+    prepared = RunData(recipe(tmp_path, data={"train": str(path)})).prepare()
     assert prepared.num_rejected == 1
     (listed,) = map(json.loads, (tmp_path / "run" / "rejected.jsonl").read_text().splitlines())
     assert (listed["file"], listed["line"]) == (str(path), 31)

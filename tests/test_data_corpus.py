@@ -9,7 +9,7 @@ import torch
 from data_helpers import QUESTIONS, recipe, tokenizer_folder, write_jsonl
 
 from moetrain.data import corpus, tokenizer
-from moetrain.data.loader import Corpus, build_eval, build_train, num_steps, prepare
+from moetrain.data.loader import Corpus, RunData
 from moetrain.errors import DataError
 
 
@@ -62,7 +62,7 @@ def test_megatron_reads_what_was_written(tmp_path: Path) -> None:
 
 def test_samples_are_consecutive_tokens(tmp_path: Path) -> None:
     made = recipe(tmp_path, method={"name": "pretrain"}, data={"train": [str(make(tmp_path, "a"))]})
-    pack = build_train(made, 0, 1).next()[0]
+    pack = RunData(made).loader(0, 1).next()[0]
     assert pack.num_tokens == 64 and pack.cu_seqlens.tolist() == [0, 64]
     assert torch.equal(pack.labels[:-1], pack.tokens[1:])
     assert bool(pack.valid.all()) and bool((pack.loss_mask == 1).all())
@@ -71,7 +71,7 @@ def test_samples_are_consecutive_tokens(tmp_path: Path) -> None:
 
 def stream(made: Any, dp_size: int, steps: int) -> list[list[int]]:
     """The first tokens of the packs of some steps, in the job's order."""
-    ranks = [build_train(made, rank, dp_size) for rank in range(dp_size)]
+    ranks = [RunData(made).loader(rank, dp_size) for rank in range(dp_size)]
     found: list[list[int]] = []
     for _ in range(steps):
         shares = [rank.next() for rank in ranks]
@@ -83,11 +83,11 @@ def stream(made: Any, dp_size: int, steps: int) -> list[list[int]]:
 def test_the_stream_is_the_same_at_every_layout_and_length(tmp_path: Path) -> None:
     base = {"method": {"name": "pretrain"}, "data": {"train": [str(make(tmp_path, "a"))]}}
     made = recipe(tmp_path, **base, train={"epochs": 2.5})
-    steps = num_steps(made)
+    steps = RunData(made).num_steps
     whole = stream(made, 1, steps)
     assert whole == stream(made, 4, steps)
     assert whole[: 4 * 3] == stream(recipe(tmp_path, **base, train={"steps": 3}), 2, 3)
-    loader = build_train(made, 0, 1)
+    loader = RunData(made).loader(0, 1)
     per_epoch = len(loader.packs)
     assert steps == -(-5 * per_epoch // 8)
     # Each epoch has an order of its own.
@@ -101,7 +101,7 @@ def test_blends_keep_their_weights(tmp_path: Path) -> None:
     for weights, share in (([0.75, 0.25], 0.75), ([1, 9], 0.1), (None, 0.5)):
         data = {"train": prefixes, "weights": weights}
         made = recipe(tmp_path, method={"name": "pretrain"}, data=data, train={"epochs": 1})
-        loader = build_train(made, 0, 1)
+        loader = RunData(made).loader(0, 1)
         assert isinstance(loader.packs, Corpus)
         drawn = loader.packs.data.epoch(0).dataset_index
         assert len(drawn) == len(loader.packs)
@@ -116,9 +116,9 @@ def test_blends_keep_their_weights(tmp_path: Path) -> None:
 def test_a_remade_index_is_read_in_its_own_order(tmp_path: Path) -> None:
     prefix = make(tmp_path, "a")
     made = recipe(tmp_path, method={"name": "pretrain"}, data={"train": [str(prefix)]})
-    state = build_train(made, 0, 1).state_dict()
+    state = RunData(made).loader(0, 1).state_dict()
     make(tmp_path, "a", repeat=2)
-    again = build_train(made, 0, 1)
+    again = RunData(made).loader(0, 1)
     assert len(stream(made, 1, 20)) == 80
     with pytest.raises(DataError, match="other training data"):
         again.load_state_dict(state)
@@ -128,8 +128,8 @@ def test_held_out_text_and_cpt(tmp_path: Path) -> None:
     prefixes = [str(make(tmp_path, name)) for name in ("a", "b")]
     data = {"train": f"{prefixes[0]}.bin", "eval": prefixes}
     made = recipe(tmp_path, method={"name": "cpt"}, data=data)
-    prepared = prepare(made)
-    shares = [build_eval(made, rank, 2) for rank in range(2)]
+    prepared = RunData(made).prepare()
+    shares = [RunData(made).eval_packs(rank, 2) for rank in range(2)]
     assert all(share is not None for share in shares)
     real = [p for share in shares for p in share or [] if p.valid.any()]
     assert len(real) == prepared.num_eval_packs > 0
@@ -154,7 +154,9 @@ def test_unusable_indexes(tmp_path: Path, data: dict[str, Any], message: str) ->
         (tmp_path / f"bad{suffix}").write_bytes(content if suffix == ".bin" else b"MMIDIDX\x00\x00")
     names = [t.format(a=made, cut=tmp_path / "cut", bad=tmp_path / "bad") for t in data["train"]]
     with pytest.raises((DataError, ValueError), match=message):
-        prepare(recipe(tmp_path, method={"name": "pretrain"}, data={**data, "train": names}))
+        RunData(
+            recipe(tmp_path, method={"name": "pretrain"}, data={**data, "train": names})
+        ).prepare()
 
 
 def test_an_index_of_a_larger_vocabulary_is_refused(tmp_path: Path) -> None:
@@ -164,14 +166,14 @@ def test_an_index_of_a_larger_vocabulary_is_refused(tmp_path: Path) -> None:
         tmp_path, method={"name": "pretrain"}, model={"hf": hf}, data={"train": [str(prefix)]}
     )
     with pytest.raises(DataError, match="has 400 tokens but the model's vocab_size is 262"):
-        prepare(made)
+        RunData(made).prepare()
     # Without the note, or with that of another index, the tokens themselves are looked at.
     note = Path(f"{prefix}.json")
     said = json.loads(note.read_text())
     note.write_text(json.dumps(said | {"vocab": 200, "num_tokens": said["num_tokens"] + 1}))
     for _ in range(2):
         with pytest.raises(DataError, match=r"The index .* model's vocab_size is 262"):
-            prepare(made)
+            RunData(made).prepare()
         note.unlink(missing_ok=True)
 
 
@@ -184,11 +186,11 @@ def _on_a_rank(folder: str, prefixes: list[str], prepared: bool) -> list[list[in
         Path(folder), method={"name": "pretrain"}, data={"train": prefixes}, train={"epochs": 3}
     )
     if prepared:
-        prepare(made)
+        RunData(made).prepare()
     join()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    loader = build_train(made, rank, world)
-    return [p.tokens.tolist() for _ in range(num_steps(made)) for p in loader.next()]
+    loader = RunData(made).loader(rank, world)
+    return [p.tokens.tolist() for _ in range(RunData(made).num_steps) for p in loader.next()]
 
 
 @pytest.mark.gloo
@@ -204,7 +206,7 @@ def test_ranks_of_a_gloo_group_share_the_stream(
         data={"train": prefixes},
         train={"epochs": 3},
     )
-    alone = stream(elsewhere, 1, num_steps(elsewhere))
+    alone = stream(elsewhere, 1, RunData(elsewhere).num_steps)
     assert [t for pair in zip(*shares, strict=True) for t in pair] == alone
 
 

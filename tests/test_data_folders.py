@@ -10,7 +10,7 @@ from data_helpers import chat, questions, recipe, tokenizer_folder, write_jsonl
 from moetrain.cluster.doctor import files as doctor
 from moetrain.cluster.doctor.base import Level, Planned, Subject
 from moetrain.data.chat import ChatOptions
-from moetrain.data.loader import build_eval, build_train
+from moetrain.data.loader import RunData
 from moetrain.data.prompts import read_prompts
 from moetrain.data.sources import Row, find_sources, read_rows
 from moetrain.errors import DataError
@@ -173,8 +173,8 @@ def test_a_run_trains_on_train_and_evaluates_on_the_rest(tmp_path: Path) -> None
     (folder / "README.md").write_text("# A card")
     both = {"train": str(folder), "eval": [str(folder)], "pack": False}
     made = recipe(tmp_path, data=both)
-    assert len(build_train(made, 0, 1).packs) == 40
-    held_out = build_eval(made, 0, 1)
+    assert len(RunData(made).loader(0, 1).packs) == 40
+    held_out = RunData(made).eval_packs(0, 1)
     assert held_out is not None and len(held_out) == 7
     asked: Any = [
         {prompt.columns["prompt"][0]["content"] for prompt in prompts}

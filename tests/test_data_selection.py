@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from moetrain.data.loader import build_set, prepare
+from moetrain.data.loader import RunData
 from moetrain.data.prompts import prepare_prompts
 from moetrain.data.selection import Selection, rows_of
 from moetrain.data.sets import PackedSet
@@ -35,42 +35,42 @@ def files(folder: Path, *sizes: int) -> list[str]:
 
 def test_a_share_is_held_out_and_never_trained_on(tmp_path: Path) -> None:
     one = recipe(tmp_path, data={"train": files(tmp_path, 64), "eval_share": 0.1})
-    train, held_out = (lines_of(build_set(one, held_out=held)) for held in (False, True))
+    train, held_out = (lines_of(RunData(one).packed(held_out=held)) for held in (False, True))
     assert (len(train), len(held_out)) == (58, 6)
     assert not train.keys() & held_out.keys() and len(train | held_out) == 64
     assert sorted(held_out) != list(range(59, 65)), "shuffled, not the last ones"
-    assert prepare(one).num_eval_packs > 0
+    assert RunData(one).prepare().num_eval_packs > 0
     other_seed = recipe(tmp_path, data=one.data.model_dump()).model_copy(update={"seed": 7})
-    assert lines_of(build_set(other_seed, held_out=True)) != held_out
+    assert lines_of(RunData(other_seed).packed(held_out=True)) != held_out
 
 
 def test_in_order_the_last_ones_are_held_out(tmp_path: Path) -> None:
     data = {"train": files(tmp_path, 20), "eval_share": 0.1, "shuffle": False, "take": [12]}
     one = recipe(tmp_path, data=data)
     # 10% of 12 is one record; the other 11 are the first ones.
-    assert sorted(lines_of(build_set(one, held_out=True))) == [20]
-    assert sorted(lines_of(build_set(one, held_out=False))) == list(range(1, 12))
+    assert sorted(lines_of(RunData(one).packed(held_out=True))) == [20]
+    assert sorted(lines_of(RunData(one).packed(held_out=False))) == list(range(1, 12))
 
 
 def test_as_many_as_are_asked_for_of_each_path(tmp_path: Path) -> None:
     paths = files(tmp_path, 10, 6, 5)
     one = recipe(tmp_path, data={"train": paths, "take": [4, None, 12]})
-    data = build_set(one, held_out=False)
+    data = RunData(one).packed(held_out=False)
     found = names_of(data)
     own = [[n for name, n in found.items() if name.startswith(path)] for path in paths]
     assert sorted(own[0]) == [1] * 4
     assert sorted(own[1]) == [1] * 6
     assert sorted(own[2]) == [2, 2, 2, 3, 3], "more than there are: some again"
-    assert names_of(build_set(one, held_out=False)) == found
+    assert names_of(RunData(one).packed(held_out=False)) == found
 
 
 def test_without_either_the_set_is_the_one_it_was(tmp_path: Path) -> None:
     paths = files(tmp_path, 10)
-    plain = build_set(recipe(tmp_path, data={"train": paths}), held_out=False)
-    whole = build_set(recipe(tmp_path, data={"train": paths, "take": [None]}), held_out=False)
+    plain = RunData(recipe(tmp_path, data={"train": paths})).packed(held_out=False)
+    whole = RunData(recipe(tmp_path, data={"train": paths, "take": [None]})).packed(held_out=False)
     assert plain is not None and whole is not None
     assert plain.sequences_fingerprint == whole.sequences_fingerprint
-    assert build_set(recipe(tmp_path, data={"train": paths}), held_out=True) is None
+    assert RunData(recipe(tmp_path, data={"train": paths})).packed(held_out=True) is None
 
 
 def test_prompts_are_chosen_in_the_same_way(tmp_path: Path) -> None:
@@ -142,4 +142,4 @@ def test_refused(tmp_path: Path, sections: dict[str, Any], match: str) -> None:
 def test_nothing_left_to_train_on_is_said(tmp_path: Path) -> None:
     one = recipe(tmp_path, data={"train": files(tmp_path, 1), "eval_share": 0.5})
     with pytest.raises(DataError, match=r"1 records, and data\.eval_share=0\.5 leaves none"):
-        prepare(one)
+        RunData(one).prepare()

@@ -15,7 +15,7 @@ from moetrain.config.online import OnlineMethod
 from moetrain.config.recipe import MethodConfig
 from moetrain.data import assets, preference
 from moetrain.data.chat import ChatOptions
-from moetrain.data.loader import FEEDS, KINDS, Loader, Shuffled, build_set, build_train, prepare
+from moetrain.data.loader import FEEDS, KINDS, Loader, RunData, Shuffled
 from moetrain.data.sets import PackedSet, build
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed
@@ -107,12 +107,12 @@ def test_a_recipe_finds_its_kind(tmp_path: Path, name: str) -> None:
     given = {"train": str(path), "eval": [str(path)], "max_rejected": 0.5, "seq_len": 96}
     made = recipe(tmp_path, method={"name": name}, data=given)
     unit = {"dpo": "64 pairs", "kto": "64 answers"}[name]
-    assert f"train: 64 records, {unit}, " in prepare(made).lines[0]
-    assert "tokens fewer as prompts are shared" in prepare(made).lines[1]
-    data = build_set(made, held_out=False)
+    assert f"train: 64 records, {unit}, " in RunData(made).prepare().lines[0]
+    assert "tokens fewer as prompts are shared" in RunData(made).prepare().lines[1]
+    data = RunData(made).packed(held_out=False)
     assert data is not None and data.num_items == 128
     np.save(tmp_path / "logp.npy", np.ones(128, dtype=np.float32))
-    pack = build_train(made, 0, 2, tmp_path / "logp.npy").next()[0]
+    pack = RunData(made).loader(0, 2, tmp_path / "logp.npy").next()[0]
     assert pack.extras["ref_logp"].sum() == (pack.extras["role"] > 0).sum()
     other = recipe(tmp_path, method={"name": "sft"}, data={**given, "train": str(path)})
     assert KINDS[FEEDS[other.method.name]].name == "sft"

@@ -13,8 +13,9 @@ from data_helpers import chat, questions, recipe, tokenizer_folder, write_jsonl
 from moetrain.data import sft, tokenizer
 from moetrain.data.chat import ChatOptions
 from moetrain.data.encode import Spec
-from moetrain.data.loader import Loader, build_eval, build_train, model_vocab, num_steps, prepare
+from moetrain.data.loader import Loader, RunData
 from moetrain.data.rejects import Reject
+from moetrain.data.run_tokenizer import model_vocab
 from moetrain.data.sets import build
 from moetrain.data.sources import Row, find_sources, read_rows
 from moetrain.errors import DataError
@@ -98,7 +99,7 @@ def test_unreadable_inputs(tmp_path: Path, name: str, content: bytes | None, mes
 
 def test_a_pack_holds_shifted_labels_inside_each_sequence(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions())
-    loader = build_train(recipe(tmp_path, data={"train": str(path)}), 0, 1)
+    loader = RunData(recipe(tmp_path, data={"train": str(path)})).loader(0, 1)
     for pack in loader.next():
         assert pack.num_tokens == 64
         bounds = pack.cu_seqlens.tolist()
@@ -119,12 +120,12 @@ def test_a_pack_holds_shifted_labels_inside_each_sequence(tmp_path: Path) -> Non
 def test_an_epoch_learns_every_answer_once(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions())
     made = recipe(tmp_path, data={"train": str(path)}, train={"epochs": 2, "global_batch": 1})
-    loader = build_train(made, 0, 1)
-    packs = [pack for _ in range(num_steps(made) // 2) for pack in loader.next()]
+    loader = RunData(made).loader(0, 1)
+    packs = [pack for _ in range(RunData(made).num_steps // 2) for pack in loader.next()]
     answers = sorted(f"{r['messages'][1]['content']}<|im_end|>" for r in questions())
     assert sorted(texts(packs)) == answers
     assert loader.epoch() == 1.0
-    again = [pack for _ in range(num_steps(made) // 2) for pack in loader.next()]
+    again = [pack for _ in range(RunData(made).num_steps // 2) for pack in loader.next()]
     assert sorted(texts(again)) == answers and not same(again, packs)
 
 
@@ -135,13 +136,13 @@ def test_epochs_read_no_record_more(tmp_path: Path, epochs: float, share: float)
     batch = 8  # 22 packs an epoch
     data = {"train": str(path), "pack": False}
     made = recipe(tmp_path, data=data, train={"epochs": epochs, "global_batch": batch})
-    alone, most = build_train(made, 0, 1), max(1, int(22 * share))
-    steps = [alone.next() for _ in range(num_steps(made))]
+    alone, most = RunData(made).loader(0, 1), max(1, int(22 * share))
+    steps = [alone.next() for _ in range(RunData(made).num_steps)]
     assert sum(map(len, steps)) == most and alone.steps_left() == 0
     assert all(len(packs) == batch for packs in steps[:-1])
     seen = [name for packs in steps for pack in packs for name in pack.ids if name]
     assert max(map(seen.count, seen)) == math.ceil(most / 22)
-    ranks = [build_train(made, rank, 4) for rank in range(4)]
+    ranks = [RunData(made).loader(rank, 4) for rank in range(4)]
     for packs in steps:
         shares = [rank.next() for rank in ranks]
         assert len(set(map(len, shares))) == 1  # pipelines want as many everywhere
@@ -154,8 +155,8 @@ def test_epochs_read_no_record_more(tmp_path: Path, epochs: float, share: float)
 def test_the_stream_does_not_depend_on_the_layout(tmp_path: Path, pack: bool) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions())
     made = recipe(tmp_path, data={"train": str(path), "pack": pack})
-    alone = build_train(made, 0, 1)
-    ranks = [build_train(made, rank, 4) for rank in range(4)]
+    alone = RunData(made).loader(0, 1)
+    ranks = [RunData(made).loader(rank, 4) for rank in range(4)]
     for _ in range(2 * len(alone.packs) // 4 + 1):
         together = alone.next()
         shares = [rank.next() for rank in ranks]
@@ -165,32 +166,32 @@ def test_the_stream_does_not_depend_on_the_layout(tmp_path: Path, pack: bool) ->
 def test_resume_goes_on_exactly(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions())
     made = recipe(tmp_path, data={"train": str(path)})
-    whole = build_train(made, 0, 2)
+    whole = RunData(made).loader(0, 2)
     taken = [whole.next() for _ in range(15)]
     for stop in (0, 3, 7):
-        first = build_train(made, 0, 2)
+        first = RunData(made).loader(0, 2)
         for _ in range(stop):
             first.next()
-        second = build_train(made, 0, 2)
+        second = RunData(made).loader(0, 2)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert all(same(second.next(), taken[step]) for step in range(stop, 15))
     other = recipe(tmp_path, data={"train": str(path), "seq_len": 32})
     with pytest.raises(DataError, match="other training data"):
-        build_train(other, 0, 2).load_state_dict(whole.state_dict())
+        RunData(other).loader(0, 2).load_state_dict(whole.state_dict())
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions())
     with pytest.raises(DataError, match="global_batch 4 does not divide over 3"):
-        build_train(recipe(tmp_path, data={"train": str(path)}), 0, 3)
+        RunData(recipe(tmp_path, data={"train": str(path)})).loader(0, 3)
 
 
 def test_held_out_packs_cover_all_ranks_evenly(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions(60))
     made = recipe(tmp_path, data={"train": str(path), "eval": [str(path)], "pack": False})
-    assert build_eval(recipe(tmp_path, data={"train": str(path)}), 0, 1) is None
-    alone = build_eval(made, 0, 1)
-    shares = [build_eval(made, rank, 8) for rank in range(8)]
+    assert RunData(recipe(tmp_path, data={"train": str(path)})).eval_packs(0, 1) is None
+    alone = RunData(made).eval_packs(0, 1)
+    shares = [RunData(made).eval_packs(rank, 8) for rank in range(8)]
     assert alone is not None and len(alone) == 60
     found: list[Packed] = []
     for share in shares:
@@ -198,11 +199,9 @@ def test_held_out_packs_cover_all_ranks_evenly(tmp_path: Path) -> None:
         found.extend(share)
     assert sum(not pack.valid.any() for pack in found) == 4
     assert sorted(texts(found)) == sorted(texts(list(alone)))
-    few = build_eval(
-        recipe(tmp_path, data={"train": str(path), "eval": [str(path)]}, train={"eval_packs": 3}),
-        0,
-        1,
-    )
+    few = RunData(
+        recipe(tmp_path, data={"train": str(path), "eval": [str(path)]}, train={"eval_packs": 3})
+    ).eval_packs(0, 1)
     assert few is not None and len(few) == 3
 
 
@@ -211,7 +210,7 @@ def test_rejects_are_listed_on_a_cache_hit_too(tmp_path: Path) -> None:
     made = recipe(tmp_path, data={"train": str(path)})
     listed = made.run_dir / "rejected.jsonl"
     for _ in range(2):
-        prepared = prepare(made)
+        prepared = RunData(made).prepare()
         assert prepared.num_rejected == 3
         assert "3 rejected" in prepared.lines[0]
         found = [json.loads(line) for line in listed.read_text().splitlines()]
@@ -222,27 +221,30 @@ def test_rejects_are_listed_on_a_cache_hit_too(tmp_path: Path) -> None:
 def test_too_many_rejects_stop_the_run(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["{", *questions(9)])
     with pytest.raises(DataError) as caught:
-        prepare(recipe(tmp_path, data={"train": str(path)}))
+        RunData(recipe(tmp_path, data={"train": str(path)})).prepare()
     assert "1 of 10 records were rejected (10.0%" in str(caught.value)
     assert f"{path}:1: malformed JSON" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert (
-        prepare(recipe(tmp_path, data={"train": str(path), "max_rejected": 0.2})).num_rejected == 1
+        RunData(recipe(tmp_path, data={"train": str(path), "max_rejected": 0.2}))
+        .prepare()
+        .num_rejected
+        == 1
     )
 
 
 def test_no_usable_record(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     with pytest.raises(DataError, match="None of the 1 records"):
-        prepare(recipe(tmp_path, data={"train": str(path)}))
+        RunData(recipe(tmp_path, data={"train": str(path)})).prepare()
 
 
 def test_over_long_records_are_cut_and_counted_or_rejected(tmp_path: Path) -> None:
     records = [*questions(), chat("Say it.", "yes " * 200), chat("no " * 200, "hopeless")]
     path = write_jsonl(tmp_path / "a.jsonl", records)
-    prepared = prepare(recipe(tmp_path, data={"train": str(path)}))
+    prepared = RunData(recipe(tmp_path, data={"train": str(path)})).prepare()
     assert (prepared.num_truncated, prepared.num_rejected) == (1, 1)
-    refused = prepare(recipe(tmp_path, data={"train": str(path), "too_long": "reject"}))
+    refused = RunData(recipe(tmp_path, data={"train": str(path), "too_long": "reject"})).prepare()
     assert (refused.num_truncated, refused.num_rejected) == (0, 2)
     lines = (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()
     assert "more than data.seq_len 64" in lines[0]
@@ -302,20 +304,20 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     made = recipe(tmp_path, data={"train": str(path)}, model={"hf": hf})
     assert model_vocab(made) == 300
     with pytest.raises(DataError, match="has 400 tokens but the model's vocab_size is 300"):
-        prepare(made)
+        RunData(made).prepare()
     folder = tmp_path / "megatron"  # a checkpoint knows it too
     folder.mkdir()
     (folder / "moetrain.json").write_text(json.dumps({"hf": hf}))
     model = {"hf": None, "path": str(folder)}
     with pytest.raises(DataError, match="has 400 tokens but the model's vocab_size is 300"):
-        prepare(recipe(tmp_path, data={"train": str(path)}, model=model))
+        RunData(recipe(tmp_path, data={"train": str(path)}, model=model)).prepare()
 
 
 def test_a_full_cache_says_so(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions())
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(DataError, match=r"data.cache or \$MOETRAIN_CACHE"):
-        prepare(recipe(tmp_path, data={"train": str(path)}))
+        RunData(recipe(tmp_path, data={"train": str(path)})).prepare()
 
 
 def test_loader_wants_packs_of_any_kind() -> None:

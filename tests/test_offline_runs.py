@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from moetrain.config.load import load_recipe
-from moetrain.data.loader import build_eval
+from moetrain.data.loader import RunData
 from moetrain.ops.packed import Packed
 from moetrain.testing import command
 
@@ -108,7 +108,7 @@ def test_the_cached_reference_gives_the_loss_of_a_live_one(runs: Path) -> None:
     from moetrain.data import assets
 
     settings = [*SHORT, f"data.cache={runs / 'cache'}"]
-    held_out = build_eval(load_recipe(EXAMPLES / "lora_dpo_tiny.yaml", settings), 0, 1)
+    held_out = RunData(load_recipe(EXAMPLES / "lora_dpo_tiny.yaml", settings)).eval_packs(0, 1)
     assert held_out is not None
     (table,) = (np.load(path) for path in (runs / "cache" / "reference").glob("*/logp.npy"))
     load: Any = AutoModelForCausalLM.from_pretrained

@@ -15,7 +15,7 @@ from moetrain.errors import ConfigError, LayoutError
 from moetrain.layout.memory import StageBytes, static_bytes
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table, stage_layers
 from moetrain.models import read_model
-from moetrain.models.lookup import read_hf_config
+from moetrain.models.lookup import find_model
 from moetrain.run.dry_run import check, dry_run, world_size
 
 TINY = MODELS["qwen3-moe-tiny"]
@@ -324,6 +324,6 @@ def test_unusable_model_folder(tmp_path: Path, name: str, content: str, words: l
 
 def test_builtin_model() -> None:
     r = recipe(model={"hf": None, "path": "builtin:qwen3-moe-tiny"})
-    assert read_hf_config(r.model) is TINY
+    assert find_model(r.model).hf is TINY
     with pytest.raises(ConfigError, match="known built-in models: qwen3-moe-tiny"):
-        read_hf_config(recipe(model={"hf": None, "path": "builtin:x"}).model)
+        find_model(recipe(model={"hf": None, "path": "builtin:x"}).model)

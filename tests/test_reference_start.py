@@ -12,6 +12,7 @@ from data_helpers import LABELS, PAIRS, write_jsonl
 from test_supervised import make_recipe, rows
 
 from moetrain.config.recipe import Recipe
+from moetrain.data.loader import RunData
 from moetrain.errors import DataError
 from moetrain.loops.reference import take_reference
 from moetrain.loops.supervised import train
@@ -139,4 +140,4 @@ def test_a_reference_of_other_words_is_refused(
 
 
 def _reference(recipe: Recipe) -> None:
-    take_reference(recipe, lambda line: None)
+    take_reference(RunData(recipe), lambda line: None)

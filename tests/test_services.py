@@ -16,7 +16,7 @@ import pytest
 
 from moetrain import cli
 from moetrain.config.rewards import RewardConfig
-from moetrain.data.tokenizer import fit
+from moetrain.data.tokenizer_training import fit
 from moetrain.errors import ConfigError
 from moetrain.rewards import Grader
 from moetrain.rewards.base import Item

@@ -16,7 +16,7 @@ from test_supervised import make_recipe, rows
 
 from moetrain.config.load import load_recipe, recipe_from
 from moetrain.data.demonstrations import demonstration_recipe
-from moetrain.data.loader import build_eval, build_train, prepare
+from moetrain.data.loader import RunData
 from moetrain.errors import MoetrainError, RolloutError
 from moetrain.loops import rl, supervised
 from moetrain.observe.reporter import Reporter
@@ -62,9 +62,9 @@ def packs(content: dict[str, Any]) -> list[Any]:
     data["cache"] = data.get("cache") or str(root / "cache")
     content["run_dir"] = str(root / "run")
     recipe = recipe_from(content)
-    prepared = prepare(recipe)
+    prepared = RunData(recipe).prepare()
     found: list[Any] = [prepared.num_steps, prepared.lines]
-    loader, held_out = build_train(recipe, 0, 1), build_eval(recipe, 0, 1)
+    loader, held_out = RunData(recipe).loader(0, 1), RunData(recipe).eval_packs(0, 1)
     for group in (loader.next(), loader.next(), list(held_out or [])):
         found += [(pack.tokens.tolist(), pack.loss_mask.tolist(), pack.ids) for pack in group]
     return found
@@ -118,7 +118,7 @@ def demonstrated(content: dict[str, Any]) -> list[Any]:
     data["cache"], content["model"]["tokenizer"] = str(folder() / "cache"), str(tokenizer_folder())
     own = demonstration_recipe(recipe_from(content))
     assert own is not None
-    return [pack.tokens.tolist() for pack in build_train(own, 0, 1).next()]
+    return [pack.tokens.tolist() for pack in RunData(own).loader(0, 1).next()]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_where_a_run_is(tmp_path: Path) -> None:
         )
         content["model"]["tokenizer"] = str(tokenizer_folder())
         content["data"]["cache"] = str(folder() / "cache")
-        prepare(recipe_from(content | {"run_dir": str(tmp_path / name)}))
+        RunData(recipe_from(content | {"run_dir": str(tmp_path / name)})).prepare()
         assert (tmp_path / name / "rejected.jsonl").is_file()
 
 

@@ -12,7 +12,7 @@ import pytest
 from data_helpers import questions, recipe, tokenizer_folder, write_jsonl
 
 from moetrain.data import tokenizer
-from moetrain.data.loader import prepare
+from moetrain.data.loader import RunData
 from moetrain.data.tokenizer_check import check_beside_model
 from moetrain.errors import DataError
 from moetrain.rollout.embedded import Embedded
@@ -93,6 +93,6 @@ def test_an_export_is_looked_at_before_the_run(tmp_path: Path) -> None:
     hf = {"architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 512}
     for kind, lines in (("qwen3_moe", 1), ("qwen2", 2)):
         model = {"tokenizer": str(plain), "hf": hf | {"model_type": kind}}
-        said = prepare(recipe(tmp_path, data=data, model=model)).lines
+        said = RunData(recipe(tmp_path, data=data, model=model)).prepare().lines
         assert len(said) == lines
     assert said[1].startswith("note: ") and said[1].endswith(f"export with --tokenizer {plain}")

@@ -210,9 +210,9 @@ def records(folder: Path, num: int = 1_000_000) -> str:
             file.write(json.dumps({"messages": turns}) + "\n")
     code = (
         "import sys\nfrom pathlib import Path\nfrom moetrain.config.load import load_recipe\n"
-        "from moetrain.data.loader import prepare\n"
+        "from moetrain.data.loader import RunData\n"
         "r = load_recipe(Path('examples/sft_tiny.yaml'), sys.argv[1:])\n"
-        "p = prepare(r)\nassert p.num_packs and not p.num_rejected, p\n"
+        "p = RunData(r).prepare()\nassert p.num_packs and not p.num_rejected, p\n"
     )
     words = [f"data.train={data}", "data.eval=[]", f"run_dir={folder}/run"]
     first = measured(code, *words, f"data.cache={folder}/cache")

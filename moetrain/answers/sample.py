@@ -18,9 +18,9 @@ from moetrain.config.answering import SAMPLE, keys_given
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets
 from moetrain.data.cache import cache_root
-from moetrain.data.loader import chat_of, tokenizer_of
 from moetrain.data.prompts import read_prompts, told_repeats
 from moetrain.data.rejects import check_rejects, noted, write_rejects
+from moetrain.data.run_tokenizer import chat_of, tokenizer_of
 from moetrain.data.samples import Prompt
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
@@ -32,7 +32,7 @@ from moetrain.engine.on_disk import (
     recipe_for,
     sections_of,
 )
-from moetrain.engine.source import ModelSource, find_model
+from moetrain.engine.source import ModelSource, find_source
 from moetrain.models import read_model
 from moetrain.rewards import Grader, check_columns
 from moetrain.rollout import open_engine
@@ -75,7 +75,7 @@ def answering_recipe(
     model is asked as it was trained.
     """
     path, adapter = sections_of(model_in(model))
-    longest = find_model(recipe_for(path, out.parent).model).hf.get("max_position_embeddings")
+    longest = find_source(recipe_for(path, out.parent).model).hf.get("max_position_embeddings")
     data = {"seq_len": longest} if longest else {}
     adapters = [o.partition("=")[2] for o in overrides if o.startswith("adapter.path=")]
     trained = asked_as_trained([model, *adapters][-1])
@@ -125,7 +125,7 @@ def answer_all(
     came before the end.
     """
     rollout = rollout_of(recipe)
-    source = find_model(recipe.model)
+    source = find_source(recipe.model)
     folder = tokenizer_of(recipe)
     stops = stop_ids(chat_of(recipe), source.hf)
     sampling = Sampling(rollout.max_tokens, temperature, stop_ids=stops)

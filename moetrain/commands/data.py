@@ -78,10 +78,11 @@ def run(args: Arguments) -> int:
 
 def _index(args: Arguments) -> int:
     from moetrain.data.corpus import index
+    from moetrain.data.run_tokenizer import locate
 
     stats = index(
         args.inputs,
-        args.tokenizer,
+        locate(args.tokenizer),
         args.out,
         text_key=args.text_key,
         max_rejected=args.max_rejected,

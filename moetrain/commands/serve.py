@@ -15,11 +15,11 @@ def arguments(parser: Parser) -> None:
 def run(args: Arguments) -> int:
     """Run it; the exit code."""
     from moetrain.config.load import load_recipe
-    from moetrain.models.lookup import read_hf_config
+    from moetrain.models.lookup import find_model
     from moetrain.rollout.serve import serve
 
     recipe = load_recipe(args.recipe, args.overrides)
-    return serve(recipe, dict(read_hf_config(recipe.model)), args.port)
+    return serve(recipe, dict(find_model(recipe.model).hf), args.port)
 
 
 COMMAND = Command("a vLLM server for rollout.address", arguments, run)

@@ -17,7 +17,7 @@ def arguments(parser: Parser) -> None:
 
 def run(args: Arguments) -> int:
     """Run it; the exit code."""
-    from moetrain.data.tokenizer import train
+    from moetrain.data.tokenizer_training import train
 
     train(args.inputs, args.vocab_size, args.out)
     return 0

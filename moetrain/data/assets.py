@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moetrain.data import checkable, corpus, tokenizer
+from moetrain.data import checkable, corpus, tokenizer, tokenizer_training
 from moetrain.data.cache import build_once, cache_root, key_of
 from moetrain.errors import DataError, nearest
 
@@ -121,7 +121,7 @@ def _docstrings(source: str) -> str:
 def _tokenizer(root: Path) -> Path:
     return build_once(
         _folder("stdlib-tokenizer", root),
-        lambda tmp: tokenizer.fit(_tokenizer_texts(), VOCAB).save_pretrained(str(tmp)),
+        lambda tmp: tokenizer_training.fit(_tokenizer_texts(), VOCAB).save_pretrained(str(tmp)),
     )
 
 

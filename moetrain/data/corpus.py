@@ -59,7 +59,7 @@ class IndexStats:
 
 def index(
     inputs: Iterable[str | Path],
-    tokenizer: str | Path,
+    tokenizer: Path,
     out: str | Path,
     *,
     text_key: str = "text",

@@ -5,7 +5,7 @@ they are.
 from moetrain.config.method import SftMethod
 from moetrain.config.online import ChordMethod
 from moetrain.config.recipe import Recipe
-from moetrain.data.loader import build_set, told_of_set
+from moetrain.data.loader import RunData, describe_set
 from moetrain.data.rejects import Reject, check_rejects, noted
 
 
@@ -30,9 +30,9 @@ def prepare_demonstrations(recipe: Recipe) -> tuple[list[str], list[Reject]]:
     own = demonstration_recipe(recipe)
     if own is None:
         return [], []
-    data = build_set(own, held_out=False)
+    data = RunData(own).packed(held_out=False)
     assert data is not None, "fine-tuning reads no corpus"
     rejects = data.rejects()
     check_rejects(rejects, data.stats.num_records, recipe.data.max_rejected)
     # What the template does to any record is said of the prompts already.
-    return [told_of_set("demonstrations", data, own), *noted((), data.stats.notes)], rejects
+    return [describe_set("demonstrations", data, own), *noted((), data.stats.notes)], rejects

@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 
 from moetrain.config.recipe import Recipe
-from moetrain.data import assets, preference, sft, tokenizer
+from moetrain.data import assets, preference, sft
 from moetrain.data.cache import cache_root
-from moetrain.data.chat import Chat, ChatOptions
+from moetrain.data.chat import ChatOptions
 from moetrain.data.encode import Kind, Spec
-from moetrain.data.rejects import Reject, check_rejects, noted, write_rejects
+from moetrain.data.rejects import check_rejects, noted, write_rejects
+from moetrain.data.run_tokenizer import chat_of, model_vocab, tokenizer_notes, tokenizer_of
 from moetrain.data.selection import Selection
 from moetrain.data.sets import PackedSet, build
 from moetrain.data.stream import EvalPacks, Loader, Packs
-from moetrain.data.tokenizer_check import check_beside_model
 from moetrain.errors import DataError
-from moetrain.models.lookup import read_mapping
 from moetrain.ops.packed import Packed
 
 # What a method eats: corpora, or a kind of set.
@@ -81,7 +80,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` found, for the run to say."""
+    """What `RunData.prepare` found, for the run to report."""
 
     num_packs: int  # an epoch
     num_steps: int
@@ -91,52 +90,97 @@ class Prepared:
     lines: tuple[str, ...]  # in words
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Build and cache all that a run reads; before the process group, in one process or in all.
+class RunData:
+    """All that a run of packs reads, opened once: training packs and held-out ones.
 
-    Checks the data against the model and writes <run_dir>/rejected.jsonl (on a cache hit too) when
-    records were skipped. DataError: no usable data, too many rejected, a tokenizer or index larger
-    than the model's vocabulary.
+    Opening builds and caches what is not there yet: before the process group, in one process or in
+    all. DataError: no usable data, a tokenizer or index larger than the model's vocabulary.
     """
-    train, held_out = _packs(recipe, held_out=False), _packs(recipe, held_out=True)
-    sets = [p.data for p in (train, held_out) if isinstance(p, Shuffled)]
-    rejects = [reject for data in sets for reject in data.rejects()]
-    write_rejected(recipe, rejects)
-    for data in sets:
-        check_rejects(data.rejects(), data.stats.num_records, recipe.data.max_rejected)
-    steps = num_steps(recipe, len(train) if train is not None else 0)
-    if isinstance(train, Corpus):
-        most = limit(recipe, len(train)) or steps * recipe.train.global_batch
-        for epoch in range(math.ceil(most / len(train))):
-            train.data.epoch(epoch)
-    lines = [
-        _describe(name, packs, recipe)
-        for name, packs in (("train", train), ("eval", held_out))
-        if packs is not None
-    ]
-    if sets:
-        chat = chat_of(recipe)
-        notes: Counter[str] = Counter()
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        train = _packs(recipe, held_out=False)
+        assert train is not None, "data.train is not empty"
+        self.train: Packs = train
+        self.held_out: Packs | None = _packs(recipe, held_out=True)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return num_steps(self.recipe, len(self.train))
+
+    def prepare(self) -> Prepared:
+        """Check the data against the recipe and write <run_dir>/rejected.jsonl (on a cache hit too)
+        when records were skipped. DataError when too many are.
+        """
+        recipe, train = self.recipe, self.train
+        both = (self.packed(held_out=held_out) for held_out in (False, True))
+        sets = [data for data in both if data is not None]
+        rejects = [reject for data in sets for reject in data.rejects()]
+        write_rejects(recipe.run_dir / "rejected.jsonl", rejects)
         for data in sets:
-            notes.update(data.stats.notes)
-        lines += [*told_of_tokenizer(recipe), *noted(chat.notes(), notes)]
-    return Prepared(
-        num_packs=len(train) if train is not None else 0,
-        num_steps=steps,
-        num_eval_packs=len(held_out) if held_out is not None else 0,
-        num_rejected=len(rejects),
-        num_truncated=sum(data.stats.num_truncated for data in sets),
-        lines=tuple(lines),
-    )
+            check_rejects(data.rejects(), data.stats.num_records, recipe.data.max_rejected)
+        if isinstance(train, Corpus):
+            most = limit(recipe, len(train)) or self.num_steps * recipe.train.global_batch
+            for epoch in range(math.ceil(most / len(train))):
+                train.data.epoch(epoch)
+        lines = [
+            _describe(name, packs, recipe)
+            for name, packs in (("train", train), ("eval", self.held_out))
+            if packs is not None
+        ]
+        if sets:
+            notes: Counter[str] = Counter()
+            for data in sets:
+                notes.update(data.stats.notes)
+            lines += [*tokenizer_notes(recipe), *noted(chat_of(recipe).notes(), notes)]
+        return Prepared(
+            num_packs=len(train),
+            num_steps=self.num_steps,
+            num_eval_packs=len(self.held_out) if self.held_out is not None else 0,
+            num_rejected=len(rejects),
+            num_truncated=sum(data.stats.num_truncated for data in sets),
+            lines=tuple(lines),
+        )
+
+    def packed(self, *, held_out: bool) -> PackedSet | None:
+        """The set behind the packs, in its own order; None for corpora and where there is none."""
+        packs = self.held_out if held_out else self.train
+        return packs.data if isinstance(packs, Shuffled) else None
+
+    def loader(self, dp_rank: int, dp_size: int, reference: Path | None = None) -> Loader:
+        """The training stream of one DP rank; `reference` is what `PackedSet.with_reference`
+        takes.
+        """
+        packs, batch = _with_reference(self.train, reference), self.recipe.train.global_batch
+        return Loader(packs, batch, dp_rank, dp_size, limit(self.recipe, len(packs)))
+
+    def eval_packs(
+        self, dp_rank: int, dp_size: int, reference: Path | None = None
+    ) -> EvalPacks | None:
+        """The held-out packs of one DP rank, at most train.eval_packs over all; None without
+        data.eval and data.eval_share.
+        """
+        if self.held_out is None:
+            return None
+        packs = _with_reference(self.held_out, reference)
+        return EvalPacks(packs, self.recipe.train.eval_packs, dp_rank, dp_size)
+
+
+def _with_reference(packs: Packs, reference: Path | None) -> Packs:
+    if reference is None:
+        return packs
+    assert isinstance(packs, Shuffled), "corpora have no reference log-probs"
+    return Shuffled(packs.data.with_reference(reference), packs.seed, packs.shuffle)
 
 
 def _describe(name: str, packs: Packs, recipe: Recipe) -> str:
     if not isinstance(packs, Shuffled):
         return f"{name}: {len(packs)} samples of {recipe.data.seq_len} tokens"
-    return told_of_set(name, packs.data, recipe)
+    return describe_set(name, packs.data, recipe)
 
 
-def told_of_set(name: str, data: PackedSet, recipe: Recipe) -> str:
+def describe_set(name: str, data: PackedSet, recipe: Recipe) -> str:
     """How much a set holds and what was left out of it, in a line."""
     stats = data.stats
     line = (
@@ -153,56 +197,12 @@ def told_of_set(name: str, data: PackedSet, recipe: Recipe) -> str:
     return line
 
 
-def write_rejected(recipe: Recipe, rejects: list[Reject]) -> None:
-    """<run_dir>/rejected.jsonl; no such file when there are none."""
-    write_rejects(recipe.run_dir / "rejected.jsonl", rejects)
-
-
-def build_train(
-    recipe: Recipe, dp_rank: int, dp_size: int, reference: Path | None = None
-) -> Loader:
-    """The training stream of one DP rank; `reference` is what `PackedSet.with_reference` takes.
-
-    In a process group every rank calls this, at the same point.
-    """
-    packs = _packs(recipe, held_out=False, reference=reference)
-    assert packs is not None
-    return Loader(packs, recipe.train.global_batch, dp_rank, dp_size, limit(recipe, len(packs)))
-
-
-def build_eval(
-    recipe: Recipe, dp_rank: int, dp_size: int, reference: Path | None = None
-) -> EvalPacks | None:
-    """The held-out packs of one DP rank, at most train.eval_packs over all.
-
-    None without data.eval and data.eval_share.
-    """
-    packs = _packs(recipe, held_out=True, reference=reference)
-    return (
-        EvalPacks(packs, recipe.train.eval_packs, dp_rank, dp_size) if packs is not None else None
-    )
-
-
-def build_set(recipe: Recipe, *, held_out: bool) -> PackedSet | None:
-    """The set behind the packs, in its own order; None for corpora, or without
-    data.eval and data.eval_share.
-    """
-    if FEEDS[recipe.method.name] == CORPUS:
-        return None
-    packs = _packs(recipe, held_out=held_out)
-    return packs.data if isinstance(packs, Shuffled) else None
-
-
-def num_steps(recipe: Recipe, num_packs: int | None = None) -> int:
-    """Optimizer steps of the run: train.steps, or as many as train.epochs take, the last one with
-    what is left.
+def num_steps(recipe: Recipe, num_packs: int) -> int:
+    """Optimizer steps of a run over `num_packs`: train.steps, or as many as train.epochs take, the
+    last one with what is left.
     """
     if recipe.train.steps is not None:
         return recipe.train.steps
-    if num_packs is None:
-        packs = _packs(recipe, held_out=False)
-        assert packs is not None
-        num_packs = len(packs)
     most = limit(recipe, num_packs)
     assert most is not None
     return math.ceil(most / recipe.train.global_batch)
@@ -217,69 +217,7 @@ def limit(recipe: Recipe, num_packs: int) -> int | None:
     return max(1, math.floor(recipe.train.epochs * num_packs + 1e-9))
 
 
-def model_hf(recipe: Recipe) -> dict[str, Any]:
-    """The model's Hugging Face configuration; {} when there is none to be read."""
-    hf: Any = recipe.model.hf
-    path = recipe.model.path
-    if hf is None and path is not None and assets.is_builtin(path):
-        from moetrain.config import builtin
-
-        hf = builtin.MODELS.get(path.removeprefix("builtin:"))
-    elif hf is None and path is not None:
-        config, note = (Path(path) / name for name in ("config.json", "moetrain.json"))
-        if note.is_file():  # a Megatron checkpoint
-            hf = read_mapping(note).get("hf")
-        elif config.is_file():
-            hf = read_mapping(config)
-    return hf if isinstance(hf, dict) else {}
-
-
-def model_vocab(recipe: Recipe) -> int | None:
-    """The model's vocab_size as its configuration says; None when there is none to be read.
-    DataError, ConfigError, DamageError.
-    """
-    vocab = model_hf(recipe).get("vocab_size")
-    if vocab is None:
-        return None
-    if type(vocab) is not int or vocab < 1:
-        raise DataError(f"The model's vocab_size is {str(vocab)[:40]!r}: give a number of tokens.")
-    return vocab
-
-
-def told_of_tokenizer(recipe: Recipe) -> list[str]:
-    """What is to be said of the run's tokenizer beside the model that it exports. DataError."""
-    said = check_beside_model(tokenizer_of(recipe), model_hf(recipe).get("model_type"))
-    return [f"note: {said}"] if said else []
-
-
-def adapter_tokenizer(recipe: Recipe) -> Path | None:
-    """The folder of an adapter to go on from, where the tokenizer that it was trained with lies
-    beside it and the recipe names no other.
-    """
-    folder = recipe.adapter.path if recipe.adapter is not None else None
-    if folder is None or recipe.model.tokenizer is not None:
-        return None
-    return folder if (folder / "tokenizer.json").is_file() else None
-
-
-def tokenizer_of(recipe: Recipe) -> Path:
-    """The local folder of the run's tokenizer. DataError when the recipe names none."""
-    name = recipe.model.tokenizer or adapter_tokenizer(recipe) or recipe.model.path
-    if name is None:
-        raise DataError(
-            "A model made from model.hf has no tokenizer: set model.tokenizer (a folder or"
-            " builtin:NAME)."
-        )
-    root = cache_root(recipe.data.cache)
-    return assets.resolve(name, root) if assets.is_builtin(name) else tokenizer.locate(name)
-
-
-def chat_of(recipe: Recipe) -> Chat:
-    """The run's tokenizer with its chat template. DataError where there is none."""
-    return ChatOptions.of(recipe.data).open(tokenizer_of(recipe))
-
-
-def _packs(recipe: Recipe, *, held_out: bool, reference: Path | None = None) -> Packs | None:
+def _packs(recipe: Recipe, *, held_out: bool) -> Packs | None:
     root = cache_root(recipe.data.cache)
     selection = Selection.of(recipe)
     given = recipe.data.eval if held_out else recipe.data.train
@@ -309,8 +247,6 @@ def _packs(recipe: Recipe, *, held_out: bool, reference: Path | None = None) -> 
         num_workers=recipe.data.num_workers,
     )
     data = PackedSet(build(KINDS[feed], spec, root))
-    if reference is not None:
-        data = data.with_reference(reference)
     return Shuffled(data, recipe.seed, recipe.data.shuffle or held_out)
 
 

@@ -32,15 +32,9 @@ from moetrain.data.formats import (
     unread_fields,
     with_system,
 )
-from moetrain.data.loader import (
-    chat_of,
-    model_vocab,
-    tokenizer_of,
-    told_of_tokenizer,
-    write_rejected,
-)
 from moetrain.data.messages import FormatError, Message, listed, read_messages
-from moetrain.data.rejects import Reject, check_rejects, noted
+from moetrain.data.rejects import Reject, check_rejects, noted, write_rejects
+from moetrain.data.run_tokenizer import chat_of, model_vocab, tokenizer_notes, tokenizer_of
 from moetrain.data.samples import Prompt
 from moetrain.data.selection import Selection, rows_of
 from moetrain.data.thoughts import opened_by
@@ -235,12 +229,13 @@ def prepare_prompts(recipe: Recipe) -> PromptSet:
     if selection is not None and selection.share:
         held_out = read(recipe.data.train, False, selection.other())
     shown, unusable = prepare_demonstrations(recipe)
-    write_rejected(recipe, train.rejects + held_out.rejects + unusable)
+    rejects = train.rejects + held_out.rejects + unusable
+    write_rejects(recipe.run_dir / "rejected.jsonl", rejects)
     line = f"train: {len(train.prompts)} prompts{told_repeats(train.prompts)}"
     if train.rejects:
         line += f"; {len(train.rejects)} rejected, see {recipe.run_dir / 'rejected.jsonl'}"
     notes = noted(chat.notes(), train.notes + held_out.notes)
-    lines = [line, *told_of_tokenizer(recipe), *notes, *shown]
+    lines = [line, *tokenizer_notes(recipe), *notes, *shown]
     order = PromptOrder(train.prompts, recipe.seed, recipe.data.shuffle)
     asked = held_out.prompts[: rollout.eval_prompts][: recipe.train.eval_packs]
     return PromptSet(order, asked, lines)

@@ -33,6 +33,7 @@ from moetrain.data.rejects import Reject, read_rejects, write_rejects
 from moetrain.data.selection import rows_of
 from moetrain.data.sources import find_sources
 from moetrain.data.template import template_text
+from moetrain.data.tokenizer_files import tokenizer_files
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed, concat, pack_one, pad_to
 
@@ -72,7 +73,7 @@ def build(kind: Kind, spec: Spec, root: Path) -> Path:
         "files": digest_files([f for source in sources for f in source.files], root),
         "tokenizer": [
             (Path(p).name, digest)
-            for p, digest in digest_files(tokenizer.tokenizer_files(spec.tokenizer), root)
+            for p, digest in digest_files(tokenizer_files(spec.tokenizer), root)
         ],
         "chat": asdict(spec.chat) | {"template": template_text(spec.chat.template)},
         "spec": [spec.seq_len, spec.too_long, spec.seed, spec.pack, spec.share_prompt],

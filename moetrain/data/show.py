@@ -12,10 +12,11 @@ from moetrain.data.cache import cache_root
 from moetrain.data.chat import Chat, ChatOptions, Encoded, Marked
 from moetrain.data.demonstrations import demonstration_recipe
 from moetrain.data.encode import Encoder, Result, Spec
-from moetrain.data.loader import CORPUS, FEEDS, KINDS, chat_of, model_vocab, tokenizer_of
+from moetrain.data.loader import CORPUS, FEEDS, KINDS
 from moetrain.data.messages import FormatError
 from moetrain.data.prompts import read_prompt
 from moetrain.data.rejects import Reject
+from moetrain.data.run_tokenizer import chat_of, model_vocab, tokenizer_of
 from moetrain.data.selection import Selection, rows_of
 from moetrain.data.sources import Row
 from moetrain.errors import DataError

@@ -7,11 +7,11 @@ LlamaTokenizerFast, as distilled models ship it, loses every space and says noth
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from moetrain import files
+from moetrain.data.tokenizer_files import tokenizer_files
 from moetrain.errors import DataError
 
 # What classes are known to cut in their own way: spaces, digits, contractions, line ends, scripts.
@@ -30,7 +30,7 @@ def check_read_as_written(loaded: Any, folder: Path) -> None:
     """DataError when `loaded`, which is `folder`'s, makes other tokens than its tokenizer.json."""
     if not (folder / "tokenizer.json").is_file():
         return
-    deciding = [*_files(folder), *folder.glob("config.json")]
+    deciding = [*tokenizer_files(folder), *folder.glob("config.json")]
     key = (str(folder), tuple(file.stat().st_mtime_ns for file in deciding))
     if key not in _known:
         _known[key] = _problem(loaded, folder)
@@ -110,7 +110,7 @@ def beside(folder: Path, kind: str | None, changes: dict[str, str]) -> str | Non
     from transformers import AutoTokenizer
 
     with files.scratch() as place:
-        for file in _files(folder):
+        for file in tokenizer_files(folder):
             shutil.copyfile(file, place / file.name)
         config = place / "tokenizer_config.json"
         config.write_text(json.dumps(_json(config) | changes))
@@ -123,12 +123,6 @@ def beside(folder: Path, kind: str | None, changes: dict[str, str]) -> str | Non
         except Exception:  # a class that is not there, or wants other files
             return "nothing"
         return None if difference(loaded, place) is None else type(loaded).__name__
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    from moetrain.data.tokenizer import tokenizer_files
-
-    return tokenizer_files(folder)
 
 
 def _json(path: Path) -> dict[str, Any]:

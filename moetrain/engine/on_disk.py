@@ -12,7 +12,7 @@ from moetrain.config.recipe import ModelConfig, ParallelConfig, Recipe
 from moetrain.data.cache import build_once, cache_root, key_of
 from moetrain.engine import Engine, device
 from moetrain.engine.checkpoint_folder import Checkpoints
-from moetrain.engine.source import ModelSource, find_model
+from moetrain.engine.source import ModelSource, find_source
 from moetrain.errors import CheckpointError
 from moetrain.manifest import Manifest
 from moetrain.models.lookup import NOTE, read_mapping
@@ -163,7 +163,7 @@ def recipe_for(
     weight is rounded.
     """
     device.prepare()
-    source = find_model(ModelConfig.model_validate({"path": model}))
+    source = find_source(ModelConfig.model_validate({"path": model}))
     content: dict[str, Any] = {
         "run_dir": str(out),
         "model": {"path": model, "dtype": "bf16" if stored_dtypes(source) == {BF16} else "fp32"},

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from moetrain.config.recipe import ModelConfig, Recipe
+from moetrain.data import assets
 from moetrain.data.chat import Chat, template_text
-from moetrain.data.loader import CORPUS, FEEDS, adapter_tokenizer
-from moetrain.data.tokenizer import load, tokenizer_files
+from moetrain.data.loader import CORPUS, FEEDS
+from moetrain.data.run_tokenizer import adapter_tokenizer
+from moetrain.data.tokenizer import load
+from moetrain.data.tokenizer_files import tokenizer_files
 from moetrain.data.turns import end_of_turn
-from moetrain.errors import ConfigError, WeightsError
+from moetrain.errors import ConfigError
 from moetrain.models import Model, with_scalar_head
-from moetrain.models.lookup import NOTE, config_of, read_mapping
+from moetrain.models.lookup import NOTE, find_model, read_mapping
 from moetrain.weights.beside import Beside, check_exported
 from moetrain.weights.folder import has_weights
 from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
@@ -95,49 +98,30 @@ def model_of(recipe: Recipe, *, exports: bool = False) -> ModelSource:
 
     With `exports` raises WeightsError at once where an export would take in what lies elsewhere.
     """
-    found = find_model(recipe.model, recipe.method.scalar_head)
-    own = adapter_tokenizer(recipe)
-    found = found if own is None else replace(found, tokenizer=own)
+    source = find_source(recipe.model, recipe.method.scalar_head)
+    tokenizer = adapter_tokenizer(recipe) or source.tokenizer
+    source = replace(source, tokenizer=tokenizer)
     if exports:
-        check_exported(found.tokenizer)
-        check_exported(found.folder or found.megatron)
-    return found
+        check_exported(source.tokenizer)
+        check_exported(source.folder or source.megatron)
+    return source
 
 
-def find_model(model: ModelConfig, scalar_head: bool = False) -> ModelSource:
-    """Read the configuration that `model` names; with `scalar_head` as one that ends in one.
+def find_source(model: ModelConfig, scalar_head: bool = False) -> ModelSource:
+    """What `model` names and where its files lie; with `scalar_head`, its config as that of a model
+    that ends in one. Built-in models are made on the way.
 
-    Raises ConfigError or WeightsError naming what is missing.
+    Raises ConfigError, DataError or DamageError naming what is missing.
     """
-    found = _find(model)
-    if scalar_head:
-        return replace(found, hf=with_scalar_head(found.hf))
-    return found
-
-
-def _find(model: ModelConfig) -> ModelSource:
-    tokenizer = _folder(model.tokenizer) if model.tokenizer else None
-    if model.path is None:
-        assert model.hf is not None, "the recipe's validation asks for path or hf"
-        return ModelSource(dict(model.hf), None, None, tokenizer)
-    folder = _folder(model.path)
-    hf, is_megatron = config_of(folder)
-    if is_megatron:
-        return ModelSource(dict(hf), None, folder, tokenizer or folder)
-    return ModelSource(dict(hf), folder, None, tokenizer or folder)
-
-
-def _folder(path: str) -> Path:
-    if path.startswith("builtin:"):
-        from moetrain.data.assets import resolve
-
-        return Path(resolve(path))
-    folder = Path(path)
-    if not folder.is_dir():
-        raise WeightsError(
-            f"{path}: no such folder. Give a Hugging Face or Megatron folder, or builtin:NAME."
-        )
-    return folder
+    found = find_model(model)
+    folder = found.folder
+    if folder is None and model.path is not None:
+        folder = assets.resolve(model.path)
+    tokenizer = assets.resolve(model.tokenizer) if model.tokenizer else folder
+    hf = with_scalar_head(found.hf) if scalar_head else found.hf
+    if found.is_megatron:
+        return ModelSource(dict(hf), None, folder, tokenizer)
+    return ModelSource(dict(hf), folder, None, tokenizer)
 
 
 def _noted_dtypes(note: Path) -> dict[str, torch.dtype]:

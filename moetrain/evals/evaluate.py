@@ -22,8 +22,8 @@ from moetrain.answers.sample import (
 )
 from moetrain.config.answering import EVAL, keys_given
 from moetrain.config.bench import BenchConfig, load_bench
-from moetrain.data.loader import chat_of
 from moetrain.data.rejects import noted
+from moetrain.data.run_tokenizer import chat_of
 from moetrain.data.samples import read_lines
 from moetrain.engine.on_disk import run_of
 from moetrain.errors import DataError

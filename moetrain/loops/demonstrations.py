@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moetrain.config.recipe import Recipe
 from moetrain.data.demonstrations import demonstration_recipe
-from moetrain.data.loader import Loader, build_train
+from moetrain.data.loader import Loader, RunData
 from moetrain.engine.world import World
 from moetrain.errors import DataError
 from moetrain.ops.packed import DEMONSTRATION, Packed
@@ -47,7 +47,7 @@ def open_demonstrations(recipe: Recipe, world: World) -> Demonstrations:
             f"method.packs={own.train.global_batch} does not divide over {world.dp_size}"
             f" data-parallel ranks: use a multiple of {world.dp_size}."
         )
-    return Demonstrations(build_train(own, world.dp_rank, world.dp_size))
+    return Demonstrations(RunData(own).loader(world.dp_rank, world.dp_size))
 
 
 def beside(pack: Packed, like: Packed, share: float) -> Packed:

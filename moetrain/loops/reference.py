@@ -22,9 +22,11 @@ from torch import Tensor
 from moetrain.config.method import ReferencedMethod
 from moetrain.config.recipe import Recipe
 from moetrain.data.cache import build_once, cache_root, digest_files, key_of
-from moetrain.data.loader import build_set, prepare, tokenizer_of
+from moetrain.data.loader import RunData
+from moetrain.data.run_tokenizer import model_vocab, tokenizer_of
 from moetrain.data.sets import PackedSet
-from moetrain.data.tokenizer import tokenizer_files
+from moetrain.data.tokenizer import check_vocab
+from moetrain.data.tokenizer_files import tokenizer_files
 from moetrain.engine import Engine
 from moetrain.engine.on_disk import model_digest, model_in
 from moetrain.engine.source import ModelSource
@@ -48,61 +50,63 @@ class References:
 
 
 def take_reference(
-    recipe: Recipe, report: Callable[[str], None], *, train: bool = True
+    data: RunData, report: Callable[[str], None], *, train: bool = True
 ) -> tuple[Engine, References]:
     """A run's engine as it starts, an earlier adapter included, and its reference log-probs,
     computed where the cache lacks them: those of the start, or of the base without that adapter, or
     of another model, whose engine is closed before the run's is built. Collective.
     """
-    method = recipe.method
+    recipe, method = data.recipe, data.recipe.method
     reference = method.reference if isinstance(method, ReferencedMethod) else None
     found = References()
     if reference not in (None, START, BASE):
-        found = _of_another(recipe, reference, report)
+        found = _of_another(data, reference, report)
     engine = Engine(recipe, train=train)
     if reference == BASE:
         with engine.as_base():
-            found = _of(recipe, engine, report)
+            found = _of(engine, data, report)
     if reference == START:
-        found = _of(recipe, engine, report)
+        found = _of(engine, data, report)
     return engine, found
 
 
-def _of_another(recipe: Recipe, folder: str, report: Callable[[str], None]) -> References:
+def _of_another(data: RunData, folder: str, report: Callable[[str], None]) -> References:
     """The log-probs that the model in `folder` gives the run's tokens."""
+    recipe, tokenizer = data.recipe, tokenizer_of(data.recipe)
     model = recipe.model.model_copy(
         update={
             "path": model_in(folder),
             "hf": None,
             "init": None,
-            "tokenizer": str(tokenizer_of(recipe)),
+            "tokenizer": str(tokenizer),
         }
     )
     other = recipe.model_copy(update={"model": model, "adapter": None, "trainable": None})
+    packed = data.packed(held_out=False)
+    assert packed is not None, "a method with a reference learns from packed sets"
+    check_vocab(packed.stats.vocab, model_vocab(other), f"The tokenizer {tokenizer}")
     engine = Engine(other, train=False)
-    found = _of(other, engine, report)
+    found = _of(engine, data, report)
     del engine
     gc.collect()  # a model is a circle through its hooks
     torch.cuda.empty_cache()
     return found
 
 
-def _of(recipe: Recipe, engine: Engine, report: Callable[[str], None]) -> References:
-    return References(
-        _file(recipe, engine, report, held_out=False), _file(recipe, engine, report, held_out=True)
-    )
+def _of(engine: Engine, data: RunData, report: Callable[[str], None]) -> References:
+    return References(*(_file(engine, data, report, held_out=h) for h in (False, True)))
 
 
 def _file(
-    recipe: Recipe, engine: Engine, report: Callable[[str], None], *, held_out: bool
+    engine: Engine, run_data: RunData, report: Callable[[str], None], *, held_out: bool
 ) -> Path | None:
     """The file of what the engine's model gives, computed when the cache lacks it; None without
     such data. Collective.
     """
-    data = build_set(recipe, held_out=held_out)
+    recipe, data = engine.recipe, run_data.packed(held_out=held_out)
     if data is None:
         return None
-    identity = _identity(recipe, engine, data)
+    identity = _identity(engine, data)
     given = None if held_out else recipe.data.reference
     folder = given or cache_root(recipe.data.cache) / "reference" / key_of(identity)
     if given is not None or engine.world.all(folder.is_dir()):
@@ -126,8 +130,9 @@ def fill(recipe: Recipe) -> int:
     method = METHODS[recipe.method.name]
     if "ref_logp" not in method.needs:
         raise DataError(f"method {method.name} has no reference: there is nothing to score.")
-    prepare(recipe)
-    engine, found = take_reference(recipe, lambda line: None, train=False)
+    data = RunData(recipe)
+    data.prepare()
+    engine, found = take_reference(data, lambda line: None, train=False)
     for what, path in (("train", found.train), ("held out", found.held_out)):
         if path is not None and engine.world.is_first:
             print(f"{what}: {path.parent}")
@@ -181,8 +186,9 @@ def answers(pack: Packed, logp: Tensor) -> tuple[Tensor, Tensor]:
     return sums[is_answer], pack.extras["item"][is_answer]
 
 
-def _identity(recipe: Recipe, engine: Engine, data: PackedSet) -> dict[str, Any]:
+def _identity(engine: Engine, data: PackedSet) -> dict[str, Any]:
     """All that decides the numbers, by what a user would call it."""
+    recipe = engine.recipe
     return {
         "version": VERSION,
         "model": engine.world.first(lambda: _model_digest(recipe, engine.source)),

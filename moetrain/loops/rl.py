@@ -2,7 +2,6 @@
 
 import math
 import time
-from contextlib import ExitStack
 from typing import Any
 
 from moetrain.config.recipe import Recipe
@@ -16,8 +15,8 @@ from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
 from moetrain.rewards import check_columns, check_own
 from moetrain.rollout import check_engine
-from moetrain.run.job import Job, is_due, step_row
-from moetrain.run.stop import EXIT_STOPPED, StopSignal
+from moetrain.run.job import Job, step_row
+from moetrain.run.stop import StopSignal
 
 
 def train(recipe: Recipe) -> int:
@@ -42,18 +41,16 @@ def train(recipe: Recipe) -> int:
     step, state = job.resume(engine, lambda r: length(r, len(prompts.train.prompts)))
     lessons = Lessons(recipe, engine, reference, open_demonstrations(recipe, engine.world))
     lessons.demonstrations.load_state_dict(state.get("demonstrations", {}))
-    with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal(engine.world))
-        report = stack.enter_context(job.begin(engine, step, num_steps, lines, method.inner_steps))
-        sampler = stack.enter_context(open_sampler(recipe, engine, prompts, stop))
-        sampler.start(step, num_steps, state)
-        finished = _loop(job, engine, prompts, lessons, sampler, stop, report, step, num_steps)
-        if finished:
-            job.end(engine)
-        report.finish()
-    job.close()
-    engine.close()
-    return 0 if finished else EXIT_STOPPED
+
+    def loop(report: Reporter) -> bool:
+        with (
+            StopSignal(engine.world) as stop,
+            open_sampler(recipe, engine, prompts, stop) as sampler,
+        ):
+            sampler.start(step, num_steps, state)
+            return _loop(job, engine, prompts, lessons, sampler, stop, report, step, num_steps)
+
+    return job.run(engine, step, num_steps, lines, loop, method.inner_steps)
 
 
 def _loop(
@@ -93,21 +90,15 @@ def _loop(
             state["demonstrations"] = lessons.demonstrations.state_dict()
         job.checkpoints.tick(engine)
         stopped = batch is None or stop.agreed()
-        saves = step == last or is_due(step, recipe.checkpoint.every)
-        due = step == last or is_due(step, recipe.train.eval_every)
-        due |= saves and recipe.checkpoint.best is not None
+        saves, evaluates = job.due(step, last)
         found: dict[str, float] = {}
-        if due and prompts.held_out and not stopped:
+        if evaluates and prompts.held_out and not stopped:
             found = _evaluate(sampler, report, step)
         if state and (stopped or saves):
-            metric = found.get(recipe.checkpoint.best or "")
-            job.checkpoints.save(engine, step, state, metric)
-        if stopped or step == last:
-            job.checkpoints.close(engine)
-        if stopped and step < last:
-            report.say(f"stopped by a signal at step {step}; start again to resume")
-            return False
-    return True
+            job.save(engine, state, found)
+        if not job.goes_on(engine, report, step, last, stopped=stopped):
+            break
+    return step == last
 
 
 def _evaluate(sampler: Sampler, report: Reporter, step: int) -> dict[str, float]:

@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from moetrain.config.recipe import Recipe
-from moetrain.data.loader import chat_of, tokenizer_of
 from moetrain.data.prompts import PromptSet, prompts_read
+from moetrain.data.run_tokenizer import chat_of, tokenizer_of
 from moetrain.data.samples import Sample
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine

@@ -18,7 +18,7 @@ from moetrain.data.rejects import Reject
 from moetrain.data.sources import Row, find_sources, read_rows
 from moetrain.engine import Engine
 from moetrain.engine.on_disk import is_adapter, model_in, recipe_for, sections_of
-from moetrain.engine.source import find_model
+from moetrain.engine.source import find_source
 from moetrain.errors import CheckpointError, DataError
 from moetrain.models import read_model
 from moetrain.ops.packed import Packed, concat, from_tokens
@@ -78,7 +78,7 @@ def read_sequences(recipe: Recipe, data: Path) -> "list[array[int]]":
     """The token ids of every row; text is tokenised with the model's tokenizer as it stands (no
     chat template).
     """
-    source = find_model(recipe.model)
+    source = find_source(recipe.model)
     vocab = read_model(source.hf).heads.vocab
     loaded: Any = None
     rows: list[array[int]] = []

@@ -5,13 +5,13 @@ save.
 import time
 
 from moetrain.config.recipe import Recipe
-from moetrain.data.loader import EvalPacks, Loader, build_eval, build_train, num_steps, prepare
+from moetrain.data.loader import EvalPacks, Loader, RunData, num_steps
 from moetrain.engine import Engine
 from moetrain.loops.reference import far_from_reference, take_reference
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
-from moetrain.run.job import Job, is_due, step_row
-from moetrain.run.stop import EXIT_STOPPED, StopSignal
+from moetrain.run.job import Job, step_row
+from moetrain.run.stop import StopSignal
 
 
 def train(recipe: Recipe) -> int:
@@ -22,26 +22,24 @@ def train(recipe: Recipe) -> int:
     checkpoint is saved). Raises MoetrainError (what, why, the way out) with nothing half-written.
     """
     job = Job(recipe)
-    prepared = prepare(recipe)
+    data = RunData(recipe)
+    prepared = data.prepare()
     lines = list(prepared.lines)
-    engine, reference = take_reference(recipe, lines.append)
+    engine, reference = take_reference(data, lines.append)
     rank, size = engine.world.dp_rank, engine.world.dp_size
-    loader = build_train(recipe, rank, size, reference.train)
-    held_out = build_eval(recipe, rank, size, reference.held_out)
+    loader = data.loader(rank, size, reference.train)
+    held_out = data.eval_packs(rank, size, reference.held_out)
+    step, state = job.resume(engine, lambda r: num_steps(r, prepared.num_packs))
     last = prepared.num_steps
-    step, state = job.resume(engine, num_steps)
     if step:
         loader.load_state_dict(state["loader"])
         # A run whose last step was a smaller one, prolonged, may need one more.
         last = max(last, step + (loader.steps_left() or 0))
-    with job.begin(engine, step, last, lines) as report:
-        finished = _loop(job, engine, loader, held_out, report, step, last)
-        if finished:
-            job.end(engine)
-        report.finish()
-    job.close()
-    engine.close()
-    return 0 if finished else EXIT_STOPPED
+
+    def loop(report: Reporter) -> bool:
+        return _loop(job, engine, loader, held_out, report, step, last)
+
+    return job.run(engine, step, last, lines, loop)
 
 
 def _loop(
@@ -69,23 +67,14 @@ def _loop(
 
             job.checkpoints.tick(engine)
             stopped = stop.agreed()
-            saves = step == last or is_due(step, recipe.checkpoint.every)
-            metric = None
-            if held_out is not None and (
-                step == last
-                or is_due(step, recipe.train.eval_every)
-                or (saves and recipe.checkpoint.best is not None)
-            ):
+            saves, evaluates = job.due(step, last)
+            found: dict[str, float] = {}
+            if held_out is not None and evaluates:
                 started = time.perf_counter()
                 found = {f"eval_{k}": v for k, v in engine.evaluate(held_out, method).items()}
-                metric = found.get(recipe.checkpoint.best or "")
                 report.held_out({"step": step, **found, "seconds": time.perf_counter() - started})
             if saves or stopped:
-                state = {"step": step, "loader": loader.state_dict()}
-                job.checkpoints.save(engine, step, state, metric)
-            if stopped or step == last:
-                job.checkpoints.close(engine)
-            if stopped and step < last:
-                report.say(f"stopped by a signal at step {step}; start again to resume")
-                return False
-    return True
+                job.save(engine, {"step": step, "loader": loader.state_dict()}, found)
+            if not job.goes_on(engine, report, step, last, stopped=stopped):
+                break
+    return step == last

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -11,21 +12,31 @@ from moetrain.errors import ConfigError
 from moetrain.manifest import read_text
 
 NOTE, HF = "moetrain.json", "config.json"
+BUILTIN = "builtin:"
 
 
-def read_hf_config(model: ModelConfig, *, dry: bool = False) -> Mapping[str, object]:
-    """The Hugging Face config that `model` names. Raises ConfigError.
+@dataclass(frozen=True)
+class FoundModel:
+    """What `model` names: its Hugging Face config, and the folder that it was read from."""
 
-    `dry`: a published model need not be here; it is known by its name.
+    hf: Mapping[str, object]
+    folder: Path | None = None  # None: a config alone, or a built-in model
+    is_megatron: bool = False  # the folder is a checkpoint that Engine.save wrote
+
+
+def find_model(model: ModelConfig, *, dry: bool = False) -> FoundModel:
+    """Find what `model` names, without loading weights. Raises ConfigError, DamageError.
+
+    `dry`: a published model need not be on disk; its config is known by its name.
     """
     if model.hf is not None:
-        return model.hf
+        return FoundModel(model.hf)
     path = str(model.path)
-    if path.startswith("builtin:"):
-        name = path.removeprefix("builtin:")
+    if path.startswith(BUILTIN):
+        name = path.removeprefix(BUILTIN)
         if name not in MODELS:
             raise ConfigError(f"model.path={path}: known built-in models: {', '.join(MODELS)}")
-        return MODELS[name]
+        return FoundModel(MODELS[name])
     folder = Path(path)
     if dry and not folder.exists():
         word = quantised_name(path)
@@ -36,8 +47,21 @@ def read_hf_config(model: ModelConfig, *, dry: bool = False) -> Mapping[str, obj
             )
         known = published(path)
         if known is not None:
-            return known
-    return config_of(folder)[0]
+            return FoundModel(known)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model.path={path}: no such folder. Give a Hugging Face or Megatron folder, or"
+            f" builtin:NAME."
+        )
+    hf, is_megatron = config_of(folder)
+    return FoundModel(hf, folder, is_megatron)
+
+
+def has_config(model: ModelConfig) -> bool:
+    """Whether `find_model` has a config to read: a folder may hold a tokenizer alone."""
+    path = str(model.path)
+    builtin = path.removeprefix(BUILTIN) in MODELS if path.startswith(BUILTIN) else False
+    return model.hf is not None or builtin or any((Path(path) / f).is_file() for f in (NOTE, HF))
 
 
 def config_of(folder: Path) -> tuple[dict[str, object], bool]:

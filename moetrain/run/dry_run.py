@@ -14,7 +14,7 @@ from moetrain.layout.mesh import check_layout, plan_mesh, rank_table
 from moetrain.layout.passed import check_passed
 from moetrain.models import Model, Rule, read_model, with_scalar_head
 from moetrain.models.adapter import AdapterSpec, adapter_table, trained_table
-from moetrain.models.lookup import read_hf_config
+from moetrain.models.lookup import find_model
 
 MAX_RANKS_SHOWN = 64
 
@@ -35,7 +35,7 @@ def world_size(recipe: Recipe, num_procs: int | None) -> int:
 
 def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> Model:
     """Everything about model and layout that can be refused before a process is started."""
-    hf = read_hf_config(recipe.model, dry=dry)
+    hf = find_model(recipe.model, dry=dry).hf
     if recipe.method.scalar_head:
         hf = with_scalar_head(hf)
     model = read_model(hf, value_head=recipe.method.value_head)

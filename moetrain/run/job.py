@@ -1,7 +1,7 @@
 """What every training loop does before its first step and after its last."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moetrain.config.recipe import Recipe
@@ -20,6 +20,7 @@ from moetrain.run.folder import (
 )
 from moetrain.run.lock import RunLock
 from moetrain.run.starts import record_start
+from moetrain.run.stop import EXIT_STOPPED
 
 
 class Job:
@@ -65,12 +66,33 @@ class Job:
         check_schedule(earlier, self.recipe, state["step"], num_steps, learning_rate)
         return int(state["step"]), state
 
-    def begin(
-        self, engine: Engine, step: int, num_steps: int, lines: list[str], inner_steps: int = 1
-    ) -> Reporter:
-        """Write the run's own files; the reporter to enter, which first says `lines`. Raises
-        ConfigError when the schedule leaves the last steps nothing to learn at.
+    def run(
+        self,
+        engine: Engine,
+        step: int,
+        num_steps: int,
+        lines: list[str],
+        loop: Callable[[Reporter], bool],
+        inner_steps: int = 1,
+    ) -> int:
+        """Report `lines`, run `loop` from `step` on, and export once it says that it has finished;
+        the exit code: 0, or 143 when a signal ended it early.
+
+        Raises ConfigError when the schedule leaves the last steps nothing to learn at.
         """
+        with self._begin(engine, step, num_steps, lines, inner_steps) as report:
+            finished = loop(report)
+            if finished:
+                self._export(engine)
+            report.finish()
+        self._lock.release()
+        engine.close()
+        return 0 if finished else EXIT_STOPPED
+
+    def _begin(
+        self, engine: Engine, step: int, num_steps: int, lines: list[str], inner_steps: int
+    ) -> Reporter:
+        """Write the run's own files; its reporter, which has reported `lines`."""
         recipe = self.recipe
         optim, last = recipe.optim, num_steps * inner_steps
         if optim.lr and learning_rate(last, optim, last) == 0:
@@ -89,19 +111,37 @@ class Job:
             report.say(line)
         return report
 
-    def end(self, engine: Engine) -> None:
+    def due(self, step: int, last: int) -> tuple[bool, bool]:
+        """Whether after `step` of `last` (a checkpoint is saved, held-out data is evaluated)."""
+        recipe = self.recipe
+        saves = step == last or _every(step, recipe.checkpoint.every)
+        evaluates = step == last or _every(step, recipe.train.eval_every)
+        return saves, evaluates or (saves and recipe.checkpoint.best is not None)
+
+    def save(self, engine: Engine, state: dict[str, Any], held_out: Mapping[str, float]) -> None:
+        """Save a checkpoint of `state`, which has its step, with the held-out metrics there are."""
+        metric = held_out.get(self.recipe.checkpoint.best or "")
+        self.checkpoints.save(engine, state["step"], state, metric)
+
+    def goes_on(
+        self, engine: Engine, report: Reporter, step: int, last: int, *, stopped: bool
+    ) -> bool:
+        """Whether the loop goes on after `step`; what is still being saved is finished else."""
+        if stopped or step == last:
+            self.checkpoints.close(engine)
+        if stopped and step < last:
+            report.say(f"stopped by a signal at step {step}; start again to resume")
+        return not stopped and step < last
+
+    def _export(self, engine: Engine) -> None:
         """Write what the recipe asks for once the last step is done and saved."""
         if self.recipe.adapter is not None:
             engine.export_peft(self.recipe.run_dir / "adapter")
         if self.recipe.checkpoint.export_hf:
             engine.export_hf(self.recipe.run_dir / "hf")
 
-    def close(self) -> None:
-        """Release the lock of run_dir."""
-        self._lock.release()
 
-
-def is_due(step: int, every: int | None) -> bool:
+def _every(step: int, every: int | None) -> bool:
     """Whether what happens every so many steps happens after this one."""
     return every is not None and step % every == 0
 

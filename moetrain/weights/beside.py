@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moetrain.data.tokenizer import tokenizer_files
+from moetrain.data.tokenizer_files import tokenizer_files
 from moetrain.errors import WeightsError
 from moetrain.manifest import read_bytes, read_text
 from moetrain.weights.folder import NAMED

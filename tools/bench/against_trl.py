@@ -173,7 +173,7 @@ def ours(
 def once(method: str, model: Path, data: Path, folder: Path, num_steps: int) -> tuple[int, int]:
     """(steps, packs a step) in which the records are learned once, in `num_steps` or a few more."""
     from moetrain.config.load import recipe_from
-    from moetrain.data.loader import prepare
+    from moetrain.data.loader import RunData
 
     recipe = recipe_from(
         {
@@ -184,7 +184,7 @@ def once(method: str, model: Path, data: Path, folder: Path, num_steps: int) -> 
             "train": {"steps": num_steps},
         }
     )
-    num_packs = prepare(recipe).num_packs
+    num_packs = RunData(recipe).prepare().num_packs
     a_step = max(1, num_packs // num_steps)
     return math.ceil(num_packs / a_step), a_step
 

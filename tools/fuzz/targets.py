@@ -39,11 +39,11 @@ class Bench:
     @cached_property
     def tokenizer(self) -> Path:
         """Of 600 tokens."""
-        from moetrain.data import tokenizer
+        from moetrain.data import tokenizer_training
 
         text = self.folder / "text.txt"
         text.write_text((seeds.ROOT / "docs" / "rewards.md").read_text())
-        return tokenizer.train([text], 600, self.folder / "tokenizer")
+        return tokenizer_training.train([text], 600, self.folder / "tokenizer")
 
     def chat(self, how: Any) -> Any:
         """With what is done about control tokens in texts."""
@@ -174,12 +174,12 @@ def _other_commands(bench: Bench, row: Any, template: int) -> list[str]:
 
 
 def _corpus_commands(bench: Bench, path: Path) -> None:
-    from moetrain.data import tokenizer
+    from moetrain.data import tokenizer_training
     from moetrain.data.documents import Documents, tokenise
     from moetrain.data.rejects import Reject, write_rejects
 
     rejects: list[Reject] = []
-    list(tokenizer._all_texts([path], rejects))
+    list(tokenizer_training._all_texts([path], rejects))
     loaded = bench.encoder("chat", 0).chat.tokenizer
     documents = Documents([path], "text", loaded, "escape")
     list(tokenise(loaded, list(documents)))

@@ -161,7 +161,8 @@ def tokenizer(subject: Subject) -> Finding:
     from moetrain.data import tokenizer as tokenizers
     from moetrain.data.chat import ChatOptions
     from moetrain.data.formats import to_conversation
-    from moetrain.data.loader import CORPUS, FEEDS, model_vocab, tokenizer_of
+    from moetrain.data.loader import CORPUS, FEEDS
+    from moetrain.data.run_tokenizer import model_vocab, tokenizer_of
 
     recipe = subject.recipe
     corpus = FEEDS.get(recipe.method.name) == CORPUS
