@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetrain.data.samples import Prompt, Sample
 from moetrain.errors import DataError
-from moetrain.ops.packed import ANSWER, Packed, concat, pack_one
+from moetrain.ops.packed import ANSWER, Packed, blank, concat, pack_one
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,8 @@ def _firsts(groups: Sequence[Group]) -> list[int]:
 
 def _blank(like: Packed) -> Packed:
     """A token of padding that belongs to no answer, with the fields that `like` has."""
-
-    def empty(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.new_zeros(1, *value.shape[1:]) for name, value in part.items()}
-
-    zero = torch.zeros(1)
-    extras = empty(like.extras) | {"item": torch.full((1,), -1)}
-    one = pack_one(zero, zero, zero, extras=extras, per_token=empty(like.per_token))
-    return replace(one, valid=torch.zeros(1, dtype=torch.bool))
+    one = blank(1, like)
+    return replace(one, extras=one.extras | {"item": torch.full((1,), -1)})
 
 
 def _units(

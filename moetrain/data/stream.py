@@ -9,10 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-import torch
-
 from moetrain.errors import DataError
-from moetrain.ops.packed import Packed
+from moetrain.ops.packed import Packed, blank
 
 
 class Packs(Protocol):
@@ -71,7 +69,7 @@ class Loader:
         numbers = range(start, self._position)[self.dp_rank :: self.dp_size]
         found = [self.packs.at(*divmod(number, per_epoch)) for number in numbers]
         if len(found) * self.dp_size < self._position - start:
-            found.append(blank(self.packs.at(*divmod(start, per_epoch))))
+            found.append(_blank(self.packs.at(*divmod(start, per_epoch))))
         return found
 
     def steps_left(self) -> int | None:
@@ -120,23 +118,11 @@ class EvalPacks(Sequence[Packed]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = index * self.dp_size + self.dp_rank
-        return self.packs.at(0, number) if number < self.num_packs else blank(self.packs.at(0, 0))
+        return self.packs.at(0, number) if number < self.num_packs else _blank(self.packs.at(0, 0))
 
     def __iter__(self) -> Iterator[Packed]:
         return (self[i] for i in range(len(self)))
 
 
-def blank(like: Packed) -> Packed:
-    """A pack of the same length that is padding throughout."""
-    zeros = torch.zeros_like(like.tokens)
-    return Packed(
-        tokens=zeros,
-        labels=zeros.clone(),
-        position_ids=torch.arange(like.num_tokens),
-        cu_seqlens=torch.tensor([0, like.num_tokens], dtype=torch.int32),
-        loss_mask=torch.zeros_like(like.loss_mask),
-        valid=torch.zeros_like(like.valid),
-        extras={name: value.new_zeros(1, *value.shape[1:]) for name, value in like.extras.items()},
-        per_token={name: torch.zeros_like(value) for name, value in like.per_token.items()},
-        ids=("",),
-    )
+def _blank(like: Packed) -> Packed:
+    return blank(like.num_tokens, like)

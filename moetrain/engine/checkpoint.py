@@ -131,11 +131,8 @@ class Saving:
 
 
 def _agree(problem: BaseException | None, world: World) -> None:
-    """OSError on every rank when one has a problem, since all must leave a save together."""
-    lines = world.gather(None if problem is None else _line(problem))
-    first = next((line for line in lines if line), None)
-    if first is not None:
-        raise OSError(first)
+    """CheckpointError on every rank when one has a problem: all must leave a save together."""
+    world.agree(None if problem is None else CheckpointError(first_line(problem)))
 
 
 def _on_host(buckets: Any) -> Any:
@@ -148,7 +145,8 @@ def _on_host(buckets: Any) -> Any:
     ]
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an exception says, in a line."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 

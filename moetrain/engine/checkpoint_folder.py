@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moetrain import files
-from moetrain.engine.checkpoint import Saving
+from moetrain.engine.checkpoint import Saving, first_line
 from moetrain.engine.manifest import damage
 from moetrain.errors import CheckpointError
 
@@ -149,9 +149,12 @@ class Checkpoints:
             raise
 
     def _failed(self, error: BaseException) -> CheckpointError:
-        why = "not everything could be written"
-        if not isinstance(error, CheckpointException):  # a full disk is one of several errors
-            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if isinstance(error, CheckpointError):
+            why = str(error)
+        elif isinstance(error, CheckpointException):  # a full disk is one of several errors
+            why = "not everything could be written"
+        else:
+            why = first_line(error)
         free = shutil.disk_usage(self.folder).free / 2**30 if self.folder.is_dir() else 0.0
         return CheckpointError(
             f"Saving to {self.folder} failed ({why}; {free:.2f} GiB free). Earlier checkpoints are"

@@ -31,7 +31,6 @@ from moetrain.engine.optim import clip_and_step, gathered, make_optimizer, set_r
 from moetrain.engine.params import (
     freeze,
     local_adapters,
-    local_grads,
     local_merged,
     local_params,
 )
@@ -99,7 +98,6 @@ class Engine:
         own = self.world.device
         self.backend = choose_backend(recipe.model.backend, own)
         self.steps_done = 0
-        self.whole_gradients = False  # at more traffic: for `gradients`
         self.monitor = RouterMonitor(
             self.model.num_layers,
             self.model.num_experts,
@@ -123,15 +121,11 @@ class Engine:
             trained = trainable_names(self.model.table, patterns) if patterns else None
             freeze(self.chunks, self.world, all_but=trained, router=recipe.router.freeze)
             self.wrapped = models = wrap(self.chunks, self.config, recipe)
-            self.config.finalize_model_grads_func = self._finalize_gradients
+            self.config.finalize_model_grads_func = _finalize_gradients
             on_gpu = self.world.kind == "nccl"
             self.optimizer = make_optimizer(self.wrapped, recipe, self.backend, on_gpu=on_gpu)
             self.config.grad_scale_func = self.optimizer.scale_loss
         self.run = Runner(models, self.world, self.model)
-
-    def _finalize_gradients(self, models: Any, num_tokens: Any = None, **kwargs: Any) -> None:
-        # num_tokens is Megatron's divisor of the summed gradients; ours was applied in the loss.
-        finalize_model_grads(models, None, **{**kwargs, "force_all_reduce": self.whole_gradients})
 
     def _load_source(self) -> None:
         """Base weights, then an adapter: a new one, which changes nothing yet, or an earlier."""
@@ -191,7 +185,6 @@ class Engine:
         self.monitor.start_step(tokens)
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
-            chunk.force_all_reduce = self.whole_gradients
             chunk.train()
         self.optimizer.zero_grad()
         kept = self.run(batches, objective.head(counts, known), forward_only=False)
@@ -327,14 +320,6 @@ class Engine:
         with gathered(self.wrapped):
             yield from transport.export(local, rules, self.world, to="first")
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, fp32 gradient of the mean loss) after a step with `whole_gradients`
-        and without clipping.
-        """
-        assert self.whole_gradients, "the distributed optimizer has scattered the gradients"
-        local = local_grads(self.chunks, self.world)
-        return transport.export(local, self.trained_rules, self.world, to="all")
-
     @cached_property
     def beside(self) -> Beside:
         """What goes beside exported weights; of an engine that trains, what it taught."""
@@ -396,3 +381,8 @@ class Engine:
             checkpoint.restore_optimizer(self.optimizer, loaded)
         self.steps_done = int(state.pop("steps_done"))
         return state
+
+
+def _finalize_gradients(models: Any, num_tokens: Any = None, **kwargs: Any) -> None:
+    # num_tokens is Megatron's divisor of the summed gradients; ours was applied in the loss.
+    finalize_model_grads(models, None, **kwargs)

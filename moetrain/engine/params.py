@@ -81,7 +81,7 @@ def freeze(
 def local_params(chunks: list[PackedGPT], world: World) -> list[LocalParam]:
     """All weights of this rank as the transport wants them, without adapters."""
     return [
-        LocalParam(name, tensor.data, *_coordinates(name, world))
+        LocalParam(name, tensor.data, *coordinates(name, world))
         for chunk in chunks
         for name, tensor in canonical_tensors(chunk, world)
         if ".lora_" not in name
@@ -91,7 +91,7 @@ def local_params(chunks: list[PackedGPT], world: World) -> list[LocalParam]:
 def local_adapters(chunks: list[PackedGPT], world: World) -> list[LocalParam]:
     """The adapters of this rank."""
     return [
-        LocalParam(name, tensor.data, *_coordinates(name, world))
+        LocalParam(name, tensor.data, *coordinates(name, world))
         for chunk in chunks
         for name, tensor in canonical_tensors(chunk, world)
         if ".lora_" in name
@@ -111,24 +111,12 @@ def local_merged(chunks: list[PackedGPT], world: World) -> list[LocalParam]:
             if "lora" in owner._modules and name.endswith(".weight"):
                 tensor = owner.lora.merged(param.data)
             for full, part in canonical(name, tensor, chunk, world):
-                merged.append(LocalParam(full, part, *_coordinates(full, world)))
+                merged.append(LocalParam(full, part, *coordinates(full, world)))
     return merged
 
 
-def local_grads(chunks: list[PackedGPT], world: World) -> list[LocalParam]:
-    """The gradients of the last step under the names of the trained weights, from DDP's buffers
-    (Engine.whole_gradients).
-    """
-    return [
-        LocalParam(full, grad, *_coordinates(full, world))
-        for chunk in chunks
-        for name, param in chunk.named_parameters()
-        if param.requires_grad
-        for full, grad in canonical(name, param.main_grad, chunk, world)  # type: ignore[arg-type]
-    ]
-
-
-def _coordinates(name: str, world: World) -> tuple[int, int, ProcessGroup | None]:
+def coordinates(name: str, world: World) -> tuple[int, int, ProcessGroup | None]:
+    """(rank, size, group) of the tensor axis that the parameter `name` is split over."""
     if ".mlp.experts." in name:
         return world.etp_rank, world.plan.etp, world.etp_group
     return world.tp_rank, world.plan.tp, world.tp_group

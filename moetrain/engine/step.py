@@ -5,7 +5,7 @@ Legend: t tokens of a micro-batch, c = t/cp local tokens, v_local this tensor ra
     rows.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from moetrain.methods.base import Out
 from moetrain.models import Model
 from moetrain.models.sharding import padded_rows
 from moetrain.ops.logprob import token_logprobs
-from moetrain.ops.packed import Packed, concat, pad_to
+from moetrain.ops.packed import Packed, blank, concat, pad_to
 from moetrain.pulse import beat
 
 # What a method makes of one micro-batch: (what to differentiate, what to keep). Runs on the last
@@ -45,25 +45,7 @@ def micro_batches(packs: Sequence[Packed], size: int, world: World) -> list[Pack
     if world.plan.vpp > 1:  # interleaving deals micro-batches in rounds of the pipeline's size
         num = -(-num // world.plan.pp) * world.plan.pp
     out = [pad_to(p, t) for p in joined]
-    return out + [_blank(t, packs[0] if packs else None)] * (num - len(out))
-
-
-def _blank(t: int, like: Packed | None) -> Packed:
-    def empty(part: Mapping[str, Tensor], num: int) -> dict[str, Tensor]:
-        return {name: value.new_zeros(num, *value.shape[1:]) for name, value in part.items()}
-
-    zeros = torch.zeros(t, dtype=torch.int64)
-    return Packed(
-        tokens=zeros,
-        labels=zeros,
-        position_ids=torch.arange(t),
-        cu_seqlens=torch.tensor([0, t], dtype=torch.int32),
-        loss_mask=torch.zeros(t),
-        valid=torch.zeros(t, dtype=torch.bool),
-        extras={} if like is None else empty(like.extras, 1),
-        per_token={} if like is None else empty(like.per_token, t),
-        ids=("",),
-    )
+    return out + [blank(t, packs[0] if packs else None)] * (num - len(out))
 
 
 class Scored(NamedTuple):

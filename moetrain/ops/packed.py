@@ -133,10 +133,6 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _lengthened(part: dict[str, Tensor], num: int) -> dict[str, Tensor]:
-    return {name: torch.cat([v, v.new_zeros(num, *v.shape[1:])]) for name, v in part.items()}
-
-
 def prefixes(pack: Packed) -> Tensor:
     """[n] int32: `pack.prefix`, all -1 where it is None."""
     if pack.prefix is not None:
@@ -168,24 +164,27 @@ def select(pack: Packed, keep: Tensor) -> Packed:
     )
 
 
+def blank(t: int, like: Packed | None = None) -> Packed:
+    """A pack of `t` tokens that is padding throughout, with the fields that `like` has."""
+
+    def empty(part: dict[str, Tensor], num: int) -> dict[str, Tensor]:
+        return {name: value.new_zeros(num, *value.shape[1:]) for name, value in part.items()}
+
+    return Packed(
+        tokens=torch.zeros(t, dtype=torch.int64),
+        labels=torch.zeros(t, dtype=torch.int64),
+        position_ids=torch.arange(t),
+        cu_seqlens=torch.tensor([0, t], dtype=torch.int32),
+        loss_mask=torch.zeros(t),
+        valid=torch.zeros(t, dtype=torch.bool),
+        extras={} if like is None else empty(like.extras, 1),
+        per_token={} if like is None else empty(like.per_token, t),
+        ids=("",),
+    )
+
+
 def pad_to(pack: Packed, t: int) -> Packed:
     """The same pack with `t` tokens: a tail sequence outside loss and statistics fills it up."""
     missing = t - pack.num_tokens
     assert missing >= 0, f"a pack of {pack.num_tokens} tokens does not fit {t}"
-    if missing == 0:
-        return pack
-    zeros = torch.zeros(missing, dtype=torch.int64)
-    return Packed(
-        tokens=torch.cat([pack.tokens, zeros]),
-        labels=torch.cat([pack.labels, zeros]),
-        position_ids=torch.cat([pack.position_ids, torch.arange(missing)]),
-        cu_seqlens=torch.cat([pack.cu_seqlens, torch.tensor([t], dtype=torch.int32)]),
-        loss_mask=torch.cat([pack.loss_mask, torch.zeros(missing)]),
-        valid=torch.cat([pack.valid, torch.zeros(missing, dtype=torch.bool)]),
-        extras=_lengthened(pack.extras, 1),
-        per_token=_lengthened(pack.per_token, missing),
-        ids=(*pack.ids, ""),
-        prefix=None
-        if pack.prefix is None
-        else torch.cat([pack.prefix, pack.prefix.new_full((1,), -1)]),
-    )
+    return pack if missing == 0 else concat([pack, blank(missing, pack)])

@@ -21,6 +21,7 @@ from moetrain.loops.rollouts import Batch
 from moetrain.methods import METHODS
 from moetrain.models.adapter import AdapterTable
 from moetrain.ops.packed import ANSWER, Packed, concat, from_tokens
+from moetrain.testing.gradients import gradients_of, keep_gradients
 from moetrain.weights.adapter_init import table_shapes
 from moetrain.weights.reader import seeded
 
@@ -60,9 +61,9 @@ def gradients(
     rank alone.
     """
     engine = Engine(recipe_for(model, parallel, **sections))
-    engine.whole_gradients = True
+    keep_gradients(engine)
     result = engine.step(_mine(packs_of(sequences, num_packs), engine), METHODS["sft"])
-    grads = {name: g.clone() for name, g in engine.gradients()}
+    grads = gradients_of(engine)
     return result.loss, result.grad_norm, grads if engine.world.is_first else {}
 
 
@@ -206,11 +207,11 @@ def adapter_gradients(
     engine = Engine(recipe_for(model, parallel, **sections))
     assert engine.adapters is not None
     engine.load_adapter(Noise(engine.adapters))
-    engine.whole_gradients = True
+    keep_gradients(engine)
     merged = {name: w.clone() for name, w in engine.export()}
     values = {name: w.clone() for name, w in engine.export_adapter()}
     result = engine.step(_mine(packs_of(sequences, num_packs), engine), METHODS["sft"])
-    grads = {name: g.clone() for name, g in engine.gradients()}
+    grads = gradients_of(engine)
     if not engine.world.is_first:
         return result.loss, result.grad_norm, {}, {}, {}
     return result.loss, result.grad_norm, grads, values, merged
@@ -314,9 +315,9 @@ def gradients_of_packs(
     """
     recipe = recipe_for(model, parallel, **sections)
     engine = Engine(recipe)
-    engine.whole_gradients = True
+    keep_gradients(engine)
     result = engine.step(_mine(list(packs), engine), METHODS[recipe.method.name])
-    grads = {name: g.clone() for name, g in engine.gradients()}
+    grads = gradients_of(engine)
     return result.loss, result.metrics, grads if engine.world.is_first else {}
 
 
