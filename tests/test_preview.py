@@ -9,7 +9,7 @@ from data_helpers import LABELS, PAIRS, chat, questions, recipe, write_jsonl
 
 from moetrain.config.recipe import Recipe
 from moetrain.data import preview as previews
-from moetrain.data.loader import build_set, prepare
+from moetrain.data.loader import RunData
 from moetrain.data.preview import Preview, lengths, preview
 from moetrain.data.sources import find_sources
 from moetrain.errors import DataError
@@ -47,11 +47,11 @@ def test_a_whole_sample_is_the_set(
         data={"train": [str(path)], **data},
         train={"epochs": 3, "global_batch": 4},
     )
-    found, made = of_train(given), build_set(given, held_out=False)
+    found, made = of_train(given), RunData(given).packed(held_out=False)
     assert made is not None
     assert found.num_records == made.stats.num_records
     (line,) = lengths(given, [found])
-    prepared = prepare(given)
+    prepared = RunData(given).prepare()
     if "take" not in data:
         assert found.is_whole
         assert (len(found.rejects), found.num_cut) == (
@@ -69,7 +69,7 @@ def test_a_sample_of_many_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = of_train(given)
     assert found.num_records == 1200 and 200 < found.num_seen < 320
     assert not found.is_whole
-    assert found.num_packs(64) == pytest.approx(prepare(given).num_packs, rel=0.05)
+    assert found.num_packs(64) == pytest.approx(RunData(given).prepare().num_packs, rel=0.05)
     assert "about" in lengths(given, [found])[0]
     monkeypatch.setattr(previews, "COUNTED", 10_000)
     monkeypatch.setattr(previews, "WHOLE", 5_000)
