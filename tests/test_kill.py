@@ -75,10 +75,14 @@ def test_killed_in_the_middle_of_a_run(whole: Path, tmp_path: Path) -> None:
 
 
 def test_killed_dpo_with_an_adapter(tmp_path: Path) -> None:
-    """Only the adapter is in the checkpoint; base and reference come from where they came from."""
+    """Only the adapter is in the checkpoint; base and reference come from where they came from.
+    Answers on the way change nothing.
+    """
     recipe, settings = EXAMPLES / "lora_dpo_tiny.yaml", ("data.seq_len=128", "method.kl_budget=1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(whole, *settings, recipe=recipe)
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "Which word?"}\n')
+    settings = (*settings, f"train.sample_prompts={tmp_path}/asked.jsonl", "train.sample_tokens=4")
     process = start(killed, *settings, recipe=recipe)
     wait_for(lambda: len(rows(killed)) >= 6, process)
     os.kill(process.pid, signal.SIGKILL)
@@ -87,6 +91,8 @@ def test_killed_dpo_with_an_adapter(tmp_path: Path) -> None:
     equal(killed, whole)
     files = [run / "adapter" / "adapter_model.safetensors" for run in (killed, whole)]
     assert files[0].read_bytes() == files[1].read_bytes()
+    steps = {0} | {int(row["step"]) for row in rows(killed) if "eval_loss" in row}
+    assert {int(path.stem) for path in (killed / "answers").iterdir()} == steps
 
 
 def test_killed_in_the_middle_of_a_save(whole: Path, tmp_path: Path) -> None:

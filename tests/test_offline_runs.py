@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_helpers import write_jsonl
 from safetensors.torch import load_file
 
+from moetrain import cli
 from moetrain.config.load import load_recipe
 from moetrain.data.loader import RunData
 from moetrain.ops.packed import Packed
@@ -52,6 +54,9 @@ def test_every_tiny_recipe_runs(recipe: Path, tmp_path: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`first` and `second`: two LoRA-DPO runs, alike but for the learning rate, with one cache."""
     folder = tmp_path_factory.mktemp("runs")
+    asked = [{"prompt": "Say island and then garden."}, {"question": "Two?"}, {"prompt": "?"}]
+    write_jsonl(folder / "asked.jsonl", [*asked, asked[0]])
+    answered = (f"train.sample_prompts={folder}/asked.jsonl", "train.sample_tokens=8")
     for name, lr in (("first", "1e-3"), ("second", "2e-3")):
         more = (f"data.cache={folder / 'cache'}", f"optim.lr={lr}", "optim.warmup=0")
         done = train(
@@ -61,6 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "checkpoint.export_hf=true",
             FEW,
             *more,
+            *answered,
         )
         assert done.returncode == 0, done.stderr
         assert ("reference log-probs of" in done.stdout) == (name == "first"), done.stdout
@@ -126,6 +132,33 @@ def test_the_cached_reference_gives_the_loss_of_a_live_one(runs: Path) -> None:
     assert len(losses) >= 2 and max(losses) - min(losses) > 1e-3
     (row,) = (row for row in rows(runs / "first") if row.get("eval_loss") and row["step"] == 4)
     assert row["eval_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+@torch.no_grad()
+def test_what_the_trained_model_answers_is_kept(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At each evaluation; in the end it is what transformers draws from the exported model."""
+    from transformers import AutoModelForCausalLM
+
+    steps = [row["step"] for row in rows(runs / "first") if "eval_loss" in row]
+    files = sorted((runs / "first" / "answers").iterdir())
+    assert [int(path.stem) for path in files] == sorted({0, *steps}) and steps[-1] == 4
+    head, *kept = map(json.loads, files[-1].read_text().splitlines())
+    assert head["step"] == 4 and len(kept) == 3  # each prompt once
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model = load(runs / "first" / "hf", dtype=torch.float32)
+    for row in kept:
+        (answer,) = row["answers"]
+        assert answer["reward"] is None and answer["version"] == 4
+        prompt = torch.tensor([row["prompt"]["tokens"]])
+        mask = torch.ones_like(prompt)
+        ids = model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=8)
+        wanted = ids[0, prompt.size(1) :].tolist()[: len(answer["tokens"])]
+        assert answer["tokens"] == wanted and 0 < len(wanted) <= 8
+    assert cli.main(["show", str(runs / "first")]) == 0
+    out = capsys.readouterr().out
+    assert "held-out answers of step 4\n" in out and "Say island and then garden." in out
 
 
 def test_before_the_first_update_policy_and_reference_are_one(runs: Path) -> None:

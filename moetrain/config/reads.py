@@ -37,6 +37,11 @@ def _has_records(recipe: "Recipe") -> bool:
     return method.name not in CORPORA and (not method.samples or method.demonstrated)
 
 
+def _evaluates(recipe: "Recipe") -> bool:
+    # An empty data.eval says that there is no evaluation, whatever the file has for one.
+    return "eval" in recipe.data.model_fields_set or recipe.data.eval_share > 0
+
+
 def _makes_weights(recipe: "Recipe") -> bool:
     model, method = recipe.model, recipe.method
     loaded = model.path is not None and model.init != "random"
@@ -107,15 +112,26 @@ RULES = (
         "a step learns from rollout.prompts_per_step x rollout.group_size answers",
     ),
     Rule(
-        (
-            "train.eval_every",
-            "train.eval_packs",
-            "rollout.eval_prompts",
-            "rollout.eval_temperature",
-        ),
-        # An empty data.eval says that there is no evaluation, whatever the file has for one.
-        lambda r: "eval" in r.data.model_fields_set or r.data.eval_share > 0,
+        ("train.eval_packs", "rollout.eval_prompts", "rollout.eval_temperature"),
+        _evaluates,
         "there is nothing to evaluate on without data.eval or data.eval_share",
+    ),
+    Rule(
+        ("train.eval_every",),
+        lambda r: _evaluates(r) or r.train.sample_prompts is not None,
+        "there is nothing to evaluate on without data.eval, data.eval_share or"
+        " train.sample_prompts",
+    ),
+    Rule(
+        ("train.sample_prompts",),
+        lambda r: _has_records(r) and not r.method.samples and not r.method.scalar_head,
+        "methods that sample keep their answers to data.eval, a reward model says nothing, and a"
+        " corpus has no prompts",
+    ),
+    Rule(
+        ("train.sample_tokens",),
+        lambda r: r.train.sample_prompts is not None,
+        "it is the length of answers to train.sample_prompts",
     ),
     Rule(
         ("model.init_std",),

@@ -177,6 +177,14 @@ class TrainConfig(Section):
         description="packs of data.eval that are used (prompts, where answers are sampled);"
         " default: all",
     )
+    sample_prompts: Location | None = Field(
+        default=None,
+        description="file of prompts, as for `moetrain sample`; the first 32 are answered at each"
+        " evaluation, into <run_dir>/answers",
+    )
+    sample_tokens: Count = Field(
+        default=128, description="of an answer to train.sample_prompts, at most"
+    )
     deterministic: bool = Field(
         default=False,
         description="only kernels that give the same bits every time; slower on a GPU",

@@ -2,13 +2,19 @@
 `00000050.jsonl`: a head (step, temperature), then a line for each prompt, as in a run's rollouts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moetrain.config.recipe import Recipe
+from moetrain.data.loader import chat_of, tokenizer_of
 from moetrain.data.samples import Prompt, Sample, write_lines
+from moetrain.data.turns import stop_ids
+from moetrain.engine import Engine
 from moetrain.rewards import Graded
+from moetrain.rollout.base import Request, Sampling
+from moetrain.rollout.embedded import Embedded
 
 KEPT_BYTES = 1 << 29  # of all evaluations together: the oldest go first, the newest always stays
 
@@ -60,3 +66,44 @@ def row_of(prompt: Prompt, samples: Sequence[Sample], graded: Sequence[Graded]) 
         for sample, one in zip(samples, graded, strict=True)
     ]
     return {"prompt": asdict(prompt), "answers": answers}
+
+
+class SamplePrompts:
+    """Answers to `train.sample_prompts` of a run that samples nothing to learn from: greedy, from a
+    copy of the model on the first rank, which lives for as long as it answers.
+    """
+
+    def __init__(self, recipe: Recipe, engine: Engine, prompts: Sequence[Prompt], step: int):
+        self.engine, self.prompts = engine, prompts
+        self.kept = Answers(recipe.run_dir / "answers")
+        self.tokenizer = tokenizer_of(recipe)
+        stops = stop_ids(chat_of(recipe), engine.source.hf)
+        self.sampling = Sampling(recipe.train.sample_tokens, 0.0, stop_ids=stops)
+        if engine.world.is_first:
+            self.kept.go_on(step)
+
+    def answer(self, step: int) -> None:
+        """Answer all, and keep the answers as those of `step`. Collective."""
+        weights = self.engine.export("first")
+
+        def answered() -> None:
+            model = Embedded(self.engine.source.hf, self.tokenizer)
+            try:
+                model.push(weights, step)
+            finally:
+                exhaust(weights)  # after one that failed, too: the other ranks do
+            requests = [Request(prompt, 0, 0, self.sampling) for prompt in self.prompts]
+            drawn: dict[str, Sample] = {}
+            model.generate(requests, lambda sample: drawn.update({sample.prompt_id: sample}))
+            answers = [(prompt, drawn[prompt.id]) for prompt in self.prompts]
+            self.kept.write(step, 0.0, answers, [Graded(None, {})] * len(answers))
+
+        if not self.engine.world.is_first:
+            exhaust(weights)
+        self.engine.world.first(answered)
+
+
+def exhaust(tensors: Iterable[Any]) -> None:
+    """Go through what is left."""
+    for _ in tensors:
+        pass

@@ -7,7 +7,7 @@ while the others, and its own main thread, wait in short rounds in which a signa
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -19,7 +19,7 @@ from moetrain.data.samples import Sample
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
 from moetrain.errors import DataError, RolloutError
-from moetrain.loops.held_out import Answers
+from moetrain.loops.held_out import Answers, exhaust
 from moetrain.loops.rollouts import (
     Batch,
     Collector,
@@ -363,9 +363,3 @@ class Live:
         found = self.engine.world.first(asked)
         beat()  # a rollout engine that hangs is noticed by its client, not by the launcher
         return found
-
-
-def exhaust(tensors: Iterable[Any]) -> None:
-    """Go through what is left."""
-    for _ in tensors:
-        pass

@@ -6,7 +6,9 @@ import time
 
 from moetrain.config.recipe import Recipe
 from moetrain.data.loader import EvalPacks, Loader, RunData, num_steps
+from moetrain.data.sample_prompts import read_sample_prompts
 from moetrain.engine import Engine
+from moetrain.loops.held_out import SamplePrompts
 from moetrain.loops.reference import far_from_reference, take_reference
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
@@ -22,9 +24,10 @@ def train(recipe: Recipe) -> int:
     checkpoint is saved). Raises MoetrainError (what, why, the way out) with nothing half-written.
     """
     job = Job(recipe)
+    prompts, told = read_sample_prompts(recipe)
     data = RunData(recipe)
     prepared = data.prepare()
-    lines = list(prepared.lines)
+    lines = [*prepared.lines, *told]
     engine, reference = take_reference(data, lines.append)
     rank, size = engine.world.dp_rank, engine.world.dp_size
     loader = data.loader(rank, size, reference.train)
@@ -36,8 +39,10 @@ def train(recipe: Recipe) -> int:
         # A run whose last step was a smaller one, prolonged, may need one more.
         last = max(last, step + (loader.steps_left() or 0))
 
+    asked = SamplePrompts(recipe, engine, prompts, step) if prompts else None
+
     def loop(report: Reporter) -> bool:
-        return _loop(job, engine, loader, held_out, report, step, last)
+        return _loop(job, engine, loader, held_out, asked, report, step, last)
 
     return job.run(engine, step, last, lines, loop)
 
@@ -47,6 +52,7 @@ def _loop(
     engine: Engine,
     loader: Loader,
     held_out: EvalPacks | None,
+    asked: SamplePrompts | None,
     report: Reporter,
     step: int,
     last: int,
@@ -55,6 +61,8 @@ def _loop(
     recipe = job.recipe
     method = METHODS[recipe.method.name]
     with StopSignal(engine.world) as stop:
+        if asked is not None and step == 0:
+            asked.answer(step)
         while step < last:
             started = time.perf_counter()
             result = engine.step(loader.next(), method, last)
@@ -68,6 +76,8 @@ def _loop(
             job.checkpoints.tick(engine)
             stopped = stop.agreed()
             saves, evaluates = job.due(step, last)
+            if asked is not None and evaluates:
+                asked.answer(step)
             found: dict[str, float] = {}
             if held_out is not None and evaluates:
                 started = time.perf_counter()

@@ -72,7 +72,9 @@ class Summary:
         if self.mean_reward is not None:
             of = f" ({self.num_graded} graded)" if self.num_graded < self.num_answers else ""
             words.append(f"mean reward {self.mean_reward:.3f}{of}")
-        words.append(f"{self.mean_tokens:.0f} tokens on average, {self.most_tokens} at most")
+        words.append(
+            f"{_num(round(self.mean_tokens), 'token')} on average, {self.most_tokens} at most"
+        )
         return ", ".join([*words, f"{self.num_cut} cut at the limit"])
 
 

@@ -23,6 +23,7 @@ from moetrain import files
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.samples import Prompt, Sample
 from moetrain.errors import RolloutError
+from moetrain.pulse import beat
 from moetrain.rollout.base import PROBE_TOKENS, Probe, Request, Sampling, text_of_answer
 
 BATCH = 64  # answers drawn together
@@ -64,6 +65,7 @@ class Embedded:
         drawing = _Drawing(self.model, requests)
         while drawing.open_rows and len(drawing.tokens[0]) < sampling.max_tokens:
             drawing.step(sampling)
+            beat()  # no client watches it, as one does a server
         return [
             Sample(
                 prompt_id=request.prompt.id,

@@ -56,6 +56,8 @@ FREE = (
     "train.micro_batch",
     "train.overlap",
     "train.recompute",
+    "train.sample_prompts",
+    "train.sample_tokens",
     # The length matters where learning rates depend on it: `check_schedule`.
     "train.steps",
     "train.epochs",

@@ -1,0 +1,82 @@
+"""`train.sample_prompts`: a few prompts that a run without rollouts answers at its evaluations."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from moetrain.config.recipe import Recipe
+from moetrain.data import assets
+from moetrain.data.cache import cache_root
+from moetrain.data.formats import templated
+from moetrain.data.loader import chat_of, model_hf
+from moetrain.data.messages import FormatError
+from moetrain.data.prompts import read_prompt, to_prompt
+from moetrain.data.rejects import Reject, noted
+from moetrain.data.samples import Prompt
+from moetrain.data.selection import rows_of
+from moetrain.errors import DataError
+
+MOST = 32  # of a file: they are drawn on the first rank, while the others wait
+KEY = "train.sample_prompts"
+
+
+def read_sample_prompts(recipe: Recipe) -> tuple[list[Prompt], list[str]]:
+    """(the prompts, each once, what there is to say of them); both empty without the key. Raises
+    DataError for a record that is no prompt: the file is short, and its answers are for people.
+    """
+    if recipe.train.sample_prompts is None:
+        return [], []
+    longest, tokens = model_hf(recipe).get("max_position_embeddings"), recipe.train.sample_tokens
+    room = longest - tokens if isinstance(longest, int) else None
+    if room is not None and room < 1:
+        raise DataError(
+            f"train.sample_tokens={tokens} leaves no room for a prompt in the model's {longest}"
+            " positions (max_position_embeddings). Give less."
+        )
+    chat = chat_of(recipe)
+    prompts: dict[str, Prompt] = {}
+    notes: Counter[str] = Counter()
+
+    def read(record: Mapping[str, Any]) -> None:
+        prompt, own = read_prompt(record, chat, room)
+        prompts.setdefault(prompt.id, prompt)
+        notes.update(own)
+
+    num = _each(recipe, read)
+    line = f"{KEY}: {'the first ' * (num == MOST)}{num} prompt{'s' * (num != 1)}, answered at each"
+    return list(prompts.values()), [f"{line} evaluation", *noted(chat.notes(), notes)]
+
+
+def check_sample_prompts(recipe: Recipe) -> None:
+    """As `read_sample_prompts`, for a dry run, where the tokenizer may be on another machine."""
+    name = recipe.model.tokenizer or recipe.model.path
+    if name is None or assets.is_builtin(name) or Path(name).is_dir():
+        read_sample_prompts(recipe)
+    else:
+        _each(recipe, lambda record: templated(record, "prompt") or to_prompt(record))
+
+
+def _each(recipe: Recipe, read: Callable[[Mapping[str, Any]], object]) -> int:
+    """Read the first MOST records of the file; how many there are. Raises DataError."""
+    given = recipe.train.sample_prompts
+    assert given is not None
+    num = 0
+    try:
+        path = assets.resolve(given, cache_root(recipe.data.cache))
+        for row in islice(rows_of([str(path)]), MOST):
+            num += 1
+            try:
+                if isinstance(row, Reject):
+                    raise FormatError(row.reason)
+                read(row.value)
+            except FormatError as error:
+                raise DataError(
+                    f"{row.file}:{row.line}: {error}. Mend the record, or take it out."
+                ) from None
+    except DataError as error:
+        raise DataError(f"{KEY}: {error}") from None
+    if not num:
+        raise DataError(f"{KEY}={given} holds no record.")
+    return num
