@@ -3,20 +3,19 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets
 from moetrain.data.cache import cache_root
-from moetrain.data.formats import templated
-from moetrain.data.loader import chat_of, model_hf
+from moetrain.data.loader import chat_of
 from moetrain.data.messages import FormatError
-from moetrain.data.prompts import read_prompt, to_prompt
+from moetrain.data.prompts import read_prompt
 from moetrain.data.rejects import Reject, noted
 from moetrain.data.samples import Prompt
 from moetrain.data.selection import rows_of
 from moetrain.errors import DataError
+from moetrain.models.lookup import find_model
 
 MOST = 32  # of a file: they are drawn on the first rank, while the others wait
 KEY = "train.sample_prompts"
@@ -28,7 +27,8 @@ def read_sample_prompts(recipe: Recipe) -> tuple[list[Prompt], list[str]]:
     """
     if recipe.train.sample_prompts is None:
         return [], []
-    longest, tokens = model_hf(recipe).get("max_position_embeddings"), recipe.train.sample_tokens
+    longest = find_model(recipe.model).hf.get("max_position_embeddings")
+    tokens = recipe.train.sample_tokens
     room = longest - tokens if isinstance(longest, int) else None
     if room is not None and room < 1:
         raise DataError(
@@ -47,15 +47,6 @@ def read_sample_prompts(recipe: Recipe) -> tuple[list[Prompt], list[str]]:
     num = _each(recipe, read)
     line = f"{KEY}: {'the first ' * (num == MOST)}{num} prompt{'s' * (num != 1)}, answered at each"
     return list(prompts.values()), [f"{line} evaluation", *noted(chat.notes(), notes)]
-
-
-def check_sample_prompts(recipe: Recipe) -> None:
-    """As `read_sample_prompts`, for a dry run, where the tokenizer may be on another machine."""
-    name = recipe.model.tokenizer or recipe.model.path
-    if name is None or assets.is_builtin(name) or Path(name).is_dir():
-        read_sample_prompts(recipe)
-    else:
-        _each(recipe, lambda record: templated(record, "prompt") or to_prompt(record))
 
 
 def _each(recipe: Recipe, read: Callable[[Mapping[str, Any]], object]) -> int:

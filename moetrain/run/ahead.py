@@ -4,6 +4,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.config.reward_files import wanted_columns
 from moetrain.data.preview import Preview, lengths, previews
 from moetrain.data.rejects import check_rejects
+from moetrain.data.sample_prompts import read_sample_prompts
 from moetrain.errors import DataError
 from moetrain.rewards.columns import check_columns
 
@@ -19,7 +20,7 @@ def look_ahead(recipe: Recipe) -> list[str]:
         lines += _too_many(one, recipe.data.max_rejected)
         if one.prompts:
             lines += _rewards(recipe, one)
-    return lines
+    return lines + read_sample_prompts(recipe)[1]
 
 
 def _too_many(found: Preview, max_rejected: float) -> list[str]:

@@ -30,7 +30,8 @@ def is_planned(recipe: Recipe) -> bool:
 def has_own_data(recipe: Recipe) -> bool:
     """Whether any data is not the package's own."""
     data = recipe.data
-    paths = (*data.train, *data.eval, *data.demonstrations)
+    asked = recipe.train.sample_prompts or BUILTIN
+    paths = (*data.train, *data.eval, *data.demonstrations, asked)
     return not all(path.startswith(BUILTIN) for path in paths)
 
 
@@ -50,6 +51,7 @@ def missing(recipe: Recipe) -> Iterator[MoetrainError]:
     yield from _text(recipe)
     yield from _models(recipe)
     yield from _data(recipe)
+    yield from _prompts(recipe)
     yield from _files(recipe)
 
 
@@ -107,6 +109,15 @@ def _data(recipe: Recipe) -> Iterator[MoetrainError]:
                 find_sources([path], held_out=key == "eval")
             except DataError as error:
                 yield DataError(f"data.{key}: {error}")
+
+
+def _prompts(recipe: Recipe) -> Iterator[MoetrainError]:
+    path = recipe.train.sample_prompts
+    if path is not None and not path.startswith(BUILTIN):
+        try:
+            find_sources([path])
+        except DataError as error:
+            yield DataError(f"train.sample_prompts: {error}")
 
 
 def _corpus(path: str) -> Iterator[MoetrainError]:
