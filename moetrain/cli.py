@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         from moetrain import files
 
-        if (line := files.told(error)) is None:
+        if (line := files.disk_problem(error)) is None:
             raise
         _say(f"moetrain: error: {line}")
         return 1 if error.errno in files.PASSING else MoetrainError.exit_code

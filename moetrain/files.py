@@ -88,7 +88,7 @@ def publish_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def beside(folder: Path) -> Iterator[Path]:
+def sibling_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder`, for writers that put it in its place themselves; removed in
     the end where it still has its name, and by the next writer after a kill. Raises OSError.
     """
@@ -167,7 +167,7 @@ def nameless() -> IO[bytes]:
     return os.fdopen(os.memfd_create("moetrain"), "w+b")
 
 
-def told(error: OSError) -> str | None:
+def disk_problem(error: OSError) -> str | None:
     """A line on what a path or a disk did to a write; None for errors of another kind."""
     if error.errno == errno.ENOENT and error.filename is None and "temporary" in str(error):
         # Python's tempfile, which some packages ask when they are imported (dill 0.4, with torch).

@@ -9,7 +9,7 @@ from typing import Any
 
 from moetrain.config.recipe import Recipe
 from moetrain.data import preference, tokenizer_training
-from moetrain.data.encode import Kind, Spec
+from moetrain.data.encode import SetKind, Spec
 from moetrain.data.sets import PackedSet, build
 
 QUESTIONS = [(f"What is {a} plus {b}?", str(a + b)) for a in range(8) for b in range(8)]
@@ -72,7 +72,7 @@ def preference_spec(path: Path, **changes: Any) -> Spec:
 
 
 def preference_set(
-    folder: Path, records: list[Any], kind: Kind = preference.PAIRS, **changes: Any
+    folder: Path, records: list[Any], kind: SetKind = preference.PAIRS, **changes: Any
 ) -> PackedSet:
     """The set of these records, in a cache under `folder`."""
     path = write_jsonl(folder / "a.jsonl", records)

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from moetrain.config.load import recipe_from
 from moetrain.config.method import MethodConfig
-from moetrain.data.groups import Graded, Group, pack_groups
+from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Prompt, Sample
 from moetrain.errors import ConfigError, DataError
 from moetrain.loops.learn import _without_cut
@@ -28,7 +28,9 @@ def group(*finishes: Literal["stop", "length"]) -> Group:
     """A prompt of three tokens, and an answer of four for each of `finishes`."""
     prompt = Prompt("p", (5, 6, 7), {})
     answers = [
-        Graded(Sample("p", i, (10 + i, 20, 21, 22), (-1.0, -0.5, -2.0, -0.1), "", how, 0), 3.0 + i)
+        GradedAnswer(
+            Sample("p", i, (10 + i, 20, 21, 22), (-1.0, -0.5, -2.0, -0.1), "", how, 0), 3.0 + i
+        )
         for i, how in enumerate(finishes)
     ]
     return Group(prompt, tuple(answers))

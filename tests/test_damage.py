@@ -35,11 +35,11 @@ from moetrain.models import read_model
 from moetrain.rewards.reward_model import RewardModel
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import CONFIGS, save_model
-from moetrain.weights.beside import check_exported
 from moetrain.weights.compare import compare
 from moetrain.weights.folder import INDEX, weight_files
 from moetrain.weights.peft_config import read_config
 from moetrain.weights.reader import SafetensorsReader
+from moetrain.weights.side_files import check_exported
 
 FLIPS = int(os.environ.get("MOETRAIN_FLIPS", "2"))
 WHOLE = "has other bytes than were written"

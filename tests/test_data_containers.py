@@ -22,15 +22,15 @@ from moetrain.data.formats import to_conversation
 from moetrain.data.loader import RunData
 from moetrain.data.pair_formats import to_pair
 from moetrain.data.parsing import MAX_DEPTH
-from moetrain.data.prompts import PromptOrder, read_prompts, told_repeats
+from moetrain.data.prompts import PromptOrder, describe_repeats, read_prompts
 from moetrain.data.rejects import Reject
-from moetrain.data.sources import Row, find_sources, read_rows
+from moetrain.data.sources import Record, find_sources, read_rows
 from moetrain.data.tokenizer_training import train as train_tokenizer
 from moetrain.errors import DataError
 from moetrain.evals.questions import read_questions
 from moetrain.loops.score import read_sequences
 
-Record = dict[str, Any]
+Fields = dict[str, Any]
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
 
@@ -38,10 +38,10 @@ ANSWER = {"role": "assistant", "content": "a"}
 def read(*inputs: Path) -> list[Any]:
     """Records, and the reasons of those that are none."""
     found = [row for source in find_sources(inputs) for row in read_rows(source)]
-    return [row.value if isinstance(row, Row) else row.reason for row in found]
+    return [row.value if isinstance(row, Record) else row.reason for row in found]
 
 
-def kept_in_all(folder: Path, records: Sequence[Record]) -> dict[str, Path]:
+def kept_in_all(folder: Path, records: Sequence[Fields]) -> dict[str, Path]:
     """The records as JSONL, as a parquet file of Arrow's own, and as `datasets` stores them when it
     is given them and when it reads the JSONL.
     """
@@ -65,17 +65,17 @@ def kept_in_all(folder: Path, records: Sequence[Record]) -> dict[str, Path]:
     return {"a.jsonl": jsonl} | {name: folder / name for name in made}
 
 
-def call(name: str, **arguments: Any) -> Record:
+def call(name: str, **arguments: Any) -> Fields:
     function = {"name": name, "arguments": arguments}
     return {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
 
 
-def tool(name: str, **properties: Any) -> Record:
+def tool(name: str, **properties: Any) -> Fields:
     parameters = {"type": "object", "properties": properties}
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-UNEVEN: list[Record] = [
+UNEVEN: list[Fields] = [
     {
         "messages": [
             {"role": "user", "content": "What is the weather?"},
@@ -152,12 +152,12 @@ def test_messages_as_texts_of_json_are_read(tmp_path: Path) -> None:
     assert read(write_jsonl(tmp_path / "d.jsonl", [plain])) == [plain]
 
 
-def _tool(name: str, **more: Any) -> Record:
+def _tool(name: str, **more: Any) -> Fields:
     own = {"type": "object", "properties": {name: {"type": "integer"}}}
     return {"type": "function", "function": {"name": name, "parameters": own, **more}}
 
 
-MIXED: dict[str, list[Record]] = {
+MIXED: dict[str, list[Fields]] = {
     "parts beside texts": [
         {"messages": [USER | {"content": [{"type": "text", "text": "q"}]}, ANSWER]},
         {"messages": [USER, ANSWER]},
@@ -179,7 +179,7 @@ MIXED: dict[str, list[Record]] = {
 }
 
 
-def rewritten(folder: Path, records: Sequence[Record], **form: Any) -> Path:
+def rewritten(folder: Path, records: Sequence[Fields], **form: Any) -> Path:
     """The records as `load_dataset` reads and `to_json` writes them."""
     import datasets
 
@@ -353,8 +353,8 @@ def test_a_prompt_that_returns_is_kept_and_counted(tmp_path: Path) -> None:
     assert not rejects and len({prompt.id for prompt in prompts}) == 60
     epochs = PromptOrder(prompts, 1).take(0, 180)
     assert len({prompt.id for prompt in epochs}) == 180
-    assert told_repeats(prompts) == ", 40 of them records that stand there before"
-    assert told_repeats(prompts[:20]) == ""
+    assert describe_repeats(prompts) == ", 40 of them records that stand there before"
+    assert describe_repeats(prompts[:20]) == ""
 
 
 @pytest.mark.parametrize("bad", [line for line in BAD_LINES if len(line) < 20_000])

@@ -223,7 +223,7 @@ def test_empty_documents_are_counted_and_not_held_against_the_limit(tmp_path: Pa
     stats = corpus.index([tmp_path], tokenizer_folder(), tmp_path / "c", max_rejected=0.0)
     assert (stats.num_documents, stats.num_empty, stats.num_rejected) == (4, 9, 0)
     assert not (tmp_path / "c.rejected.jsonl").exists()
-    assert "9 empty ones skipped" in stats.told(tmp_path / "c")
+    assert "9 empty ones skipped" in stats.summary(tmp_path / "c")
 
 
 @pytest.mark.parametrize("how", ["reject", "escape", "keep"])
@@ -252,7 +252,7 @@ def test_control_tokens_in_documents(tmp_path: Path, how: Any) -> None:
         reason = (tmp_path / "a.rejected.jsonl").read_text()
         assert "'<|endoftext|>'" in reason and "--special-tokens" in reason
     else:
-        assert "control tokens in 1 of them" in stats.told(prefix)
+        assert "control tokens in 1 of them" in stats.summary(prefix)
 
 
 def test_a_limit_passed_early_stops_and_passed_late_keeps_the_files(

@@ -12,7 +12,7 @@ from moetrain.cluster.doctor.base import Level, Planned, Subject
 from moetrain.data.chat import ChatOptions
 from moetrain.data.loader import RunData
 from moetrain.data.prompts import read_prompts
-from moetrain.data.sources import Row, find_sources, read_rows
+from moetrain.data.sources import Record, find_sources, read_rows
 from moetrain.errors import DataError
 
 
@@ -36,7 +36,7 @@ def lay(folder: Path, *names: str) -> Path:
 def read(*inputs: Path | str, held_out: bool = False) -> list[str]:
     sources = find_sources(inputs, held_out=held_out)
     return [
-        row.value["text"] if isinstance(row, Row) else row.reason
+        row.value["text"] if isinstance(row, Record) else row.reason
         for source in sources
         for row in read_rows(source)
     ]

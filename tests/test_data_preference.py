@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from moetrain.data import preference, tokenizer
 from moetrain.data.chat import ChatOptions
-from moetrain.data.encode import Kind
+from moetrain.data.encode import SetKind
 from moetrain.data.sets import PackedSet
 from moetrain.errors import DataError
 from moetrain.ops.packed import prefixes, select
@@ -339,7 +339,7 @@ def test_a_difference_that_the_template_trims_is_none(tmp_path: Path) -> None:
     ],
 )
 def test_data_of_another_kind(
-    tmp_path: Path, kind: Kind, records: list[dict[str, Any]], message: str
+    tmp_path: Path, kind: SetKind, records: list[dict[str, Any]], message: str
 ) -> None:
     with pytest.raises(DataError) as caught:
         make(tmp_path, records, kind)

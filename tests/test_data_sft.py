@@ -17,12 +17,12 @@ from moetrain.data.loader import Loader, RunData
 from moetrain.data.rejects import Reject
 from moetrain.data.run_tokenizer import model_vocab
 from moetrain.data.sets import build
-from moetrain.data.sources import Row, find_sources, read_rows
+from moetrain.data.sources import Record, find_sources, read_rows
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed
 
 
-def rows(*inputs: Path) -> list[Row | Reject]:
+def rows(*inputs: Path) -> list[Record | Reject]:
     return [row for source in find_sources(inputs) for row in read_rows(source)]
 
 
@@ -49,7 +49,7 @@ def test_jsonl_lines_are_numbered_and_bad_ones_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": \n[1]\n{}\n\xff\xfe\n{"a": 2}')
     found = rows(path)
-    assert [type(row).__name__ for row in found] == ["Row", *["Reject"] * 5, "Row"]
+    assert [type(row).__name__ for row in found] == ["Record", *["Reject"] * 5, "Record"]
     assert [row.line for row in found] == list(range(1, 8))
     reasons = [row.reason for row in found if isinstance(row, Reject)]
     assert reasons[0] == "empty line"
@@ -70,7 +70,7 @@ def test_parquet_json_and_dataset_folders_give_the_same_rows(tmp_path: Path) -> 
     (tmp_path / "a.json").write_text(json.dumps(records))
     for name in ("a.parquet", "a.json", "hf", "splits"):
         found = rows(tmp_path / name)
-        assert [row.value for row in found if isinstance(row, Row)] == records, name
+        assert [row.value for row in found if isinstance(row, Record)] == records, name
         assert [row.line for row in found] == [1, 2, 3, 4, 5]
 
 
@@ -78,7 +78,7 @@ def test_folders_are_read_in_name_order(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "b.jsonl", [{"n": 2}])
     write_jsonl(tmp_path / "a.jsonl", [{"n": 1}])
     (tmp_path / ".hidden.jsonl").write_text("{")
-    assert [row.value["n"] for row in rows(tmp_path) if isinstance(row, Row)] == [1, 2]
+    assert [row.value["n"] for row in rows(tmp_path) if isinstance(row, Record)] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from moetrain import cli
 from moetrain.data.samples import read_lines
 from moetrain.errors import CheckpointError, ConfigError
 from moetrain.loops.score import score
-from moetrain.weights.beside import Beside, beside_adapter
 from moetrain.weights.folder import NAMED
+from moetrain.weights.side_files import SideFiles, side_files_of_adapter
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +203,9 @@ def files_of(folder: Path, **files: Any) -> Path:
     return folder
 
 
-def written(beside: Beside, folder: Path, hf: dict[str, Any]) -> dict[str, Any]:
+def written(side_files: SideFiles, folder: Path, hf: dict[str, Any]) -> dict[str, Any]:
     folder.mkdir()
-    beside.write(folder, hf)
+    side_files.write(folder, hf)
     return {
         path.name: json.loads(path.read_text()) if path.suffix == ".json" else path.read_text()
         for path in folder.iterdir()
@@ -225,13 +225,13 @@ def test_what_has_nothing_new_is_copied_as_it_is(tmp_path: Path) -> None:
     (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     hf = {"eos_token_id": 7, "vocab_size": 9}
     (tmp_path / "out").mkdir()
-    Beside.of(source).write(tmp_path / "out", hf)
+    SideFiles.of(source).write(tmp_path / "out", hf)
     for path in source.rglob("*"):
         copied = tmp_path / "out" / path.relative_to(source)
         assert copied.exists() == (path.name != "optimizer.bin")
         assert not path.is_file() or not copied.exists() or copied.read_text() == path.read_text()
-    assert Beside.of(source).config(hf) == hf
-    already = Beside(source, source, ends={8: "<e>", 7: "<t>"})
+    assert SideFiles.of(source).config(hf) == hf
+    already = SideFiles(source, source, ends={8: "<e>", 7: "<t>"})
     assert already.config({"eos_token_id": [7, 8, 9]}) == {"eos_token_id": [7, 8, 9]}
 
 
@@ -252,10 +252,10 @@ def test_ends_and_template_stand_in_every_place(tmp_path: Path) -> None:
         tmp_path / "model",
         generation_config_json={"eos_token_id": 1, "top_p": 0.9, "_from_model_config": True},
     )
-    beside = Beside(tokenizer, model, template="new", ends={3: "<|eot|>", 4: "<|eom|>"})
+    side_files = SideFiles(tokenizer, model, template="new", ends={3: "<|eot|>", 4: "<|eom|>"})
     hf = {"eos_token_id": 1, "bos_token_id": 0, "auto_map": {"AutoModel": "code.M"}, NAMED: "x"}
-    assert beside.config(hf) == {"eos_token_id": [3, 4], "bos_token_id": 0}
-    assert written(beside, tmp_path / "out", hf) == {
+    assert side_files.config(hf) == {"eos_token_id": [3, 4], "bos_token_id": 0}
+    assert written(side_files, tmp_path / "out", hf) == {
         "tokenizer.json": {},
         "tokenizer_config.json": {"eos_token": "<|eot|>"},
         "special_tokens_map.json": {"eos_token": "<|eot|>", "bos_token": "<s>"},
@@ -263,7 +263,7 @@ def test_ends_and_template_stand_in_every_place(tmp_path: Path) -> None:
         "generation_config.json": {"eos_token_id": [3, 4, 1], "top_p": 0.9},
     }
     # A model without a generation_config.json has what its config says.
-    alone = Beside(tokenizer, None, ends={3: "<|eot|>"})
+    alone = SideFiles(tokenizer, None, ends={3: "<|eot|>"})
     found = written(alone, tmp_path / "alone", hf | {"pad_token_id": 2})
     assert found["generation_config.json"] == {
         "eos_token_id": [3, 1],
@@ -275,4 +275,4 @@ def test_ends_and_template_stand_in_every_place(tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_a_tokenizer_leaves_the_bases(base: Path, tmp_path: Path) -> None:
-    assert beside_adapter(base, tmp_path) == Beside(base, base)
+    assert side_files_of_adapter(base, tmp_path) == SideFiles(base, base)

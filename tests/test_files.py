@@ -26,7 +26,7 @@ def killed_writer(path: Path, *, is_folder: bool = False) -> int:
     pid = os.fork()
     if pid == 0:
         if is_folder:
-            with files.beside(path) as aside:
+            with files.sibling_folder(path) as aside:
                 (aside / "half").write_text("x")
                 os.write(told, b"1")
                 signal.pause()
@@ -161,7 +161,7 @@ def test_a_full_disk_has_a_file_whoever_says_it(raised: Exception, tmp_path: Pat
     with pytest.raises(OSError) as caught, files.named(tmp_path / "x"):
         raise raised
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "x"))
-    assert "Make room" in (files.told(caught.value) or "")
+    assert "Make room" in (files.disk_problem(caught.value) or "")
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,10 @@ def test_no_folder_takes_temporary_files(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_a_package_that_finds_no_temporary_folder() -> None:
     """As dill 0.4.1 does when torch imports it; a missing file of another kind is not told so."""
     error = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
-    assert "Set TMPDIR" in (files.told(error) or "")
-    assert files.told(FileNotFoundError(errno.ENOENT, "No such file", "/x/temporary")) is None
+    assert "Set TMPDIR" in (files.disk_problem(error) or "")
+    assert (
+        files.disk_problem(FileNotFoundError(errno.ENOENT, "No such file", "/x/temporary")) is None
+    )
 
 
 def test_what_ranks_say_lies_in_memory_where_there_is_no_room(

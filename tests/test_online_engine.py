@@ -13,9 +13,9 @@ from test_parity import as_on_disk
 from torch import Tensor
 
 from moetrain.config.method import MethodConfig
-from moetrain.data.groups import Graded, Group, pack_groups
+from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Prompt, Sample
-from moetrain.loops.demonstrations import beside
+from moetrain.loops.demonstrations import with_fields_of
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed, concat, from_tokens, pack_one
 from moetrain.testing import ranks
@@ -57,14 +57,14 @@ def groups(model: Any) -> list[Group]:
     made: list[Group] = []
     for p, size in enumerate((1, 4, 9, 3, 12)):
         prompt = tuple(rng.randrange(1, 200) for _ in range(size))
-        answers: list[Graded] = []
+        answers: list[GradedAnswer] = []
         for index in range(3):
             tokens = tuple(rng.randrange(1, 200) for _ in range(rng.randrange(1, 8)))
             with torch.no_grad():
                 own = scored(model, prompt, tokens, 1.0).tolist()
             logprobs = tuple(x + rng.uniform(-0.6, 0.6) for x in own)
             sample = Sample(f"p{p}", index, tokens, logprobs, "", "stop", 0)
-            answers.append(Graded(sample, rng.uniform(-1, 1)))
+            answers.append(GradedAnswer(sample, rng.uniform(-1, 1)))
         made.append(Group(Prompt(f"p{p}", prompt, {}), tuple(answers)))
     return made
 
@@ -106,7 +106,7 @@ def packs_of(found: list[Group], method: str, *, seq_len: int, min_packs: int) -
         pack.per_token["old_logp"] = old
         pack.per_token.update(online.targets(pack, cfg))
     if online.shares is not None:
-        packs += [beside(concat(own), packs[0], SHARE) for own in dealt_shown(min_packs)]
+        packs += [with_fields_of(concat(own), packs[0], SHARE) for own in dealt_shown(min_packs)]
     return packs
 
 
@@ -260,7 +260,7 @@ def test_cut_answers_are_left_out_after_they_have_counted(
     folder, _ = tiny("qwen3_moe")
     ends: list[tuple[float, Any]] = [(1.0, "stop"), (0.0, "stop"), (0.5, "length")]
     answers = [
-        Graded(Sample("p", i, (7,) * (i + 2), (-1.0,) * (i + 2), "", finish, 0), reward)
+        GradedAnswer(Sample("p", i, (7,) * (i + 2), (-1.0,) * (i + 2), "", finish, 0), reward)
         for i, (reward, finish) in enumerate(ends)
     ]
     group = Group(Prompt("p", (3, 4), {}), tuple(answers))

@@ -13,7 +13,7 @@ from moetrain.config.reward_files import check_reward_file
 from moetrain.config.rewards import RewardConfig
 from moetrain.data.samples import Prompt
 from moetrain.errors import ConfigError, DataError
-from moetrain.rewards import Graded, Grader, Item, check_columns
+from moetrain.rewards import Completion, Grader, Verdict, check_columns
 from moetrain.run.dry_run import check, dry_run
 
 ROOT = Path(__file__).parents[1]
@@ -129,17 +129,17 @@ def graded(
     texts: list[str],
     more: dict[str, Any] | None = None,
     **columns: list[Any],
-) -> tuple[list[Graded], Grader]:
+) -> tuple[list[Verdict], Grader]:
     """`more`: fields of every item, and of the reward's config."""
     more = dict(more or {})
     config = RewardConfig(name=f"{file}:{name}", batch_size=more.pop("batch_size", None))
     grader = Grader([config], num_workers=1, deadline_s=20)
     items = [
-        Item(i, text, {key: values[i] for key, values in columns.items()}, **more)
+        Completion(i, text, {key: values[i] for key, values in columns.items()}, **more)
         for i, text in enumerate(texts)
     ]
     try:
-        return grader.grade_items(items), grader
+        return grader.grade_completions(items), grader
     finally:
         grader.close()
 
@@ -219,10 +219,13 @@ def test_the_prompts_thought_is_part_of_the_format() -> None:
     grader = Grader([RewardConfig(name="format"), RewardConfig(name="accuracy")], 1, 30)
     text = "so\n</think>\n<answer>4</answer>"
     items = [
-        Item(i, text, {"answer": "4"}, opened=opened) for i, opened in enumerate(["<think>\n", ""])
+        Completion(i, text, {"answer": "4"}, opened=opened)
+        for i, opened in enumerate(["<think>\n", ""])
     ]
-    items.append(Item(2, "it is \\boxed{4}", {"answer": "4"}, opened="<think>\n"))  # it was cut
-    found = grader.grade_items(items)
+    items.append(
+        Completion(2, "it is \\boxed{4}", {"answer": "4"}, opened="<think>\n")
+    )  # it was cut
+    found = grader.grade_completions(items)
     grader.close()
     assert [dict(one.parts) for one in found] == [
         {"format": 1, "accuracy": 1},

@@ -19,7 +19,7 @@ from moetrain.config.rewards import RewardConfig
 from moetrain.data.tokenizer_training import fit
 from moetrain.errors import ConfigError
 from moetrain.rewards import Grader
-from moetrain.rewards.base import Item
+from moetrain.rewards.base import Completion
 from moetrain.rewards.judge import fill
 from moetrain.rewards.reward_model import RewardModel
 from moetrain.testing.tiny import CONFIGS
@@ -244,7 +244,7 @@ def test_a_judge_that_cannot_be_reached(url: str, wrong: dict[str, Any], message
 
 
 def test_only_names_in_braces_are_filled_in() -> None:
-    item = Item(0, "a {x}", {"x": 3, "prompt": "p"})
+    item = Completion(0, "a {x}", {"x": 3, "prompt": "p"})
     assert fill('{"k": {x}} {prompt} {completion} {other}', item) == '{"k": 3} p a {x} {other}'
 
 
@@ -312,7 +312,7 @@ def test_padding_is_never_an_answers_last_token(model: Path) -> None:
 
 def test_a_long_conversation_loses_its_beginning(model: Path) -> None:
     own = RewardModel([config(model, max_tokens=20)])
-    item = Item(0, "a much longer answer " * 12, {"prompt": ASKED})
+    item = Completion(0, "a much longer answer " * 12, {"prompt": ASKED})
     whole = RewardModel([config(model)]).tokens(item)
     assert own.tokens(item) == whole[-20:] and len(whole) > 20
 

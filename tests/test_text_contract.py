@@ -15,11 +15,11 @@ from chat_templates import KNOWN, chat_of, end_of, folder
 
 from moetrain.data import preference, sft
 from moetrain.data.chat import Chat, ChatOptions, Encoded
-from moetrain.data.encode import Encoder, Kind, Result, Spec
+from moetrain.data.encode import Encoder, Result, SetKind, Spec
 from moetrain.data.formats import to_conversation, unread
 from moetrain.data.messages import FormatError
 from moetrain.data.prompts import read_prompt
-from moetrain.data.sources import Row, find_sources, read_rows
+from moetrain.data.sources import Record, find_sources, read_rows
 from moetrain.data.turns import end_of_turn, stop_ids
 
 THOUGHTFUL = {
@@ -213,7 +213,7 @@ def records(rng: random.Random, name: str) -> tuple[dict[str, Any], list[str]]:
     return system | {"conversations": shared}, right
 
 
-def encoded(name: str, path: Path, kind: Kind = sft.CHAT) -> list[Result]:
+def encoded(name: str, path: Path, kind: SetKind = sft.CHAT) -> list[Result]:
     spec = Spec((str(path),), folder(name), 4096, "reject", 1, chat=ChatOptions())
     encoder = Encoder(kind, spec)
     encoder.__dict__["chat"] = chat_of(name)  # a tokenizer loaded once for all of these tests
@@ -472,7 +472,7 @@ def test_generated_prompts_in_every_container(name: str, tmp_path: Path) -> None
         rows = [row for source in find_sources([path]) for row in read_rows(source)]
         for i, row in zip(own, rows, strict=True):
             record, messages = drawn[i]
-            assert isinstance(row, Row)
+            assert isinstance(row, Record)
             prompt, _ = read_prompt(row.value, chat)
             wanted = chat.tokenizer.apply_chat_template(
                 messages,

@@ -13,7 +13,7 @@ from data_helpers import questions, recipe, tokenizer_folder, write_jsonl
 
 from moetrain.data import tokenizer
 from moetrain.data.loader import RunData
-from moetrain.data.tokenizer_check import check_beside_model
+from moetrain.data.tokenizer_check import check_for_export
 from moetrain.errors import DataError
 from moetrain.rollout.embedded import Embedded
 from moetrain.rollout.fleet import Fleet
@@ -84,11 +84,11 @@ def test_tokenizers_that_are_read_as_written(tmp_path: Path) -> None:
 def test_an_export_is_looked_at_before_the_run(tmp_path: Path) -> None:
     """The tokenizer lies elsewhere until the export puts it beside the model."""
     folder = written(tmp_path / "a", {"tokenizer_class": "LlamaTokenizerFast"}, "mixtral")
-    assert check_beside_model(folder, "mixtral") is None
+    assert check_for_export(folder, "mixtral") is None
     with pytest.raises(DataError, match='"tokenizer_class": "PreTrainedTokenizerFast"'):
-        check_beside_model(folder, "qwen3_moe")
+        check_for_export(folder, "qwen3_moe")
     plain = written(tmp_path / "b", {"tokenizer_class": "PreTrainedTokenizerFast"})
-    assert check_beside_model(plain, "qwen3_moe") is None
+    assert check_for_export(plain, "qwen3_moe") is None
     data = {"train": str(write_jsonl(tmp_path / "a.jsonl", questions()))}
     hf = {"architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 512}
     for kind, lines in (("qwen3_moe", 1), ("qwen2", 2)):

@@ -18,10 +18,10 @@ from weights_helpers import reader_of, short_files
 from moetrain.errors import WeightsError
 from moetrain.models import Model, read_model
 from moetrain.testing.tiny import CONFIGS, save_model
-from moetrain.weights.beside import Beside
 from moetrain.weights.compare import compare
 from moetrain.weights.folder import INDEX, weight_files
 from moetrain.weights.reader import RandomReader, SafetensorsReader
+from moetrain.weights.side_files import SideFiles
 from moetrain.weights.transport import LocalParam, export, load
 from moetrain.weights.writer import write_hf
 
@@ -53,7 +53,7 @@ def load_into(local: list[LocalParam], hf: dict[str, Any], folder: Path | None) 
 
 def write(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
     given: dict[str, Any] = {
-        "beside": Beside(),
+        "side_files": SideFiles(),
         "config": {},
         "dtypes": {},
         "default": torch.float32,
@@ -461,7 +461,7 @@ def test_transformers_loads_what_is_written(tiny: Tiny, tmp_path: Path, shard_by
     model = load_into(local, hf, source)
     out = tmp_path / "deep" / "out"
     tensors = dict(export(local, model.table, to="owner"))
-    write(out, tensors, beside=Beside.of(source), config=hf, shard_bytes=shard_bytes)
+    write(out, tensors, side_files=SideFiles.of(source), config=hf, shard_bytes=shard_bytes)
 
     files = sorted(path.name for path in out.glob("*.safetensors"))
     if shard_bytes == 10**9:
@@ -505,7 +505,7 @@ def test_a_yielded_tensor_may_be_reused(tmp_path: Path) -> None:
     write_hf(
         ((str(i), buffer.fill_(i)) for i in range(3)),
         tmp_path / "out",
-        beside=Beside(),
+        side_files=SideFiles(),
         config={},
         dtypes={},
         default=torch.float32,
@@ -541,7 +541,12 @@ def test_weights_that_stop_short_leave_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(WeightsError, match="not to be had"):
         write_hf(
-            stops(), tmp_path / "out", beside=Beside(), config={}, dtypes={}, default=torch.float32
+            stops(),
+            tmp_path / "out",
+            side_files=SideFiles(),
+            config={},
+            dtypes={},
+            default=torch.float32,
         )
     assert not list(tmp_path.iterdir())
 
@@ -558,10 +563,10 @@ def test_a_full_disk(tmp_path: Path) -> None:
 import torch
 from pathlib import Path
 from moetrain.errors import WeightsError
-from moetrain.weights.beside import Beside
+from moetrain.weights.side_files import SideFiles
 from moetrain.weights.writer import write_hf
 def write(n):
-    write_hf([("a", torch.ones(n))], Path("{tmp_path}/out"), beside=Beside(), config={{}},
+    write_hf([("a", torch.ones(n))], Path("{tmp_path}/out"), side_files=SideFiles(), config={{}},
              dtypes={{}}, default=torch.float32)
 write(100)
 try:

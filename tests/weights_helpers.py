@@ -16,10 +16,10 @@ from moetrain.errors import WeightsError
 from moetrain.models import Model, Rule, read_model
 from moetrain.models.adapter import AdapterSpec, adapter_table
 from moetrain.weights.adapter_init import InitialAdapter
-from moetrain.weights.beside import Beside
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import write_peft
 from moetrain.weights.reader import RandomReader, Reader, SafetensorsReader
+from moetrain.weights.side_files import SideFiles
 from moetrain.weights.transport import LocalParam, export, load
 from moetrain.weights.writer import write_hf
 
@@ -173,7 +173,7 @@ def rewrite(
             export(local, table, ALL, to="owner"),
             out,
             ALL,
-            beside=Beside.of(folder),
+            side_files=SideFiles.of(folder),
             config=hf,
             dtypes={name: reader.dtype(name) for name in reader.names()},
             default=torch.float32,

@@ -10,10 +10,10 @@ from statistics import mean
 from typing import Any
 
 from moetrain import files as publishing
-from moetrain.answers.file import Row, check_manifest, manifest_of
+from moetrain.answers.file import AnswerRow, check_manifest, manifest_of
 from moetrain.data.cache import cache_root, digest_files
 from moetrain.data.formats import TEMPLATED
-from moetrain.data.pairing import Asked, Choice, Chosen, gather, pairs, right_answers
+from moetrain.data.pairing import AnsweredPrompt, Choice, Chosen, gather, pairs, right_answers
 from moetrain.data.samples import put_lines, read_lines
 from moetrain.errors import DataError
 from moetrain.observe.progress import CountDisplay
@@ -99,7 +99,7 @@ def _files(source: Path) -> list[Path]:
     return [source]
 
 
-def _rows(files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, Row]]:
+def _rows(files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, AnswerRow]]:
     display = CountDisplay("prompts", sum(_num_lines(path) for own in files for path in own))
     for source, own in enumerate(files):
         for path in own:
@@ -120,7 +120,7 @@ def _rows(files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, Row]]:
     display.close()
 
 
-def _wrong(row: Row) -> str:
+def _wrong(row: AnswerRow) -> str:
     """What of a line is not as `moetrain sample` writes it; empty where nothing is."""
     try:
         messages, answers = row["prompt"]["columns"]["prompt"], row["answers"]
@@ -164,7 +164,7 @@ def _parted(
     )
 
 
-def _summary(out: Path, asked: Sequence[Asked], chosen: Chosen, sft: bool) -> str:
+def _summary(out: Path, asked: Sequence[AnsweredPrompt], chosen: Chosen, sft: bool) -> str:
     """All of it in a line."""
     records = chosen.records
     unit = "right answers" if sft else "pairs"

@@ -27,7 +27,7 @@ from moetrain.rollout.base import RolloutEngine, Sampling
 from moetrain.run.folder import environment
 
 WINDOW = 512  # answers that are drawn together, while those before them are graded
-Row = dict[str, Any]
+AnswerRow = dict[str, Any]
 Identity = Mapping[str, tuple[Any, str]]
 """What answers are of, by what a user calls it: (what must be equal, how it is told)."""
 
@@ -108,7 +108,7 @@ class AnswerFile:
         write_lines(path, (sample.to_json() for sample in samples))
         return path.open("a", encoding="utf-8")
 
-    def write(self, rows: Iterable[Row]) -> None:
+    def write(self, rows: Iterable[AnswerRow]) -> None:
         """Add whole prompts."""
         assert self._file is not None
         self._file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -120,7 +120,7 @@ class AnswerFile:
             path.unlink()
         self._note({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "counts": dict(counts)})
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[AnswerRow]:
         """What is whole."""
         return read_lines(self.path)
 
@@ -163,7 +163,7 @@ class AnswerFile:
         if self.waiting or cut:
             write_lines(self.path, (row for row in read_lines(self.path) if self._is_whole(row)))
 
-    def _taken(self, row: Row) -> tuple[str, list[Sample] | None]:
+    def _taken(self, row: AnswerRow) -> tuple[str, list[Sample] | None]:
         """(a prompt's id, its answers where some are still missing)."""
         samples = [Sample.from_json(answer) for answer in row["answers"]]
         name = row["prompt"]["id"]
@@ -176,7 +176,7 @@ class AnswerFile:
             if sample.prompt_id not in self.finished:
                 self.waiting[sample.prompt_id, sample.index] = sample
 
-    def _is_whole(self, row: Row) -> bool:
+    def _is_whole(self, row: AnswerRow) -> bool:
         """Enough answers, all of them graded as far as they can be."""
         answers = row["answers"]
         return len(answers) >= self.num and not any(a.get("fault") for a in answers)

@@ -19,7 +19,7 @@ from moetrain.data.samples import write_lines
 from moetrain.data.thoughts import opened_by
 from moetrain.errors import ConfigError, DataError
 from moetrain.observe.progress import CountDisplay
-from moetrain.rewards import Graded, Grader, Item
+from moetrain.rewards import Completion, Grader, Verdict
 
 WINDOW = 256  # completions, and more where a prompt has more, between two looks at the progress
 BINS = 10
@@ -39,11 +39,11 @@ def grade(path: Path, rewards: str, out: Path | None, workers: int, seconds: flo
     if out is not None and out.exists() and out.samefile(path):
         raise DataError(f"--out {out} is the file that is graded. Give another one.")
     grader = Grader(configs, max(1, min(workers, len(items))), seconds)
-    found: list[Graded] = []
+    found: list[Verdict] = []
     display = CountDisplay("graded", len(items))
     try:
         for window in _windows(items):
-            found += grader.grade_items(window)
+            found += grader.grade_completions(window)
             for _ in window:
                 display.advance()
     except KeyboardInterrupt:
@@ -75,13 +75,13 @@ def parse_rewards(text: str) -> list[RewardConfig]:
         raise ConfigError(f"--rewards: {explain(error, RewardList)}") from None
 
 
-def read_items(path: Path) -> list[Item]:
+def read_items(path: Path) -> list[Completion]:
     """The completions of a file, in order. Raises DataError for the first line that has none."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. Give a JSONL file.") from None
-    items: list[Item] = []
+    items: list[Completion] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -94,7 +94,7 @@ def read_items(path: Path) -> list[Item]:
     return items
 
 
-def _item(number: int, record: Any) -> Item:
+def _item(number: int, record: Any) -> Completion:
     """Raises ValueError with what is wrong."""
     if not isinstance(record, dict):
         raise ValueError(f"a record is an object, not {type(record).__name__}")
@@ -108,7 +108,7 @@ def _item(number: int, record: Any) -> Item:
     elif not isinstance(prompt, str) and not _are_messages(prompt):
         raise ValueError("`prompt` is neither a text nor messages with role and content")
     is_text = isinstance(prompt, str)
-    return Item(
+    return Completion(
         number,
         _completion(record["completion"]),
         columns,
@@ -132,9 +132,9 @@ def _are_messages(value: Any) -> bool:
     )
 
 
-def _windows(items: Sequence[Item]) -> Iterator[list[Item]]:
+def _windows(items: Sequence[Completion]) -> Iterator[list[Completion]]:
     """Completions that are graded together; answers to one prompt stay so."""
-    window: list[Item] = []
+    window: list[Completion] = []
     for _, own in groupby(items, lambda item: item.columns.get("prompt")):
         window += own
         if len(window) >= WINDOW:
@@ -150,8 +150,8 @@ def _windows(items: Sequence[Item]) -> Iterator[list[Item]]:
 def _show(
     path: Path,
     configs: Sequence[RewardConfig],
-    items: Sequence[Item],
-    found: Sequence[Graded],
+    items: Sequence[Completion],
+    found: Sequence[Verdict],
     grader: Grader,
 ) -> None:
     console = Console(highlight=False, soft_wrap=True)

@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from moetrain import files
-from moetrain.answers.file import AnswerFile, Answering, Identity, Row, prompts_key
+from moetrain.answers.file import AnswerFile, Answering, AnswerRow, Identity, prompts_key
 from moetrain.config.answering import SAMPLE, keys_given
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets
 from moetrain.data.cache import cache_root
-from moetrain.data.prompts import read_prompts, told_repeats
+from moetrain.data.prompts import describe_repeats, read_prompts
 from moetrain.data.rejects import check_rejects, noted, write_rejects
 from moetrain.data.run_tokenizer import chat_of, tokenizer_of
 from moetrain.data.samples import Prompt
@@ -26,9 +26,9 @@ from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
 from moetrain.engine.model import DTYPES
 from moetrain.engine.on_disk import (
-    asked_as_trained,
     model_digest,
     model_in,
+    prompt_settings_of,
     recipe_for,
     sections_of,
 )
@@ -78,7 +78,7 @@ def answering_recipe(
     longest = find_source(recipe_for(path, out.parent).model).hf.get("max_position_embeddings")
     data = {"seq_len": longest} if longest else {}
     adapters = [o.partition("=")[2] for o in overrides if o.startswith("adapter.path=")]
-    trained = asked_as_trained([model, *adapters][-1])
+    trained = prompt_settings_of([model, *adapters][-1])
     if trained:
         print(f"asked as it was trained: {', '.join(f'data.{key}' for key in trained)} of its run")
     sections = adapter | sections | {"data": data | trained | sections["data"]}
@@ -100,7 +100,7 @@ def _prompts(recipe: Recipe, out: Path) -> list[Prompt]:
     inputs = [assets.resolve(path, root) for path in recipe.data.train]
     chat = chat_of(recipe)
     found, rejects, notes = read_prompts(inputs, chat, prompt_room(recipe))
-    if told := told_repeats(found):
+    if told := describe_repeats(found):
         print(f"{len(found)} prompts{told}")
     check_rejects(rejects, len(found) + len(rejects), recipe.data.max_rejected)
     for line in noted(chat.notes(), notes):
@@ -132,7 +132,7 @@ def answer_all(
     identity = _identity(recipe, source, prompts, sampling)
     try:
         with ExitStack() as stack:
-            stack.enter_context(told_to_stop())
+            stack.enter_context(stopping_on_signals())
             stack.enter_context(files.named(out))
             file = stack.enter_context(AnswerFile(out, identity, num, notes))
             if any(prompt.id not in file.finished for prompt in prompts):
@@ -192,7 +192,7 @@ def weights_of(recipe: Recipe, source: ModelSource) -> Iterator[tuple[str, Tenso
             yield name, reader.read(name, whole).to(dtype)
 
 
-def counted(rows: Iterable[Row]) -> Counter[str]:
+def counted(rows: Iterable[AnswerRow]) -> Counter[str]:
     """What came of answers."""
     counts: Counter[str] = Counter()
     for row in rows:
@@ -222,7 +222,7 @@ def outcome(counts: Mapping[str, int]) -> str:
 
 
 @contextmanager
-def told_to_stop() -> Iterator[None]:
+def stopping_on_signals() -> Iterator[None]:
     """SIGTERM and SIGUSR1 interrupt as Ctrl-C does."""
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moetrain.cluster.watchdog import HUNG
 from moetrain.errors import DivergedError, MoetrainError
-from moetrain.run.starts import Row, add_row, read_starts, saved_step, streak
+from moetrain.run.starts import StartRow, add_row, read_starts, saved_step, streak
 
 SAVED = 128 + signal.SIGTERM  # the exit code of a run that was told to stop, saved and left
 LONGEST_PAUSE = 3600  # seconds
@@ -23,7 +23,7 @@ FOR_GOOD = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """Whether the job goes on, after so many seconds, and why."""
 
     again: bool
@@ -46,15 +46,17 @@ def cause(codes: Sequence[int]) -> int:
     return min(codes, key=rate)
 
 
-def judge(code: int, told: str, rows: list[Row], step: int, retries: int, pause: int) -> Verdict:
-    """The verdict on exit code `code` after Slurm's signal `told` (USR1, TERM or nothing).
+def judge(
+    code: int, told: str, rows: list[StartRow], step: int, retries: int, pause: int
+) -> Decision:
+    """The decision on exit code `code` after Slurm's signal `told` (USR1, TERM or nothing).
 
     rows: of starts.jsonl; `step`: of the newest checkpoint. A new checkpoint clears the account of
     what broke off, so that a long run may lose a node a week and a broken one does not go on for
     ever.
     """
     if code in FOR_GOOD:
-        return Verdict(False, FOR_GOOD[code])
+        return Decision(False, FOR_GOOD[code])
     started = next((row["step"] for row in reversed(rows) if "start" in row), 0)
     what = f"exit code {code}"
     if code == HUNG:
@@ -62,29 +64,31 @@ def judge(code: int, told: str, rows: list[Row], step: int, retries: int, pause:
     elif code == SAVED:
         what = SAID[told]
         if step > started:
-            return Verdict(True, f"{what}, saved at step {step}")
+            return Decision(True, f"{what}, saved at step {step}")
     broken = streak(rows, step)
     place = f"checkpoint {step}" if step else "the beginning"
     if broken >= retries:
-        return Verdict(
+        return Decision(
             False,
             f"{what}; it broke off {broken + 1} times since {place} (MOETRAIN_RETRIES={retries})."
             " Mend the cause, then submit it again",
             crash=True,
         )
     seconds = min(pause * 2**broken, LONGEST_PAUSE)
-    return Verdict(True, f"{what}, time {broken + 1} since {place}", seconds, crash=True)
+    return Decision(True, f"{what}, time {broken + 1} since {place}", seconds, crash=True)
 
 
-def after(run_dir: Path, code: int, told: str, retries: int, pause: int) -> Verdict:
+def after(run_dir: Path, code: int, told: str, retries: int, pause: int) -> Decision:
     """Judge, and record the end in the run's starts.jsonl."""
     step = saved_step(run_dir)
-    verdict = judge(code, told, read_starts(run_dir), step, retries, pause)
-    if verdict.crash or run_dir.is_dir():  # a mistake found at once leaves no folder
-        row = {"end": code, "step": step, "crash": verdict.crash, "verdict": str(verdict)}
+    decision = judge(code, told, read_starts(run_dir), step, retries, pause)
+    if decision.crash or run_dir.is_dir():  # a mistake found at once leaves no folder
+        row = {"end": code, "step": step, "crash": decision.crash, "decision": str(decision)}
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             add_row(run_dir, row)
         except OSError as error:
-            return Verdict(False, f"{run_dir} cannot be written ({error.strerror}): {verdict.why}")
-    return verdict
+            return Decision(
+                False, f"{run_dir} cannot be written ({error.strerror}): {decision.why}"
+            )
+    return decision

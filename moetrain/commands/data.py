@@ -88,7 +88,7 @@ def _index(args: Arguments) -> int:
         max_rejected=args.max_rejected,
         special_tokens=args.special_tokens,
     )
-    print(stats.told(args.out))
+    print(stats.summary(args.out))
     return 0
 
 

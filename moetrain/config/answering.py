@@ -18,7 +18,7 @@ _CHAT = (
 
 
 @dataclass(frozen=True)
-class Answers:
+class CommandKeys:
     """What a command reads, and for keys that it does not what says the same."""
 
     command: str
@@ -35,7 +35,7 @@ class Answers:
             raise ConfigError(f"{self.command} does not read {key}: {why}. Leave it out.")
 
 
-SAMPLE = Answers(
+SAMPLE = CommandKeys(
     "moetrain sample",
     frozenset(
         [
@@ -57,7 +57,7 @@ SAMPLE = Answers(
         "data.eval_share": "every prompt of PROMPTS is answered",
     },
 )
-EVAL = Answers(
+EVAL = CommandKeys(
     "moetrain eval",
     frozenset([*_MODEL, *(f"data.{key}" for key in _CHAT if key != "max_rejected")]),
     {
@@ -67,8 +67,8 @@ EVAL = Answers(
         "data.max_rejected": "a question that cannot be asked ends it",
     },
 )
-SCORE = Answers("moetrain score", frozenset(_MODEL), otherwise="rows are scored as they stand")
-BENCH = Answers(
+SCORE = CommandKeys("moetrain score", frozenset(_MODEL), otherwise="rows are scored as they stand")
+BENCH = CommandKeys(
     "A benchmark",
     frozenset(["rollout.eval_temperature", *(f"rollout.{key}" for key in ENGINE)]),
     {

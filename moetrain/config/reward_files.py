@@ -10,7 +10,7 @@ from pathlib import Path
 from moetrain.config.rewards import RewardConfig
 from moetrain.errors import ConfigError, nearest
 
-# What every function is given that asks for it (`rewards/own.py`).
+# What every function is given that asks for it (`rewards/user_functions.py`).
 GIVEN = frozenset(
     "prompts prompt completions completion_ids trainer_state log_extra log_metric".split()
 )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrain.data import tokenizer as tokenizers
-from moetrain.data.contract import TrainedTurn, stands_in
+from moetrain.data.contract import TrainedTurn, appears_in
 from moetrain.data.controls import Controls, How, cut
 from moetrain.data.formats import Conversation
 from moetrain.data.messages import FormatError, Message, shown, split_thought
@@ -268,7 +268,7 @@ class Chat:
         if names and not (self.template.reads.tools and all(name in text for name in names)):
             found.append("the chat template does not render the tools on offer")
         results = [m["content"] for m in messages if m["role"] == "tool"]
-        if not all(stands_in((said or "").strip(), text) for said in results):
+        if not all(appears_in((said or "").strip(), text) for said in results):
             found.append("the chat template does not render the tools' results")
         return tuple(found)
 

@@ -177,7 +177,7 @@ class TrainedTurn:
         for call in self.message.get("tool_calls") or ():
             values = [call["function"]["name"], *leaves(arguments_of(call))]
             for value in values:
-                if not stands_in(value, said):
+                if not appears_in(value, said):
                     if not self.template.reads.calls:
                         self.notes.append(
                             "the chat template drops the tool calls of a trained turn"
@@ -208,7 +208,7 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def stands_in(value: Any, text: str) -> bool:
+def appears_in(value: Any, text: str) -> bool:
     """Whether a value of a call or its result stands in a text, however it is escaped there."""
     if isinstance(value, str):
         ways = [value, json.dumps(value, ensure_ascii=False), json.dumps(value)]

@@ -44,7 +44,7 @@ class IndexStats:
     num_special: int = 0  # documents with control tokens in their text, kept or spelled
     special_tokens: How = "reject"
 
-    def told(self, prefix: Path) -> str:
+    def summary(self, prefix: Path) -> str:
         """In words."""
         line = f"{prefix}: {self.num_documents} documents, {self.num_tokens} tokens"
         if self.num_empty:

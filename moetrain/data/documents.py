@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moetrain.data.controls import How, Spelling
 from moetrain.data.messages import FormatError
 from moetrain.data.rejects import NOTHING_THERE, Reject, check_rejects
-from moetrain.data.sources import Row, find_sources, read_rows
+from moetrain.data.sources import Record, find_sources, read_rows
 from moetrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Documents:
         self.num_special += 1
         return [text] if self._how == "keep" else self._spelling.pieces(text)
 
-    def _is_empty(self, row: Row) -> bool:
+    def _is_empty(self, row: Record) -> bool:
         if self.text_key not in row.value:
             return self.text_key in row.nulls
         text = row.value[self.text_key]

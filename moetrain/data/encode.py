@@ -15,7 +15,7 @@ from moetrain.data.formats import Conversation
 from moetrain.data.messages import FormatError, MissingError
 from moetrain.data.rejects import Reject
 from moetrain.data.selection import Selection
-from moetrain.data.sources import Row
+from moetrain.data.sources import Record
 
 Extras = Mapping[str, tuple[float, ...]]  # name -> a value per sequence of a group
 Texts = tuple[tuple[Marked, ...], ...]  # of each conversation, the texts that it is rendered to
@@ -77,7 +77,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Kind:
+class SetKind:
     """What one kind of set does in its own way. Functions of modules: worker processes get them by
     their names.
     """
@@ -95,20 +95,20 @@ class Kind:
 class Encoder:
     """Records to tokens; picklable, so that each worker process loads its own tokenizer."""
 
-    def __init__(self, kind: Kind, spec: Spec, keep_texts: bool = False) -> None:
+    def __init__(self, kind: SetKind, spec: Spec, keep_texts: bool = False) -> None:
         self.kind, self.spec, self.keep_texts = kind, spec, keep_texts
 
-    def __getstate__(self) -> tuple[Kind, Spec, bool]:
+    def __getstate__(self) -> tuple[SetKind, Spec, bool]:
         return self.kind, self.spec, self.keep_texts
 
-    def __setstate__(self, state: tuple[Kind, Spec, bool]) -> None:
+    def __setstate__(self, state: tuple[SetKind, Spec, bool]) -> None:
         self.kind, self.spec, self.keep_texts = state
 
     @cached_property
     def chat(self) -> Chat:
         return self.spec.chat.open(self.spec.tokenizer)
 
-    def __call__(self, rows: Sequence[Row | Reject]) -> list[Result]:
+    def __call__(self, rows: Sequence[Record | Reject]) -> list[Result]:
         """Encode a chunk of rows, in order."""
         read = [self._read(row) for row in rows]
         texts = [text for one in read if isinstance(one, _Read) for text in one.texts]
@@ -128,7 +128,7 @@ class Encoder:
                 results.append(Result(row.file, row.line, groups, notes=one.notes, texts=kept))
         return results
 
-    def _read(self, row: Row | Reject) -> "_Read | Result":
+    def _read(self, row: Record | Reject) -> "_Read | Result":
         """A row rendered, or refused."""
         if isinstance(row, Reject):
             return Result(row.file, row.line, reason=row.reason)
@@ -158,6 +158,6 @@ class _Read:
         return tuple(dict.fromkeys((*self.draft.notes, *own)))
 
 
-def _refused(row: Row | Reject, error: FormatError) -> Result:
+def _refused(row: Record | Reject, error: FormatError) -> Result:
     lacks = error.keys if isinstance(error, MissingError) else None
     return Result(row.file, row.line, reason=str(error), lacks=lacks)

@@ -1,4 +1,4 @@
-"""Graded answers as packs: each prompt once, its answers after it.
+"""GradedAnswer answers as packs: each prompt once, its answers after it.
 
 Legend: t tokens of a pack, n sequences of it. An answer's sequence is the prompt's last token and
 all of the answer but its last, so that its labels are the answer.
@@ -18,7 +18,7 @@ from moetrain.ops.packed import ANSWER, Packed, blank, concat, pack_one
 
 
 @dataclass(frozen=True)
-class Graded:
+class GradedAnswer:
     """An answer, its reward and the parts that the reward is made of (None: not applicable)."""
 
     sample: Sample
@@ -32,7 +32,7 @@ class Group:
     """A prompt and its graded answers."""
 
     prompt: Prompt
-    answers: tuple[Graded, ...]
+    answers: tuple[GradedAnswer, ...]
 
 
 def pack_groups(

@@ -12,7 +12,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.data import assets, preference, sft
 from moetrain.data.cache import cache_root
 from moetrain.data.chat import ChatOptions
-from moetrain.data.encode import Kind, Spec
+from moetrain.data.encode import SetKind, Spec
 from moetrain.data.rejects import check_rejects, noted, write_rejects
 from moetrain.data.run_tokenizer import chat_of, model_vocab, tokenizer_notes, tokenizer_of
 from moetrain.data.selection import Selection
@@ -37,7 +37,7 @@ FEEDS: dict[str, str] = {
     "reward": "pairs",
     "kto": "labels",
 }
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, SetKind] = {
     "chat": sft.CHAT,
     "pairs": preference.PAIRS,
     "labels": preference.LABELS,

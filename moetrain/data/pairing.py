@@ -21,7 +21,7 @@ BINS = (0.25, 0.5, 0.75, 1.0)  # of difficulty: upper ends of the share of right
 
 
 @dataclass(frozen=True)
-class Answer:
+class Candidate:
     """One answer; `confidence` is its mean log-prob a token, `length` its tokens."""
 
     text: str
@@ -31,13 +31,13 @@ class Answer:
 
 
 @dataclass
-class Asked:
+class AnsweredPrompt:
     """A prompt and its different answers that could be learned from."""
 
     id: str
     source: int
     messages: list[dict[str, Any]]
-    answers: list[Answer]
+    answers: list[Candidate]
     given: dict[str, Any] = field(default_factory=dict[str, Any])  # what else its template reads
     num_graded: int = 0  # also of answers that are cut, empty, or the same as another
     num_right: int = 0
@@ -73,9 +73,9 @@ class Choice:
 class Slot:
     """A place for one record: a prompt, and of a pair the rejected answer."""
 
-    asked: Asked
+    asked: AnsweredPrompt
     rank: int  # how many of its prompt come before it
-    answer: Answer
+    answer: Candidate
 
 
 @dataclass
@@ -88,11 +88,11 @@ class Chosen:
     per_source: list[int]
 
 
-def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[Asked]:
+def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[AnsweredPrompt]:
     """(source, prompt with its answers as JSON) -> prompts, each once: one that returns in its
     source brings more answers, one that another source has asked is left to that.
     """
-    found: dict[str, Asked] = {}
+    found: dict[str, AnsweredPrompt] = {}
     texts: dict[str, set[str]] = {}
     for source, row in rows:
         columns = row["prompt"]["columns"]
@@ -104,7 +104,7 @@ def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[A
         opened = row["prompt"].get("opened", "")
         key = plain(" ".join(str(message.get("content")) for message in messages))
         key += json.dumps(given, sort_keys=True) if given else ""
-        new = Asked(row["prompt"]["id"], source, messages, [], given, templated=templated)
+        new = AnsweredPrompt(row["prompt"]["id"], source, messages, [], given, templated=templated)
         asked = found.setdefault(key, new)
         if asked.source != source:
             continue
@@ -125,7 +125,7 @@ def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[A
             if usable and plain(text) not in seen:
                 seen.add(plain(text))
                 num = len(content["tokens"])
-                asked.answers.append(Answer(text, reward, confidence(content), num))
+                asked.answers.append(Candidate(text, reward, confidence(content), num))
     return list(found.values())
 
 
@@ -139,7 +139,7 @@ def plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().casefold()
 
 
-def pairs(asked: Sequence[Asked], choice: Choice) -> Chosen:
+def pairs(asked: Sequence[AnsweredPrompt], choice: Choice) -> Chosen:
     """TRL's `prompt`, `chosen`, `rejected`, with what they were chosen by beside them."""
     reasons: Counter[str] = Counter()
     slots: list[Slot] = []
@@ -160,15 +160,15 @@ def pairs(asked: Sequence[Asked], choice: Choice) -> Chosen:
     return Chosen(records, reasons, left_out, per_source)
 
 
-def _mismatch(rejected: Answer, tilt: int) -> Callable[[Answer], tuple[int, float]]:
-    def cost(answer: Answer) -> tuple[int, float]:
+def _mismatch(rejected: Candidate, tilt: int) -> Callable[[Candidate], tuple[int, float]]:
+    def cost(answer: Candidate) -> tuple[int, float]:
         more = answer.length - rejected.length
         return abs(more) + abs(tilt + more), -answer.confidence
 
     return cost
 
 
-def right_answers(asked: Sequence[Asked], choice: Choice) -> Chosen:
+def right_answers(asked: Sequence[AnsweredPrompt], choice: Choice) -> Chosen:
     """`messages` with a right answer, of middling length among the right ones: instruction data by
     rejection sampling.
     """
@@ -194,11 +194,11 @@ def right_answers(asked: Sequence[Asked], choice: Choice) -> Chosen:
     return Chosen(records, reasons, left_out, per_source)
 
 
-def _right(asked: Asked, choice: Choice) -> list[Answer]:
+def _right(asked: AnsweredPrompt, choice: Choice) -> list[Candidate]:
     return [answer for answer in asked.answers if answer.reward >= choice.right]
 
 
-def _lack(asked: Asked, choice: Choice) -> str:
+def _lack(asked: AnsweredPrompt, choice: Choice) -> str:
     """Why a prompt gives nothing."""
     if asked.templated:
         return 'with "templated": true, sample prompts that are messages'
@@ -255,15 +255,15 @@ def _evened(slots: list[Slot], balance: float) -> list[Slot]:
     return kept
 
 
-def _turn(answer: Answer) -> dict[str, str]:
+def _turn(answer: Candidate) -> dict[str, str]:
     return {"role": "assistant", "content": answer.text}
 
 
-def _summary(asked: Asked) -> dict[str, Any]:
+def _summary(asked: AnsweredPrompt) -> dict[str, Any]:
     return {"id": asked.id, "source": asked.source, "share_right": round(asked.share_right, 4)}
 
 
-def _pair(slot: Slot, chosen: Answer) -> dict[str, Any]:
+def _pair(slot: Slot, chosen: Candidate) -> dict[str, Any]:
     figures = {
         f"{name}_{key}": value
         for name, answer in (("chosen", chosen), ("rejected", slot.answer))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moetrain.data.chat import Encoded
-from moetrain.data.encode import Draft, Extras, Group, Kind, Result, Spec
+from moetrain.data.encode import Draft, Extras, Group, Result, SetKind, Spec
 from moetrain.data.formats import columns, unread
 from moetrain.data.messages import FormatError
 from moetrain.data.pair_formats import (
@@ -193,7 +193,7 @@ def _join_mismatched(results: Iterable[Result], spec: Spec) -> Iterator[Result]:
     yield from (_mismatched(one, donor, spec) for one in waiting)
 
 
-PAIRS = Kind(
+PAIRS = SetKind(
     name="pairs",
     unit="pairs",
     read=_read_pair,
@@ -203,7 +203,7 @@ PAIRS = Kind(
     + "; ".join(f"{form.name} ({', '.join(form.keys)})" for form in PAIR_FORMATS)
     + ".",
 )
-LABELS = Kind(
+LABELS = SetKind(
     name="labels",
     unit="answers",
     read=_read_labelled,

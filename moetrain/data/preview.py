@@ -17,14 +17,14 @@ from typing import Any
 
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets, index_files, packing
-from moetrain.data.encode import Encoder, Kind, Result, Spec
+from moetrain.data.encode import Encoder, Result, SetKind, Spec
 from moetrain.data.loader import CORPUS, FEEDS, KINDS, limit
 from moetrain.data.messages import FormatError
 from moetrain.data.prompts import read_prompt
 from moetrain.data.rejects import Reject, noted
 from moetrain.data.samples import Prompt
 from moetrain.data.show import View
-from moetrain.data.sources import Row, Source, find_sources, read_rows
+from moetrain.data.sources import Record, Source, find_sources, read_rows
 
 RECORDS = 256
 SECONDS = 10.0
@@ -102,7 +102,7 @@ def preview(recipe: Recipe, key: str, records: int = RECORDS) -> Preview | None:
     view = View(recipe, demonstrations=key == "demonstrations")
     found.template = view.chat.notes()
     deadline = time.monotonic() + SECONDS
-    rows: list[Row | Reject] = []
+    rows: list[Record | Reject] = []
     for number, path in enumerate(given):
         sources = [] if assets.is_builtin(path) else find_sources([path], held_out=key == "eval")
         nums = [count(source) for source in sources]
@@ -125,7 +125,7 @@ def preview(recipe: Recipe, key: str, records: int = RECORDS) -> Preview | None:
     return found
 
 
-def _take_in(found: Preview, kind: Kind, results: list[Result], spec: Spec) -> None:
+def _take_in(found: Preview, kind: SetKind, results: list[Result], spec: Spec) -> None:
     """Add what became of records to `found`."""
     joined = results if kind.join is None else kind.join(results, spec)
     for result in joined:
@@ -137,7 +137,7 @@ def _take_in(found: Preview, kind: Kind, results: list[Result], spec: Spec) -> N
         found.sizes += [group.num_tokens for group in result.groups]
 
 
-def _prompt(view: View, row: Row | Reject, found: Preview) -> None:
+def _prompt(view: View, row: Record | Reject, found: Preview) -> None:
     recipe = view.recipe
     found.num_seen += 1
     if isinstance(row, Reject):
@@ -165,7 +165,7 @@ def _taken(recipe: Recipe, key: str, number: int, num: int) -> int:
     return (wanted or num) - held
 
 
-def _sample(source: Source, num: int, wanted: int) -> Iterator[Row | Reject]:
+def _sample(source: Source, num: int, wanted: int) -> Iterator[Record | Reject]:
     size = sum(file.stat().st_size for file in source.files)
     if size > WHOLE:
         return islice(read_rows(source), wanted)

@@ -93,7 +93,7 @@ def read_prompts(
     return found
 
 
-def told_repeats(prompts: Iterable[Prompt]) -> str:
+def describe_repeats(prompts: Iterable[Prompt]) -> str:
     """How many of the prompts are records that others are too, in words."""
     num = sum(AGAIN in prompt.id for prompt in prompts)
     return f", {num} of them records that stand there before" if num else ""
@@ -231,7 +231,7 @@ def prepare_prompts(recipe: Recipe) -> PromptSet:
     shown, unusable = prepare_demonstrations(recipe)
     rejects = train.rejects + held_out.rejects + unusable
     write_rejects(recipe.run_dir / "rejected.jsonl", rejects)
-    line = f"train: {len(train.prompts)} prompts{told_repeats(train.prompts)}"
+    line = f"train: {len(train.prompts)} prompts{describe_repeats(train.prompts)}"
     if train.rejects:
         line += f"; {len(train.rejects)} rejected, see {recipe.run_dir / 'rejected.jsonl'}"
     notes = noted(chat.notes(), train.notes + held_out.notes)

@@ -8,7 +8,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.data import assets
 from moetrain.data.cache import cache_root
 from moetrain.data.chat import Chat, ChatOptions
-from moetrain.data.tokenizer_check import check_beside_model
+from moetrain.data.tokenizer_check import check_for_export
 from moetrain.data.tokenizer_files import FILES, check_folder
 from moetrain.errors import DataError
 from moetrain.models.lookup import find_model, has_config
@@ -48,7 +48,7 @@ def model_vocab(recipe: Recipe) -> int | None:
 def tokenizer_notes(recipe: Recipe) -> list[str]:
     """What to report about the run's tokenizer next to the model that it exports. DataError."""
     kind = _model_hf(recipe).get("model_type")
-    problem = check_beside_model(tokenizer_of(recipe), kind if isinstance(kind, str) else None)
+    problem = check_for_export(tokenizer_of(recipe), kind if isinstance(kind, str) else None)
     return [f"note: {problem}"] if problem else []
 
 

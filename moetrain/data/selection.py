@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moetrain.config.recipe import Recipe
 from moetrain.data.rejects import Reject
-from moetrain.data.sources import Row, find_sources, read_rows
+from moetrain.data.sources import Record, find_sources, read_rows
 from moetrain.errors import DataError
 
 
@@ -77,7 +77,7 @@ class Selection:
 
 def rows_of(
     inputs: Sequence[str], selection: Selection | None = None, *, held_out: bool = False
-) -> Iterator[Row | Reject]:
+) -> Iterator[Record | Reject]:
     """The records of all inputs in their order, or those of them that are selected: each once
     before any comes a second time. `held_out`: of folders with splits the held-out one is read.
     """
@@ -93,6 +93,6 @@ def rows_of(
                     yield row
 
 
-def _rows(given: str, held_out: bool) -> Iterator[Row | Reject]:
+def _rows(given: str, held_out: bool) -> Iterator[Record | Reject]:
     sources = find_sources([given], held_out=held_out)
     return (row for source in sources for row in read_rows(source))

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from moetrain.data import packing, tokenizer
 from moetrain.data.cache import build_once, digest_files, key_of
-from moetrain.data.encode import Encoder, Group, Kind, Result, Spec
+from moetrain.data.encode import Encoder, Group, Result, SetKind, Spec
 from moetrain.data.rejects import Reject, read_rejects, write_rejects
 from moetrain.data.selection import rows_of
 from moetrain.data.sources import find_sources
@@ -61,7 +61,7 @@ class Stats:
     notes: dict[str, int]  # on records, and how many of them
 
 
-def build(kind: Kind, spec: Spec, root: Path) -> Path:
+def build(kind: SetKind, spec: Spec, root: Path) -> Path:
     """The folder of the set under the cache `root`, built when it is not there.
 
     DataError: an input is missing, no record is usable, the tokenizer is larger than the model's
@@ -165,7 +165,7 @@ def _offsets(lengths: Iterable[int]) -> NDArray[np.int64]:
     )
 
 
-def _write(kind: Kind, spec: Spec, folder: Path) -> None:
+def _write(kind: SetKind, spec: Spec, folder: Path) -> None:
     """Fill `folder` with the set."""
     encoder = Encoder(kind, spec)
     vocab = tokenizer.vocab_of(encoder.chat.tokenizer)
@@ -218,7 +218,11 @@ def _write(kind: Kind, spec: Spec, folder: Path) -> None:
 
 
 def _nothing(
-    kind: Kind, spec: Spec, num_records: int, rejects: list[Reject], lacking: list[tuple[str, ...]]
+    kind: SetKind,
+    spec: Spec,
+    num_records: int,
+    rejects: list[Reject],
+    lacking: list[tuple[str, ...]],
 ) -> str:
     """Why a set would be empty, in one line."""
     inputs = ", ".join(spec.inputs)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetrain.data.chat import Encoded
-from moetrain.data.encode import Draft, Extras, Group, Kind, Spec
+from moetrain.data.encode import Draft, Extras, Group, SetKind, Spec
 from moetrain.data.formats import columns, to_conversation, unread
 from moetrain.data.messages import FormatError
 
@@ -32,4 +32,4 @@ def _group(sequences: list[list[Encoded]], extras: Extras, spec: Spec) -> tuple[
     return tuple(Group((s,), truncated=longest > spec.seq_len) for s in kept)
 
 
-CHAT = Kind(name="sft", unit="sequences", read=_read, group=_group)
+CHAT = SetKind(name="sft", unit="sequences", read=_read, group=_group)

@@ -18,7 +18,7 @@ from moetrain.data.prompts import read_prompt
 from moetrain.data.rejects import Reject
 from moetrain.data.run_tokenizer import chat_of, model_vocab, tokenizer_of
 from moetrain.data.selection import Selection, rows_of
-from moetrain.data.sources import Row
+from moetrain.data.sources import Record
 from moetrain.errors import DataError
 
 CHUNK = 64
@@ -87,7 +87,7 @@ class View:
         self.notes: Counter[str] = Counter()
         self.sizes: list[int] = []  # tokens of groups, for packs
 
-    def rows(self, start: int, stop: int | None) -> Iterator[Row | Reject]:
+    def rows(self, start: int, stop: int | None) -> Iterator[Record | Reject]:
         """Numbers [start, stop) of the records."""
         recipe, held_out = self.recipe, self.held_out
         given = recipe.data.eval if held_out else recipe.data.train
@@ -102,7 +102,7 @@ class View:
         inputs = [str(assets.resolve(path, root)) for path in given]
         return islice(rows_of(inputs, selection, held_out=held_out), start, stop)
 
-    def show(self, rows: Iterable[Row | Reject]) -> Iterator[Shown]:
+    def show(self, rows: Iterable[Record | Reject]) -> Iterator[Shown]:
         """What becomes of records."""
         if self.feed is None:
             yield from (shown for row in rows for shown in [self._prompt(row)])
@@ -137,7 +137,7 @@ class View:
             model_vocab=model_vocab(self.recipe),
         )
 
-    def _prompt(self, row: Row | Reject) -> Shown:
+    def _prompt(self, row: Record | Reject) -> Shown:
         if isinstance(row, Reject):
             return Shown(row.file, row.line, reason=row.reason)
         room = self.recipe.data.seq_len - self.recipe.sampling[1].max_tokens

@@ -20,7 +20,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """A record and where it stands.
 
     `line` counts lines of a text file or rows of a table, from 1; `nulls` are the columns of a
@@ -39,7 +39,7 @@ class Source:
 
     path: Path
     files: tuple[Path, ...]
-    read: Callable[[Path], Iterator[Row | Reject]]
+    read: Callable[[Path], Iterator[Record | Reject]]
 
 
 def find_sources(inputs: Iterable[str | Path], *, held_out: bool = False) -> list[Source]:
@@ -85,7 +85,7 @@ def _file_source(path: Path) -> Source:
     return Source(path, (path,), READERS[path.suffix])
 
 
-def read_rows(source: Source) -> Iterator[Row | Reject]:
+def read_rows(source: Source) -> Iterator[Record | Reject]:
     """The records of a source, with a Reject for each that cannot be read.
 
     DataError when the file itself is damaged.
@@ -96,7 +96,7 @@ def read_rows(source: Source) -> Iterator[Row | Reject]:
         raise DataError(f"{source.path} cannot be read: {error.strerror or error}.") from error
 
 
-def _parse(raw: bytes, file: str, line: int, places: frozenset[Place]) -> Row | Reject:
+def _parse(raw: bytes, file: str, line: int, places: frozenset[Place]) -> Record | Reject:
     """One line of a JSONL file."""
     if not raw.strip():
         return Reject(file, line, EMPTY_LINE)
@@ -112,18 +112,18 @@ def _row(
     line: int,
     nulls: tuple[str, ...] = (),
     places: frozenset[Place] = frozenset(),
-) -> Row | Reject:
+) -> Record | Reject:
     if not isinstance(value, dict):
         return Reject(file, line, f"a record must be an object, not {type(value).__name__}")
     if not value and not nulls:
         return Reject(file, line, "empty record")
     try:
-        return Row(with_parsed_messages(decoded(value, places)), file, line, nulls)
+        return Record(with_parsed_messages(decoded(value, places)), file, line, nulls)
     except ValueError as error:
         return Reject(file, line, str(error))
 
 
-def _read_jsonl(path: Path) -> Iterator[Row | Reject]:
+def _read_jsonl(path: Path) -> Iterator[Record | Reject]:
     places = json_places(_values(path))
     for line, raw in enumerate(_lines(path), start=1):
         yield _parse(raw, str(path), line, places)
@@ -142,7 +142,7 @@ def _values(path: Path) -> Iterator[Any]:
             yield parse_json(raw)
 
 
-def _read_json(path: Path) -> Iterator[Row | Reject]:
+def _read_json(path: Path) -> Iterator[Record | Reject]:
     """A .json file: one list of records, or JSONL under another ending."""
     with path.open("rb") as file:
         head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -163,14 +163,14 @@ def _read_json(path: Path) -> Iterator[Row | Reject]:
         ) from error
 
 
-def _table_row(found: tables.Found, path: Path, line: int) -> Row | Reject:
+def _table_row(found: tables.Found, path: Path, line: int) -> Record | Reject:
     if isinstance(found, str):
         return Reject(str(path), line, found)
     value, nulls = found
     return _row(value, str(path), line, nulls)
 
 
-def _read_parquet(path: Path) -> Iterator[Row | Reject]:
+def _read_parquet(path: Path) -> Iterator[Record | Reject]:
     import pyarrow
     import pyarrow.parquet
 
@@ -187,7 +187,7 @@ def _read_parquet(path: Path) -> Iterator[Row | Reject]:
         ) from error
 
 
-def _read_hf(path: Path) -> Iterator[Row | Reject]:
+def _read_hf(path: Path) -> Iterator[Record | Reject]:
     """A folder of `save_to_disk` with one data set."""
     import datasets
 
@@ -206,17 +206,17 @@ def _read_hf(path: Path) -> Iterator[Row | Reject]:
         ) from error
 
 
-def _read_text(path: Path) -> Iterator[Row | Reject]:
+def _read_text(path: Path) -> Iterator[Record | Reject]:
     """A whole file is one record {"text": ...}."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         yield Reject(str(path), 1, f"not UTF-8 at byte {error.start}")
         return
-    yield Row({"text": text}, str(path), 1) if text.strip() else Reject(str(path), 1, EMPTY_FILE)
+    yield Record({"text": text}, str(path), 1) if text.strip() else Reject(str(path), 1, EMPTY_FILE)
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row | Reject]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Record | Reject]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,

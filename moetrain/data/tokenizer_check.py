@@ -72,7 +72,7 @@ def _remedy(folder: Path) -> str:
     """What makes transformers read it as written, tried out."""
     config = folder / "config.json"
     kind = _json(config).get("model_type")
-    if beside(folder, kind, {"tokenizer_class": SAFE}) is None:
+    if misreading_class(folder, kind, {"tokenizer_class": SAFE}) is None:
         return f'Write "tokenizer_class": "{SAFE}" into its tokenizer_config.json.'
     return (
         f"It does so beside every config.json of model_type {kind}: copy the tokenizer's files into"
@@ -80,7 +80,7 @@ def _remedy(folder: Path) -> str:
     )
 
 
-def check_beside_model(folder: Path, kind: str | None) -> str | None:
+def check_for_export(folder: Path, kind: str | None) -> str | None:
     """What is to be said of the tokenizer in `folder` beside a model of this model_type, where an
     export puts it and vLLM reads it. DataError when it would be read wrongly and need not be.
     """
@@ -88,14 +88,14 @@ def check_beside_model(folder: Path, kind: str | None) -> str | None:
         return None
     if _json(folder / "config.json").get("model_type") == kind:
         return None  # as it lies there it has been looked at
-    found = beside(folder, kind, {})
+    found = misreading_class(folder, kind, {})
     if found is None:
         return None
     said = (
         f"beside a config.json of model_type {kind}, as an export has it, transformers reads the"
         f" tokenizer in {folder} as {found} and not as its tokenizer.json says"
     )
-    if beside(folder, kind, {"tokenizer_class": SAFE}) is None:
+    if misreading_class(folder, kind, {"tokenizer_class": SAFE}) is None:
         raise DataError(
             f'{said[0].upper()}{said[1:]}. Write "tokenizer_class": "{SAFE}" into its'
             " tokenizer_config.json."
@@ -103,7 +103,7 @@ def check_beside_model(folder: Path, kind: str | None) -> str | None:
     return f"{said}: serve an export with --tokenizer {folder}"
 
 
-def beside(folder: Path, kind: str | None, changes: dict[str, str]) -> str | None:
+def misreading_class(folder: Path, kind: str | None, changes: dict[str, str]) -> str | None:
     """The class that reads the tokenizer wrongly when it lies beside a model of this model_type and
     with `changes` in its tokenizer_config.json; None where it is read as written.
     """

@@ -14,12 +14,12 @@ from moetrain.errors import CheckpointError, ConfigError, WeightsError
 from moetrain.models import Model, read_model, with_scalar_head
 from moetrain.models.lookup import HF, read_mapping
 from moetrain.weights import expand as depth
-from moetrain.weights.beside import Beside, beside_adapter
 from moetrain.weights.merge import merged
 from moetrain.weights.peft_config import read_config
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import CONFIG, HEAD
 from moetrain.weights.reader import SafetensorsReader
+from moetrain.weights.side_files import SideFiles, side_files_of_adapter
 from moetrain.weights.transport import check_names
 from moetrain.weights.writer import write_hf
 
@@ -39,7 +39,7 @@ def merge(base: Path, adapter: Path, dst: Path) -> int:
     if model.heads.scalar and peft.head is None and HEAD not in reader.names():
         raise WeightsError(f"Neither {base} nor {adapter} has {HEAD}, the model's head.")
     same = {name: name for name in reader.names()}
-    _write(beside_adapter(base, adapter), dst, hf, reader, same, merged(reader, peft))
+    _write(side_files_of_adapter(base, adapter), dst, hf, reader, same, merged(reader, peft))
     print(f"{dst}: {base} with {adapter} in it")
     return 0
 
@@ -65,7 +65,7 @@ def expand(src: Path, dst: Path, every: int) -> int:
     with published(dst) as part:
         config = depth.expanded_config(hf, expansion)
         old = {new: source.old for new, source in names.items()}
-        _write(Beside.of(src), part, config, reader, old, depth.expanded(reader, names))
+        _write(SideFiles.of(src), part, config, reader, old, depth.expanded(reader, names))
         (part / "expanded.json").write_text(depth.note(expansion))
     print(f"{dst}: {src} with {len(expansion.added)} new blocks. To train them alone:")
     print(f"trainable: [{', '.join(expansion.trainable)}]")
@@ -88,7 +88,7 @@ def _hf_model(folder: Path) -> tuple[dict[str, object], Model, SafetensorsReader
 
 
 def _write(
-    beside: Beside,
+    side_files: SideFiles,
     dst: Path,
     config: dict[str, Any],
     reader: SafetensorsReader,
@@ -99,7 +99,7 @@ def _write(
     write_hf(
         tensors,
         dst,
-        beside=beside,
+        side_files=side_files,
         config=config,
         dtypes={new: reader.dtype(name) for new, name in old.items()},
         default=torch.float32,

@@ -48,10 +48,10 @@ from moetrain.models.rules import exported
 from moetrain.ops.packed import Packed
 from moetrain.weights import transport
 from moetrain.weights.adapter_init import InitialAdapter
-from moetrain.weights.beside import Beside
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import write_peft
 from moetrain.weights.reader import Reader
+from moetrain.weights.side_files import SideFiles
 from moetrain.weights.writer import write_hf
 
 
@@ -321,9 +321,9 @@ class Engine:
             yield from transport.export(local, rules, self.world, to="first")
 
     @cached_property
-    def beside(self) -> Beside:
+    def side_files(self) -> SideFiles:
         """What goes beside exported weights; of an engine that trains, what it taught."""
-        return self.source.beside(self.recipe, taught=self.optimizer is not None)
+        return self.source.side_files(self.recipe, taught=self.optimizer is not None)
 
     def export_hf(self, folder: Path) -> None:
         """Write a Hugging Face model folder, in the source's dtypes, with adapters merged in."""
@@ -332,7 +332,7 @@ class Engine:
                 self._export_merged("owner"),
                 folder,
                 self.world,
-                beside=self.beside,
+                side_files=self.side_files,
                 config=self.source.hf_for_export(self.recipe),
                 dtypes=self.source.dtypes(self.recipe, self.model),
                 default=DTYPES[self.recipe.model.dtype],
@@ -343,7 +343,7 @@ class Engine:
         assert self.adapters is not None, "the recipe has no adapter"
         base = self.recipe.model.path or ""
         started = None if self.adapters.spec.starts_at_base else self.initial_adapter
-        note = (self.beside, self.source.hf)
+        note = (self.side_files, self.source.hf)
         write_peft(self.export_adapter(), folder, self.adapters, base, started, note, self.world)
 
     # Checkpoints
@@ -361,7 +361,7 @@ class Engine:
             state = state | {"steps_done": self.steps_done}
             saving = checkpoint.Saving(folder, self._content(), kept, state, self.world)
         if self.world.is_first:
-            self.source.describe(folder, self.recipe, self.beside)
+            self.source.describe(folder, self.recipe, self.side_files)
         return saving
 
     def _content(self) -> dict[str, Any]:

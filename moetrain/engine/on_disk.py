@@ -16,11 +16,11 @@ from moetrain.engine.source import ModelSource, find_source
 from moetrain.errors import CheckpointError
 from moetrain.manifest import Manifest
 from moetrain.models.lookup import NOTE, read_mapping
-from moetrain.weights.beside import Beside
 from moetrain.weights.digest import file_digest
 from moetrain.weights.folder import has_weights
 from moetrain.weights.peft_writer import write_peft
 from moetrain.weights.reader import SafetensorsReader
+from moetrain.weights.side_files import SideFiles
 
 BF16 = "bfloat16"
 
@@ -62,7 +62,7 @@ def run_of(model: str) -> Path | None:
 ASKED = ("chat_template", "chat_template_kwargs", "system")
 
 
-def asked_as_trained(model: str) -> dict[str, Any]:
+def prompt_settings_of(model: str) -> dict[str, Any]:
     """What of a recipe's `data` a run's model has to be asked with; nothing for other models."""
     run = run_of(model)
     if run is None:
@@ -133,7 +133,7 @@ def write_adapter(run: Path, dst: Path) -> str:
     hf = read_mapping(checkpoint / NOTE).get("hf")
     if not isinstance(hf, dict):
         raise CheckpointError(f"{checkpoint / NOTE} has no 'hf' mapping. Restore the file.")
-    note = (Beside.of(checkpoint), hf)
+    note = (SideFiles.of(checkpoint), hf)
     write_peft(tensors, dst, engine.adapters, base, first, note, engine.world)
     engine.close()
     return base

@@ -21,9 +21,9 @@ from moetrain.data.turns import end_of_turn
 from moetrain.errors import ConfigError
 from moetrain.models import Model, with_scalar_head
 from moetrain.models.lookup import NOTE, find_model, read_mapping
-from moetrain.weights.beside import Beside, check_exported
 from moetrain.weights.folder import has_weights
 from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
+from moetrain.weights.side_files import SideFiles, check_exported
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class ModelSource:
         hf = {key: value for key, value in self.hf.items() if key != "torch_dtype"}
         return hf | {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe.model.dtype]}
 
-    def beside(self, recipe: Recipe, *, taught: bool) -> Beside:
+    def side_files(self, recipe: Recipe, *, taught: bool) -> SideFiles:
         """What is exported beside the weights: as it was found or, where the recipe has `taught`
         turns, with its template, and what ends them.
         """
-        plain = Beside(self.tokenizer, self.folder or self.megatron)
+        plain = SideFiles(self.tokenizer, self.folder or self.megatron)
         corpus = FEEDS.get(recipe.method.name) == CORPUS
         if not taught or corpus or self.tokenizer is None or not tokenizer_files(self.tokenizer):
             return plain
@@ -82,14 +82,14 @@ class ModelSource:
         texts = {i: str(loaded.convert_ids_to_tokens(i)) for i in ends}
         return replace(plain, template=template, ends=texts)
 
-    def describe(self, folder: Path, recipe: Recipe, beside: Beside) -> None:
+    def describe(self, folder: Path, recipe: Recipe, side_files: SideFiles) -> None:
         """Write beside a checkpoint what model it is of (moetrain.json), and its tokenizer."""
         hf = self.hf_for_export(recipe)
-        note: dict[str, Any] = {"hf": beside.config(hf)}
+        note: dict[str, Any] = {"hf": side_files.config(hf)}
         if recipe.adapter is not None:
             note["adapter_of"] = recipe.model.path or "random weights"
         (folder / NOTE).write_text(json.dumps(note, indent=1))
-        beside.write(folder, hf)
+        side_files.write(folder, hf)
 
 
 def model_of(recipe: Recipe, *, exports: bool = False) -> ModelSource:

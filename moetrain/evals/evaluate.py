@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moetrain import files
-from moetrain.answers.file import Row
+from moetrain.answers.file import AnswerRow
 from moetrain.answers.sample import (
     answer_all,
     answering_recipe,
@@ -85,7 +85,7 @@ def _parted(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return [o for o in overrides if o not in others], others
 
 
-def scored(bench: BenchConfig, rows: Iterable[Row]) -> dict[str, Score]:
+def scored(bench: BenchConfig, rows: Iterable[AnswerRow]) -> dict[str, Score]:
     """Name -> score over the questions. An answer that could not be graded is wrong, or left out
     with `ungraded: leave_out`. DataError when there are no others.
     """

@@ -25,7 +25,7 @@ class Demonstrations:
         """Packs for an optimizer step, with the fields that `like`, a pack of answers, has."""
         if self._loader is None:
             return []
-        return [beside(pack, like, share) for pack in self._loader.next()]
+        return [with_fields_of(pack, like, share) for pack in self._loader.next()]
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream."""
@@ -50,7 +50,7 @@ def open_demonstrations(recipe: Recipe, world: World) -> Demonstrations:
     return Demonstrations(RunData(own).loader(world.dp_rank, world.dp_size))
 
 
-def beside(pack: Packed, like: Packed, share: float) -> Packed:
+def with_fields_of(pack: Packed, like: Packed, share: float) -> Packed:
     """A pack of instruction data as one of answers: what it does not have is 0."""
     scored = torch.zeros(pack.num_sequences).index_add(0, pack.sequence_ids, pack.loss_mask)
     role = (scored > 0) * DEMONSTRATION

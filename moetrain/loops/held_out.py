@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config.recipe import Recipe
-from moetrain.data.loader import chat_of, tokenizer_of
+from moetrain.data.run_tokenizer import chat_of, tokenizer_of
 from moetrain.data.samples import Prompt, Sample, write_lines
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
-from moetrain.rewards import Graded
+from moetrain.rewards import Verdict
 from moetrain.rollout.base import Request, Sampling
 from moetrain.rollout.embedded import Embedded
 
@@ -38,7 +38,7 @@ class Answers:
         step: int,
         temperature: float,
         answers: Sequence[tuple[Prompt, Sample]],
-        graded: Sequence[Graded],
+        graded: Sequence[Verdict],
     ) -> None:
         """Keep the answers of an evaluation, and of the earlier ones as many as KEPT_BYTES hold."""
         pairs = zip(answers, graded, strict=True)
@@ -56,7 +56,7 @@ class Answers:
         return sorted(path for path in self.folder.glob("*.jsonl") if path.stem.isdecimal())
 
 
-def row_of(prompt: Prompt, samples: Sequence[Sample], graded: Sequence[Graded]) -> dict[str, Any]:
+def row_of(prompt: Prompt, samples: Sequence[Sample], graded: Sequence[Verdict]) -> dict[str, Any]:
     """A prompt with its answers, as a line of JSON."""
     answers = [
         sample.to_json()
@@ -96,7 +96,7 @@ class SamplePrompts:
             drawn: dict[str, Sample] = {}
             model.generate(requests, lambda sample: drawn.update({sample.prompt_id: sample}))
             answers = [(prompt, drawn[prompt.id]) for prompt in self.prompts]
-            self.kept.write(step, 0.0, answers, [Graded(None, {})] * len(answers))
+            self.kept.write(step, 0.0, answers, [Verdict(None, {})] * len(answers))
 
         if not self.engine.world.is_first:
             exhaust(weights)

@@ -13,7 +13,7 @@ from moetrain.loops.rollouts import timed
 from moetrain.loops.sampler import Sampler, open_sampler
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
-from moetrain.rewards import check_columns, check_own
+from moetrain.rewards import check_columns, check_user_functions
 from moetrain.rollout import check_engine
 from moetrain.run.job import Job, step_row
 from moetrain.run.stop import StopSignal
@@ -30,7 +30,7 @@ def train(recipe: Recipe) -> int:
     job = Job(recipe)
     if job.is_first:
         check_engine(recipe)
-        check_own(recipe.rewards)
+        check_user_functions(recipe.rewards)
     prompts = prepare_prompts(recipe)
     told = check_columns(recipe.rewards, [*prompts.train.prompts, *prompts.held_out])
     lines = [*prompts.lines, *([told] if told else [])]

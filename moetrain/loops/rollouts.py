@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from moetrain import files
-from moetrain.data.groups import Graded, Group
+from moetrain.data.groups import GradedAnswer, Group
 from moetrain.data.prompts import PromptOrder
 from moetrain.data.samples import Prompt, Sample, read_as, write_lines
 from moetrain.errors import DataError
-from moetrain.rewards import Graded as Verdict
-from moetrain.rewards import Grader, Item
+from moetrain.rewards import Completion, Grader
+from moetrain.rewards import Verdict as Verdict
 from moetrain.rollout.base import Request, RolloutEngine, Sampling
 
 MAX_ROUNDS = 8  # of sampling for one step, where groups without signal are dropped
@@ -46,7 +46,7 @@ class Batch:
     temperature: float | None = None  # its answers were sampled at; None: written by 0.1
 
     @property
-    def answers(self) -> list[Graded]:
+    def answers(self) -> list[GradedAnswer]:
         return [answer for group in self.groups for answer in group.answers]
 
 
@@ -106,7 +106,7 @@ def _row(group: Group) -> dict[str, Any]:
 def _group(row: dict[str, Any]) -> Group:
     prompt = Prompt(**row["prompt"] | {"tokens": tuple(row["prompt"]["tokens"])})
     answers = (
-        Graded(Sample.from_json(a), a["reward"], a["parts"], a.get("extra", {}))
+        GradedAnswer(Sample.from_json(a), a["reward"], a["parts"], a.get("extra", {}))
         for a in row["answers"]
     )
     return Group(prompt, tuple(answers))
@@ -272,17 +272,17 @@ def draw(
         engine.generate(requests, keep)
 
 
-def with_reward(samples: Sequence[Sample], found: Sequence[Verdict]) -> list[Graded]:
+def with_reward(samples: Sequence[Sample], found: Sequence[Verdict]) -> list[GradedAnswer]:
     """The answers that the rewards have graded."""
     graded = map(_graded, samples, found)
     return [one for one in graded if one is not None]
 
 
-def _graded(sample: Sample, found: Verdict) -> Graded | None:
+def _graded(sample: Sample, found: Verdict) -> GradedAnswer | None:
     """An answer with its reward; None where the rewards have none to give."""
     if found.reward is None:
         return None
-    return Graded(sample, found.reward, found.parts, found.extra)
+    return GradedAnswer(sample, found.reward, found.parts, found.extra)
 
 
 def verdicts(
@@ -291,9 +291,9 @@ def verdicts(
     """What the rewards say of each answer, from its text and its prompt's columns, at a step of a
     run that has `last` of them.
     """
-    return grader.grade_items(
+    return grader.grade_completions(
         [
-            Item(
+            Completion(
                 number,
                 sample.text,
                 prompt.columns,
@@ -308,7 +308,7 @@ def verdicts(
     )
 
 
-def means(answers: Sequence[Graded], prefix: str) -> dict[str, Any]:
+def means(answers: Sequence[GradedAnswer], prefix: str) -> dict[str, Any]:
     """Mean rewards, and of each part the mean over the answers that it applies to, with their
     numbers. What no answer has is left out: a reward that failed is not a score.
     """

@@ -15,7 +15,7 @@ from moetrain.config.answering import SCORE, keys_given
 from moetrain.config.recipe import Recipe
 from moetrain.data import tokenizer
 from moetrain.data.rejects import Reject
-from moetrain.data.sources import Row, find_sources, read_rows
+from moetrain.data.sources import Record, find_sources, read_rows
 from moetrain.engine import Engine
 from moetrain.engine.on_disk import is_adapter, model_in, recipe_for, sections_of
 from moetrain.engine.source import find_source
@@ -101,7 +101,7 @@ def read_sequences(recipe: Recipe, data: Path) -> "list[array[int]]":
     return rows
 
 
-def _checked(tokens: Any, vocab: int, row: Row, where: str) -> "array[int]":
+def _checked(tokens: Any, vocab: int, row: Record, where: str) -> "array[int]":
     if tokens is None:
         keys = ", ".join(sorted(row.value))
         raise DataError(

@@ -15,24 +15,24 @@ from typing import Any, TypeGuard, cast
 from moetrain import files
 from moetrain.errors import MoetrainError
 
-Row = dict[str, Any]
+LedgerRow = dict[str, Any]
 MANY_STEPS = 2**53
 LARGEST = 10**308
 
 
-def read_ledger(path: Path) -> list[Row]:
+def read_ledger(path: Path) -> list[LedgerRow]:
     """The complete rows of a ledger; [] when there is none. A last line cut short by a kill is left
     out, and so is all after a line that is no JSON. Raises MoetrainError for a row without a step.
     """
     return [row for _, row in _lines(path)]
 
 
-def rows_of(path: Path) -> Iterator[Row]:
+def rows_of(path: Path) -> Iterator[LedgerRow]:
     """As `read_ledger`, a row at a time: a long run has a million."""
     return (row for _, row in _lines(path))
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:
+def _lines(path: Path) -> Iterator[tuple[bytes, LedgerRow]]:
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -51,9 +51,9 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Row]]:
             yield line, row
 
 
-def is_row(value: Any) -> TypeGuard[Row]:
+def is_row(value: Any) -> TypeGuard[LedgerRow]:
     """Whether something that was read is an object with a step."""
-    step = cast(Row, value).get("step") if isinstance(value, dict) else None
+    step = cast(LedgerRow, value).get("step") if isinstance(value, dict) else None
     return type(step) is int and 0 <= step < MANY_STEPS
 
 

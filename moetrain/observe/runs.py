@@ -14,7 +14,7 @@ from moetrain import files
 from moetrain.config.yaml_text import parse_value
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.observe.curves import Curves
-from moetrain.observe.ledger import Row, is_row
+from moetrain.observe.ledger import LedgerRow, is_row
 
 PLAN = "sweep.jsonl"  # of a sweep's folder: one line a run
 LOG = "train.log"  # what a sweep's run printed
@@ -54,11 +54,11 @@ class Run:
         return self.curves.warnings
 
 
-def last_row(folder: Path) -> Row:
+def last_row(folder: Path) -> LedgerRow:
     """The latest of every figure in the ledger's last rows, and the last step; {} when there is
     none. Reads the file's end only.
     """
-    last: Row = {}
+    last: LedgerRow = {}
     try:
         with (folder / "ledger.jsonl").open("rb") as file:
             size = file.seek(0, 2)

@@ -2,18 +2,18 @@
 that compute them.
 """
 
-from moetrain.rewards.base import Graded, Item, RewardFunction
+from moetrain.rewards.base import Completion, RewardFunction, Verdict
 from moetrain.rewards.columns import check_columns
 from moetrain.rewards.find import REWARDS, find_reward
-from moetrain.rewards.grader import Grader, check_own
+from moetrain.rewards.grader import Grader, check_user_functions
 
 __all__ = [
     "REWARDS",
-    "Graded",
+    "Completion",
     "Grader",
-    "Item",
     "RewardFunction",
+    "Verdict",
     "check_columns",
-    "check_own",
+    "check_user_functions",
     "find_reward",
 ]

@@ -12,12 +12,12 @@ Scores = list[float | None]
 
 RewardFunction = Callable[..., Scores]
 """f(completions: list, **columns: list) -> Scores. Options of the recipe come as keyword arguments
-beside the columns; how a user's own function is called stands in own.py.
+beside the columns; how a user's own function is called stands in user_functions.py.
 """
 
 
 @dataclass(frozen=True)
-class Item:
+class Completion:
     """A completion to grade."""
 
     number: int
@@ -36,7 +36,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Grade:
     """What rewards say of one completion."""
 
     values: Mapping[str, float | None] = field(default_factory=dict[str, float | None])  # by label
@@ -61,13 +61,13 @@ class Shape:
 class Service(Protocol):
     """A reward, or several, in processes of their own. Made there, by its configs and the shape."""
 
-    def grade(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
-        """(number, answer) of each item, in any order, each as soon as there is one."""
+    def grade(self, completions: Sequence[Completion]) -> Iterator[tuple[int, Grade]]:
+        """(number, answer) of each completion, in any order, each as soon as there is one."""
         ...
 
 
 @dataclass(frozen=True)
-class Kind:
+class RewardKind:
     """How rewards of one kind are served."""
 
     make: Callable[[Sequence[RewardConfig]], Service]  # runs in the worker; MoetrainError
@@ -75,7 +75,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Graded:
+class Verdict:
     """The verdict on one completion."""
 
     reward: float | None  # the weighted sum of the parts; None: leave the completion out

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from moetrain.config.rewards import CodeOptions, RewardConfig
-from moetrain.rewards.base import Answer, Item, Kind, Shape
+from moetrain.rewards.base import Completion, Grade, RewardKind, Shape
 from moetrain.rewards.programs import LANGUAGES, Broken, Outcome, Program, open_runner
 
 # Where a record keeps its cases, the first that is there.
@@ -32,19 +32,19 @@ class Code:
         self.options = CodeOptions.model_validate(config.options)
         self.runner = open_runner(self.options)
 
-    def grade(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
-        for item in items:
+    def grade(self, completions: Sequence[Completion]) -> Iterator[tuple[int, Grade]]:
+        for completion in completions:
             try:
-                yield item.number, self._answer(item)
+                yield completion.number, self._answer(completion)
             except (Broken, ValueError) as error:
                 detail = f"{self.label}: {error}"
-                yield item.number, Answer({self.label: None}, "error", detail=detail)
+                yield completion.number, Grade({self.label: None}, "error", detail=detail)
 
-    def _answer(self, item: Item) -> Answer:
-        cases = cases_of(item.columns)
+    def _answer(self, completion: Completion) -> Grade:
+        cases = cases_of(completion.columns)
         if not cases:
-            return Answer({self.label: None})
-        found = block(item.said, self.options.languages, item.columns.get("language"))
+            return Grade({self.label: None})
+        found = block(completion.said, self.options.languages, completion.columns.get("language"))
         if found is None:
             return self._scored(0, cases, "missing")
         program = self.runner.program(*found)
@@ -67,9 +67,9 @@ class Code:
                 break
         return passed, trouble
 
-    def _scored(self, passed: int, cases: Sequence[Case], trouble: str | None) -> Answer:
+    def _scored(self, passed: int, cases: Sequence[Case], trouble: str | None) -> Grade:
         value = SCORING[self.options.scoring](passed, len(cases))
-        return Answer({self.label: value}, notes=(f"code_{trouble}",) if trouble else ())
+        return Grade({self.label: value}, notes=(f"code_{trouble}",) if trouble else ())
 
 
 def _pass_fail(passed: int, num: int) -> float:
@@ -187,4 +187,4 @@ def _shape(options: Mapping[str, Any], recipe: Shape) -> Shape:
     return replace(recipe, num_workers=workers, seconds=seconds + 10.0)
 
 
-CODE = Kind(Code, _shape)
+CODE = RewardKind(Code, _shape)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moetrain.config.rewards import RewardConfig
-from moetrain.rewards.base import Answer, Item, Kind, Shape
+from moetrain.rewards.base import Completion, Grade, RewardKind, Shape
 from moetrain.rewards.find import find_reward
 
 
@@ -17,21 +17,23 @@ class Functions:
         if any(config.name == "accuracy" for config in configs):
             import math_verify  # noqa: F401  # seconds, which no completion should pay
 
-    def grade(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
-        for item in items:
-            yield item.number, self._answer(item)
+    def grade(self, completions: Sequence[Completion]) -> Iterator[tuple[int, Grade]]:
+        for completion in completions:
+            yield completion.number, self._answer(completion)
 
-    def _answer(self, item: Item) -> Answer:
-        lists = {name: [value] for name, value in item.columns.items() if name != "completions"}
-        lists["opened"] = [item.opened]
+    def _answer(self, completion: Completion) -> Grade:
+        lists = {
+            name: [value] for name, value in completion.columns.items() if name != "completions"
+        }
+        lists["opened"] = [completion.opened]
         values: dict[str, float | None] = {}
         try:
             for config, function in self._found:
-                (score,) = function([item.text], **{**lists, **config.options})
+                (score,) = function([completion.text], **{**lists, **config.options})
                 values[config.label] = None if score is None else _finite(float(score))
         except Exception as error:  # columns hold anything
-            return Answer(fault="error", detail=f"{config.label}: {type(error).__name__}: {error}")
-        return Answer(values)
+            return Grade(fault="error", detail=f"{config.label}: {type(error).__name__}: {error}")
+        return Grade(values)
 
 
 def _finite(score: float) -> float:
@@ -44,4 +46,4 @@ def _shape(options: Mapping[str, Any], recipe: Shape) -> Shape:
     return recipe
 
 
-FUNCTIONS = Kind(Functions, _shape)
+FUNCTIONS = RewardKind(Functions, _shape)

@@ -10,15 +10,15 @@ from typing import Any
 
 from moetrain.config.rewards import RewardConfig
 from moetrain.errors import ConfigError
-from moetrain.rewards.base import Answer, Graded, Item, Shape
+from moetrain.rewards.base import Completion, Grade, Shape, Verdict
 from moetrain.rewards.find import REWARDS
 from moetrain.rewards.functions import FUNCTIONS
-from moetrain.rewards.own import own_kind
 from moetrain.rewards.pool import Pool
 from moetrain.rewards.services import SERVICES
+from moetrain.rewards.user_functions import user_function_kind
 
 
-def check_own(configs: Sequence[RewardConfig]) -> None:
+def check_user_functions(configs: Sequence[RewardConfig]) -> None:
     """Load functions of own files once, before a model is. Raises ConfigError."""
     own = [config for config in configs if ":" in config.name]
     if own:
@@ -47,7 +47,7 @@ class Grader:
         try:
             for config in configs:
                 if config.name not in REWARDS:
-                    kind = SERVICES.get(config.name) or own_kind(config.batch_size)
+                    kind = SERVICES.get(config.name) or user_function_kind(config.batch_size)
                     shape = kind.shape(config.options, recipe)
                     self._pools.append(Pool(kind, [config], shape))
             for pool in self._pools:
@@ -58,21 +58,21 @@ class Grader:
 
     def grade(
         self, completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
-    ) -> list[Graded]:
+    ) -> list[Verdict]:
         """One verdict for each completion, in order; `columns` have a value for each."""
-        return self.grade_items(
+        return self.grade_completions(
             [
-                Item(i, text, {name: values[i] for name, values in columns.items()})
+                Completion(i, text, {name: values[i] for name, values in columns.items()})
                 for i, text in enumerate(completions)
             ]
         )
 
-    def grade_items(self, items: Sequence[Item]) -> list[Graded]:
+    def grade_completions(self, completions: Sequence[Completion]) -> list[Verdict]:
         """One verdict for each, in order; they are numbered from 0."""
         for pool in self._pools:
-            pool.ask(items)
-        found: list[list[Answer]] = [[] for _ in items]
-        missing = len(items) * len(self._pools)
+            pool.ask(completions)
+        found: list[list[Grade]] = [[] for _ in completions]
+        missing = len(completions) * len(self._pools)
         while missing:
             for pool in self._pools:
                 pool.send()
@@ -95,7 +95,7 @@ class Grader:
         self.metrics = {}
         return found
 
-    def _count(self, answer: Answer) -> None:
+    def _count(self, answer: Grade) -> None:
         self.counts.update(answer.notes)
         for name, value in answer.metrics.items():
             self.metrics.setdefault(name, []).append(value)
@@ -103,15 +103,15 @@ class Grader:
             self.counts[answer.fault] += 1
             self.said = " ".join((answer.detail or answer.fault).split())[:300]
 
-    def _verdict(self, answers: Sequence[Answer]) -> Graded:
+    def _verdict(self, answers: Sequence[Grade]) -> Verdict:
         values = {name: value for answer in answers for name, value in answer.values.items()}
         parts = {config.label: values.get(config.label) for config in self.configs}
         extra = {name: value for answer in answers for name, value in answer.extra.items()}
         fault = next((answer.fault for answer in answers if answer.fault is not None), None)
         if fault is not None:
-            return Graded(None, parts, fault, extra)
+            return Verdict(None, parts, fault, extra)
         terms = [c.weight * value for c in self.configs if (value := parts[c.label]) is not None]
-        return Graded(sum(terms) if terms else None, parts, None, extra)
+        return Verdict(sum(terms) if terms else None, parts, None, extra)
 
     def close(self) -> None:
         """End all workers, and what they have started."""

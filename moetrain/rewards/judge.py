@@ -11,7 +11,7 @@ import httpx
 
 from moetrain.config.rewards import JudgeOptions, RewardConfig
 from moetrain.errors import ConfigError
-from moetrain.rewards.base import Answer, Item, Kind, Shape, text_of
+from moetrain.rewards.base import Completion, Grade, RewardKind, Shape, text_of
 from moetrain.rewards.remote import Remote, RemoteError
 
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -37,28 +37,33 @@ class Judge:
                 f" environment variable {self.options.key_env}, which {key}."
             ) from None
 
-    def grade(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
-        pending = {self._loop.get_loop().create_task(self._answer(item)) for item in items}
+    def grade(self, completions: Sequence[Completion]) -> Iterator[tuple[int, Grade]]:
+        pending = {
+            self._loop.get_loop().create_task(self._answer(completion))
+            for completion in completions
+        }
         while pending:
             done, pending = self._loop.run(_first(pending))
             for task in done:
                 yield task.result()
 
-    async def _answer(self, item: Item) -> tuple[int, Answer]:
+    async def _answer(self, completion: Completion) -> tuple[int, Grade]:
         nothing = {self.label: None}
-        if not item.said.strip():  # a thought that was cut, or no word: there is nothing to judge
-            return item.number, Answer({self.label: 0.0})
+        if (
+            not completion.said.strip()
+        ):  # a thought that was cut, or no word: there is nothing to judge
+            return completion.number, Grade({self.label: 0.0})
         try:
-            words, is_cut = await self._words(fill(self.options.prompt, item))
+            words, is_cut = await self._words(fill(self.options.prompt, completion))
         except RemoteError as error:
             detail = f"{self.label}: {error}"
-            return item.number, Answer(nothing, error.fault, ("judge_unanswered",), detail)
+            return completion.number, Grade(nothing, error.fault, ("judge_unanswered",), detail)
         value = self._value(words, is_cut)
         if value is None:
             cut = f", which was cut at max_tokens={self.options.max_tokens}" if is_cut else ""
             detail = f"{self.label}: no number in {words[-200:]!r}{cut}"
-            return item.number, Answer(nothing, "error", ("judge_unreadable",), detail)
-        return item.number, Answer({self.label: value})
+            return completion.number, Grade(nothing, "error", ("judge_unreadable",), detail)
+        return completion.number, Grade({self.label: value})
 
     async def _words(self, prompt: str) -> tuple[str, bool]:
         """What the judge says, and whether max_tokens, or the server's own limit, has cut it."""
@@ -94,14 +99,14 @@ class Judge:
 
 
 async def _first(
-    tasks: set[asyncio.Task[tuple[int, Answer]]],
-) -> tuple[set[asyncio.Task[tuple[int, Answer]]], set[asyncio.Task[tuple[int, Answer]]]]:
+    tasks: set[asyncio.Task[tuple[int, Grade]]],
+) -> tuple[set[asyncio.Task[tuple[int, Grade]]], set[asyncio.Task[tuple[int, Grade]]]]:
     return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
-def fill(prompt: str, item: Item) -> str:
+def fill(prompt: str, completion: Completion) -> str:
     """`prompt` with {completion} and {COLUMN} replaced, and other braces as they are."""
-    words = {**item.columns, "completion": item.said}
+    words = {**completion.columns, "completion": completion.said}
 
     def put(found: re.Match[str]) -> str:
         if found[1] not in words:
@@ -124,4 +129,4 @@ def _shape(options: Mapping[str, Any], recipe: Shape) -> Shape:
     )
 
 
-JUDGE = Kind(Judge, _shape)
+JUDGE = RewardKind(Judge, _shape)

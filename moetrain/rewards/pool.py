@@ -16,17 +16,17 @@ from typing import Any
 
 from moetrain.config.rewards import RewardConfig
 from moetrain.errors import ConfigError, MoetrainError
-from moetrain.rewards.base import Answer, Item, Kind, Shape
+from moetrain.rewards.base import Completion, Grade, RewardKind, Shape
 from moetrain.rewards.keeper import kept
 
 LARGEST_FILE = 1 << 30  # bytes that a worker may write to one file
-Batch = tuple[Item, ...]
+Batch = tuple[Completion, ...]
 
 
 class Pool:
     """The processes of one kind, and the completions that wait for them."""
 
-    def __init__(self, kind: Kind, configs: Sequence[RewardConfig], shape: Shape):
+    def __init__(self, kind: RewardKind, configs: Sequence[RewardConfig], shape: Shape):
         self.kind, self.configs, self.shape = kind, tuple(configs), shape
         self._queue: deque[Batch] = deque()
         self._workers = [self._started() for _ in range(shape.num_workers)]
@@ -60,14 +60,14 @@ class Pool:
                     f"rewards: {', '.join(self.labels)}: its process ended as it was loaded."
                 ) from None
 
-    def ask(self, items: Sequence[Item]) -> None:
+    def ask(self, completions: Sequence[Completion]) -> None:
         """Put completions in the queue."""
-        for _, own in groupby(items, self._group):
+        for _, own in groupby(completions, self._group):
             self._queue.extend(batched(own, self.shape.batch))
 
-    def _group(self, item: Item) -> Any:
+    def _group(self, completion: Completion) -> Any:
         """What completions of one batch have in common."""
-        return item.columns.get("prompt") if self.shape.is_grouped else None
+        return completion.columns.get("prompt") if self.shape.is_grouped else None
 
     def send(self) -> None:
         """Give waiting completions to workers without any."""
@@ -75,7 +75,7 @@ class Pool:
             if not worker.is_busy and self._queue:
                 worker.send(self._queue.popleft())
 
-    def answers(self) -> Iterator[tuple[int, Answer]]:
+    def answers(self) -> Iterator[tuple[int, Grade]]:
         """What is there by now; what is late or dead is replaced."""
         for place, worker in enumerate(self._workers):
             if not worker.is_busy:
@@ -94,13 +94,13 @@ class Pool:
                 self._workers[place] = self._started()
                 yield from self._blamed(left, fault)
 
-    def _blamed(self, items: Batch, fault: str) -> Iterator[tuple[int, Answer]]:
-        """One item is to blame; of several, one: halves are tried again until it is alone."""
-        if len(items) == 1:
-            yield items[0].number, Answer(dict.fromkeys(self.labels), fault)
+    def _blamed(self, completions: Batch, fault: str) -> Iterator[tuple[int, Grade]]:
+        """One completion is to blame; of several, one: halves are tried again until it is alone."""
+        if len(completions) == 1:
+            yield completions[0].number, Grade(dict.fromkeys(self.labels), fault)
         else:
-            middle = len(items) // 2
-            self._queue.extendleft((items[middle:], items[:middle]))
+            middle = len(completions) // 2
+            self._queue.extendleft((completions[middle:], completions[:middle]))
 
     def _started(self) -> "_Worker":
         return _Worker(self.kind, self.configs, self.shape)
@@ -118,7 +118,7 @@ class Pool:
 class _Worker:
     """One process and the completions in its hands."""
 
-    def __init__(self, kind: Kind, configs: tuple[RewardConfig, ...], shape: Shape):
+    def __init__(self, kind: RewardKind, configs: tuple[RewardConfig, ...], shape: Shape):
         context = multiprocessing.get_context("forkserver")
         self.pipe, theirs = context.Pipe()
         self._leash, tied = context.Pipe()
@@ -129,7 +129,7 @@ class _Worker:
         theirs.close()
         tied.close()
         self._shape = shape
-        self._left: dict[int, Item] = {}
+        self._left: dict[int, Completion] = {}
         self._is_ready = False
         self._since = time.monotonic()
 
@@ -147,8 +147,8 @@ class _Worker:
         limit = self._shape.seconds if self._is_ready else self._shape.start_seconds
         return self._since + limit
 
-    def send(self, items: Batch) -> None:
-        self._left = {item.number: item for item in items}
+    def send(self, completions: Batch) -> None:
+        self._left = {completion.number: completion for completion in completions}
         if self._is_ready:
             self._begin()
 
@@ -160,7 +160,7 @@ class _Worker:
         except OSError:
             pass  # it has died: the next look at the pipe says so
 
-    def receive(self) -> Iterator[tuple[int, Answer]]:
+    def receive(self) -> Iterator[tuple[int, Grade]]:
         """The next message. ConfigError when it says that the reward cannot be had."""
         said: Any = self.pipe.recv()
         self._since = time.monotonic()
@@ -195,7 +195,7 @@ class _Worker:
 def _serve(
     pipe: Connection,
     leash: Connection,
-    kind: Kind,
+    kind: RewardKind,
     configs: tuple[RewardConfig, ...],
     environment: Mapping[str, str],
 ) -> None:
@@ -219,10 +219,10 @@ def _serve(
         pipe.send("ready")
         while True:
             try:
-                items = pipe.recv()
+                completions = pipe.recv()
             except EOFError:
                 return
-            for answer in service.grade(items):
+            for answer in service.grade(completions):
                 pipe.send(answer)
 
     kept(work, leash.fileno())

@@ -15,7 +15,7 @@ from moetrain.data.chat import Chat
 from moetrain.data.formats import Conversation, template_kwargs_of
 from moetrain.data.messages import FormatError
 from moetrain.errors import ConfigError
-from moetrain.rewards.base import Answer, Item, Kind, Shape
+from moetrain.rewards.base import Completion, Grade, RewardKind, Shape
 
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 
@@ -43,35 +43,35 @@ class RewardModel:
         self.device = torch.device(device)
         self.model = _load(folder, self.options.dtype).to(self.device).eval()
 
-    def grade(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
+    def grade(self, completions: Sequence[Completion]) -> Iterator[tuple[int, Grade]]:
         numbers: list[int] = []
         rows: list[list[int]] = []
-        for item in items:
+        for completion in completions:
             try:
-                rows.append(self.tokens(item))
-                numbers.append(item.number)
+                rows.append(self.tokens(completion))
+                numbers.append(completion.number)
             except FormatError as error:
-                yield item.number, self._fault(str(error))
+                yield completion.number, self._fault(str(error))
         if rows:
             for number, score in zip(numbers, self.scores(rows), strict=True):
                 if math.isfinite(score):
-                    yield number, Answer({self.label: score})
+                    yield number, Grade({self.label: score})
                 else:
                     yield number, self._fault(f"the score is {score}")
 
-    def _fault(self, said: str) -> Answer:
-        return Answer({self.label: None}, "error", detail=f"{self.label}: {said}")
+    def _fault(self, said: str) -> Grade:
+        return Grade({self.label: None}, "error", detail=f"{self.label}: {said}")
 
-    def tokens(self, item: Item) -> list[int]:
+    def tokens(self, completion: Completion) -> list[int]:
         """The conversation as `method: reward` sees one in training: up to the last token that the
         assistant says. FormatError when the chat template refuses it.
         """
-        prompt = item.columns.get("prompt") or []
+        prompt = completion.columns.get("prompt") or []
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        messages = [*prompt, {"role": "assistant", "content": item.opened + item.text}]
+        messages = [*prompt, {"role": "assistant", "content": completion.opened + completion.text}]
         trained = [*[False] * len(prompt), True]
-        kwargs = template_kwargs_of(item.columns)
+        kwargs = template_kwargs_of(completion.columns)
         encoded = self.chat.encode(self.chat.mark(Conversation(messages, trained, kwargs)))
         if not encoded or not encoded[-1].mask.any():
             raise FormatError("the answer has no token")
@@ -134,4 +134,4 @@ def _shape(options: Mapping[str, Any], recipe: Shape) -> Shape:
     )
 
 
-REWARD_MODEL = Kind(RewardModel, _shape)
+REWARD_MODEL = RewardKind(RewardModel, _shape)

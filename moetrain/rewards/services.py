@@ -1,8 +1,8 @@
 """Rewards that have processes of their own."""
 
-from moetrain.rewards.base import Kind
+from moetrain.rewards.base import RewardKind
 from moetrain.rewards.code import CODE
 from moetrain.rewards.judge import JUDGE
 from moetrain.rewards.reward_model import REWARD_MODEL
 
-SERVICES: dict[str, Kind] = {"code": CODE, "reward_model": REWARD_MODEL, "judge": JUDGE}
+SERVICES: dict[str, RewardKind] = {"code": CODE, "reward_model": REWARD_MODEL, "judge": JUDGE}

@@ -28,14 +28,14 @@ def _check_vllm(recipe: Recipe) -> None:
     check_fleet(recipe)
 
 
-class Kind(NamedTuple):
+class EngineKind(NamedTuple):
     """How a rollout engine is opened, and what is looked at before."""
 
     open: Callable[[Recipe, dict[str, Any], Path], RolloutEngine]
     check: Callable[[Recipe], None] = lambda recipe: None
 
 
-ENGINES = {"embedded": Kind(_embedded), "vllm": Kind(_vllm, _check_vllm)}
+ENGINES = {"embedded": EngineKind(_embedded), "vllm": EngineKind(_vllm, _check_vllm)}
 
 
 def check_engine(recipe: Recipe) -> None:

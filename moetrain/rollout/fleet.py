@@ -220,7 +220,7 @@ class Fleet:
         folder = self.folder / f"{version:08d}"
         try:
             shutil.rmtree(folder, ignore_errors=True)
-            with files.beside(folder) as part:
+            with files.sibling_folder(folder) as part:
                 (part / "config.json").write_text(json.dumps(self.hf))
                 for number, tensors in enumerate(_shards(weights)):
                     save_file(tensors, part / f"{number:05d}.safetensors", {"format": "pt"})

@@ -39,7 +39,7 @@ MAX_ANSWER = 24  # tokens
 
 
 @dataclass(frozen=True)
-class Answer:
+class HeldOutAnswer:
     """A held-out instruction, its right answer and the model's."""
 
     question: str
@@ -113,17 +113,19 @@ def _train(stage: str, folder: Path, overrides: Sequence[str]) -> int:
     return subprocess.run([*command, *overrides], env=environment, check=False).returncode
 
 
-def _answer(model: Path, console: Console) -> Iterator[Answer]:
+def _answer(model: Path, console: Console) -> Iterator[HeldOutAnswer]:
     """Load the exported weights in transformers and answer the held-out instructions greedily."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from moetrain.data.sources import Row, find_sources, read_rows
+    from moetrain.data.sources import Record, find_sources, read_rows
 
     tokenizer = AutoTokenizer.from_pretrained(str(model), padding_side="left")
     loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32).eval()
     sources = find_sources([assets.resolve("builtin:checkable-sft-eval")])
-    rows = [row.value["messages"] for s in sources for row in read_rows(s) if isinstance(row, Row)]
+    rows = [
+        row.value["messages"] for s in sources for row in read_rows(s) if isinstance(row, Record)
+    ]
     for messages in track(list(batched(rows, 50)), "answering", console=console):
         prompts = [
             tokenizer.apply_chat_template(m[:-1], tokenize=False, add_generation_prompt=True)
@@ -136,4 +138,4 @@ def _answer(model: Path, console: Console) -> Iterator[Answer]:
             out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
         for m, text in zip(messages, texts, strict=True):
-            yield Answer(m[-2]["content"], m[-1]["content"], text)
+            yield HeldOutAnswer(m[-2]["content"], m[-1]["content"], text)

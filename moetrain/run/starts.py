@@ -14,16 +14,16 @@ from typing import Any
 
 from moetrain import files
 
-Row = dict[str, Any]
+StartRow = dict[str, Any]
 
 
-def read_starts(run_dir: Path) -> list[Row]:
+def read_starts(run_dir: Path) -> list[StartRow]:
     """The rows so far; a line cut short by a kill is left out."""
     try:
         lines = (run_dir / "starts.jsonl").read_bytes().split(b"\n")
     except OSError:
         return []
-    rows: list[Row] = []
+    rows: list[StartRow] = []
     for line in lines:
         try:
             row = json.loads(line)
@@ -63,7 +63,7 @@ def saved_step(run_dir: Path) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def streak(rows: list[Row], step: int) -> int:
+def streak(rows: list[StartRow], step: int) -> int:
     """How often the run has broken off since it came to checkpoint `step`, the newest."""
     count, later = 0, "end"
     for row in reversed(rows):
@@ -77,9 +77,9 @@ def streak(rows: list[Row], step: int) -> int:
     return count
 
 
-def _place() -> Row:
+def _place() -> StartRow:
     job = os.environ.get("SLURM_JOB_ID")
-    place: Row = {"host": platform.node()}
+    place: StartRow = {"host": platform.node()}
     if job is not None:
         place |= {"job": int(job), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
     return place

@@ -333,7 +333,9 @@ def train_with_a_deaf_engine(recipe: str, run_dir: str) -> str:
         def push(self, weights: Any, version: int) -> dict[str, float]:
             return {} if version else super().push(weights, version)
 
-    rollout.ENGINES["embedded"] = rollout.Kind(lambda recipe, hf, tokenizer: Deaf(hf, tokenizer))
+    rollout.ENGINES["embedded"] = rollout.EngineKind(
+        lambda recipe, hf, tokenizer: Deaf(hf, tokenizer)
+    )
     settings = ["train.steps=3", f"run_dir={run_dir}", "observe.progress=false", "optim.lr=1e-2"]
     settings += ["rewards=[{name: length, options: {target: 40}}]", "optim.warmup=0"]
     try:

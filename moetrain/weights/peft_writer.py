@@ -21,9 +21,9 @@ from moetrain.errors import WeightsError
 from moetrain.models.adapter import SUFFIX, AdapterTable, Matrix, all_matrices, is_parameter
 from moetrain.models.model import Model
 from moetrain.weights.adapter_init import whole
-from moetrain.weights.beside import Beside
 from moetrain.weights.ranks import ALONE, Ranks
 from moetrain.weights.reader import Reader
+from moetrain.weights.side_files import SideFiles
 from moetrain.weights.writer import FAILURES, put_in_place, reason, save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -53,7 +53,7 @@ def write_peft(
     table: AdapterTable,
     base_name: str,
     initial: Reader | None = None,
-    note: tuple[Beside, Mapping[str, Any]] | None = None,
+    note: tuple[SideFiles, Mapping[str, Any]] | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
     """Write an adapter as PEFT reads it; collective.
@@ -82,7 +82,7 @@ def write_peft(
         wanted |= {HEAD} if table.model.heads.scalar else set()
         assert held.keys() == wanted, f"tensors {sorted(held.keys() ^ wanted)} are not as they must"
         try:
-            with files.beside(folder) as aside:
+            with files.sibling_folder(folder) as aside:
                 save_tensors(_to_peft(held, table, initial), aside / WEIGHTS)
                 text = json.dumps(config_of(table, base_name), indent=2)
                 (aside / CONFIG).write_text(text + "\n")

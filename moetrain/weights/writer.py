@@ -23,9 +23,9 @@ from torch import Tensor
 from moetrain import files, manifest
 from moetrain.errors import WeightsError
 from moetrain.manifest import Entry, entry
-from moetrain.weights.beside import Beside
 from moetrain.weights.folder import INDEX, SINGLE
 from moetrain.weights.ranks import ALONE, Ranks
+from moetrain.weights.side_files import SideFiles
 
 # A full disk is a SafetensorError, which is no OSError.
 FAILURES = (OSError, RuntimeError, SafetensorError)
@@ -46,7 +46,7 @@ def write_hf(
     folder: Path,
     ranks: Ranks = ALONE,
     *,
-    beside: Beside,
+    side_files: SideFiles,
     config: Mapping[str, Any],
     dtypes: Mapping[str, torch.dtype],
     default: torch.dtype,
@@ -65,7 +65,9 @@ def write_hf(
             untouched.
     """
     with ExitStack() as stack:
-        problem = _write(params, folder, stack, ranks, beside, config, dtypes, default, shard_bytes)
+        problem = _write(
+            params, folder, stack, ranks, side_files, config, dtypes, default, shard_bytes
+        )
     if problem:
         raise WeightsError(
             f"Writing {folder} failed: {problem}. What was there before is untouched. Make room "
@@ -78,7 +80,7 @@ def _write(
     folder: Path,
     stack: ExitStack,
     ranks: Ranks,
-    beside: Beside,
+    side_files: SideFiles,
     config: Mapping[str, Any],
     dtypes: Mapping[str, torch.dtype],
     default: torch.dtype,
@@ -88,7 +90,7 @@ def _write(
     problem, aside = "", folder
     if ranks.rank == 0:
         try:
-            aside = stack.enter_context(files.beside(folder))
+            aside = stack.enter_context(files.sibling_folder(folder))
         except OSError as error:
             problem = reason(error)
     problem, aside = ranks.share((problem, aside))
@@ -106,7 +108,9 @@ def _write(
     problem = _first([p for p, _ in reports])
     if not problem and ranks.rank == 0:
         try:
-            _finish(aside, folder, [shard for _, own in reports for shard in own], beside, config)
+            _finish(
+                aside, folder, [shard for _, own in reports for shard in own], side_files, config
+            )
         except OSError as error:
             problem = reason(error)
     return _first(ranks.gather(problem))
@@ -152,7 +156,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _finish(
-    aside: Path, folder: Path, shards: list[Shard], beside: Beside, config: Mapping[str, Any]
+    aside: Path, folder: Path, shards: list[Shard], side_files: SideFiles, config: Mapping[str, Any]
 ) -> None:
     """Give the shards their final names, write the index and config, and put the folder in its
     place.
@@ -171,8 +175,8 @@ def _finish(
             "weight_map": dict(sorted(places.items())),
         }
         (aside / INDEX).write_text(json.dumps(index, indent=1))
-    (aside / "config.json").write_text(json.dumps(beside.config(config), indent=2) + "\n")
-    beside.write(aside, config)
+    (aside / "config.json").write_text(json.dumps(side_files.config(config), indent=2) + "\n")
+    side_files.write(aside, config)
     manifest.write(aside, manifest.complete(aside, entries))
     put_in_place(aside, folder)
 

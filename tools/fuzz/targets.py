@@ -108,7 +108,7 @@ def _dumped(rng: random.Random, record: Any) -> str:
 
 def run_record(bench: Bench, made: dict[str, Any]) -> str:
     """In every command that reads records."""
-    from moetrain.data.sources import Row, find_sources, read_rows
+    from moetrain.data.sources import Record, find_sources, read_rows
 
     path = bench.folder / f"a.{made['ending']}"
     if made["ending"] == "parquet":
@@ -121,7 +121,7 @@ def run_record(bench: Bench, made: dict[str, Any]) -> str:
     for result in bench.encoder(made["kind"], made["template"])(rows):
         counts["refused" if result.reason is not None else "used"] += 1
     for row in rows:
-        if isinstance(row, Row):
+        if isinstance(row, Record):
             counts.update(_other_commands(bench, row, made["template"]))
     _corpus_commands(bench, path)
     return "used" if counts["used"] else "rejected"

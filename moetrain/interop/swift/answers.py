@@ -7,8 +7,8 @@ from moetrain.interop.swift.codecs import (
     NUMBER,
     TRUTH,
     WHOLE,
+    Codec,
     Entry,
-    Kind,
     Reading,
     Writing,
 )
@@ -18,7 +18,7 @@ from moetrain.interop.swift.online import is_online
 
 _DATA = "chord_sft_dataset"
 _BATCH = "chord_sft_per_device_train_batch_size"
-_MU: dict[str, tuple[str, Kind[Any]]] = {
+_MU: dict[str, tuple[str, Codec[Any]]] = {
     "chord_mu_peak": ("method.mu_peak", NUMBER),
     "chord_mu_valley": ("method.mu_valley", NUMBER),
     "chord_mu_warmup_steps": ("method.mu_warmup", WHOLE),

@@ -60,7 +60,7 @@ class Reading:
         if same(self.given.get(flag), wanted):
             self.used.add(flag)
 
-    def parse[T](self, flag: str, kind: "Kind[T]") -> T | None:
+    def parse[T](self, flag: str, kind: "Codec[T]") -> T | None:
         """The value of a flag, None where it is not given. Raises ConfigError."""
         words = self.take(flag)
         try:
@@ -121,7 +121,7 @@ def same(words: Words | None, wanted: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Kind[T]:
+class Codec[T]:
     """A converter between the words of a flag and a recipe's value."""
 
     what: str
@@ -179,14 +179,14 @@ def _steps(words: Words) -> int | None:
     return None if value >= NEVER else value
 
 
-WHOLE = Kind[int]("a whole number", lambda words: int(_one(words)), lambda value: (str(value),))
-NUMBER = Kind[float]("a number", _number, _show_number)
-TRUTH = Kind[bool]("true or false", _truth, _show_truth)
-NOT = Kind[bool]("true or false", lambda w: not _truth(w), lambda value: _show_truth(not value))
-TEXT = Kind[str]("one word", _one, lambda value: (value,))
-LIST = Kind[list[str]]("a list of words", list, tuple)
-JSON = Kind[dict[str, Any]]("a JSON mapping", _mapping, lambda value: (json.dumps(value),))
-STEPS = Kind[int | None](
+WHOLE = Codec[int]("a whole number", lambda words: int(_one(words)), lambda value: (str(value),))
+NUMBER = Codec[float]("a number", _number, _show_number)
+TRUTH = Codec[bool]("true or false", _truth, _show_truth)
+NOT = Codec[bool]("true or false", lambda w: not _truth(w), lambda value: _show_truth(not value))
+TEXT = Codec[str]("one word", _one, lambda value: (value,))
+LIST = Codec[list[str]]("a list of words", list, tuple)
+JSON = Codec[dict[str, Any]]("a JSON mapping", _mapping, lambda value: (json.dumps(value),))
+STEPS = Codec[int | None](
     "a number of steps", _steps, lambda value: (str(NEVER if value is None else value),)
 )
 
@@ -228,7 +228,7 @@ class Same(Entry):
 
     flag: str
     key: str
-    kind: Kind[Any]
+    kind: Codec[Any]
     default: Default = UNSET
     when: Callable[[Keys], bool] = _always
     alike: tuple[str, ...] = ()

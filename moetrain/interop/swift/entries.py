@@ -11,8 +11,8 @@ from moetrain.interop.swift.codecs import (
     TEXT,
     TRUTH,
     WHOLE,
+    Codec,
     Entry,
-    Kind,
     NotCarried,
     Note,
     Reading,
@@ -83,12 +83,12 @@ def _show_parts(patterns: list[str]) -> Words:
     return (_PARTS_REGEX.format("|".join(renamed(patterns, PARTS, to=1))),)
 
 
-MODULES = Kind[list[str]](
+MODULES = Codec[list[str]](
     "a list of modules",
     _read_modules,
     lambda target: tuple(renamed(target, TARGETS, to=1)),
 )
-TRAINED = Kind[list[str]]("a regular expression", _read_parts, _show_parts)
+TRAINED = Codec[list[str]]("a regular expression", _read_parts, _show_parts)
 
 
 class Length(Entry):

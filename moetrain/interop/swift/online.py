@@ -13,9 +13,9 @@ from moetrain.interop.swift.codecs import (
     TEXT,
     TRUTH,
     WHOLE,
+    Codec,
     Entry,
     Keys,
-    Kind,
     Note,
     Reading,
     Writing,
@@ -216,7 +216,7 @@ class Mismatch(Entry):
 @dataclass(frozen=True)
 class _Engine:
     flag: str
-    kind: Kind[Any]
+    kind: Codec[Any]
 
 
 _ENGINE_ARGS = {

@@ -12,7 +12,7 @@ from itertools import repeat
 from typing import Any, Self
 
 from moetrain.config.rewards import RewardConfig
-from moetrain.rewards.base import Answer, Item, Kind, Shape, text_of
+from moetrain.rewards.base import Completion, Grade, RewardKind, Shape, text_of
 from moetrain.rewards.find import find_reward
 
 LARGEST = 64  # answers to one prompt in a batch, where the recipe names no batch_size
@@ -78,59 +78,61 @@ class Own:
         )
         self.takes = _names(self.function)
 
-    def grade(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
+    def grade(self, completions: Sequence[Completion]) -> Iterator[tuple[int, Grade]]:
         """Where a batch raises, its halves are tried, until those to blame are alone."""
         try:
-            scores, logged = self._scores(items)
+            scores, logged = self._scores(completions)
         except Exception as error:  # a user's own code, which may fail in any way
-            if len(items) > 1:
-                middle = len(items) // 2
-                yield from self.grade(items[:middle])
-                yield from self.grade(items[middle:])
+            if len(completions) > 1:
+                middle = len(completions) // 2
+                yield from self.grade(completions[:middle])
+                yield from self.grade(completions[middle:])
                 return
-            yield items[0].number, self._fault(f"{type(error).__name__}: {error}")
+            yield completions[0].number, self._fault(f"{type(error).__name__}: {error}")
             return
-        for place, (item, score) in enumerate(zip(items, scores, strict=True)):
+        for place, (completion, score) in enumerate(zip(completions, scores, strict=True)):
             if score is not None and not math.isfinite(score):
-                yield item.number, self._fault(f"ValueError: the reward is {score}")
+                yield completion.number, self._fault(f"ValueError: the reward is {score}")
                 continue
             yield (
-                item.number,
-                Answer(
+                completion.number,
+                Grade(
                     {self.label: score},
                     extra=logged.extra[place],
                     metrics=logged.metrics if place == 0 else {},
                 ),
             )
 
-    def _fault(self, said: str) -> Answer:
-        return Answer({self.label: None}, "error", detail=f"{self.label}: {said}")
+    def _fault(self, said: str) -> Grade:
+        return Grade({self.label: None}, "error", detail=f"{self.label}: {said}")
 
-    def _scores(self, items: Sequence[Item]) -> tuple[list[float | None], Logged]:
-        logged = Logged(len(items))
-        found = self.function(**self._arguments(items, logged))
+    def _scores(self, completions: Sequence[Completion]) -> tuple[list[float | None], Logged]:
+        logged = Logged(len(completions))
+        found = self.function(**self._arguments(completions, logged))
         if self.is_async:
             found = asyncio.run(found)
         if isinstance(found, str | Mapping) or not hasattr(found, "__iter__"):
             raise TypeError(f"it returned {found!r:.80}, not a list with a reward for each")
         scores = [None if score is None else float(score) for score in found]
-        if len(scores) != len(items):
-            raise ValueError(f"it returned {len(scores)} rewards for {len(items)} completions")
+        if len(scores) != len(completions):
+            raise ValueError(
+                f"it returned {len(scores)} rewards for {len(completions)} completions"
+            )
         return scores, logged
 
-    def _arguments(self, items: Sequence[Item], logged: Logged) -> dict[str, Any]:
+    def _arguments(self, completions: Sequence[Completion], logged: Logged) -> dict[str, Any]:
         """TRL's, and those of the recipe; a function without **kwargs gets what it names."""
-        names = dict.fromkeys(name for item in items for name in item.columns)
+        names = dict.fromkeys(name for completion in completions for name in completion.columns)
         given: dict[str, Any] = {
-            name: [item.columns.get(name) for item in items]
+            name: [completion.columns.get(name) for completion in completions]
             for name in names
             if name not in RESERVED
         }
-        given["prompts"] = [prompt_of(item) for item in items]
-        given["completions"] = [completion_of(item) for item in items]
-        if all(item.tokens is not None for item in items):
-            given["completion_ids"] = [list(item.tokens or ()) for item in items]
-        given["trainer_state"] = TrainerState(items[0].step, items[0].last)
+        given["prompts"] = [prompt_of(completion) for completion in completions]
+        given["completions"] = [completion_of(completion) for completion in completions]
+        if all(completion.tokens is not None for completion in completions):
+            given["completion_ids"] = [list(completion.tokens or ()) for completion in completions]
+        given["trainer_state"] = TrainerState(completions[0].step, completions[0].last)
         given["log_extra"], given["log_metric"] = Logger(logged.column), Logger(logged.metric)
         given |= self.options
         if self.takes is None:
@@ -140,19 +142,19 @@ class Own:
         return {name: value for name, value in given.items() if name in self.takes}
 
 
-def prompt_of(item: Item) -> Any:
+def prompt_of(completion: Completion) -> Any:
     """Messages, or text where the record has text: without the system's, which is beside it."""
-    prompt = item.columns.get("prompt", "")
-    if not item.is_text or isinstance(prompt, str):
+    prompt = completion.columns.get("prompt", "")
+    if not completion.is_text or isinstance(prompt, str):
         return prompt
     return text_of([message for message in prompt if message.get("role") != "system"])
 
 
-def completion_of(item: Item) -> Any:
+def completion_of(completion: Completion) -> Any:
     """An assistant's message in a list, where the prompt is messages; else text."""
-    if item.is_text or isinstance(item.columns.get("prompt", ""), str):
-        return item.text
-    return [{"role": "assistant", "content": item.text}]
+    if completion.is_text or isinstance(completion.columns.get("prompt", ""), str):
+        return completion.text
+    return [{"role": "assistant", "content": completion.text}]
 
 
 def _names(function: Callable[..., Any]) -> frozenset[str] | None:
@@ -166,9 +168,9 @@ def _names(function: Callable[..., Any]) -> frozenset[str] | None:
     return frozenset(one.name for one in found)
 
 
-def own_kind(batch_size: int | None) -> Kind:
+def user_function_kind(batch_size: int | None) -> RewardKind:
     """Of a function that sees so many completions at a time; None: the answers to one prompt."""
-    return Kind(Own, partial(_shape, batch_size))
+    return RewardKind(Own, partial(_shape, batch_size))
 
 
 def _shape(batch_size: int | None, options: Mapping[str, Any], recipe: Shape) -> Shape:

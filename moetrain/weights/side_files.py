@@ -21,7 +21,7 @@ OTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates")
 
 
 @dataclass(frozen=True)
-class Beside:
+class SideFiles:
     """What goes beside exported weights.
 
     Args:
@@ -37,7 +37,7 @@ class Beside:
     ends: Mapping[int, str] = field(default_factory=dict[int, str])
 
     @classmethod
-    def of(cls, folder: Path) -> "Beside":
+    def of(cls, folder: Path) -> "SideFiles":
         """All from one folder, as it is."""
         return cls(folder, folder)
 
@@ -101,7 +101,7 @@ class Beside:
             _dump(content, path)
 
 
-def beside_adapter(base: Path, adapter: Path) -> Beside:
+def side_files_of_adapter(base: Path, adapter: Path) -> SideFiles:
     """Of a base with an adapter put in: what lies beside the adapter was trained with it."""
     own = bool(tokenizer_files(adapter))
     tokenizer = adapter if own else base
@@ -118,7 +118,7 @@ def beside_adapter(base: Path, adapter: Path) -> Beside:
         found = [loaded.eos_token_id, *(_ids(_json(given)) if given.is_file() else [])]
         new = [i for i in dict.fromkeys(found) if i is not None and i not in known]
         ends = {i: str(loaded.convert_ids_to_tokens(i)) for i in new}
-    return Beside(tokenizer, base, ends=ends)
+    return SideFiles(tokenizer, base, ends=ends)
 
 
 def _ids(config: Mapping[str, Any]) -> list[int]:
