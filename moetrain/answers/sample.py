@@ -57,9 +57,9 @@ def sample(model: str, prompts: str, out: Path, num: int, overrides: Sequence[st
     SAMPLE.check(keys_given(overrides))
     recipe = answering_recipe(model, out, overrides, sections)
     found = _prompts(recipe, out)
-    told = check_columns(recipe.rewards, found)
-    if told:
-        print(told)
+    note = check_columns(recipe.rewards, found)
+    if note:
+        print(note)
     notes = {"model": model, "data": prompts, "engine": rollout_of(recipe).engine}
     counts = answer_all(recipe, found, out, num, notes, "answers", rollout_of(recipe).temperature)
     if counts is None:
@@ -100,8 +100,8 @@ def _prompts(recipe: Recipe, out: Path) -> list[Prompt]:
     inputs = [assets.resolve(path, root) for path in recipe.data.train]
     chat = chat_of(recipe)
     found, rejects, notes = read_prompts(inputs, chat, prompt_room(recipe))
-    if told := describe_repeats(found):
-        print(f"{len(found)} prompts{told}")
+    if note := describe_repeats(found):
+        print(f"{len(found)} prompts{note}")
     check_rejects(rejects, len(found) + len(rejects), recipe.data.max_rejected)
     for line in noted(chat.notes(), notes):
         print(line)

@@ -32,9 +32,9 @@ def check_reward_file(name: str) -> None:
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except (SyntaxError, ValueError) as error:  # a ValueError for NUL bytes
-        said = str(error).partition("\n")[0]
+        message = str(error).partition("\n")[0]
         raise ConfigError(
-            f"rewards: {path} cannot be run: {type(error).__name__}: {said}"
+            f"rewards: {path} cannot be run: {type(error).__name__}: {message}"
         ) from error
     takes = _signature(tree.body, function)
     if takes is not None and not (takes.is_open or takes.names & {"completions", "completion_ids"}):

@@ -285,9 +285,9 @@ def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
             ) from None
         if first["type"] == "missing":
             raise ValueError(f"rewards: {name} needs the option {key!r}.") from None
-        said = str(first["msg"]).removeprefix("Value error, ")
+        message = str(first["msg"]).removeprefix("Value error, ")
         where = f"option {key}: " if key else ""
-        raise ValueError(f"rewards: {name}: {where}{said[0].lower()}{said[1:]}.") from None
+        raise ValueError(f"rewards: {name}: {where}{message[0].lower()}{message[1:]}.") from None
 
 
 def _as_reward(value: object) -> object:

@@ -250,8 +250,8 @@ class Chat:
     def _asked(self, messages: Sequence[Message], text: str) -> None:
         """FormatError where a user's words are not in the text."""
         for i, message in enumerate(messages):
-            said = (message["content"] or "").strip()
-            if message["role"] == "user" and said not in text:
+            line = (message["content"] or "").strip()
+            if message["role"] == "user" and line not in text:
                 raise FormatError(f"the chat template does not render the user turn {i} as it is")
 
     def _context_notes(
@@ -259,7 +259,7 @@ class Chat:
     ) -> tuple[str, ...]:
         found: list[str] = []
         systems = [m["content"] for m in messages if m["role"] in ("system", "developer")]
-        if any(said.strip() not in text for said in systems):
+        if any(message.strip() not in text for message in systems):
             found.append("the chat template does not render the system message")
         offered = kwargs.get("tools")
         names = [_name_of(tool) for tool in offered] if isinstance(offered, list) else []
@@ -268,7 +268,7 @@ class Chat:
         if names and not (self.template.reads.tools and all(name in text for name in names)):
             found.append("the chat template does not render the tools on offer")
         results = [m["content"] for m in messages if m["role"] == "tool"]
-        if not all(appears_in((said or "").strip(), text) for said in results):
+        if not all(appears_in((message or "").strip(), text) for message in results):
             found.append("the chat template does not render the tools' results")
         return tuple(found)
 

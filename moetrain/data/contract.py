@@ -139,13 +139,13 @@ class TrainedTurn:
 
     def _check(self, turn: int, start: int, end: int, skeleton: str) -> None:
         """FormatError unless the text has all that the turn says, and nothing else."""
-        said = self.text[start:end]
+        message = self.text[start:end]
         thought, content = self.message.get("reasoning_content"), self.message["content"]
         for value, word, name in (
             (thought, THOUGHT, "reasoning"),
             (content, CONTENT, "content"),
         ):
-            if not value or not value.strip() or value.strip() in said:
+            if not value or not value.strip() or value.strip() in message:
                 continue
             if word in self._skeleton_of_all(skeleton):
                 raise FormatError(
@@ -155,7 +155,7 @@ class TrainedTurn:
             self.notes.append(f"the chat template drops the {name} of a trained turn")
         if "<think>" in (content or "").rpartition("</think>")[2]:
             self.notes.append("a trained turn begins a thought and never ends it")
-        self._check_calls(turn, said)
+        self._check_calls(turn, message)
         if content and content.strip() and not self.message.get("tool_calls"):
             whole = skeleton.replace(CONTENT, content).replace(THOUGHT, thought or "")
             if _squeezed(whole) != _squeezed(self.text[start:]):

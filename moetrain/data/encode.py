@@ -137,8 +137,8 @@ class Encoder:
             texts: list[tuple[Marked, ...]] = []
             notes: list[str] = []
             for one in draft.conversations:
-                said = one.messages, one.template_kwargs, list(one.rendered or ())
-                self.chat.refuse_long(self.spec.seq_len, *said)
+                message = one.messages, one.template_kwargs, list(one.rendered or ())
+                self.chat.refuse_long(self.spec.seq_len, *message)
                 guarded, own = self.chat.controls.guarded(one)
                 texts.append(tuple(self.chat.mark(guarded)))
                 notes += own

@@ -76,8 +76,8 @@ def check_tokens(prefix: Path, model_vocab: int | None, root: Path) -> None:
         return
     code = _head(prefix)[1]
     data = Path(f"{prefix}.bin")
-    said = remembered(data, root / "tokens" / str(code), lambda path: _extremes(path, code))
-    smallest, largest = map(int, said.split())
+    message = remembered(data, root / "tokens" / str(code), lambda path: _extremes(path, code))
+    smallest, largest = map(int, message.split())
     if smallest < 0:
         raise DataError(f"{data} has a token {smallest}, which no vocabulary has: make it again.")
     tokenizers.check_vocab(largest + 1, model_vocab, f"The index {prefix}")
@@ -89,19 +89,19 @@ def _is_vouched_for(prefix: Path, model_vocab: int) -> bool:
     """
     note = Path(f"{prefix}.json")
     try:
-        said = json.loads(note.read_text(encoding="utf-8"))
+        message = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False  # there is none, or it is about something else
-    if not isinstance(said, dict) or "vocab" not in said:
+    if not isinstance(message, dict) or "vocab" not in message:
         return False
-    vocab = said["vocab"]
+    vocab = message["vocab"]
     if type(vocab) is not int or vocab < 1:
         raise DataError(
             f"{note} says vocab={str(vocab)[:40]!r}, which is no number of tokens. Remove the file,"
             " or make the index again."
         )
     tokenizers.check_vocab(vocab, model_vocab, f"The tokenizer of the index {prefix}")
-    return said.get("num_tokens") == int(_lengths(prefix).sum(dtype=np.int64))
+    return message.get("num_tokens") == int(_lengths(prefix).sum(dtype=np.int64))
 
 
 def _extremes(data: Path, code: int) -> str:

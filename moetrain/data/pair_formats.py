@@ -93,8 +93,8 @@ def _after(prompt: list[Message], record: Record, key: str) -> list[Message]:
     answer = _answer(record[key], key)
     if answer[0]["role"] not in OPENING_ROLES:
         return prompt + answer
-    said = {_role_and_text(message) for message in answer}
-    if any(_role_and_text(message) not in said for message in prompt):
+    text = {_role_and_text(message) for message in answer}
+    if any(_role_and_text(message) not in text for message in prompt):
         raise FormatError(f"{key} is a whole conversation and the prompt is not in it")
     return answer
 

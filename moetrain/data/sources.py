@@ -200,9 +200,10 @@ def _read_hf(path: Path) -> Iterator[Record | Reject]:
                 row += 1
                 yield _table_row(value, path, row)
     except Exception as error:  # its files say what its reader does next: anything can go wrong
-        said = (str(error).splitlines() or [""])[0]
+        message = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"{path} is not a readable Hugging Face dataset folder: {type(error).__name__}: {said}"
+            f"{path} is not a readable Hugging Face dataset folder:"
+            f" {type(error).__name__}: {message}"
         ) from error
 
 

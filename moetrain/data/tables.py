@@ -45,8 +45,8 @@ def _alone(batch: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    said = str(error).splitlines() or [type(error).__name__]
-    return f"a value cannot be read: {said[0]}"
+    message = str(error).splitlines() or [type(error).__name__]
+    return f"a value cannot be read: {message[0]}"
 
 
 def _mended(row: dict[str, Any], menders: dict[str, Mend | None]) -> Found:

@@ -91,16 +91,16 @@ def check_for_export(folder: Path, kind: str | None) -> str | None:
     found = misreading_class(folder, kind, {})
     if found is None:
         return None
-    said = (
+    message = (
         f"beside a config.json of model_type {kind}, as an export has it, transformers reads the"
         f" tokenizer in {folder} as {found} and not as its tokenizer.json says"
     )
     if misreading_class(folder, kind, {"tokenizer_class": SAFE}) is None:
         raise DataError(
-            f'{said[0].upper()}{said[1:]}. Write "tokenizer_class": "{SAFE}" into its'
+            f'{message[0].upper()}{message[1:]}. Write "tokenizer_class": "{SAFE}" into its'
             " tokenizer_config.json."
         )
-    return f"{said}: serve an export with --tokenizer {folder}"
+    return f"{message}: serve an export with --tokenizer {folder}"
 
 
 def misreading_class(folder: Path, kind: str | None, changes: dict[str, str]) -> str | None:

@@ -121,5 +121,5 @@ def published(dst: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{dst} cannot be written: {error.strerror or error}.") from error
     except WeightsError as error:  # which knows the folder as it is for now
-        said = re.sub(rf"{re.escape(str(dst.parent))}/\.\S+", str(dst), str(error))
-        raise WeightsError(said) from error
+        message = re.sub(rf"{re.escape(str(dst.parent))}/\.\S+", str(dst), str(error))
+        raise WeightsError(message) from error

@@ -30,9 +30,9 @@ def read(content: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     """
     # Upstream's own collectives come between: what every rank reads is looked at before.
     failures = (Exception, CheckpointException)  # torch's is no Exception
-    told = partial(_describe, folder)
-    world.together(lambda: _check_common(folder), told, failures)
-    return world.together(lambda: dist_checkpointing.load(content, str(folder)), told, failures)
+    note = partial(_describe, folder)
+    world.together(lambda: _check_common(folder), note, failures)
+    return world.together(lambda: dist_checkpointing.load(content, str(folder)), note, failures)
 
 
 def _check_common(folder: Path) -> None:
@@ -63,9 +63,9 @@ def _describe(folder: Path, error: BaseException) -> MoetrainError:
             " checkpoint from whom you trust."
         )
     lines = str(cause).splitlines() or [""]
-    said = next((line for line in lines if line.strip()), "")[:200]
+    message = next((line for line in lines if line.strip()), "")[:200]
     return CheckpointError(
-        f"{folder} cannot be read ({type(cause).__name__}: {said}). Copy the checkpoint again."
+        f"{folder} cannot be read ({type(cause).__name__}: {message}). Copy the checkpoint again."
     )
 
 

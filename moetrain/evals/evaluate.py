@@ -60,8 +60,8 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
     recipe = answering_recipe(model, out, others, sections)
     chat, dropped = chat_of(recipe), Counter[str]()
     prompts = read_questions(bench, data, chat, prompt_room(recipe), dropped)
-    told = check_columns([bench.scorer], prompts)
-    for line in [*noted(chat.notes(), dropped), *([told] if told else [])]:
+    note = check_columns([bench.scorer], prompts)
+    for line in [*noted(chat.notes(), dropped), *([note] if note else [])]:
         print(line)
     notes = {"model": model, "bench": bench.model_dump(mode="json")}
     temperature = bench.rollout.eval_temperature

@@ -32,8 +32,8 @@ def train(recipe: Recipe) -> int:
         check_engine(recipe)
         check_user_functions(recipe.rewards)
     prompts = prepare_prompts(recipe)
-    told = check_columns(recipe.rewards, [*prompts.train.prompts, *prompts.held_out])
-    lines = [*prompts.lines, *([told] if told else [])]
+    note = check_columns(recipe.rewards, [*prompts.train.prompts, *prompts.held_out])
+    lines = [*prompts.lines, *([note] if note else [])]
     engine = Engine(recipe)
     num_steps = length(recipe, len(prompts.train.prompts))
     # What the run starts from is the reference, until a checkpoint is put into it.

@@ -336,10 +336,10 @@ class Live:
             )
             before = driver.grader.num_faults
             answers = [(prompt, drawn[name]) for name, prompt in prompts.items()]
-            said = verdicts(driver.grader, answers)
-        driver.held_out.write(step, sampling.temperature, answers, said)
+            message = verdicts(driver.grader, answers)
+        driver.held_out.write(step, sampling.temperature, answers, message)
         samples = [sample for _, sample in answers]
-        found = means(with_reward(samples, said), "eval_reward")
+        found = means(with_reward(samples, message), "eval_reward")
         found["eval_reward/answers"] = float(len(samples))
         logged = driver.grader.take_metrics()
         found |= {f"eval_logged/{name}": value for name, value in logged.items()}

@@ -58,8 +58,8 @@ class Curves:
             own.values.append(value)
             if key != "seconds" or not held_out:
                 self._last[sys.intern(key)] = value
-        said = row.get("warning") or []
-        texts = cast(list[Any], said) if isinstance(said, list) else [said]
+        message = row.get("warning") or []
+        texts = cast(list[Any], message) if isinstance(message, list) else [message]
         self.warnings += [(self.step, str(text)) for text in texts]
 
     @property

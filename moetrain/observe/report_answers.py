@@ -103,9 +103,9 @@ def _of_run(run: Run, title: str, answers: list[Answer], *, most: int, is_open: 
 
 def _of_answer(why: str, answer: Answer, most: int) -> str:
     facts = [rewards_told(answer), f"{answer.tokens} tokens", "cut" if answer.was_cut else ""]
-    told = shortened(", ".join(filter(None, facts)), most, LINES)
+    note = shortened(", ".join(filter(None, facts)), most, LINES)
     return (
-        f'<div class="answer"><p><b>{escape(why)}</b> {escape(harmless(told))}</p>'
+        f'<div class="answer"><p><b>{escape(why)}</b> {escape(harmless(note))}</p>'
         f'<pre class="prompt">{_text(answer.prompt, most // 2)}</pre>'
         f"<pre>{_text(answer.text, most)}</pre></div>"
     )

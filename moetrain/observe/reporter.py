@@ -66,8 +66,8 @@ class Reporter:
             lost = row.get("faults/dropped/ungraded", 0)
             if lost and time.monotonic() - self._warned >= WARN_SECONDS:
                 self._warned = time.monotonic()
-                told = told_ungraded(row["reward/graded"], row["reward/graded"] + lost, row)
-                self.say(f"{self.recipe.method.name} {row['step']}: {told}")
+                note = told_ungraded(row["reward/graded"], row["reward/graded"] + lost, row)
+                self.say(f"{self.recipe.method.name} {row['step']}: {note}")
 
     def held_out(self, row: Mapping[str, Any]) -> None:
         """Record a held-out row."""

@@ -89,8 +89,8 @@ def _print(console: Console, title: str, answer: Answer, *, full: bool) -> None:
     head = Text(harmless("\n" + "  ".join(word for word in words if word)), style="bold")
     console.print(head, overflow="fold")
     _text(console, "prompt", answer.prompt, None if full else PROMPT)
-    if told := _columns(answer.columns):
-        _text(console, "", told, None if full else (COLUMNS, 3), style="dim")
+    if note := _columns(answer.columns):
+        _text(console, "", note, None if full else (COLUMNS, 3), style="dim")
     _text(console, "answer", answer.text, None if full else ANSWER)
 
 
@@ -101,8 +101,8 @@ def _text(
     if title:
         console.print(Text(f"  {title}", style="cyan"))
     shown = harmless(text if limits is None else shortened(text, *limits))
-    told = Text(shown or "(nothing)", style=style, overflow="fold")
-    console.print(Padding(told, (0, 0, 0, 4), expand=False))
+    note = Text(shown or "(nothing)", style=style, overflow="fold")
+    console.print(Padding(note, (0, 0, 0, 4), expand=False))
 
 
 def _columns(columns: Mapping[str, Any]) -> str:

@@ -74,13 +74,13 @@ class Judge:
             "temperature": self.options.temperature,
         }
         async with self._free:
-            said = await self.remote.post(self._client, "chat/completions", body)
+            message = await self.remote.post(self._client, "chat/completions", body)
         try:
-            choice = said["choices"][0]
+            choice = message["choices"][0]
             return str(choice["message"]["content"] or ""), choice.get("finish_reason") == "length"
         except (KeyError, IndexError, TypeError, AttributeError):
             raise RemoteError(
-                "error", f"{self.remote.url}: {str(said)[:200]} is not a chat completion"
+                "error", f"{self.remote.url}: {str(message)[:200]} is not a chat completion"
             ) from None
 
     def _value(self, words: str, is_cut: bool) -> float | None:

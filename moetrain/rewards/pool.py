@@ -162,12 +162,12 @@ class _Worker:
 
     def receive(self) -> Iterator[tuple[int, Grade]]:
         """The next message. ConfigError when it says that the reward cannot be had."""
-        said: Any = self.pipe.recv()
+        message: Any = self.pipe.recv()
         self._since = time.monotonic()
-        if isinstance(said, MoetrainError):
-            raise said
+        if isinstance(message, MoetrainError):
+            raise message
         if self._is_ready:
-            number, answer = said
+            number, answer = message
             del self._left[number]
             return iter([(number, answer)])
         self._is_ready = True
@@ -212,8 +212,8 @@ def _serve(
         except Exception as error:  # a user's own code, models and drivers: told to the trainer
             if not isinstance(error, MoetrainError):
                 labels = ", ".join(config.label for config in configs)
-                said = str(error).partition("\n")[0]
-                error = ConfigError(f"rewards: {labels}: {type(error).__name__}: {said}")
+                message = str(error).partition("\n")[0]
+                error = ConfigError(f"rewards: {labels}: {type(error).__name__}: {message}")
             pipe.send(error)
             return
         pipe.send("ready")

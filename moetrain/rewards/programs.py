@@ -133,11 +133,11 @@ class Piston:
         compiled: list[bool] = []
 
         def run(given: str) -> Outcome:
-            said = self._post(language, how, source, given)
-            compiled.append(not said.get("compile") or said["compile"].get("code") == 0)
+            message = self._post(language, how, source, given)
+            compiled.append(not message.get("compile") or message["compile"].get("code") == 0)
             if not compiled[-1]:
                 return Outcome("crash")
-            return _outcome(said["run"])
+            return _outcome(message["run"])
 
         if how.compile:
             run("")
@@ -161,12 +161,12 @@ class Piston:
                 return await self.remote.post(client, "execute", body)
 
         try:
-            said = asyncio.run(ask())
+            message = asyncio.run(ask())
         except RemoteError as error:
             raise Broken(str(error)) from None
-        if not isinstance(said, dict) or not isinstance(said.get("run"), dict):
-            raise Broken(f"{self.remote.url} answers {str(said)[:200]} in place of a run")
-        return said
+        if not isinstance(message, dict) or not isinstance(message.get("run"), dict):
+            raise Broken(f"{self.remote.url} answers {str(message)[:200]} in place of a run")
+        return message
 
 
 def _outcome(run: dict[str, Any]) -> Outcome:

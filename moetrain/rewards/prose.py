@@ -54,10 +54,10 @@ def candidates(text: str, numbers: bool = True) -> Iterator[str]:
     text = text.strip()[-LONGEST_TEXT:]
     if "\n" not in text:
         yield text
-    told = [one or other for one, other in SAID.findall(text) if not _NOT.match(one or other)]
-    if told:
-        yield _SENTENCE.split(told[-1])[0]
-        text = text[text.rindex(told[-1]) :]
+    note = [one or other for one, other in SAID.findall(text) if not _NOT.match(one or other)]
+    if note:
+        yield _SENTENCE.split(note[-1])[0]
+        text = text[text.rindex(note[-1]) :]
     every = _formulas(text)
     formulas = [one for one in every if not _denied(text, one)]
     if formulas:

@@ -63,14 +63,14 @@ class Remote:
                 trouble = RemoteError("timeout", f"{self.url}: no answer in {self.seconds:g} s")
                 continue
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                said = str(error) or type(error).__name__
-                trouble = RemoteError("error", f"{self.url}: {said}")
+                message = str(error) or type(error).__name__
+                trouble = RemoteError("error", f"{self.url}: {message}")
                 continue
             except (ValueError, RecursionError):
                 trouble = RemoteError("error", f"{self.url}: its answer is not JSON")
                 continue
-            said = " ".join(content[:200].decode(errors="replace").split())
-            trouble = RemoteError("error", f"{self.url}: {answer.status_code} {said}")
+            message = " ".join(content[:200].decode(errors="replace").split())
+            trouble = RemoteError("error", f"{self.url}: {answer.status_code} {message}")
             if answer.status_code not in RETRIED:
                 break
             given = answer.headers.get("Retry-After", "")

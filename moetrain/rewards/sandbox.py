@@ -133,21 +133,21 @@ class Sandbox:
             )
             in_time = _wait(process, limits.seconds)
             seconds = time.monotonic() - started
-            told = _parse_status(os.pread(status, MAX_TOLD, 0))
-            _wait_for_init(told.get("child-pid"))
+            note = _parse_status(os.pread(status, MAX_TOLD, 0))
+            _wait_for_init(note.get("child-pid"))
             out = os.pread(streams[1], limits.file, 0)
             sizes = [os.fstat(fd).st_size for fd in streams[1:]]
-            said = os.pread(streams[2], 2000, max(0, sizes[1] - 2000)).decode(errors="replace")
+            message = os.pread(streams[2], 2000, max(0, sizes[1] - 2000)).decode(errors="replace")
         finally:
             for fd in (*streams, status, *(fd for fd, _, _ in given)):
                 os.close(fd)
-        code = told.get("exit-code", -1)
+        code = note.get("exit-code", -1)
         if not in_time or code == 128 + 24:  # SIGXCPU
-            return Ran("timeout", code, out, said, seconds)
-        if code < 0 or "error" in told:
-            return Ran("broken", code, out, str(told.get("error", said)).strip(), seconds)
+            return Ran("timeout", code, out, message, seconds)
+        if code < 0 or "error" in note:
+            return Ran("broken", code, out, str(note.get("error", message)).strip(), seconds)
         end = "output" if max(sizes) >= limits.file else "exit"
-        return Ran(end, code, out, said, seconds)
+        return Ran(end, code, out, message, seconds)
 
     def _limit(self, limits: Limits) -> list[str]:
         cpu = int(limits.seconds) + 1
@@ -229,8 +229,8 @@ class Sandbox:
                 ran = self._run(kind, words, b"", program, Limits(20.0))
                 if ran.end == "exit" and ran.out == b"shut":
                     return None
-        said = (ran.out.decode(errors="replace") + " " + ran.said).strip().splitlines()
-        return (said or [f"{ran.end} {ran.code}"])[-1]
+        message = (ran.out.decode(errors="replace") + " " + ran.said).strip().splitlines()
+        return (message or [f"{ran.end} {ran.code}"])[-1]
 
 
 _JAIL = Path(__file__).with_name("jail.py").read_text()
@@ -327,7 +327,7 @@ def _wait_for_init(pid: int | None) -> None:
 
 def _parse_status(said: bytes) -> dict[str, Any]:
     """What bubblewrap, or jail.py, says of the run."""
-    told: dict[str, Any] = {}
+    note: dict[str, Any] = {}
     for line in said.decode(errors="replace").splitlines():
-        told |= json.loads(line)
-    return told
+        note |= json.loads(line)
+    return note

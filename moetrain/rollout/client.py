@@ -101,8 +101,8 @@ class Client:
             connection.close()
 
     def _raise(self, path: str, response: http.client.HTTPResponse) -> None:
-        said = _object(response.read(MOST_BYTES + 1))
-        text = f"{self.address}{path}: {said.get('error', response.status)}"
+        message = _object(response.read(MOST_BYTES + 1))
+        text = f"{self.address}{path}: {message.get('error', response.status)}"
         match response.status:
             case 401:
                 raise RolloutError(
@@ -110,7 +110,7 @@ class Client:
                     " MOETRAIN_ROLLOUT_TOKEN or rollout.token_file."
                 )
             case 429:
-                raise QueueFull(int(said.get("room", 0)))
+                raise QueueFull(int(message.get("room", 0)))
             case 409 | 422 | 500:
                 raise ServerLost("refused", text)
             case _:
@@ -122,9 +122,9 @@ def _object(content: bytes) -> dict[str, Any]:
     if len(content) > MOST_BYTES:
         raise ValueError(f"an answer of more than {MOST_BYTES >> 20} MiB")
     try:
-        said = json.loads(content)
+        message = json.loads(content)
     except RecursionError:
         raise ValueError("an answer that is nested too deep") from None
-    if not isinstance(said, dict):
-        raise ValueError(f"{str(said)[:80]} in place of an object")
-    return said
+    if not isinstance(message, dict):
+        raise ValueError(f"{str(message)[:80]} in place of an object")
+    return message

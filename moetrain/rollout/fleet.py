@@ -251,12 +251,12 @@ class Fleet:
         scored: list[list[float]] = []
         answers: list[Sample] = []
         for server in self.servers:
-            said = self._proved(server, body)
+            message = self._proved(server, body)
             given += sequences
-            scored += said["scored"]
+            scored += message["scored"]
             answers += [
                 Sample(str(i), 0, tuple(a["tokens"]), tuple(a["logprobs"]), "", "length", 0)
-                for i, a in enumerate(said["answers"])
+                for i, a in enumerate(message["answers"])
             ]
         return Probe.of(given, scored, answers)
 

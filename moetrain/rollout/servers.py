@@ -85,7 +85,7 @@ class Given:
     def _until(self, folder: Path | None, version: int | None) -> None:
         """Ask until another process than the one so far answers, and serves `version`."""
         deadline = time.monotonic() + self.start_timeout
-        said = ""
+        message = ""
         while time.monotonic() < deadline:
             try:
                 found = self.client.get("/health", HEALTH_SECONDS)
@@ -94,13 +94,13 @@ class Given:
                     return
                 self.client.post("/reload", {"folder": str(folder), "version": version})
             except ServerLost as lost:
-                if not said:
+                if not message:
                     print(f"moetrain: waiting for a server: {lost}", file=sys.stderr, flush=True)
-                said = str(lost)
+                message = str(lost)
             time.sleep(POLL_SECONDS)
         raise RolloutError(
             f"The server at {self.client.address} did not come back within"
-            f" rollout.start_timeout={self.start_timeout:g} s ({said}). Start it with `moetrain"
+            f" rollout.start_timeout={self.start_timeout:g} s ({message}). Start it with `moetrain"
             " serve`; then start this again, and it goes on with what it has sampled."
         )
 

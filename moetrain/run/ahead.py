@@ -44,5 +44,5 @@ def _rewards(recipe: Recipe, found: Preview) -> list[str]:
                 f" record of {found.key} has: it has {', '.join(sorted(columns))}. Rename a column,"
                 " or give the argument a default."
             )
-    said = check_columns(recipe.rewards, found.prompts)
-    return [f"WARNING: {said}"] if said else []
+    message = check_columns(recipe.rewards, found.prompts)
+    return [f"WARNING: {message}"] if message else []

@@ -92,9 +92,9 @@ class RunLock:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     file.seek(0)
-                    said = file.read().strip()
+                    message = file.read().strip()
                     file.close()
-                    raise self._in_use(said or "another job") from None
+                    raise self._in_use(message or "another job") from None
                 time.sleep(0.2)
             except OSError:  # a file system without locks
                 break

@@ -215,13 +215,13 @@ def run_sweep(sweep: Sweep, argv: Sequence[str]) -> int:
             if is_done(run.recipe):
                 console.print(f"{head}: done before, skipped", markup=False)
                 continue
-            code, said = _run(run, head, children, console)
+            code, message = _run(run, head, children, console)
             if children.asked and code:
                 kept = "saved" if code == 143 else "at its last checkpoint"
                 print(f"moetrain: interrupted; run {run.name} is {kept}. Go on with:", again)
                 return children.exit_code
             num_failed += code != 0
-            console.print(f"{head}: {said}", markup=False)
+            console.print(f"{head}: {message}", markup=False)
             if children.asked and number < len(sweep.runs):
                 print(f"moetrain: interrupted after run {run.name}. Go on with:", again)
                 return children.exit_code

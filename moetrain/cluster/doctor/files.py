@@ -30,9 +30,9 @@ def shared(subject: Subject) -> Finding:
     try:
         if ranks is None:
             return found
-        told = ranks.gather((found.level, probe.name))[0]
+        note = ranks.gather((found.level, probe.name))[0]
         blind = ranks.gather(None if _sees(probe) else ranks.nodes[ranks.rank])
-        if told[0] == found.level.FAIL or not first:
+        if note[0] == found.level.FAIL or not first:
             return found
         missing = sorted({node for node in blind if node is not None})
         if missing:
@@ -75,15 +75,17 @@ def _write(probe: Path) -> Finding:
     if not same:
         return fail(f"{probe.parent} gives back other bytes than were written", SHARED_REMEDY)
     speed = PROBE_BYTES / 1e6 / seconds
-    said = f"{probe.parent}: {PROBE_BYTES >> 20} MiB written, flushed, renamed at {speed:.0f} MB/s"
+    message = (
+        f"{probe.parent}: {PROBE_BYTES >> 20} MiB written, flushed, renamed at {speed:.0f} MB/s"
+    )
     if abs(skew) > 5:
         return warn(
-            f"{said}; its clock is {skew:.0f} s from this node's",
+            f"{message}; its clock is {skew:.0f} s from this node's",
             "let the file server and the nodes follow one time server",
         )
     if speed < SLOW_MB_S:
-        return warn(said, "put run_dir on the parallel file system, not on a home folder")
-    return ok(said)
+        return warn(message, "put run_dir on the parallel file system, not on a home folder")
+    return ok(message)
 
 
 def _sees(probe: Path) -> bool:
@@ -110,15 +112,15 @@ def space(subject: Subject) -> Finding:
     # One is always being written beside those that stay.
     count = recipe.checkpoint.keep + 1 + (recipe.checkpoint.best is not None)
     sizes = f"{count} checkpoints of {one / GIB:.2f} GiB"
-    said = f"{usage.free / GIB:.1f} GiB free for {sizes} in {folder}"
+    message = f"{usage.free / GIB:.1f} GiB free for {sizes} in {folder}"
     remedy = "make room, set checkpoint.keep lower, or checkpoint.save_optimizer=false"
     if usage.free < 2 * one:
-        return fail(said, remedy)
+        return fail(message, remedy)
     if usage.free < count * one:
-        return warn(said, remedy)
+        return warn(message, remedy)
     if inodes.f_files and inodes.f_favail < FILES_LEFT:
         return warn(f"{inodes.f_favail} files may still be made in {folder}", "remove old files")
-    return ok(said)
+    return ok(message)
 
 
 def model(subject: Subject) -> Finding:
@@ -211,12 +213,12 @@ def data(subject: Subject) -> Finding:
     bad = [reject for one in found for reject in one.rejects]
     num = sum(one.num_seen for one in found)
     usable = f"{num - len(bad)} of {num} records looked at"
-    said = f"{usable} in {counted(len(paths) + len(shown), 'path')} can be used"
+    message = f"{usable} in {counted(len(paths) + len(shown), 'path')} can be used"
     if not bad:
-        return ok("; ".join([said, *lengths(recipe, found)]))
+        return ok("; ".join([message, *lengths(recipe, found)]))
     verdict = fail if len(bad) / num > recipe.data.max_rejected else warn
     return verdict(
-        f"{said}; {bad[0].file}:{bad[0].line}: {bad[0].reason}",
+        f"{message}; {bad[0].file}:{bad[0].line}: {bad[0].reason}",
         f"mend the records, or set data.max_rejected (now {recipe.data.max_rejected})",
     )
 

@@ -75,8 +75,8 @@ def gpus(subject: Subject) -> Finding:
         if subject.plan is None:
             return skip("none here: gloo on the CPU")
         need, name = planned
-        said = f"none here; the recipe takes {need:.2f} GiB of each {name} before activations"
-        return skip(said) if need <= gpu_gib(name) else fail(said, SMALLER)
+        message = f"none here; the recipe takes {need:.2f} GiB of each {name} before activations"
+        return skip(message) if need <= gpu_gib(name) else fail(message, SMALLER)
     found = read_gpus(table or "")
     if not found:
         return fail(
@@ -207,16 +207,16 @@ def memory(subject: Subject) -> Finding:
     if subject.plan is None:
         return worst(findings, f"{available:.1f} GiB available")
     need = needed_memory(subject)
-    said = f"{available:.1f} GiB available, {need:.1f} GiB wanted by a node's ranks and loaders"
+    message = f"{available:.1f} GiB available, {need:.1f} GiB wanted by a node's ranks and loaders"
     remedy = (
         "ask for the node's memory (sbatch --mem=0), set data.num_workers or optim.offload lower,"
         " or start fewer ranks a node"
     )
     if need > available:
-        findings.append(fail(said, remedy))
+        findings.append(fail(message, remedy))
     elif need > 0.8 * available:
-        findings.append(warn(said, remedy))
-    return worst(findings, said)
+        findings.append(warn(message, remedy))
+    return worst(findings, message)
 
 
 def needed_memory(subject: Subject) -> float:

@@ -43,8 +43,10 @@ def in_node(subject: Subject) -> Finding:
     reduce, exchange, link = found[slowest]
     where = f" on {ranks.nodes[ranks.leaders[slowest]]}, the slowest" if len(found) > 1 else ""
     name, gb_s = link
-    said = f"all-reduce {reduce:.1f} GB/s, all-to-all {exchange:.1f} GB/s, {ranks.backend}{where}"
-    return judged(said, name, [(reduce, gb_s), (exchange, gb_s)], NODE_REMEDY)
+    message = (
+        f"all-reduce {reduce:.1f} GB/s, all-to-all {exchange:.1f} GB/s, {ranks.backend}{where}"
+    )
+    return judged(message, name, [(reduce, gb_s), (exchange, gb_s)], NODE_REMEDY)
 
 
 def across_nodes(subject: Subject) -> Finding:
@@ -61,12 +63,12 @@ def across_nodes(subject: Subject) -> Finding:
     limits: tuple[float | None, float | None] = (None, None)
     if figures:
         limits = between_nodes(min(figures), per_node, ranks.world_size)
-    said = (
+    message = (
         f"all-reduce {reduce:.1f} GB/s, all-to-all {exchange:.1f} GB/s, {ranks.backend}, "
         f"{ranks.world_size} ranks on {len(ranks.leaders)} nodes"
     )
     name = nics.name if nics else ""
-    return judged(said, name, [(reduce, limits[0]), (exchange, limits[1])], NET_REMEDY)
+    return judged(message, name, [(reduce, limits[0]), (exchange, limits[1])], NET_REMEDY)
 
 
 NODE_REMEDY = (
@@ -155,12 +157,12 @@ def clocks(subject: Subject, clock: Callable[[], float] = time.time) -> Finding:
         return jumped or skip(f"steady; {subject.meeting or ALONE}")
     offsets = _offsets(ranks, clock)
     node, offset, error = max(offsets, key=lambda found: abs(found[1]))
-    said = f"at most {abs(offset) * 1e3:.0f} ms (+- {error * 1e3:.1f}) from the first rank's"
-    found = ok(said)
+    message = f"at most {abs(offset) * 1e3:.0f} ms (+- {error * 1e3:.1f}) from the first rank's"
+    found = ok(message)
     if abs(offset) > SKEW_WARN:
         ahead = "ahead of" if offset > 0 else "behind"
-        said = f"{node}'s clock is {abs(offset):.1f} s {ahead} that of {ranks.nodes[0]}"
-        found = (fail if abs(offset) > SKEW_FAIL else warn)(said, CLOCK_REMEDY)
+        message = f"{node}'s clock is {abs(offset):.1f} s {ahead} that of {ranks.nodes[0]}"
+        found = (fail if abs(offset) > SKEW_FAIL else warn)(message, CLOCK_REMEDY)
     return worst([found, *([jumped] if jumped else [])], found.text)
 
 
@@ -186,20 +188,20 @@ def _offsets(ranks: Ranks, clock: Callable[[], float]) -> list[tuple[str, float,
     import torch.distributed as dist
 
     offsets = [(ranks.nodes[0], 0.0, 0.0)]
-    told = torch.zeros(1, dtype=torch.float64)
+    note = torch.zeros(1, dtype=torch.float64)
     for leader in (r for r in ranks.leaders if r):
         best = (float("inf"), 0.0)
         for _ in range(ROUNDS):
             if ranks.rank == 0:
                 asked = clock()
-                dist.send(told, leader)
-                dist.recv(told, leader)
+                dist.send(note, leader)
+                dist.recv(note, leader)
                 answered = clock()
-                best = min(best, (answered - asked, float(told) - (asked + answered) / 2))
+                best = min(best, (answered - asked, float(note) - (asked + answered) / 2))
             elif ranks.rank == leader:
-                dist.recv(told, 0)
-                told[0] = clock()
-                dist.send(told, 0)
+                dist.recv(note, 0)
+                note[0] = clock()
+                dist.send(note, 0)
         offsets.append((ranks.nodes[leader], best[1], best[0] / 2))
     return ranks.gather(offsets)[0]
 
