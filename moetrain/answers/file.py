@@ -55,11 +55,11 @@ def check_manifest(path: Path, identity: Identity) -> dict[str, Any]:
         raise DataError(
             f"{manifest_of(path)} is not readable ({error}). Remove it and {path}."
         ) from None
-    for name, (value, note) in identity.items():
-        old, old_told = _before(before, name)
+    for name, (value, new_text) in identity.items():
+        old, old_text = _before(before, name)
         if old != json.loads(json.dumps(value)):
             raise DataError(
-                f"{path} was made with {name} {old_told}, this is {name} {note}. Give another"
+                f"{path} was made with {name} {old_text}, this is {name} {new_text}. Give another"
                 " --out, or remove the file."
             )
     return found

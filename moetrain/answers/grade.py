@@ -195,8 +195,8 @@ def _mean(values: Sequence[float], num: int) -> str:
 
 
 def _parts(parts: Mapping[str, float | None]) -> str:
-    note = ((name, "none" if value is None else f"{value:g}") for name, value in parts.items())
-    return ", ".join(f"{name} {value}" for name, value in note)
+    shown = ((name, "none" if value is None else f"{value:g}") for name, value in parts.items())
+    return ", ".join(f"{name} {value}" for name, value in shown)
 
 
 def histogram(values: Sequence[float]) -> list[tuple[str, int]]:

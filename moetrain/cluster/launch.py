@@ -275,9 +275,9 @@ def _report(causes: list[_Rank]) -> int:
     if cause.log is not None:
         cause.log.seek(0)
         text = cause.log.read().decode(errors="replace").strip()
-        message = [line for line in text.splitlines() if line.startswith("moetrain: error:")]
-        if code in _USER_ERRORS and message:
-            text = message[-1]
+        errors = [line for line in text.splitlines() if line.startswith("moetrain: error:")]
+        if code in _USER_ERRORS and errors:
+            text = errors[-1]
         elif text:
             text = f"moetrain: rank {cause.number} failed:\n{text[-4000:]}"
         sys.stderr.write(text + "\n" if text else "")

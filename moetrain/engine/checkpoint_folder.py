@@ -174,9 +174,9 @@ class Checkpoints:
         """The best one's, unless it was the best by another metric, or is gone."""
         if not record.is_file():
             return worst
-        message = json.loads(record.read_text())
-        is_there = message["metric"] == self.best_name and (self.folder / message["name"]).is_dir()
-        return float(message["value"]) if is_there else worst
+        best = json.loads(record.read_text())
+        is_there = best["metric"] == self.best_name and (self.folder / best["name"]).is_dir()
+        return float(best["value"]) if is_there else worst
 
     def _drop_old(self) -> None:
         """Rename, so that a kill leaves no half checkpoint under a good name, and remove aside: it
@@ -199,23 +199,23 @@ class Checkpoints:
 
         Raises CheckpointError when there are checkpoints and none is whole.
         """
-        message: list[str] = []
+        warnings: list[str] = []
         found = self.all()
         engine.world.barrier()  # no rank renames one before all have looked
         for path in reversed(found):
             problem = damage(path, engine.world)
             if not problem:
-                return engine.restore(path), message
-            message.append(f"{path} is damaged ({problem}); the checkpoint before it is taken")
+                return engine.restore(path), warnings
+            warnings.append(f"{path} is damaged ({problem}); the checkpoint before it is taken")
             if engine.world.is_first:
                 with contextlib.suppress(OSError):  # of another name, it is not in the way
                     os.rename(path, path.with_name(f"damaged_{path.name}"))
         if found:
             raise CheckpointError(
-                f"{message[-1].partition(';')[0]}, and no checkpoint before it is whole. Start a"
+                f"{warnings[-1].partition(';')[0]}, and no checkpoint before it is whole. Start a"
                 " new run_dir."
             )
-        return None, message
+        return None, warnings
 
 
 def _remove(folders: list[Path]) -> None:

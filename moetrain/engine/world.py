@@ -142,9 +142,9 @@ class World:
         """What rank `source` gives, on every rank. Collective."""
         if self.size == 1 or self.kind == "meta":
             return value
-        message: list[Any] = [value]
-        dist.broadcast_object_list(message, src=source, device=self.device)
-        return message[0]
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=source, device=self.device)
+        return box[0]
 
     # Agreement
 

@@ -54,10 +54,10 @@ def candidates(text: str, numbers: bool = True) -> Iterator[str]:
     text = text.strip()[-LONGEST_TEXT:]
     if "\n" not in text:
         yield text
-    note = [one or other for one, other in SAID.findall(text) if not _NOT.match(one or other)]
-    if note:
-        yield _SENTENCE.split(note[-1])[0]
-        text = text[text.rindex(note[-1]) :]
+    statements = [one or other for one, other in SAID.findall(text) if not _NOT.match(one or other)]
+    if statements:
+        yield _SENTENCE.split(statements[-1])[0]
+        text = text[text.rindex(statements[-1]) :]
     every = _formulas(text)
     formulas = [one for one in every if not _denied(text, one)]
     if formulas:

@@ -133,19 +133,19 @@ class Sandbox:
             )
             in_time = _wait(process, limits.seconds)
             seconds = time.monotonic() - started
-            note = _parse_status(os.pread(status, MAX_TOLD, 0))
-            _wait_for_init(note.get("child-pid"))
+            status_of = _parse_status(os.pread(status, MAX_TOLD, 0))
+            _wait_for_init(status_of.get("child-pid"))
             out = os.pread(streams[1], limits.file, 0)
             sizes = [os.fstat(fd).st_size for fd in streams[1:]]
             message = os.pread(streams[2], 2000, max(0, sizes[1] - 2000)).decode(errors="replace")
         finally:
             for fd in (*streams, status, *(fd for fd, _, _ in given)):
                 os.close(fd)
-        code = note.get("exit-code", -1)
+        code = status_of.get("exit-code", -1)
         if not in_time or code == 128 + 24:  # SIGXCPU
             return Ran("timeout", code, out, message, seconds)
-        if code < 0 or "error" in note:
-            return Ran("broken", code, out, str(note.get("error", message)).strip(), seconds)
+        if code < 0 or "error" in status_of:
+            return Ran("broken", code, out, str(status_of.get("error", message)).strip(), seconds)
         end = "output" if max(sizes) >= limits.file else "exit"
         return Ran(end, code, out, message, seconds)
 

@@ -136,8 +136,8 @@ class ServerProcess:
 
     def _last_words(self) -> str:
         lines = self.launch.log.read_text(errors="replace").splitlines()
-        message = [line.strip() for line in lines if "Error" in line or "no token" in line]
-        return (message or [line for line in lines if line.strip()] or ["nothing was logged"])[-1]
+        reasons = [line.strip() for line in lines if "Error" in line or "no token" in line]
+        return (reasons or [line for line in lines if line.strip()] or ["nothing was logged"])[-1]
 
 
 def interpreter(given: Path | None) -> Path:

@@ -97,14 +97,14 @@ def differences(wanted: Found, found: Found, bound: float = 1e-6) -> list[str]:
     tensors by their norms. Metrics and heads' values, many of them differences of larger numbers,
     to ten times that.
     """
-    message: list[str] = []
+    gaps: list[str] = []
 
     def compare(name: str, a: Any, b: Any, least: float, times: int = 1) -> None:
         a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
         assert a.shape == b.shape, name
         gap = (a - b).norm().item() / max(b.norm().item(), least)
         if not gap <= bound * times:
-            message.append(f"{name}: off by {gap:.1e}")
+            gaps.append(f"{name}: off by {gap:.1e}")
 
     for step in range(len(wanted.losses)):
         after = f"step {step + 1}"
@@ -124,7 +124,7 @@ def differences(wanted: Found, found: Found, bound: float = 1e-6) -> list[str]:
         assert found.weights.keys() == wanted.weights.keys()
         for name, weight in found.weights.items():
             compare(name, weight, wanted.weights[name], 1e-6)
-    return message
+    return gaps
 
 
 # Wrong on purpose

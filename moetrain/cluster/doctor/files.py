@@ -30,9 +30,9 @@ def shared(subject: Subject) -> Finding:
     try:
         if ranks is None:
             return found
-        note = ranks.gather((found.level, probe.name))[0]
+        first_level = ranks.gather((found.level, probe.name))[0]
         blind = ranks.gather(None if _sees(probe) else ranks.nodes[ranks.rank])
-        if note[0] == found.level.FAIL or not first:
+        if first_level[0] == found.level.FAIL or not first:
             return found
         missing = sorted({node for node in blind if node is not None})
         if missing:

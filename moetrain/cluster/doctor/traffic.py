@@ -188,20 +188,20 @@ def _offsets(ranks: Ranks, clock: Callable[[], float]) -> list[tuple[str, float,
     import torch.distributed as dist
 
     offsets = [(ranks.nodes[0], 0.0, 0.0)]
-    note = torch.zeros(1, dtype=torch.float64)
+    stamp = torch.zeros(1, dtype=torch.float64)
     for leader in (r for r in ranks.leaders if r):
         best = (float("inf"), 0.0)
         for _ in range(ROUNDS):
             if ranks.rank == 0:
                 asked = clock()
-                dist.send(note, leader)
-                dist.recv(note, leader)
+                dist.send(stamp, leader)
+                dist.recv(stamp, leader)
                 answered = clock()
-                best = min(best, (answered - asked, float(note) - (asked + answered) / 2))
+                best = min(best, (answered - asked, float(stamp) - (asked + answered) / 2))
             elif ranks.rank == leader:
-                dist.recv(note, 0)
-                note[0] = clock()
-                dist.send(note, 0)
+                dist.recv(stamp, 0)
+                stamp[0] = clock()
+                dist.send(stamp, 0)
         offsets.append((ranks.nodes[leader], best[1], best[0] / 2))
     return ranks.gather(offsets)[0]
 
