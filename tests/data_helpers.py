@@ -77,3 +77,12 @@ def preference_set(
     """The set of these records, in a cache under `folder`."""
     path = write_jsonl(folder / "a.jsonl", records)
     return PackedSet(build(kind, preference_spec(path, **changes), folder / "cache"))
+
+
+def answers_shown(run_dir: Path) -> dict[str, list[int]]:
+    """The steps of which TensorBoard has answers, by what they are."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    tags = [tag for tag in events.Tags()["tensors"] if tag.startswith("answers/")]
+    return {tag.split("/")[1]: [event.step for event in events.Tensors(tag)] for tag in tags}

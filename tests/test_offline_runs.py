@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import write_jsonl
+from data_helpers import answers_shown, write_jsonl
 from safetensors.torch import load_file
 
 from moetrain import cli
@@ -67,6 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             FEW,
             *more,
             *answered,
+            "observe.tensorboard=true",
         )
         assert done.returncode == 0, done.stderr
         assert ("reference log-probs of" in done.stdout) == (name == "first"), done.stdout
@@ -146,6 +147,7 @@ def test_what_the_trained_model_answers_is_kept(
     assert [int(path.stem) for path in files] == sorted({0, *steps}) and steps[-1] == 4
     head, *kept = map(json.loads, files[-1].read_text().splitlines())
     assert head["step"] == 4 and len(kept) == 3  # each prompt once
+    assert answers_shown(runs / "first") == {"held_out": [int(path.stem) for path in files]}
     load: Any = AutoModelForCausalLM.from_pretrained
     model = load(runs / "first" / "hf", dtype=torch.float32)
     for row in kept:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_helpers import answers_shown
 
 from moetrain.testing import command, ranks
 from moetrain.testing.command import Started
@@ -50,7 +51,7 @@ def rows(run_dir: Path, *, whole: bool = False) -> list[dict[str, Any]]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    train(run_dir, "parallel.ep=2")
+    train(run_dir, "parallel.ep=2", "observe.tensorboard=true")
     return run_dir
 
 
@@ -72,7 +73,7 @@ def test_what_a_step_says(whole: Path) -> None:
 
 
 def test_the_answers_of_every_evaluation_are_kept(whole: Path) -> None:
-    """As a step's rollouts are; their mean is the ledger's."""
+    """As a step's rollouts are; their mean is the ledger's. TensorBoard has some of both."""
     kept = sorted((whole / "answers").iterdir())
     assert [path.name for path in kept] == [f"{i:08d}.jsonl" for i in (0, 2, 4)]
     rollouts = (whole / "rollouts" / "00000004.jsonl").read_text().splitlines()
@@ -84,6 +85,7 @@ def test_the_answers_of_every_evaluation_are_kept(whole: Path) -> None:
         assert sum(a["reward"] for a in answers) / 4 == pytest.approx(row["eval_reward/mean"])
         assert groups[0].keys() == json.loads(rollouts[1]).keys()
         assert answers[0].keys() == json.loads(rollouts[1])["answers"][0].keys()
+    assert answers_shown(whole) == {"held_out": [0, 2, 4], "rollouts": [1, 2, 3, 4]}
 
 
 def test_a_replay_gives_the_same_losses_without_an_engine(whole: Path, tmp_path: Path) -> None:

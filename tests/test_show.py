@@ -12,11 +12,16 @@ import pytest
 from rich.cells import cell_len
 
 from moetrain import cli
+from moetrain.config.load import load_recipe
 from moetrain.loops.held_out import Answers
 from moetrain.observe import answers as reading
 from moetrain.observe import report
 from moetrain.observe.report_answers import MARK, section
+from moetrain.observe.reporter import Reporter
 from moetrain.observe.runs import Run
+from moetrain.observe.sinks import as_table
+
+ROOT = Path(__file__).parents[1]
 
 
 def row(question: str, *answers: dict[str, Any], **columns: Any) -> dict[str, Any]:
@@ -215,3 +220,45 @@ def test_answers_on_the_page(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert section([Run("none", tmp_path / "none", "no steps")]) == ""
     page = report.page([one], report.columns_of([one]), "title")
     assert page.count('id="answers"') == 1 and MARK not in page
+
+
+def test_a_few_answers_go_to_tensorboard(run: Path) -> None:
+    """As they are in the run's folder, of a batch in each fiftieth part of a run alone; no mark of
+    an answer is one of the text.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    hostile = answer("```\n# A title <b>", 0.5) | {"parts": {"own": 0.5}}
+    many = [answer(f"said {i}", i / 100) for i in range(30)]
+    write(run / "answers" / "00000004.jsonl", {"step": 4}, row("Why?", hostile, *many))
+    recipe = load_recipe(ROOT / "examples" / "grpo_tiny.yaml", [f"run_dir={run}"])
+    with Reporter(recipe, 51, 0, speaks=True) as reporter:
+        for step in (1, 2, 3):  # every second of 51; the third has none
+            reporter.answers(step, reading.ROLLOUTS)
+        reporter.answers(4)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    found = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
+    assert {tag: [event.step for event in own] for tag, own in found.items()} == {
+        "answers/rollouts/text_summary": [2],
+        "answers/held_out/text_summary": [4],
+    }
+    text = found["answers/held_out/text_summary"][0].tensor_proto.string_val[0].decode()
+    assert text.startswith("**best 1** reward 0.5 (own 0.5) 17 tokens\n\n    user: Why?\n\n&nbsp;")
+    assert "\n    ```\n    # A title <b>\n" in text and text.count("**") == 2 * 8
+
+
+def test_a_table_of_answers(run: Path) -> None:
+    """Of Weights & Biases: a column for each part of any answer's reward."""
+    made = [answer("x" * 9000, 1.0), answer("\x1b", None, finish="length", parts={"own": 2.0})]
+    write(run / "a.jsonl", row("Why?", *made))
+    few = [("best 1", reading.read_answers(run / "a.jsonl")[0])]
+    few += [("", reading.read_answers(run / "a.jsonl")[1])]
+    columns, rows = as_table(7, few)
+    assert columns[-3:] == ["reward/accuracy", "reward/format", "reward/own"]
+    first, second = (dict(zip(columns, own, strict=True)) for own in rows)
+    assert len(first.pop("answer")) < 2100 and first.pop("prompt") == "user: Why?"
+    assert first == {
+        **{"step": 7, "which": "best 1", "tokens": 9000, "cut": False, "reward": 1.0},
+        **{"reward/accuracy": 1.0, "reward/format": None, "reward/own": None},
+    }
+    assert second["answer"] == "\\x1b" and second["cut"] and second["reward/own"] == 2.0

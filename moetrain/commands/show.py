@@ -38,12 +38,12 @@ def count(text: str) -> int:
 
 def run(args: Arguments) -> int:
     """Run it; the exit code."""
-    from moetrain.observe.answers import HELD_OUT, ROLLOUTS
+    from moetrain.observe.answers import ANSWERS, ROLLOUTS
     from moetrain.observe.show import show
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without the answers' characters
         sys.stdout.reconfigure(errors="backslashreplace")
-    folders = [HELD_OUT] if args.eval else [ROLLOUTS] if args.rollouts else [ROLLOUTS, HELD_OUT]
+    folders = [ANSWERS] if args.eval else [ROLLOUTS] if args.rollouts else [ROLLOUTS, ANSWERS]
     few = FEW if args.best is None and args.worst is None else 0
     best, worst = (few if n is None else n for n in (args.best, args.worst))
     return show(args.run, args.step, best, worst, folders=folders, full=args.full)

@@ -12,6 +12,7 @@ from moetrain.loops.learn import Lessons, summary, totals
 from moetrain.loops.rollouts import timed
 from moetrain.loops.sampler import Sampler, open_sampler
 from moetrain.methods import METHODS
+from moetrain.observe.answers import ROLLOUTS
 from moetrain.observe.reporter import Reporter
 from moetrain.rewards import check_columns, check_user_functions
 from moetrain.rollout import check_engine
@@ -86,6 +87,7 @@ def _loop(
             row = step_row(step, totals(results), time.perf_counter() - started)
             row |= summary(batch, step - 1) | proof
             report.step(row | {f"seconds/{name}": value for name, value in seconds.items()})
+            report.answers(step, ROLLOUTS)
             state = {"step": step, "prompts": sampler.state_dict(batch)}
             state["demonstrations"] = lessons.demonstrations.state_dict()
         job.checkpoints.tick(engine)
@@ -105,6 +107,7 @@ def _evaluate(sampler: Sampler, report: Reporter, step: int) -> dict[str, float]
     found = sampler.evaluate(step)
     if found:  # a replay answers nothing
         report.held_out({"step": step, **found})
+        report.answers(step)
     return found
 
 

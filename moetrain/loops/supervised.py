@@ -63,6 +63,7 @@ def _loop(
     with StopSignal(engine.world) as stop:
         if asked is not None and step == 0:
             asked.answer(step)
+            report.answers(step)
         while step < last:
             started = time.perf_counter()
             result = engine.step(loader.next(), method, last)
@@ -78,6 +79,7 @@ def _loop(
             saves, evaluates = job.due(step, last)
             if asked is not None and evaluates:
                 asked.answer(step)
+                report.answers(step)
             found: dict[str, float] = {}
             if held_out is not None and evaluates:
                 started = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Any, cast
 from moetrain.errors import MoetrainError
 from moetrain.observe.ledger import is_number
 
-ROLLOUTS, HELD_OUT = "rollouts", "answers"  # folders of a run
+ROLLOUTS, ANSWERS = "rollouts", "answers"  # folders of a run
 # Control characters, and those that turn the direction of text: a terminal or a page acts on them.
 _UNSAFE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -100,7 +100,7 @@ def read_answers(path: Path) -> list[Answer]:
     if not found:
         raise MoetrainError(
             f"{path} holds no answers. Give a run's folder, one of its files in {ROLLOUTS}/ or"
-            f" {HELD_OUT}/, or a file of `moetrain sample`."
+            f" {ANSWERS}/, or a file of `moetrain sample`."
         )
     return [replace(answer, number=number) for number, answer in enumerate(found, 1)]
 

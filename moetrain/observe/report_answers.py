@@ -7,7 +7,7 @@ from html import escape
 
 from moetrain.errors import MoetrainError
 from moetrain.observe.answers import (
-    HELD_OUT,
+    ANSWERS,
     ROLLOUTS,
     Answer,
     Summary,
@@ -62,7 +62,7 @@ def _newest(run: Run) -> tuple[str, list[Answer]] | None:
     """(what they are, the answers) of the newest evaluation; of a run without, of its newest batch.
     What cannot be read is not there.
     """
-    for folder, name in ((HELD_OUT, "held-out answers"), (ROLLOUTS, "rollouts")):
+    for folder, name in ((ANSWERS, "held-out answers"), (ROLLOUTS, "rollouts")):
         try:
             for step, path in reversed(steps_of(run.path / folder).items()):
                 return f"{name} of step {step}", read_answers(path)

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from moetrain.config.recipe import Recipe
+from moetrain.observe.answers import ANSWERS, ROLLOUTS, picked, read_answers
 from moetrain.observe.ledger import Ledger, rows_of
 from moetrain.observe.overoptimisation import Watch
 from moetrain.observe.plot import plot_losses
@@ -15,6 +16,8 @@ from moetrain.observe.sinks import open_sinks
 from moetrain.observe.summary import print_summaries, summarise
 
 HELD_OUT = ("eval_loss", "eval_reward/mean")  # what of a held-out row is said
+TABLES, FEW = 50, 4  # batches of a run whose rollouts the sinks get, and how many of each end
+NAMES = {ROLLOUTS: "rollouts", ANSWERS: "held_out"}
 WARN_SECONDS = 60.0  # between two lines about answers without a reward
 
 
@@ -35,6 +38,7 @@ class Reporter:
 
     def __init__(self, recipe: Recipe, num_steps: int, step: int, *, speaks: bool):
         self.recipe, self.speaks = recipe, speaks
+        self._num_steps = num_steps
         self._warned = -math.inf
         self._open = ExitStack()
         if not speaks:
@@ -79,6 +83,21 @@ class Reporter:
         elif answers:
             found[-1] += f" of {answers:.0f} answers"
         self.say(f"{self.recipe.method.name} {row['step']}: held-out {', '.join(found)}")
+
+    def answers(self, step: int, folder: str = ANSWERS) -> None:
+        """Hand a few of a step's answers, the best and the worst, to the sinks: as they are in the
+        run's folder. Of rollouts so many batches in all as TABLES.
+        """
+        if not self.speaks or not self._sinks:
+            return
+        every = math.ceil(self._num_steps / TABLES)
+        if folder == ROLLOUTS and step % every and step != self._num_steps:
+            return
+        path = self.recipe.run_dir / folder / f"{step:08d}.jsonl"
+        if path.is_file():  # a replay has none of its own
+            few = picked(read_answers(path), FEW, FEW)
+            for sink in self._sinks:
+                sink.answers(f"answers/{NAMES[folder]}", step, few)
 
     def say(self, line: str) -> None:
         """Tell the user something that is no figure."""

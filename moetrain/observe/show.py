@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moetrain.errors import MoetrainError
 from moetrain.observe.answers import (
-    HELD_OUT,
+    ANSWERS,
     ROLLOUTS,
     Answer,
     Summary,
@@ -23,7 +23,7 @@ from moetrain.observe.answers import (
     steps_of,
 )
 
-TITLES = {ROLLOUTS: "rollouts", HELD_OUT: "held-out answers"}
+TITLES = {ROLLOUTS: "rollouts", ANSWERS: "held-out answers"}
 # Characters and lines of a text, and characters of the other columns of a prompt.
 PROMPT, ANSWER, COLUMNS = (600, 12), (1500, 30), 200
 
@@ -34,7 +34,7 @@ def show(
     best: int,
     worst: int,
     *,
-    folders: Sequence[str] = (ROLLOUTS, HELD_OUT),
+    folders: Sequence[str] = (ROLLOUTS, ANSWERS),
     full: bool = False,
 ) -> int:
     """Print answers of the run (or of the file) at `path`: of `step`, or of the newest batch and

@@ -1,10 +1,10 @@
-"""Where figures go besides the ledger: TensorBoard and Weights & Biases, both fed with the ledger's
-rows.
+"""Where figures and answers go besides the ledger: TensorBoard and Weights & Biases, both fed with
+the ledger's rows, and with a few answers of an evaluation or a batch.
 """
 
 import importlib.util
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,12 +12,18 @@ from moetrain import files
 from moetrain.config.load import recipe_hash
 from moetrain.config.recipe import Recipe
 from moetrain.errors import MoetrainError
+from moetrain.observe.answers import Answer, harmless, rewards_told, shortened
+
+LONGEST, LINES = 2000, 60  # of a prompt or an answer in a table
+Picked = Sequence[tuple[str, Answer]]
 
 
 class Sink(Protocol):
-    """Takes the numbers of a row, and is closed once."""
+    """Takes the numbers of a row, and tables of answers, and is closed once."""
 
     def write(self, row: Mapping[str, Any]) -> None: ...
+
+    def answers(self, name: str, step: int, answers: Picked) -> None: ...
 
     def close(self) -> None: ...
 
@@ -55,6 +61,38 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def as_markdown(answers: Picked) -> str:
+    """A paragraph an answer; prompt and answer as code, of which nothing is a mark."""
+    parts: list[str] = []
+    for title, answer in answers:
+        end = ", cut at the limit" if answer.was_cut else ""
+        words = (f"**{title}**" if title else "", rewards_told(answer), f"{answer.tokens} tokens")
+        parts.append(" ".join(filter(None, words)) + end)
+        for text in (answer.prompt, answer.text):
+            parts.append("    " + _cell(text).replace("\n", "\n    "))
+            parts.append("&nbsp;")  # else two blocks of code become one
+    return "\n\n".join(parts)
+
+
+def as_table(step: int, answers: Picked) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows): a row an answer, a column each part of the rewards."""
+    parts = list(dict.fromkeys(name for _, answer in answers for name in answer.parts))
+    columns = ["step", "which", "prompt", "answer", "tokens", "cut", "reward"]
+    columns += [f"reward/{name}" for name in parts]
+    rows = [
+        [
+            *(step, title, _cell(answer.prompt), _cell(answer.text), answer.tokens),
+            *(answer.was_cut, answer.reward, *(answer.parts.get(name) for name in parts)),
+        ]
+        for title, answer in answers
+    ]
+    return columns, rows
+
+
+def _cell(text: str) -> str:
+    return harmless(shortened(text, LONGEST, LINES))
+
+
 class TensorBoard:
     """Event files under `folder`; steps past `step`, left by an interrupted run, are hidden."""
 
@@ -71,6 +109,11 @@ class TensorBoard:
         with files.named(self._folder):
             for name, value in _numbers(row).items():
                 self._writer.add_scalar(name, value, int(row["step"]))
+
+    def answers(self, name: str, step: int, answers: Picked) -> None:
+        """Add the answers as one text."""
+        with files.named(self._folder):
+            self._writer.add_text(name, as_markdown(answers), step)
 
     def close(self) -> None:
         """Flush and close."""
@@ -127,6 +170,13 @@ class WeightsAndBiases:
     def write(self, row: Mapping[str, Any]) -> None:
         """Log every number of the row."""
         self._run.log(_numbers(row), step=int(row["step"]))
+
+    def answers(self, name: str, step: int, answers: Picked) -> None:
+        """Log the answers as a table."""
+        import wandb
+
+        columns, rows = as_table(step, answers)
+        self._run.log({name: wandb.Table(columns=columns, data=rows)}, step=step)
 
     def close(self) -> None:
         """Finish the run."""
