@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from moetrain.config import foreign
 from moetrain.config.builtin import MODELS
-from moetrain.config.load import dump_recipe, load_recipe, recipe_from, recipe_hash
+from moetrain.config.load import (
+    dump_recipe,
+    load_recipe,
+    recipe_from,
+    recipe_hash,
+    sections_below,
+)
 from moetrain.config.recipe import ParallelConfig, Recipe
 from moetrain.errors import ConfigError
 from moetrain.models import read_model
@@ -333,3 +340,65 @@ JUDGE = "name: judge, options: {model: m, url: http://h/v1"
 )
 def test_rewards_are_refused(tmp_path: Path, rewards: str, message: str) -> None:
     assert re.search(message, refusal(tmp_path, f"rewards={rewards}", text=GRPO))
+
+
+# Names of other trainers
+
+
+def test_every_foreign_name_leads_to_a_key() -> None:
+    """And none hides a key of a recipe's own."""
+    sections = sections_below(Recipe)
+    known = {*sections} | {f"{name}.{leaf}" for name, below in sections.items() for leaf in below}
+    assert not {*foreign.KEYS.values()} - known
+    assert not {*foreign.ADVICE} - {*foreign.KEYS}
+    leaves = {leaf for below in sections.values() for leaf in below}
+    homes = {name: key.rpartition(".")[2] for name, key in foreign.KEYS.items() if name in leaves}
+    assert {name for name, own in homes.items() if name != own} <= {"max_length"}  # dapo's
+    assert not leaves & {*foreign.NOTHING}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.learning_rate=1e-5", "Here it is 'optim.lr'."),
+        ("learning-rate=1e-5", "Here it is 'optim.lr'."),
+        ("gradient_accumulation_steps=4", "Here it is 'train.global_batch' (it counts the packs"),
+        ("train.per_device_train_batch_size=2", "Here it is 'train.micro_batch' (packs in one"),
+        ("train.num_train_epochs=3", "Here it is 'train.epochs'."),
+        ("data.max_length=9", "Here it is 'data.seq_len'."),
+        ("lora_rank=8", "Here it is 'adapter.rank'."),
+        ("cutoff_len=8", "Here it is 'data.seq_len'."),
+        ("logging_steps=1", "There is none here: every step is written to ledger.jsonl."),
+        (
+            "actor_rollout_ref={model: {x: 1}, actor: {kl_loss_coef: 0.1}}",
+            "Of actor_rollout_ref.actor.kl_loss_coef: Here it is 'method.beta'.",
+        ),
+        ("method.max_length=3", "It is a key of dapo."),
+    ],
+)
+def test_a_name_of_another_trainer(tmp_path: Path, override: str, said: str) -> None:
+    message = refusal(tmp_path, override)
+    assert message.startswith(f"override {override}: unknown key '")
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text", "start"),
+    [
+        (["seed=1", "optim.lr=x"], "", "override optim.lr=x: 'optim.lr' is 'x'"),
+        (["train.epochs=2"], "", "override train.epochs=2: train.steps=3 and train.epochs=2 both"),
+        (["seed=1", "parallel.vpp=2"], "", "override seed=1 parallel.vpp=2: parallel.vpp=2 needs"),
+        (["seed=1"], "optim: {lrr: 1}\n", "r.yaml: unknown key 'optim.lrr'"),
+        (["optim.lx=1"], "optim: {lrr: 1}\n", "r.yaml: unknown key 'optim.lrr'"),
+        (["optim.lr=x"], "model.x: 1\n", "r.yaml: unknown key 'model.x'"),
+    ],
+)
+def test_who_is_to_blame(tmp_path: Path, overrides: list[str], text: str, start: str) -> None:
+    message = refusal(tmp_path, *overrides, text=BASE + text)
+    assert message.removeprefix(f"{tmp_path}/").startswith(start)
+
+
+def test_two_lengths_say_the_mend(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "train.epochs=2")
+    mend = message.partition("null (")[2].rstrip(")").split()
+    assert load(tmp_path, *mend).train.epochs == 2

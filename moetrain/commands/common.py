@@ -32,9 +32,19 @@ def parse(argv: Sequence[str], table: Mapping[str, Command]) -> Arguments:
     args.argv = list(argv)  # what local ranks are started with
     for word in rest:  # argparse gathers overrides only where they stand together
         if "overrides" not in args or word.startswith("-"):
-            parser.error(f"unrecognized arguments: {word}")
+            parser.error(f"unrecognized arguments: {word}{_hint(word)}")
         args.overrides.append(word)
     return args
+
+
+def _hint(word: str) -> str:
+    """What a flag of another trainer is as an override."""
+    from moetrain.config.foreign import KEYS, known_here
+
+    flag, _, value = word.lstrip("-").partition("=")
+    said = known_here(flag) if word.startswith("--") else ""
+    key = KEYS.get(flag.replace("-", "_"))
+    return f".{said}" + (f" Settings have no dashes: {key}={value or 'VALUE'}." if key else "")
 
 
 def positive(text: str) -> int:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from moetrain.config.foreign import known_here
 from moetrain.config.recipe import Recipe
 from moetrain.config.yaml_text import dump_content, parse_value
 from moetrain.errors import ConfigError, nearest
@@ -19,7 +20,27 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and lay `a.b=value` overrides over it (values are YAML). Raises
     ConfigError.
     """
-    return recipe_from(read_content(path, overrides, "a recipe"), source=str(path))
+    content = read_content(path, overrides, "a recipe")
+    try:
+        return recipe_from(content, source=str(path))
+    except ConfigError as error:
+        cause = _blamed(path, overrides, str(error).removeprefix(f"{path}: "))
+        raise (cause or error) from None
+
+
+def _blamed(path: Path, overrides: Sequence[str], said: str) -> ConfigError | None:
+    """What is wrong with overrides, where the file without them is sound, or has another fault."""
+    if not overrides:
+        return None
+    try:
+        recipe_from(read_content(path, (), "a recipe"))
+    except ConfigError as error:
+        if said == str(error).removeprefix("recipe: "):
+            return None  # the file's own, whatever stands on the command line
+        if not any(word.partition("=")[0] in said for word in overrides):
+            return None
+    named = [word for word in overrides if f"'{word.partition('=')[0]}'" in said]
+    return ConfigError(f"override {' '.join(named or overrides):.300}: {said}")
 
 
 def read_content(path: Path, overrides: Sequence[str], what: str) -> dict[str, Any]:
@@ -106,6 +127,9 @@ def explain(error: ValidationError, root: type[BaseModel] = Recipe) -> str:
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     given: Any = first["input"]
     if first["type"] in wrong_keys:
+        known = root is Recipe and key not in _all_keys(root) and known_here(key, given)
+        if known:
+            return f"unknown key '{key}'.{known}{more}"
         allowed = _fields_at(location[:-1], method, root)
         hint = _hint(key, location, allowed, root)
         return f"unknown key '{key}'.{hint} Allowed there: {', '.join(sorted(allowed))}{more}"

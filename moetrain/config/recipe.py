@@ -199,8 +199,14 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of train.steps and train.epochs")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give train.steps or train.epochs")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"train.steps={self.steps} and train.epochs={self.epochs:g} both say how long: give"
+                " one of them, and set the other to null (train.steps=null train.epochs="
+                f"{self.epochs:g})"
+            )
         return self
 
 

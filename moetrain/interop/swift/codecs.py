@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from moetrain.config.foreign import SWIFT
 from moetrain.errors import ConfigError
 from moetrain.interop.swift.near import Near, one_line
 
@@ -217,7 +218,7 @@ class Entry(ABC):
 
 @dataclass(frozen=True)
 class Same(Entry):
-    """One flag, one key.
+    """One flag, and its key of `config/foreign.py`.
 
     default: what ms-swift takes without the flag, as a recipe's value.
     when: whether the entry counts, by the keys before it.
@@ -227,13 +228,16 @@ class Same(Entry):
     """
 
     flag: str
-    key: str
     kind: Codec[Any]
     default: Default = UNSET
     when: Callable[[Keys], bool] = _always
     alike: tuple[str, ...] = ()
     along: Mapping[str, str] = field(default_factory=dict[str, str])
     always: bool = False
+
+    @property
+    def key(self) -> str:
+        return SWIFT[self.flag]
 
     def _default(self, keys: Keys) -> object:
         return self.default(keys) if callable(self.default) else self.default

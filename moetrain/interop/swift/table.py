@@ -1,4 +1,5 @@
-"""What ms-swift 4.6 and a recipe both know: ONE table, read from either side.
+"""What ms-swift 4.6 and a recipe both know: ONE table, read from either side. Which key a flag of
+`Same` stands for is in `config/foreign.py`, which error messages read too.
 
 Entries stand in the order in which they are read: an entry may look at the keys of those before it.
 The names, defaults and meanings are those of Megatron-SWIFT's documented arguments.
@@ -111,8 +112,8 @@ def _pipelined(keys: Keys) -> bool:
 
 _MODEL: tuple[Entry, ...] = (
     Weights(),
-    Same("output_dir", "run_dir", TEXT, default=_run_dir, along={"add_version": "false"}),
-    Same("seed", "seed", WHOLE, default=42, alike=("data_seed",)),
+    Same("output_dir", TEXT, default=_run_dir, along={"add_version": "false"}),
+    Same("seed", WHOLE, default=42, alike=("data_seed",)),
     Choice("model.init", (Option(None, {}), Option("load", {}))),
     Choice(
         "model.dtype",
@@ -121,25 +122,24 @@ _MODEL: tuple[Entry, ...] = (
             Option("bf16", {}, {"torch_dtype": "bfloat16"}),
         ),
     ),
-    Same("tensor_model_parallel_size", "parallel.tp", WHOLE, default=1),
+    Same("tensor_model_parallel_size", WHOLE, default=1),
     Same(
         "sequence_parallel",
-        "parallel.sp",
         TRUTH,
         default=False,
         when=lambda keys: keys.get("parallel.tp", 1) > 1,
     ),
-    Same("pipeline_model_parallel_size", "parallel.pp", WHOLE, default=1),
-    Same("virtual_pipeline_model_parallel_size", "parallel.vpp", WHOLE, when=_pipelined),
-    Same("decoder_first_pipeline_num_layers", "parallel.first_stage_layers", WHOLE),
-    Same("decoder_last_pipeline_num_layers", "parallel.last_stage_layers", WHOLE),
-    Same("expert_model_parallel_size", "parallel.ep", WHOLE, default=1),
-    Same("expert_tensor_parallel_size", "parallel.etp", WHOLE, default=1),
-    Same("context_parallel_size", "parallel.cp", WHOLE, default=1),
+    Same("pipeline_model_parallel_size", WHOLE, default=1),
+    Same("virtual_pipeline_model_parallel_size", WHOLE, when=_pipelined),
+    Same("decoder_first_pipeline_num_layers", WHOLE),
+    Same("decoder_last_pipeline_num_layers", WHOLE),
+    Same("expert_model_parallel_size", WHOLE, default=1),
+    Same("expert_tensor_parallel_size", WHOLE, default=1),
+    Same("context_parallel_size", WHOLE, default=1),
 )
 
 _ADAPTER: tuple[Entry, ...] = (
-    Same("adapters", "adapter.path", TEXT, along={"tuner_type": "lora"}),
+    Same("adapters", TEXT, along={"tuner_type": "lora"}),
     Choice(
         "adapter.type",
         (
@@ -155,19 +155,16 @@ _ADAPTER: tuple[Entry, ...] = (
         wanted="--tuner_type: a recipe has full training and lora",
         instead="lora",
     ),
-    Same("lora_rank", "adapter.rank", WHOLE, default=8, when=_new_adapter, always=True),
-    Same("lora_alpha", "adapter.alpha", NUMBER, default=32.0, when=_new_adapter, always=True),
+    Same("lora_rank", WHOLE, default=8, when=_new_adapter, always=True),
+    Same("lora_alpha", NUMBER, default=32.0, when=_new_adapter, always=True),
     Same(
         "target_modules",
-        "adapter.target",
         MODULES,
         default=lambda keys: ["all-linear"],
         when=_new_adapter,
         always=True,
     ),
-    Same(
-        "trainable_parameters_regex", "trainable", TRAINED, along={"freeze_parameters_ratio": "1"}
-    ),
+    Same("trainable_parameters_regex", TRAINED, along={"freeze_parameters_ratio": "1"}),
     Choice(
         "router.freeze",
         (
@@ -177,33 +174,28 @@ _ADAPTER: tuple[Entry, ...] = (
     ),
     Same(
         "moe_aux_loss_coeff",
-        "router.aux_loss",
         NUMBER,
         default=0.0,
         along={"moe_router_load_balancing_type": "seq_aux_loss"},
     ),
-    Same("moe_z_loss_coeff", "router.z_loss", NUMBER, default=0.0),
+    Same("moe_z_loss_coeff", NUMBER, default=0.0),
 )
 
 _NUMBERS_OF_METHODS: tuple[Entry, ...] = (
     Same(
         "beta",
-        "method.beta",
         NUMBER,
         default=_beta,
         when=lambda keys: is_online(keys) or keys.get("method.name") in WITH_BETA,
         always=True,
     ),
-    Same("label_smoothing", "method.label_smoothing", NUMBER, default=0.0, when=method("dpo")),
-    Same("rpo_alpha", "method.rpo_alpha", NUMBER, default=0.0, when=method("dpo")),
-    Same("desirable_weight", "method.desirable_weight", NUMBER, default=1.0, when=method("kto")),
-    Same(
-        "undesirable_weight", "method.undesirable_weight", NUMBER, default=1.0, when=method("kto")
-    ),
-    Same("simpo_gamma", "method.gamma", NUMBER, default=1.0, when=method("simpo")),
+    Same("label_smoothing", NUMBER, default=0.0, when=method("dpo")),
+    Same("rpo_alpha", NUMBER, default=0.0, when=method("dpo")),
+    Same("desirable_weight", NUMBER, default=1.0, when=method("kto")),
+    Same("undesirable_weight", NUMBER, default=1.0, when=method("kto")),
+    Same("simpo_gamma", NUMBER, default=1.0, when=method("simpo")),
     Same(
         "center_rewards_coefficient",
-        "method.center_rewards",
         NUMBER,
         default=0.0,
         when=method("reward"),
@@ -215,8 +207,8 @@ _DATA: tuple[Entry, ...] = (
     DataSets(CORPUS),
     System(),
     Thoughts(),
-    Same("max_length", "data.seq_len", WHOLE),
-    Same("packing", "data.pack", TRUTH, default=False, when=_supervised),
+    Same("max_length", WHOLE),
+    Same("packing", TRUTH, default=False, when=_supervised),
     Choice(
         "data.too_long",
         (
@@ -234,13 +226,13 @@ _DATA: tuple[Entry, ...] = (
         ),
         defaults={"train_dataloader_shuffle": "true", "dataset_shuffle": "true"},
     ),
-    Same("dataset_num_proc", "data.num_workers", WHOLE, default=0),
+    Same("dataset_num_proc", WHOLE, default=0),
 )
 
 _TRAINING: tuple[Entry, ...] = (
     Length(),
-    Same("global_batch_size", "train.global_batch", WHOLE, default=16, always=True),
-    Same("micro_batch_size", "train.micro_batch", WHOLE, default=1),
+    Same("global_batch_size", WHOLE, default=16, always=True),
+    Same("micro_batch_size", WHOLE, default=1),
     Choice(
         "train.recompute",
         (
@@ -262,21 +254,20 @@ _TRAINING: tuple[Entry, ...] = (
         "train.deterministic",
         (Option(True, {"deterministic_mode": "true"}, read_only=True), Option(False, {})),
     ),
-    Same("overlap_grad_reduce", "train.overlap", TRUTH, alike=("overlap_param_gather",)),
+    Same("overlap_grad_reduce", TRUTH, alike=("overlap_param_gather",)),
     Same(
         "lr",
-        "optim.lr",
         NUMBER,
         default=lambda keys: 1e-4 if has_adapter(keys) else 1e-5,
         always=True,
     ),
-    Same("min_lr", "optim.min_lr", NUMBER, default=0.0),
+    Same("min_lr", NUMBER, default=0.0),
     Schedule(),
-    Same("weight_decay", "optim.weight_decay", NUMBER, default=0.1),
-    Same("adam_beta1", "optim.beta1", NUMBER, default=0.9),
-    Same("adam_beta2", "optim.beta2", NUMBER, default=0.95),
-    Same("adam_eps", "optim.eps", NUMBER, default=1e-8),
-    Same("clip_grad", "optim.clip_grad", NUMBER, default=1.0),
+    Same("weight_decay", NUMBER, default=0.1),
+    Same("adam_beta1", NUMBER, default=0.9),
+    Same("adam_beta2", NUMBER, default=0.95),
+    Same("adam_eps", NUMBER, default=1e-8),
+    Same("clip_grad", NUMBER, default=1.0),
     Offload(),
     Choice(
         "optim.state_dtype",
@@ -295,20 +286,19 @@ _TRAINING: tuple[Entry, ...] = (
         ),
         defaults={"exp_avg_dtype": "fp32", "exp_avg_sq_dtype": "fp32"},
     ),
-    Same("main_grads_dtype", "optim.grad_dtype", TEXT, default="fp32"),
+    Same("main_grads_dtype", TEXT, default="fp32"),
 )
 
 _REST: tuple[Entry, ...] = (
-    Same("save_steps", "checkpoint.every", STEPS, default=500),
+    Same("save_steps", STEPS, default=500),
     Same(
         "eval_steps",
-        "train.eval_every",
         STEPS,
         default=lambda keys: keys.get("checkpoint.every") if has_held_out(keys) else None,
     ),
     EvalPacks(),
     Keep(),
-    Same("no_save_optim", "checkpoint.save_optimizer", NOT, default=True),
+    Same("no_save_optim", NOT, default=True),
     Choice(
         "checkpoint.export_hf",
         (
@@ -321,14 +311,13 @@ _REST: tuple[Entry, ...] = (
     ),
     Same(
         "save_safetensors",
-        "checkpoint.export_hf",
         TRUTH,
         default=True,
         when=lambda keys: not has_adapter(keys),
     ),
     Reports(),
     Nodes(),
-    Same("megatron_extra_kwargs", "megatron", JSON),
+    Same("megatron_extra_kwargs", JSON),
     RecomputedParts(),
 )
 
@@ -336,17 +325,16 @@ _ONLINE: tuple[Entry, ...] = (
     OnlineBatch(),
     Same(
         "max_completion_length",
-        "rollout.max_tokens",
         WHOLE,
         default=512,
         when=is_online,
         always=True,
     ),
-    Same("temperature", "rollout.temperature", NUMBER, default=0.9, when=is_online, always=True),
+    Same("temperature", NUMBER, default=0.9, when=is_online, always=True),
     Clipping(),
     Divergence(),
     Mismatch(),
-    Same("dynamic_sample", "method.dynamic_sampling", TRUTH, default=False, when=method("dapo")),
+    Same("dynamic_sample", TRUTH, default=False, when=method("dapo")),
     Choice(
         "method.truncated",
         (
@@ -365,14 +353,12 @@ _ONLINE: tuple[Entry, ...] = (
     ),
     Same(
         "vllm_gpu_memory_utilization",
-        "rollout.gpu_memory",
         NUMBER,
         default=0.9,
         when=is_online,
     ),
     Same(
         "vllm_tensor_parallel_size",
-        "rollout.tensor_parallel",
         WHOLE,
         default=1,
         when=is_online,
