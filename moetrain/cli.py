@@ -14,6 +14,7 @@ from moetrain.commands import (
     launch,
     pairs,
     quickstart,
+    recipe,
     report,
     requeue,
     sample,
@@ -32,6 +33,7 @@ LONGEST_ERROR = 4000  # characters
 
 COMMANDS: dict[str, Command] = {
     "train": train.COMMAND,
+    "recipe": recipe.COMMAND,
     "score": score.COMMAND,
     "sample": sample.COMMAND,
     "pairs": pairs.COMMAND,

@@ -48,3 +48,8 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest of `allowed`, or "" when none is close."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def plural(num: int, what: str) -> str:
+    """`1 record`, `2 records`."""
+    return f"{num} {what}{'s' * (num != 1)}"

@@ -35,6 +35,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused("--help") == 0
     text = capsys.readouterr().out
     assert all(name in text for name in cli.COMMANDS)
+    assert "moetrain recipe [KEY]" in text and "docs/" in text
     for name in cli.COMMANDS:
         assert refused(name, "--help") == 0
     capsys.readouterr()
@@ -79,7 +80,7 @@ def test_score_wants_a_model_data_and_a_file(
         ([RECIPE, "optim.lrr=1"], "Did you mean 'optim.lr'?"),
         ([RECIPE, "x"], "'x' is not an override"),
         ([RECIPE, "--nproc", "3", "parallel.ep=2"], "Use 2 or 4 ranks"),
-        ([RECIPE, "parallel.ep=2"], "1 ranks do not divide"),
+        ([RECIPE, "parallel.ep=2"], "1 rank does not divide"),
         ([RECIPE, "--dry-run", "parallel.ep=3"], "ep=3 does not divide 8 experts"),
         (
             [ONLINE, "--dry-run", "rollout.max_tokens=512"],
@@ -152,6 +153,45 @@ def test_dry_run_warns_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert cli.main(["train", RECIPE, "--dry-run", hf, *words]) == 0
     assert "WARNING: stage 0 needs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], ["  run_dir ", "one of pretrain, cpt, sft", "moetrain recipe SECTION"]),
+        (["optim.lr"], ["optim.lr\n", "highest learning rate", "value     number >= 0",
+                        "default   0.0001", "optim - AdamW", "optim.beta1=0.9"]),
+        (["optim.lr=1e-5"], ["highest learning rate"]),
+        (["method.beta"], ["method.beta (dpo, ipo, hinge, kto)", "method.beta (orpo)",
+                           "`moetrain recipe METHOD`, of dpo"]),
+        (["dpo"], ["method: dpo - Direct preference", "method.label_smoothing=0.0"]),
+        (["data"], ["data - What to train", "data.train ", "data.seq_len=4096"]),
+        (["run_dir"], ["default   none, it must be given"]),
+        (["code"], ["options: code", "options.languages="]),
+    ],
+)  # fmt: skip
+def test_recipe_says_what_a_key_means(
+    words: list[str], said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["recipe", *words]) == 0
+    out = capsys.readouterr().out
+    assert not [text for text in said if text not in out], out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("optim.lrr", "Did you mean 'optim.lr'?"),
+        ("lr", "Did you mean 'optim.lr'?"),
+        ("num_train_epochs", "Here it is 'train.epochs'."),
+    ],
+)
+def test_recipe_knows_a_key_by_another_name(
+    key: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["recipe", key]) == 2
+    assert f"no recipe has the key '{key}'. {said}" in capsys.readouterr().err
 
 
 def test_launch_without_slurm(

@@ -223,7 +223,9 @@ def test_empty_documents_are_counted_and_not_held_against_the_limit(tmp_path: Pa
     stats = corpus.index([tmp_path], tokenizer_folder(), tmp_path / "c", max_rejected=0.0)
     assert (stats.num_documents, stats.num_empty, stats.num_rejected) == (4, 9, 0)
     assert not (tmp_path / "c.rejected.jsonl").exists()
-    assert "9 empty ones skipped" in stats.summary(tmp_path / "c")
+    summary = stats.summary(tmp_path / "c")
+    assert summary.startswith(f"wrote {tmp_path}/c.bin and {tmp_path}/c.idx: 4 documents, ")
+    assert "9 empty ones skipped" in summary and summary.endswith(f"data.train={tmp_path}/c")
 
 
 @pytest.mark.parametrize("how", ["reject", "escape", "keep"])

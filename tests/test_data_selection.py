@@ -141,5 +141,5 @@ def test_refused(tmp_path: Path, sections: dict[str, Any], match: str) -> None:
 
 def test_nothing_left_to_train_on_is_said(tmp_path: Path) -> None:
     one = recipe(tmp_path, data={"train": files(tmp_path, 1), "eval_share": 0.5})
-    with pytest.raises(DataError, match=r"1 records, and data\.eval_share=0\.5 leaves none"):
+    with pytest.raises(DataError, match=r"1 record, and data\.eval_share=0\.5 leaves none"):
         RunData(one).prepare()

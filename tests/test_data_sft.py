@@ -14,6 +14,7 @@ from moetrain.data import sft, tokenizer
 from moetrain.data.chat import ChatOptions
 from moetrain.data.encode import Spec
 from moetrain.data.loader import Loader, RunData
+from moetrain.data.parsing import parse_json
 from moetrain.data.rejects import Reject
 from moetrain.data.run_tokenizer import model_vocab
 from moetrain.data.sets import build
@@ -53,7 +54,7 @@ def test_jsonl_lines_are_numbered_and_bad_ones_rejected(tmp_path: Path) -> None:
     assert [row.line for row in found] == list(range(1, 8))
     reasons = [row.reason for row in found if isinstance(row, Reject)]
     assert reasons[0] == "empty line"
-    assert reasons[1].startswith("malformed JSON at column")
+    assert reasons[1] == "malformed JSON: cut short at its end, column 6"
     assert reasons[2] == "a record must be an object, not list"
     assert reasons[3] == "empty record"
     assert reasons[4] == "not UTF-8 at byte 0"
@@ -336,3 +337,23 @@ def test_loader_wants_packs_of_any_kind() -> None:
         [(1, 2), (2, 1)],
         [(3, 0), (3, 2)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"a": "hel', "cut short at its end, column 11"),
+        ('{"a": "b\\"', "cut short at its end, column 11"),
+        ('{"a": "\\u12', "cut short at its end, column 12"),
+        ('{"a": [1, {"b": 2}', "cut short at its end, column 19"),
+        ('{"a": tr', "cut short at its end, column 9"),
+        ('{"a": 1,  ', "cut short at its end, column 9"),
+        ('{"a": "b\\u1", "c": 2}', "at column 10: Invalid"),
+        ('{"a": "b"} x', "at column 12: Extra data"),
+        ('{"a": x', "at column 7: Expecting value"),
+    ],
+)
+def test_json_that_is_cut_short_points_to_its_end(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match="malformed JSON") as caught:
+        parse_json(text)
+    assert reason in str(caught.value)

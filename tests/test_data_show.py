@@ -118,7 +118,7 @@ def test_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     path = write_jsonl(tmp_path / "a.jsonl", RECORDS)
     out = shown(tmp_path, capsys, data={"train": [str(path)], "seq_len": 400})
     assert "\u27e66<|im_end|>\u27e7" in out and "rejected: there is no assistant turn" in out
-    assert "2 texts, 2 records rejected; 1 packs of 400" in out
+    assert "2 texts, 2 records rejected; 1 pack of 400" in out
     assert "note: the column images is not read (1 record)" in out
 
 

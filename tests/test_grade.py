@@ -100,7 +100,7 @@ def test_a_sandbox_runs_what_code_grades(tmp_path: Path) -> None:
     [
         ('{"completion": 3}', "in.jsonl:2: `completion` is neither a text nor"),
         ("[1]", "in.jsonl:2: a record is an object, not list"),
-        ('{"completion": "a"', "in.jsonl:2: malformed JSON at column"),
+        ('{"completion": "a"', "in.jsonl:2: malformed JSON: cut short at its end"),
         ('{"text": "a", "answer": 1}', "it has no `completion`; its keys are text, answer"),
         ('{"completion": "a", "prompt": 3}', "`prompt` is neither a text nor messages"),
         ('{"completion": "\\ud800"}', "in.jsonl:2: "),

@@ -50,7 +50,8 @@ def test_imports_nothing_heavy(statement: str) -> None:
 def test_help_and_dry_run_import_nothing_heavy() -> None:
     alone = [path for path in EXAMPLES if path.name.endswith("_tiny.yaml")]
     assert {"pretrain_tiny.yaml", "sft_tiny.yaml"} <= {path.name for path in alone}
-    for argv in [["--help"], *(["train", str(path), "--dry-run"] for path in alone)]:
+    plans = [["train", str(path), "--dry-run"] for path in alone]
+    for argv in [["--help"], ["recipe", "optim.lr"], *plans]:
         code = "import sys\nfrom moetrain.cli import main\n"
         code += f"try:\n    code = main({argv})\nexcept SystemExit as end:\n    code = end.code\n"
         code += "assert not code, code\nprint(*sys.modules)"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.run.starts import read_starts
 from moetrain.testing import command
 from moetrain.testing.command import Started
 from moetrain.weights.compare import compare
@@ -119,6 +120,8 @@ def test_resumed_in_another_layout(whole: Path, tmp_path: Path, layout: str) -> 
     process.send_signal(signal.SIGTERM)
     process.wait()
     assert process.returncode == 143
+    end = read_starts(run_dir)[-1]
+    assert (end["end"], end["crash"]) == (143, False) and end["step"] >= 4
     finish(run_dir, "parallel.ep=1", layout)
     for found, wanted in zip(rows(run_dir), rows(whole), strict=True):
         key = "loss" if "loss" in wanted else "eval_loss"

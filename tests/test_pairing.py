@@ -183,7 +183,7 @@ def test_the_command_writes_what_dpo_reads(
     command = ["pairs", str(source), "--out", str(out), "--held-out", "0.3"]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
-    assert "20 pairs of 20 of 21 prompts" in said and "no pair from 1 prompts (1 all right)" in said
+    assert "20 pairs of 20 of 21 prompts" in said and "no pair from 1 prompt (1 all right)" in said
     records = [json.loads(line) for line in out.read_text().splitlines()]
     held_out = [
         json.loads(line) for line in (tmp_path / "p/pairs.eval.jsonl").read_text().splitlines()

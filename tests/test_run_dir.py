@@ -1,6 +1,7 @@
 """Which run_dir a recipe may continue, and what is written beside the outputs."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from moetrain.config.load import apply_override, load_recipe, recipe_from
 from moetrain.config.recipe import OptimConfig, Recipe
 from moetrain.errors import ConfigError, MoetrainError
-from moetrain.observe.sinks import check_sinks
+from moetrain.observe.sinks import check_sinks, open_sinks
 from moetrain.run.folder import check_recipe, check_schedule, write_run_files
 
 
@@ -81,7 +82,19 @@ def test_files_beside_the_outputs(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "ranks.json").read_text()) == [{"rank": 0}]
 
 
-def test_wandb_is_asked_for_but_not_installed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [None, "import pydantic.nothing\n", "run = None\n"])
+def test_wandb_is_asked_for_and_half_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    """A folder of its name, which Python takes for a package, and what a broken pip leaves."""
     check_sinks(make_recipe(tmp_path))
-    with pytest.raises(MoetrainError, match="pip install wandb"):
-        check_sinks(make_recipe(tmp_path, "observe.wandb={project: x}"))
+    (tmp_path / "wandb").mkdir()
+    if text is not None:
+        (tmp_path / "wandb" / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(MoetrainError, match=r"Run `pip install .*wandb`, or set") as caught:
+        recipe = make_recipe(tmp_path, "observe.wandb={project: x}", "observe.tensorboard=false")
+        check_sinks(recipe)
+        open_sinks(recipe, 0)
+    assert "\n" not in str(caught.value)

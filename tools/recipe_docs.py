@@ -2,16 +2,9 @@
 """Write docs/recipes.md from the recipe's models, or with --check say whether it is up to date."""
 
 import sys
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-
-from moetrain.config.recipe import Recipe
-from moetrain.config.rewards import OPTIONS
+from moetrain.config.describe import Key, groups, plain_keys
 
 DOC = Path(__file__).parent.parent / "docs" / "recipes.md"
 HEAD = """# Recipes
@@ -30,68 +23,12 @@ machine, and `NOT HERE` lines name what is missing. Every run writes its recipe 
 
 This page is written by `tools/recipe_docs.py` (`make fix`) from `moetrain/config/recipe.py`.
 """
-NAMES = {int: "whole number", float: "number", str: "text", bool: "true, false", Path: "path"}
-BOUNDS = ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<"))
 
 
-def show_type(annotation: Any, metadata: list[Any] | None = None) -> str:
-    """A field's type in a reader's words."""
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return show_type(args[0], [*args[1:], *(metadata or [])])
-    if origin in (Union, types.UnionType):
-        return " or ".join(show_type(a, metadata) for a in args if a is not type(None))
-    if origin is Literal:
-        return ", ".join(f"`{a}`" for a in args)
-    if origin is list:
-        return f"list of {show_type(args[0])}"
-    if origin is dict or annotation is dict:
-        return "mapping"
-    return str(NAMES.get(annotation, annotation.__name__)) + show_bounds(metadata or [])
-
-
-def show_bounds(metadata: list[Any]) -> str:
-    """ " >= 1, < 2" from a field's constraints."""
-    flat: list[Any] = []
-    for item in metadata:
-        flat += item.metadata if isinstance(item, FieldInfo) else [item]
-    parts = [
-        f"{sign} {getattr(item, name):g}"
-        for item in flat
-        for kind, name, sign in BOUNDS
-        if isinstance(item, kind)
-    ]
-    return " " + ", ".join(parts) if parts else ""
-
-
-def show_default(field: FieldInfo) -> str:
-    """The default as YAML has it; bold where there is none."""
-    if field.is_required():
-        return "**required**"
-    value = field.get_default(call_default_factory=True, validated_data={})
-    if value is None:
-        return "not set"
-    if isinstance(value, str):
-        return f"`{value}`" if value and "\n" not in value else "a text" if value else "not set"
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    return f"`{value}`"
-
-
-def models_of(annotation: Any) -> list[type[BaseModel]]:
-    """The models in a field's type: one for a section, several for a union told apart by name."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for part in get_args(annotation) for m in models_of(part)]
-
-
-def row(key: str, field: FieldInfo) -> str:
+def row(key: Key) -> str:
     """One line of a table."""
-    text = (field.description or "").replace("|", "\\|").replace("<", "\\<")
-    if any(isinstance(item, MinLen) for item in field.metadata):
-        text = f"not empty; {text}" if text else "not empty"
-    kind = show_type(field.annotation, list(field.metadata))
-    return f"| `{key}` | {kind} | {show_default(field)} | {text} |"
+    text = key.text.replace("|", "\\|").replace("<", "\\<")
+    return f"| `{key.name}` | {key.kind} | {key.default or '**required**'} | {text} |"
 
 
 def table(rows: list[str]) -> list[str]:
@@ -99,37 +36,20 @@ def table(rows: list[str]) -> list[str]:
     return ["| key | value | default | |", "| --- | --- | --- | --- |", *rows, ""]
 
 
-def section(key: str, model: type[BaseModel]) -> list[str]:
-    """The keys of one section."""
-    rows = [row(f"{key}.{name}", field) for name, field in model.model_fields.items()]
-    return [(model.__doc__ or "").strip(), "", *table(rows)]
-
-
-def reward_options() -> list[str]:
-    """What each reward can be told."""
-    lines: list[str] = []
-    for name, model in OPTIONS.items():
-        if model.model_fields:
-            lines += [f"### rewards: {name}", "", *section("options", model)[2:]]
-    return lines
-
-
 def text() -> str:
     """The whole page."""
-    fields = Recipe.model_fields
-    plain = [row(key, f) for key, f in fields.items() if not models_of(f.annotation)]
-    lines = [HEAD, *table(plain)]
-    for key, field in fields.items():
-        models = models_of(field.annotation)
-        if models:
-            lines += [f"## {key}", ""]
-        for model in models:
-            if len(models) > 1:
-                name = model.model_fields["name"].default
-                lines += [f"### {key}: {name}", ""]
-            lines += section(key, model)
-        if key == "rewards":
-            lines += reward_options()
+    lines = [HEAD, *table([row(key) for key in plain_keys()])]
+    before = ""
+    for group in groups():
+        if group.name not in (before, "options"):
+            lines += [f"## {group.name}", ""]
+        before = group.name
+        if group.owner:
+            title = "rewards" if group.name == "options" else group.name
+            lines += [f"### {title}: {group.owner}", ""]
+        if group.name != "options":
+            lines += [group.text, ""]
+        lines += table([row(key) for key in group.keys])
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -15,7 +15,7 @@ from moetrain.data.cache import cache_root, digest_files
 from moetrain.data.formats import TEMPLATED
 from moetrain.data.pairing import AnsweredPrompt, Choice, Chosen, gather, pairs, right_answers
 from moetrain.data.samples import put_lines, read_lines
-from moetrain.errors import DataError
+from moetrain.errors import DataError, plural
 from moetrain.observe.progress import CountDisplay
 from moetrain.run.folder import environment
 
@@ -169,7 +169,7 @@ def _summary(out: Path, asked: Sequence[AnsweredPrompt], chosen: Chosen, sft: bo
     records = chosen.records
     unit = "right answers" if sft else "pairs"
     prompts = len({record["id"] for record in records})
-    text = f"{out}: {len(records)} {unit} of {prompts} of {len(asked)} prompts"
+    text = f"{out}: {len(records)} {unit} of {prompts} of {plural(len(asked), 'prompt')}"
     if len(chosen.per_source) > 1:
         text += f" ({' + '.join(map(str, chosen.per_source))} by source)"
     if records and not sft:
@@ -177,6 +177,7 @@ def _summary(out: Path, asked: Sequence[AnsweredPrompt], chosen: Chosen, sft: bo
         text += f", {lengths[0]:.1f} tokens chosen and {lengths[1]:.1f} rejected"
     nothing = [f"{n} {reason}" for reason, n in chosen.reasons.most_common()]
     dropped = [f"{n} {reason}" for reason, n in chosen.left_out.most_common() if n]
-    text += f"; no {'right answer' if sft else 'pair'} from {sum(chosen.reasons.values())} prompts"
+    without = plural(sum(chosen.reasons.values()), "prompt")
+    text += f"; no {'right answer' if sft else 'pair'} from {without}"
     text += f" ({', '.join(nothing)})" if nothing else ""
     return text + (f"; left out: {', '.join(dropped)}." if dropped else ".")

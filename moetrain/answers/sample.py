@@ -33,6 +33,7 @@ from moetrain.engine.on_disk import (
     sections_of,
 )
 from moetrain.engine.source import ModelSource, find_source
+from moetrain.errors import plural
 from moetrain.models import read_model
 from moetrain.rewards import Grader, check_columns
 from moetrain.rollout import open_engine
@@ -64,7 +65,8 @@ def sample(model: str, prompts: str, out: Path, num: int, overrides: Sequence[st
     counts = answer_all(recipe, found, out, num, notes, "answers", rollout_of(recipe).temperature)
     if counts is None:
         return EXIT_STOPPED
-    print(f"{out}: {counts['answers']} answers to {counts['prompts']} prompts; {outcome(counts)}")
+    said = f"{plural(counts['answers'], 'answer')} to {plural(counts['prompts'], 'prompt')}"
+    print(f"{out}: {said}; {outcome(counts)}")
     return 0
 
 
@@ -108,7 +110,7 @@ def _prompts(recipe: Recipe, out: Path) -> list[Prompt]:
     path = out.with_name(out.stem + ".rejected.jsonl")
     write_rejects(path, rejects)
     if rejects:
-        print(f"{len(rejects)} records cannot be used, see {path}")
+        print(f"{plural(len(rejects), 'record')} cannot be used, see {path}")
     return found
 
 

@@ -22,7 +22,10 @@ class Command:
 def parse(argv: Sequence[str], table: Mapping[str, Command]) -> Arguments:
     """The arguments of a command line; argparse exits where it is none."""
     parser = Parser(
-        prog="moetrain", description="Train large mixture-of-experts models on Megatron Core."
+        prog="moetrain",
+        description="Train large mixture-of-experts models on Megatron Core.",
+        epilog="`moetrain COMMAND --help` says more of one; `moetrain recipe [KEY]` what a recipe's"
+        " keys mean. docs/ in the repository has a page for each job.",
     )
     parser.add_argument("--version", action="version", version=f"moetrain {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetrain.commands.common import Arguments, Command, Parser, add_overrides, share
-from moetrain.errors import MoetrainError
+from moetrain.errors import MoetrainError, plural
 
 if TYPE_CHECKING:
     from moetrain.data.show import Shown, View
@@ -129,7 +129,7 @@ def _print(shown: "list[Shown]", view: "View") -> None:
             continue
         more = f"  {one.answer}" if one.answer else ""
         more += "  truncated" if one.truncated else ""
-        counts = f"  {one.tokens} tokens, {one.learned_tokens} learned"
+        counts = f"  {plural(one.tokens, 'token')}, {one.learned_tokens} learned"
         console.print(Text(where + more + counts, style="bold"))
         text, end = Text(), 0
         for start, stop in one.learned:
@@ -140,9 +140,9 @@ def _print(shown: "list[Shown]", view: "View") -> None:
         console.print(text)
     usable = sum(one.reason is None for one in shown)
     num_packs, fill = view.fill()
-    line = f"\n{usable} texts, {len(shown) - usable} records rejected"
+    line = f"\n{plural(usable, 'text')}, {plural(len(shown) - usable, 'record')} rejected"
     if num_packs:
-        line += f"; {num_packs} packs of {view.recipe.data.seq_len}, {fill:.1%} full"
+        line += f"; {plural(num_packs, 'pack')} of {view.recipe.data.seq_len}, {fill:.1%} full"
     console.print(Text(line))
     for note in noted(view.chat.notes(), view.notes):
         console.print(Text(note, style="yellow"))

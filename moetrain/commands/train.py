@@ -1,5 +1,7 @@
 """`moetrain train`: train by a recipe."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,15 +42,38 @@ def run(args: Arguments) -> int:
     if recipe.rollout is not None:  # the other ranks wait in one collective while a server starts
         quiet += recipe.rollout.start_timeout
     watch = Watch(quiet, recipe.run_dir / "stacks")
-    code = launch.as_ranks(args.argv, args.nproc, watch)
-    if code is not None:
-        return code
-    pulse.listen()
-    if recipe.method.samples:
-        from moetrain.loops.rl import train
-    else:
-        from moetrain.loops.supervised import train
-    return train(recipe)
+    with _recorded(recipe.run_dir, is_rank=launch.joined(args.nproc) is not None) as end:
+        end.code = launch.as_ranks(args.argv, args.nproc, watch)
+        if end.code is not None:
+            return end.code
+        pulse.listen()
+        if recipe.method.samples:
+            from moetrain.loops.rl import train
+        else:
+            from moetrain.loops.supervised import train
+        end.code = train(recipe)
+        return end.code
+
+
+@contextmanager
+def _recorded(run_dir: Path, *, is_rank: bool) -> Iterator[Arguments]:
+    """Records the exit code that is set within, or that of the error, in starts.jsonl; a rank
+    leaves that to whoever started it.
+    """
+    from moetrain.errors import DivergedError, MoetrainError
+    from moetrain.run.starts import record_end
+
+    end = Arguments(code=None)
+    try:
+        yield end
+    except BaseException as error:
+        interrupted = 130 if isinstance(error, KeyboardInterrupt) else 1
+        end.code = error.exit_code if isinstance(error, MoetrainError) else interrupted
+        raise
+    finally:
+        if not is_rank:
+            good = (0, MoetrainError.exit_code, DivergedError.exit_code, 130, 143)
+            record_end(run_dir, end.code, good)
 
 
 def _dry_run(recipe: "Recipe", num_procs: int | None) -> None:

@@ -22,8 +22,9 @@ from moetrain.data.cache import build_once, digest_files, key_of
 from moetrain.data.controls import How
 from moetrain.data.documents import Documents, tokenise
 from moetrain.data.rejects import write_rejects
-from moetrain.errors import DataError
+from moetrain.errors import DataError, plural
 from moetrain.ops.packed import Packed, pack_one
+from moetrain.ops.quiet import hush
 
 CHUNK = 128  # documents tokenised together
 # Up to so many records a share of bad ones stops the work; what took longer is kept all the same.
@@ -46,15 +47,19 @@ class IndexStats:
 
     def summary(self, prefix: Path) -> str:
         """In words."""
-        line = f"{prefix}: {self.num_documents} documents, {self.num_tokens} tokens"
+        line = (
+            f"wrote {prefix}.bin and {prefix}.idx: {plural(self.num_documents, 'document')},"
+            f" {plural(self.num_tokens, 'token')}"
+        )
         if self.num_empty:
-            line += f"; {self.num_empty} empty ones skipped"
+            line += f"; {plural(self.num_empty, 'empty one')} skipped"
         if self.num_special:
             done = "taken as such" if self.special_tokens == "keep" else "spelled in letters"
             line += f"; control tokens in {self.num_special} of them are {done}"
         if self.num_rejected:
-            line += f"; {self.num_rejected} records rejected, see {prefix}.rejected.jsonl"
-        return line
+            rejected = plural(self.num_rejected, "record")
+            line += f"; {rejected} rejected, see {prefix}.rejected.jsonl"
+        return f"{line}. Train on it with data.train={prefix}"
 
 
 def index(
@@ -121,6 +126,7 @@ def _written(prefix: Path, vocab: int) -> Iterator[tuple[Any, Callable[[IndexSta
     """(what documents are added to, what gives the files their names when all are there). DataError
     when they cannot be written.
     """
+    hush()
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     # Data first, index last, and none between: an index of other data would be believed.
@@ -228,6 +234,7 @@ class CorpusSet:
         return self._epochs[number]
 
     def _build(self, number: int, cache: Path) -> Any:
+        hush()
         from megatron.core.datasets.blended_megatron_dataset_builder import (
             BlendedMegatronDatasetBuilder,
         )

@@ -18,7 +18,7 @@ from moetrain.data.run_tokenizer import chat_of, model_vocab, tokenizer_notes, t
 from moetrain.data.selection import Selection
 from moetrain.data.sets import PackedSet, build
 from moetrain.data.stream import EvalPacks, Loader, Packs
-from moetrain.errors import DataError
+from moetrain.errors import DataError, plural
 from moetrain.ops.packed import Packed
 
 # What a method eats: corpora, or a kind of set.
@@ -176,7 +176,7 @@ def _with_reference(packs: Packs, reference: Path | None) -> Packs:
 
 def _describe(name: str, packs: Packs, recipe: Recipe) -> str:
     if not isinstance(packs, Shuffled):
-        return f"{name}: {len(packs)} samples of {recipe.data.seq_len} tokens"
+        return f"{name}: {plural(len(packs), 'sample')} of {recipe.data.seq_len} tokens"
     return describe_set(name, packs.data, recipe)
 
 
@@ -184,9 +184,9 @@ def describe_set(name: str, data: PackedSet, recipe: Recipe) -> str:
     """How much a set holds and what was left out of it, in a line."""
     stats = data.stats
     line = (
-        f"{name}: {stats.num_records} records, {stats.num_groups} {data.unit},"
-        f" {stats.num_tokens} tokens in"
-        f" {stats.num_packs} packs of {recipe.data.seq_len} ({stats.fill:.1%} full)"
+        f"{name}: {plural(stats.num_records, 'record')}, {stats.num_groups} {data.unit},"
+        f" {plural(stats.num_tokens, 'token')} in"
+        f" {plural(stats.num_packs, 'pack')} of {recipe.data.seq_len} ({stats.fill:.1%} full)"
     )
     if stats.num_shared:
         line += f"; {stats.num_shared} tokens fewer as prompts are shared"

@@ -23,6 +23,10 @@ def parse_json(raw: bytes | str) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
+        if _is_cut(error):
+            raise ValueError(
+                f"malformed JSON: cut short at its end, column {len(error.doc.rstrip()) + 1}"
+            ) from None
         raise ValueError(f"malformed JSON at column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise ValueError(f"malformed JSON: {TOO_DEEP}") from None
@@ -31,6 +35,14 @@ def parse_json(raw: bytes | str) -> Any:
     if text.count("[") + text.count("{") > MAX_DEPTH or HALF.search(text):
         check(value)
     return value
+
+
+def _is_cut(error: json.JSONDecodeError) -> bool:
+    """Whether a text is the beginning of JSON; of a text in it Python names where that begins."""
+    rest = error.doc[error.pos :].strip()
+    if error.msg.startswith(("Unterminated string", "Invalid \\uXXXX")):
+        return not re.search(r"(?<!\\)\"", rest[1:])
+    return any(word.startswith(rest) for word in ("true", "false", "null")) or not rest
 
 
 def parse_list(text: str) -> Iterator[Any]:

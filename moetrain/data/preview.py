@@ -25,6 +25,7 @@ from moetrain.data.rejects import Reject, noted
 from moetrain.data.samples import Prompt
 from moetrain.data.show import View
 from moetrain.data.sources import Record, Source, find_sources, read_rows
+from moetrain.errors import plural
 
 RECORDS = 256
 SECONDS = 10.0
@@ -71,7 +72,7 @@ class Preview:
     def lines(self, seq_len: int) -> list[str]:
         """In words."""
         about = "" if self.is_counted else "about "
-        line = f"{self.key}: {about}{counted(self.num_records, 'record')}"
+        line = f"{self.key}: {about}{plural(self.num_records, 'record')}"
         if not self.num_seen:
             return [line]
         if self.sizes:
@@ -83,11 +84,6 @@ class Preview:
         first = [f"{r.file}:{r.line}: {r.reason}" for r in self.rejects[:1]]
         return [line, *(f"the first that is rejected: {one}" for one in first),
                 *noted(self.template, self.notes)]  # fmt: skip
-
-
-def counted(num: int, what: str) -> str:
-    """`1 record`, `1,200 records`."""
-    return f"{num:,} {what}{'s' * (num != 1)}"
 
 
 def preview(recipe: Recipe, key: str, records: int = RECORDS) -> Preview | None:
@@ -215,10 +211,10 @@ def lengths(recipe: Recipe, found: Sequence[Preview]) -> list[str]:
     rollout = recipe.rollout
     batch = rollout.prompts_per_step if rollout is not None else recipe.train.global_batch
     about = "" if train is None or train.is_whole else "about "
-    line = f"an epoch: {about}{counted(packs, unit)}, {packs / batch:.3g} steps of {batch}"
+    line = f"an epoch: {about}{plural(packs, unit)}, {packs / batch:.3g} steps of {batch}"
     if recipe.train.epochs is not None:
         steps = math.ceil((limit(recipe, packs) or packs) / batch)
-        return [f"{line}; train.epochs={recipe.train.epochs:g}: {about}{counted(steps, 'step')}"]
+        return [f"{line}; train.epochs={recipe.train.epochs:g}: {about}{plural(steps, 'step')}"]
     assert recipe.train.steps is not None
     epochs = f"{recipe.train.steps * batch / packs:.2g}"
     line += f"; train.steps={recipe.train.steps}: {about}{epochs} epoch{'s' * (epochs != '1')}"

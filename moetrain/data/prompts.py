@@ -38,7 +38,7 @@ from moetrain.data.run_tokenizer import chat_of, model_vocab, tokenizer_notes, t
 from moetrain.data.samples import Prompt
 from moetrain.data.selection import Selection, rows_of
 from moetrain.data.thoughts import opened_by
-from moetrain.errors import DataError
+from moetrain.errors import DataError, plural
 
 # Where a record keeps its prompt: messages, or a text that is a user's only message.
 KEYS = ("prompt", "messages", "question", "problem", "conversations", "instruction")
@@ -231,7 +231,7 @@ def prepare_prompts(recipe: Recipe) -> PromptSet:
     shown, unusable = prepare_demonstrations(recipe)
     rejects = train.rejects + held_out.rejects + unusable
     write_rejects(recipe.run_dir / "rejected.jsonl", rejects)
-    line = f"train: {len(train.prompts)} prompts{describe_repeats(train.prompts)}"
+    line = f"train: {plural(len(train.prompts), 'prompt')}{describe_repeats(train.prompts)}"
     if train.rejects:
         line += f"; {len(train.rejects)} rejected, see {recipe.run_dir / 'rejected.jsonl'}"
     notes = noted(chat.notes(), train.notes + held_out.notes)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from moetrain.config.recipe import Recipe
 from moetrain.data.rejects import Reject
 from moetrain.data.sources import Record, find_sources, read_rows
-from moetrain.errors import DataError
+from moetrain.errors import DataError, plural
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Selection:
         left = len(rest) if wanted is None else wanted - num_held
         if not len(rest) or left < 1:
             raise DataError(
-                f"{name} has {num_records} records, and data.eval_share={self.share:g} leaves none "
-                f"of them to train on. Give data.eval instead."
+                f"{name} has {plural(num_records, 'record')}, and data.eval_share={self.share:g}"
+                f" leaves none of them to train on. Give data.eval instead."
             )
         whole, more = divmod(left, len(rest))
         times[rest] = whole

@@ -1,14 +1,13 @@
 """This process's device, and what makes Megatron run on it."""
 
-import logging
 import os
 import socket
-import warnings
 
 import torch
 
 from moetrain.engine import compat_megatron, compat_torch, pickles
 from moetrain.errors import ConfigError
+from moetrain.ops.quiet import hush
 
 
 def free_port() -> int:
@@ -22,20 +21,7 @@ def prepare() -> torch.device:
     """Choose the device and make Megatron ready for it. Call before the first import of a Megatron
     module.
     """
-    for message in (".*Apex is not installed.*", ".*ransformer.?[Ee]ngine.*", ".*DEPRECATED.*"):
-        warnings.filterwarnings("ignore", message=message)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="megatron.*")
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron.*")
-    # torch.distributed.checkpoint warns of its own argument order, and that one process is one
-    # process.
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed.checkpoint.*")
-    # "No CUDA runtime is found" on machines with a toolkit and no GPU; Megatron's advice about its
-    # own next API.
-    for name in ("torch.utils.cpp_extension", "megatron.core"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # A save that fails is told once, by Checkpoints.save.
-    writer = "megatron.core.dist_checkpointing.strategies.filesystem_async"
-    logging.getLogger(writer).setLevel(logging.CRITICAL)
+    hush()
     has_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from moetrain.config.recipe import ParallelConfig
-from moetrain.errors import LayoutError
+from moetrain.errors import LayoutError, plural
 from moetrain.models import Model
 from moetrain.models.parts.base import Split
 
@@ -37,7 +37,8 @@ def plan_mesh(parallel: ParallelConfig, world_size: int) -> MeshPlan:
         down, up = world_size // unit * unit, (world_size // unit + 1) * unit
         fits = f"{down} or {up}" if down else str(up)
         raise LayoutError(
-            f"{world_size} ranks do not divide into tp={p.tp} cp={p.cp} pp={p.pp} (dense, "
+            f"{plural(world_size, 'rank')} {'does' if world_size == 1 else 'do'} not divide into"
+            f" tp={p.tp} cp={p.cp} pp={p.pp} (dense, "
             f"{dense}) and etp={p.etp} "
             f"ep={p.ep} pp={p.pp} (experts, {expert}). Use {fits} ranks, or a smaller layout."
         )

@@ -34,7 +34,8 @@ def check_sinks(recipe: Recipe) -> None:
     """
     wanted = {"wandb": recipe.observe.wandb is not None, "tensorboard": recipe.observe.tensorboard}
     for package, is_wanted in wanted.items():
-        if is_wanted and importlib.util.find_spec(package) is None:
+        # A folder of that name, such as W&B leaves in the current one, is found without an origin.
+        if is_wanted and getattr(importlib.util.find_spec(package), "origin", None) is None:
             raise MoetrainError(
                 f"observe.{package} is set but the package {package} is not installed."
                 f" Run `pip install {package}`, or set observe.{package}={
@@ -136,14 +137,28 @@ def _but_writers(
     return hook
 
 
+def _wandb() -> Any:
+    """The package, of which an interrupted pip leaves a half."""
+    try:
+        import wandb
+
+        _ = wandb.init, wandb.errors.Error
+    except (ImportError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MoetrainError(
+            f"observe.wandb is set and the package wandb is not whole ({reason}). Run `pip install"
+            " --force-reinstall wandb`, or set observe.wandb=null."
+        ) from error
+    return wandb
+
+
 class WeightsAndBiases:
     """A W&B run that a resumed job continues. `settings` go to wandb.init and win over what is set
     here.
     """
 
     def __init__(self, recipe: Recipe, settings: Mapping[str, Any]):
-        import wandb
-
+        wandb = _wandb()
         # The same run_dir continues the same run; another one with an equal recipe is another run.
         identity = recipe_hash(recipe.model_copy(update={"run_dir": recipe.run_dir.resolve()}))[:16]
         note = recipe.run_dir / "wandb_id"

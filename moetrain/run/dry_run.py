@@ -8,7 +8,7 @@ from math import lcm
 from moetrain.config.load import dump_recipe
 from moetrain.config.recipe import Recipe
 from moetrain.config.reward_files import check_reward_files
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, plural
 from moetrain.layout.memory import GIB, gpu_gib, static_bytes
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table
 from moetrain.layout.passed import check_passed
@@ -98,7 +98,8 @@ def dry_run(recipe: Recipe, num_procs: int | None) -> str:
     table = model.table
     lines = [
         dump_recipe(recipe),
-        f"# {plan.world_size} ranks: " + " ".join(f"{k}={v}" for k, v in vars(plan).items()),
+        f"# {plural(plan.world_size, 'rank')}: "
+        + " ".join(f"{k}={v}" for k, v in vars(plan).items()),
     ]
     rows = rank_table(plan)
     lines.append("  ".join(f"{key:>5}" for key in rows[0]))

@@ -1,14 +1,16 @@
 """Why a run started each time, and how each start ended: `<run_dir>/starts.jsonl`. No torch.
 
 A start is {"start": fresh | resumed | requeued, "step", ...}, written by the run; an end is {"end":
-its exit code, "step": of the newest checkpoint, "crash", ...}, written by the batch script. A start
-without an end was lost with its node. Order is that of the lines: no clock is asked.
+its exit code, "step": of the newest checkpoint, "crash", ...}, written by the batch script in a
+Slurm job, elsewhere by `moetrain train`. A start without an end was killed, or lost with its node.
+Order is that of the lines: no clock is asked.
 """
 
 import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,18 @@ def record_start(run_dir: Path, step: int, damaged: Sequence[str] = ()) -> str:
     start = f"requeued (restart {restart} of Slurm job {_place()['job']})" if restart else why
     after = f", from step {step}" if step else ", from the beginning" if restart else ""
     return f"start {len([r for r in read_starts(run_dir) if 'start' in r])}: {start}{after}"
+
+
+def record_end(run_dir: Path, code: int, good: Sequence[int]) -> None:
+    """Record how a start outside of Slurm ended; `good` are the exit codes of what is no crash. A
+    run that was refused before it started has nothing to record.
+    """
+    rows = read_starts(run_dir)
+    if "SLURM_JOB_ID" in os.environ or not rows or "start" not in rows[-1]:
+        return
+    with suppress(OSError):  # a disk that takes no more: the run has said so
+        step = saved_step(run_dir)
+        add_row(run_dir, {"end": code, "step": step, "crash": code not in good})
 
 
 def saved_step(run_dir: Path) -> int:

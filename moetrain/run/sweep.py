@@ -24,7 +24,7 @@ import moetrain
 from moetrain import files
 from moetrain.config.load import apply_override, load_recipe
 from moetrain.config.recipe import Recipe
-from moetrain.errors import ConfigError, MoetrainError
+from moetrain.errors import ConfigError, MoetrainError, plural
 from moetrain.observe.curves import numbers
 from moetrain.observe.report import print_runs
 from moetrain.observe.runs import LOG, PLAN, find_runs, last_row, num_steps
@@ -207,7 +207,7 @@ def run_sweep(sweep: Sweep, argv: Sequence[str]) -> int:
     console = Console(highlight=False, soft_wrap=True)
     for run in sweep.runs:
         check_recipe(run.recipe)  # a folder of another recipe shows before the first run
-    print(f"{len(sweep.runs)} runs, planned in {write_plan(sweep)}")
+    print(f"{plural(len(sweep.runs), 'run')}, planned in {write_plan(sweep)}")
     num_failed = 0
     with Children() as children:
         for number, run in enumerate(sweep.runs, start=1):
@@ -322,7 +322,7 @@ def submit(sweep: Sweep, argv: Sequence[str]) -> int:
     """
     for run in sweep.runs:
         check_recipe(run.recipe)
-    print(f"{len(sweep.runs)} runs, planned in {write_plan(sweep)}")
+    print(f"{plural(len(sweep.runs), 'run')}, planned in {write_plan(sweep)}")
     left = [i for i, run in enumerate(sweep.runs, start=1) if not is_done(run.recipe)]
     if not left:
         print("All of them are done; nothing is submitted.")

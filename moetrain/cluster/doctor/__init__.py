@@ -23,7 +23,7 @@ from moetrain.cluster.doctor.base import (
     fail,
     skip,
 )
-from moetrain.errors import MoetrainError
+from moetrain.errors import MoetrainError, plural
 
 MEETING_SECONDS = 25.0  # for all ranks to be there; then the answer of one that waits
 PATIENCE_SECONDS = 60.0  # for a rank that reads slowly, and for a collective
@@ -87,7 +87,8 @@ def main(recipe: Path | None, overrides: Sequence[str], world_size: int | None) 
     levels = [finding.level for finding in found.values()]
     failures, warnings = levels.count(Level.FAIL), levels.count(Level.WARN)
     seconds = time.monotonic() - started
-    print(f"{failures} failures, {warnings} warnings, {len(levels)} checks in {seconds:.0f} s")
+    bad = f"{plural(failures, 'failure')}, {plural(warnings, 'warning')}"
+    print(f"{bad}, {plural(len(levels), 'check')} in {seconds:.0f} s")
     return EXIT_CODES[max(levels)]
 
 

@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 
 from moetrain.cluster.doctor.base import GIB, Finding, Subject, fail, ok, skip, warn, worst
+from moetrain.errors import plural
 from moetrain.layout.memory import checkpoint_bytes
 from moetrain.models.lookup import HF, NOTE, config_of
 
@@ -111,7 +112,7 @@ def space(subject: Subject) -> Finding:
     one = checkpoint_bytes(table, recipe, plan.learns)
     # One is always being written beside those that stay.
     count = recipe.checkpoint.keep + 1 + (recipe.checkpoint.best is not None)
-    sizes = f"{count} checkpoints of {one / GIB:.2f} GiB"
+    sizes = f"{plural(count, 'checkpoint')} of {one / GIB:.2f} GiB"
     message = f"{usage.free / GIB:.1f} GiB free for {sizes} in {folder}"
     remedy = "make room, set checkpoint.keep lower, or checkpoint.save_optimizer=false"
     if usage.free < 2 * one:
@@ -155,7 +156,7 @@ def model(subject: Subject) -> Finding:
     made = {name for name in model.heads.added if not held & set(table[name].hf)}
     check_names((), {n: rule for n, rule in table.items() if n not in made}, reader, model)
     size = sum(file.stat().st_size for file in files)
-    return ok(f"{path}: {len(files)} files of weights, {size / GIB:.1f} GiB")
+    return ok(f"{path}: {plural(len(files), 'file')} of weights, {size / GIB:.1f} GiB")
 
 
 def tokenizer(subject: Subject) -> Finding:
@@ -196,7 +197,7 @@ def data(subject: Subject) -> Finding:
     records can be learned from.
     """
     from moetrain.data.loader import CORPUS, FEEDS
-    from moetrain.data.preview import counted, lengths, previews
+    from moetrain.data.preview import lengths, previews
 
     recipe = subject.recipe
     given = [*recipe.data.train, *recipe.data.eval]
@@ -212,8 +213,8 @@ def data(subject: Subject) -> Finding:
     found = previews(recipe)
     bad = [reject for one in found for reject in one.rejects]
     num = sum(one.num_seen for one in found)
-    usable = f"{num - len(bad)} of {num} records looked at"
-    message = f"{usable} in {counted(len(paths) + len(shown), 'path')} can be used"
+    usable = f"{num - len(bad)} of {plural(num, 'record')} looked at"
+    message = f"{usable} in {plural(len(paths) + len(shown), 'path')} can be used"
     if not bad:
         return ok("; ".join([message, *lengths(recipe, found)]))
     verdict = fail if len(bad) / num > recipe.data.max_rejected else warn

@@ -1,6 +1,7 @@
 """The recipe: what its layout divides into."""
 
 from moetrain.cluster.doctor.base import Finding, Subject, fail, ok
+from moetrain.errors import plural
 from moetrain.layout.mesh import plan_mesh
 from moetrain.run import dry_run
 
@@ -28,4 +29,4 @@ def layout(subject: Subject) -> Finding:
             f" gpus_per_node={recipe.cluster.gpus_per_node} make {asked}",
             "start as many, or override cluster.nodes",
         )
-    return ok(f"{plan.num_ranks} ranks: {axes or 'nothing is split'}")
+    return ok(f"{plural(plan.num_ranks, 'rank')}: {axes or 'nothing is split'}")

@@ -21,6 +21,7 @@ from moetrain.cluster.doctor.base import (
     warn,
     worst,
 )
+from moetrain.errors import plural
 from moetrain.layout.memory import gpu_gib, static_bytes
 from moetrain.layout.mesh import plan_mesh
 
@@ -256,7 +257,9 @@ def ports(subject: Subject) -> Finding:
     if ranks is not None:
         nodes = len(ranks.leaders)
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        return worst(findings, f"{ranks.world_size} ranks on {nodes} nodes met at {at}")
+        return worst(
+            findings, f"{plural(ranks.world_size, 'rank')} on {plural(nodes, 'node')} met at {at}"
+        )
     findings += _own_address(subject)
     port = int(os.environ.get("MASTER_PORT", 0))
     try:

@@ -20,6 +20,7 @@ from moetrain.cluster.doctor.links import (
     nvlink_of,
     pcie_of,
 )
+from moetrain.errors import plural
 
 BYTES = {"nccl": 256 * 2**20, "gloo": 4 * 2**20}  # of one collective, on each rank
 TIMED = {"nccl": 5, "gloo": 3}
@@ -65,7 +66,7 @@ def across_nodes(subject: Subject) -> Finding:
         limits = between_nodes(min(figures), per_node, ranks.world_size)
     message = (
         f"all-reduce {reduce:.1f} GB/s, all-to-all {exchange:.1f} GB/s, {ranks.backend}, "
-        f"{ranks.world_size} ranks on {len(ranks.leaders)} nodes"
+        f"{plural(ranks.world_size, 'rank')} on {plural(len(ranks.leaders), 'node')}"
     )
     name = nics.name if nics else ""
     return judged(message, name, [(reduce, limits[0]), (exchange, limits[1])], NET_REMEDY)
