@@ -165,10 +165,12 @@ def test_what_the_trained_model_answers_is_kept(
 
 def test_before_the_first_update_policy_and_reference_are_one(runs: Path) -> None:
     """A live reference would give these figures: the policy is still it."""
-    first = rows(runs / "first")[0]
+    initial, first = rows(runs / "first")[:2]
+    assert initial["step"] == 0 and initial["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(first["rewards/chosen"]) < 1e-5 and abs(first["kl"]) < 1e-4
-    assert rows(runs / "second")[0]["loss"] == first["loss"]
+    assert initial["eval_rewards/graded"] >= 2 and first["rewards/graded"] >= 2, "pairs"
+    assert rows(runs / "second")[1]["loss"] == first["loss"]
     assert rows(runs / "second")[-1]["eval_loss"] != rows(runs / "first")[-1]["eval_loss"]
 
 

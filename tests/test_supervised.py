@@ -52,9 +52,11 @@ def test_what_a_run_leaves_behind(workers: Workers, tmp_path: Path) -> None:
     )
     assert workers.run(1, train, run) == [0]
     made = rows(run)
-    assert [(r["step"], "eval_loss" in r) for r in made] == [
+    assert [(r["step"], "eval_loss" in r) for r in made] == [(0, True)] + [
         (s, e) for s in range(1, 7) for e in ((False, True) if s % 2 == 0 else (False,))
     ]
+    initial, *made = made
+    assert initial["eval_loss"] > made[-1]["eval_loss"]
     ledger_keys = {"step", "loss", "tokens", "lr", "grad_norm"}
     loads = [f"{layer}{name}" for layer in ("", "layer0/", "layer3/")
              for name in ("load_max_over_mean", "dead_experts")]  # fmt: skip

@@ -3,7 +3,7 @@ moetrain.methods, on a page each.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ from moetrain.config.section import Location, MethodSection
 WEIGHTED = {"eval_loss": False, "eval_token_prob": True}
 GRADED = {"eval_loss": False, "eval_rewards/accuracies": True, "eval_logps/chosen": True}
 PAIRED = GRADED | {"eval_rewards/margins": True}
+PREFERS = ("rewards/accuracies", "rewards/margins", "loss")
 
 
 class PretrainMethod(MethodSection):
@@ -47,6 +48,7 @@ class DftMethod(MethodSection):
     """Dynamic fine-tuning: a token's loss weighted by its own probability."""
 
     judged_by: ClassVar[Mapping[str, bool]] = WEIGHTED
+    about: ClassVar[tuple[str, ...]] = ("token_prob", "loss")
     name: Literal["dft"] = Field(default="dft", description="`method: dft` for short")
 
 
@@ -54,6 +56,7 @@ class ChordSftMethod(MethodSection):
     """CHORD's supervised loss: a token weighted by p (1 - p)."""
 
     judged_by: ClassVar[Mapping[str, bool]] = WEIGHTED
+    about: ClassVar[tuple[str, ...]] = ("token_prob", "loss")
     name: Literal["chord_sft"] = Field(
         default="chord_sft", description="`method: chord_sft` for short"
     )
@@ -62,6 +65,7 @@ class ChordSftMethod(MethodSection):
 class ReferencedMethod(MethodSection):
     """What methods with a reference share."""
 
+    about: ClassVar[tuple[str, ...]] = (*PREFERS, "kl")
     beta: float = Field(
         default=0.1, gt=0, description="strength of the penalty for drifting from the reference"
     )
@@ -110,6 +114,7 @@ class KtoMethod(ReferencedMethod):
     """Kahneman-Tversky optimisation, on single answers with a label."""
 
     judged_by: ClassVar[Mapping[str, bool]] = GRADED
+    about: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "loss", "kl")  # no pair, no margin
     name: Literal["kto"] = Field(default="kto", description="`method: kto` for short")
     desirable_weight: float = Field(default=1.0, ge=0, description="of good answers")
     undesirable_weight: float = Field(default=1.0, ge=0, description="of bad answers")
@@ -119,6 +124,7 @@ class OrpoMethod(MethodSection):
     """Odds-ratio preference optimisation, without a reference."""
 
     judged_by: ClassVar[Mapping[str, bool]] = PAIRED
+    about: ClassVar[tuple[str, ...]] = PREFERS
     name: Literal["orpo"] = Field(default="orpo", description="`method: orpo` for short")
     beta: float = Field(default=0.1, gt=0, description="weight of the odds ratio")
 
@@ -127,6 +133,7 @@ class SimpoMethod(MethodSection):
     """Simple preference optimisation, without a reference."""
 
     judged_by: ClassVar[Mapping[str, bool]] = PAIRED
+    about: ClassVar[tuple[str, ...]] = PREFERS
     name: Literal["simpo"] = Field(default="simpo", description="`method: simpo` for short")
     beta: float = Field(default=2.0, gt=0, description="scale of the mean log-probs")
     gamma: float = Field(
@@ -143,6 +150,7 @@ class RewardMethod(MethodSection):
     judged_by: ClassVar[Mapping[str, bool]] = {
         name: more for name, more in PAIRED.items() if name != "eval_logps/chosen"
     }
+    about: ClassVar[tuple[str, ...]] = PREFERS
     name: Literal["reward"] = Field(default="reward", description="`method: reward` for short")
     center_rewards: float = Field(
         default=0.0, ge=0, description="weight of the square of a pair's summed rewards"
@@ -170,3 +178,14 @@ MethodConfig = Annotated[
     | ChordMethod,
     Field(discriminator="name"),
 ]
+
+_SECTIONS: dict[str, type[MethodSection]] = {
+    section.model_fields["name"].default: section for section in get_args(get_args(MethodConfig)[0])
+}
+
+
+def about(method: str) -> tuple[str, ...]:
+    """The figures that a method is about, the first of all first; the loss for a name that no
+    method here has.
+    """
+    return _SECTIONS.get(method, MethodSection).about

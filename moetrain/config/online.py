@@ -31,6 +31,7 @@ class OnlineMethod(MethodSection):
 
     samples: ClassVar[bool] = True
     compares: ClassVar[bool] = True  # an answer with the others to the same prompt
+    about: ClassVar[tuple[str, ...]] = ("reward/mean", "length/mean", "kl", "groups/no_signal")
     beta: float = Field(
         default=0.0, ge=0, description="weight of the KL to the reference; 0: no reference is kept"
     )

@@ -50,6 +50,8 @@ class MethodSection(Section):
     demonstrated: ClassVar[bool] = False  # and from data.demonstrations beside them
     # Held-out figures that can say which checkpoint is the best -> whether more is better.
     judged_by: ClassVar[Mapping[str, bool]] = {"eval_loss": False}
+    # What it is about: the figures that the bar, the tables, the plots and the report open on.
+    about: ClassVar[tuple[str, ...]] = ("loss",)
 
     @property
     def kl_limit(self) -> float | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from moetrain.engine.device import numbers
 from moetrain.engine.world import World
 from moetrain.errors import DataError
-from moetrain.methods.base import Known, Method, Out
+from moetrain.methods.base import COUNTED, Known, Method, Out
 from moetrain.ops.packed import Packed, select
 
 Kept = list[dict[str, Any]]  # what a head kept of each micro-batch, on the last stage; else []
@@ -87,7 +87,8 @@ class Objective:
                 sums += torch.stack([x.to(device) for x in values])
         loss, *pairs = numbers(self.world.sum(sums))
         means = {n: pairs[2 * i] / max(pairs[2 * i + 1], 1e-12) for i, n in enumerate(names)}
-        return {"loss": loss, **means}
+        counts = {COUNTED[n]: pairs[2 * i + 1] for i, n in enumerate(names) if n in COUNTED}
+        return {"loss": loss, **means, **counts}
 
     def suspects(self, loss: float, kept: Kept, batches: Sequence[Packed]) -> str:
         """The sequences of the micro-batches whose loss is not finite; where only a gradient is

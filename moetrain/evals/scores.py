@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from moetrain.observe.interval import Z, wilson
 from moetrain.rewards.compare import plain_words
 from moetrain.rewards.meaning import Algebra, Group, Named, Number, Reading, Region, Words
 from moetrain.rewards.reading import readings
-
-Z = 1.959964  # of 95 %
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,7 @@ def share(values: Sequence[float]) -> Score:
     mean = fmean(values)
     spread = fmean((v - mean) ** 2 for v in values)
     worth = q * mean * (1 - mean) / spread if spread > 0 else q
-    scale = Z * Z / worth
-    middle = (mean + scale / 2) / (1 + scale)
-    half = Z * math.sqrt(mean * (1 - mean) / worth + scale / (4 * worth)) / (1 + scale)
-    return Score(mean, min(mean, max(0.0, middle - half)), max(mean, min(1.0, middle + half)), q)
+    return Score(mean, *wilson(mean, worth), q)
 
 
 def mean_of(values: Sequence[float]) -> Score:

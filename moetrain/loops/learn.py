@@ -192,11 +192,12 @@ def summary(batch: Batch, version: int) -> dict[str, Any]:
     flat = sum(bool((own == own[0]).all()) for own in groups)
     found: dict[str, Any] = {
         **means(batch.answers, "reward"),
-        "reward/std": float(rewards.std(correction=0)),
         "length/mean": sum(len(s.tokens) for s in samples) / len(samples),
         "length/max": float(max(len(s.tokens) for s in samples)),
         "length/truncated": sum(s.finish == "length" for s in samples) / len(samples),
         "groups/no_signal": flat / len(groups),
+        "groups/graded": float(len(groups)),
+        "groups/std": float(torch.stack([own.mean() for own in groups]).std(correction=0)),
         "staleness": float(version - min(s.version for s in samples)),
     }
     if batch.fault:

@@ -7,6 +7,7 @@ ends, so that a killed run loses none.
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -314,7 +315,9 @@ def means(answers: Sequence[GradedAnswer], prefix: str) -> dict[str, Any]:
     """
     found: dict[str, Any] = {f"{prefix}/graded": float(len(answers))}
     if answers:
-        found[f"{prefix}/mean"] = fmean(one.reward for one in answers)
+        mean = found[f"{prefix}/mean"] = fmean(one.reward for one in answers)
+        off = [one.reward - mean for one in answers]
+        found[f"{prefix}/std"] = math.sqrt(fmean(x * x for x in off))
     for name in sorted({name for one in answers for name in one.parts}):
         values = [v for one in answers if (v := one.parts.get(name)) is not None]
         if values:

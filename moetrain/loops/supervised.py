@@ -61,9 +61,8 @@ def _loop(
     recipe = job.recipe
     method = METHODS[recipe.method.name]
     with StopSignal(engine.world) as stop:
-        if asked is not None and step == 0:
-            asked.answer(step)
-            report.answers(step)
+        if step == 0:
+            _evaluate(engine, held_out, asked, report, step)
         while step < last:
             started = time.perf_counter()
             result = engine.step(loader.next(), method, last)
@@ -77,16 +76,31 @@ def _loop(
             job.checkpoints.tick(engine)
             stopped = stop.agreed()
             saves, evaluates = job.due(step, last)
-            if asked is not None and evaluates:
-                asked.answer(step)
-                report.answers(step)
             found: dict[str, float] = {}
-            if held_out is not None and evaluates:
-                started = time.perf_counter()
-                found = {f"eval_{k}": v for k, v in engine.evaluate(held_out, method).items()}
-                report.held_out({"step": step, **found, "seconds": time.perf_counter() - started})
+            if evaluates:
+                found = _evaluate(engine, held_out, asked, report, step)
             if saves or stopped:
                 job.save(engine, {"step": step, "loader": loader.state_dict()}, found)
             if not job.goes_on(engine, report, step, last, stopped=stopped):
                 break
     return step == last
+
+
+def _evaluate(
+    engine: Engine,
+    held_out: EvalPacks | None,
+    asked: SamplePrompts | None,
+    report: Reporter,
+    step: int,
+) -> dict[str, float]:
+    """What the weights after `step` make of held-out data and of the sample prompts."""
+    if asked is not None:
+        asked.answer(step)
+        report.answers(step)
+    if held_out is None:
+        return {}
+    started = time.perf_counter()
+    method = METHODS[report.recipe.method.name]
+    found = {f"eval_{k}": v for k, v in engine.evaluate(held_out, method).items()}
+    report.held_out({"step": step, **found, "seconds": time.perf_counter() - started})
+    return found

@@ -20,6 +20,9 @@ Terms = dict[str, Tensor]
 Metrics = dict[str, tuple[Tensor, Tensor]]
 """name -> (sum, count), both scalars; reported as the global sum over the global count."""
 
+COUNTED = {"rewards/accuracies": "rewards/graded"}
+"""A rate -> the name in the ledger of how many answers or pairs it is a share of."""
+
 Known = Mapping[str, float]
 """Global means that `Method.estimate` asked for; empty for methods without one."""
 

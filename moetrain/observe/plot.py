@@ -1,51 +1,67 @@
-"""Loss curves as a picture."""
+"""Curves of a run as a picture."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from moetrain import files
-from moetrain.observe.ledger import read_ledger
+from moetrain.observe.curves import Curves, Series
+from moetrain.observe.figures import label
+from moetrain.observe.ledger import rows_of
+
+DECAY = 0.9  # of the running mean
 
 
-def plot_losses(ledgers: Mapping[str, Path], out: Path) -> None:
-    """Write a PNG with one panel a ledger: training loss, its running mean, and the held-out
-    losses.
+def plot_figures(ledgers: Mapping[str, tuple[Path, Sequence[str]]], out: Path) -> None:
+    """Write a PNG: for each ledger a line of panels, one for each of the figures that it has (the
+    first, where it has none); training as it is, its running mean, and held out.
     """
     from matplotlib.figure import Figure  # without pyplot no display is looked for
 
-    figure = Figure(figsize=(5.2 * max(len(ledgers), 1), 3.6), layout="constrained")
-    for i, (title, path) in enumerate(ledgers.items()):
-        rows = read_ledger(path)
-        train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-        held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-        axes = figure.add_subplot(1, len(ledgers), i + 1)
-        if train:
-            steps, losses = [s for s, _ in train], [loss for _, loss in train]
-            axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
-            axes.plot(
-                steps, _running_mean(losses), color="tab:blue", linewidth=1.5, label="training"
-            )
-        if held_out:
-            axes.plot(
-                *zip(*held_out, strict=True),
-                "o-",
-                color="tab:orange",
-                markersize=3,
-                label="held out",
-            )
-        axes.set(title=title, xlabel="step", ylabel="loss")
-        axes.grid(alpha=0.3)
-        if train or held_out:
-            axes.legend()
+    panels: list[list[tuple[str, str, Series, Series]]] = []
+    for title, (path, names) in ledgers.items():
+        curves = _curves(path, names)
+        found = [(n, curves.get(n, Series()), curves.get(f"eval_{n}", Series())) for n in names]
+        some = [own for own in found if len(own[1]) or len(own[2])] or found[:1]
+        panels.append([(title, *own) for own in some])
+    columns = max(map(len, panels), default=1)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * max(len(panels), 1)), layout="constrained")
+    for line, own in enumerate(panels):
+        for i, panel in enumerate(own):
+            _draw(figure.add_subplot(len(panels), columns, line * columns + i + 1), *panel)
     with files.publish(out) as (part,):
         figure.savefig(part, dpi=130, format="png")
 
 
-def _running_mean(values: list[float], decay: float = 0.9) -> list[float]:
+def _curves(path: Path, names: Sequence[str]) -> dict[str, Series]:
+    wanted = {"step", "loss", *names, *(f"eval_{name}" for name in names)}
+    curves = Curves()
+    for row in rows_of(path):
+        curves.add({key: value for key, value in row.items() if key in wanted})
+    return {key: own.finite() for key, own in curves.figures.items()}
+
+
+def _draw(axes: Any, title: str, name: str, training: Series, held_out: Series) -> None:
+    blue, steps = "tab:blue", training.steps
+    if len(training):
+        raw = {"color": blue, "alpha": 0.3, "linewidth": 0.8, "label": "training, raw"}
+        axes.plot(steps, training.values, **raw)
+        smooth = _running_mean(training.values)
+        axes.plot(steps, smooth, color=blue, linewidth=1.5, label="training, smoothed")
+    if len(held_out):
+        dots = {"color": "tab:orange", "markersize": 3, "label": "held out"}
+        axes.plot(held_out.steps, held_out.values, "o-", **dots)
+    axes.set(title=f"{title}: {label(name)}", xlabel="step", ylabel=name)
+    axes.grid(alpha=0.3)
+    if len(training) or len(held_out):
+        axes.legend(fontsize="small")
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
     """Exponential mean, corrected for its start."""
     out: list[float] = []
     total = weight = 0.0
     for value in values:
-        total, weight = decay * total + value, decay * weight + 1
+        total, weight = DECAY * total + value, DECAY * weight + 1
         out.append(total / weight)
     return out

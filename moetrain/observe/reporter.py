@@ -8,14 +8,15 @@ from typing import Any
 
 from moetrain.config.recipe import Recipe
 from moetrain.observe.answers import ANSWERS, ROLLOUTS, picked, read_answers
+from moetrain.observe.collapse import Collapse
+from moetrain.observe.figures import label, written
 from moetrain.observe.ledger import Ledger, rows_of
 from moetrain.observe.overoptimisation import Watch
-from moetrain.observe.plot import plot_losses
+from moetrain.observe.plot import plot_figures
 from moetrain.observe.progress import ProgressDisplay
 from moetrain.observe.sinks import open_sinks
 from moetrain.observe.summary import print_summaries, summarise
 
-HELD_OUT = ("eval_loss", "eval_reward/mean")  # what of a held-out row is said
 TABLES, FEW = 50, 4  # batches of a run whose rollouts the sinks get, and how many of each end
 NAMES = {ROLLOUTS: "rollouts", ANSWERS: "held_out"}
 WARN_SECONDS = 60.0  # between two lines about answers without a reward
@@ -44,16 +45,18 @@ class Reporter:
         if not speaks:
             return
         self._ledger = Ledger(recipe.run_dir / "ledger.jsonl", step)
-        self._watch = Watch(recipe.method.kl_limit)
+        limit = recipe.method.kl_limit
+        self._watches = (Watch(limit), Collapse(limit))
         for row in rows_of(recipe.run_dir / "ledger.jsonl"):
-            self._watch.row(row)
+            self._warning(row)
         self._open.callback(self._ledger.close)
         self._sinks = open_sinks(recipe, step)
         for sink in self._sinks:
             self._open.callback(sink.close)
         self._progress: ProgressDisplay | None = None
         if recipe.observe.progress:
-            self._progress = ProgressDisplay(recipe.method.name, num_steps, step)
+            method = recipe.method
+            self._progress = ProgressDisplay(method.name, num_steps, step, method.about)
             self._open.callback(self._progress.close)
 
     def __enter__(self) -> "Reporter":
@@ -76,12 +79,12 @@ class Reporter:
     def held_out(self, row: Mapping[str, Any]) -> None:
         """Record a held-out row."""
         self._write(row)
-        found = [f"{n.removeprefix('eval_')} {row[n]:.4f}" for n in HELD_OUT if n in row]
+        names = [n for n in self.recipe.method.about if f"eval_{n}" in row]
+        found = [f"{label(n)} {written(row, f'eval_{n}')}" for n in names]
         graded, answers = row.get("eval_reward/graded", 0), row.get("eval_reward/answers", 0)
         if graded < answers:
-            found.append(told_ungraded(graded, answers, row, "eval_"))
-        elif answers:
-            found[-1] += f" of {answers:.0f} answers"
+            note = told_ungraded(graded, answers, row, "eval_")
+            found.insert(int("eval_reward/mean" in row), note)
         self.say(f"{self.recipe.method.name} {row['step']}: held-out {', '.join(found)}")
 
     def answers(self, step: int, folder: str = ANSWERS) -> None:
@@ -110,16 +113,21 @@ class Reporter:
             return
         self._open.close()
         run_dir = self.recipe.run_dir
-        plot_losses({self.recipe.method.name: run_dir / "ledger.jsonl"}, run_dir / "loss.png")
+        method = self.recipe.method
+        ledgers = {method.name: (run_dir / "ledger.jsonl", method.about)}
+        plot_figures(ledgers, run_dir / "loss.png")
         if self._progress:
-            print_summaries([summarise(self.recipe.method.name, run_dir)])
+            print_summaries([summarise(method.name, run_dir, first=method.about)])
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if self.speaks:
-            warning = self._watch.row(row)
+            warning = self._warning(row)
             if warning is not None:
                 row = {**row, "warning": warning}
                 self.say(warning)
             self._ledger.write(row)
             for sink in self._sinks:
                 sink.write(row)
+
+    def _warning(self, row: Mapping[str, Any]) -> str | None:
+        return " ".join(text for watch in self._watches if (text := watch.row(row))) or None

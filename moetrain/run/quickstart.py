@@ -23,7 +23,7 @@ from moetrain import files
 from moetrain.data import assets
 from moetrain.engine import device
 from moetrain.errors import MoetrainError
-from moetrain.observe.plot import plot_losses
+from moetrain.observe.plot import plot_figures
 from moetrain.observe.summary import print_summaries, summarise
 
 STAGES = ("pretrain", "sft")
@@ -76,7 +76,8 @@ def main(folder: Path = Path("runs/quickstart"), overrides: Sequence[str] = ()) 
         mark = "right" if answer.is_right else f"wrong, {answer.right}"
         console.print(f"{answer.question}  ->  {answer.given}  ({mark})", markup=False)
     picture = folder / "loss.png"
-    plot_losses({stage: folder / stage / "ledger.jsonl" for stage in STAGES}, picture)
+    ledgers = {stage: (folder / stage / "ledger.jsonl", ("loss",)) for stage in STAGES}
+    plot_figures(ledgers, picture)
     print_summaries(
         [summarise(s, folder / s, files=str(folder / s / "hf")) for s in STAGES], console
     )

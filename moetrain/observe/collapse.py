@@ -1,0 +1,173 @@
+"""Warnings that learning from rollouts is coming to nothing: groups without signal, a held-out
+reward that falls while the training reward rises, a policy far from its reference or from its
+sampler.
+
+Each is a function of the ledger's rows alone, in their order.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moetrain.observe.ledger import is_number
+
+WINDOW = 10  # training rows: figures are means over so many, or one batch would set them off
+WORSE = 1.5  # a warning is repeated when its figure is this many times what was warned of
+# Groups without signal: half of what is sampled teaches nothing, and it was otherwise; or nearly
+# nothing does. A rise is one by RISE and by CERTAIN errors of the difference: of a thousand windows
+# the extreme ones are three errors out by chance.
+MANY, NEARLY_ALL, RISE, CERTAIN = 0.5, 0.95, 0.25, 5.0
+# Both of the last two evaluations are so many errors of a difference below the first one, or below
+# the best of all: which is the luckiest of many, so it takes more. The training reward has climbed
+# by so many errors of its own meanwhile.
+BELOW_FIRST, BELOW_BEST, CLIMB = 2.25, 3.5, 4.0
+# Nats a token. At 1 the reference thinks e times less of the mean token, where InstructGPT and GRPO
+# stay below 0.2; sampler and trainer are one policy, so what is between them is arithmetic.
+FAR, APART = 1.0, 0.1
+
+_REWARD, _SIGNAL, _KL, _LENGTH = "reward/mean", "groups/no_signal", "kl", "length/mean"
+_MISMATCH = "mismatch/kl"
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A held-out mean reward, its standard error, and the training reward when it was taken."""
+
+    step: int
+    mean: float
+    error: float
+    training: "_Mean | None"
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """A mean over the rows of a window; its error is that of rows."""
+
+    value: float
+    error: float
+
+
+class Collapse:
+    """Reads a run's ledger rows in order and says when it looks like collapsing.
+
+    It holds no state but what the rows gave it: after a resume, feed it the earlier rows again.
+
+    Args:
+        kl_budget: nats an answer that the recipe allows, which is watched elsewhere; None: FAR.
+    """
+
+    def __init__(self, kl_budget: float | None = None):
+        self._has_budget = kl_budget is not None
+        self._rows: deque[dict[str, float]] = deque(maxlen=WINDOW)
+        self._first: tuple[float, float] | None = None  # share without signal, groups
+        self._start: _Mean | None = None  # the first window's reward
+        self._initial: _Evaluation | None = None
+        self._best: _Evaluation | None = None
+        self._latest: deque[_Evaluation] = deque(maxlen=2)
+        self._warned: dict[str, float] = {}
+
+    def row(self, row: Mapping[str, Any]) -> str | None:
+        """A warning, when this row gives a new reason for one."""
+        held_out = "loss" not in row
+        if held_out:
+            return self._held_out(row)
+        if _REWARD not in row:
+            return None
+        keys = (_REWARD, _SIGNAL, _KL, _LENGTH, _MISMATCH, "groups/graded")
+        found = {key: row[key] for key in keys if is_number(row.get(key))}
+        self._rows.append({key: float(v) for key, v in found.items() if math.isfinite(v)})
+        if len(self._rows) < WINDOW:
+            return None
+        self._start = self._start or self._mean(_REWARD)
+        said = [self._signal(), *self._distances()]
+        return " ".join(text for text in said if text) or None
+
+    def _signal(self) -> str | None:
+        shares = [own[_SIGNAL] for own in self._rows if _SIGNAL in own]
+        if len(shares) < WINDOW:
+            return None
+        share = sum(shares) / WINDOW
+        groups = sum(own.get("groups/graded", 1.0) for own in self._rows)
+        self._first = self._first or (share, groups)
+        before, num = self._first
+        both = (before * num + share * groups) / (num + groups)
+        error = math.sqrt(both * (1 - both) * (1 / num + 1 / groups))
+        rises = share >= max(MANY, before + RISE, before + CERTAIN * error)
+        if not (rises or share >= NEARLY_ALL) or not self._worse("signal", share):
+            return None
+        was = f", {before:.2f} at first" if rises else ""
+        return (
+            f"Collapse: {share:.2f} of the groups have answers of one reward, from which nothing"
+            f" is learned (mean of {WINDOW} steps{was}). If the reward is not near its highest, the"
+            " answers have become alike: an earlier checkpoint, method.beta or a lower optim.lr may"
+            " help; if it is, harder prompts."
+        )
+
+    def _distances(self) -> list[str | None]:
+        said: list[str | None] = []
+        length = self._mean(_LENGTH)
+        for key, limit, tokens, text in (
+            (_KL, FAR, length, "the policy is {:.2f} nats a token from its reference (kl)"),
+            (_MISMATCH, APART, _Mean(1.0, 0.0), "sampler and trainer are {:.2f} nats a token apart"
+             " (mismatch/kl)"),
+        ):  # fmt: skip
+            own = self._mean(key)
+            if own is None or tokens is None or (key == _KL and self._has_budget):
+                continue
+            a_token = own.value / max(tokens.value, 1.0)
+            if a_token > limit and self._worse(key, a_token):
+                bound = f"mean of {WINDOW} steps; out of bounds above {limit:g}"
+                said.append(f"Collapse: {text.format(a_token)}, {bound}.")
+        return said
+
+    def _held_out(self, row: Mapping[str, Any]) -> str | None:
+        mean, num, std = (row.get(f"eval_reward/{n}") for n in ("mean", "graded", "std"))
+        training = self._mean(_REWARD)
+        if not (is_number(mean) and is_number(num) and is_number(std)) or num < 2:
+            return None
+        if not (math.isfinite(mean) and math.isfinite(std)):
+            return None
+        own = _Evaluation(int(row["step"]), mean, std / math.sqrt(num - 1), training)
+        self._latest.append(own)
+        self._initial = self._initial or own
+        if self._best is None or own.mean >= self._best.mean:
+            self._best = own
+        for earlier, errors in ((self._best, BELOW_BEST), (self._initial, BELOW_FIRST)):
+            fall = earlier.mean - own.mean
+            if self._fell(earlier, errors) and self._worse("held out", fall):
+                return (
+                    f"Collapse: the held-out reward has fallen from {earlier.mean:.3f} at step"
+                    f" {earlier.step} to {own.mean:.3f} (of {num:.0f} answers) while the training"
+                    " reward rose: the run learns its own prompts, or to please the reward; an"
+                    " earlier checkpoint may be better."
+                )
+        return None
+
+    def _fell(self, earlier: _Evaluation, errors: float) -> bool:
+        """Whether the last two evaluations lie that far below, and training has climbed since."""
+        now, then = self._mean(_REWARD), earlier.training or self._start
+        if len(self._latest) < 2 or now is None or then is None:
+            return False
+        if now.value - then.value <= CLIMB * math.hypot(now.error, then.error):
+            return False
+        return all(
+            own.step > earlier.step
+            and earlier.mean - own.mean > errors * math.hypot(earlier.error, own.error)
+            for own in self._latest
+        )
+
+    def _mean(self, key: str) -> _Mean | None:
+        values = [own[key] for own in self._rows if key in own]
+        if len(values) < WINDOW:
+            return None
+        mean = sum(values) / WINDOW
+        variance = sum((v - mean) * (v - mean) for v in values) / (WINDOW - 1)
+        return _Mean(mean, math.sqrt(variance / WINDOW))
+
+    def _worse(self, reason: str, figure: float) -> bool:
+        if figure < WORSE * self._warned.get(reason, 0.0):
+            return False
+        self._warned[reason] = figure
+        return True
