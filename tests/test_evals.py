@@ -20,8 +20,8 @@ from moetrain.errors import MoetrainError
 from moetrain.evals.evaluate import scored
 from moetrain.evals.questions import read_questions
 from moetrain.evals.scores import majority, mean_of, pass_at_k, share, vote_of
-from moetrain.observe.report import columns_of
 from moetrain.observe.runs import find_runs
+from moetrain.observe.table import columns_of, write_csv
 
 ROOT = Path(__file__).parents[1]
 
@@ -242,18 +242,21 @@ def test_the_report_has_scores_and_what_they_are_worth(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         content = {
             "name": "gsm8k",
-            "scores": {"pass@1": {"score": value, "interval": [value - 0.1, value + 0.05]}},
+            "scores": {"pass@1": {"score": value, "interval": [value - 0.1, value + 0.05], "n": 9}},
         }
         (folder / "gsm8k.json").write_text(json.dumps(content))
         (folder / "gsm8k.manifest.json").write_text("{}")
     (tmp_path / "tuned" / "evals" / "own.json").write_text('{"name": "own", "score": 3}')
     runs = find_runs([tmp_path])
-    columns = {column.key: column.cells for column in columns_of(runs)}
+    columns = {column.key: column for column in columns_of(runs)}
     assert [run.status for run in runs] == ["scores only"] * 2
     assert not any(run.problems for run in runs)
-    assert columns["gsm8k pass@1"] == [0.25, 0.75]
-    assert columns["gsm8k pass@1 ±"] == pytest.approx([0.075, 0.075])
-    assert columns["own"] == [None, 3.0] and "own ±" not in columns
+    gsm8k = columns["gsm8k pass@1"]
+    assert gsm8k.cells == [0.25, 0.75] and gsm8k.nums == [9, 9] and gsm8k.best == 1
+    assert gsm8k.halves == pytest.approx([0.075, 0.075])
+    assert columns["own"].cells == [None, 3.0] and not any(columns["own"].halves)
+    write_csv(list(columns.values()), tmp_path / "r.csv")
+    assert "gsm8k pass@1,gsm8k pass@1 ±,gsm8k pass@1 n,own" in (tmp_path / "r.csv").read_text()
 
 
 def test_a_model_is_asked_scored_and_resumed(

@@ -67,7 +67,7 @@ def test_killed_in_the_middle_of_a_run(whole: Path, tmp_path: Path) -> None:
     """In interpreters of its own, as users have it; the others are forked."""
     run_dir = tmp_path / "run"
     process = start(run_dir, fresh=True)
-    wait_for(lambda: len(rows(run_dir)) >= 6, process)
+    wait_for(lambda: len(rows(run_dir)) >= 7, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert [p.name for p in (run_dir / "checkpoints").glob("step_*")] == ["step_00000004"]
@@ -85,7 +85,7 @@ def test_killed_dpo_with_an_adapter(tmp_path: Path) -> None:
     (tmp_path / "asked.jsonl").write_text('{"prompt": "Which word?"}\n')
     settings = (*settings, f"train.sample_prompts={tmp_path}/asked.jsonl", "train.sample_tokens=4")
     process = start(killed, *settings, recipe=recipe)
-    wait_for(lambda: len(rows(killed)) >= 6, process)
+    wait_for(lambda: len(rows(killed)) >= 7, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     finish(killed, *settings, recipe=recipe)
@@ -116,7 +116,7 @@ def test_killed_in_the_middle_of_a_save(whole: Path, tmp_path: Path) -> None:
 def test_resumed_in_another_layout(whole: Path, tmp_path: Path, layout: str) -> None:
     run_dir = tmp_path / "run"
     process = start(run_dir)
-    wait_for(lambda: len(rows(run_dir)) >= 5, process)
+    wait_for(lambda: len(rows(run_dir)) >= 6, process)
     process.send_signal(signal.SIGTERM)
     process.wait()
     assert process.returncode == 143

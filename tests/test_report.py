@@ -21,9 +21,12 @@ from moetrain.config.load import dump_recipe, load_recipe
 from moetrain.errors import MoetrainError
 from moetrain.observe import report
 from moetrain.observe.runs import find_runs, last_row
+from moetrain.observe.table import columns_of
+from moetrain.observe.terminal import broken, print_runs
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "examples" / "sft_tiny.yaml"
+GRPO = ("method=grpo", "rewards=[accuracy]", "rollout={engine: embedded}")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -107,12 +110,76 @@ def test_table_page_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert not re.search(r"(src|href)=|url\(|@import|https?://(?!www\.w3\.org)", out.read_text())
 
 
-def test_what_runs_are_compared_by_comes_first(tmp_path: Path) -> None:
-    figures = {"entropy": 1.0, "kl": 0.1, "logps/chosen": -9.0, "rewards/accuracies": 0.9}
-    make_run(tmp_path / "a", figures=figures)
-    columns = report.columns_of(find_runs([tmp_path]))
-    keys = [column.key for column in columns if column.group == "training"]
-    assert keys == ["loss", "rewards/accuracies", "kl", "entropy", "logps/chosen"]
+def test_what_a_method_is_about_comes_first(tmp_path: Path) -> None:
+    """Then the settings that differ, then the other figures: the loss, where a run samples."""
+    pairs = {"entropy": 1.0, "kl": 0.1, "logps/chosen": -9.0, "rewards/accuracies": 0.9}
+    for beta in (0.1, 0.3):
+        make_run(tmp_path / "dpo" / f"{beta}", f"method={{name: dpo, beta: {beta}}}", figures=pairs)
+    columns = columns_of(find_runs([tmp_path / "dpo"]))
+    assert [c.key for c in columns if c.group == "held out"] == ["eval_loss"]
+    assert [c.key for c in columns if c.group == "training"] == ["rewards/accuracies", "loss", "kl"]
+    groups = list(dict.fromkeys(c.group for c in columns))
+    assert groups == ["run", "held out", "training", "settings", "more", "health"]
+    assert {"entropy", "logps/chosen"} == {c.key for c in columns if c.group == "more"}
+    sampled = {"reward/mean": 0.4, "length/mean": 90.0, "groups/no_signal": 0.5, "kl": 0.1}
+    make_run(tmp_path / "grpo", *GRPO, figures=sampled)
+    columns = columns_of(find_runs([tmp_path / "grpo"]))
+    assert [c.key for c in columns if c.group == "training"] == [
+        "reward/mean", "length/mean", "kl", "groups/no_signal"
+    ]  # fmt: skip
+    assert "loss" in {c.key for c in columns if c.group == "more"}
+
+
+@pytest.mark.parametrize(
+    "overrides, figures, best",
+    [
+        (["optim.lr=2e-5"], {}, {"eval_loss": 1}),
+        (["data.train=builtin:other"], {}, {"eval_loss": 1}),
+        (["data.eval=builtin:other"], {}, {}),  # of other questions
+        (["method={name: dft}"], {}, {}),  # a loss of another kind
+        (["model.tokenizer=other"], {}, {}),  # of other tokens
+        (["optim.lr=2e-5"], {"rewards/accuracies": (0.5, 0.9), "rewards/graded": (99, 99)},
+         {"eval_loss": 1, "eval_rewards/accuracies": 1}),
+        (["optim.lr=2e-5"], {"rewards/accuracies": (0.5, 0.6), "rewards/graded": (99, 99)},
+         {"eval_loss": 1}),  # as near as chance
+        (["optim.lr=2e-5"], {"rewards/accuracies": (0.5, 0.9)}, {"eval_loss": 1}),  # of how many?
+    ],
+)  # fmt: skip
+def test_a_best_is_one_that_can_be_compared(
+    tmp_path: Path, overrides: list[str], figures: Mapping[str, Any], best: dict[str, int]
+) -> None:
+    """Of held-out figures, where all that defines them is equal, by more than their intervals."""
+    for i, more in enumerate(([], overrides)):
+        run = make_run(tmp_path / f"{i}", *more, scale=2.0 - i)
+        row = {"step": 20} | {f"eval_{name}": own[i] for name, own in figures.items()}
+        with (run / "ledger.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    columns = columns_of(find_runs([tmp_path]))
+    assert {c.key: c.best for c in columns if c.best is not None} == best
+
+
+def test_no_best_loss_across_betas_but_an_accuracy(tmp_path: Path) -> None:
+    for beta in (0.1, 0.3):
+        run = make_run(tmp_path / f"{beta}", f"method={{name: dpo, beta: {beta}}}", scale=1 / beta)
+        with (run / "ledger.jsonl").open("a") as file:
+            row = {"eval_rewards/accuracies": 0.5 + beta, "eval_rewards/graded": 400}
+            file.write(json.dumps({"step": 20, **row}) + "\n")
+    columns = columns_of(find_runs([tmp_path]))
+    assert {c.key: c.best for c in columns if c.best is not None} == {"eval_rewards/accuracies": 1}
+
+
+def test_a_report_goes_into_the_folder_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        make_run(tmp_path / "runs" / name)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", "runs/a"]) == 0
+    assert cli.main(["report", "runs"]) == 0
+    assert cli.main(["report", "runs/a", "runs/b"]) == 0
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("report.*")}
+    places = ("runs/a/", "runs/", "")
+    assert found == {f"{p}report.{end}" for p in places for end in ("html", "csv")}
 
 
 def test_key_only_in_some_runs(tmp_path: Path) -> None:
@@ -123,7 +190,7 @@ def test_key_only_in_some_runs(tmp_path: Path) -> None:
     content = yaml.safe_load(path.read_text())
     content["method"]["beta"] = 0.1
     path.write_text(yaml.dump(content))
-    columns = {column.key: column.cells for column in report.columns_of(find_runs([tmp_path]))}
+    columns = {column.key: column.cells for column in columns_of(find_runs([tmp_path]))}
     assert columns["data.cache"] == ["/x", None, None]
     assert columns["method.beta"] == [None, None, 0.1]
 
@@ -207,15 +274,52 @@ def test_terminal_shows_what_fits(tmp_path: Path) -> None:
     hf = ("model.path=null", "model.hf={hidden_size: 64, rope_parameters: {rope_theta: 1e4}}")
     other = make_run(tmp_path / "b", f"data.train={'x' * 300}", *hf)
     for is_terminal, width in ((True, 70), (False, 120)):
-        text = io.StringIO()
-        console = Console(file=text, width=70, force_terminal=is_terminal, color_system=None)
-        report.print_runs(find_runs([run, other]), console)
-        lines = text.getvalue().splitlines()
+        lines = printed([run, other], 70, is_terminal=is_terminal)
         table = [line for line in lines if line[:1] in "┏┃└│"]
         assert max(map(len, table)) <= width
         assert not any("hidden_size" in line for line in table)
         (left,) = (line for line in lines if line.startswith("not shown: "))
         assert left.endswith(", metric_number_11, model.hf.* (2)")
+
+
+def printed(paths: list[Path], width: int, *, is_terminal: bool = True) -> list[str]:
+    text = io.StringIO()
+    console = Console(file=text, width=width, force_terminal=is_terminal, color_system=None)
+    print_runs(find_runs(paths), console)
+    return text.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_terminal_has_the_figures_first_and_no_word_cut_in_two(tmp_path: Path, width: int) -> None:
+    """In 80 columns the rate, its interval and the settings that differ stand there whole."""
+    pairs = {"rewards/accuracies": 0.613, "rewards/margins": 1.5, "rewards/graded": 64.0, "kl": 2.0}
+    for lr in ("5e-05", "2e-05"):
+        name = f"model=qwen3-moe-tiny_lr={lr}"
+        make_run(tmp_path / name, "method=dpo", f"optim.lr={lr}", figures=pairs)
+    lines = printed([tmp_path], width)
+    assert lines[0] == "2 runs: 2 finished, steps 20/20"
+    table = [line for line in lines if line[:1] in "┏┃┡│└"]
+    assert max(map(len, table)) <= width
+    words = {word for line in table for word in re.split(r"[\s┃│]+", line)}
+    assert {"eval_loss", "rewards/", "accuracies", "of", "64", "0.613", "±0.12", "loss"} <= words
+    whole = "model=qwen3-moe-tiny_lr=5e-05"
+    parts = {whole} if width == 120 else {"model=qwen3-moe-tiny_", "lr=5e-05"}
+    assert parts <= words, "names end where their parts do"
+    head = " ".join(line for line in table if line.startswith("┃"))
+    assert ("optim.lr" in head) == (width == 120), "settings come behind"
+
+
+@pytest.mark.parametrize(
+    "text, width, lines",
+    [
+        ("eval_rewards/accuracies", 13, ["eval_rewards/", "accuracies"]),
+        ("lr=5e-5_beta=0.1", 9, ["lr=5e-5_", "beta=0.1"]),
+        ("x" * 25, 10, ["x" * 10, "x" * 10, "x" * 5]),
+        ("", 10, [""]),
+    ],
+)
+def test_a_name_is_broken_between_its_parts(text: str, width: int, lines: list[str]) -> None:
+    assert broken(text, width).split("\n") == lines
 
 
 def test_curves_are_thinned_and_the_page_stays_small(tmp_path: Path) -> None:
@@ -252,7 +356,7 @@ def test_last_row_reads_the_end_only(tmp_path: Path) -> None:
 # In a browser
 
 
-def in_browser(page: Path, script: str) -> Any:
+def in_browser(page: Path, script: str, width: int = 1300) -> Any:
     """Open the page, run `script` in it, which ends in `return`; what it returns. `all(selector)`
     is the list of a selector's elements.
     """
@@ -269,9 +373,14 @@ def in_browser(page: Path, script: str) -> Any:
       out.textContent = JSON.stringify({{ told, errors }}); document.body.append(out); }});
     </script>"""
     text = page.read_text().replace("<meta charset", told + "<meta charset", 1)
-    probe.write_text(text.replace("</html>", answer + "</html>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900"]
-    flags += ["--no-first-run", "--disable-background-networking"]
+    text = text.replace("</html>", answer + "</html>")
+    if width < 500:  # no window is narrower: a frame within it
+        text = f"""<iframe id="frame" style="border: 0; width: {width}px; height: 900px"
+          srcdoc="{html.escape(text)}"></iframe><script>frame.onload = () => document.body.append(
+          frame.contentDocument.getElementById("answer"));</script>"""
+    probe.write_text(text)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+    flags += ["--hide-scrollbars", "--no-first-run", "--disable-background-networking"]
     profile = f"--user-data-dir={page.parent / 'profile'}"
     done = subprocess.run(
         [browser, *flags, profile, "--dump-dom", probe.as_uri()],
@@ -324,7 +433,7 @@ def test_table_sorts(page: Path) -> None:
     assert told[4:6] == [[second, first, third, "none"], "none"]
     assert told[6] == [third, first, second, "none"], "what is missing stays last"
     assert told[7:9] == [0, 1]
-    assert told[9] == ["0.1000", "0.0500"]
+    assert told[9] == ["0.1000"], "held out; the last batch of training is no comparison"
 
 
 def test_curves_are_chosen_and_toggled(page: Path) -> None:
@@ -348,7 +457,7 @@ def test_curves_are_chosen_and_toggled(page: Path) -> None:
         """,
     )
     first, second, third = "lr=9e-6", "lr=1e-5", "<script>alert(1)<"
-    assert told[0][:3] == ["loss", "kl", "eval_loss"]
+    assert told[0][:3] == ["loss", "eval_loss", "kl"]
     assert {"lr"} < set(told[0]) and not {"seconds", "step"} & set(told[0])
     assert sorted(told[1]) == sorted(told[2]) == sorted([first, second, third])
     assert told[3] is True
@@ -386,3 +495,43 @@ def test_hover_warnings_and_router(page: Path) -> None:
     assert len(told[4]) == 3
     assert told[5] == "layer 2, step 20: 1.50"
     assert told[6] <= 1300, "no wider than the window"
+
+
+@pytest.mark.parametrize("width", [1400, 400])
+def test_nothing_overflows_and_the_first_figure_is_shown(tmp_path: Path, width: int) -> None:
+    """A run that samples, long names, a warning: the page is as wide as the window, and what is
+    wider than its box can be scrolled. At 1400 the table is not.
+    """
+    figures = {"reward/mean": 0.613, "length/mean": 90.0, "groups/no_signal": 0.875, "kl": 5e-4}
+    figures |= {"groups/graded": 8.0, "groups/std": 0.2, "entropy": 1.0, "rewards/x": 1e-5}
+    for lr in ("5e-05", "2e-05"):
+        run = make_run(tmp_path / f"a_long_name_of_a_run_lr={lr}", *GRPO, f"optim.lr={lr}",
+                       f"data.train={lr}{'/long/path' * 20}", figures=figures)  # fmt: skip
+        with (run / "ledger.jsonl").open("a") as file:
+            text = f"Collapse: 0.88 of the groups {'word ' * 40}"
+            file.write(json.dumps({"step": 20, "warning": text}) + "\n")
+    out = tmp_path / "report.html"
+    report.write_report([tmp_path], out)
+    told = in_browser(
+        page=out,
+        width=width,
+        script="""
+        const page = document.documentElement;
+        const over = all("body *").filter((e) => !e.closest(".scroll") && e.clientWidth
+          && e.getBoundingClientRect().right > page.clientWidth + 1).map((e) => e.tagName + e.id);
+        const table = document.getElementById("runs");
+        document.getElementById("smooth").value = 0.5;
+        document.getElementById("smooth").dispatchEvent(new Event("input"));
+        const room = table.parentElement.clientWidth - table.offsetWidth;
+        return [page.clientWidth, page.scrollWidth, over, room,
+          document.getElementById("metric").value, all("[data-small]").map((b) => b.dataset.small),
+          all("#chart .raw").length, document.getElementById("lines").textContent,
+          all("#runs td.num")[0].textContent, all("#runs tbody td").map((c) => c.textContent)];
+        """,
+    )
+    assert told[0] == width and told[1] <= width and told[2] == []
+    assert told[3] >= 0 or width == 400, "the table fits the page"
+    assert told[4] == "reward/mean"
+    assert told[5] == ["reward/mean", "length/mean", "kl", "groups/no_signal"]
+    assert told[6] == 2 and "Thin lines: raw values. Thick lines: smoothed" in told[7]
+    assert "0.613 ±0.13 of 8" in told[9] and "5.00e-4" in told[9] and "0.875 ±0.22 of 8" in told[9]

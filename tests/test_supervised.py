@@ -62,7 +62,7 @@ def test_what_a_run_leaves_behind(workers: Workers, tmp_path: Path) -> None:
              for name in ("load_max_over_mean", "dead_experts")]  # fmt: skip
     ledger_keys |= {f"router/{name}" for name in ("aux_loss", "z_loss", *loads)}
     assert made[0].keys() >= ledger_keys
-    first = json.loads((run.run_dir / "ledger.jsonl").read_text().splitlines()[0])
+    first = json.loads((run.run_dir / "ledger.jsonl").read_text().splitlines()[1])
     assert first["tokens_per_s"] > 0 and first["memory_gib"] > 0
     assert made[-2]["loss"] < made[0]["loss"]
     names = {path.name for path in run.run_dir.iterdir()}

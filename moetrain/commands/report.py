@@ -8,7 +8,9 @@ from moetrain.commands.common import Arguments, Command, Parser
 def arguments(parser: Parser) -> None:
     """Declare the arguments."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or of runs")
-    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE")
+    parser.add_argument(
+        "-o", "--out", type=Path, metavar="FILE", help="default: report.html in the RUN given"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="default: beside the page")
 
 

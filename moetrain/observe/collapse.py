@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moetrain.observe.figures import interval
+from moetrain.observe.interval import Z
 from moetrain.observe.ledger import is_number
 
 WINDOW = 10  # training rows: figures are means over so many, or one batch would set them off
@@ -123,13 +125,11 @@ class Collapse:
         return said
 
     def _held_out(self, row: Mapping[str, Any]) -> str | None:
-        mean, num, std = (row.get(f"eval_reward/{n}") for n in ("mean", "graded", "std"))
-        training = self._mean(_REWARD)
-        if not (is_number(mean) and is_number(num) and is_number(std)) or num < 2:
+        sure, training = interval(row, "eval_reward/mean"), self._mean(_REWARD)
+        if sure is None:
             return None
-        if not (math.isfinite(mean) and math.isfinite(std)):
-            return None
-        own = _Evaluation(int(row["step"]), mean, std / math.sqrt(num - 1), training)
+        mean, (num, half) = row["eval_reward/mean"], sure
+        own = _Evaluation(int(row["step"]), mean, half / Z, training)
         self._latest.append(own)
         self._initial = self._initial or own
         if self._best is None or own.mean >= self._best.mean:
@@ -139,7 +139,7 @@ class Collapse:
             if self._fell(earlier, errors) and self._worse("held out", fall):
                 return (
                     f"Collapse: the held-out reward has fallen from {earlier.mean:.3f} at step"
-                    f" {earlier.step} to {own.mean:.3f} (of {num:.0f} answers) while the training"
+                    f" {earlier.step} to {own.mean:.3f} (of {num} answers) while the training"
                     " reward rose: the run learns its own prompts, or to please the reward; an"
                     " earlier checkpoint may be better."
                 )

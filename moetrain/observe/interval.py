@@ -22,7 +22,7 @@ def around(mean: float, num: float, std: float | None = None) -> tuple[float, fl
         std: the values' deviation (divided by num). None: they are yes or no, or anything between,
             which is surer.
     """
-    if num < 1 or not math.isfinite(mean):
+    if not (math.isfinite(num) and math.isfinite(mean)) or num < 1:
         return None
     spread = mean * (1 - mean) if std is None else std * std
     if 0 <= mean <= 1 and spread <= mean * (1 - mean) + 1e-4:  # values within [0, 1]

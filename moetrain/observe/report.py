@@ -2,19 +2,12 @@
 terminal.
 """
 
-import csv
 import json
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import moetrain
 from moetrain import files
@@ -22,41 +15,34 @@ from moetrain.errors import MoetrainError
 from moetrain.observe.curves import Series
 from moetrain.observe.report_answers import MARK, section
 from moetrain.observe.runs import Run, find_runs
+from moetrain.observe.table import (
+    LAYER,
+    OWN,
+    Cell,
+    Column,
+    columns_of,
+    differs,
+    first_of,
+    keys_of,
+    shown,
+    write_csv,
+)
+from moetrain.observe.terminal import print_runs
 
 # A page of ten long runs stays under a megabyte: so many numbers in all its curves and heat maps.
 CURVE_NUMBERS, HEAT_NUMBERS = 90_000, 40_000
 POINTS, HEAT_COLUMNS = (40, 250), (20, 120)  # fewest and most of a curve, of a heat map
-_LAYER = re.compile(r"router/layer(\d+)/(\w+)")
 _HEAT = "load_max_over_mean"
-# Said of the machine and the optimizer rather than of what was learned.
-_HEALTH = ("lr", "tokens", "seconds", "tokens_per_s", "memory_gib", "grad_norm", "eval_seconds")
-# What runs are compared by stands before the rest of its group.
-_FIRST = ("loss", "rewards/accuracies", "rewards/margins", "kl")
-# In the terminal: so many runs, columns as wide as this, a table as wide as that where it goes into
-# a file, and no columns of models' own configs. The page and the CSV have all.
-PRINTED, CELL_WIDTH, FILE_WIDTH = 1000, 40, 120
-_MODEL_CONFIG = "model.hf."
 _UNPLOTTED = ("tokens", "seconds")
-_OWN = ("run_dir",)  # differs by its nature
-
-Cell = float | int | str | bool | None
+PAGE = "report.html"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the table of runs. `better`: -1 when less is better, 1 when more is, 0 when who
-    knows.
+def write_report(paths: Sequence[Path], out: Path | None = None, table: Path | None = None) -> int:
+    """Write the page and the CSV (by default beside it) of the runs at `paths`; print the table.
+    Without `out` it goes into the folder that was given; where several were, into this one.
     """
-
-    key: str
-    group: str  # run, settings, evaluation, held out, training, health
-    cells: list[Cell]
-    better: int = 0
-
-
-def write_report(paths: Sequence[Path], out: Path, table: Path | None = None) -> int:
-    """Write the page and the CSV (by default beside it) of the runs at `paths`; print the table."""
     runs = find_runs(paths)
+    out = out or (paths[0] / PAGE if len(paths) == 1 else Path(PAGE))
     table = table or out.with_suffix(".csv")
     if table == out:
         raise MoetrainError(f"-o {out} and the CSV are one file. Name the page .html.")
@@ -72,136 +58,6 @@ def write_report(paths: Sequence[Path], out: Path, table: Path | None = None) ->
     print_runs(runs, columns=columns)
     print(f"page: {out}   table: {table}")
     return 0
-
-
-# The table
-
-
-def columns_of(runs: Sequence[Run]) -> list[Column]:
-    """What the runs are, what differs between their settings, and what came of them."""
-    steps = [f"{r.step}/{r.num_steps}" if r.num_steps else str(r.step) for r in runs]
-    columns = [
-        Column("run", "run", [r.name for r in runs]),
-        Column("status", "run", [r.status for r in runs]),
-        Column("steps", "run", [*steps]),
-        Column("warnings", "run", [len(r.warnings) or None for r in runs]),
-    ]
-    columns += [
-        Column(key, "settings", [_shown(r.settings.get(key, r.planned.get(key))) for r in runs])
-        for key in _keys([r.settings for r in runs] + [r.planned for r in runs])
-        if key not in _OWN and _differs(key, runs)
-    ]
-    scores = _keys([r.scores for r in runs])
-    for key in scores:
-        columns.append(Column(key, "evaluation", [r.scores.get(key) for r in runs], 1))
-        halves = [r.spreads.get(key) for r in runs]
-        if any(_given([*halves])):  # what two runs' difference is to be held against
-            columns.append(Column(f"{key} ±", "evaluation", [*halves]))
-    finals = [r.final for r in runs]
-    found: list[Column] = []
-    for key in _keys(finals):
-        if not _LAYER.fullmatch(key):
-            found.append(Column(key, _group(key), [f.get(key) for f in finals], _better(key)))
-    for group in ("held out", "training", "health"):
-        columns += sorted((c for c in found if c.group == group), key=_rank)
-    columns.append(Column("best checkpoint", "run", [r.best for r in runs]))
-    return [c for c in columns if c.key in ("run", "status", "steps") or any(_given(c.cells))]
-
-
-def _keys(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
-
-
-def _given(cells: Sequence[Cell]) -> list[bool]:
-    return [cell is not None for cell in cells]
-
-
-def _differs(key: str, runs: Sequence[Run]) -> bool:
-    """Among the runs that have settings; one that has not begun says what it was to change."""
-    first: list[str] = []
-    for run in runs:
-        if run.settings or key in run.planned:
-            value = json.dumps((run.settings or run.planned).get(key), default=str)
-            if value not in (first or [value]):
-                return True
-            first = [value]
-    return False
-
-
-def _shown(value: Any) -> Cell:
-    if value is None or isinstance(value, str | int | float):
-        return value
-    return json.dumps(value, default=str)
-
-
-def _group(key: str) -> str:
-    if key in _HEALTH or key.startswith("router/"):
-        return "health"
-    return "held out" if key.startswith("eval_") else "training"
-
-
-def _rank(column: Column) -> int:
-    key = column.key.removeprefix("eval_")
-    return _FIRST.index(key) if key in _FIRST else len(_FIRST)
-
-
-def _better(key: str) -> int:
-    if "loss" in key and not key.startswith("router/"):
-        return -1
-    return 1 if "accurac" in key else 0
-
-
-def write_csv(columns: Sequence[Column], path: Path) -> None:
-    """One row a run, one column a `Column`; what a run lacks is empty."""
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([column.key for column in columns])
-        writer.writerows(zip(*(column.cells for column in columns), strict=True))
-
-
-def print_runs(
-    runs: Sequence[Run], console: Console | None = None, columns: Sequence[Column] | None = None
-) -> None:
-    """Print the table of the first PRINTED runs: as many of its columns as the terminal is wide,
-    measures of the machine and what models' configs are made of left out.
-    """
-    console = console or Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, file=console.file, width=FILE_WIDTH)
-    columns = [c for c in columns or columns_of(runs) if c.group != "health"]
-    nested = sum(c.key.startswith(_MODEL_CONFIG) for c in columns)
-    columns = [c for c in columns if not c.key.startswith(_MODEL_CONFIG)]
-    texts = [[c.key, *(_text(cell) for cell in c.cells[:PRINTED])] for c in columns]
-    widths = [min(max(map(len, column)), CELL_WIDTH) + 3 for column in texts]
-    fits = max(2, sum(sum(widths[: i + 1]) < console.width for i in range(len(widths))))
-    table = Table()
-    for column in columns[:fits]:
-        is_number = any(isinstance(cell, int | float) for cell in column.cells)
-        justify = "right" if is_number else "left"
-        table.add_column(Text(column.key), justify=justify, overflow="fold", max_width=CELL_WIDTH)
-    for row in zip(*(column[1:] for column in texts[:fits]), strict=True):
-        table.add_row(*(Text(text) for text in row))
-    console.print(table)
-    left = [column.key for column in columns[fits:]]
-    left += [f"{_MODEL_CONFIG}* ({nested})"] * (nested > 0)
-    if left:
-        console.print(f"not shown: {', '.join(left)}", markup=False, soft_wrap=True)
-    if len(runs) > PRINTED:
-        console.print(f"not shown: {len(runs) - PRINTED} more runs")
-    for run in runs[:PRINTED]:
-        for problem in run.problems:
-            console.print(f"{run.name}: {problem}", markup=False, soft_wrap=True)
-        for step, text in run.warnings[-1:]:
-            count = f" ({len(run.warnings)} in all)" if len(run.warnings) > 1 else ""
-            console.print(
-                f"{run.name}: warning at step {step}: {text}{count}", markup=False, soft_wrap=True
-            )
-
-
-def _text(cell: Cell) -> str:
-    if cell is None:
-        return "-"
-    return f"{cell:.5g}" if isinstance(cell, float) else str(cell)
 
 
 # The page
@@ -223,7 +79,7 @@ def _data(runs: Sequence[Run], columns: Sequence[Column], title: str) -> dict[st
     # As many neighbours in a point for every run: else a short one looks noisier than it is.
     strides = {
         key: math.ceil(max(len(own.get(key, ())) for own in series) / points)
-        for key in _keys(series)
+        for key in keys_of(series)
     }
     grids: dict[tuple[int, ...], int] = {}
     layers = [_layers(run) for run in runs]
@@ -247,15 +103,24 @@ def _data(runs: Sequence[Run], columns: Sequence[Column], title: str) -> dict[st
         "made": datetime.now().strftime("%Y-%m-%d %H:%M"),
         "version": moetrain.__version__,
         "columns": [
-            {"key": c.key, "group": c.group, "better": c.better, "cells": [*map(_json, c.cells)]}
+            {
+                "key": c.key,
+                "group": c.group,
+                "better": c.better,
+                "best": c.best,
+                "cells": [*map(_json, c.cells)],
+                "halves": [*map(_json, c.halves)],
+                "nums": c.nums,
+            }
             for c in columns
         ],
+        "first": first_of(runs),
         "runs": out_runs,
         "grids": [list(grid) for grid in grids],
         "shared": {
-            key: _shown(value)
+            key: shown(value)
             for key, value in (shared[0] if shared else {}).items()
-            if key not in _OWN and not _differs(key, runs)
+            if key not in OWN and not differs(key, runs)
         },
     }
 
@@ -278,12 +143,12 @@ def _select(run: Run, wanted: Callable[[str], bool]) -> dict[str, Series]:
 
 
 def _series(run: Run) -> dict[str, Series]:
-    return _select(run, lambda key: key not in _UNPLOTTED and not _LAYER.fullmatch(key))
+    return _select(run, lambda key: key not in _UNPLOTTED and not LAYER.fullmatch(key))
 
 
 def _layers(run: Run) -> dict[int, Series]:
     def is_heat(key: str) -> bool:
-        match = _LAYER.fullmatch(key)
+        match = LAYER.fullmatch(key)
         return match is not None and match[2] == _HEAT
 
     found = {int(key.split("/")[1].removeprefix("layer")): s

@@ -14,7 +14,7 @@ from moetrain import files
 from moetrain.config.yaml_text import parse_value
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.observe.curves import Curves
-from moetrain.observe.ledger import LedgerRow, is_row
+from moetrain.observe.ledger import LedgerRow, is_number, is_row
 
 PLAN = "sweep.jsonl"  # of a sweep's folder: one line a run
 LOG = "train.log"  # what a sweep's run printed
@@ -35,6 +35,7 @@ class Run:
     best: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
     spreads: dict[str, float] = field(default_factory=dict)  # half of a score's 95 % interval
+    counts: dict[str, int] = field(default_factory=dict)  # questions behind a score
     problems: list[str] = field(default_factory=list)
     num_steps: int | None = None
 
@@ -173,7 +174,7 @@ def read_run(folder: Path, name: str, planned: Mapping[str, Any] | None = None) 
     problems: list[str] = []
     curves = _curves(folder / "ledger.jsonl", problems)
     total = num_steps(folder)
-    scores, spreads = _scores(folder / "evals", problems)
+    scores, spreads, counts = _scores(folder / "evals", problems)
     return Run(
         name=name,
         path=folder,
@@ -184,6 +185,7 @@ def read_run(folder: Path, name: str, planned: Mapping[str, Any] | None = None) 
         best=_best(folder / "checkpoints" / "best.json", problems),
         scores=scores,
         spreads=spreads,
+        counts=counts,
         problems=problems,
         num_steps=total,
     )
@@ -299,12 +301,15 @@ def _best(path: Path, problems: list[str]) -> str | None:
         return None
 
 
-def _scores(folder: Path, problems: list[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """(scores, half of their intervals) of `evals/*.json`: one `score` each, or several `scores` by
-    name.
+def _scores(
+    folder: Path, problems: list[str]
+) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+    """(scores, half of their intervals, questions) of `evals/*.json`: one `score` each, or several
+    `scores` by name.
     """
     scores: dict[str, float] = {}
     spreads: dict[str, float] = {}
+    counts: dict[str, int] = {}
     for path in sorted(folder.glob("*.json")):
         if path.name.endswith(".manifest.json"):
             continue
@@ -317,6 +322,8 @@ def _scores(folder: Path, problems: list[str]) -> tuple[dict[str, float], dict[s
                 if "interval" in own:
                     low, high = own["interval"]
                     spreads[key] = (float(high) - float(low)) / 2
+                if is_number(own.get("n")):
+                    counts[key] = round(own["n"])
         except (
             OSError,
             ValueError,
@@ -327,7 +334,7 @@ def _scores(folder: Path, problems: list[str]) -> tuple[dict[str, float], dict[s
             RecursionError,
         ):
             problems.append(f"evals/{path.name} has no name and score")
-    return scores, spreads
+    return scores, spreads, counts
 
 
 def _json(text: str | bytes) -> Any:

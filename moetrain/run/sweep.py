@@ -26,8 +26,8 @@ from moetrain.config.load import apply_override, load_recipe
 from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError, MoetrainError, plural
 from moetrain.observe.curves import numbers
-from moetrain.observe.report import print_runs
 from moetrain.observe.runs import LOG, PLAN, find_runs, last_row, num_steps
+from moetrain.observe.terminal import print_runs
 from moetrain.run.child import Children
 from moetrain.run.dry_run import check, world_size
 from moetrain.run.folder import check_recipe
