@@ -227,7 +227,9 @@ def prepare(work: Path) -> None:
     grpo["train"] = {"steps": 2}
     grpo["rollout"] = {"engine": "embedded", "max_tokens": 8, "group_size": 2}
     grpo["rollout"]["prompts_per_step"] = 4
-    grpo["data"] = {**recipe["data"], "train": str(work / "prompts.jsonl")}
+    grpo["rollout"]["eval_prompts"] = 4
+    prompts = str(work / "prompts.jsonl")
+    grpo["data"] = {**recipe["data"], "train": prompts, "eval": prompts}
     (work / "grpo.yaml").write_text(yaml.safe_dump(grpo))
     lora = ["adapter.rank=2", f"run_dir={work}/lora", "checkpoint.export_hf=false"]
     for words in (

@@ -223,7 +223,7 @@ def test_answers_on_the_page(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_few_answers_go_to_tensorboard(run: Path) -> None:
-    """As they are in the run's folder, of a batch in each fiftieth part of a run alone; no mark of
+    """As they are in the run's folder; of a batch in each fiftieth part of a run alone; no mark of
     an answer is one of the text.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -233,8 +233,9 @@ def test_a_few_answers_go_to_tensorboard(run: Path) -> None:
     write(run / "answers" / "00000004.jsonl", {"step": 4}, row("Why?", hostile, *many))
     recipe = load_recipe(ROOT / "examples" / "grpo_tiny.yaml", [f"run_dir={run}"])
     with Reporter(recipe, 51, 0, speaks=True) as reporter:
-        for step in (1, 2, 3):  # every second of 51; the third has none
-            reporter.answers(step, reading.ROLLOUTS)
+        for step in (1, 2, 3):  # every second of 51
+            made = run / "rollouts" / f"{step:08d}.jsonl"
+            reporter.rollouts(step, reading.read_answers(made) if made.exists() else [])
         reporter.answers(4)
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     found = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}

@@ -46,7 +46,8 @@ def read_sample_prompts(recipe: Recipe) -> tuple[list[Prompt], list[str]]:
 
     num = _each(recipe, read)
     line = f"{KEY}: {'the first ' * (num == MOST)}{num} prompt{'s' * (num != 1)}, answered at each"
-    return list(prompts.values()), [f"{line} evaluation", *noted(chat.notes(), notes)]
+    line += f" evaluation: moetrain show {recipe.run_dir}"
+    return list(prompts.values()), [line, *noted(chat.notes(), notes)]
 
 
 def _each(recipe: Recipe, read: Callable[[Mapping[str, Any]], object]) -> int:

@@ -1,6 +1,6 @@
 """From graded answers to packs to learn from, and what there is to see in them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from moetrain.loops.rollouts import Batch, means, tensors
 from moetrain.methods import METHODS
 from moetrain.methods.base import Online
 from moetrain.methods.online import answer_mask
+from moetrain.observe.answers import Answer, parted
 from moetrain.ops.packed import Packed
 
 
@@ -204,3 +205,21 @@ def summary(batch: Batch, version: int) -> dict[str, Any]:
         found["reward/fault"] = batch.fault
     found |= {f"logged/{name}": value for name, value in batch.metrics.items()}
     return found | {f"faults/{name}": float(n) for name, n in batch.counts.items()}
+
+
+def readable(batch: Batch) -> Iterator[Answer]:
+    """A batch's answers for people."""
+    pairs = [(group.prompt, answer) for group in batch.groups for answer in group.answers]
+    for number, (prompt, graded) in enumerate(pairs, 1):
+        asked, columns = parted(prompt.columns)
+        yield Answer(
+            number=number,
+            prompt=asked,
+            columns=columns,
+            text=graded.sample.text,
+            reward=graded.reward,
+            parts=graded.parts,
+            tokens=len(graded.sample.tokens),
+            finish=graded.sample.finish,
+            fault="",
+        )

@@ -8,11 +8,10 @@ from moetrain.config.recipe import Recipe
 from moetrain.data.prompts import PromptSet, prepare_prompts, prompts_read
 from moetrain.engine import Engine
 from moetrain.loops.demonstrations import open_demonstrations
-from moetrain.loops.learn import Lessons, summary, totals
+from moetrain.loops.learn import Lessons, readable, summary, totals
 from moetrain.loops.rollouts import timed
 from moetrain.loops.sampler import Sampler, open_sampler
 from moetrain.methods import METHODS
-from moetrain.observe.answers import ROLLOUTS
 from moetrain.observe.reporter import Reporter
 from moetrain.rewards import check_columns, check_user_functions
 from moetrain.rollout import check_engine
@@ -87,7 +86,7 @@ def _loop(
             row = step_row(step, totals(results), time.perf_counter() - started)
             row |= summary(batch, step - 1) | proof
             report.step(row | {f"seconds/{name}": value for name, value in seconds.items()})
-            report.answers(step, ROLLOUTS)
+            report.rollouts(step, readable(batch))
             state = {"step": step, "prompts": sampler.state_dict(batch)}
             state["demonstrations"] = lessons.demonstrations.state_dict()
         job.checkpoints.tick(engine)

@@ -118,8 +118,7 @@ def answers_of(row: Any) -> Iterator[Answer]:
     if prompt is None or answers is None:
         return
     columns: dict[str, Any] = _at(prompt, "columns", dict) or {}
-    asked = _messages(columns.get("prompt"))
-    rest = {name: value for name, value in columns.items() if name != "prompt"}
+    asked, rest = parted(columns)
     for one in cast(list[Any], answers):
         text = _at(one, "text", str)
         if text is None:
@@ -147,8 +146,13 @@ def _number(value: Any) -> float | None:
     return float(value) if is_number(value) and value == value else None
 
 
+def parted(columns: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(the prompt as text, a record's other fields); a templated prompt is text already."""
+    rest = {name: value for name, value in columns.items() if name != "prompt"}
+    return _messages(columns.get("prompt")), rest
+
+
 def _messages(prompt: Any) -> str:
-    """A prompt as text: a templated one is text already."""
     if not isinstance(prompt, list):
         return prompt if isinstance(prompt, str) else ""
     lines: list[str] = []

@@ -2,12 +2,12 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from moetrain.config.recipe import Recipe
-from moetrain.observe.answers import ANSWERS, ROLLOUTS, picked, read_answers
+from moetrain.observe.answers import ANSWERS, Answer, picked, read_answers
 from moetrain.observe.collapse import Collapse
 from moetrain.observe.figures import label, written
 from moetrain.observe.ledger import Ledger, rows_of
@@ -18,7 +18,6 @@ from moetrain.observe.sinks import open_sinks
 from moetrain.observe.summary import print_summaries, summarise
 
 TABLES, FEW = 50, 4  # batches of a run whose rollouts the sinks get, and how many of each end
-NAMES = {ROLLOUTS: "rollouts", ANSWERS: "held_out"}
 WARN_SECONDS = 60.0  # between two lines about answers without a reward
 
 
@@ -87,20 +86,24 @@ class Reporter:
             found.insert(int("eval_reward/mean" in row), note)
         self.say(f"{self.recipe.method.name} {row['step']}: held-out {', '.join(found)}")
 
-    def answers(self, step: int, folder: str = ANSWERS) -> None:
-        """Hand a few of a step's answers, the best and the worst, to the sinks: as they are in the
-        run's folder. Of rollouts so many batches in all as TABLES.
+    def answers(self, step: int) -> None:
+        """Hand a few answers of an evaluation, the best and the worst, to the sinks: as they are in
+        the run's folder.
         """
-        if not self.speaks or not self._sinks:
-            return
+        if self.speaks and self._sinks:
+            path = self.recipe.run_dir / ANSWERS / f"{step:08d}.jsonl"
+            self._tables("held_out", step, read_answers(path))
+
+    def rollouts(self, step: int, answers: Iterable[Answer]) -> None:
+        """The same of what a step learned from, of TABLES steps in all."""
         every = math.ceil(self._num_steps / TABLES)
-        if folder == ROLLOUTS and step % every and step != self._num_steps:
-            return
-        path = self.recipe.run_dir / folder / f"{step:08d}.jsonl"
-        if path.is_file():  # a replay has none of its own
-            few = picked(read_answers(path), FEW, FEW)
-            for sink in self._sinks:
-                sink.answers(f"answers/{NAMES[folder]}", step, few)
+        if self.speaks and self._sinks and (step % every == 0 or step == self._num_steps):
+            self._tables("rollouts", step, list(answers))
+
+    def _tables(self, name: str, step: int, answers: Sequence[Answer]) -> None:
+        few = picked(answers, FEW, FEW)
+        for sink in self._sinks:
+            sink.answers(f"answers/{name}", step, few)
 
     def say(self, line: str) -> None:
         """Tell the user something that is no figure."""
