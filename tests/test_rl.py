@@ -284,9 +284,10 @@ def test_a_push_that_does_not_arrive_stops_the_run(workers: Workers, tmp_path: P
         (("rewards=[./none.py:f]",), "is not a file"),
         (("rewards=[./examples/rewards/emoji.py:f]",), "has no function f"),
         (("rewards=[code]",), "no reward can grade its records: code needs tests or"),
-        (("rollout.replay=/nonexistent",), "has no batch of step 1"),
+        (("rollout.replay=/nonexistent",), "is not there"),
+        (("rollout.replay=docs",), "has no batch of step 1"),
         (("rollout.max_tokens=600",), "leaves no room for a prompt"),
-        (("rollout.engine=vllm", "rollout.python=/none"), "is no program"),
+        (("rollout.engine=vllm", "rollout.python=README.md"), "is no program"),
     ],
     ids=lambda value: str(value),
 )
