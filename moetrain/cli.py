@@ -11,6 +11,7 @@ from moetrain.commands import (
     doctor,
     eval,
     grade,
+    init,
     launch,
     pairs,
     quickstart,
@@ -32,6 +33,7 @@ from moetrain.errors import MoetrainError
 LONGEST_ERROR = 4000  # characters
 
 COMMANDS: dict[str, Command] = {
+    "init": init.COMMAND,
     "train": train.COMMAND,
     "recipe": recipe.COMMAND,
     "score": score.COMMAND,

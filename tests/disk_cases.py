@@ -91,6 +91,13 @@ CASES: dict[str, Case] = {
     "train, online": Case(
         lambda w, d, n: ["train", f"{w}/grpo.yaml", f"run_dir={d}/run{n}"], grows=True
     ),
+    "init": Case(
+        lambda w, d, n: [
+            *("init", "sft", "--model", f"{w}/model", "--data", f"{w}/train.jsonl"),
+            *("--out", f"{d}/new.yaml"),
+        ],
+        once=True,
+    ),
     "score": Case(
         lambda w, d, n: ["score", f"{w}/model", f"{w}/rows{n}.jsonl", "--out", f"{d}/out.jsonl"]
     ),
