@@ -25,7 +25,7 @@ from moetrain.rollout.base import Request, Sampling
 from moetrain.rollout.client import Client, QueueFull, ServerLost
 from moetrain.rollout.dealing import Deal
 from moetrain.rollout.fleet import Fleet
-from moetrain.rollout.process import interpreter, token_of
+from moetrain.rollout.process import Launch, ServerProcess, interpreter, token_of
 from moetrain.rollout.serve import serve
 from moetrain.rollout.servers import Given
 from moetrain.rollout.transfer import buckets, described
@@ -373,3 +373,12 @@ def test_servers_that_cannot_be(
     with pytest.raises(RolloutError, match=message):
         serve(recipe, {}, 1)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_interpreter_that_cannot_be_run(tmp_path: Path) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/nonexistent/python\n")
+    program.chmod(0o755)
+    launch = Launch(interpreter(program), tmp_path / "server", {"host": "127.0.0.1"}, TOKEN, {})
+    with pytest.raises(RolloutError, match=f"^{program} cannot be started: No such file"):
+        ServerProcess(launch, tmp_path, None)

@@ -85,14 +85,20 @@ class ServerProcess:
         env = defaults | kept | self.launch.env
         env |= {"PYTHONPATH": os.pathsep.join(paths), TOKEN: self.launch.token}
         with self.launch.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [self.launch.python, "-m", "moetrain_server", self.file],
-                stdin=subprocess.PIPE,  # the server ends when this end of it closes
-                stdout=log,
-                stderr=log,
-                env=env,
-                start_new_session=True,  # with vLLM's workers, to be ended together
-            )
+            words = [self.launch.python, "-m", "moetrain_server", self.file]
+            try:
+                self._process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.PIPE,  # the server ends when this end of it closes
+                    stdout=log,
+                    stderr=log,
+                    env=env,
+                    start_new_session=True,  # with vLLM's workers, to be ended together
+                )
+            except OSError as error:  # of another machine's format, or its own interpreter is gone
+                raise RolloutError(
+                    f"{words[0]} cannot be started: {error.strerror}. {WAYS}"
+                ) from None
 
     @property
     def ended(self) -> bool:
