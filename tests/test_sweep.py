@@ -109,7 +109,7 @@ def test_a_section_is_laid_before_its_keys() -> None:
         (["--grid", "run_dir=a,b"], "see --out"),
         (["--grid", "optim.lr=1e-5,0.00001"], "lr=0.00001 is the same run as lr=1e-5"),
         (["--grid", "parallel.tp=1,3"], "run tp=3: "),
-        (["--grid", "model.path=/none"], "/none: no config.json"),
+        (["--grid", "model.path=/none"], "/none: no such folder"),
         (["--grid", "seed=1,2", "--task", "3"], "the sweep has runs 1 to 2"),
         (["--grid", "seed=1,2", "optim.lrr=1"], "Did you mean 'optim.lr'?"),
     ],
