@@ -19,6 +19,7 @@ from moetrain import files
 from moetrain.engine.checkpoint import Saving, first_line
 from moetrain.engine.manifest import damage
 from moetrain.errors import CheckpointError
+from moetrain.models.lookup import checkpoint_at
 
 if TYPE_CHECKING:
     from moetrain.engine.engine import Engine
@@ -75,8 +76,8 @@ class Checkpoints:
 
     def best(self) -> Path | None:
         """The checkpoint with the best held-out metric so far."""
-        record = self.folder / "best.json"
-        return self.folder / json.loads(record.read_text())["name"] if record.is_file() else None
+        is_known = (self.folder / "best.json").is_file()
+        return checkpoint_at(self.folder / "best") if is_known else None
 
     def save(
         self, engine: "Engine", step: int, state: dict[str, Any], metric: float | None = None

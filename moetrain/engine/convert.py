@@ -10,6 +10,7 @@ from moetrain.engine import Engine, on_disk
 from moetrain.engine.derived import published, refuse_existing
 from moetrain.engine.on_disk import mark_dtypes, recipe_for
 from moetrain.errors import WeightsError
+from moetrain.models.lookup import checkpoint_at
 from moetrain.weights.compare import compare
 
 
@@ -28,6 +29,7 @@ def hf2mcore(src: Path, dst: Path) -> int:
 
 def mcore2hf(src: Path, dst: Path) -> int:
     """Write the Megatron checkpoint `src` as a Hugging Face folder `dst`, which must not exist."""
+    src = checkpoint_at(src)
     if not (src / "moetrain.json").is_file():
         raise WeightsError(
             f"{src} has no moetrain.json, so it is no Megatron checkpoint of moetrain's. Give the"
@@ -46,7 +48,9 @@ def verify(a: Path, b: Path) -> int:
     when equal, else 1.
     """
     with files.scratch(_roomy()) as scratch:
-        folders = [_as_hf(path, scratch / name) for path, name in ((a, "a"), (b, "b"))]
+        folders = [
+            _as_hf(checkpoint_at(path), scratch / name) for path, name in ((a, "a"), (b, "b"))
+        ]
         differences = list(compare(*folders))
     for difference in differences:
         print(difference)

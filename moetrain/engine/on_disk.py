@@ -15,7 +15,7 @@ from moetrain.engine.checkpoint_folder import Checkpoints
 from moetrain.engine.source import ModelSource, find_source
 from moetrain.errors import CheckpointError
 from moetrain.manifest import Manifest
-from moetrain.models.lookup import NOTE, read_mapping
+from moetrain.models.lookup import NOTE, checkpoint_at, read_mapping
 from moetrain.weights.digest import file_digest
 from moetrain.weights.folder import has_weights
 from moetrain.weights.peft_writer import write_peft
@@ -40,11 +40,8 @@ def model_in(model: str) -> str:
     adapter; RUN/checkpoints/best is the best one; any other folder as it is.
     """
     run = Path(model).expanduser()
-    if run.name == "best" and not run.exists():
-        best = Checkpoints(run.parents[1], keep=1).best() if len(run.parts) > 2 else None
-        if best is None:
-            raise CheckpointError(f"{run}: no best checkpoint. Set checkpoint.best in the recipe.")
-        return str(best)
+    if (checkpoint := checkpoint_at(run)) != run:
+        return str(checkpoint)
     if not (run / "resolved.yaml").is_file():
         return model
     if (run / "hf" / "config.json").is_file():

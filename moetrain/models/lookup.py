@@ -37,7 +37,7 @@ def find_model(model: ModelConfig, *, dry: bool = False) -> FoundModel:
         if name not in MODELS:
             raise ConfigError(f"model.path={path}: known built-in models: {', '.join(MODELS)}")
         return FoundModel(MODELS[name])
-    folder = Path(path)
+    folder = checkpoint_at(Path(path))
     if dry and not folder.exists():
         word = quantised_name(path)
         if word is not None:
@@ -62,6 +62,18 @@ def has_config(model: ModelConfig) -> bool:
     path = str(model.path)
     builtin = path.removeprefix(BUILTIN) in MODELS if path.startswith(BUILTIN) else False
     return model.hf is not None or builtin or any((Path(path) / f).is_file() for f in (NOTE, HF))
+
+
+def checkpoint_at(path: Path) -> Path:
+    """`path`, or the checkpoint that <run_dir>/checkpoints/best stands for. ConfigError without
+    one.
+    """
+    if path.name != "best" or path.exists():
+        return path
+    record = path.with_name("best.json")
+    if not record.is_file():
+        raise ConfigError(f"{path}: no best checkpoint. Set checkpoint.best in the run's recipe.")
+    return path.with_name(str(read_mapping(record).get("name")))
 
 
 def config_of(folder: Path) -> tuple[dict[str, object], bool]:

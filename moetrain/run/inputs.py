@@ -10,7 +10,7 @@ from moetrain.config.reads import CORPORA
 from moetrain.config.recipe import Recipe
 from moetrain.data.sources import find_sources
 from moetrain.errors import ConfigError, DataError, MoetrainError
-from moetrain.models.lookup import HF, NOTE
+from moetrain.models.lookup import HF, NOTE, checkpoint_at
 
 RUN, ADAPTER = "resolved.yaml", "adapter_config.json"
 MODEL = (RUN, HF, NOTE)
@@ -89,8 +89,11 @@ def _folder(key: str, path: str, files: tuple[str, ...]) -> Iterator[MoetrainErr
     folder = Path(path).expanduser()
     if path.startswith(BUILTIN):
         return
-    if folder.name == "best" and not folder.exists():
-        folder, files = folder.parent, ()  # a name for the best of a run's checkpoints
+    try:
+        folder = checkpoint_at(folder)
+    except ConfigError as error:
+        yield error
+        return
     if not folder.is_dir():
         yield ConfigError(f"{key}={path} is not there. Check the path.")
     elif files and not any((folder / name).is_file() for name in files):
