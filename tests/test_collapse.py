@@ -145,7 +145,7 @@ def test_healthy_runs_have_none(seed: int, groups: int, signal: float, learns: b
     assert warnings(rows) == []
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, None, "x", True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "x", True, -1, 1e308])
 def test_rows_that_are_no_figures_are_passed_over(value: Any) -> None:
     rows = [{key: value if key not in ("step", "loss") else own for key, own in training(i).items()}
             for i in range(50)]  # fmt: skip

@@ -91,10 +91,11 @@ def test_the_loss_is_trls(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_what_a_checkpoint_is_judged_by_is_measured(case: dict[str, Any]) -> None:
+def test_what_a_method_is_judged_by_and_about_is_measured(case: dict[str, Any]) -> None:
     _, metrics = computed(case, [packed(case)])
     cfg: Any = TypeAdapter(MethodConfig).validate_python(case["method"])
     assert set(cfg.judged_by) <= {"eval_loss", *(f"eval_{name}" for name in metrics)}
+    assert set(cfg.about) <= {"loss", *metrics} and "loss" in cfg.about
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "hinge"])

@@ -48,6 +48,9 @@ def test_every_tiny_recipe_runs(recipe: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in found if "loss" in row] == [1, 2]
     assert all(math.isfinite(v) for row in found for v in row.values() if isinstance(v, float))
     assert any("eval_loss" in row or "eval_reward/mean" in row for row in found)
+    method = load_recipe(recipe).method
+    assert found[0]["step"] == 0 and set(method.about) - {"kl"} <= found[1].keys()
+    assert f"eval_{method.about[0]}" in found[0]
 
 
 @pytest.fixture(scope="module")

@@ -87,11 +87,11 @@ class Collapse:
         return " ".join(text for text in said if text) or None
 
     def _signal(self) -> str | None:
-        shares = [own[_SIGNAL] for own in self._rows if _SIGNAL in own]
+        shares = [own[_SIGNAL] for own in self._rows if 0 <= own.get(_SIGNAL, -1) <= 1]
         if len(shares) < WINDOW:
             return None
         share = sum(shares) / WINDOW
-        groups = sum(own.get("groups/graded", 1.0) for own in self._rows)
+        groups = sum(max(1.0, own.get("groups/graded", 1.0)) for own in self._rows)
         self._first = self._first or (share, groups)
         before, num = self._first
         both = (before * num + share * groups) / (num + groups)

@@ -176,6 +176,7 @@ def make_report(rng: random.Random) -> Files:
 
 def run_report(bench: "Bench", made: Files) -> str:
     """As `moetrain report`, and a run that goes on behind its ledger."""
+    from moetrain.observe.collapse import Collapse
     from moetrain.observe.ledger import Ledger
     from moetrain.observe.overoptimisation import Watch
     from moetrain.observe.report import write_report
@@ -189,10 +190,11 @@ def run_report(bench: "Bench", made: Files) -> str:
     last_row(folder / "a")
     read_starts(folder / "a")
     if (path := folder / "a" / "ledger.jsonl").is_file():
-        watch = Watch(1.0)
-        Ledger(path, 3).close()
+        watches = (Watch(1.0), Collapse())
+        Ledger(path, 11).close()
         for line in path.read_text().splitlines():
-            watch.row(json.loads(line))
+            for watch in watches:
+                watch.row(json.loads(line))
     return "used"
 
 

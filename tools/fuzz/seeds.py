@@ -169,13 +169,19 @@ RUN: dict[str, Any] = {
     ],
     "a/ledger.jsonl": [
         {"step": i, "loss": 1.0 / i, "lr": 1e-5, "tokens": 10, "tokens_per_s": 5.0, "seconds": 2,
-         "router/layer0/load_max_over_mean": 1.5, "rewards/margins": 0.1, "logps/chosen": -1.0}
-        for i in (1, 2, 3)
-    ] + [{"step": 3, "eval_loss": 0.5, "warning": ["a fall"], "eval_seconds": 1.0}],
-    "a/environment.json": {"num_steps": 3, "versions": {"torch": "2"}},
+         "router/layer0/load_max_over_mean": 1.5, "rewards/margins": 0.1, "logps/chosen": -1.0,
+         "reward/mean": 0.5, "groups/no_signal": i / 11, "groups/graded": 8, "groups/std": 0.2,
+         "length/mean": 9.0, "kl": 0.1, "mismatch/kl": 0.2}
+        for i in range(1, 12)
+    ] + [{"step": 11, "eval_loss": 0.5, "warning": ["a fall"], "eval_seconds": 1.0,
+          "eval_reward/mean": 0.4, "eval_reward/std": 0.5, "eval_reward/graded": 9,
+          "eval_rewards/accuracies": 0.6, "eval_rewards/graded": 40}],
+    "a/environment.json": {"num_steps": 11, "versions": {"torch": "2"}},
     "a/resolved.yaml": "optim: {lr: 1.0e-05, betas: [0.9, 0.95]}\nmethod: {name: sft}\nseed: 1\n",
     "a/checkpoints/best.json": {"name": "step_3", "metric": "eval_loss", "value": 0.5},
-    "a/evals/b.json": {"name": "b", "scores": {"mean": {"score": 0.5, "interval": [0.4, 0.6]}}},
+    "a/evals/b.json": {
+        "name": "b", "scores": {"mean": {"score": 0.5, "interval": [0.4, 0.6], "n": 9}}
+    },
     "a/evals/c.json": {"name": "c", "score": 1, "interval": [0, 1]},
     "a/starts.jsonl": [{"start": "fresh", "step": 0}, {"end": 1, "step": 2, "crash": "x"}],
     "a/train.log": "$ python -m moetrain train\nmoetrain: error: no\n",
