@@ -170,7 +170,8 @@ class TrainConfig(Section):
     micro_batch: Count = Field(default=1, description="packs put together in one forward pass")
     eval_every: Count | None = Field(
         default=None,
-        description="steps between evaluations on data.eval; the last step always has one",
+        description="steps between evaluations on data.eval; there is one before the first step"
+        " and one after the last",
     )
     eval_packs: Count | None = Field(
         default=None,
