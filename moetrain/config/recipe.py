@@ -170,8 +170,7 @@ class TrainConfig(Section):
     micro_batch: Count = Field(default=1, description="packs put together in one forward pass")
     eval_every: Count | None = Field(
         default=None,
-        description="steps between evaluations on data.eval; there is one before the first step"
-        " and one after the last",
+        description="steps from one look at data.eval to the next; the start and the end have one",
     )
     eval_packs: Count | None = Field(
         default=None,
