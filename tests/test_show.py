@@ -32,7 +32,7 @@ def row(question: str, *answers: dict[str, Any], **columns: Any) -> dict[str, An
     }
 
 
-def answer(text: str, reward: float | None, **more: Any) -> dict[str, Any]:
+def answer(text: str, reward: Any, **more: Any) -> dict[str, Any]:
     parts = {"accuracy": reward, "format": None}
     return {
         **{"text": text, "reward": reward, "parts": parts, "tokens": [1] * len(text)},
@@ -118,6 +118,13 @@ def test_a_folder_without_answers(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07 \x9b31m a\rb \u202egnp.exe \ud800 [bold]no[/bold]\n" + "x" * 5000
+
+
+def test_rewards_that_have_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Infinite ones, ones that a sum has no room for, ones that are no numbers."""
+    odd = [float("inf"), -float("inf"), float("nan"), 1e308, 1e308, 10**400, "1", None]
+    write(tmp_path / "a.jsonl", row("?", *(answer("a", one) for one in odd)))
+    assert "mean reward nan (4 graded)" in shown(capsys, tmp_path / "a.jsonl")
 
 
 def test_an_answer_cannot_drive_the_terminal(

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any, cast
 
 from moetrain.errors import MoetrainError
@@ -61,8 +60,9 @@ class Summary:
             num_answers=len(answers),
             num_graded=len(rewards),
             num_cut=sum(a.was_cut for a in answers),
-            mean_reward=fmean(rewards) if rewards else None,
-            mean_tokens=fmean(a.tokens for a in answers) if answers else 0.0,
+            # Not fmean: it raises where rewards are infinite, or too large for a float's sum.
+            mean_reward=sum(rewards) / len(rewards) if rewards else None,
+            mean_tokens=sum(a.tokens for a in answers) / max(1, len(answers)),
             most_tokens=max((a.tokens for a in answers), default=0),
         )
 
