@@ -87,8 +87,8 @@ class SamplePrompts:
         weights = self.engine.export("first")
 
         def answered() -> None:
-            model = Embedded(self.engine.source.hf, self.tokenizer)
             try:
+                model = Embedded(self.engine.source.hf, self.tokenizer)
                 model.push(weights, step)
             finally:
                 exhaust(weights)  # after one that failed, too: the other ranks do
