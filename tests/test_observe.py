@@ -106,7 +106,10 @@ def test_the_bar_has_as_many_figures_as_fit(width: int, shown: list[str]) -> Non
     display.console = Console(file=text, width=width, force_terminal=True, color_system=None)
     display.open_bar(0)
     display.step(row(12345) | RL)
+    display.say("Collapse: " + "answers " * 30)
     display.close()
+    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.getvalue())
+    assert all(len(line.rstrip()) <= width for line in re.split(r"[\r\n]+", said))
     lines = [line for line in re.split(r"[\r\n]+", text.getvalue()) if "12345/30000" in line]
     assert all(name in lines[-1] for name in shown)
     assert len(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", lines[-1])) <= width

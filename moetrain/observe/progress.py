@@ -61,8 +61,8 @@ class ProgressDisplay:
             self.say(f"{self.name} {step}/{self.num_steps}  {'  '.join(figures)}")
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(line, markup=False)
+        """Print a line above the bar, which a terminal would break within a word."""
+        self.console.print(line, markup=False, soft_wrap=not self.console.is_terminal)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

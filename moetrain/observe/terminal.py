@@ -22,8 +22,9 @@ _SAME_FOR_ALL = ("status", "steps")  # said once
 def print_runs(
     runs: Sequence[Run], console: Console | None = None, columns: Sequence[Column] | None = None
 ) -> None:
-    """Print the table of the first PRINTED runs: as many of its columns as the terminal is wide,
-    measures of the machine and what models' configs are made of left out.
+    """Print the table of the first PRINTED runs, as many of its columns as the terminal is wide:
+    held-out figures first (training ones, where there are none), then the settings that differ.
+    Measures of the machine and what models' configs are made of are left out.
     """
     console = console or Console(highlight=False)
     if not console.is_terminal:
@@ -31,6 +32,11 @@ def print_runs(
     columns = [c for c in columns or columns_of(runs) if c.group != "health"]
     nested = sum(c.key.startswith(_MODEL_CONFIG) for c in columns)
     columns = [c for c in columns if not c.key.startswith(_MODEL_CONFIG)]
+    judged = [c for c in columns if c.group in ("evaluation", "held out")]
+    judged = judged or [c for c in columns if c.group == "training"]
+    first = [c for c in columns if c.group == "run" and c.key != "best checkpoint"] + judged
+    first += [c for c in columns if c.group == "settings"]
+    columns = first + [c for c in columns if c not in first]
     alike = [c for c in columns if c.key in _SAME_FOR_ALL and len(set(c.cells)) == 1]
     columns = [c for c in columns if c not in alike]
     widest = max(20, min(CELL_WIDTH, console.width // 3))
@@ -60,7 +66,8 @@ def print_runs(
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, soft_wrap=True)
+    """A terminal would break a long line within a word; a file keeps it as one."""
+    console.print(line, markup=False, soft_wrap=not console.is_terminal)
 
 
 def _about(runs: Sequence[Run], alike: Sequence[Column]) -> str:
