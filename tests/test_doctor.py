@@ -484,3 +484,13 @@ def test_prompts_and_corpora(tmp_path: Path) -> None:
     for suffix in (".bin", ".idx"):
         (tmp_path / f"corpus{suffix}").write_bytes(b"x")
     assert files.data(corpus).level is Level.OK
+
+
+def test_a_gpu_that_may_be_too_small() -> None:
+    """Before activations is a failure, with their bound a warning."""
+    gpu = machine.Gpu("x", 80.0, 0.0, 0)
+    levels = [
+        [finding.level for finding in machine.too_small((static, most, "x"), [gpu])]
+        for static, most in ((10, 70), (10, 90), (90, 100))
+    ]
+    assert levels == [[], [Level.WARN], [Level.FAIL]]

@@ -12,6 +12,7 @@ from moetrain.config.builtin import MODELS
 from moetrain.config.load import recipe_from
 from moetrain.config.recipe import ParallelConfig, Recipe
 from moetrain.errors import ConfigError, LayoutError
+from moetrain.layout.activations import activation_bytes, layer_bytes
 from moetrain.layout.memory import StageBytes, static_bytes
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table, stage_layers
 from moetrain.models import read_model
@@ -292,6 +293,26 @@ def test_dry_run_of_a_small_model() -> None:
     assert float(text.split()[-1]) == pytest.approx(one.total / 2**20, abs=0.01)
     with pytest.raises(ConfigError, match=r"H100 is not known. Did you mean 'H100-80GB'"):
         dry_run(recipe(cluster={"gpu": "H100"}), 1)
+
+
+def test_activations_of_a_layer_by_hand() -> None:
+    """And what makes the bound smaller."""
+    r = recipe(BIG, model={"dtype": "bf16"})
+    model = read_model(BIG)
+    plan = plan_mesh(r.parallel, 1)
+    attention = 2 * (8192 + 2 * 512) + (8192 + 512) * (2 + 8) + 2 * 2 * 8192
+    experts = 8 * 2 * (2 * 4096 + 5 * 1536) + 16 * 128
+    assert layer_bytes(model, 0, plan, r) == 4096 * (2 * (8 + 2) + 4) + attention + experts
+
+    def bound(size: int, **sections: Any) -> int:
+        other = recipe(BIG, **sections)
+        return max(activation_bytes(model, plan_mesh(other.parallel, size), other))
+
+    whole = bound(4)
+    assert bound(4, train={"steps": 1, "recompute": "full"}) < whole / 10
+    assert bound(4, parallel={"cp": 4}) < whole / 3
+    assert bound(4, parallel={"tp": 4}) < whole / 1.5  # experts are not split by it
+    assert bound(4, parallel={"pp": 4}) < 1.1 * whole  # four micro-batches of a quarter
 
 
 @settings(deadline=None)

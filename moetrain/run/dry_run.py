@@ -9,6 +9,7 @@ from moetrain.config.load import dump_recipe
 from moetrain.config.recipe import Recipe
 from moetrain.config.reward_files import check_reward_files
 from moetrain.errors import ConfigError, plural
+from moetrain.layout.activations import activation_bytes
 from moetrain.layout.memory import GIB, gpu_gib, static_bytes
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table
 from moetrain.layout.passed import check_passed
@@ -114,6 +115,14 @@ def dry_run(recipe: Recipe, num_procs: int | None) -> str:
     num_trained = sum(rule.num_params for rule in learns.values())
     part = f", {num_trained / 1e9:.4f} B trained" if len(learns) != len(table) else ""
     lines.append("\n" + _work(model, recipe.data.seq_len))
+    most = activation_bytes(model, plan, recipe)
+    totals = [held.total + more for held, more in zip(stages, most, strict=True)]
+    fullest = totals.index(max(totals))
+    lines.append(
+        f"# With activations, logits and their gradients stage {fullest} holds at most"
+        f" {totals[fullest] / unit:.2f} {name} where routing is balanced"
+        f" ({most[fullest] / unit:.2f} of it; a bound by formula, see layout/activations.py)."
+    )
     lines.append(
         f"# {model.architecture}, {total / 1e9:.3f} B parameters{part}. Static {name} per "
         f"GPU, before activations:"
@@ -124,6 +133,12 @@ def dry_run(recipe: Recipe, num_procs: int | None) -> str:
         lines.append(
             f"{s.stage:>5}  {s.num_params / 1e9:>9.3f}  {s.weights / unit:>7.2f}  "
             f"{s.gradients / unit:>9.2f}  {s.optimizer / unit:>9.2f}  {s.total / unit:>7.2f}"
+        )
+    if worst.total / GIB <= limit < totals[fullest] / GIB:
+        lines.append(
+            f"WARNING: stage {fullest} may need {totals[fullest] / GIB:.1f} GiB with activations,"
+            f" and a {recipe.cluster.gpu} has {limit:.1f}. If it does not fit, set"
+            " train.recompute=full, a smaller data.seq_len, or parallel.cp."
         )
     if worst.total / GIB > limit:
         lines.append(

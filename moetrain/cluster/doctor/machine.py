@@ -22,6 +22,7 @@ from moetrain.cluster.doctor.base import (
     worst,
 )
 from moetrain.errors import plural
+from moetrain.layout.activations import activation_bytes
 from moetrain.layout.memory import gpu_gib, static_bytes
 from moetrain.layout.mesh import plan_mesh
 
@@ -75,7 +76,7 @@ def gpus(subject: Subject) -> Finding:
     if table is None and not given_gpus(os.environ):
         if subject.plan is None:
             return skip("none here: gloo on the CPU")
-        need, name = planned
+        need, _, name = planned
         message = f"none here; the recipe takes {need:.2f} GiB of each {name} before activations"
         return skip(message) if need <= gpu_gib(name) else fail(message, SMALLER)
     found = read_gpus(table or "")
@@ -94,7 +95,7 @@ def gpus(subject: Subject) -> Finding:
             " or take an image of an older one",
         )
     return worst(
-        [*compare(found, count, subject), *_too_small(planned, found)],
+        [*compare(found, count, subject), *too_small(planned, found)],
         f"{count} x {found[0].name}, {min(gpu.total for gpu in found):.1f} GiB",
     )
 
@@ -150,20 +151,34 @@ def compare(found: list[Gpu], visible: int, subject: Subject) -> list[Finding]:
     return findings
 
 
-def _planned_bytes(subject: Subject) -> tuple[float, str]:
-    """GiB of the fullest stage before activations, and the GPU that the recipe names."""
+def _planned_bytes(subject: Subject) -> tuple[float, float, str]:
+    """GiB of the fullest stage before activations and with them, at most, and the GPU that the
+    recipe names.
+    """
     if subject.plan is None:
-        return 0.0, ""
+        return 0.0, 0.0, ""
     plan = subject.plan
     mesh = plan_mesh(plan.recipe.parallel, plan.num_ranks)
-    stages = static_bytes(plan.model, mesh, plan.recipe, plan.learns)
-    return max(stage.total for stage in stages) / GIB, plan.recipe.cluster.gpu
+    static = [s.total for s in static_bytes(plan.model, mesh, plan.recipe, plan.learns)]
+    more = activation_bytes(plan.model, mesh, plan.recipe)
+    most = max(map(sum, zip(static, more, strict=True)))
+    return max(static) / GIB, most / GIB, plan.recipe.cluster.gpu
 
 
-def _too_small(planned: tuple[float, str], found: list[Gpu]) -> list[Finding]:
+def too_small(planned: tuple[float, float, str], found: list[Gpu]) -> list[Finding]:
+    """Whether the fullest stage fits, before activations and with them."""
     smallest = min(gpu.total for gpu in found)
-    if planned[0] <= smallest:
+    if planned[1] <= smallest:
         return []
+    if planned[0] <= smallest:
+        return [
+            warn(
+                f"the recipe may take {planned[1]:.1f} GiB with activations and a GPU here has"
+                f" {smallest:.1f}",
+                "if it does not fit, set train.recompute=full, a smaller data.seq_len, or"
+                " parallel.cp",
+            )
+        ]
     return [
         fail(
             f"the recipe takes {planned[0]:.1f} GiB before activations and a GPU here has"
