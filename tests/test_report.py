@@ -21,7 +21,7 @@ from moetrain.config.load import dump_recipe, load_recipe
 from moetrain.errors import MoetrainError
 from moetrain.observe import report
 from moetrain.observe.runs import find_runs, last_row
-from moetrain.observe.table import columns_of
+from moetrain.observe.table import SETTINGS, columns_of
 from moetrain.observe.terminal import broken, print_runs
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +166,17 @@ def test_no_best_loss_across_betas_but_an_accuracy(tmp_path: Path) -> None:
             file.write(json.dumps({"step": 20, **row}) + "\n")
     columns = columns_of(find_runs([tmp_path]))
     assert {c.key: c.best for c in columns if c.best is not None} == {"eval_rewards/accuracies": 1}
+
+
+def test_many_settings_that_differ_come_behind(tmp_path: Path) -> None:
+    """Runs of two methods have little in common: what all have comes first, eight at most."""
+    make_run(tmp_path / "sft", "optim.lr=2e-5")
+    make_run(tmp_path / "grpo", *GRPO)
+    columns = columns_of(find_runs([tmp_path]))
+    settings = [c.key for c in columns if c.group == "settings"]
+    assert {"method.name", "optim.lr"} <= set(settings) and len(settings) <= SETTINGS
+    behind = {c.key for c in columns if c.group == "more"}
+    assert "method.clip_low" in behind and not behind & set(settings)
 
 
 def test_a_report_goes_into_the_folder_that_was_given(

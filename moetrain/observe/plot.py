@@ -13,8 +13,8 @@ DECAY = 0.9  # of the running mean
 
 
 def plot_figures(ledgers: Mapping[str, tuple[Path, Sequence[str]]], out: Path) -> None:
-    """Write a PNG: for each ledger a line of panels, one for each of the figures that it has (the
-    first, where it has none); training as it is, its running mean, and held out.
+    """Write a PNG: for each ledger a panel for each of the figures that it has (the first, where it
+    has none), two in a line; training as it is, its running mean, and held out.
     """
     from matplotlib.figure import Figure  # without pyplot no display is looked for
 
@@ -23,9 +23,9 @@ def plot_figures(ledgers: Mapping[str, tuple[Path, Sequence[str]]], out: Path) -
         curves = _curves(path, names)
         found = [(n, curves.get(n, Series()), curves.get(f"eval_{n}", Series())) for n in names]
         some = [own for own in found if len(own[1]) or len(own[2])] or found[:1]
-        panels.append([(title, *own) for own in some])
+        panels += [[(title, *own) for own in some[i : i + 2]] for i in range(0, len(some), 2)]
     columns = max(map(len, panels), default=1)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * max(len(panels), 1)), layout="constrained")
+    figure = Figure(figsize=(5.2 * columns, 3.4 * max(len(panels), 1)), layout="constrained")
     for line, own in enumerate(panels):
         for i, panel in enumerate(own):
             _draw(figure.add_subplot(len(panels), columns, line * columns + i + 1), *panel)

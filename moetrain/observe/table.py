@@ -14,6 +14,7 @@ from moetrain.observe.runs import Run
 
 LAYER = re.compile(r"router/layer(\d+)/(\w+)")
 OWN = ("run_dir",)  # differs by its nature
+SETTINGS = 8  # that differ and stand before all other figures; a table of more is not read
 # Said of the machine and the optimizer rather than of what was learned.
 _HEALTH = ("lr", "tokens", "seconds", "tokens_per_s", "memory_gib", "grad_norm", "eval_seconds")
 # Settings that a held-out figure does not depend on but through the weights; all others of their
@@ -64,15 +65,27 @@ def columns_of(runs: Sequence[Run]) -> list[Column]:
     found = _figures(runs)
     for group in ("evaluation", "held out", "training"):
         columns += [column for column in found if column.group == group]
-    columns += [
-        Column(key, "settings", [shown(r.settings.get(key, r.planned.get(key))) for r in runs])
-        for key in keys_of([r.settings for r in runs] + [r.planned for r in runs])
-        if key not in OWN and differs(key, runs)
-    ]
+    columns += _settings(runs)
     for group in ("more", "health"):
         columns += [column for column in found if column.group == group]
     columns.append(Column("best checkpoint", "run", [r.best for r in runs]))
     return [c for c in columns if c.key in ("run", "status", "steps") or any(_given(c.cells))]
+
+
+def _settings(runs: Sequence[Run]) -> list[Column]:
+    """What differs. Of runs that have little in common, what few of them have at all comes last."""
+    keys = keys_of([r.settings for r in runs] + [r.planned for r in runs])
+    keys = [key for key in keys if key not in OWN and differs(key, runs)]
+    common = [key for key in keys if all(key in (r.settings or r.planned) for r in runs)]
+    first = keys if len(keys) <= SETTINGS else common[:SETTINGS]
+    return [
+        Column(
+            key,
+            "settings" if key in first else "more",
+            [shown(r.settings.get(key, r.planned.get(key))) for r in runs],
+        )
+        for key in [*first, *(key for key in keys if key not in first)]
+    ]
 
 
 def _figures(runs: Sequence[Run]) -> list[Column]:
