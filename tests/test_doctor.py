@@ -494,3 +494,13 @@ def test_a_gpu_that_may_be_too_small() -> None:
         for static, most in ((10, 70), (10, 90), (90, 100))
     ]
     assert levels == [[], [Level.WARN], [Level.FAIL]]
+
+
+def test_what_the_recipe_names_and_is_not_there() -> None:
+    pairs = subject(
+        "method.reference=/none", "data.eval=/none", recipe=ROOT / "examples/dpo_tiny.yaml"
+    )
+    found = files.inputs(pairs)
+    assert found.level is Level.FAIL
+    assert found.text == "method.reference=/none is not there. Check the path.; and 1 more"
+    assert files.inputs(subject()).level is Level.OK

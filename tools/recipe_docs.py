@@ -9,8 +9,10 @@ from moetrain.config.describe import Key, groups, plain_keys
 DOC = Path(__file__).parent.parent / "docs" / "recipes.md"
 HEAD = """# Recipes
 
-A recipe is one YAML file; `moetrain train RECIPE [key=value ...]` runs it. Any key can be
-overridden on the command line by its dotted name, and the value is read as YAML: `optim.lr=2e-5`,
+A recipe is one YAML file; `moetrain train RECIPE [key=value ...]` runs it, and `moetrain init JOB
+--model M --data D` writes a first one from a look into both. `moetrain recipe KEY` says in the
+terminal what a key means; a name of another trainer's (`learning_rate`) leads to the key here. Any
+key can be overridden on the command line by its dotted name, and the value is read as YAML: `optim.lr=2e-5`,
 `data.eval=[a.jsonl,b.jsonl]`, `method={name: sft}`. Unknown keys are refused with the nearest right
 name. Relative paths are relative to where the command is run. `moetrain train RECIPE --dry-run`
 prints the resolved recipe, the ranks, bytes per GPU, and what the data comes to: what would be

@@ -10,6 +10,7 @@ from moetrain.cluster.doctor.base import GIB, Finding, Subject, fail, ok, skip, 
 from moetrain.errors import plural
 from moetrain.layout.memory import checkpoint_bytes
 from moetrain.models.lookup import HF, NOTE, config_of
+from moetrain.run.inputs import missing
 
 PROBE_BYTES = 16 * 2**20
 SEEN_SECONDS = 10.0  # for the other nodes to see a file: NFS caches folders for some seconds
@@ -122,6 +123,13 @@ def space(subject: Subject) -> Finding:
     if inodes.f_files and inodes.f_favail < FILES_LEFT:
         return warn(f"{inodes.f_favail} files may still be made in {folder}", "remove old files")
     return ok(message)
+
+
+def inputs(subject: Subject) -> Finding:
+    """All folders and files that the recipe names are on this node: references, adapters, data."""
+    problems = list(missing(subject.recipe))
+    more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return fail(f"{problems[0]}{more}", "") if problems else ok("all that it names is there")
 
 
 def model(subject: Subject) -> Finding:
