@@ -12,16 +12,16 @@ HEAD = """# Recipes
 A recipe is one YAML file; `moetrain train RECIPE [key=value ...]` runs it, and `moetrain init JOB
 --model M --data D` writes a first one from a look into both. `moetrain recipe KEY` says in the
 terminal what a key means; a name of another trainer's (`learning_rate`) leads to the key here. Any
-key can be overridden on the command line by its dotted name, and the value is read as YAML: `optim.lr=2e-5`,
-`data.eval=[a.jsonl,b.jsonl]`, `method={name: sft}`. Unknown keys are refused with the nearest right
-name. Relative paths are relative to where the command is run. `moetrain train RECIPE --dry-run`
-prints the resolved recipe, the ranks, bytes per GPU, and what the data comes to: what would be
-rejected or cut, packs and steps of an epoch. It looks at 256 records of each set at most, for 10
-seconds at most, after the seconds that a tokenizer takes to load; the package's own data it takes
-as it is, without a tokenizer or torch. What a run would read and is not there is refused. Where the
-model itself is not on this machine and only known by its published config, it is a plan for another
-machine, and `NOT HERE` lines name what is missing. Every run writes its recipe to
-`<run_dir>/resolved.yaml`.
+key can be overridden on the command line by its dotted name, and the value is read as YAML:
+`optim.lr=2e-5`, `data.eval=[a.jsonl,b.jsonl]`, `method={name: sft}`. Unknown keys are refused with
+the nearest right name. Relative paths are relative to where the command is run. `moetrain train
+RECIPE --dry-run` prints the resolved recipe, the ranks, bytes per GPU, and what the data comes to:
+what would be rejected or cut, packs and steps of an epoch. It looks at 256 records of each set at
+most, for 10 seconds at most, after the seconds that a tokenizer takes to load; the package's own
+data it takes as it is, without a tokenizer or torch. What a run would read and is not there is
+refused. Where the model itself is not on this machine and only known by its published config, it is
+a plan for another machine, and `NOT HERE` lines name what is missing. Every run writes its recipe
+to `<run_dir>/resolved.yaml`.
 
 This page is written by `tools/recipe_docs.py` (`make fix`) from `moetrain/config/recipe.py`.
 """
