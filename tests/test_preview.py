@@ -147,3 +147,5 @@ def test_what_is_not_there(sections: dict[str, Any], said: str, tmp_path: Path) 
     lines = "\n".join(map(str, missing(given)))
     assert re.search(said, lines, re.DOTALL), lines
     assert not list(missing(recipe(tmp_path, data={"train": [str(path)]})))
+    hub = recipe(tmp_path, data={"train": [str(path)]}, model={"tokenizer": "Qwen/Qwen3-30B-A3B"})
+    assert not list(missing(hub))

@@ -63,7 +63,7 @@ def _text(recipe: Recipe) -> Iterator[MoetrainError]:
             " builtin:NAME)."
         )
     if own is not None and not own.startswith(BUILTIN) and not Path(own).is_dir():
-        if not HUB_NAME.fullmatch(own) or published(own) is not None:
+        if not HUB_NAME.fullmatch(own):
             yield DataError(
                 f"model.tokenizer={own} is no tokenizer folder. Give a folder, builtin:NAME or a"
                 " Hub name (org/name)."
@@ -134,13 +134,7 @@ def _corpus(path: str) -> Iterator[MoetrainError]:
 
 
 def _files(recipe: Recipe) -> Iterator[MoetrainError]:
-    rollout = recipe.rollout
-    given = (
-        ("data.reference", recipe.data.reference, Path.is_dir),
-        ("rollout.replay", rollout and rollout.replay, Path.is_dir),
-        ("rollout.token_file", rollout and rollout.token_file, Path.is_file),
-        ("rollout.python", rollout and rollout.python, Path.is_file),
-    )
-    for key, path, is_there in given:
-        if path is not None and not is_there(path):
+    replay = recipe.rollout.replay if recipe.rollout is not None else None
+    for key, path in (("data.reference", recipe.data.reference), ("rollout.replay", replay)):
+        if path is not None and not path.is_dir():
             yield ConfigError(f"{key}={path} is not there. Check the path.")
