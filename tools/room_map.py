@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The map of rooms in README.md, made from the imports. `--check` only says whether it is so."""
+"""The map of rooms in docs/architecture.md, made from the imports. `--check` only says whether it is so."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grimp
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "architecture.md"
 BEGIN, END = "```mermaid\n", "```\n"
 LEFT_OUT = {"__main__", "testing", "errors", "pulse", "files", "manifest"}  # all rooms, or tests
 OUTSIDE = {
@@ -58,13 +58,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    text = README.read_text()
+    text = PAGE.read_text()
     start = text.index(BEGIN) + len(BEGIN)
     stop = text.index(END, start)
     made = drawn()
     if args.check:
         return int(text[start:stop] != made)
-    README.write_text(text[:start] + made + text[stop:])
+    PAGE.write_text(text[:start] + made + text[stop:])
     return 0
 
 

@@ -35,7 +35,7 @@ from moetrain.engine.on_disk import (
 from moetrain.engine.source import ModelSource, find_source
 from moetrain.errors import plural
 from moetrain.models import read_model
-from moetrain.rewards import Grader, check_columns
+from moetrain.rewards import Grader, check_columns, gradable
 from moetrain.rollout import open_engine
 from moetrain.rollout.base import Sampling
 from moetrain.run.stop import EXIT_STOPPED
@@ -58,8 +58,9 @@ def sample(model: str, prompts: str, out: Path, num: int, overrides: Sequence[st
     SAMPLE.check(keys_given(overrides))
     recipe = answering_recipe(model, out, overrides, sections)
     found = _prompts(recipe, out)
-    note = check_columns(recipe.rewards, found)
-    if note:
+    if "rewards" not in keys_given(overrides) and not gradable(recipe.rewards, found):
+        recipe = recipe.model_copy(update={"rewards": []})  # somebody wants to read answers
+    elif note := check_columns(recipe.rewards, found):
         print(note)
     notes = {"model": model, "data": prompts, "engine": rollout_of(recipe).engine}
     counts = answer_all(recipe, found, out, num, notes, "answers", rollout_of(recipe).temperature)

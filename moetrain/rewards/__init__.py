@@ -3,7 +3,7 @@ that compute them.
 """
 
 from moetrain.rewards.base import Completion, RewardFunction, Verdict
-from moetrain.rewards.columns import check_columns
+from moetrain.rewards.columns import check_columns, gradable
 from moetrain.rewards.find import REWARDS, find_reward
 from moetrain.rewards.grader import Grader, check_user_functions
 
@@ -16,4 +16,5 @@ __all__ = [
     "check_columns",
     "check_user_functions",
     "find_reward",
+    "gradable",
 ]

@@ -16,6 +16,14 @@ NEEDED: dict[str, tuple[str, ...]] = {  # one of these; rewards that are not her
 }
 
 
+def gradable(configs: Sequence[RewardConfig], prompts: Iterable[Prompt]) -> bool:
+    """Whether some prompt has a column that one of the rewards reads, or one of them reads none."""
+    names = {name for config in configs for name in NEEDED.get(config.name, ())}
+    return any(c.name not in NEEDED for c in configs) or any(
+        not is_absent(prompt.columns.get(name)) for prompt in prompts for name in names
+    )
+
+
 def check_columns(configs: Sequence[RewardConfig], prompts: Iterable[Prompt]) -> str:
     """What to say of prompts that rewards which read a column cannot grade, in a line, or nothing.
     Raises DataError for a source that no reward can grade.

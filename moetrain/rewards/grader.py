@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 from moetrain.config.rewards import RewardConfig
-from moetrain.errors import ConfigError
 from moetrain.rewards.base import Completion, Grade, Shape, Verdict
 from moetrain.rewards.find import REWARDS
 from moetrain.rewards.functions import FUNCTIONS
@@ -29,14 +28,13 @@ class Grader:
     """Grades completions by the weighted sum of rewards.
 
     Args:
-        configs: the recipe's rewards. Raises ConfigError when one cannot be had.
+        configs: the recipe's rewards; without any, no verdict has a reward. Raises ConfigError when
+            one cannot be had.
         num_workers: processes for rewards that are functions.
         deadline_s: seconds that one completion may take them.
     """
 
     def __init__(self, configs: Sequence[RewardConfig], num_workers: int, deadline_s: float):
-        if not configs:
-            raise ConfigError("rewards is empty: name at least one, such as `rewards: [accuracy]`.")
         self.configs = list(configs)
         self.counts: Counter[str] = Counter()  # of faults and notes
         self.said = ""  # the detail of the last fault
