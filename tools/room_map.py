@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The map of rooms in docs/architecture.md, made from the imports. `--check` only says whether it is so."""
+"""The map of rooms in docs/architecture.md, made from the imports. `--check`: is it so?"""
 
 import argparse
 import sys

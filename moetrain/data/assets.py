@@ -10,12 +10,14 @@ import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from moetrain import manifest
 from moetrain.data import checkable, corpus, tokenizer, tokenizer_training
 from moetrain.data.cache import build_once, cache_root, key_of
 from moetrain.errors import DataError, nearest
 
 # Raise it when an asset's content changes; old ones then stay unused in the cache.
 VERSION = 4
+MODELS_VERSION = 5
 VOCAB = 2048
 CORPUS_BYTES = 5_000_000  # tokenised in some seconds
 EVAL_EVERY = 20  # one module in so many is held out
@@ -208,9 +210,10 @@ def _model(name: str, hf: dict[str, object], root: Path) -> Path:
         # As published models have it: transformers 5 writes its own names (num_local_experts).
         ends = {"eos_token_id": loaded.eos_token_id, "pad_token_id": loaded.pad_token_id}
         (tmp / "config.json").write_text(json.dumps({**hf, **ends}, indent=2) + "\n")
+        manifest.write(tmp, manifest.entries(sorted(tmp.iterdir())))
 
     return build_once(
-        root / "builtin" / f"{name}-{key_of([hf, VERSION, platform.python_version()])[:8]}", build
+        root / "builtin" / f"{name}-{key_of([hf, MODELS_VERSION, platform.python_version()])[:8]}", build
     )
 
 
