@@ -212,9 +212,8 @@ def _model(name: str, hf: dict[str, object], root: Path) -> Path:
         (tmp / "config.json").write_text(json.dumps({**hf, **ends}, indent=2) + "\n")
         manifest.write(tmp, manifest.entries(sorted(tmp.iterdir())))
 
-    return build_once(
-        root / "builtin" / f"{name}-{key_of([hf, MODELS_VERSION, platform.python_version()])[:8]}", build
-    )
+    key = key_of([hf, MODELS_VERSION, platform.python_version()])[:8]
+    return build_once(root / "builtin" / f"{name}-{key}", build)
 
 
 ASSETS: dict[str, Callable[[Path], Path]] = {
