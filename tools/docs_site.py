@@ -14,7 +14,8 @@ LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the README as the index."""
-    files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text()))
+    text = (ROOT / "README.md").read_text().replace("](docs/images/", "](images/")
+    files.append(File.generated(config, "index.md", content=text))
     return files
 
 
