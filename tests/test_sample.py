@@ -171,7 +171,8 @@ def test_a_run_is_asked_as_it_was_trained(
     import shutil
 
     run = tmp_path / "run"
-    shutil.copytree(assets.resolve(MODEL), run / "hf")
+    unsigned = shutil.ignore_patterns("manifest.json")
+    shutil.copytree(assets.resolve(MODEL), run / "hf", ignore=unsigned)
     data = {"system": "Be terse.", "chat_template_kwargs": {"mood": "grave"}, "seq_len": 64}
     (run / "resolved.yaml").write_text(json.dumps({"data": data, "method": "old"}))
     config = json.loads((run / "hf" / "tokenizer_config.json").read_text())
@@ -203,7 +204,8 @@ def test_another_model_and_other_prompts_are_refused(
     from safetensors.torch import load_file, save_file
 
     model = tmp_path / "model"
-    shutil.copytree(assets.resolve(MODEL), model)
+    unsigned = shutil.ignore_patterns("manifest.json")
+    shutil.copytree(assets.resolve(MODEL), model, ignore=unsigned)
     tensors = load_file(model / "model.safetensors")
     tensors["lm_head.weight"] += 1  # as training changes it: nearly everywhere
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
