@@ -325,6 +325,8 @@ JUDGE = "name: judge, options: {model: m, url: http://h/v1"
         ("[{name: length, options: {target: 0}}]", "length: option target: .*greater"),
         ("[{name: exact, options: {x: 1}}]", "exact has no option 'x'.*It has: none"),
         ("[{name: format, options: {pattern: '('}}]", "is not a regular expression"),
+        ("[{name: tag_count, options: {tags: ['<plan>']}}]", "'<plan>': give names without"),
+        ("[{name: tag_count, options: {tags: []}}]", "option tags: "),
         ("[{name: language, options: {script: klingon}}]", "option script: .*'JAPANESE'"),
         ("[{name: code, options: {sandbox: docker}}]", "option sandbox: .*'bubblewrap'"),
         ("[{name: code, options: {sandbox: piston}}]", "piston and url go together"),

@@ -106,6 +106,30 @@ def test_format() -> None:
     assert score("format", "Answer: 5", pattern=r"Answer: \d+") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("<think>a</think><answer>b</answer>", 1),
+        ("</answer>a<answer></think><think>", 1),  # order is for `format`
+        ("<think>\na\n</think>\nb", 0.5),
+        ("<think>a", 0.25),
+        ("<think><think>a</think><answer>b</answer>", 0.75),
+        ("<Think>a</Think>< answer>", 0),
+        ("", 0),
+    ],
+)
+def test_tags_are_counted(text: str, share: float) -> None:
+    assert score("tag_count", text) == share
+
+
+def test_tags_of_ones_own_and_those_that_the_prompt_has_begun() -> None:
+    assert score("tag_count", "a</think>", opened=["<think>\n"]) == 0.5
+    assert score("tag_count", "<think>a</think>", opened=["<think>\n"]) == 0.25
+    options = RewardConfig(name="tag_count", options={"tags": ["plan"]}).options
+    assert score("tag_count", "<plan>a</plan>", **options) == 1
+    assert score("tag_count", "<think>a</think>", **options) == 0
+
+
 def test_repetition_in_three_languages() -> None:
     assert score("repetition", "one two three four five") == 0
     assert score("repetition", "la la la la la la", n=2) == pytest.approx(-0.8)

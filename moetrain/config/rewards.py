@@ -58,6 +58,22 @@ class FormatOptions(Section):
         return value
 
 
+class TagCountOptions(Section):
+    """Of `tag_count`."""
+
+    tags: list[str] = Field(
+        default=["think", "answer"], min_length=1, description="names that stand in <…> and </…>"
+    )
+
+    @field_validator("tags")
+    @classmethod
+    def _bare(cls, value: list[str]) -> list[str]:
+        odd = next((tag for tag in value if not tag.strip() or set(tag) & set("<>/")), None)
+        if odd is not None:
+            raise ValueError(f"has {odd!r}: give names without brackets, such as [think, answer]")
+        return value
+
+
 class LengthOptions(Section):
     """Of `length`."""
 
@@ -217,6 +233,7 @@ OPTIONS: dict[str, type[Section]] = {
     "accuracy": NoOptions,
     "exact": NoOptions,
     "format": FormatOptions,
+    "tag_count": TagCountOptions,
     "length": LengthOptions,
     "cosine_length": CosineLengthOptions,
     "repetition": RepetitionOptions,

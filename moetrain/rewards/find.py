@@ -13,6 +13,7 @@ REWARDS: dict[str, RewardFunction] = {
     "accuracy": accuracy.accuracy,
     "exact": accuracy.exact,
     "format": text.format,
+    "tag_count": text.tag_count,
     "length": text.length,
     "cosine_length": text.cosine_length,
     "repetition": text.repetition,

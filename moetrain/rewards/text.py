@@ -31,6 +31,24 @@ def format(
     ]
 
 
+def tag_count(
+    completions: Sequence[Any],
+    tags: Sequence[str] = ("think", "answer"),
+    opened: list[str] | None = None,
+    **columns: Any,
+) -> Scores:
+    """The share of the tags <NAME> and </NAME> of `tags` that stand in the completion, with what
+    the prompt has begun of it, exactly once. As open-r1's tag_count_reward, but that newlines
+    around them do not count.
+
+    It pays for a part of what `format` asks for, which a model that never does all of it can learn.
+    """
+    marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
+    begun = opened or [""] * len(completions)
+    wholes = [start + text_of(text) for start, text in zip(begun, completions, strict=True)]
+    return [sum(whole.count(mark) == 1 for mark in marks) / len(marks) for whole in wholes]
+
+
 def length(completions: Sequence[Any], target: int = 200, **columns: Any) -> Scores:
     """1 at `target` characters, falling linearly to 0 at none and at twice as many."""
     return [max(0.0, 1 - abs(len(text) - target) / target) for text in map(text_of, completions)]
