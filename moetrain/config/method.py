@@ -110,6 +110,16 @@ class HingeMethod(ReferencedMethod):
     name: Literal["hinge"] = Field(default="hinge", description="`method: hinge` for short")
 
 
+class RobustMethod(ReferencedMethod):
+    """DPO with labels of which a known share is flipped (rDPO)."""
+
+    judged_by: ClassVar[Mapping[str, bool]] = PAIRED
+    name: Literal["robust"] = Field(default="robust", description="`method: robust` for short")
+    label_smoothing: float = Field(
+        default=0.1, ge=0, lt=0.5, description="share of labels that are flipped"
+    )
+
+
 class KtoMethod(ReferencedMethod):
     """Kahneman-Tversky optimisation, on single answers with a label."""
 
@@ -166,6 +176,7 @@ MethodConfig = Annotated[
     | DpoMethod
     | IpoMethod
     | HingeMethod
+    | RobustMethod
     | KtoMethod
     | OrpoMethod
     | SimpoMethod

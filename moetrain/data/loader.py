@@ -32,6 +32,7 @@ FEEDS: dict[str, str] = {
     "dpo": "pairs",
     "ipo": "pairs",
     "hinge": "pairs",
+    "robust": "pairs",
     "orpo": "pairs",
     "simpo": "pairs",
     "reward": "pairs",

@@ -4,7 +4,7 @@ from moetrain.methods.base import Estimate, Known, Method, Metrics, Out, Terms
 from moetrain.methods.chord import CHORD
 from moetrain.methods.chord_sft import CHORD_SFT
 from moetrain.methods.dft import DFT
-from moetrain.methods.dpo import DPO, HINGE, IPO
+from moetrain.methods.dpo import DPO, HINGE, IPO, ROBUST
 from moetrain.methods.grpo import DAPO, DR_GRPO, GRPO
 from moetrain.methods.gspo import GSPO
 from moetrain.methods.kto import KTO
@@ -24,6 +24,7 @@ METHODS: dict[str, Method] = {
     "dpo": DPO,
     "ipo": IPO,
     "hinge": HINGE,
+    "robust": ROBUST,
     "kto": KTO,
     "orpo": ORPO,
     "simpo": SIMPO,

@@ -1,11 +1,13 @@
-"""Direct preference optimisation and two of its kin, by what they make of one number a pair:
+"""Direct preference optimisation and three of its kin, by what they make of one number a pair:
 
 h = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)]
 
 dpo: -log sigma(beta h) (arXiv 2305.18290, eq. 7), with label smoothing e:
 -(1 - e) log sigma(beta h) - e log sigma(-beta h). ipo: (h - 1 / (2 beta))^2 (arXiv 2310.12036,
 eq. 17), with log-probs a token as in TRL where the paper has sums. hinge: max(0, 1 - beta h) (SLiC,
-arXiv 2305.10425, eq. 3).
+arXiv 2305.10425, eq. 3). robust: [-(1 - e) log sigma(beta h) + e log sigma(-beta h)] / (1 - 2 e),
+whose mean over labels of which a share e is flipped is dpo's on the right ones (rDPO, arXiv
+2403.00409; dpo's smoothing has the other sign and no divisor).
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.config.method import DpoMethod, HingeMethod, IpoMethod
+from moetrain.config.method import DpoMethod, HingeMethod, IpoMethod, RobustMethod
 from moetrain.methods.base import Known, Method, Metrics, Out, Terms
 from moetrain.methods.pairs import (
     CHOSEN,
@@ -44,6 +46,13 @@ def ipo_loss(h: Tensor, beta: float) -> Tensor:
 def hinge_loss(h: Tensor, beta: float) -> Tensor:
     """[m] -> [m]."""
     return F.relu(1 - beta * h)
+
+
+def robust_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """[m] -> [m]; below 0 for a pair that is far on the right side."""
+    given, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+    share = label_smoothing
+    return ((1 - share) * given - share * flipped) / (1 - 2 * share)
 
 
 def _both(
@@ -101,6 +110,17 @@ def hinge(out: Out, batch: Packed, cfg: HingeMethod, known: Known) -> tuple[Term
     return {"loss": total}, metrics
 
 
+def robust(out: Out, batch: Packed, cfg: RobustMethod, known: Known) -> tuple[Terms, Metrics]:
+    """The sigmoid loss without the bias of flipped labels."""
+
+    def per_pair(chosen: Answers, rejected: Answers) -> Tensor:
+        return robust_loss(chosen.ratio - rejected.ratio, cfg.beta, cfg.label_smoothing)
+
+    total, metrics = _both(out, batch, cfg.beta, per_pair)
+    return {"loss": total}, metrics
+
+
 DPO = Method("dpo", dpo, count_dpo, NEEDS)
 IPO = Method("ipo", ipo, count_pairs, NEEDS)
 HINGE = Method("hinge", hinge, count_pairs, NEEDS)
+ROBUST = Method("robust", robust, count_pairs, NEEDS)

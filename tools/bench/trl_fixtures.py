@@ -95,6 +95,7 @@ def pair_case(
         precompute_ref_logps=True,
         f_divergence_type="reverse_kl",
         use_weighting=False,
+        label_smoothing=settings.get("label_smoothing", 0.0),
     )
     inputs = {
         "input_ids": torch.ones_like(mask),
@@ -240,6 +241,8 @@ def main() -> None:
         reward(rng, margin=False, center=0.05),
         pair_case(rng, "ipo", {"beta": 0.1}, ["ipo"]),
         pair_case(rng, "hinge", {"beta": 1.0}, ["hinge"]),
+        pair_case(rng, "robust", {"beta": 0.3, "label_smoothing": 0.1}, ["robust"]),
+        pair_case(rng, "robust", {"beta": 0.1, "label_smoothing": 0.4}, ["robust"]),
     ]
     content = {"trl": trl.__version__, "command": COMMAND, "cases": cases}
     json.dump(content, sys.stdout, indent=1)
