@@ -162,7 +162,7 @@ def test_dry_run_warns_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
         (["optim.lr"], ["optim.lr\n", "highest learning rate", "value     number >= 0",
                         "default   0.0001", "optim - AdamW", "optim.beta1=0.9"]),
         (["optim.lr=1e-5"], ["highest learning rate"]),
-        (["method.beta"], ["method.beta (dpo, ipo, hinge, kto)", "method.beta (orpo)",
+        (["method.beta"], ["method.beta (dpo, ipo, ", "method.beta (orpo)",
                            "`moetrain recipe METHOD`, of dpo"]),
         (["dpo"], ["method: dpo - Direct preference", "method.label_smoothing=0.0"]),
         (["data"], ["data - What to train", "data.train ", "data.seq_len=4096"]),

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +11,10 @@ from data_helpers import LABELS, PAIRS, recipe, write_jsonl
 from data_helpers import preference_set as make
 from data_helpers import preference_spec as spec
 
-from moetrain.config.online import OnlineMethod
-from moetrain.config.recipe import MethodConfig
+from moetrain.config.method import SECTIONS
 from moetrain.data import assets, preference
 from moetrain.data.chat import ChatOptions
-from moetrain.data.loader import FEEDS, KINDS, Loader, RunData, Shuffled
+from moetrain.data.loader import KINDS, Loader, RunData, Shuffled
 from moetrain.data.sets import PackedSet, build
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed
@@ -93,11 +92,9 @@ def test_neither_layout_nor_resume_changes_the_stream(tmp_path: Path, kind: str)
 
 
 def test_every_method_has_its_data() -> None:
-    union = get_args(MethodConfig)[0]
-    sections = get_args(union)
-    names = {s.model_fields["name"].default for s in sections if not issubclass(s, OnlineMethod)}
-    assert names == set(FEEDS)  # the others learn from rollouts
-    assert set(FEEDS.values()) == {"corpus", *KINDS}
+    for section in SECTIONS.values():
+        assert section.learns_from in {"corpus", "prompts", *KINDS}
+        assert (section.learns_from == "prompts") == section.samples
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
@@ -115,7 +112,7 @@ def test_a_recipe_finds_its_kind(tmp_path: Path, name: str) -> None:
     pack = RunData(made).loader(0, 2, tmp_path / "logp.npy").next()[0]
     assert pack.extras["ref_logp"].sum() == (pack.extras["role"] > 0).sum()
     other = recipe(tmp_path, method={"name": "sft"}, data={**given, "train": str(path)})
-    assert KINDS[FEEDS[other.method.name]].name == "sft"
+    assert KINDS[other.method.learns_from].name == "sft"
 
 
 @pytest.mark.parametrize("kind", ["pairs", "labels"])

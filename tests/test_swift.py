@@ -67,6 +67,8 @@ MEANINGS = [
     (DPO, "--adapters /a", {"method.reference": "base"}),
     (DPO, "--adapters /a --ref_adapters /a", {"method.reference": "start"}),
     (DPO, "--loss_type hinge", {"method.name": "hinge"}),
+    (DPO, "--loss_type robust", {"method.name": "robust", "method.label_smoothing": 0.0}),
+    (DPO, "--loss_type robust --label_smoothing 0.2", {"method.label_smoothing": 0.2}),
     (
         DPO,
         "--rlhf_type kto --desirable_weight 2 --undesirable_weight 0.5",
@@ -358,6 +360,9 @@ METHODS = st.one_of(
                                             "rpo_alpha": small},
     ),
     st.fixed_dictionaries({"name": st.sampled_from(["ipo", "hinge"])}, optional={"beta": small}),
+    st.fixed_dictionaries(
+        {"name": st.just("robust")}, optional={"beta": small, "label_smoothing": st.floats(0, 0.4)}
+    ),
     st.fixed_dictionaries(
         {"name": st.just("kto")},
         optional={"beta": small, "desirable_weight": small, "undesirable_weight": small},
@@ -777,7 +782,7 @@ def test_every_deciding_flag_is_tried() -> None:
         (f"{BASE} --loss_scale last_round", "no last_round"),
         (f"{BASE} --new_special_tokens a b", "--new_special_tokens a b: "),
         (f"{BASE} --dataset a.jsonl#0 --optimizer sgd", "sgd"),
-        (f"{DPO} --loss_type robust", "--loss_type robust: .*sigmoid"),
+        (f"{DPO} --loss_type exo_pair", "--loss_type exo_pair: .*sigmoid"),
         (f"{DPO} --reference_free true", "--reference_free true: .*reference"),
         (f"{DPO} --loss_scale all", "--loss_scale all: .*last turn"),
         (f"{DPO} --ref_adapters /a", "--ref_adapters /a: .*whole model"),

@@ -27,6 +27,7 @@ PREFERS = ("rewards/accuracies", "rewards/margins", "loss")
 class PretrainMethod(MethodSection):
     """Next-token prediction on an indexed corpus."""
 
+    learns_from = "corpus"
     name: Literal["pretrain"] = Field(
         default="pretrain", description="`method: pretrain` for short"
     )
@@ -35,18 +36,21 @@ class PretrainMethod(MethodSection):
 class CptMethod(MethodSection):
     """Continued pretraining: `pretrain` from given weights."""
 
+    learns_from = "corpus"
     name: Literal["cpt"] = Field(default="cpt", description="`method: cpt` for short")
 
 
 class SftMethod(MethodSection):
     """Supervised fine-tuning on the assistant's turns."""
 
+    learns_from = "chat"
     name: Literal["sft"] = Field(default="sft", description="`method: sft` for short")
 
 
 class DftMethod(MethodSection):
     """Dynamic fine-tuning: a token's loss weighted by its own probability."""
 
+    learns_from = "chat"
     judged_by: ClassVar[Mapping[str, bool]] = WEIGHTED
     about: ClassVar[tuple[str, ...]] = ("token_prob", "loss")
     name: Literal["dft"] = Field(default="dft", description="`method: dft` for short")
@@ -55,6 +59,7 @@ class DftMethod(MethodSection):
 class ChordSftMethod(MethodSection):
     """CHORD's supervised loss: a token weighted by p (1 - p)."""
 
+    learns_from = "chat"
     judged_by: ClassVar[Mapping[str, bool]] = WEIGHTED
     about: ClassVar[tuple[str, ...]] = ("token_prob", "loss")
     name: Literal["chord_sft"] = Field(
@@ -63,8 +68,10 @@ class ChordSftMethod(MethodSection):
 
 
 class ReferencedMethod(MethodSection):
-    """What methods with a reference share."""
+    """What methods with a reference share; all but kto learn from pairs."""
 
+    learns_from = "pairs"
+    judged_by: ClassVar[Mapping[str, bool]] = PAIRED
     about: ClassVar[tuple[str, ...]] = (*PREFERS, "kl")
     beta: float = Field(
         default=0.1, gt=0, description="strength of the penalty for drifting from the reference"
@@ -86,7 +93,6 @@ class ReferencedMethod(MethodSection):
 class DpoMethod(ReferencedMethod):
     """Direct preference optimisation with a sigmoid."""
 
-    judged_by: ClassVar[Mapping[str, bool]] = PAIRED
     name: Literal["dpo"] = Field(default="dpo", description="`method: dpo` for short")
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="share of labels that are thought to be wrong"
@@ -99,21 +105,18 @@ class DpoMethod(ReferencedMethod):
 class IpoMethod(ReferencedMethod):
     """Identity preference optimisation: a squared loss on log-probs a token."""
 
-    judged_by: ClassVar[Mapping[str, bool]] = PAIRED
     name: Literal["ipo"] = Field(default="ipo", description="`method: ipo` for short")
 
 
 class HingeMethod(ReferencedMethod):
     """Preference optimisation with a hinge (SLiC)."""
 
-    judged_by: ClassVar[Mapping[str, bool]] = PAIRED
     name: Literal["hinge"] = Field(default="hinge", description="`method: hinge` for short")
 
 
 class RobustMethod(ReferencedMethod):
     """DPO with labels of which a known share is flipped (rDPO)."""
 
-    judged_by: ClassVar[Mapping[str, bool]] = PAIRED
     name: Literal["robust"] = Field(default="robust", description="`method: robust` for short")
     label_smoothing: float = Field(
         default=0.1, ge=0, lt=0.5, description="share of labels that are flipped"
@@ -123,6 +126,7 @@ class RobustMethod(ReferencedMethod):
 class KtoMethod(ReferencedMethod):
     """Kahneman-Tversky optimisation, on single answers with a label."""
 
+    learns_from = "labels"
     judged_by: ClassVar[Mapping[str, bool]] = GRADED
     about: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "loss", "kl")  # no pair, no margin
     name: Literal["kto"] = Field(default="kto", description="`method: kto` for short")
@@ -133,6 +137,7 @@ class KtoMethod(ReferencedMethod):
 class OrpoMethod(MethodSection):
     """Odds-ratio preference optimisation, without a reference."""
 
+    learns_from = "pairs"
     judged_by: ClassVar[Mapping[str, bool]] = PAIRED
     about: ClassVar[tuple[str, ...]] = PREFERS
     name: Literal["orpo"] = Field(default="orpo", description="`method: orpo` for short")
@@ -142,6 +147,7 @@ class OrpoMethod(MethodSection):
 class SimpoMethod(MethodSection):
     """Simple preference optimisation, without a reference."""
 
+    learns_from = "pairs"
     judged_by: ClassVar[Mapping[str, bool]] = PAIRED
     about: ClassVar[tuple[str, ...]] = PREFERS
     name: Literal["simpo"] = Field(default="simpo", description="`method: simpo` for short")
@@ -156,6 +162,7 @@ class SimpoMethod(MethodSection):
 class RewardMethod(MethodSection):
     """A Bradley-Terry reward model: a scalar head in place of the vocabulary."""
 
+    learns_from = "pairs"
     scalar_head: ClassVar[bool] = True
     judged_by: ClassVar[Mapping[str, bool]] = {
         name: more for name, more in PAIRED.items() if name != "eval_logps/chosen"
@@ -190,13 +197,14 @@ MethodConfig = Annotated[
     Field(discriminator="name"),
 ]
 
-_SECTIONS: dict[str, type[MethodSection]] = {
+SECTIONS: dict[str, type[MethodSection]] = {
     section.model_fields["name"].default: section for section in get_args(get_args(MethodConfig)[0])
 }
+"""Of each method, by its name."""
 
 
 def about(method: str) -> tuple[str, ...]:
     """The figures that a method is about, the first of all first; the loss for a name that no
     method here has.
     """
-    return _SECTIONS.get(method, MethodSection).about
+    return SECTIONS.get(method, MethodSection).about

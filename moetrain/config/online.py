@@ -29,6 +29,7 @@ def _in_the_reward(value: object) -> object:
 class OnlineMethod(MethodSection):
     """What all of them share."""
 
+    learns_from = "prompts"
     samples: ClassVar[bool] = True
     compares: ClassVar[bool] = True  # an answer with the others to the same prompt
     about: ClassVar[tuple[str, ...]] = ("reward/mean", "length/mean", "kl", "groups/no_signal")

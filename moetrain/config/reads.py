@@ -15,8 +15,6 @@ from moetrain.config.method import ReferencedMethod
 if TYPE_CHECKING:
     from moetrain.config.recipe import Recipe
 
-CORPORA = ("pretrain", "cpt")
-PREFERENCES = ("dpo", "ipo", "hinge", "kto", "orpo", "simpo", "reward")
 SERVERS = (
     "python address token_file num_servers tensor_parallel host gpu_memory max_queue engine_args"
     " push timeout start_timeout"
@@ -34,7 +32,7 @@ class Rule:
 
 def _has_records(recipe: "Recipe") -> bool:
     method = recipe.method
-    return method.name not in CORPORA and (not method.samples or method.demonstrated)
+    return method.learns_from != "corpus" and (not method.samples or method.demonstrated)
 
 
 def _evaluates(recipe: "Recipe") -> bool:
@@ -56,12 +54,12 @@ RULES = (
     ),
     Rule(
         ("data.weights",),
-        lambda r: r.method.name in CORPORA,
+        lambda r: r.method.learns_from == "corpus",
         "pretrain and cpt blend corpora by it; data.take says how many records of each path",
     ),
     Rule(
         ("data.take", "data.eval_share"),
-        lambda r: r.method.name not in CORPORA,
+        lambda r: r.method.learns_from != "corpus",
         "it chooses records, and pretrain and cpt read corpora",
     ),
     Rule(
@@ -77,23 +75,23 @@ RULES = (
             "data.max_rejected",
             "data.special_tokens_in_text",
         ),
-        lambda r: r.method.name not in CORPORA,
+        lambda r: r.method.learns_from != "corpus",
         "a corpus has no records; `moetrain data index` has --max-rejected",
     ),
     Rule(
         ("data.shuffle",),
-        lambda r: r.method.name not in CORPORA,
+        lambda r: r.method.learns_from != "corpus",
         "megatron-core shuffles corpora always",
     ),
     Rule(
         ("data.share_prompt",),
-        lambda r: r.method.name in PREFERENCES,
+        lambda r: r.method.learns_from in ("pairs", "labels"),
         "preference methods alone have two answers to a prompt in a record",
     ),
     Rule(
         ("data.reference",),
         lambda r: isinstance(r.method, ReferencedMethod),
-        "dpo, ipo, hinge and kto have cached log-probs of a reference",
+        "methods with method.reference alone have log-probs of one",
     ),
     Rule(
         ("trainable",),

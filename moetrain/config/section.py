@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -44,6 +44,9 @@ class Section(BaseModel):
 class MethodSection(Section):
     """A training method and its numbers."""
 
+    # The records of data.train: an indexed corpus, conversations, pairs, answers with a label, or
+    # prompts that are answered by rollouts. Every method says it.
+    learns_from: ClassVar[Literal["corpus", "chat", "pairs", "labels", "prompts"]]
     scalar_head: ClassVar[bool] = False  # the model ends in one number per token
     value_head: ClassVar[bool] = False  # it has one beside the vocabulary
     samples: ClassVar[bool] = False  # it learns from rollouts

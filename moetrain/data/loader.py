@@ -21,23 +21,7 @@ from moetrain.data.stream import EvalPacks, Loader, Packs
 from moetrain.errors import DataError, plural
 from moetrain.ops.packed import Packed
 
-# What a method eats: corpora, or a kind of set.
-CORPUS = "corpus"
-FEEDS: dict[str, str] = {
-    "pretrain": CORPUS,
-    "cpt": CORPUS,
-    "sft": "chat",
-    "dft": "chat",
-    "chord_sft": "chat",
-    "dpo": "pairs",
-    "ipo": "pairs",
-    "hinge": "pairs",
-    "robust": "pairs",
-    "orpo": "pairs",
-    "simpo": "pairs",
-    "reward": "pairs",
-    "kto": "labels",
-}
+# What MethodSection.learns_from says, of records that become sequences before the run.
 KINDS: dict[str, SetKind] = {
     "chat": sft.CHAT,
     "pairs": preference.PAIRS,
@@ -230,8 +214,8 @@ def _packs(recipe: Recipe, *, held_out: bool) -> Packs | None:
             return None
         raise DataError("data.train is empty: give a path, a list of paths or builtin:NAME.")
     inputs = [str(assets.resolve(path, root)) for path in given]
-    feed = FEEDS[recipe.method.name]
-    if feed == CORPUS:
+    learns_from = recipe.method.learns_from
+    if learns_from == "corpus":
         return _corpus(recipe, inputs, root, held_out=held_out)
     spec = Spec(
         inputs=tuple(inputs),
@@ -247,7 +231,7 @@ def _packs(recipe: Recipe, *, held_out: bool) -> Packs | None:
         selection=selection,
         num_workers=recipe.data.num_workers,
     )
-    data = PackedSet(build(KINDS[feed], spec, root))
+    data = PackedSet(build(KINDS[learns_from], spec, root))
     return Shuffled(data, recipe.seed, recipe.data.shuffle or held_out)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets, index_files, packing
 from moetrain.data.encode import Encoder, Result, SetKind, Spec
-from moetrain.data.loader import CORPUS, FEEDS, KINDS, limit
+from moetrain.data.loader import KINDS, limit
 from moetrain.data.messages import FormatError
 from moetrain.data.prompts import read_prompt
 from moetrain.data.rejects import Reject, noted
@@ -92,7 +92,7 @@ def preview(recipe: Recipe, key: str, records: int = RECORDS) -> Preview | None:
     """
     given: list[str] = vars(recipe.data)[key]
     paths = [path for path in given if not assets.is_builtin(path)]
-    if not paths or FEEDS.get(recipe.method.name) == CORPUS:
+    if not paths or recipe.method.learns_from == "corpus":
         return None
     found = Preview(f"data.{key}")
     view = View(recipe, demonstrations=key == "demonstrations")
@@ -106,18 +106,18 @@ def preview(recipe: Recipe, key: str, records: int = RECORDS) -> Preview | None:
             rows += _sample(source, num, math.ceil(records / len(paths) / len(sources)))
         found.is_counted &= all(is_counted for _, is_counted in nums)
         found.num_records += _taken(recipe, key, number, sum(num for num, _ in nums))
-    if view.feed is None:
+    if view.learns_from == "prompts":
         for row in rows:
             _prompt(view, row, found)
             if time.monotonic() > deadline:
                 break
         return found
-    encoder, results = Encoder(KINDS[view.feed], view.spec()), list[Result]()
+    encoder, results = Encoder(KINDS[view.learns_from], view.spec()), list[Result]()
     for chunk in batched(rows, CHUNK):
         results += encoder(chunk)
         if time.monotonic() > deadline:
             break
-    _take_in(found, KINDS[view.feed], results, encoder.spec)
+    _take_in(found, KINDS[view.learns_from], results, encoder.spec)
     return found
 
 
@@ -223,7 +223,7 @@ def lengths(recipe: Recipe, found: Sequence[Preview]) -> list[str]:
 
 def _epoch(recipe: Recipe, train: Preview | None) -> tuple[int, str]:
     """(packs or prompts of an epoch, what they are); 0 where nobody has looked."""
-    if FEEDS.get(recipe.method.name) == CORPUS:
+    if recipe.method.learns_from == "corpus":
         given = recipe.data.train
         if any(map(assets.is_builtin, given)):
             return 0, ""

@@ -12,7 +12,7 @@ from moetrain.data.cache import cache_root
 from moetrain.data.chat import Chat, ChatOptions, Encoded, Marked
 from moetrain.data.demonstrations import demonstration_recipe
 from moetrain.data.encode import Encoder, Result, Spec
-from moetrain.data.loader import CORPUS, FEEDS, KINDS
+from moetrain.data.loader import KINDS
 from moetrain.data.messages import FormatError
 from moetrain.data.prompts import read_prompt
 from moetrain.data.rejects import Reject
@@ -77,8 +77,8 @@ class View:
                 )
             recipe = own
         self.recipe, self.held_out = recipe, held_out
-        self.feed = FEEDS.get(recipe.method.name)  # None: prompts
-        if self.feed == CORPUS:
+        self.learns_from = recipe.method.learns_from
+        if self.learns_from == "corpus":
             raise DataError(
                 f"method {recipe.method.name} reads an indexed corpus, all of which is learned:"
                 " data show is for methods that read records."
@@ -104,10 +104,10 @@ class View:
 
     def show(self, rows: Iterable[Record | Reject]) -> Iterator[Shown]:
         """What becomes of records."""
-        if self.feed is None:
+        if self.learns_from == "prompts":
             yield from (shown for row in rows for shown in [self._prompt(row)])
             return
-        encoder = Encoder(KINDS[self.feed], self.spec(), keep_texts=True)
+        encoder = Encoder(KINDS[self.learns_from], self.spec(), keep_texts=True)
         rows = iter(rows)
         while chunk := list(islice(rows, CHUNK)):
             for result in encoder(chunk):
@@ -158,7 +158,7 @@ class View:
         sequences = [sequence for group in result.groups for sequence in group.sequences]
         texts = [marked for one in result.texts for marked in one]
         truncated = any(group.truncated for group in result.groups)
-        pairs = self.feed == "pairs"
+        pairs = self.learns_from == "pairs"
         for number, sequence in enumerate(sequences):
             marked, whole = self._text_of(sequence, texts)
             yield self._shown(
@@ -184,7 +184,7 @@ class View:
         text = marked.text
         if truncated:
             text = str(self.chat.tokenizer.decode(sequence.tokens, skip_special_tokens=False))
-        elif self.feed != "chat":  # of a pair, what follows the answer is left out
+        elif self.learns_from != "chat":  # of a pair, what follows the answer is left out
             text = text[: marked.spans[-1][1]]
         spans = ((start, min(end, len(text))) for start, end in marked.spans)
         return Shown(

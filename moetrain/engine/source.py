@@ -13,7 +13,6 @@ import torch
 from moetrain.config.recipe import ModelConfig, Recipe
 from moetrain.data import assets
 from moetrain.data.chat import Chat, template_text
-from moetrain.data.loader import CORPUS, FEEDS
 from moetrain.data.run_tokenizer import adapter_tokenizer
 from moetrain.data.tokenizer import load
 from moetrain.data.tokenizer_files import tokenizer_files
@@ -71,7 +70,7 @@ class ModelSource:
         turns, with its template, and what ends them.
         """
         plain = SideFiles(self.tokenizer, self.folder or self.megatron)
-        corpus = FEEDS.get(recipe.method.name) == CORPUS
+        corpus = recipe.method.learns_from == "corpus"
         if not taught or corpus or self.tokenizer is None or not tokenizer_files(self.tokenizer):
             return plain
         template = template_text(recipe.data.chat_template)

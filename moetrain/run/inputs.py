@@ -6,7 +6,6 @@ from pathlib import Path
 
 from moetrain.config.builtin import published
 from moetrain.config.method import ReferencedMethod
-from moetrain.config.reads import CORPORA
 from moetrain.config.recipe import Recipe
 from moetrain.data.sources import find_sources
 from moetrain.errors import ConfigError, DataError, MoetrainError
@@ -57,7 +56,7 @@ def missing(recipe: Recipe) -> Iterator[MoetrainError]:
 
 def _text(recipe: Recipe) -> Iterator[MoetrainError]:
     own, template = recipe.model.tokenizer, recipe.data.chat_template
-    if own is None and recipe.model.path is None and recipe.method.name not in CORPORA:
+    if own is None and recipe.model.path is None and recipe.method.learns_from != "corpus":
         yield DataError(
             "A model made from model.hf has no tokenizer: set model.tokenizer (a folder or"
             " builtin:NAME)."
@@ -105,7 +104,7 @@ def _data(recipe: Recipe) -> Iterator[MoetrainError]:
     for key in ("train", "eval", "demonstrations"):
         paths: list[str] = vars(data)[key]
         for path in (path for path in paths if not path.startswith(BUILTIN)):
-            if recipe.method.name in CORPORA:
+            if recipe.method.learns_from == "corpus":
                 yield from _corpus(path)
                 continue
             try:

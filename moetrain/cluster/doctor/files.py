@@ -172,11 +172,10 @@ def tokenizer(subject: Subject) -> Finding:
     from moetrain.data import tokenizer as tokenizers
     from moetrain.data.chat import ChatOptions
     from moetrain.data.formats import to_conversation
-    from moetrain.data.loader import CORPUS, FEEDS
     from moetrain.data.run_tokenizer import model_vocab, tokenizer_of
 
     recipe = subject.recipe
-    corpus = FEEDS.get(recipe.method.name) == CORPUS
+    corpus = recipe.method.learns_from == "corpus"
     if corpus and recipe.model.tokenizer is None and recipe.model.hf is not None:
         return skip("an indexed corpus needs none")
     loaded = tokenizers.load(tokenizer_of(recipe))
@@ -204,7 +203,6 @@ def data(subject: Subject) -> Finding:
     """Every path of data.train, data.eval and data.demonstrations opens, and a sample of its
     records can be learned from.
     """
-    from moetrain.data.loader import CORPUS, FEEDS
     from moetrain.data.preview import lengths, previews
 
     recipe = subject.recipe
@@ -215,8 +213,7 @@ def data(subject: Subject) -> Finding:
     )
     if not paths and not shown:
         return ok(f"{', '.join(given)}: made here")
-    feed = FEEDS.get(recipe.method.name)
-    if feed == CORPUS:
+    if recipe.method.learns_from == "corpus":
         return _corpora(paths)
     found = previews(recipe)
     bad = [reject for one in found for reject in one.rejects]

@@ -28,7 +28,7 @@ from moetrain.interop.swift.codecs import (
 )
 from moetrain.interop.swift.decides import DECIDES
 from moetrain.interop.swift.files import read_arguments
-from moetrain.interop.swift.methods import check_methods
+from moetrain.interop.swift.methods import METHOD, check_methods
 from moetrain.interop.swift.near import Near
 from moetrain.interop.swift.notes import (
     CHANGES,
@@ -159,7 +159,7 @@ def to_swift(content: Mapping[str, Any]) -> Exported:
     if "action" not in writing.flags:
         raise ConfigError(
             f"method.name={writing.keys.get('method.name')}: `megatron` has no such method; it has "
-            f"sft, dft, cpt, dpo, ipo, hinge, kto, reward, grpo, dr_grpo, dapo and gspo"
+            f"{', '.join(str(one.value) for one in METHOD.options if not one.read_only)}"
         )
     notes = writing.notes + [
         Note("not carried", f"{key}={value}", WHY_KEYS.get(key, NO_FLAG))

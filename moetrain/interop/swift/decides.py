@@ -27,7 +27,7 @@ DECIDING: dict[str, tuple[tuple[str, ...], str]] = SAMPLED | {
     "advantage_reweight": ((_NONE,), "RLSD's weights are not here; a recipe has grpo's advantages"),
     "chord_sft_dataset": ((), "demonstrations are of --rlhf_type grpo with --loss_type grpo"),
     "dsa_indexer_loss_coeff": (("0",), _METHOD),
-    "label_smoothing_factor": (("0",), "of the methods only dpo has label smoothing"),
+    "label_smoothing_factor": (("0",), "of the methods only dpo and robust have label smoothing"),
     "ld_alpha": (("1", _NONE), "dpo counts an answer's tokens alike, whatever their place"),
     "loss_weights": ((_NONE,), "a method has one loss"),
     "neftune_noise_alpha": (("0", _NONE), "no noise is added to embeddings"),

@@ -18,6 +18,7 @@ METHOD = Choice(
         Option("pretrain", {"action": "pt"}),
         Option("ipo", {"action": "rlhf", "rlhf_type": "dpo", "loss_type": "ipo"}),
         Option("hinge", {"action": "rlhf", "rlhf_type": "dpo", "loss_type": "hinge"}),
+        Option("robust", {"action": "rlhf", "rlhf_type": "dpo", "loss_type": "robust"}),
         Option("dpo", {"action": "rlhf", "rlhf_type": "dpo"}, {"loss_type": "sigmoid"}),
         Option("kto", {"action": "rlhf", "rlhf_type": "kto"}, {"loss_type": "kto"}),
         Option("reward", {"action": "rlhf", "rlhf_type": "rm"}),

@@ -1,9 +1,10 @@
 """What preference methods measure their answers against."""
 
+from moetrain.config.method import SECTIONS, ReferencedMethod
 from moetrain.interop.swift.codecs import LIST, TEXT, Entry, Keys, Reading, Writing
 from moetrain.interop.swift.online import is_online
 
-REFERENCED = ("dpo", "ipo", "hinge", "kto")
+REFERENCED = {name for name, own in SECTIONS.items() if issubclass(own, ReferencedMethod)}
 
 
 class Reference(Entry):

@@ -7,6 +7,7 @@ The names, defaults and meanings are those of Megatron-SWIFT's documented argume
 
 from collections.abc import Callable
 
+from moetrain.config.method import SECTIONS
 from moetrain.interop.swift.answers import Demonstrations, Sampled
 from moetrain.interop.swift.codecs import (
     JSON,
@@ -66,14 +67,19 @@ OLD_NAMES = {
     "train_type": "tuner_type",
 }
 
-PAIRS = ("dpo", "ipo", "hinge", "orpo", "simpo", "reward")
-CORPUS = ("cpt", "pretrain")
-WITH_BETA = ("dpo", "ipo", "hinge", "kto", "orpo", "simpo")
+PAIRS = tuple(name for name, own in SECTIONS.items() if own.learns_from == "pairs")
+CORPUS = tuple(name for name, own in SECTIONS.items() if own.learns_from == "corpus")
 
 
 def method(*names: str) -> Callable[[Keys], bool]:
     """Whether the recipe's method is one of these."""
     return lambda keys: keys.get("method.name") in names
+
+
+def _has(leaf: str) -> Callable[[Keys], bool]:
+    """Whether the recipe's method has this key."""
+    owners = {name for name, own in SECTIONS.items() if leaf in own.model_fields}
+    return lambda keys: keys.get("method.name") in owners
 
 
 def _of_records(keys: Keys) -> bool:
@@ -186,11 +192,11 @@ _NUMBERS_OF_METHODS: tuple[Entry, ...] = (
         "beta",
         NUMBER,
         default=_beta,
-        when=lambda keys: is_online(keys) or keys.get("method.name") in WITH_BETA,
+        when=_has("beta"),
         always=True,
     ),
-    Same("label_smoothing", NUMBER, default=0.0, when=method("dpo")),
-    Same("rpo_alpha", NUMBER, default=0.0, when=method("dpo")),
+    Same("label_smoothing", NUMBER, default=0.0, when=_has("label_smoothing")),
+    Same("rpo_alpha", NUMBER, default=0.0, when=_has("rpo_alpha")),
     Same("desirable_weight", NUMBER, default=1.0, when=method("kto")),
     Same("undesirable_weight", NUMBER, default=1.0, when=method("kto")),
     Same("simpo_gamma", NUMBER, default=1.0, when=method("simpo")),
