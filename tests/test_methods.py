@@ -1,5 +1,5 @@
 """Every offline loss equals TRL's on the same log-probs (recorded by tools/bench/trl_fixtures.py),
-whatever order the answers stand in.
+whatever order the answers stand in. Losses that TRL has not are held against their formulas.
 """
 
 import json
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from moetrain.config.method import MethodConfig
+from moetrain.config.method import SECTIONS, MethodConfig
 from moetrain.methods import METHODS
 from moetrain.methods.base import Out
 from moetrain.ops.packed import Packed, concat, pack_one, pad_to
@@ -90,6 +90,14 @@ def test_the_loss_is_trls(case: dict[str, Any]) -> None:
         assert metrics[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
 
 
+def test_every_offline_method_is_held_against_something() -> None:
+    """TRL's loss, or one of the tests below."""
+    assert [(name, method.name) for name, method in METHODS.items() if name != method.name] == []
+    assert METHODS.keys() == SECTIONS.keys()
+    held = {case["method"]["name"] for case in CASES} | {"pretrain", "cpt", "chord_sft"}
+    assert held == {name for name, section in SECTIONS.items() if not section.samples}
+
+
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_what_a_method_is_judged_by_and_about_is_measured(case: dict[str, Any]) -> None:
     _, metrics = computed(case, [packed(case)])
@@ -98,7 +106,7 @@ def test_what_a_method_is_judged_by_and_about_is_measured(case: dict[str, Any]) 
     assert set(cfg.about) <= {"loss", *metrics} and "loss" in cfg.about
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge", "robust"])
 @pytest.mark.parametrize("by", [-1.5, 0.0, 1.5])
 def test_the_kl_of_pairs_is_never_negative(name: str, by: float) -> None:
     """Also where the policy likes both answers better than the reference does (it was -90 there,
@@ -119,6 +127,13 @@ def test_the_kl_of_pairs_is_never_negative(name: str, by: float) -> None:
 
 def _rows(case: dict[str, Any]) -> list[tuple[list[float], list[int]]]:
     return list(zip(case["logp"], case["mask"], strict=True))
+
+
+@pytest.mark.parametrize("name", ["pretrain", "cpt"])
+def test_pretraining_has_the_loss_of_sft(name: str) -> None:
+    case = next(c for c in CASES if c["method"]["name"] == "sft")
+    found = computed(case | {"method": {"name": name}}, [packed(case)])
+    assert found == computed(case, [packed(case)])
 
 
 def test_chords_weighting_is_its_formula() -> None:
@@ -188,3 +203,14 @@ def test_a_wider_margin_never_costs_more(h: float, beta: float, smoothing: float
     # With smoothing the loss has its minimum where the odds are those of a right label.
     best = torch.tensor([math.log((1 - smoothing) / max(smoothing, 1e-12)) / beta])
     assert sigmoid_loss(best, beta, smoothing) <= sigmoid_loss(near, beta, smoothing) + 1e-6
+
+
+@given(st.floats(-30, 30), st.floats(0.01, 2), st.floats(0, 0.45))
+def test_robust_is_dpo_on_the_right_labels(h: float, beta: float, share: float) -> None:
+    """In the mean over flips, which are that pair with the answers changed over."""
+    from moetrain.methods.dpo import robust_loss, sigmoid_loss
+
+    right, flipped = (torch.tensor([x], dtype=torch.float64) for x in (h, -h))
+    found = [robust_loss(x, beta, share) for x in (right, flipped)]
+    mean = (1 - share) * found[0] + share * found[1]
+    torch.testing.assert_close(mean, sigmoid_loss(right, beta), rtol=1e-9, atol=1e-9)

@@ -13,6 +13,7 @@ import torch
 from test_parity import as_on_disk
 from torch import Tensor
 
+from moetrain.config.method import SECTIONS
 from moetrain.ops.packed import Packed, concat, pack_one
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
@@ -101,6 +102,11 @@ def hinge(w: Numbers, l: Numbers, cfg: dict[str, float]) -> Tensor:  # noqa: E74
     return torch.clamp(1 - cfg["beta"] * h, min=0).mean()
 
 
+def debiased(w: Numbers, l: Numbers, cfg: dict[str, float]) -> Tensor:  # noqa: E741
+    p, e = torch.sigmoid(cfg["beta"] * ((w[0] - w[2]) - (l[0] - l[2]))), cfg["label_smoothing"]
+    return (e * torch.log(1 - p) - (1 - e) * torch.log(p)).mean() / (1 - 2 * e)
+
+
 def odds(w: Numbers, l: Numbers, cfg: dict[str, float]) -> Tensor:  # noqa: E741
     p, q = torch.exp(w[0] / w[1]), torch.exp(l[0] / l[1])
     ratio = (p / (1 - p)) / (q / (1 - q))
@@ -118,6 +124,7 @@ PAIRS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
     "dpo": (sigmoid, {"beta": 0.3, "label_smoothing": 0.1, "rpo_alpha": 0.2}),
     "ipo": (squared, {"beta": 0.4}),
     "hinge": (hinge, {"beta": 0.3}),
+    "robust": (debiased, {"beta": 0.3, "label_smoothing": 0.2}),
     "orpo": (odds, {"beta": 0.5}),
     "simpo": (simple, {"beta": 2.0, "gamma": 0.7}),
 }
@@ -129,6 +136,7 @@ TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
 KTO = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
 REWARD = {"center_rewards": 0.05}
 METHODS = [*PAIRS, *TOKENS, "kto", "reward"]
+ALIKE = {"pretrain", "cpt"}  # their loss is sft's
 
 
 def section(method: str) -> dict[str, Any]:
@@ -213,6 +221,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "pp2": (2, {"pp": 2}),
     "ep2": (2, {"ep": 2}),
 }
+
+
+def test_no_offline_method_is_left_out() -> None:
+    assert {*METHODS} | ALIKE == {name for name, own in SECTIONS.items() if not own.samples}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,9 +1,11 @@
 # pyright: reportPrivateImportUsage=false
 """Losses as TRL computes them, recorded for tests/test_methods.py.
 
-Runs in an environment of TRL's own, where moetrain need not be:
-    python -m venv ENV && ENV/bin/pip install trl
-    ENV/bin/python tools/bench/trl_fixtures.py > tests/fixtures/trl.json
+Runs with the TRL of .venv, and needs nothing of moetrain:
+    .venv/bin/python tools/bench/trl_fixtures.py > tests/fixtures/trl.json
+
+All cases draw from one generator: a new one goes at the end of the list, so that those before it
+stay as they are (to the last bit of a loss, which machines may differ in).
 
 TRL's own loss methods are called, on trainers that have only what these methods read and with a
 model that answers with given log-probs.
@@ -24,7 +26,7 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 NUM_PAIRS, WIDTH = 6, 12
-COMMAND = "ENV/bin/python tools/bench/trl_fixtures.py > tests/fixtures/trl.json"
+COMMAND = ".venv/bin/python tools/bench/trl_fixtures.py > tests/fixtures/trl.json"
 
 
 def bare(kind: Any, **attributes: Any) -> Any:
