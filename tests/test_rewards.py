@@ -1,5 +1,6 @@
 """Rewards as functions, and the processes that grade: what hangs or dies costs itself alone."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from moetrain.config.rewards import Reward, RewardConfig
+from moetrain.config.rewards import OPTIONS, Reward, RewardConfig
 from moetrain.errors import ConfigError
 from moetrain.rewards import REWARDS, Grader, find_reward
+from moetrain.rewards.columns import NEEDED
+from moetrain.rewards.services import SERVICES
 from moetrain.rewards.text import script_of, words
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +168,19 @@ def test_lengths() -> None:
     assert score("cosine_length", "x" * 10, **ends) == pytest.approx(-1)
     wrong, longer = (score("cosine_length", "x" * n, right=[0.0]) for n in (10, 900))
     assert wrong is not None and longer is not None and wrong < longer <= -0.5
+
+
+def test_every_reward_stands_in_all_tables() -> None:
+    """A name in one table alone would be unknown, or taken for a file; a default that stands in the
+    options is not the one that a test of the function sees.
+    """
+    assert {*REWARDS, *SERVICES} == {*OPTIONS} >= {*NEEDED}
+    for name, function in REWARDS.items():
+        takes = inspect.signature(function).parameters
+        for key, field in OPTIONS[name].model_fields.items():
+            assert key in takes, f"{name} does not take the option {key}"
+            own = takes[key].default
+            assert (list(own) if isinstance(own, tuple) else own) == field.default, (name, key)
 
 
 def test_every_reward_takes_any_text() -> None:

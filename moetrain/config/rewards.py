@@ -242,7 +242,7 @@ OPTIONS: dict[str, type[Section]] = {
     "reward_model": RewardModelOptions,
     "judge": JudgeOptions,
 }
-"""What each reward of moetrain can be told."""
+"""Every reward of moetrain, and what it can be told: NoOptions where that is nothing."""
 
 
 class RewardConfig(Section):
