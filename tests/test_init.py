@@ -11,6 +11,7 @@ from data_helpers import LABELS, PAIRS, questions, tokenizer_folder, write_jsonl
 
 from moetrain import cli
 from moetrain.config.load import load_recipe
+from moetrain.config.method import SECTIONS
 from moetrain.data.corpus import index
 from moetrain.methods import METHODS
 from moetrain.run.propose import JOBS, Wanted, propose
@@ -19,11 +20,8 @@ from moetrain.testing.tiny import save_model
 
 ASKED = [{"question": f"{a} + 1?", "answer": str(a + 1)} for a in range(40)]
 RECORDS: dict[str, list[Any]] = {"sft": questions(), "dpo": PAIRS, "kto": LABELS, "grpo": ASKED}
-LIKE = {
-    **dict.fromkeys(("dft", "chord_sft"), "sft"),
-    **dict.fromkeys(("ipo", "hinge", "orpo", "simpo", "reward"), "dpo"),
-    **dict.fromkeys(("dr_grpo", "dapo", "gspo", "ppo", "chord"), "grpo"),
-}
+# What a method learns from -> whose records it has.
+LIKE = {"chat": "sft", "pairs": "dpo", "labels": "kto", "prompts": "grpo"}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +38,8 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wanted(there: Path, job: str, **more: Any) -> Wanted:
-    name = LIKE.get(job, job)
-    data = there / ("corpus" if job in ("pretrain", "cpt") else f"{name}.jsonl")
+    name = LIKE.get(SECTIONS[job].learns_from)
+    data = there / (f"{name}.jsonl" if name else "corpus")
     if name == "grpo":
         more.setdefault("rewards", ("accuracy", "format"))
     if job == "chord":

@@ -385,7 +385,10 @@ def test_workers_end_with_a_trainer_that_is_killed(own: str) -> None:
     ("content", "message"),
     [
         ("def f(:", "cannot be run: SyntaxError"),
-        ("import nothing_like_it\ndef emoji(c): ...", "cannot be run: ModuleNotFoundError"),
+        (
+            "import nothing_like_it\ndef emoji(completions): ...",
+            "cannot be run: ModuleNotFoundError",
+        ),
         ("def emojy(c): ...", "has no function emoji. Did you mean 'emojy'?"),
     ],
 )
@@ -400,8 +403,8 @@ def test_an_own_file_that_does_not_work(tmp_path: Path, content: str, message: s
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("import os; os._exit(1)\ndef emoji(c): ...", "ended as it was loaded"),
-        ("raise SystemExit\ndef emoji(c): ...", "ended as it was"),
+        ("import os; os._exit(1)\ndef emoji(completions): ...", "ended as it was loaded"),
+        ("raise SystemExit\ndef emoji(completions): ...", "ended as it was"),
     ],
 )
 def test_an_own_file_that_ends_its_process(tmp_path: Path, content: str, message: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config.load import recipe_from
-from moetrain.config.reads import CORPORA
+from moetrain.config.method import SECTIONS
 from moetrain.config.recipe import Recipe
 from moetrain.data.preview import Preview, lengths, preview
 from moetrain.errors import ConfigError, DataError
@@ -49,6 +49,7 @@ JOBS: dict[str, Job] = {
     "dpo": Job("Prefer chosen answers to rejected ones.", 1e-6, 1e-5, 1, BETA),
     "ipo": Job("Prefer chosen answers to rejected ones, by a squared loss.", 1e-6, 1e-5, 1, BETA),
     "hinge": Job("Prefer chosen answers to rejected ones, by a hinge.", 1e-6, 1e-5, 1, BETA),
+    "robust": Job("Prefer chosen answers, some of which are not.", 1e-6, 1e-5, 1, BETA),
     "kto": Job("Learn from single answers that are labelled good or bad.", 1e-6, 1e-5, 1, BETA),
     "orpo": Job("Fine-tune and prefer in one, without a reference.", 5e-6, 5e-5),
     "simpo": Job("Prefer chosen answers, without a reference.", 1e-6, 1e-5),
@@ -142,7 +143,11 @@ def _content(
 
 
 def _samples(job: str) -> bool:
-    return job in ("grpo", "dr_grpo", "dapo", "gspo", "ppo", "chord")
+    return SECTIONS[job].samples
+
+
+def _of_corpus(job: str) -> bool:
+    return SECTIONS[job].learns_from == "corpus"
 
 
 def _check_fit(wanted: Wanted, recipe: Recipe, train: Preview) -> None:
@@ -194,7 +199,7 @@ def _sized(recipe: Recipe, model: Model, train: Preview | None, on_gpu: bool, an
 
 
 def _packs(recipe: Recipe, train: Preview | None) -> int:
-    if recipe.method.samples or (train is None and recipe.method.name not in CORPORA):
+    if recipe.method.samples or (train is None and recipe.method.learns_from != "corpus"):
         return 0
     if train is not None:
         return train.num_packs(recipe.data.seq_len)
@@ -236,7 +241,7 @@ def text(wanted: Wanted, found: Found) -> str:
         "  warmup: 0.05\t# share of the steps",
         "train:",
         *_length(wanted, found),
-        f"  eval_every: {every}\t# steps" * (bool(wanted.eval) or wanted.job not in CORPORA),
+        f"  eval_every: {every}\t# steps" * (bool(wanted.eval) or not _of_corpus(wanted.job)),
         "checkpoint:",
         f"  every: {every}\t# steps; a killed run goes on from the last",
         "  export_hf: true\t# a Hugging Face folder at the end: run_dir/hf",
@@ -254,7 +259,7 @@ def _data(wanted: Wanted, found: Found) -> list[str]:
     lines = ["data:", f"  train: {_value(wanted.data)}"]
     if wanted.eval:
         lines.append(f"  eval: {_value(wanted.eval)}")
-    elif wanted.job not in CORPORA:
+    elif not _of_corpus(wanted.job):
         lines.append(f"  eval_share: {found.eval_share:g}\t# of the records, to evaluate on")
     if wanted.demonstrations:
         lines.append(f"  demonstrations: {_value(wanted.demonstrations)}")
