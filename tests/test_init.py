@@ -38,7 +38,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wanted(there: Path, job: str, **more: Any) -> Wanted:
-    name = LIKE.get(SECTIONS[job].learns_from)
+    name = LIKE.get(SECTIONS[job].learns_from) if job in SECTIONS else job
     data = there / (f"{name}.jsonl" if name else "corpus")
     if name == "grpo":
         more.setdefault("rewards", ("accuracy", "format"))
