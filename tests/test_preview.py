@@ -1,6 +1,7 @@
 """What a dry run says of data, against what a run makes of it."""
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,24 @@ def test_a_sample_of_many_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(previews, "COUNTED", 10_000)
     monkeypatch.setattr(previews, "WHOLE", 5_000)
     (source,) = find_sources([tmp_path / "a.jsonl"])
-    num, is_counted = previews.count(source)  # from the first ones, which are short
-    assert not is_counted and num > 1200
+    counted = previews._Counted(time.monotonic() + 60)
+    assert counted.count(source) > 1200 and not counted.is_exact  # the first ones are short
     monkeypatch.setattr(previews, "SECONDS", 0.0)
     assert of_train(given).num_seen == previews.CHUNK
+
+
+def test_what_a_sample_lacks_is_a_warning(tmp_path: Path) -> None:
+    """Others may have the column that no record of a sample has; a run looks at all."""
+    rows = [{"prompt": "a", "answer": None}, {"prompt": "b", "answer": "4"}] * previews.RECORDS
+    path = write_jsonl(tmp_path / "a.jsonl", rows)  # every other one is looked at
+    given = recipe(
+        tmp_path,
+        method={"name": "grpo"},
+        data={"train": [str(path)], "seq_len": 64},
+        rollout={"max_tokens": 8},
+        rewards=["accuracy"],
+    )
+    assert any("WARNING: of a sample: " in line for line in look_ahead(given))
 
 
 def test_too_many_rejected_and_a_reward_that_cannot_be_called(tmp_path: Path) -> None:

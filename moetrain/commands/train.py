@@ -61,9 +61,9 @@ def _recorded(run_dir: Path, *, is_rank: bool) -> Iterator[Arguments]:
     leaves that to whoever started it.
     """
     from moetrain.errors import DivergedError, MoetrainError
-    from moetrain.run.starts import record_end
+    from moetrain.run.starts import num_starts, record_end
 
-    end = Arguments(code=None)
+    end, before = Arguments(code=None), num_starts(run_dir)
     try:
         yield end
     except BaseException as error:
@@ -73,7 +73,10 @@ def _recorded(run_dir: Path, *, is_rank: bool) -> Iterator[Arguments]:
     finally:
         if not is_rank:
             good = (0, MoetrainError.exit_code, DivergedError.exit_code, 130, 143)
-            record_end(run_dir, end.code, good)
+            if (
+                num_starts(run_dir) > before
+            ):  # else refused before it started, perhaps as another runs
+                record_end(run_dir, end.code, good)
 
 
 def _dry_run(recipe: "Recipe", num_procs: int | None) -> None:

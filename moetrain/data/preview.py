@@ -1,16 +1,17 @@
 """What a run would make of its data, from a sample of records: for a dry run, doctor and `init`.
 
-Bounded: RECORDS records of a set are looked at, spread over files up to WHOLE bytes and the first
-of larger ones, and no more once SECONDS have passed. Lines are counted in files up to COUNTED
-bytes; how many a larger one has follows from the bytes of its first ones.
+Bounded: RECORDS records of a set are looked at, spread over at most FILES of its files: over all of
+a file when the set has up to WHOLE bytes, else its first ones. No more are read once half of
+SECONDS have passed, and none tokenised after all of them. Lines are counted in the first COUNTED
+bytes of a set; how many the rest has follows from those.
 """
 
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import batched, islice
+from itertools import batched, islice, zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +32,7 @@ RECORDS = 256
 SECONDS = 10.0
 WHOLE = 64 * 2**20
 COUNTED = 2**30
+FILES = 32
 CHUNK = 16  # records between two looks at the clock
 FEW_PACKS = 8  # of a sample, which say little about how full packs of all records are
 
@@ -98,14 +100,16 @@ def preview(recipe: Recipe, key: str, records: int = RECORDS) -> Preview | None:
     view = View(recipe, demonstrations=key == "demonstrations")
     found.template = view.chat.notes()
     deadline = time.monotonic() + SECONDS
-    rows: list[Record | Reject] = []
-    for number, path in enumerate(given):
-        sources = [] if assets.is_builtin(path) else find_sources([path], held_out=key == "eval")
-        nums = [count(source) for source in sources]
-        for source, (num, _) in zip(sources, nums, strict=True):
-            rows += _sample(source, num, math.ceil(records / len(paths) / len(sources)))
-        found.is_counted &= all(is_counted for _, is_counted in nums)
-        found.num_records += _taken(recipe, key, number, sum(num for num, _ in nums))
+    sources = {
+        number: find_sources([path], held_out=key == "eval")
+        for number, path in enumerate(given)
+        if not assets.is_builtin(path)
+    }
+    counted = _Counted(deadline - SECONDS / 2)
+    for number, own in sources.items():
+        found.num_records += _taken(recipe, key, number, sum(map(counted.count, own)))
+    found.is_counted = counted.is_exact
+    rows = _rows([source for own in sources.values() for source in own], counted, records)
     if view.learns_from == "prompts":
         for row in rows:
             _prompt(view, row, found)
@@ -117,6 +121,7 @@ def preview(recipe: Recipe, key: str, records: int = RECORDS) -> Preview | None:
         results += encoder(chunk)
         if time.monotonic() > deadline:
             break
+    results.sort(key=lambda result: (result.file, result.line))  # neighbours, for `join`
     _take_in(found, KINDS[view.learns_from], results, encoder.spec)
     return found
 
@@ -161,39 +166,81 @@ def _taken(recipe: Recipe, key: str, number: int, num: int) -> int:
     return (wanted or num) - held
 
 
-def _sample(source: Source, num: int, wanted: int) -> Iterator[Record | Reject]:
-    size = sum(file.stat().st_size for file in source.files)
-    if size > WHOLE:
-        return islice(read_rows(source), wanted)
-    return islice(read_rows(source), 0, None, max(1, num // wanted))
+class _Counted:
+    """Records of sources, counted until COUNTED bytes of lines are read or `deadline` is past, then
+    estimated from the bytes of those before.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline, self.is_exact = deadline, True
+        self.num_bytes = 0  # of all sources
+        self.nums: dict[Path, int] = {}
+        self._left = COUNTED
+        self._known = [0, 0]  # records, and the bytes that they take
+
+    def count(self, source: Source) -> int:
+        size = sum(file.stat().st_size for file in source.files)
+        self.num_bytes += size
+        if not self._known[1] or time.monotonic() < self.deadline:
+            num, read = self._look(source, size)
+            self._known = [self._known[0] + num, self._known[1] + read]
+        else:
+            num, read = 0, 0
+        if read < size:
+            self.is_exact = False
+            num = max(1, round(size * self._known[0] / max(self._known[1], 1)))
+        self.nums[source.path] = num
+        return num
+
+    def _look(self, source: Source, size: int) -> tuple[int, int]:
+        """(records, the bytes of the source that they are in)."""
+        path = source.path
+        if path.is_dir():
+            import datasets
+
+            loaded: Any = datasets.load_from_disk(str(path))
+            return len(loaded), size
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_metadata(path).num_rows, size
+        if path.suffix == ".json" and _is_list(path):  # which is read whole, as a run does
+            return sum(1 for _ in read_rows(source)), size
+        if path.suffix not in (".jsonl", ".json"):
+            return 1, size
+        read = size if size <= self._left else min(self._left, WHOLE)
+        self._left -= read
+        return _lines(path, read), read
 
 
-def count(source: Source) -> tuple[int, bool]:
-    """(records of a source, whether they were counted and not estimated)."""
-    path = source.path
-    if path.is_dir():
-        import datasets
+def _rows(sources: Sequence[Source], counted: _Counted, records: int) -> list[Record | Reject]:
+    """About `records` rows, in turn from each of at most FILES files, so that the first of them
+    are a sample too.
+    """
+    chosen = sources[:: math.ceil(len(sources) / FILES) or 1]
+    wanted = math.ceil(records / max(len(chosen), 1))
+    each: list[list[Record | Reject]] = []
+    for source in chosen:
+        stride = max(1, counted.nums[source.path] // wanted) if counted.num_bytes <= WHOLE else 1
+        stop = wanted if stride == 1 and counted.num_bytes > WHOLE else None
+        each.append(list(islice(read_rows(source), 0, stop, stride)))
+        if time.monotonic() > counted.deadline:
+            break
+    return [row for turn in zip_longest(*each) for row in turn if row is not None]
 
-        loaded: Any = datasets.load_from_disk(str(path))
-        return len(loaded), True
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
 
-        return pyarrow.parquet.read_metadata(path).num_rows, True
-    if path.suffix == ".json" and path.stat().st_size <= WHOLE:
-        return sum(1 for _ in read_rows(source)), True
-    return _lines(path) if path.suffix in (".jsonl", ".json") else (1, True)
-
-
-def _lines(path: Path) -> tuple[int, bool]:
-    size, most = path.stat().st_size, COUNTED
-    num, read, last = 0, 0, b"\n"
+def _is_list(path: Path) -> bool:
     with path.open("rb") as file:
-        while block := file.read(min(2**24, most - read) if size > most else 2**24):
-            num, read, last = num + block.count(b"\n"), read + len(block), block[-1:]
-            if size > COUNTED and read >= WHOLE:
-                return max(1, round(num * size / read)), False
-    return num + (last != b"\n"), True
+        return file.read(64).lstrip()[:1] == b"["
+
+
+def _lines(path: Path, most: int) -> int:
+    """Lines in the first `most` bytes of a file; one without an end counts."""
+    num, last = 0, b"\n"
+    with path.open("rb") as file:
+        while block := file.read(min(2**24, most)):
+            num, most, last = num + block.count(b"\n"), most - len(block), block[-1:]
+    return num + (last != b"\n")
 
 
 def previews(recipe: Recipe) -> list[Preview]:

@@ -11,7 +11,7 @@ from moetrain.data.chat import Chat, ChatOptions
 from moetrain.data.tokenizer_check import check_for_export
 from moetrain.data.tokenizer_files import FILES, check_folder
 from moetrain.errors import DataError
-from moetrain.models.lookup import find_model, has_config
+from moetrain.models.lookup import checkpoint_at, find_model, has_config
 
 
 def locate(name: str | Path, root: Path | None = None) -> Path:
@@ -69,7 +69,10 @@ def adapter_tokenizer(recipe: Recipe) -> Path | None:
 
 def tokenizer_of(recipe: Recipe) -> Path:
     """The local folder of the run's tokenizer. DataError when the recipe names none."""
-    name = recipe.model.tokenizer or adapter_tokenizer(recipe) or recipe.model.path
+    name: str | Path | None = recipe.model.tokenizer or adapter_tokenizer(recipe)
+    path = recipe.model.path
+    if name is None and path is not None:
+        name = path if assets.is_builtin(path) else checkpoint_at(Path(path))
     if name is None:
         raise DataError(
             "A model made from model.hf has no tokenizer: set model.tokenizer (a folder or"

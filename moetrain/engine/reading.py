@@ -30,9 +30,9 @@ def read(content: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     """
     # Upstream's own collectives come between: what every rank reads is looked at before.
     failures = (Exception, CheckpointException)  # torch's is no Exception
-    note = partial(_describe, folder)
-    world.together(lambda: _check_common(folder), note, failures)
-    return world.together(lambda: dist_checkpointing.load(content, str(folder)), note, failures)
+    describe = partial(_describe, folder)
+    world.together(lambda: _check_common(folder), describe, failures)
+    return world.together(lambda: dist_checkpointing.load(content, str(folder)), describe, failures)
 
 
 def _check_common(folder: Path) -> None:

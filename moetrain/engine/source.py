@@ -13,7 +13,7 @@ import torch
 from moetrain.config.recipe import ModelConfig, Recipe
 from moetrain.data import assets
 from moetrain.data.chat import Chat, template_text
-from moetrain.data.run_tokenizer import adapter_tokenizer
+from moetrain.data.run_tokenizer import adapter_tokenizer, locate
 from moetrain.data.tokenizer import load
 from moetrain.data.tokenizer_files import tokenizer_files
 from moetrain.data.turns import end_of_turn
@@ -116,7 +116,7 @@ def find_source(model: ModelConfig, scalar_head: bool = False) -> ModelSource:
     folder = found.folder
     if folder is None and model.path is not None:
         folder = assets.resolve(model.path)
-    tokenizer = assets.resolve(model.tokenizer) if model.tokenizer else folder
+    tokenizer = locate(model.tokenizer) if model.tokenizer else folder
     hf = with_scalar_head(found.hf) if scalar_head else found.hf
     if found.is_megatron:
         return ModelSource(dict(hf), None, folder, tokenizer)

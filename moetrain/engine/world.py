@@ -7,6 +7,7 @@ and nothing has values.
 import datetime
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -22,8 +23,10 @@ from moetrain.engine import compat_meta, device, meeting
 from moetrain.errors import MoetrainError
 from moetrain.layout.mesh import MeshPlan, plan_mesh
 from moetrain.ops.reduce import add_up, largest
+from moetrain.pulse import beat
 
 T = TypeVar("T")
+ROUND = 2.0  # seconds between two heartbeats of ranks that wait for the first
 type Kind = Literal["nccl", "gloo", "meta"]
 
 
@@ -162,6 +165,22 @@ class World:
         if problem is not None:
             raise problem
         return found  # type: ignore[return-value]
+
+    def first_slowly(self, do: Callable[[], T]) -> T:
+        """As `first`, for what takes minutes and is no collective itself: the other ranks wait in
+        rounds of ROUND seconds, so no collective waits for long, and the watchdog hears all of
+        them. `do` runs in a thread. Collective.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            work = pool.submit(do) if self.is_first else None
+
+            def ended() -> bool:
+                assert work is not None
+                return bool(wait([work], ROUND).done)
+
+            while not self.first(ended):
+                beat()
+            return self.first(lambda: work.result() if work is not None else do())
 
     def agree(self, problem: MoetrainError | None) -> None:
         """Raise the first rank's problem on every rank, where any has one. Collective."""

@@ -85,22 +85,26 @@ class SamplePrompts:
     def answer(self, step: int) -> None:
         """Answer all, and keep the answers as those of `step`. Collective."""
         weights = self.engine.export("first")
+        world, models = self.engine.world, list[Embedded]()
 
-        def answered() -> None:
+        def pushed() -> None:
             try:
-                model = Embedded(self.engine.source.hf, self.tokenizer)
-                model.push(weights, step)
+                models.append(Embedded(self.engine.source.hf, self.tokenizer))
+                models[0].push(weights, step)
             finally:
                 exhaust(weights)  # after one that failed, too: the other ranks do
+
+        def answered() -> None:
             requests = [Request(prompt, 0, 0, self.sampling) for prompt in self.prompts]
             drawn: dict[str, Sample] = {}
-            model.generate(requests, lambda sample: drawn.update({sample.prompt_id: sample}))
+            models[0].generate(requests, lambda sample: drawn.update({sample.prompt_id: sample}))
             answers = [(prompt, drawn[prompt.id]) for prompt in self.prompts]
             self.kept.write(step, 0.0, answers, [Verdict(None, {})] * len(answers))
 
-        if not self.engine.world.is_first:
+        if not world.is_first:
             exhaust(weights)
-        self.engine.world.first(answered)
+        world.first(pushed)
+        world.first_slowly(answered)
 
 
 def exhaust(tensors: Iterable[Any]) -> None:

@@ -99,7 +99,7 @@ def _loop(
             job.save(engine, state, found)
         if not job.goes_on(engine, report, step, last, stopped=stopped):
             break
-    return step == last
+    return step >= last
 
 
 def _evaluate(sampler: Sampler, report: Reporter, step: int) -> dict[str, float]:

@@ -320,11 +320,13 @@ class Live:
     def evaluate(self, step: int) -> dict[str, Any]:
         while not self._shared(lambda driver: driver.pause()):
             pass
-        found = self._shared(lambda driver: self._answers(driver, step))
+        found = self.engine.world.first_slowly(lambda: self._answers(step))
         self._shared(lambda driver: driver.resume())
         return found
 
-    def _answers(self, driver: Driver, step: int) -> dict[str, Any]:
+    def _answers(self, step: int) -> dict[str, Any]:
+        driver = self.driver
+        assert driver is not None, "the first rank drives"
         seconds: dict[str, float] = {}
         prompts = {prompt.id: prompt for prompt in self.prompts.held_out}
         sampling = replace(driver.sampling, temperature=self.rollout.eval_temperature, routes=False)
@@ -336,10 +338,10 @@ class Live:
             )
             before = driver.grader.num_faults
             answers = [(prompt, drawn[name]) for name, prompt in prompts.items()]
-            message = verdicts(driver.grader, answers)
-        driver.held_out.write(step, sampling.temperature, answers, message)
+            graded = verdicts(driver.grader, answers)
+        driver.held_out.write(step, sampling.temperature, answers, graded)
         samples = [sample for _, sample in answers]
-        found = means(with_reward(samples, message), "eval_reward")
+        found = means(with_reward(samples, graded), "eval_reward")
         found["eval_reward/answers"] = float(len(samples))
         logged = driver.grader.take_metrics()
         found |= {f"eval_logged/{name}": value for name, value in logged.items()}

@@ -83,7 +83,7 @@ def _loop(
                 job.save(engine, {"step": step, "loader": loader.state_dict()}, found)
             if not job.goes_on(engine, report, step, last, stopped=stopped):
                 break
-    return step == last
+    return step >= last
 
 
 def _evaluate(

@@ -61,7 +61,11 @@ def has_config(model: ModelConfig) -> bool:
     """Whether `find_model` has a config to read: a folder may hold a tokenizer alone."""
     path = str(model.path)
     builtin = path.removeprefix(BUILTIN) in MODELS if path.startswith(BUILTIN) else False
-    return model.hf is not None or builtin or any((Path(path) / f).is_file() for f in (NOTE, HF))
+    return (
+        model.hf is not None
+        or builtin
+        or any((checkpoint_at(Path(path)) / f).is_file() for f in (NOTE, HF))
+    )
 
 
 def checkpoint_at(path: Path) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moetrain.observe.answers import harmless
 from moetrain.observe.figures import line_of
 
 QUIET_SECONDS = 10.0
@@ -62,7 +63,7 @@ class ProgressDisplay:
 
     def say(self, line: str) -> None:
         """Print a line above the bar, which a terminal would break within a word."""
-        self.console.print(line, markup=False, soft_wrap=not self.console.is_terminal)
+        self.console.print(harmless(line), markup=False, soft_wrap=not self.console.is_terminal)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from moetrain import files
 from moetrain.config.yaml_text import parse_value
-from moetrain.errors import ConfigError, MoetrainError
+from moetrain.errors import ConfigError, MoetrainError, plural
 from moetrain.observe.curves import Curves
 from moetrain.observe.ledger import LedgerRow, is_number, is_row
 
@@ -88,20 +88,30 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
     """The runs that `paths` are or hold, each once, with names that tell them apart.
 
     Planned runs of a sweep that have not begun are among them. Raises MoetrainError when a path is
-    missing or holds no run.
+    missing, or when none holds a run.
     """
     folders: dict[Path, dict[str, Any]] = {}
-    for path in paths:
+    given = list(paths)
+    for path in given:
         if not path.is_dir():
+            if path.is_file() and len(given) > 1:
+                continue  # runs/* holds an earlier report too
             raise MoetrainError(f"{path}: no such folder. Give run folders, or a folder of them.")
         plan = _plan(path if not _is_run(path) else path.parent)
         found = [path] if _is_run(path) else _runs_in(path, plan)
         if not found:
+            if len(given) > 1:
+                continue  # as runs/* does, an export or a tokenizer
             raise MoetrainError(
                 f"{path} holds no run (no resolved.yaml, no ledger.jsonl). Give a run_dir, or a"
                 " folder of them such as a sweep's."
             )
         folders |= {folder.resolve(): plan.get(folder.name, {}) for folder in found}
+    if not folders:
+        raise MoetrainError(
+            f"None of {plural(len(given), 'path')} holds a run (resolved.yaml, ledger.jsonl). Give"
+            " a run_dir, or a folder of them such as a sweep's."
+        )
     names = _names(list(folders))
     return [
         read_run(folder, name, planned)

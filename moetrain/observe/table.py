@@ -146,6 +146,9 @@ def _comparable(key: str, changed: set[str], runs: Sequence[Run]) -> bool:
     if not key.startswith("eval_") or not all(r.settings for r in runs if key in r.final):
         return False
     by = _HELD_OUT_BY + (_LOSS_BY if "loss" in key else ())
+    drawn = ("data.eval_share", "train.eval_packs", "rollout.eval_prompts")
+    if "seed" in changed and any(r.settings.get(name) for r in runs for name in drawn):
+        return False  # each seed has drawn held-out records of its own
     return not any(own.startswith(by) and own not in _TRAINED_ON for own in changed)
 
 

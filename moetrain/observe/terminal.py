@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moetrain.observe.answers import harmless
 from moetrain.observe.figures import half, number
 from moetrain.observe.runs import Run
 from moetrain.observe.table import Cell, Column, columns_of
@@ -67,7 +68,7 @@ def print_runs(
 
 def _say(console: Console, line: str) -> None:
     """A terminal would break a long line within a word; a file keeps it as one."""
-    console.print(line, markup=False, soft_wrap=not console.is_terminal)
+    console.print(harmless(line), markup=False, soft_wrap=not console.is_terminal)
 
 
 def _about(runs: Sequence[Run], alike: Sequence[Column]) -> str:
@@ -87,7 +88,7 @@ def _texts(column: Column, widest: int) -> list[str]:
         if column.halves and column.halves[i] is not None:
             text += f" ±{half(column.halves[i] or 0.0)}"
             text += f" of {column.nums[i]:,}" if len(nums) > 1 and column.nums[i] else ""
-        texts.append(broken(text, widest))
+        texts.append(broken(harmless(text), widest))
     return [head, *texts]
 
 

@@ -39,14 +39,14 @@ class Grader:
         self.counts: Counter[str] = Counter()  # of faults and notes
         self.said = ""  # the detail of the last fault
         self.metrics: dict[str, list[float]] = {}  # what functions have logged, to be taken
-        recipe = Shape(num_workers, 1, deadline_s)
+        shape_of_recipe = Shape(num_workers, 1, deadline_s)
         functions = [config for config in configs if config.name in REWARDS]
-        self._pools = [Pool(FUNCTIONS, functions, recipe)] if functions else []
+        self._pools = [Pool(FUNCTIONS, functions, shape_of_recipe)] if functions else []
         try:
             for config in configs:
                 if config.name not in REWARDS:
                     kind = SERVICES.get(config.name) or user_function_kind(config.batch_size)
-                    shape = kind.shape(config.options, recipe)
+                    shape = kind.shape(config.options, shape_of_recipe)
                     self._pools.append(Pool(kind, [config], shape))
             for pool in self._pools:
                 pool.wait_ready()

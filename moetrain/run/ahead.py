@@ -11,7 +11,8 @@ from moetrain.rewards.columns import check_columns
 
 def look_ahead(recipe: Recipe) -> list[str]:
     """Lines on the recipe's data, from a bounded sample (`data/preview.py`). Raises DataError where
-    the run would: too many of all records are unusable, rewards want columns that are not there.
+    the run would, if all records were looked at: too many are unusable, rewards want columns that
+    are not there; of a sample that is a warning.
     """
     found = previews(recipe)
     lines = [line for one in found for line in one.lines(recipe.data.seq_len)]
@@ -39,10 +40,18 @@ def _rewards(recipe: Recipe, found: Preview) -> list[str]:
     for reward in recipe.rewards:
         lacking = [name for name in wanted_columns(reward) if name not in columns]
         if lacking:
-            raise DataError(
+            problem = DataError(
                 f"rewards: {reward.name} cannot be called without {' and '.join(lacking)}, which no"
                 f" record of {found.key} has: it has {', '.join(sorted(columns))}. Rename a column,"
                 " or give the argument a default."
             )
-    message = check_columns(recipe.rewards, found.prompts)
+            if found.is_whole:
+                raise problem
+            return [f"WARNING: of a sample: {problem}"]
+    try:
+        message = check_columns(recipe.rewards, found.prompts)
+    except DataError as error:
+        if found.is_whole:
+            raise
+        message = f"of a sample: {error}"
     return [f"WARNING: {message}"] if message else []

@@ -1,5 +1,6 @@
 """Whether what a recipe reads is there: looked at before a process is started, without torch."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +79,8 @@ def _models(recipe: Recipe) -> Iterator[MoetrainError]:
     if recipe.adapter is not None and recipe.adapter.path is not None:
         yield from _folder("adapter.path", str(recipe.adapter.path), (ADAPTER,))
     for reward in recipe.rewards:
-        if reward.name == "reward_model":
+        # Only the first rank grades; the folder may be on its node alone.
+        if reward.name == "reward_model" and os.environ.get("RANK", "0") == "0":
             where = "rewards: reward_model: path"
             yield from _folder(where, str(reward.options.get("path")), MODEL)
 

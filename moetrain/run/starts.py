@@ -56,15 +56,17 @@ def record_start(run_dir: Path, step: int, damaged: Sequence[str] = ()) -> str:
     add_row(run_dir, {"start": why, "step": step} | note)
     start = f"requeued (restart {restart} of Slurm job {_place()['job']})" if restart else why
     after = f", from step {step}" if step else ", from the beginning" if restart else ""
-    return f"start {len([r for r in read_starts(run_dir) if 'start' in r])}: {start}{after}"
+    return f"start {num_starts(run_dir)}: {start}{after}"
+
+
+def num_starts(run_dir: Path) -> int:
+    """How often the run has started so far."""
+    return sum("start" in row for row in read_starts(run_dir))
 
 
 def record_end(run_dir: Path, code: int, good: Sequence[int]) -> None:
-    """Record how a start outside of Slurm ended; `good` are the exit codes of what is no crash. A
-    run that was refused before it started has nothing to record.
-    """
-    rows = read_starts(run_dir)
-    if "SLURM_JOB_ID" in os.environ or not rows or "start" not in rows[-1]:
+    """Record how a start outside of Slurm ended; `good` are the exit codes of what is no crash."""
+    if "SLURM_JOB_ID" in os.environ:
         return
     with suppress(OSError):  # a disk that takes no more: the run has said so
         step = saved_step(run_dir)
