@@ -197,7 +197,7 @@ def known_here(key: str, value: object = None) -> str:
     if name in NOTHING:
         return f" There is none here: {NOTHING[name]}. Leave it out."
     own = KEYS.get(name, name)
-    if own.rpartition(".")[2] != name:
+    if own.rpartition(".")[2] != name or (name in KEYS and key.count(".") > 1 and key != own):
         more = f" ({ADVICE[name]})" if name in ADVICE else ""
         return f" Here it is '{own}'{more}."
     below = cast(Mapping[Any, Any], value if isinstance(value, Mapping) else {})

@@ -1,6 +1,5 @@
 """A run's tokenizer and chat template, and the model that they must fit."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from moetrain.data import assets
 from moetrain.data.cache import cache_root
 from moetrain.data.chat import Chat, ChatOptions
 from moetrain.data.tokenizer_check import check_for_export
-from moetrain.data.tokenizer_files import FILES, check_folder
+from moetrain.data.tokenizer_files import FILES, HUB_NAME, check_folder
 from moetrain.errors import DataError
 from moetrain.models.lookup import checkpoint_at, find_model, has_config
 
@@ -19,7 +18,7 @@ def locate(name: str | Path, root: Path | None = None) -> Path:
     Hub name (HF_HUB_OFFLINE is honoured). DataError where there is none.
     """
     folder = assets.resolve(name, root)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if folder.exists() or not HUB_NAME.fullmatch(str(name)):
         check_folder(folder)
         return folder
     from huggingface_hub import snapshot_download

@@ -1,9 +1,11 @@
 """The files that make a tokenizer."""
 
+import re
 from pathlib import Path
 
 from moetrain.errors import DataError
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # what the Hub's client is asked for
 # What a tokenizer's folder may hold; its content decides what text becomes.
 FILES = (
     "tokenizer.json",

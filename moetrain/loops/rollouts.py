@@ -24,8 +24,7 @@ from moetrain.data.groups import GradedAnswer, Group
 from moetrain.data.prompts import PromptOrder
 from moetrain.data.samples import Prompt, Sample, read_as, write_lines
 from moetrain.errors import DataError
-from moetrain.rewards import Completion, Grader
-from moetrain.rewards import Verdict as Verdict
+from moetrain.rewards import Completion, Grader, Verdict
 from moetrain.rollout.base import Request, RolloutEngine, Sampling
 
 MAX_ROUNDS = 8  # of sampling for one step, where groups without signal are dropped

@@ -39,13 +39,10 @@ def section(runs: Sequence[Run]) -> str:
     shown: list[tuple[Run, str, list[Answer]]] = []
     num_left = 0
     for run in runs:
-        newest = _newest(run)
-        if newest is None:
-            continue
-        if len(shown) < RUNS:
+        if len(shown) == RUNS:  # files of rollouts can be large: they are not read to be counted
+            num_left += any(steps_of(run.path / name) for name in (ANSWERS, ROLLOUTS))
+        elif (newest := _newest(run)) is not None:
             shown.append((run, *newest))
-        else:
-            num_left += 1
     if not shown:
         return ""
     most = CHARACTERS // (2 * (BEST + WORST + LONG + CUT) * len(shown))

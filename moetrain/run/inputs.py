@@ -1,7 +1,6 @@
 """Whether what a recipe reads is there: looked at before a process is started, without torch."""
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +8,13 @@ from moetrain.config.builtin import published
 from moetrain.config.method import ReferencedMethod
 from moetrain.config.recipe import Recipe
 from moetrain.data.sources import find_sources
+from moetrain.data.tokenizer_files import HUB_NAME
 from moetrain.errors import ConfigError, DataError, MoetrainError
-from moetrain.models.lookup import HF, NOTE, checkpoint_at
+from moetrain.models.lookup import BUILTIN, HF, NOTE, checkpoint_at
 
 RUN, ADAPTER = "resolved.yaml", "adapter_config.json"
 MODEL = (RUN, HF, NOTE)
 START = ("start", "base")  # references that are no other model
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # what the Hub's client is asked for
-BUILTIN = "builtin:"
 
 
 def is_planned(recipe: Recipe) -> bool:
