@@ -152,3 +152,13 @@ def test_rows_that_are_no_figures_are_passed_over(value: Any) -> None:
     rows += [held_out(i, 0.5) | {"eval_reward/mean": value} for i in range(5)]
     rows += [held_out(i, 0.5) | {"eval_reward/std": value} for i in range(5)]
     assert warnings(rows) == []
+
+
+def test_a_policy_that_is_far_on_pairs() -> None:
+    """33 nats an answer of 3 tokens, as a run had that told pairs apart and said nothing more."""
+    row = {"step": 5, "eval_kl": 33.0, "eval_lengths/chosen": 3.0, "eval_lengths/rejected": 3.0}
+    warning = Collapse().row(row)
+    assert warning is not None and "11.00 nats a token" in warning
+    assert Collapse().row(row | {"eval_kl": 2.9}) is None
+    long = {"eval_lengths/chosen": 200.0, "eval_lengths/rejected": 150.0}
+    assert Collapse().row(row | long) is None

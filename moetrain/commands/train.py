@@ -93,6 +93,7 @@ def _dry_run(recipe: "Recipe", num_procs: int | None) -> None:
         from moetrain.run.ahead import look_ahead
 
         print(*(f"# {line}" for line in look_ahead(recipe)), sep="\n")
+    print("# nothing was found that would stop this run")
 
 
 COMMAND = Command("train by a recipe", arguments, run)

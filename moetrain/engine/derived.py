@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moetrain import files
+from moetrain.data import assets
 from moetrain.errors import CheckpointError, ConfigError, WeightsError
 from moetrain.models import Model, read_model, with_scalar_head
 from moetrain.models.lookup import HF, read_mapping
@@ -31,6 +32,7 @@ def merge(base: Path, adapter: Path, dst: Path) -> int:
     refuse_existing(dst)
     if not (adapter / CONFIG).is_file():
         adapter = _of_run(adapter)
+    base = _local(base)
     hf, model, reader = _hf_model(base)
     if read_config(adapter / CONFIG).scalar_head and not model.heads.scalar:
         hf = with_scalar_head(hf)
@@ -59,6 +61,7 @@ def expand(src: Path, dst: Path, every: int) -> int:
     as `dst`, which must not exist.
     """
     refuse_existing(dst)
+    src = _local(src)
     hf, model, reader = _hf_model(src)
     expansion = depth.plan(model.num_layers, every)
     names = depth.sources(model, expansion)
@@ -70,6 +73,13 @@ def expand(src: Path, dst: Path, every: int) -> int:
     print(f"{dst}: {src} with {len(expansion.added)} new blocks. To train them alone:")
     print(f"trainable: [{', '.join(expansion.trainable)}]")
     return 0
+
+
+def _local(model: Path) -> Path:
+    """The folder of a model, of a run's export, or of a built-in model."""
+    folder = assets.resolve(model)
+    has_export = (folder / "resolved.yaml").is_file() and (folder / "hf" / HF).is_file()
+    return folder / "hf" if has_export else folder
 
 
 def _hf_model(folder: Path) -> tuple[dict[str, object], Model, SafetensorsReader]:

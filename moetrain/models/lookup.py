@@ -13,6 +13,7 @@ from moetrain.manifest import read_text
 
 NOTE, HF = "moetrain.json", "config.json"
 BUILTIN = "builtin:"
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,16 @@ def config_of(folder: Path) -> tuple[dict[str, object], bool]:
         )
     if hf.is_file():
         return read_mapping(hf), False
+    if not note.is_file() and (folder / ADAPTER).is_file():
+        raise ConfigError(
+            f"model.path={folder} holds an adapter. Give its base as model.path, and"
+            f" adapter.path={folder}."
+        )
+    if not note.is_file() and (folder / "resolved.yaml").is_file():
+        raise ConfigError(
+            f"model.path={folder} is a run, not a model: give its hf, a folder in its checkpoints,"
+            f" or, of a run with an adapter, its base and adapter.path={folder / 'adapter'}."
+        )
     if not note.is_file():
         raise ConfigError(
             f"model.path={folder}: no {HF} or {NOTE} there, so neither a Hugging Face model nor a"

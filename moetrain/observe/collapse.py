@@ -124,7 +124,25 @@ class Collapse:
                 said.append(f"Collapse: {text.format(a_token)}, {bound}.")
         return said
 
+    def _far_from_pairs(self, row: Mapping[str, Any]) -> str | None:
+        """Of a method of pairs: how far the policy is from its reference on held-out answers."""
+        keys = ("eval_kl", "eval_lengths/chosen", "eval_lengths/rejected")
+        if not all(is_number(row.get(key)) and math.isfinite(row[key]) for key in keys):
+            return None
+        kl, chosen, rejected = (float(row[key]) for key in keys)
+        a_token = kl / max((chosen + rejected) / 2, 1.0)
+        if a_token <= FAR or not self._worse("eval_kl", a_token):
+            return None
+        return (
+            f"Collapse: on held-out pairs the policy is {a_token:.2f} nats a token from its"
+            f" reference (eval_kl {kl:.3g}; out of bounds above {FAR:g}): what it says may be"
+            " broken although it tells pairs apart. Look at its answers (train.sample_prompts); a"
+            " lower optim.lr or fewer steps may help."
+        )
+
     def _held_out(self, row: Mapping[str, Any]) -> str | None:
+        if far := self._far_from_pairs(row):
+            return far
         sure, training = interval(row, "eval_reward/mean"), self._mean(_REWARD)
         if sure is None:
             return None

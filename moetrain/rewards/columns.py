@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from moetrain.config.reward_files import wanted_columns
 from moetrain.config.rewards import RewardConfig
 from moetrain.data.samples import Prompt
 from moetrain.errors import DataError
@@ -26,8 +27,19 @@ def gradable(configs: Sequence[RewardConfig], prompts: Iterable[Prompt]) -> bool
 
 def check_columns(configs: Sequence[RewardConfig], prompts: Iterable[Prompt]) -> str:
     """What to say of prompts that rewards which read a column cannot grade, in a line, or nothing.
-    Raises DataError for a source that no reward can grade.
+    Raises DataError for a source that no reward can grade, and for a function that wants a column
+    that no record has.
     """
+    prompts = list(prompts)
+    there = {name for prompt in prompts for name in prompt.columns}
+    for config in configs:
+        lacking = [name for name in wanted_columns(config) if name not in there]
+        if lacking and prompts:
+            raise DataError(
+                f"rewards: {config.name} cannot be called without {' and '.join(lacking)}, which no"
+                f" record has: they have {', '.join(sorted(there))}. Rename a column, or give the"
+                " argument a default."
+            )
     readers = [config for config in configs if config.name in NEEDED]
     others = [config.label for config in configs if config.name not in NEEDED]
     if not readers:

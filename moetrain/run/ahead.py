@@ -1,7 +1,6 @@
 """What a dry run says of the data: what is not there, what a sample of it would become."""
 
 from moetrain.config.recipe import Recipe
-from moetrain.config.reward_files import wanted_columns
 from moetrain.data.preview import Preview, lengths, previews
 from moetrain.data.rejects import check_rejects
 from moetrain.data.sample_prompts import read_sample_prompts
@@ -36,18 +35,6 @@ def _too_many(found: Preview, max_rejected: float) -> list[str]:
 
 
 def _rewards(recipe: Recipe, found: Preview) -> list[str]:
-    columns = {name for prompt in found.prompts for name in prompt.columns}
-    for reward in recipe.rewards:
-        lacking = [name for name in wanted_columns(reward) if name not in columns]
-        if lacking:
-            problem = DataError(
-                f"rewards: {reward.name} cannot be called without {' and '.join(lacking)}, which no"
-                f" record of {found.key} has: it has {', '.join(sorted(columns))}. Rename a column,"
-                " or give the argument a default."
-            )
-            if found.is_whole:
-                raise problem
-            return [f"WARNING: of a sample: {problem}"]
     try:
         message = check_columns(recipe.rewards, found.prompts)
     except DataError as error:

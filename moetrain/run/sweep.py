@@ -31,6 +31,7 @@ from moetrain.observe.terminal import print_runs
 from moetrain.run.child import Children
 from moetrain.run.dry_run import check, world_size
 from moetrain.run.folder import check_recipe
+from moetrain.run.starts import saved_step
 
 MAX_NAME = 40  # characters of a value in a folder's name
 LINE_SECONDS = 60.0  # between two lines about a run, where there is no terminal
@@ -218,6 +219,7 @@ def run_sweep(sweep: Sweep, argv: Sequence[str]) -> int:
             code, message = _run(run, head, children, console)
             if children.asked and code:
                 kept = "saved" if code == 143 else "at its last checkpoint"
+                kept = kept if saved_step(run.recipe.run_dir) else "without a checkpoint yet"
                 print(f"moetrain: interrupted; run {run.name} is {kept}. Go on with:", again)
                 return children.exit_code
             num_failed += code != 0
