@@ -125,7 +125,6 @@ def test_an_epoch_learns_every_answer_once(tmp_path: Path) -> None:
     packs = [pack for _ in range(RunData(made).num_steps // 2) for pack in loader.next()]
     answers = sorted(f"{r['messages'][1]['content']}<|im_end|>" for r in questions())
     assert sorted(texts(packs)) == answers
-    assert loader.epoch() == 1.0
     again = [pack for _ in range(RunData(made).num_steps // 2) for pack in loader.next()]
     assert sorted(texts(again)) == answers and not same(again, packs)
 

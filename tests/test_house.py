@@ -180,6 +180,16 @@ def test_what_is_imported_from_the_engine_is_there(path: Path) -> None:
                 assert (ROOT / "moetrain/engine" / f"{name}.py").is_file(), name
 
 
+def test_every_page_is_two_clicks_from_the_readme() -> None:
+    def linked(page: Path) -> set[Path]:
+        found = re.findall(r"\]\((?!https?:)([^)\s#]+\.md)", page.read_text())
+        return {(page.parent / path).resolve() for path in found}
+
+    first = linked(ROOT / "README.md")
+    reached = first.union(*map(linked, first))
+    assert not {path.name for path in (ROOT / "docs").glob("*.md") if path not in reached}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     def anchor(heading: str) -> str:
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading.lower())

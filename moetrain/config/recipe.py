@@ -42,7 +42,7 @@ class ModelConfig(Section):
     )
     tokenizer: Location | None = Field(
         default=None,
-        description="tokenizer folder, builtin:NAME or a Hub name; the model's own by default",
+        description="folder, builtin:NAME or Hub name; the model's own by default",
     )
     dtype: Literal["fp32", "bf16"] = Field(
         default="bf16", description="of weights and activations; bf16 keeps fp32 main weights"

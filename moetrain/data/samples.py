@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,12 @@ class Prompt:
     opened: str = ""  # the thought that the template began for the answer, such as "<think>\n"
     is_text: bool = False  # the record gave its prompt as text, not as messages
     source: str = ""  # the file or folder of the record
+
+
+def decode_routes(packed: Mapping[str, Any]) -> NDArray[np.int16]:
+    """The router's choices out of {"shape": ..., "int16": base64 of little-endian numbers}."""
+    flat = np.frombuffer(base64.b64decode(packed["int16"]), "<i2")
+    return flat.reshape(packed["shape"]).astype(np.int16)
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,7 @@ class Sample:
                 raise TypeError(f"{name} is {type(content[name]).__name__}")
         routes = content.get("routes")
         if routes is not None:
-            flat = np.frombuffer(base64.b64decode(routes["int16"]), "<i2")
-            routes = flat.reshape(routes["shape"]).astype(np.int16)
+            routes = decode_routes(routes)
         return cls(
             prompt_id=content["prompt_id"],
             index=content["index"],

@@ -78,10 +78,6 @@ class Loader:
             return None
         return math.ceil((self.limit - self._position) / self.global_batch)
 
-    def epoch(self) -> float:
-        """How often the data has been gone through."""
-        return self._position / len(self.packs)
-
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream: small, and the same on every rank and at every layout."""
         return {"position": self._position, "fingerprint": self.packs.fingerprint}

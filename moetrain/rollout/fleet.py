@@ -3,7 +3,6 @@ address. A server that is dead, hung or out of its mind is started again with th
 should have, and its unfinished requests are dealt out again.
 """
 
-import base64
 import json
 import queue
 import shutil
@@ -15,14 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moetrain import files
 from moetrain.data import tokenizer as tokenizers
-from moetrain.data.samples import Sample
+from moetrain.data.samples import Sample, decode_routes
 from moetrain.errors import RolloutError
 from moetrain.rollout.base import PROBE_TOKENS, Probe, Request, text_of_answer
 from moetrain.rollout.client import QueueFull, ServerLost
@@ -154,7 +151,7 @@ class Fleet:
             text=text_of_answer(self.tokenizer, tokens, request.sampling.stop_ids),
             finish="length" if answer["finish"] == "length" else "stop",
             version=self.version,
-            routes=_routes(answer["routes"]) if request.sampling.routes else None,
+            routes=decode_routes(answer["routes"]) if request.sampling.routes else None,
         )
 
     def _recover(self, server: Server) -> None:
@@ -306,8 +303,3 @@ def _shards(weights: Iterable[tuple[str, Tensor]]) -> Iterable[dict[str, Tensor]
             shard, size = {}, 0
     if shard:
         yield shard
-
-
-def _routes(packed: dict[str, Any]) -> NDArray[np.int16]:
-    flat = np.frombuffer(base64.b64decode(packed["int16"]), "<i2")
-    return flat.reshape(packed["shape"]).astype(np.int16)
