@@ -41,8 +41,7 @@ class ModelConfig(Section):
         default=None, description="a config.json's content, for training from scratch"
     )
     tokenizer: Location | None = Field(
-        default=None,
-        description="folder, builtin:NAME or Hub name; the model's own by default",
+        default=None, description="folder, builtin:NAME or Hub name; the model's own by default"
     )
     dtype: Literal["fp32", "bf16"] = Field(
         default="bf16", description="of weights and activations; bf16 keeps fp32 main weights"
