@@ -8,7 +8,7 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,8 +128,15 @@ def examine(subject: Subject, checks: Sequence[Check] = CHECKS) -> dict[str, Fin
         if mine or (check.on == NODE and ranks is not None and ranks.leads):
             if ranks is not None and check.on == ALL:
                 ranks.barrier()  # a rank that looked longer than others is waited for
-            found[check.name] = _look(check, subject)
+            found[check.name] = _once(_look(check, subject), found)
     return found
+
+
+def _once(finding: Finding, found: Mapping[str, Finding]) -> Finding:
+    """The finding; what another check has failed of already is not said again."""
+    same = (name for name, one in found.items() if finding.level is Level.FAIL and one == finding)
+    earlier = next(same, None)
+    return finding if earlier is None else skip(f"{earlier} has to be mended first")
 
 
 def _look(check: Check, subject: Subject) -> Finding:
