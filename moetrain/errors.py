@@ -53,3 +53,13 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 def plural(num: int, what: str) -> str:
     """`1 record`, `2 records`."""
     return f"{num} {what}{'s' * (num != 1)}"
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """The beginning of a text without what could begin another line, in a terminal or in a YAML
+    comment.
+    """
+    text = text if len(text) <= limit else f"{text[:limit]}..."
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

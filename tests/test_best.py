@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data_helpers import tokenizer_folder
 
 from moetrain.config.load import recipe_from
+from moetrain.data.run_tokenizer import model_vocab, tokenizer_of
 from moetrain.engine.checkpoint_folder import Checkpoints
 from moetrain.errors import ConfigError
 from moetrain.testing import ranks
@@ -82,6 +85,11 @@ def test_the_best_of_several(tmp_path: Path, more: bool, best: int) -> None:
     for name, value in zip(names, (math.nan, 1.0, 2.5, 0.5, math.nan), strict=False):
         kept._remember(name, value)
     assert kept.best() == names[best]
+    # As model.path it has the model's config and tokenizer.
+    shutil.copytree(tokenizer_folder(), names[best], dirs_exist_ok=True)
+    (names[best] / "moetrain.json").write_text(json.dumps({"hf": {"vocab_size": 400}}))
+    given = recipe_with("sft", "eval_loss", model={"path": str(kept.folder / "best")})
+    assert tokenizer_of(given) == names[best] and model_vocab(given) == 400
 
 
 def held_out(run_dir: Path, figure: str) -> dict[int, float]:

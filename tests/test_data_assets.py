@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.config.recipe import ModelConfig
 from moetrain.data import assets, checkable, corpus, tokenizer
 from moetrain.data.cache import build_once
 from moetrain.data.run_tokenizer import locate
+from moetrain.engine.source import find_source
 from moetrain.errors import DataError
 
 
@@ -107,6 +109,12 @@ def test_offline_means_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="no/such-tokenizer is no folder here and cannot be had"):
         locate("no/such-tokenizer")
+    # Nor is an export left without a tokenizer that it cannot have.
+    model = ModelConfig.model_validate(
+        {"hf": {"model_type": "x"}, "tokenizer": "no/such-tokenizer"}
+    )
+    with pytest.raises(DataError, match="no/such-tokenizer is no folder here and cannot be had"):
+        find_source(model)
 
 
 def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:

@@ -149,6 +149,14 @@ def test_what_a_rate_is_worth() -> None:
     assert figures.interval({"eval_rewards/accuracies": 0.5}, "eval_rewards/accuracies") is None
 
 
+def test_no_escape_reaches_the_terminal(capsys: Any) -> None:
+    """A reward's fault may quote what the model wrote."""
+    display = ProgressDisplay("grpo", 4, 0)
+    display.say("the last fault: \x1b]0;title\x07")
+    display.close()
+    assert "\x1b" not in (text := "".join(capsys.readouterr())) and "\\x1b]0;title\\x07" in text
+
+
 def test_a_log_gets_plain_lines(capsys: Any) -> None:
     display = ProgressDisplay("sft", 200)
     for step in range(1, 201):

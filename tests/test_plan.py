@@ -1,5 +1,6 @@
 """Layouts and bytes, against counts made another way. No torch."""
 
+import inspect
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from moetrain.config.builtin import MODELS
 from moetrain.config.load import recipe_from
 from moetrain.config.recipe import ParallelConfig, Recipe
 from moetrain.errors import ConfigError, LayoutError
+from moetrain.layout import activations
 from moetrain.layout.activations import activation_bytes, layer_bytes
 from moetrain.layout.memory import StageBytes, static_bytes
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table, stage_layers
@@ -296,6 +298,9 @@ def test_dry_run_of_a_small_model() -> None:
 
 
 def test_activations_of_a_layer_by_hand() -> None:
+    from moetrain.ops.logprob import token_logprobs
+
+    assert inspect.signature(token_logprobs).parameters["chunk"].default == activations.CHUNK
     """And what makes the bound smaller."""
     r = recipe(BIG, model={"dtype": "bf16"})
     model = read_model(BIG)

@@ -189,6 +189,9 @@ def test_a_report_goes_into_the_folder_that_was_given(
     assert cli.main(["report", "runs"]) == 0
     assert cli.main(["report", "runs/a", "runs/b"]) == 0
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("report.*")}
+    (tmp_path / "runs" / "hf").mkdir()  # an export, say; the page of `runs` is there as well
+    assert cli.main(["report", *map(str, sorted(Path("runs").iterdir())), "-o", "report.html"]) == 0
+    assert cli.main(["report", "runs/hf", "runs/report.csv"]) == 2
     places = ("runs/a/", "runs/", "")
     assert found == {f"{p}report.{end}" for p in places for end in ("html", "csv")}
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moetrain.cluster.requeue import after, cause, judge
+from moetrain.commands.train import _recorded
 from moetrain.run.starts import add_row, read_starts, record_start, saved_step, streak
 
 
@@ -87,6 +88,18 @@ def test_why_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     rows = read_starts(tmp_path)
     assert [row["start"] for row in rows] == ["fresh", "resumed", "requeued"]
     assert rows[2]["damaged"] == ["step_9 is damaged"] and rows[2]["restart"] == 2
+
+
+def test_an_end_is_of_its_own_start(tmp_path: Path) -> None:
+    """A second job is refused while the first one runs: the first has not ended."""
+    record_start(tmp_path, 0)
+    with _recorded(tmp_path, is_rank=False) as end:
+        end.code = 2
+    assert [next(iter(row)) for row in read_starts(tmp_path)] == ["start"]
+    with _recorded(tmp_path, is_rank=False) as end:
+        record_start(tmp_path, 4)
+        end.code = 143
+    assert read_starts(tmp_path)[-1]["end"] == 143
 
 
 def test_a_line_cut_short(tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from data_helpers import answers_shown
 
+from moetrain.config.load import load_recipe
+from moetrain.loops import rl
 from moetrain.testing import command, ranks
 from moetrain.testing.command import Started
 from moetrain.testing.gloo import Workers
@@ -94,6 +97,11 @@ def test_a_replay_gives_the_same_losses_without_an_engine(whole: Path, tmp_path:
     wanted = [row for row in rows(whole) if "loss" in row]
     assert rows(tmp_path / "run") == wanted
     assert list(compare(tmp_path / "run" / "hf", whole / "hf")) == []
+
+
+def test_a_run_that_is_shortened_below_its_checkpoint_has_finished() -> None:
+    nothing: Any = SimpleNamespace(recipe=load_recipe(RECIPE), held_out=[])
+    assert rl._loop(*[nothing] * 7, step=5, last=4)
 
 
 def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:

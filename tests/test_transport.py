@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from weights_helpers import Spread
 
 from moetrain.errors import WeightsError
+from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import CONFIGS, save_model
 from moetrain.weights.compare import compare
@@ -119,3 +120,7 @@ def test_the_wrong_model_is_refused_on_every_rank(workers: Workers, tiny: Tiny) 
         workers.run(
             2, helpers.through_shards, hf, Path(tiny("qwen3_moe")[0]), Spread(tp=2), timeout=60
         )
+
+
+def test_ranks_wait_for_the_first_in_rounds(workers: Workers) -> None:
+    assert workers.run(2, ranks.first_slowly, {"ep": 2}) == [("done", "not here")] * 2

@@ -19,8 +19,7 @@ from moetrain import files
 from moetrain.data.cache import key_of
 from moetrain.data.samples import Prompt, Sample, read_as, read_lines, write_lines
 from moetrain.errors import DataError
-from moetrain.loops.held_out import row_of
-from moetrain.loops.rollouts import draw, verdicts
+from moetrain.loops.rollouts import draw, row_of, verdicts
 from moetrain.observe.progress import CountDisplay
 from moetrain.rewards import Grader
 from moetrain.rollout.base import RolloutEngine, Sampling

@@ -71,12 +71,10 @@ def _recorded(run_dir: Path, *, is_rank: bool) -> Iterator[Arguments]:
         end.code = error.exit_code if isinstance(error, MoetrainError) else interrupted
         raise
     finally:
-        if not is_rank:
+        # One that was refused has not started: the last start may be another, which goes on.
+        if not is_rank and num_starts(run_dir) > before:
             good = (0, MoetrainError.exit_code, DivergedError.exit_code, 130, 143)
-            if (
-                num_starts(run_dir) > before
-            ):  # else refused before it started, perhaps as another runs
-                record_end(run_dir, end.code, good)
+            record_end(run_dir, end.code, good)
 
 
 def _dry_run(recipe: "Recipe", num_procs: int | None) -> None:
@@ -92,7 +90,10 @@ def _dry_run(recipe: "Recipe", num_procs: int | None) -> None:
     if has_own_data(recipe):
         from moetrain.run.ahead import look_ahead
 
-        print(*(f"# {line}" for line in look_ahead(recipe)), sep="\n")
+        lines = look_ahead(recipe)
+        print(*(f"# {line}" for line in lines), sep="\n")
+        if any(line.startswith("WARNING") for line in lines):
+            return
     print("# nothing was found that would stop this run")
 
 

@@ -252,7 +252,7 @@ def previews(recipe: Recipe) -> list[Preview]:
 def lengths(recipe: Recipe, found: Sequence[Preview]) -> list[str]:
     """How long an epoch is, and the run, in words."""
     train = next((one for one in found if one.key == "data.train"), None)
-    packs, unit = _epoch(recipe, train)
+    packs, unit = epoch_of(recipe, train)
     if not packs:
         return []
     rollout = recipe.rollout
@@ -268,7 +268,7 @@ def lengths(recipe: Recipe, found: Sequence[Preview]) -> list[str]:
     return [line]
 
 
-def _epoch(recipe: Recipe, train: Preview | None) -> tuple[int, str]:
+def epoch_of(recipe: Recipe, train: Preview | None) -> tuple[int, str]:
     """(packs or prompts of an epoch, what they are); 0 where nobody has looked."""
     if recipe.method.learns_from == "corpus":
         given = recipe.data.train

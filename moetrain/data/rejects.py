@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moetrain import files
-from moetrain.errors import DataError
+from moetrain.errors import DataError, plural
 
 # Reasons for which no record is missed.
 EMPTY_LINE, EMPTY_FILE = NOTHING_THERE = ("empty line", "empty file")
@@ -63,4 +63,4 @@ def noted(template: Iterable[str], records: Mapping[str, int]) -> list[str]:
     """A line for each thing that a user should know of a chat template or of some records."""
     counted = sorted(records.items(), key=lambda item: -item[1])
     lines = [f"note: {note}" for note in template]
-    return lines + [f"note: {note} ({num} record{'s' * (num != 1)})" for note, num in counted]
+    return lines + [f"note: {note} ({plural(num, 'record')})" for note, num in counted]

@@ -8,13 +8,13 @@ from typing import Any
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets
 from moetrain.data.cache import cache_root
-from moetrain.data.loader import chat_of
 from moetrain.data.messages import FormatError
 from moetrain.data.prompts import read_prompt
 from moetrain.data.rejects import Reject, noted
+from moetrain.data.run_tokenizer import chat_of
 from moetrain.data.samples import Prompt
 from moetrain.data.selection import rows_of
-from moetrain.errors import DataError
+from moetrain.errors import DataError, plural
 from moetrain.models.lookup import find_model
 
 MOST = 32  # of a file: they are drawn on the first rank, while the others wait
@@ -45,7 +45,7 @@ def read_sample_prompts(recipe: Recipe) -> tuple[list[Prompt], list[str]]:
         notes.update(own)
 
     num = _each(recipe, read)
-    line = f"{KEY}: {'the first ' * (num == MOST)}{num} prompt{'s' * (num != 1)}, answered at each"
+    line = f"{KEY}: {'the first ' * (num == MOST)}{plural(num, 'prompt')}, answered at each"
     line += f" evaluation: moetrain show {recipe.run_dir}"
     return list(prompts.values()), [line, *noted(chat.notes(), notes)]
 

@@ -3,7 +3,6 @@
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from moetrain.data.run_tokenizer import chat_of, tokenizer_of
 from moetrain.data.samples import Prompt, Sample, write_lines
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
+from moetrain.loops.rollouts import row_of
 from moetrain.rewards import Verdict
 from moetrain.rollout.base import Request, Sampling
 from moetrain.rollout.embedded import Embedded
@@ -54,18 +54,6 @@ class Answers:
     def _files(self) -> list[Path]:
         """In the order of their steps."""
         return sorted(path for path in self.folder.glob("*.jsonl") if path.stem.isdecimal())
-
-
-def row_of(prompt: Prompt, samples: Sequence[Sample], graded: Sequence[Verdict]) -> dict[str, Any]:
-    """A prompt with its answers, as a line of JSON."""
-    answers = [
-        sample.to_json()
-        | {"reward": one.reward, "parts": dict(one.parts)}
-        | ({"fault": one.fault} if one.fault else {})
-        | ({"extra": dict(one.extra)} if one.extra else {})
-        for sample, one in zip(samples, graded, strict=True)
-    ]
-    return {"prompt": asdict(prompt), "answers": answers}
 
 
 class SamplePrompts:

@@ -93,14 +93,21 @@ class Store:
         return self.folder / f"{step:08d}.partial.jsonl"
 
 
-def _row(group: Group) -> dict[str, Any]:
+def row_of(prompt: Prompt, samples: Sequence[Sample], graded: Sequence[Verdict]) -> dict[str, Any]:
+    """A prompt with its answers, as a line of JSON."""
     answers = [
-        answer.sample.to_json()
-        | {"reward": answer.reward, "parts": dict(answer.parts)}
-        | ({"extra": dict(answer.extra)} if answer.extra else {})
-        for answer in group.answers
+        sample.to_json()
+        | {"reward": one.reward, "parts": dict(one.parts)}
+        | ({"fault": one.fault} if one.fault else {})
+        | ({"extra": dict(one.extra)} if one.extra else {})
+        for sample, one in zip(samples, graded, strict=True)
     ]
-    return {"prompt": asdict(group.prompt), "answers": answers}
+    return {"prompt": asdict(prompt), "answers": answers}
+
+
+def _row(group: Group) -> dict[str, Any]:
+    graded = [Verdict(one.reward, one.parts, None, one.extra) for one in group.answers]
+    return row_of(group.prompt, [one.sample for one in group.answers], graded)
 
 
 def _group(row: dict[str, Any]) -> Group:

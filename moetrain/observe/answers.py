@@ -66,7 +66,7 @@ class Summary:
             most_tokens=max((a.tokens for a in answers), default=0),
         )
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """In a line."""
         words = [f"{_num(self.num_answers, 'answer')} to {_num(self.num_prompts, 'prompt')}"]
         if self.mean_reward is not None:
@@ -183,7 +183,7 @@ def picked(answers: Sequence[Answer], best: int, worst: int) -> list[tuple[str, 
     return found + [(f"worst {i}", answer) for i, answer in enumerate(low, 1)]
 
 
-def rewards_told(answer: Answer) -> str:
+def describe_reward(answer: Answer) -> str:
     """An answer's reward and its parts, in words."""
     if answer.reward is None:
         return f"no reward ({answer.fault})" if answer.fault else ""

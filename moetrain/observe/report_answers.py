@@ -11,10 +11,10 @@ from moetrain.observe.answers import (
     ROLLOUTS,
     Answer,
     Summary,
+    describe_reward,
     harmless,
     ranked,
     read_answers,
-    rewards_told,
     shortened,
     steps_of,
 )
@@ -94,12 +94,12 @@ def _of_run(run: Run, title: str, answers: list[Answer], *, most: int, is_open: 
     parts = [_of_answer(why, answer, most) for why, answer in chosen(answers)]
     return (
         f"<details{' open' if is_open else ''}><summary>{head}</summary>"
-        f'<p class="note">{escape(Summary.of(answers).told())}</p>{"".join(parts)}</details>\n'
+        f'<p class="note">{escape(Summary.of(answers).describe())}</p>{"".join(parts)}</details>\n'
     )
 
 
 def _of_answer(why: str, answer: Answer, most: int) -> str:
-    facts = [rewards_told(answer), f"{answer.tokens} tokens", "cut" if answer.was_cut else ""]
+    facts = [describe_reward(answer), f"{answer.tokens} tokens", "cut" if answer.was_cut else ""]
     note = shortened(", ".join(filter(None, facts)), most, LINES)
     return (
         f'<div class="answer"><p><b>{escape(why)}</b> {escape(harmless(note))}</p>'

@@ -21,7 +21,9 @@ TABLES, FEW = 50, 4  # batches of a run whose rollouts the sinks get, and how ma
 WARN_SECONDS = 60.0  # between two lines about answers without a reward
 
 
-def told_ungraded(graded: float, answers: float, row: Mapping[str, Any], prefix: str = "") -> str:
+def describe_ungraded(
+    graded: float, answers: float, row: Mapping[str, Any], prefix: str = ""
+) -> str:
     """How many answers have a reward, and what a reward said when it failed."""
     fault = row.get(f"{prefix}reward/fault")
     why = f"the last fault: {fault}" if fault else "the rewards do not apply to the others"
@@ -72,7 +74,7 @@ class Reporter:
             lost = row.get("faults/dropped/ungraded", 0)
             if lost and time.monotonic() - self._warned >= WARN_SECONDS:
                 self._warned = time.monotonic()
-                note = told_ungraded(row["reward/graded"], row["reward/graded"] + lost, row)
+                note = describe_ungraded(row["reward/graded"], row["reward/graded"] + lost, row)
                 self.say(f"{self.recipe.method.name} {row['step']}: {note}")
 
     def held_out(self, row: Mapping[str, Any]) -> None:
@@ -82,7 +84,7 @@ class Reporter:
         found = [f"{label(n)} {written(row, f'eval_{n}')}" for n in names]
         graded, answers = row.get("eval_reward/graded", 0), row.get("eval_reward/answers", 0)
         if graded < answers:
-            note = told_ungraded(graded, answers, row, "eval_")
+            note = describe_ungraded(graded, answers, row, "eval_")
             found.insert(int("eval_reward/mean" in row), note)
         self.say(f"{self.recipe.method.name} {row['step']}: held-out {', '.join(found)}")
 

@@ -15,10 +15,10 @@ from moetrain.observe.answers import (
     ROLLOUTS,
     Answer,
     Summary,
+    describe_reward,
     harmless,
     picked,
     read_answers,
-    rewards_told,
     shortened,
     steps_of,
 )
@@ -45,7 +45,7 @@ def show(
         answers = read_answers(file)
         console.print("\n" * (number > 0) + title, style="bold", markup=False)
         console.print(Text(harmless(str(file)), style="dim"), overflow="fold")
-        console.print(Summary.of(answers).told(), markup=False)
+        console.print(Summary.of(answers).describe(), markup=False)
         for name, answer in picked(answers, best, worst):
             _print(console, name, answer, full=full)
     return 0
@@ -72,11 +72,11 @@ def _files(path: Path, step: int | None, folders: Sequence[str]) -> list[tuple[s
             f"{path} has no {' and no '.join(TITLES[name] for name in folders)}: runs that sample"
             " have them, and others with train.sample_prompts."
         )
-    there = [f"{TITLES[name]} of {_told(list(own))}" for name, own in steps.items() if own]
+    there = [f"{TITLES[name]} of {_listed(list(own))}" for name, own in steps.items() if own]
     raise MoetrainError(f"{path} has no answers of step {step}; it has {' and '.join(there)}.")
 
 
-def _told(steps: list[int]) -> str:
+def _listed(steps: list[int]) -> str:
     """Numbers, of many the first and the last."""
     texts = [str(step) for step in steps]
     few = ", ".join(texts if len(texts) < 12 else [*texts[:5], "...", *texts[-5:]])
@@ -85,7 +85,13 @@ def _told(steps: list[int]) -> str:
 
 def _print(console: Console, title: str, answer: Answer, *, full: bool) -> None:
     end = "cut at the limit" if answer.was_cut else "ended by itself"
-    words = [title, f"answer {answer.number}", rewards_told(answer), f"{answer.tokens} tokens", end]
+    words = [
+        title,
+        f"answer {answer.number}",
+        describe_reward(answer),
+        f"{answer.tokens} tokens",
+        end,
+    ]
     head = Text(harmless("\n" + "  ".join(word for word in words if word)), style="bold")
     console.print(head, overflow="fold")
     _text(console, "prompt", answer.prompt, None if full else PROMPT)

@@ -12,7 +12,7 @@ from moetrain import files
 from moetrain.config.load import recipe_hash
 from moetrain.config.recipe import Recipe
 from moetrain.errors import MoetrainError
-from moetrain.observe.answers import Answer, harmless, rewards_told, shortened
+from moetrain.observe.answers import Answer, describe_reward, harmless, shortened
 
 LONGEST, LINES = 2000, 60  # of a prompt or an answer in a table
 Picked = Sequence[tuple[str, Answer]]
@@ -67,7 +67,11 @@ def as_markdown(answers: Picked) -> str:
     parts: list[str] = []
     for title, answer in answers:
         end = ", cut at the limit" if answer.was_cut else ""
-        words = (f"**{title}**" if title else "", rewards_told(answer), f"{answer.tokens} tokens")
+        words = (
+            f"**{title}**" if title else "",
+            describe_reward(answer),
+            f"{answer.tokens} tokens",
+        )
         parts.append(" ".join(filter(None, words)) + end)
         for text in (answer.prompt, answer.text):
             parts.append("    " + _cell(text).replace("\n", "\n    "))

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moetrain.errors import plural
 from moetrain.observe.answers import harmless
 from moetrain.observe.figures import half, number
 from moetrain.observe.runs import Run
@@ -75,7 +76,7 @@ def _about(runs: Sequence[Run], alike: Sequence[Column]) -> str:
     states = Counter(run.status for run in runs)
     steps = [f"steps {column.cells[0]}" for column in alike if column.key == "steps"]
     counts = ", ".join([*(f"{count} {status}" for status, count in states.items()), *steps])
-    return f"{len(runs)} run{'s' * (len(runs) != 1)}: {counts}"
+    return f"{plural(len(runs), 'run')}: {counts}"
 
 
 def _texts(column: Column, widest: int) -> list[str]:

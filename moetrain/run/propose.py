@@ -11,9 +11,8 @@ from typing import Any
 from moetrain.config.load import recipe_from
 from moetrain.config.method import SECTIONS
 from moetrain.config.recipe import Recipe
-from moetrain.data.preview import Preview, lengths, preview
-from moetrain.errors import ConfigError, DataError
-from moetrain.interop.swift.near import one_line
+from moetrain.data.preview import Preview, epoch_of, preview
+from moetrain.errors import ConfigError, DataError, one_line
 from moetrain.models import Model
 from moetrain.run.ahead import look_ahead
 from moetrain.run.dry_run import check, world_size
@@ -180,7 +179,7 @@ def _sized(recipe: Recipe, model: Model, train: Preview | None, on_gpu: bool, an
         sizes = sorted(train.sizes)
         need = sizes[min(len(sizes) - 1, math.ceil(0.99 * len(sizes)))]
         if recipe.method.samples:
-            answer = min(answer, 256 if not on_gpu else answer)
+            answer = answer if on_gpu else min(answer, 256)
             need += answer
             most = need
         else:
@@ -203,8 +202,7 @@ def _packs(recipe: Recipe, train: Preview | None) -> int:
         return 0
     if train is not None:
         return train.num_packs(recipe.data.seq_len)
-    said = lengths(recipe, [])
-    return int(said[0].split()[2]) if said else 0
+    return epoch_of(recipe, None)[0]
 
 
 def _value(value: Any) -> str:

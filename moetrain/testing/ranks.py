@@ -3,6 +3,7 @@ returns plain tensors.
 """
 
 import threading
+import time
 from collections.abc import Collection, Sequence
 from copy import copy
 from pathlib import Path
@@ -15,6 +16,8 @@ from moetrain.config.load import recipe_from
 from moetrain.data.groups import Group
 from moetrain.engine import Engine
 from moetrain.engine.checkpoint import Saving
+from moetrain.engine.world import ROUND, open_world
+from moetrain.errors import DataError
 from moetrain.loops.demonstrations import open_demonstrations
 from moetrain.loops.learn import Lessons
 from moetrain.loops.rollouts import Batch
@@ -52,6 +55,26 @@ def packs_of(sequences: Lists, num_packs: int) -> list[Packed]:
     """Sequences dealt into `num_packs` packs in order."""
     singles = [from_tokens(s, id=f"sequence {i}") for i, s in enumerate(sequences)]
     return [concat(singles[i::num_packs]) for i in range(num_packs) if singles[i::num_packs]]
+
+
+def first_slowly(parallel: dict[str, Any]) -> tuple[str, str]:
+    """What every rank gets of work that takes longer than a round of waiting, and of such that
+    fails.
+    """
+    world = open_world(recipe_for("/none", parallel).parallel, 1)
+
+    def fail() -> str:
+        raise DataError("not here")
+
+    def work() -> str:
+        time.sleep(ROUND + 0.2)
+        return "done"
+
+    try:
+        done = world.first_slowly(work)
+        return done, world.first_slowly(fail)
+    except DataError as error:
+        return "done", str(error)
 
 
 def gradients(

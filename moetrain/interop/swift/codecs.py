@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from moetrain.config.foreign import SWIFT
-from moetrain.errors import ConfigError
-from moetrain.interop.swift.near import Near, one_line
+from moetrain.errors import ConfigError, one_line
+from moetrain.interop.swift.near import Near
 
 type Words = tuple[str, ...]  # what stands after a flag
 type Keys = dict[str, Any]  # dotted recipe keys and their values; None is the same as absent

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, one_line
 
 
 @dataclass
@@ -38,13 +38,3 @@ class Near:
             raise ConfigError(f"{flag} {path}: {error}") from None
         self.found.append(path)
         return text
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """The beginning of a text without what could begin another line, in a terminal or in a YAML
-    comment.
-    """
-    text = text if len(text) <= limit else f"{text[:limit]}..."
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )

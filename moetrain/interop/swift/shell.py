@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePath
 
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, one_line
 from moetrain.interop.swift.expand import HOLE, LAUNCH, Expander, closing, hole
-from moetrain.interop.swift.near import one_line
 
 ACTIONS = ("sft", "pt", "rlhf")
 EXPORT = "export"
