@@ -197,14 +197,14 @@ def test_bytes_of_one_rank() -> None:
     assert none.optimizer == 0
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen3-30B-A3B-FP8", "x/Qwen3-235B-A22B-GPTQ-Int4"])
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-30B-A3B-MXFP4", "x/Qwen3-235B-A22B-GPTQ-Int4"])
 def test_a_published_model_that_is_quantised_is_no_model_to_train(name: str) -> None:
     asked = recipe(model={"hf": None, "path": name})
     with pytest.raises(ConfigError, match="is quantised") as caught:
         check(asked, 1, dry=True)
     assert name in str(caught.value) and "\n" not in str(caught.value)
-    plain = recipe(model={"hf": None, "path": "Qwen/Qwen3-30B-A3B-Instruct-2507"})
-    assert check(plain, 1, dry=True).num_layers == 48
+    for name in ("Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen/Qwen3-30B-A3B-FP8"):  # read as bf16
+        assert check(recipe(model={"hf": None, "path": name}), 1, dry=True).num_layers == 48
 
 
 def test_published_sizes() -> None:

@@ -34,14 +34,17 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-# What names of published weights that are no longer fp32 or bf16 hold between hyphens and dots.
+# What names of published weights that are quantised as nothing here reads hold between hyphens and
+# dots. FP8 and NVFP4 are read.
 _QUANTISED = frozenset(
-    "fp8 fp4 nvfp4 mxfp4 w8a8 w4a16 int8 int4 8bit 4bit bnb awq gptq gguf mlx eetq hqq exl2".split()
+    "fp4 mxfp4 w8a8 w4a16 int8 int4 8bit 4bit bnb awq gptq gguf mlx eetq hqq exl2".split()
 )
 
 
 def quantised_name(path: str) -> str | None:
-    """The word in the last part of a path that says that a model is quantised."""
+    """The word in the last part of a path that says that a model is quantised as nothing here reads
+    it.
+    """
     name = path.rstrip("/").rpartition("/")[2]
     words = name.replace("_", "-").replace(".", "-").split("-")
     return next((word for word in words if word.lower() in _QUANTISED), None)

@@ -14,12 +14,14 @@ from moetrain.data import assets
 from moetrain.errors import CheckpointError, ConfigError, WeightsError
 from moetrain.models import Model, read_model, with_scalar_head
 from moetrain.models.lookup import HF, read_mapping
+from moetrain.models.quantisation import plain_config
 from moetrain.weights import expand as depth
+from moetrain.weights.dequantised import open_weights
 from moetrain.weights.merge import merged
 from moetrain.weights.peft_config import read_config
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import CONFIG, HEAD
-from moetrain.weights.reader import SafetensorsReader
+from moetrain.weights.reader import Reader
 from moetrain.weights.side_files import SideFiles, side_files_of_adapter
 from moetrain.weights.transport import check_names
 from moetrain.weights.writer import write_hf
@@ -82,7 +84,7 @@ def _local(model: Path) -> Path:
     return folder / "hf" if has_export else folder
 
 
-def _hf_model(folder: Path) -> tuple[dict[str, object], Model, SafetensorsReader]:
+def _hf_model(folder: Path) -> tuple[dict[str, object], Model, Reader]:
     """A Hugging Face folder that holds all that its config.json promises."""
     try:
         hf = read_mapping(folder / HF)
@@ -91,8 +93,9 @@ def _hf_model(folder: Path) -> tuple[dict[str, object], Model, SafetensorsReader
             f"{folder}: no Hugging Face model, its config.json cannot be read ({error}) Give a "
             f"model folder; mcore2hf makes one of a Megatron checkpoint."
         ) from None
+    hf = plain_config(hf)
     model = read_model(hf)
-    reader = SafetensorsReader(folder, model)
+    reader = open_weights(folder, model)
     check_names((), model.table, reader, model)
     return hf, model, reader
 
@@ -101,7 +104,7 @@ def _write(
     side_files: SideFiles,
     dst: Path,
     config: dict[str, Any],
-    reader: SafetensorsReader,
+    reader: Reader,
     old: Mapping[str, str],
     tensors: Iterator[tuple[str, Tensor]],
 ) -> None:

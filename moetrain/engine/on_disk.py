@@ -16,10 +16,10 @@ from moetrain.engine.source import ModelSource, find_source
 from moetrain.errors import CheckpointError
 from moetrain.manifest import Manifest
 from moetrain.models.lookup import NOTE, checkpoint_at, read_mapping
+from moetrain.weights.dequantised import open_weights
 from moetrain.weights.digest import file_digest
 from moetrain.weights.folder import has_weights
 from moetrain.weights.peft_writer import write_peft
-from moetrain.weights.reader import SafetensorsReader
 from moetrain.weights.side_files import SideFiles
 
 BF16 = "bfloat16"
@@ -30,7 +30,7 @@ def stored_dtypes(source: ModelSource) -> set[str]:
     config.
     """
     if source.folder is not None and has_weights(source.folder):
-        reader = SafetensorsReader(source.folder)
+        reader = open_weights(source.folder)
         return {str(reader.dtype(name)).removeprefix("torch.") for name in reader.names()}
     return {str(source.hf.get("dtype") or source.hf.get("torch_dtype") or BF16)}
 

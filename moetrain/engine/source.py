@@ -20,8 +20,9 @@ from moetrain.data.turns import end_of_turn
 from moetrain.errors import ConfigError
 from moetrain.models import Model, with_scalar_head
 from moetrain.models.lookup import NOTE, find_model, read_mapping
+from moetrain.weights.dequantised import open_weights
 from moetrain.weights.folder import has_weights
-from moetrain.weights.reader import Joined, RandomReader, Reader, SafetensorsReader
+from moetrain.weights.reader import Joined, RandomReader, Reader
 from moetrain.weights.side_files import SideFiles, check_exported
 
 
@@ -39,7 +40,7 @@ class ModelSource:
         random = RandomReader(model, recipe.seed, recipe.model.init_std)
         if self.folder is None or recipe.model.init == "random":
             return random
-        stored = SafetensorsReader(self.folder, model)
+        stored = open_weights(self.folder, model)
         heads = {key for name in model.heads.added for key in model.table[name].hf}
         new = heads - set(stored.names())
         return Joined(stored, dict.fromkeys(new, random)) if new else stored
@@ -52,7 +53,7 @@ class ModelSource:
             return _noted_dtypes(self.megatron / NOTE)
         if self.folder is None or not has_weights(self.folder):
             return {}
-        reader = SafetensorsReader(self.folder, model)
+        reader = open_weights(self.folder, model)
         return {name: reader.dtype(name) for name in reader.names()}
 
     def hf_for_export(self, recipe: Recipe) -> dict[str, Any]:

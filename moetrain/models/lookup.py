@@ -10,6 +10,7 @@ from moetrain.config.builtin import MODELS, published, quantised_name
 from moetrain.config.recipe import ModelConfig
 from moetrain.errors import ConfigError
 from moetrain.manifest import read_text
+from moetrain.models.quantisation import plain_config
 
 NOTE, HF = "moetrain.json", "config.json"
 BUILTIN = "builtin:"
@@ -43,8 +44,8 @@ def find_model(model: ModelConfig, *, dry: bool = False) -> FoundModel:
         word = quantised_name(path)
         if word is not None:
             raise ConfigError(
-                f"model.path={path} is quantised ({word}), and weights are trained as they are:"
-                f" fp32 or bf16. Name the model that it was made from."
+                f"model.path={path} is quantised ({word}), and what is read is fp32, bf16, FP8 or"
+                f" NVFP4. Name the model that it was made from."
             )
         known = published(path)
         if known is not None:
@@ -82,7 +83,8 @@ def checkpoint_at(path: Path) -> Path:
 
 
 def config_of(folder: Path) -> tuple[dict[str, object], bool]:
-    """The Hugging Face config of the model in `folder`, and whether it is a Megatron checkpoint.
+    """The Hugging Face config of the model in `folder`, as that of plain weights, and whether it is
+    a Megatron checkpoint.
 
     Raises ConfigError where there is none, or two, or only an adapter of one.
     """
@@ -93,7 +95,7 @@ def config_of(folder: Path) -> tuple[dict[str, object], bool]:
             f" one of them to another folder."
         )
     if hf.is_file():
-        return read_mapping(hf), False
+        return plain_config(read_mapping(hf)), False
     if not note.is_file() and (folder / ADAPTER).is_file():
         raise ConfigError(
             f"model.path={folder} holds an adapter. Give its base as model.path, and"

@@ -134,8 +134,8 @@ def inputs(subject: Subject) -> Finding:
 
 def model(subject: Subject) -> Finding:
     """The model's folder holds one set of weights, every tensor of it as config.json says."""
+    from moetrain.weights.dequantised import open_weights
     from moetrain.weights.folder import weight_files
-    from moetrain.weights.reader import SafetensorsReader
     from moetrain.weights.transport import check_names
 
     path = subject.recipe.model.path
@@ -159,7 +159,7 @@ def model(subject: Subject) -> Finding:
             "give this user the right to read them",
         )
     model = subject.plan.model
-    reader = SafetensorsReader(folder, model)
+    reader = open_weights(folder, model)
     held, table = set(reader.names()), model.table
     made = {name for name in model.heads.added if not held & set(table[name].hf)}
     check_names((), {n: rule for n, rule in table.items() if n not in made}, reader, model)
