@@ -1,15 +1,16 @@
 """Whether files are as they were written: the size and SHA-256 of each file of a folder, and of
-every block of the large ones, so that a part that is read is checked in the same pass.
+every piece of the large ones, so that a part that is read is checked in the same pass.
 
 A manifest is found out when it is damaged itself. It is no signature: whoever may write the folder
 may write another one.
 """
 
+import bisect
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,27 +30,46 @@ class DamageError(WeightsError):
 
 
 @dataclass(frozen=True)
+class Piece:
+    """The bytes of a file from the end of the piece before it up to `stop`."""
+
+    stop: int
+    digest: str  # SHA-256 in hex
+
+
+@dataclass(frozen=True)
 class Entry:
     """A file as it was written."""
 
     size: int
-    digest: str  # SHA-256 in hex
-    blocks: tuple[str, ...] = ()  # of each BLOCK bytes, where there are more
+    digest: str  # SHA-256 in hex; of a file in pieces that of their digests
+    pieces: tuple[Piece, ...] = ()  # of a file with more than BLOCK bytes
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> "Entry":
+        """A file of these pieces."""
+        if len(pieces) == 1:
+            return cls(pieces[0].stop, pieces[0].digest)
+        return cls(pieces[-1].stop, joined(piece.digest for piece in pieces), tuple(pieces))
+
+
+def joined(digests: Iterable[str]) -> str:
+    """One digest for the digests of parts, in their order."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def entry(path: Path) -> Entry:
     """A file as the disk gives it back: its pages are written and dropped from memory first."""
-    whole, size = hashlib.sha256(), 0
-    blocks: list[str] = []
+    pieces: list[Piece] = []
+    size = 0
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while content := file.read(BLOCK):
-            whole.update(content)
+        while (content := file.read(BLOCK)) or not pieces:
             size += len(content)
-            blocks.append(hashlib.sha256(content).hexdigest())
+            pieces.append(Piece(size, hashlib.sha256(content).hexdigest()))
             beat()
-    return Entry(size, whole.hexdigest(), tuple(blocks) if size > BLOCK else ())
+    return Entry.of(pieces)
 
 
 def entries(paths: Iterable[Path]) -> dict[str, Entry]:
@@ -63,26 +83,37 @@ def complete(folder: Path, known: Files) -> dict[str, Entry]:
     return dict(known) | entries(sorted(rest))
 
 
-def write(folder: Path, files: Files) -> None:
-    """Write the manifest. Raises OSError."""
-    (folder / NAME).write_text(_text(files))
-
-
-def _text(files: Files) -> str:
+def write(folder: Path, files: Files, tensors: Mapping[str, str] | None = None) -> None:
+    """Write the manifest; `tensors` are digests of Hugging Face tensors, which are the same in
+    whatever files they lie. Raises OSError.
+    """
     content: dict[str, Any] = {
         "files": {name: [one.size, one.digest] for name, one in files.items()},
-        "blocks": {name: one.blocks for name, one in files.items() if one.blocks},
-        "block": BLOCK,
+        "pieces": {
+            name: [[piece.stop, piece.digest] for piece in one.pieces]
+            for name, one in files.items()
+            if one.pieces
+        },
     }
-    content["sha256"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    if tensors:
+        content["tensors"] = dict(tensors)
+    content["sha256"] = _digest(content)
+    (folder / NAME).write_text(_text(content))
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _text(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
 class Manifest:
-    """What a folder's manifest says, and which blocks were found to be as they were."""
+    """What a folder's manifest says, and which pieces were found to be as they were."""
 
-    def __init__(self, folder: Path, files: Files):
-        self.folder, self.files = folder, files
+    def __init__(self, folder: Path, files: Files, tensors: Mapping[str, str]):
+        self.folder, self.files, self.tensors = folder, files, tensors
         self._seen: set[tuple[str, int]] = set()
 
     @classmethod
@@ -93,7 +124,7 @@ class Manifest:
             stat = path.stat()
         except OSError:
             return None
-        return cls(folder, _parsed(path, stat.st_mtime_ns, stat.st_size))
+        return cls(folder, *_parsed(path, stat.st_mtime_ns, stat.st_size))
 
     def all_there(self) -> None:
         """DamageError for a file that is gone or of another size."""
@@ -102,22 +133,50 @@ class Manifest:
 
     def check(self, path: Path, start: int = 0, stop: int | None = None) -> None:
         """DamageError unless the bytes [start, stop) of a file of weights are as they were; each
-        block is read once.
+        piece is read once.
         """
-        name = path.name
-        one = self.files.get(name)
+        one = self._entry(path)
+        for number, (low, high, digest) in self._pieces(one, start, stop):
+            if (path.name, number) not in self._seen:
+                self._compare(path, number, _hashed(path, low, high), digest)
+
+    def check_read(self, path: Path, start: int, content: memoryview) -> None:
+        """The same of bytes that were read from `start` on: pieces that lie in them whole are not
+        read again.
+        """
+        one = self._entry(path)
+        stop = start + len(content)
+        for number, (low, high, digest) in self._pieces(one, start, stop):
+            if start <= low and high <= stop:
+                found = hashlib.sha256(content[low - start : high - start]).hexdigest()
+                self._compare(path, number, found, digest)
+            elif (path.name, number) not in self._seen:
+                self._compare(path, number, _hashed(path, low, high), digest)
+
+    def _entry(self, path: Path) -> Entry:
+        one = self.files.get(path.name)
         if one is None:
             raise DamageError(
                 f"{path} is none of the files that {self.folder / NAME} names. Copy the folder"
                 f" again, or remove {NAME} if another program wrote this file."
             )
-        self._sized(name, one)
-        if not one.blocks:
-            self._check_block(path, one, 0, one.size, one.digest)
-            return
+        self._sized(path.name, one)
+        return one
+
+    def _pieces(
+        self, one: Entry, start: int, stop: int | None
+    ) -> Iterator[tuple[int, tuple[int, int, str]]]:
+        """(number, (first byte, one behind the last, digest)) of what [start, stop) meets."""
         stop = one.size if stop is None else stop
-        for number in range(start // BLOCK, -(-stop // BLOCK)):
-            self._check_block(path, one, number, BLOCK, one.blocks[number])
+        if not one.pieces:
+            yield 0, (0, one.size, one.digest)
+            return
+        number = bisect.bisect_right(one.pieces, start, key=lambda piece: piece.stop)
+        low = one.pieces[number - 1].stop if number else 0
+        while number < len(one.pieces) and low < stop:
+            piece = one.pieces[number]
+            yield number, (low, piece.stop, piece.digest)
+            number, low = number + 1, piece.stop
 
     def _sized(self, name: str, one: Entry) -> None:
         try:
@@ -127,18 +186,9 @@ class Manifest:
         if size != one.size:
             raise self._damaged(name, f"has {size} bytes, {one.size} were written")
 
-    def _check_block(self, path: Path, one: Entry, number: int, size: int, digest: str) -> None:
-        if (path.name, number) in self._seen:
-            return
-        found = hashlib.sha256()
-        left = size
-        with path.open("rb") as file:
-            file.seek(number * BLOCK)
-            while left and (content := file.read(min(left, _LOOK))):
-                found.update(content)
-                left -= len(content)
+    def _compare(self, path: Path, number: int, found: str, digest: str) -> None:
         beat()
-        if found.hexdigest() != digest:
+        if found != digest:
             raise self._damaged(path.name, "has other bytes than were written")
         self._seen.add((path.name, number))
 
@@ -149,8 +199,18 @@ class Manifest:
         )
 
 
+def _hashed(path: Path, start: int, stop: int) -> str:
+    found, left = hashlib.sha256(), stop - start
+    with path.open("rb") as file:
+        file.seek(start)
+        while left and (content := file.read(min(left, _LOOK))):
+            found.update(content)
+            left -= len(content)
+    return found.hexdigest()
+
+
 @functools.lru_cache(maxsize=32)
-def _parsed(path: Path, written: int, size: int) -> Files:
+def _parsed(path: Path, written: int, size: int) -> tuple[Files, Mapping[str, str]]:
     """A manifest's content; `written` and `size` say which."""
     problem = DamageError(
         f"{path} is damaged. Copy the folder again, or remove the file to read the rest unchecked."
@@ -158,27 +218,36 @@ def _parsed(path: Path, written: int, size: int) -> Files:
     try:
         text = path.read_bytes().decode()  # no newline becomes another
         content = cast(dict[str, Any], json.loads(text))
-        if content.keys() == {"files"}:  # of a version that did not write blocks
-            return {name: _entry(one) for name, one in content["files"].items()}
-        blocks = cast(dict[str, list[str]], content["blocks"])
+        if content.keys() != {"files"}:  # of a version that wrote no digest of its own
+            rest = {key: value for key, value in content.items() if key != "sha256"}
+            if _text(content) != text or content["sha256"] != _digest(rest):
+                raise problem
+        pieces = cast(dict[str, list[list[Any]]], content.get("pieces", {}))
         files = {
-            name: _entry(one, tuple(blocks.get(name, ()))) for name, one in content["files"].items()
+            name: _entry(*one, pieces.get(name, []) or _blocks(content, name, one[0]))
+            for name, one in content["files"].items()
         }
-        whole = _text(files) == text and all(
-            len(one.blocks) == -(-one.size // BLOCK) for one in files.values() if one.blocks
-        )
+        tensors = {str(name): str(digest) for name, digest in content.get("tensors", {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise problem from None
-    if not whole:
-        raise problem
-    return files
+    return files, tensors
 
 
-def _entry(given: Any, blocks: tuple[str, ...] = ()) -> Entry:
-    size, digest = given
-    if type(size) is not int or not 0 <= size < 1 << 62 or not isinstance(digest, str):
-        raise ValueError("no size and digest")
-    return Entry(size, digest, blocks)
+def _blocks(content: Mapping[str, Any], name: str, size: int) -> list[list[Any]]:
+    """The pieces of a file in a manifest of an earlier version, which had all of one size."""
+    digests: list[str] = content.get("blocks", {}).get(name, [])
+    block = content.get("block", BLOCK)
+    return [[min((i + 1) * block, size), digest] for i, digest in enumerate(digests)]
+
+
+def _entry(size: Any, digest: Any, pieces: list[list[Any]]) -> Entry:
+    stops = [stop for stop, _ in pieces]
+    whole = [type(n) is int and 0 <= n < 1 << 62 for n in (size, *stops)]
+    if not all(whole) or not all(isinstance(one, str) for one in (digest, *(d for _, d in pieces))):
+        raise ValueError("no sizes and digests")
+    if stops and (stops[-1] != size or stops != sorted(stops)):
+        raise ValueError("pieces that do not cover the file")
+    return Entry(size, digest, tuple(Piece(stop, one) for stop, one in pieces))
 
 
 def read_bytes(path: Path) -> bytes:

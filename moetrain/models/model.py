@@ -36,9 +36,19 @@ class Layer:
 
     def weights(self) -> Iterator[Weight]:
         norm = Copy((self.attention.hidden,))
-        yield Weight("input_layernorm.weight", ("input_layernorm.weight",), norm)
+        yield Weight(
+            "input_layernorm.weight",
+            ("input_layernorm.weight",),
+            norm,
+            saved="self_attention.linear_qkv.layer_norm_weight",
+        )
         yield from self.attention.weights()
-        yield Weight("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), norm)
+        yield Weight(
+            "pre_mlp_layernorm.weight",
+            ("post_attention_layernorm.weight",),
+            norm,
+            saved="mlp.linear_fc1.layer_norm_weight" if isinstance(self.mlp, Dense) else None,
+        )
         yield from self.mlp.weights()
 
 

@@ -34,6 +34,9 @@ class Weight:
     # rows being those of `hf` in order; for others a mere second name.
     fused: str | None = None
     num_experts: int | None = None
+    # What Megatron's checkpoints call it where that is not `mcore`: a norm is a part of the linear
+    # layer that follows it (as in Transformer Engine), and experts are one tensor.
+    saved: str | None = None
 
     def bind(self, layer: int | None) -> "Iterator[Rule]":
         """Its rules in one layer; None where it is in no layer."""
@@ -52,6 +55,7 @@ class Weight:
                 adapts=self.adapts,
                 writes=self.writes,
                 fused=fused,
+                saved=self.mcore if self.saved is None else self.saved,
             )
 
 
@@ -68,6 +72,7 @@ class Rule:
     adapts: Kind | None = None
     writes: bool = False
     fused: str | None = None
+    saved: str = ""  # the name in Megatron's checkpoints, relative to the layer
 
     @property
     def hf_shapes(self) -> tuple[Shape, ...]:

@@ -66,6 +66,13 @@ class Sharding(ABC):
         shape[self.dim or 0] = sum(piece.length for piece in self.pieces(tp_rank, tp_size))
         return tuple(shape)
 
+    def saved(self, tp_rank: int, tp_size: int) -> tuple[tuple[int, int, int], ...]:
+        """(local start, start in a checkpoint's global tensor, length) of each run along `dim`:
+        ranks' tensors one behind the other, padding included.
+        """
+        length = self.local_shape(tp_rank, tp_size)[self.dim or 0]
+        return ((0, 0 if self.dim is None else tp_rank * length, length),)
+
     def parts(self, tp_rank: int, tp_size: int) -> tuple[Slices, ...]:
         """What this rank needs of each HF tensor: a slice, start and stop given, per dimension.
 
@@ -180,6 +187,13 @@ class GateUp(Sharding):
     def pieces(self, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
         start, length = _share(self.shape[0], tp_rank, tp_size, "rows")
         return (Piece(0, start, 0, length), Piece(1, start, length, length))
+
+    def saved(self, tp_rank: int, tp_size: int) -> tuple[tuple[int, int, int], ...]:
+        """A checkpoint holds the gate of all ranks, then up of all."""
+        return tuple(
+            (piece.local_start, piece.part * self.shape[0] + piece.hf_start, piece.length)
+            for piece in self.pieces(tp_rank, tp_size)
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ into every tensor sees it.
 
 import hashlib
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 
 from moetrain.manifest import Manifest
@@ -40,7 +39,7 @@ def _spots(path: Path, size: int) -> Iterator[tuple[int, int]]:
     tensors = read_header(path, Manifest.of(path.parent)).values()
     yield 0, min((one.start for one in tensors), default=size)
     for one in tensors:
-        yield from _within(one.start, one.start + prod(one.shape) * one.dtype.itemsize)
+        yield from _within(one.start, one.start + one.num_bytes)
 
 
 def _within(start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -8,27 +8,25 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from moetrain.errors import WeightsError
 from moetrain.manifest import Manifest
 
 MAX_HEADER = 100_000_000  # bytes, as safetensors has it
 MAX_DIMENSIONS = 64  # torch's
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+# Bytes of an element, by the name that safetensors has for its dtype.
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
 }
 
 
@@ -36,9 +34,13 @@ DTYPES = {
 class Stored:
     """A tensor as its file's header says."""
 
-    dtype: torch.dtype
+    dtype: str  # safetensors' name
     shape: tuple[int, ...]
     start: int  # its first byte in the file
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * SIZES[self.dtype]
 
 
 def read_header(path: Path, manifest: Manifest | None) -> dict[str, Stored]:
@@ -63,28 +65,19 @@ def read_header(path: Path, manifest: Manifest | None) -> dict[str, Stored]:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length).decode(), object_pairs_hook=_once)
     except (OSError, ValueError, struct.error) as error:
-        raise _broken(path, str(error)) from None
+        raise broken(path, str(error)) from None
     except RecursionError:
-        raise _broken(path, "its header is nested too deeply") from None
+        raise broken(path, "its header is nested too deeply") from None
     if not isinstance(header, dict):
-        raise _broken(path, "its header is no mapping")
+        raise broken(path, "its header is no mapping")
     found = cast(dict[str, Any], header)
     if not _is_note(found.pop("__metadata__", {})):
-        raise _broken(path, "its __metadata__ is no mapping of texts")
+        raise broken(path, "its __metadata__ is no mapping of texts")
     _check_places(path, found, size - 8 - length)
     return {
-        name: Stored(DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
+        name: Stored(e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
         for name, e in found.items()
     }
-
-
-def open_file(path: Path, manifest: Manifest | None) -> Any:
-    """safetensors' own view of a file of which `read_header` says nothing against it."""
-    read_header(path, manifest)
-    try:
-        return safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
-        raise _broken(path, str(error)) from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -107,30 +100,30 @@ def _check_places(path: Path, header: Mapping[str, Any], size: int) -> None:
     for start, stop, name in sorted(places):
         if start != at:
             what = "overlaps the tensor before it" if start < at else "leaves a gap before it"
-            raise _broken(path, f"{name} {what}")
+            raise broken(path, f"{name} {what}")
         at = stop
     if at > size:
         raise WeightsError(f"{path}: truncated, {size} of {at} bytes of tensors. Fetch it again.")
     if at < size:
-        raise _broken(path, f"{size - at} bytes follow the last tensor")
+        raise broken(path, f"{size - at} bytes follow the last tensor")
 
 
 def _place(path: Path, name: str, entry: Any) -> tuple[int, int]:
     """Where a tensor is, as its dtype and shape confirm."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise _broken(path, f"{name} has no dtype, shape or data_offsets")
+        raise broken(path, f"{name} has no dtype, shape or data_offsets")
     given = cast(dict[str, Any], entry)
     kind, shape, offsets = given["dtype"], given["shape"], given["data_offsets"]
-    if not isinstance(kind, str) or kind not in DTYPES:
+    if not isinstance(kind, str) or kind not in SIZES:
         raise WeightsError(
-            f"{path}: {name} has dtype {kind}; allowed: {', '.join(DTYPES)}. Take a "
+            f"{path}: {name} has dtype {kind}; allowed: {', '.join(SIZES)}. Take a "
             f"checkpoint that is not quantised."
         )
     if not (_counts(shape) and _counts(offsets) and len(offsets) == 2):
-        raise _broken(path, f"shape or data_offsets of {name} are no whole numbers")
+        raise broken(path, f"shape or data_offsets of {name} are no whole numbers")
     start, stop = offsets
-    if stop - start != prod(shape) * DTYPES[kind].itemsize:
-        raise _broken(path, f"{name} is {kind} {shape} and has {stop - start} bytes")
+    if stop - start != prod(shape) * SIZES[kind]:
+        raise broken(path, f"{name} is {kind} {shape} and has {stop - start} bytes")
     return start, stop
 
 
@@ -147,5 +140,5 @@ def _counts(value: Any) -> bool:
     return all(type(number) is int and 0 <= number < 1 << 63 for number in cast(list[Any], value))
 
 
-def _broken(path: Path, why: str) -> WeightsError:
+def broken(path: Path, why: str) -> WeightsError:
     return WeightsError(f"{path}: not a whole safetensors file ({why}). Fetch it again.")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moetrain.errors import WeightsError
@@ -13,7 +14,7 @@ from moetrain.manifest import Manifest, say_unchecked
 from moetrain.models.adapter import SUFFIX, AdapterSpec, Matrix, adapter_table, all_matrices
 from moetrain.models.model import Model
 from moetrain.weights.adapter_init import idle, table_shapes
-from moetrain.weights.header import open_file
+from moetrain.weights.header import broken, read_header
 from moetrain.weights.peft_config import PeftConfig, rank_of, read_config, scale_of
 from moetrain.weights.peft_writer import CONFIG, HEAD, PREFIX, WEIGHTS
 from moetrain.weights.reader import Reader, Slices
@@ -217,4 +218,8 @@ def _open(path: Path) -> Any:
     else:
         manifest.all_there()
         manifest.check(path)
-    return open_file(path, manifest)
+    read_header(path, manifest)
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise broken(path, str(error)) from None

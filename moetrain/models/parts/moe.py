@@ -70,6 +70,7 @@ class Experts:
             adapts="experts",
             fused="mlp.experts.gate_up_proj",
             num_experts=self.num,
+            saved="mlp.experts.experts.linear_fc1.weight",
         )
         yield Weight(
             "mlp.experts.linear_fc2.weight{e}",
@@ -79,6 +80,7 @@ class Experts:
             writes=True,
             fused="mlp.experts.down_proj",
             num_experts=self.num,
+            saved="mlp.experts.experts.linear_fc2.weight",
         )
 
     def splits(self) -> Iterator[Split]:
