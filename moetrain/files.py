@@ -80,11 +80,16 @@ def publish_folder(folder: Path) -> Iterator[Path]:
     """
     with named(folder), _aside(folder, is_folder=True) as aside:
         yield aside
-        for path in aside.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        os.replace(aside, folder)
-        _sync_folder(folder.parent)
+        put_folder(aside, folder)
+
+
+def put_folder(aside: Path, folder: Path) -> None:
+    """Give a filled folder its name, once all of it is on disk. Raises OSError."""
+    for path in aside.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    os.replace(aside, folder)
+    _sync_folder(folder.parent)
 
 
 @contextmanager

@@ -1,0 +1,146 @@
+"""The files of a Megatron checkpoint made of Hugging Face tensors: each chunk is a run of rows of
+one of them, so that rows are copied as they lie. No torch.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moetrain.models import Model, Rule
+from moetrain.models.sharding import Piece
+from moetrain.weights.blobs import Blob, object_blob, tensor_blob
+from moetrain.weights.hf_files import SHARD_BYTES
+from moetrain.weights.mcore_layout import Place, Style, place
+from moetrain.weights.rows import Rows, row_bytes, spans
+from moetrain.weights.stream import RUN, Plan, Task
+from moetrain.weights.torch_index import INDEX, Chunk, Global, Index, Value, write_index
+
+# What Megatron reads on every rank besides the tensors (0.19); here nothing.
+COMMON_KEY, COMMON = "common_state/shard_0_1", [{}]
+
+
+def dtype_names(rows: Rows, model: Model, style: Style) -> dict[str, str]:
+    """Hugging Face name -> dtype in a checkpoint, whose tensors have one each: where parts of one
+    differ, fp32 holds all of them.
+    """
+    together: dict[str, set[str]] = {}
+    for rule in model.table.values():
+        key = place(rule, model, style).key
+        together.setdefault(key, set()).update(rows.dtype_name(name) for name in rule.hf)
+    result: dict[str, str] = {}
+    for rule in model.table.values():
+        found = together[place(rule, model, style).key]
+        for name in rule.hf:
+            result[name] = next(iter(found)) if len(found) == 1 else "F32"
+    return result
+
+
+@dataclass
+class _Files:
+    """Files that are planned from their first byte to their last."""
+
+    shard_bytes: int
+    sizes: dict[str, int] = field(default_factory=dict[str, int])
+    tasks: list[Task] = field(default_factory=list[Task])
+    chunks: dict[str, list[Chunk]] = field(default_factory=dict[str, list[Chunk]])
+
+    def room(self, size: int) -> tuple[str, int]:
+        """(file, first byte) of the next `size` bytes."""
+        name = f"__0_{max(0, len(self.sizes) - 1)}.distcp"
+        if self.sizes.get(name, 0) + size > self.shard_bytes and self.sizes.get(name):
+            name = f"__0_{len(self.sizes)}.distcp"
+        start = self.sizes.get(name, 0)
+        self.sizes[name] = start + size
+        return name, start
+
+    def add(self, at: Place, row: int, blob: Blob, shape: tuple[int, ...], **task: Any) -> None:
+        """A chunk: what lies at `row` of a parameter."""
+        file, start = self.room(blob.size)
+        offsets = (*at.lead, row, *[0] * (len(shape) - 1))
+        sizes = (*[1] * len(at.lead), *shape)
+        self.chunks.setdefault(at.key, []).append(Chunk(offsets, sizes, file, start, blob.size))
+        self.tasks.append(Task(file, start, **task))
+
+
+def plan(
+    rows: Rows, model: Model, style: Style, common: Any = COMMON, shard_bytes: int = SHARD_BYTES
+) -> tuple[Plan, Index]:
+    """Of a checkpoint with all of a model's weights, and the index that goes with it. `rows` has
+    the dtypes of `dtype_names`.
+    """
+    files = _Files(shard_bytes)
+    content = object_blob(common)
+    first, start = files.room(len(content))
+    files.tasks.append(Task(first, start, content))
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for rule in model.table.values():
+        at = place(rule, model, style)
+        shapes[at.key] = rows.dtype_name(rule.hf[0]), (*at.lead_shape, *at.shape)
+        for piece in at.pieces:
+            _add_rows(files, rows, rule, at, piece)
+        _add_padding(files, rows.dtype_name(rule.hf[0]), at)
+        for part, name in enumerate(rule.hf):
+            if not _are_whole_spans(rows, name, at, part):
+                whole = sum(piece.length for piece in at.pieces if piece.part == part)
+                files.tasks.append(Task("", 0, b"", name, 0, whole, is_hashed=True))
+    tensors = {key: Global(*shape, tuple(files.chunks[key])) for key, shape in shapes.items()}
+    index = Index(tensors, {COMMON_KEY: Value(first, start, len(content))})
+    return Plan(files.sizes, tuple(files.tasks)), index
+
+
+def _add_rows(files: _Files, rows: Rows, rule: Rule, at: Place, piece: Piece) -> None:
+    name, rest = rule.hf[piece.part], at.shape[1:]
+    is_hashed = _are_whole_spans(rows, name, at, piece.part)
+    for low, high in _runs(rows, name, piece):
+        shape = (high - low, *rest)
+        blob = tensor_blob(rows.dtype_name(name), (*[1] * len(at.lead), *shape))
+        row = piece.local_start + low - piece.hf_start
+        task: dict[str, Any] = dict(fixed=blob.prefix, tensor=name, low=low, high=high, blob=blob)
+        files.add(at, row, blob, shape, is_hashed=is_hashed, **task)
+
+
+def _runs(rows: Rows, name: str, piece: Piece) -> Iterator[tuple[int, int]]:
+    """Rows of a piece in runs that one task moves, cut where spans of the tensor end."""
+    shape, dtype = rows.shape(name), rows.dtype_name(name)
+    step = _step(rows, name)
+    many = step * max(1, RUN // (step * max(1, row_bytes(shape, dtype))))
+    low, stop = piece.hf_start, piece.hf_start + piece.length
+    while low < stop:
+        high = min(stop, (low // many + 1) * many)
+        yield low, high
+        low = high
+
+
+def _step(rows: Rows, name: str) -> int:
+    return next((stop for _, stop in spans(rows.shape(name), rows.dtype_name(name))), 1)
+
+
+def _are_whole_spans(rows: Rows, name: str, at: Place, part: int) -> bool:
+    """Whether the pieces of a tensor begin where its spans do, so that they can be hashed as the
+    tensor is.
+    """
+    step = _step(rows, name)
+    return all(piece.hf_start % step == 0 for piece in at.pieces if piece.part == part)
+
+
+def _add_padding(files: _Files, dtype_name: str, at: Place) -> None:
+    """The zero rows of a vocabulary."""
+    rows = at.shape[0] - sum(piece.length for piece in at.pieces)
+    if not rows:
+        return
+    shape = (rows, *at.shape[1:])
+    blob = tensor_blob(dtype_name, (*[1] * len(at.lead), *shape))
+    zeros = bytes(blob.num_bytes)
+    fixed = blob.prefix + zeros + blob.suffix(zlib.crc32(zeros))
+    files.add(at, at.shape[0] - rows, blob, shape, fixed=fixed)
+
+
+def write_notes(folder: Path, index: Index, state: Mapping[str, Any]) -> None:
+    """What goes beside the data. Raises OSError."""
+    write_index(folder / INDEX, index)
+    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(backend))
+    (folder / "state.json").write_text(json.dumps(dict(state)))

@@ -1,0 +1,298 @@
+"""Rows from a source into files whose every byte has its place before the first is written, so that
+threads write at once, a killed conversion goes on where it was, and the result is always the same.
+
+What is being written lies in `.NAME.part` beside its place, with a journal of what is on disk.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from moetrain import files
+from moetrain.errors import WeightsError
+from moetrain.manifest import Entry, Piece, joined
+from moetrain.weights.blobs import Blob
+from moetrain.weights.rows import Rows, readable, row_bytes, spans
+
+JOURNAL = "journal"
+RUN = 1 << 26  # bytes of one tensor that one thread moves at a time
+SYNC = 1 << 28  # bytes that are written between two entries of the journal
+
+type Report = Callable[[int, int], None]
+"""(bytes that are written, bytes of the result)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Bytes of a file that one thread writes: fixed ones, then rows, then what ends their blob.
+
+    Without a file the rows are only hashed.
+    """
+
+    file: str
+    start: int
+    fixed: bytes = b""
+    tensor: str = ""
+    low: int = 0
+    high: int = 0
+    blob: Blob | None = None
+    is_hashed: bool = False  # whether the rows count for the tensor's own digest
+
+    def pieces(self, rows: Rows) -> Iterator[tuple[int, int]]:
+        """The rows in ranges that are hashed alone, as those of the whole tensor are cut."""
+        if self.tensor:
+            shape, dtype = rows.shape(self.tensor), rows.dtype_name(self.tensor)
+            for start, stop in spans(shape, dtype):
+                if start < self.high and stop > self.low:
+                    yield max(start, self.low), min(stop, self.high)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a result's large files."""
+
+    sizes: Mapping[str, int]
+    tasks: tuple[Task, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def key(self, origin: Sequence[str]) -> str:
+        """What a journal belongs to: this plan, and a source that is described by `origin`."""
+        digest = hashlib.sha256(json.dumps([dict(self.sizes), *origin]).encode())
+        for task in self.tasks:
+            line = f"{task.file} {task.start} {task.tensor} {task.low} {task.high}"
+            digest.update(line.encode() + task.fixed)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a task has written."""
+
+    pieces: tuple[tuple[int, str], ...]  # (end in the file, digest)
+    rows: tuple[tuple[int, str], ...]  # (first row, digest) of the tensor
+
+
+@dataclass(frozen=True)
+class Written:
+    """What all tasks have."""
+
+    entries: Mapping[str, Entry]
+    tensors: Mapping[str, str]  # digests
+
+
+def stream(
+    plan: Plan,
+    rows: Rows,
+    folder: Path,
+    *,
+    origin: Sequence[str],
+    workers: int,
+    report: Report | None = None,
+) -> Written:
+    """Write the plan's files into `folder`, which holds what an earlier call for the same origin
+    has written; the files are on disk afterwards.
+
+    Raises OSError; whatever reading raises.
+    """
+    done = _resumed(folder / JOURNAL, plan.key(origin), len(plan.tasks))
+    size = {i: _size(task, rows) for i, task in enumerate(plan.tasks)}
+    total, written = sum(size.values()), sum(size[i] for i in done)
+    with _opened(plan, folder) as handles, (folder / JOURNAL).open("a") as journal:
+
+        def commit(new: Mapping[int, Done]) -> None:
+            for name in {plan.tasks[i].file for i in new}:
+                if name:
+                    os.fdatasync(handles[name])
+            for i, one in new.items():
+                journal.write(json.dumps([i, one.pieces, one.rows]) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+            done.update(new)
+
+        fresh: dict[int, Done] = {}
+        rest = [i for i in range(len(plan.tasks)) if i not in done]
+        for i, one in _in_threads(plan.tasks, rest, rows, handles, workers):
+            fresh[i] = one
+            written += size[i]
+            if report is not None:
+                report(written, total)
+            if sum(size[j] for j in fresh) >= SYNC:
+                commit(fresh)
+                fresh = {}
+        commit(fresh)
+    return _collected(plan, done)
+
+
+def _size(task: Task, rows: Rows) -> int:
+    blob = task.blob
+    if blob is not None:
+        return blob.size
+    if not task.tensor:
+        return len(task.fixed)
+    shape, dtype = rows.shape(task.tensor), rows.dtype_name(task.tensor)
+    return len(task.fixed) + (task.high - task.low) * row_bytes(shape, dtype)
+
+
+def _in_threads(
+    tasks: Sequence[Task],
+    numbers: Iterable[int],
+    rows: Rows,
+    handles: Mapping[str, int],
+    workers: int,
+) -> Iterator[tuple[int, Done]]:
+    """(number, what it wrote) of tasks as they end; no more begin once one has failed."""
+    todo = iter(numbers)
+    running: dict[Future[Done], int] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            while True:
+                while len(running) < workers + 1 and (i := next(todo, None)) is not None:
+                    running[pool.submit(_write, tasks[i], rows, handles)] = i
+                if not running:
+                    return
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    yield running.pop(future), future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _write(task: Task, rows: Rows, handles: Mapping[str, int]) -> Done:
+    """Do one task."""
+    handle, at, checksum = handles.get(task.file, -1), task.start, 0
+    pieces: list[tuple[int, str]] = []
+    hashed: list[tuple[int, str]] = []
+
+    def put(content: memoryview | bytes) -> str:
+        nonlocal at
+        digest = hashlib.sha256(content).hexdigest()
+        if handle >= 0:
+            _put(handle, content, at)
+            at += len(content)
+            pieces.append((at, digest))
+        return digest
+
+    if task.fixed:
+        put(task.fixed)
+    for low, high in task.pieces(rows):
+        content = rows.rows(task.tensor, low, high).reshape(-1).data
+        digest = put(content)
+        if task.is_hashed:
+            hashed.append((low, digest))
+        if task.blob is not None:
+            checksum = zlib.crc32(content, checksum)
+    if task.blob is not None:
+        put(task.blob.suffix(checksum))
+    return Done(tuple(pieces), tuple(hashed))
+
+
+def _put(handle: int, content: memoryview | bytes, at: int) -> None:
+    """All of it: a write may take only a part."""
+    left = memoryview(content)
+    while left:
+        num = os.pwrite(handle, left, at)
+        left, at = left[num:], at + num
+
+
+def _collected(plan: Plan, done: Mapping[int, Done]) -> Written:
+    pieces: dict[str, list[Piece]] = {name: [] for name in plan.sizes}
+    tensors: dict[str, list[tuple[int, str]]] = {}
+    for i, task in enumerate(plan.tasks):
+        if task.file:
+            pieces[task.file] += [Piece(stop, digest) for stop, digest in done[i].pieces]
+        if task.is_hashed:
+            tensors.setdefault(task.tensor, []).extend(done[i].rows)
+    for name, own in pieces.items():
+        own.sort(key=lambda piece: piece.stop)
+        assert own and own[-1].stop == plan.sizes[name], f"{name} is not covered"
+    return Written(
+        {name: Entry.of(own) for name, own in pieces.items()},
+        {name: joined(digest for _, digest in sorted(own)) for name, own in tensors.items()},
+    )
+
+
+@contextmanager
+def _opened(plan: Plan, folder: Path) -> Iterator[dict[str, int]]:
+    """Handles of the plan's files, each of its full size."""
+    handles: dict[str, int] = {}
+    try:
+        for name, size in plan.sizes.items():
+            with files.named(folder / name):
+                handles[name] = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+                if os.fstat(handles[name]).st_size != size:
+                    os.truncate(handles[name], size)
+        yield handles
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+
+
+def _resumed(journal: Path, key: str, num_tasks: int) -> dict[int, Done]:
+    """What a journal for this key says is on disk; one for another, or none, begins anew."""
+    done: dict[int, Done] = {}
+    lines = journal.read_text().splitlines() if journal.is_file() else []
+    if lines[:1] != [key]:
+        for path in journal.parent.iterdir():
+            path.unlink()
+        journal.write_text(key + "\n")
+        return done
+    whole = len(key) + 1
+    for line in lines[1:]:
+        try:
+            i, pieces, rows = json.loads(line)
+            assert 0 <= i < num_tasks
+        except (ValueError, AssertionError):
+            break  # torn by the kill
+        done[i] = Done(tuple(map(tuple, pieces)), tuple(map(tuple, rows)))
+        whole += len(line) + 1
+    os.truncate(journal, min(whole, journal.stat().st_size))
+    return done
+
+
+@contextmanager
+def part_of(dst: Path, *, resume: bool) -> Iterator[Path]:
+    """The folder `.NAME.part` beside `dst`, which takes its name in the end. A kill leaves it, for
+    `resume`; an error removes it unless it is to be resumed.
+
+    Raises OSError; WeightsError where another process is writing it.
+    """
+    part = dst.with_name(f".{dst.name}.part")
+    with files.named(dst):
+        if part.exists() and not resume:
+            shutil.rmtree(part)
+        part.mkdir(parents=True, exist_ok=True)
+        handle = os.open(part, os.O_RDONLY)
+    try:
+        if not files.locked(handle):
+            raise WeightsError(f"{dst} is being written by another process. Wait for its end.")
+        yield part
+        (part / JOURNAL).unlink(missing_ok=True)
+        files.put_folder(part, dst)
+    except Exception:
+        if not resume:
+            with suppress(OSError):
+                shutil.rmtree(part)
+        raise
+    finally:
+        os.close(handle)
+
+
+def check_room(plan: Plan, part: Path) -> None:
+    """WeightsError where the disk has too little room for what is not there yet."""
+    there = sum(path.stat().st_blocks * 512 for path in part.iterdir())
+    needed, free = plan.num_bytes - there, shutil.disk_usage(part).free
+    if needed > free:
+        raise WeightsError(
+            f"No space left on the disk of {part.parent}: {readable(needed)} are needed and"
+            f" {readable(free)} free. Make room there or give another folder."
+        )

@@ -1,0 +1,260 @@
+"""A Megatron checkpoint's tensors by Hugging Face name and rows, at whatever layout it was written.
+No torch, no process group, no model in memory.
+"""
+
+import io
+import os
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from moetrain.errors import CheckpointError
+from moetrain.manifest import Manifest, say_unchecked
+from moetrain.models import Model
+from moetrain.models.rules import VALUE_HEAD
+from moetrain.models.sharding import Vocab
+from moetrain.weights.blobs import tensor_of
+from moetrain.weights.header import SIZES
+from moetrain.weights.mcore_layout import Place, place, style_of
+from moetrain.weights.rows import Bytes
+from moetrain.weights.torch_index import INDEX, Chunk, Global, read_index
+
+# What a training checkpoint holds beside weights: the optimizer, random generators, what fp8 needs.
+_OF_TRAINING = ("optimizer.", "rng_state", "common_state", "rerun_state")
+_EXTRA = "_extra_state"
+
+
+class TorchDist:
+    """The tensors of a checkpoint, as it names them. What is read is checked by its manifest, where
+    there is one. Threads may read at the same time.
+
+    Raises CheckpointError of `read_index`; DamageError for what is not as it was written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._handles: dict[str, int] = {}
+        self._manifest = Manifest.of(folder)
+        if self._manifest is not None:
+            self._manifest.all_there()
+        self.index = read_index(folder)
+        self._starts: dict[Chunk, int] = {}
+        self._by_lead: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
+        self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_handles", {}).values():
+            os.close(handle)
+
+    def rows(self, key: str, lead: tuple[int, ...], start: int, stop: int) -> Bytes:
+        """[stop - start, bytes of a row]: rows of the matrix (elements of the vector) at `lead` of
+        the first axes of a tensor.
+        """
+        tensor = self.index.tensors[key]
+        width = SIZES[tensor.dtype_name]
+        columns = tensor.shape[-1] if len(tensor.shape) - len(lead) > 1 else 1
+        result = np.empty((stop - start, columns * width), np.uint8)
+        covered = 0
+        for chunk in self._chunks(key, tensor, lead):
+            low, high, left, right = _box(chunk, len(lead))
+            first, last = max(low, start), min(high, stop)
+            if first < last:
+                part = self._read(key, tensor, chunk, lead, first - low, last - low)
+                result[first - start : last - start, left * width : right * width] = part
+                covered += (last - first) * (right - left)
+        if covered != (stop - start) * columns:
+            what = "more than once" if covered > (stop - start) * columns else "only in part"
+            raise CheckpointError(
+                f"{self.folder}: {key} is there {what}. Copy the checkpoint again."
+            )
+        return result
+
+    def _chunks(self, key: str, tensor: Global, lead: tuple[int, ...]) -> list[Chunk]:
+        """Those that hold something at `lead`."""
+        with self._lock:
+            if key not in self._by_lead:
+                found: dict[tuple[int, ...], list[Chunk]] = {}
+                for chunk in tensor.chunks:
+                    sizes = chunk.sizes[: len(lead)]
+                    for at in np.ndindex(*sizes):
+                        where = tuple(o + i for o, i in zip(chunk.offsets, at, strict=False))
+                        found.setdefault(where, []).append(chunk)
+                self._by_lead[key] = found
+            return self._by_lead[key].get(lead, [])
+
+    def _read(
+        self, key: str, tensor: Global, chunk: Chunk, lead: tuple[int, ...], low: int, high: int
+    ) -> Bytes:
+        """Rows [low, high) of a chunk, at `lead` of the whole tensor."""
+        _, _, left, right = _box(chunk, len(lead))
+        row, rest = 0, chunk.sizes[len(lead) :]
+        for at, offset, size in zip(lead, chunk.offsets, chunk.sizes, strict=False):
+            row = row * size + at - offset
+        first = row * rest[0] + low
+        width = (right - left) * SIZES[tensor.dtype_name]
+        result = np.empty((high - low, width), np.uint8)
+        flat = result.reshape(-1).data
+        path = self.folder / chunk.file
+        start = chunk.start + self._values(key, tensor, chunk) + first * width
+        if os.preadv(self._handle(path), [flat], start) != result.nbytes:
+            raise CheckpointError(f"{path} is truncated. Copy the checkpoint again.")
+        if self._manifest is None:
+            say_unchecked(self.folder)
+        else:
+            self._manifest.check_read(path, start, flat)
+        return result
+
+    def _values(self, key: str, tensor: Global, chunk: Chunk) -> int:
+        """Where in its blob the values of a chunk begin."""
+        if chunk not in self._starts:
+            path = self.folder / chunk.file
+            window = _Window(self._handle(path), chunk.start, chunk.length)
+            try:
+                found = tensor_of(io.BufferedReader(window, 1 << 12))
+            except (ValueError, OSError) as error:
+                raise CheckpointError(
+                    f"{path}: a part of {key} is {error}. Copy the checkpoint again."
+                ) from None
+            if (found.dtype_name, found.shape) != (tensor.dtype_name, chunk.sizes):
+                raise CheckpointError(
+                    f"{path}: a part of {key} is {found.dtype_name} {list(found.shape)}, {INDEX}"
+                    f" says {tensor.dtype_name} {list(chunk.sizes)}. Copy the checkpoint again."
+                )
+            self._starts[chunk] = found.start
+        return self._starts[chunk]
+
+    def _handle(self, path: Path) -> int:
+        with self._lock:
+            if path.name not in self._handles:
+                try:
+                    self._handles[path.name] = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{path}: {error.strerror}. Copy the checkpoint again."
+                    ) from None
+            return self._handles[path.name]
+
+
+def _box(chunk: Chunk, num_lead: int) -> tuple[int, int, int, int]:
+    """(first row, one behind the last, first column, one behind the last)."""
+    offsets, sizes = chunk.offsets[num_lead:], chunk.sizes[num_lead:]
+    if len(sizes) == 1:
+        return offsets[0], offsets[0] + sizes[0], 0, 1
+    return offsets[0], offsets[0] + sizes[0], offsets[1], offsets[1] + sizes[1]
+
+
+class _Window(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, handle: int, start: int, length: int):
+        self._handle, self._start, self._length, self._at = handle, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, (0, self._at, self._length)[whence] + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        room = max(0, min(len(buffer), self._length - self._at))
+        content = os.pread(self._handle, room, self._start + self._at)
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+class McoreRows:
+    """A checkpoint under Hugging Face names.
+
+    Raises:
+        CheckpointError: a tensor of the model is missing or of another shape, or one is there that
+            the model has no parameter for.
+    """
+
+    def __init__(self, folder: Path, model: Model):
+        self.source = TorchDist(folder)
+        tensors = self.source.index.tensors
+        style = style_of(tensors)
+        self._places: dict[str, tuple[Place, int]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for rule in model.table.values():
+            at = place(rule, model, style)
+            found = tensors.get(at.key)
+            if found is None:
+                raise CheckpointError(
+                    f"{folder}: {at.key} is missing. Is its config the one of this checkpoint?"
+                )
+            wanted = (*at.lead_shape, *at.shape)
+            shape = found.shape
+            if isinstance(rule.sharding, Vocab) and len(shape) == len(wanted):  # other padding
+                wanted = (max(rule.sharding.shape[0], shape[0]), *wanted[1:])
+            if shape != wanted:
+                raise CheckpointError(
+                    f"{folder}: {at.key} is {list(shape)}, its config asks for {list(wanted)}. Is"
+                    f" it the one of this checkpoint?"
+                )
+            for part, (key, hf_shape) in enumerate(zip(rule.hf, rule.hf_shapes, strict=True)):
+                self._places[key] = at, part
+                self._shapes[key] = hf_shape
+        self._check_all_used(tensors)
+
+    def __str__(self) -> str:
+        return str(self.source)
+
+    def _check_all_used(self, tensors: Mapping[str, Global]) -> None:
+        used = {at.key for at, _ in self._places.values()}
+        extra = [
+            key
+            for key in sorted(tensors.keys() - used)
+            if not key.startswith(_OF_TRAINING) and _EXTRA not in key and key != VALUE_HEAD
+        ]
+        if extra:
+            raise CheckpointError(
+                f"{self}: {len(extra)} tensors belong to no parameter of this model: "
+                f"{', '.join(extra[:4])}. Is its config the one of this checkpoint?"
+            )
+
+    def names(self) -> Collection[str]:
+        return self._places.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype_name(self, name: str) -> str:
+        return self.source.index.tensors[self._places[name][0].key].dtype_name
+
+    def rows(self, name: str, start: int, stop: int) -> Bytes:
+        at, _ = self._places[name]
+        parts = [
+            self.source.rows(at.key, at.lead, low, high)
+            for low, high in self._runs(name, start, stop)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _runs(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Where rows [start, stop) lie in the checkpoint's tensor, in their order."""
+        at, part = self._places[name]
+        for piece in at.pieces:
+            if piece.part == part:
+                low = max(start, piece.hf_start)
+                high = min(stop, piece.hf_start + piece.length)
+                if low < high:
+                    shift = piece.local_start - piece.hf_start
+                    yield low + shift, high + shift
+
+    def sources(self) -> list[Path]:
+        """The files that are read."""
+        files = {chunk.file for t in self.source.index.tensors.values() for chunk in t.chunks}
+        return sorted(self.source.folder / name for name in (*files, INDEX))
