@@ -11,11 +11,12 @@ same weights under other names, which vLLM 0.32 takes in their place. They are l
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from moetrain.errors import WeightsError
 from moetrain.manifest import read_text
+from moetrain.weights.checks import some
 from moetrain.weights.header import read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,7 +43,7 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     single, index = folder / SINGLE, folder / INDEX
     strays = _shards(folder)
     if not single.is_file() and not index.is_file():
-        lost = f" ({_some(strays)} without it)" if strays else ""
+        lost = f" ({some(strays)} without it)" if strays else ""
         raise WeightsError(
             f"{folder}: neither {SINGLE} nor its index is there{lost}. Check the path."
         )
@@ -54,7 +55,7 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     _check_named(folder, single.name if single.is_file() else index.name)
     if not index.is_file():
         if strays:
-            raise _two_sets(folder, f"{_some(strays)}, which no index names", "those")
+            raise _two_sets(folder, f"{some(strays)}, which no index names", "those")
         _check_others(folder)
         _check_consolidated(folder, set(read_header(single, None)))
         return {single: None}
@@ -66,7 +67,7 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
         raise _two_sets(folder, f"{INDEX}{gone}", f"{INDEX}{left}")
     if missing:
         raise WeightsError(
-            f"{folder}: {len(missing)} of {len(files)} shards are missing: {_some(missing)}. Copy"
+            f"{folder}: {len(missing)} of {len(files)} shards are missing: {some(missing)}. Copy"
             f" the model again."
         )
     _check_consolidated(folder, {name for names in files.values() for name in names})
@@ -92,8 +93,8 @@ def _check_others(folder: Path) -> None:
     others = [name for name in names if not name.startswith(CONSOLIDATED)]
     if others:
         raise WeightsError(
-            f"{folder} holds {_some(others)} beside {SINGLE}, and no index says what the model is:"
-            f" transformers reads {SINGLE} alone, vLLM all of them. Move {_some(others)} to another"
+            f"{folder} holds {some(others)} beside {SINGLE}, and no index says what the model is:"
+            f" transformers reads {SINGLE} alone, vLLM all of them. Move {some(others)} to another"
             " folder."
         )
 
@@ -150,7 +151,3 @@ def _indexed(index: Path) -> Mapping[Path, list[str]]:
             )
         files.setdefault(index.parent / file, []).append(name)
     return files
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -56,12 +56,13 @@ class _Files:
         self.sizes[name] = start + size
         return name, start
 
-    def add(self, at: Place, row: int, blob: Blob, shape: tuple[int, ...], **task: Any) -> None:
+    def add(self, at: Place, row: int, around: Blob, shape: tuple[int, ...], **task: Any) -> None:
         """A chunk: what lies at `row` of a parameter."""
-        file, start = self.room(blob.size)
+        size = around.size
+        file, start = self.room(size)
         offsets = (*at.lead, row, *[0] * (len(shape) - 1))
         sizes = (*[1] * len(at.lead), *shape)
-        self.chunks.setdefault(at.key, []).append(Chunk(offsets, sizes, file, start, blob.size))
+        self.chunks.setdefault(at.key, []).append(Chunk(offsets, sizes, file, start, size))
         self.tasks.append(Task(file, start, **task))
 
 

@@ -3,6 +3,7 @@ name and slice.
 """
 
 import hashlib
+import threading
 from collections.abc import Collection, Mapping
 from math import prod
 from typing import Protocol
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from moetrain.models import Model
-from moetrain.weights.dtypes import TORCH, as_tensor
-from moetrain.weights.rows import num_rows, spans
+from moetrain.weights.dtypes import NAMES, TORCH, as_rows, as_tensor
+from moetrain.weights.rows import Bytes, Rows, num_rows, spans
 from moetrain.weights.stored import StoredFolder
+from moetrain.weights.torch_dist import McoreRows
 
 Slices = tuple[slice, ...]
 
@@ -30,32 +32,71 @@ class Reader(Protocol):
     def read(self, name: str, slices: Slices) -> Tensor: ...
 
 
-class SafetensorsReader(StoredFolder):
-    """The same as tensors."""
+class ByRows:
+    """Tensors and slices of what is read by rows."""
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self: Rows, name: str) -> torch.dtype:
         return TORCH[self.dtype_name(name)]
 
-    def read(self, name: str, slices: Slices) -> Tensor:
-        shape, dtype = self.shape(name), self.dtype(name)
+    def read(self: Rows, name: str, slices: Slices) -> Tensor:
+        shape, dtype_name = self.shape(name), self.dtype_name(name)
         sizes = [cut.stop - cut.start for cut in slices]
         if not prod(sizes):
-            return torch.empty(sizes, dtype=dtype)
+            return torch.empty(sizes, dtype=TORCH[dtype_name])
         if len(shape) != 2:  # cut along its first dimension or not at all
-            rows = self._tensor(name, 0, num_rows(shape)).reshape(shape)
-            return rows[slices]
+            return as_tensor(self.rows(name, 0, num_rows(shape)), dtype_name).reshape(shape)[slices]
         first, columns = slices
         if sizes[1] == shape[1]:
-            return self._tensor(name, first.start, first.stop)
-        result = torch.empty(sizes, dtype=dtype)
-        for start, stop in spans((sizes[0], shape[1]), self.dtype_name(name)):
-            part = self._tensor(name, first.start + start, first.start + stop)
-            result[start:stop] = part[:, columns]
+            return as_tensor(self.rows(name, first.start, first.stop), dtype_name)
+        result = torch.empty(sizes, dtype=TORCH[dtype_name])
+        for start, stop in spans((sizes[0], shape[1]), dtype_name):
+            rows = self.rows(name, first.start + start, first.start + stop)
+            result[start:stop] = as_tensor(rows, dtype_name)[:, columns]
         return result
 
-    def _tensor(self, name: str, start: int, stop: int) -> Tensor:
-        """[rows, elements of a row]."""
-        return as_tensor(self.rows(name, start, stop), self.dtype_name(name))
+
+class RowsReader(ByRows):
+    """Any rows as tensors."""
+
+    def __init__(self, rows: Rows):
+        self.base = rows
+        self.names, self.shape = rows.names, rows.shape
+        self.dtype_name, self.rows = rows.dtype_name, rows.rows
+
+    def __str__(self) -> str:
+        return str(self.base)
+
+
+class SafetensorsReader(ByRows, StoredFolder):
+    """A folder of safetensors as tensors."""
+
+
+class McoreReader(ByRows, McoreRows):
+    """A Megatron checkpoint as tensors."""
+
+
+class ReaderRows:
+    """Tensors of a reader by rows. One thread reads at a time: readers need not take more."""
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+        self.names, self.shape = reader.names, reader.shape
+        self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        return str(self.reader)
+
+    def dtype_name(self, name: str) -> str:
+        return NAMES[self.reader.dtype(name)]
+
+    def rows(self, name: str, start: int, stop: int) -> Bytes:
+        shape = self.shape(name)
+        with self._lock:
+            if len(shape) < 2:
+                whole = self.reader.read(name, tuple(slice(0, n) for n in shape))
+                return as_rows(whole.reshape(-1, 1)[start:stop])
+            cut = (slice(start, stop), *(slice(0, n) for n in shape[1:]))
+            return as_rows(self.reader.read(name, cut).reshape(stop - start, -1))
 
 
 class RandomReader:

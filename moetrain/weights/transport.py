@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from moetrain.errors import WeightsError
 from moetrain.models import Model, Rule
 from moetrain.pulse import beat
+from moetrain.weights.checks import check_tensors, some
 from moetrain.weights.doubles import contradiction
 from moetrain.weights.ranks import ALONE, Ranks
 from moetrain.weights.reader import Reader
@@ -44,31 +45,8 @@ def check_names(local: Iterable[str], table: Table, reader: Reader, model: Model
     """
     unknown = sorted(set(local) - set(table))
     if unknown:
-        raise WeightsError(f"No rule for {_some(unknown)}. The family's table is incomplete.")
-    wanted = {
-        key: shape
-        for rule in table.values()
-        for key, shape in zip(rule.hf, rule.hf_shapes, strict=True)
-    }
-    held = set(reader.names())
-    missing = sorted(set(wanted) - held)
-    if missing:
-        raise WeightsError(
-            f"{reader}: {len(missing)} of {len(wanted)} tensors are missing: {_some(missing)}"
-        )
-    extra = sorted(held - set(wanted) - model.ignored_keys)
-    if extra:
-        raise WeightsError(
-            f"{reader}: {len(extra)} tensors belong to no parameter of this model: {_some(extra)}. "
-            "Is config.json the one of these weights?"
-        )
-    for key, shape in wanted.items():
-        if reader.shape(key) != shape:
-            raise WeightsError(
-                f"{reader}: {key} is {list(reader.shape(key))}, config.json asks for "
-                f"{list(shape)}. "
-                "Check vocab_size and the other sizes in config.json."
-            )
+        raise WeightsError(f"No rule for {some(unknown)}. The family's table is incomplete.")
+    check_tensors(reader, table, model.ignored_keys)
     problem = contradiction(reader, model)
     if problem:
         raise WeightsError(f"{reader}: {problem}")
@@ -99,7 +77,7 @@ def _check_shards(params: list[LocalParam], table: Table) -> None:
     """
     twice = sorted(name for name, n in Counter(p.name for p in params).items() if n > 1)
     if twice:
-        raise WeightsError(f"{_some(twice)}: on this rank more than once.")
+        raise WeightsError(f"{some(twice)}: on this rank more than once.")
     for param in params:
         shape = table[param.name].local_shape(param.tp_rank, param.tp_size)
         if tuple(param.tensor.shape) != shape:
@@ -122,7 +100,7 @@ def export(
     owners = _owners(mine, ranks)
     missing = sorted(set(table) - set(owners))
     if missing:
-        raise WeightsError(f"No rank holds {_some(missing)}. Nothing was exported.")
+        raise WeightsError(f"No rank holds {some(missing)}. Nothing was exported.")
     for name, rule in table.items():
         beat()
         owner, dtype = owners[name]
@@ -178,7 +156,3 @@ def _whole(param: LocalParam, rule: Rule) -> tuple[Tensor, ...]:
     dist.all_gather(shards, param.tensor.contiguous(), group=param.tp_group)
     unpacked = [rule.sharding.unpack(shard, r, param.tp_size) for r, shard in enumerate(shards)]
     return tuple(torch.cat(parts, rule.sharding.dim) for parts in zip(*unpacked, strict=True))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,211 @@
+"""Hugging Face <-> Megatron, as rows that stream: no process holds a tensor, and neither torch nor
+Megatron nor a process group is needed.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetrain import manifest
+from moetrain.errors import CheckpointError, WeightsError
+from moetrain.models import Model
+from moetrain.models.lookup import NOTE, read_mapping
+from moetrain.weights import hf_files, mcore_files
+from moetrain.weights.blobs import TORCH_NAMES
+from moetrain.weights.mcore_layout import style_for
+from moetrain.weights.opening import Opened, open_model
+from moetrain.weights.rows import Converted, Rows, readable
+from moetrain.weights.side_files import SideFiles
+from moetrain.weights.stream import JOURNAL, Plan, Written, check_room, part_of, stream
+
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # as recipes name them
+_BY_TORCH = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a result is written."""
+
+    workers: int = 2
+    resume: bool = False
+    dtype: str | None = None  # of all tensors; None: each as it was
+    shard_bytes: int = hf_files.SHARD_BYTES
+
+
+def hf2mcore(src: Path, dst: Path, options: Options = Options()) -> int:
+    """Write the Hugging Face folder `src` as a Megatron torch_dist checkpoint `dst`, which must not
+    exist.
+    """
+    refuse_existing(dst)
+    source = open_model(src)
+    if source.is_megatron:
+        raise WeightsError(f"{src} is a Megatron checkpoint already. Give a Hugging Face folder.")
+    style = style_for(source.model)
+    rows = _wanted(source.rows, source.model, options)
+    found = {name: rows.dtype_name(name) for name in _names(source.model)}
+    rows = Converted(rows, mcore_files.dtype_names(rows, source.model, style))
+    plan, index = mcore_files.plan(rows, source.model, style, shard_bytes=options.shard_bytes)
+    side_files = SideFiles.of(source.folder)
+
+    def finish(part: Path) -> None:
+        mcore_files.write_notes(part, index, {"steps_done": 0, "format": 1, "has_optimizer": False})
+        noted = {name: TORCH_NAMES[found[name]] for name in sorted(found)}
+        note = {"hf": side_files.config(source.hf), "dtypes": noted}
+        (part / NOTE).write_text(json.dumps(note, indent=1))
+        side_files.write(part, source.hf)
+
+    _write(plan, rows, dst, source.origin(), options, finish)
+    print(f"{dst}: Megatron checkpoint of {src}")
+    return 0
+
+
+def mcore2hf(src: Path, dst: Path, options: Options = Options()) -> int:
+    """Write the Megatron checkpoint `src` as a Hugging Face folder `dst`, which must not exist."""
+    refuse_existing(dst)
+    source = open_model(src)
+    if not source.is_megatron:
+        raise WeightsError(
+            f"{src} has no {NOTE}, so it is no Megatron checkpoint of moetrain's. Give the folder"
+            " that hf2mcore wrote, or <run_dir>/checkpoints/step_...."
+        )
+    rows = Converted(source.rows, _as_noted(source))
+    rows = _wanted(rows, source.model, options)
+    write_hf_rows(
+        rows,
+        _names(source.model),
+        dst,
+        config=source.hf,
+        side_files=SideFiles.of(source.folder),
+        origin=source.origin(),
+        options=options,
+    )
+    print(f"{dst}: Hugging Face model of {src}")
+    return 0
+
+
+def write_hf_rows(
+    rows: Rows,
+    names: Sequence[str],
+    dst: Path,
+    *,
+    config: Mapping[str, Any],
+    side_files: SideFiles,
+    origin: Sequence[str],
+    options: Options,
+    more: Callable[[Path], None] | None = None,
+) -> None:
+    """Write tensors as a Hugging Face folder, which appears whole or not at all.
+
+    Args:
+        names: in the order in which shards take them.
+        config: content of config.json as it was; `side_files` says how answers end now.
+        origin: what tells this source from another, to resume.
+        more: writes further files.
+
+    Raises OSError; WeightsError for too little room; whatever reading raises.
+    """
+    files = hf_files.shards(hf_files.targets(rows, names), options.shard_bytes)
+
+    def finish(part: Path) -> None:
+        hf_files.write_index(part, files)
+        (part / "config.json").write_text(json.dumps(side_files.config(config), indent=2) + "\n")
+        side_files.write(part, config)
+        if more is not None:
+            more(part)
+
+    _write(hf_files.plan(files), rows, dst, origin, options, finish)
+
+
+def _write(
+    plan: Plan,
+    rows: Rows,
+    dst: Path,
+    origin: Sequence[str],
+    options: Options,
+    finish: Callable[[Path], None],
+) -> None:
+    """The plan's files, what `finish` puts beside them, and a manifest; published together."""
+    with part_of(dst, resume=options.resume) as part:
+        check_room(plan, part)
+        report = Progress(dst.name)
+        written: Written = stream(
+            plan, rows, part, origin=origin, workers=options.workers, report=report
+        )
+        report.close()
+        finish(part)
+        known = manifest.complete(part, written.entries)
+        known.pop(JOURNAL)  # it goes last
+        manifest.write(part, known, written.tensors)
+
+
+def _names(model: Model) -> list[str]:
+    return [name for rule in model.table.values() for name in rule.hf]
+
+
+def _wanted(rows: Rows, model: Model, options: Options) -> Rows:
+    """In the dtype that was asked for."""
+    if options.dtype is None:
+        return rows
+    return Converted(rows, dict.fromkeys(_names(model), DTYPES[options.dtype]))
+
+
+def _as_noted(source: Opened) -> dict[str, str]:
+    """Name -> dtype that a Megatron checkpoint's weights had as a Hugging Face model: as it was
+    noted, else as the config says.
+    """
+    noted = read_mapping(source.folder / NOTE).get("dtypes", {})
+    given = source.hf.get("dtype") or source.hf.get("torch_dtype")
+    usual = _BY_TORCH.get(str(given).removeprefix("torch."))
+    result: dict[str, str] = {}
+    for name in _names(source.model):
+        word = noted.get(name) if isinstance(noted, dict) else noted
+        if word is not None and word not in _BY_TORCH:
+            raise CheckpointError(
+                f"{source.folder / NOTE}: {name} has dtype {word!r}; known: {', '.join(_BY_TORCH)}."
+            )
+        dtype = usual if word is None else _BY_TORCH[str(word)]
+        if dtype is not None:
+            result[name] = dtype
+    return result
+
+
+def refuse_existing(dst: Path) -> None:
+    """Raises CheckpointError."""
+    if dst.exists():
+        raise CheckpointError(f"{dst} exists. Give another folder or remove it.")
+
+
+class Progress:
+    """Bytes and the time that is left, on stderr: a line that changes, or in a log one every ten
+    seconds.
+    """
+
+    def __init__(self, name: str):
+        self.name, self._started = name, time.monotonic()
+        self._first: int | None = None  # bytes that an earlier process had written
+        self._shown = self._started
+        self._is_terminal = sys.stderr.isatty()
+
+    def __call__(self, written: int, total: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = written
+        if now - self._shown < (0.2 if self._is_terminal else 10.0):
+            return
+        self._shown = now
+        speed = (written - self._first) / max(now - self._started, 1e-3)
+        left = f"{(total - written) / speed:,.0f} s left" if speed else ""
+        line = f"{self.name}: {readable(written)} of {readable(total)}, {readable(speed)}/s, {left}"
+        end = "" if self._is_terminal else "\n"
+        print(
+            f"\r\033[K{line}" if self._is_terminal else line, end=end, file=sys.stderr, flush=True
+        )
+
+    def close(self) -> None:
+        """Take the line away."""
+        if self._is_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
