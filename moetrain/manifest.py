@@ -96,7 +96,7 @@ def write(folder: Path, files: Files, tensors: Mapping[str, str] | None = None) 
         },
     }
     if tensors:
-        content["tensors"] = dict(tensors)
+        content["tensors"] = dict(sorted(tensors.items()))
     content["sha256"] = _digest(content)
     (folder / NAME).write_text(_text(content))
 

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from weights_helpers import Spread, readapt, reader_of
 
 from moetrain.config.recipe import AdapterConfig
-from moetrain.engine.derived import merge
 from moetrain.errors import ConfigError, WeightsError
 from moetrain.models import Rule, read_model, with_scalar_head
 from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_table, row_parts
@@ -27,6 +26,7 @@ from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import CONFIGS, save_model
 from moetrain.weights.adapter_init import InitialAdapter, Residual, whole
 from moetrain.weights.compare import compare
+from moetrain.weights.derived import merge
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import config_of, targets, write_peft
 from moetrain.weights.reader import Reader

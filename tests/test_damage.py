@@ -25,9 +25,8 @@ from test_adapter import exported, spec_of
 from moetrain import manifest
 from moetrain.config.rewards import RewardConfig
 from moetrain.data import tokenizer
-from moetrain.engine import pickles
-from moetrain.engine.convert import hf2mcore, mcore2hf
-from moetrain.engine.derived import expand, merge
+from moetrain.engine import Engine, pickles
+from moetrain.engine.on_disk import recipe_for
 from moetrain.errors import ConfigError, MoetrainError, WeightsError
 from moetrain.loops.score import score
 from moetrain.manifest import BLOCK, DamageError, Manifest
@@ -36,6 +35,8 @@ from moetrain.rewards.reward_model import RewardModel
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import CONFIGS, save_model
 from moetrain.weights.compare import compare
+from moetrain.weights.convert import hf2mcore, mcore2hf
+from moetrain.weights.derived import expand, merge
 from moetrain.weights.folder import INDEX, weight_files
 from moetrain.weights.peft_config import read_config
 from moetrain.weights.reader import SafetensorsReader
@@ -58,7 +59,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def export(model: Path) -> Path:
     folder = model.parent / "export"
     expand(model, folder, every=1)
-    (folder / "expanded.json").unlink()
     return folder
 
 
@@ -72,7 +72,7 @@ def adapter(export: Path) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(export: Path, workers: Workers) -> Path:
     folder = export.parent / "checkpoint"
-    workers.run(1, hf2mcore, export, folder)
+    hf2mcore(export, folder)
     return folder
 
 
@@ -132,7 +132,7 @@ def test_a_reward_model_is_checked_before_transformers_reads_it(export: Path) ->
 @pytest.mark.gloo
 def test_a_flipped_byte_in_a_checkpoint(checkpoint: Path, workers: Workers, tmp_path: Path) -> None:
     def converted(folder: Path) -> None:
-        workers.run(1, mcore2hf, folder, tmp_path / "made")
+        mcore2hf(folder, tmp_path / "made")
         shutil.rmtree(tmp_path / "made")
 
     read = [".metadata", "__0_0.distcp", "moetrain.json", "metadata.json", "manifest.json"]
@@ -152,9 +152,18 @@ def test_a_part_that_one_rank_reads_is_refused_on_all(
     (copy / "manifest.json").unlink()
     part = copy / "__0_0.distcp"
     part.write_bytes(part.read_bytes()[:-2000])
-    with pytest.raises(MoetrainError, match="cut cannot be read") as caught:
-        workers.run(2, mcore2hf, copy, tmp_path / "made")
+    with pytest.raises(MoetrainError, match=r"/cut/__0_0.*Copy the checkpoint again") as caught:
+        mcore2hf(copy, tmp_path / "made")
     assert "\n" not in str(caught.value)
+    with pytest.raises(MoetrainError, match="cut cannot be read") as caught:
+        workers.run(2, restored, copy, export)
+    assert "\n" not in str(caught.value)
+
+
+def restored(folder: Path, like: Path) -> None:
+    """As a run that goes on reads it: by Megatron."""
+    engine = Engine(recipe_for(str(like), folder), train=False)
+    engine.restore(folder)
 
 
 class Marker:
@@ -192,18 +201,29 @@ def hostile_common(folder: Path, marker: Path) -> None:
 @pytest.mark.gloo
 @pytest.mark.parametrize("make", [hostile_index, hostile_object, hostile_common])
 def test_a_checkpoint_runs_nothing(
-    checkpoint: Path, workers: Workers, tmp_path: Path, make: Callable[[Path, Path], None]
+    checkpoint: Path,
+    export: Path,
+    workers: Workers,
+    tmp_path: Path,
+    make: Callable[[Path, Path], None],
 ) -> None:
     copy, marker = Path(shutil.copytree(checkpoint, tmp_path / "copy")), tmp_path / "marker"
     (copy / "manifest.json").unlink()
     make(copy, marker)
-    with pytest.raises(MoetrainError, match=r"posix\.mkdir") as caught:
-        workers.run(1, mcore2hf, copy, tmp_path / "made")
-    assert "\n" not in str(caught.value)
     data = tmp_path / "data.jsonl"
     data.write_text('{"tokens": [1, 2, 3]}\n')
-    with pytest.raises(MoetrainError, match=r"posix\.mkdir"):
+    if make is hostile_index:
+        with pytest.raises(MoetrainError, match=r"posix\.mkdir") as caught:
+            mcore2hf(copy, tmp_path / "made")
+        assert "\n" not in str(caught.value)
+        with pytest.raises(MoetrainError, match=r"posix\.mkdir"):
+            workers.run(1, score, str(copy), data, tmp_path / "out.jsonl")
+    else:  # what is no weight is not read at all
+        mcore2hf(copy, tmp_path / "made")
+        assert not list(compare(tmp_path / "made", export))
         workers.run(1, score, str(copy), data, tmp_path / "out.jsonl")
+    with pytest.raises(MoetrainError, match=r"posix\.mkdir"):
+        workers.run(1, restored, copy, export)
     assert not marker.exists()
 
 

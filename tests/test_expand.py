@@ -121,8 +121,8 @@ def test_only_the_last_of_every_k_is_copied() -> None:
     ("change", "every", "message"),
     [
         (lambda src: None, "5", "--every 5 cannot be with a model of 4 layers; give 1 to 4"),
-        (lambda src: (src / "config.json").unlink(), "2", "config.json cannot be read"),
-        (lambda src: (src / "config.json").write_text("{"), "2", "config.json cannot be read"),
+        (lambda src: (src / "config.json").unlink(), "2", "no config.json"),
+        (lambda src: (src / "config.json").write_text("{"), "2", "config.json: not JSON"),
         (lambda src: (src / "model.safetensors").unlink(), "2", "neither model.safetensors"),
         (lambda src: drop(src, "model.layers.2.mlp.experts.1.down_proj.weight"), "2", "missing"),
         (lambda src: (src.parent / "dst").mkdir(), "2", "dst exists"),

@@ -201,7 +201,7 @@ def test_a_quantised_model_is_converted_as_the_plain_one(
     quantised: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """There and back it is the plain model; its config.json says nothing of quantisation."""
-    from moetrain.engine.convert import hf2mcore, mcore2hf
+    from moetrain.weights.convert import hf2mcore, mcore2hf
 
     fp8, plain = quantised
     hf2mcore(fp8, tmp_path / "mcore")
@@ -214,7 +214,7 @@ def test_a_quantised_model_is_converted_as_the_plain_one(
 
 
 def test_a_quantised_model_is_made_deeper(quantised: tuple[Path, Path], tmp_path: Path) -> None:
-    from moetrain.engine.derived import expand
+    from moetrain.weights.derived import expand
 
     fp8, plain = quantised
     expand(fp8, tmp_path / "fp8", 2)

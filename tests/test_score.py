@@ -13,12 +13,12 @@ from data_helpers import tokenizer_folder, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from moetrain.data import tokenizer
-from moetrain.engine import convert
 from moetrain.errors import CheckpointError, DataError, WeightsError
 from moetrain.loops import score
 from moetrain.testing import command
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import save_model
+from moetrain.weights import convert
 
 Tiny = Callable[[str], tuple[str, Any]]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -106,14 +106,14 @@ def test_there_and_back_through_megatron(
     if mixed:
         source = mixed_dtypes(source, tmp_path / "source")
     megatron, back = tmp_path / "megatron", tmp_path / "new" / "hf"
-    workers.run(1, convert.hf2mcore, source, megatron)
-    workers.run(1, convert.mcore2hf, megatron, back)
+    convert.hf2mcore(source, megatron)
+    convert.mcore2hf(megatron, back)
     assert workers.run(1, convert.verify, source, back) == [0]
     assert workers.run(1, convert.verify, megatron, source) == [0]
     with pytest.raises(CheckpointError, match="exists"):
-        workers.run(1, convert.hf2mcore, source, megatron)
+        convert.hf2mcore(source, megatron)
     with pytest.raises(WeightsError, match=r"no moetrain\.json"):
-        workers.run(1, convert.mcore2hf, source, tmp_path / "other")
+        convert.mcore2hf(source, tmp_path / "other")
 
     data = write_jsonl(tmp_path / "data.jsonl", [{"tokens": tokens} for tokens in rows()])
     for name, path in (("a", source), ("b", megatron)):

@@ -15,7 +15,7 @@ from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import CONFIGS, save_model
 from moetrain.weights.compare import compare
-from moetrain.weights.writer import INDEX
+from moetrain.weights.folder import INDEX
 
 pytestmark = pytest.mark.gloo
 Tiny = Callable[[str], tuple[str, Any]]

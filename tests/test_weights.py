@@ -19,7 +19,9 @@ from moetrain.errors import WeightsError
 from moetrain.models import Model, read_model
 from moetrain.testing.tiny import CONFIGS, save_model
 from moetrain.weights.compare import compare
+from moetrain.weights.dtypes import NAMES
 from moetrain.weights.folder import INDEX, weight_files
+from moetrain.weights.hf_files import Target
 from moetrain.weights.reader import RandomReader, SafetensorsReader
 from moetrain.weights.side_files import SideFiles
 from moetrain.weights.transport import LocalParam, export, load
@@ -51,14 +53,16 @@ def load_into(local: list[LocalParam], hf: dict[str, Any], folder: Path | None) 
     return model
 
 
-def write(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
-    given: dict[str, Any] = {
-        "side_files": SideFiles(),
-        "config": {},
-        "dtypes": {},
-        "default": torch.float32,
-    }
-    write_hf(tensors.items(), folder, **given | options)
+def write(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    dtypes: dict[str, str] | None = None,
+    **options: Any,
+) -> None:
+    """As fp32 where `dtypes` says nothing else."""
+    targets = [Target(n, (dtypes or {}).get(n, "F32"), tuple(t.shape)) for n, t in tensors.items()]
+    given: dict[str, Any] = {"side_files": SideFiles(), "config": {}}
+    write_hf(tensors.items(), targets, folder, **given | options)
 
 
 # Reading
@@ -493,10 +497,10 @@ def test_transformers_loads_what_is_written(tiny: Tiny, tmp_path: Path, shard_by
 
 def test_each_tensor_has_its_own_dtype(tmp_path: Path) -> None:
     values = torch.tensor([1.0, 1.00390625])  # the second is no bf16 number
-    dtypes = {"a": torch.bfloat16, "b": torch.float32}
-    write(tmp_path / "out", dict.fromkeys("abc", values), dtypes=dtypes, default=torch.float16)
+    dtypes = {"a": torch.bfloat16, "b": torch.float32, "c": torch.float16}
+    write(tmp_path / "out", dict.fromkeys("abc", values), {n: NAMES[d] for n, d in dtypes.items()})
     found = load_file(tmp_path / "out" / "model.safetensors")
-    assert {n: t.dtype for n, t in found.items()} == dtypes | {"c": torch.float16}
+    assert {n: t.dtype for n, t in found.items()} == dtypes
     assert torch.equal(found["a"], values.bfloat16()) and torch.equal(found["b"], values)
 
 
@@ -504,11 +508,10 @@ def test_a_yielded_tensor_may_be_reused(tmp_path: Path) -> None:
     buffer = torch.zeros(4)
     write_hf(
         ((str(i), buffer.fill_(i)) for i in range(3)),
+        [Target(str(i), "F32", (4,)) for i in range(3)],
         tmp_path / "out",
         side_files=SideFiles(),
         config={},
-        dtypes={},
-        default=torch.float32,
     )
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert [found[str(i)][0].item() for i in range(3)] == [0, 1, 2]
@@ -542,11 +545,10 @@ def test_weights_that_stop_short_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="not to be had"):
         write_hf(
             stops(),
+            [Target("a", "F32", (4,))],
             tmp_path / "out",
             side_files=SideFiles(),
             config={},
-            dtypes={},
-            default=torch.float32,
         )
     assert not list(tmp_path.iterdir())
 
@@ -563,11 +565,12 @@ def test_a_full_disk(tmp_path: Path) -> None:
 import torch
 from pathlib import Path
 from moetrain.errors import WeightsError
+from moetrain.weights.hf_files import Target
 from moetrain.weights.side_files import SideFiles
 from moetrain.weights.writer import write_hf
 def write(n):
-    write_hf([("a", torch.ones(n))], Path("{tmp_path}/out"), side_files=SideFiles(), config={{}},
-             dtypes={{}}, default=torch.float32)
+    write_hf([("a", torch.ones(n))], [Target("a", "F32", (n,))], Path("{tmp_path}/out"),
+             side_files=SideFiles(), config={{}})
 write(100)
 try:
     write(1_000_000)
@@ -613,18 +616,18 @@ def test_every_kind_of_difference_is_listed(tmp_path: Path) -> None:
     b |= {"new": torch.zeros(1), "shape": torch.zeros(3, 2), "dtype": torch.zeros(2).bfloat16()}
     b |= {"value": torch.tensor([1.0, 2.5, 3.0, 4.0]), "sign": torch.tensor([-0.0, 1.0])}
     b |= {"float8": torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn), "scalar": torch.tensor(2.0)}
-    write(tmp_path / "a", a, dtypes={n: t.dtype for n, t in a.items()})
-    write(tmp_path / "b", b, dtypes={n: t.dtype for n, t in b.items()}, shard_bytes=20)
+    write(tmp_path / "a", a, dtypes={n: NAMES[t.dtype] for n, t in a.items()})
+    write(tmp_path / "b", b, dtypes={n: NAMES[t.dtype] for n, t in b.items()}, shard_bytes=20)
     found = {d.name: d.reason for d in compare(tmp_path / "a", tmp_path / "b")}
     assert found == {
         "gone": f"only in {tmp_path}/a",
         "new": f"only in {tmp_path}/b",
         "shape": "shape [2, 3] against [3, 2]",
-        "dtype": "torch.float32 against torch.bfloat16",
-        "value": "25.00% of values differ, by up to 0.5",
-        "sign": "50.00% of values differ, by up to 0",
-        "float8": "50.00% of values differ, by up to 1",
-        "scalar": "100.00% of values differ, by up to 1",
+        "dtype": "F32 against BF16",
+        "value": "25.00% of values differ, by up to 0.5, the first at [1]",
+        "sign": "50.00% of values differ, by up to 0, the first at [0]",
+        "float8": "50.00% of values differ, by up to 1, the first at [1]",
+        "scalar": "100.00% of values differ, by up to 1, the first at []",
     }
 
 

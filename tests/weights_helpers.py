@@ -16,11 +16,13 @@ from moetrain.errors import WeightsError
 from moetrain.models import Model, Rule, read_model
 from moetrain.models.adapter import AdapterSpec, adapter_table
 from moetrain.weights.adapter_init import InitialAdapter
+from moetrain.weights.dtypes import NAMES
+from moetrain.weights.hf_files import Target
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import write_peft
 from moetrain.weights.reader import RandomReader, Reader, SafetensorsReader
 from moetrain.weights.side_files import SideFiles
-from moetrain.weights.transport import LocalParam, export, load
+from moetrain.weights.transport import LocalParam, export, load, owned
 from moetrain.weights.writer import write_hf
 
 
@@ -171,12 +173,14 @@ def rewrite(
     with short_files(20_000 if failing == dist.get_rank() else None):
         write_hf(
             export(local, table, ALL, to="owner"),
+            [
+                Target(name, NAMES[reader.dtype(name)], shape)
+                for name, shape in owned(local, table, ALL).items()
+            ],
             out,
             ALL,
             side_files=SideFiles.of(folder),
             config=hf,
-            dtypes={name: reader.dtype(name) for name in reader.names()},
-            default=torch.float32,
             shard_bytes=shard_bytes,
         )
 

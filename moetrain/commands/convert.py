@@ -1,5 +1,7 @@
 """`moetrain convert`: checkpoints, adapters, deeper models."""
 
+import argparse
+import os
 from pathlib import Path
 
 from moetrain.commands.common import Arguments, Command, Parser, positive
@@ -9,10 +11,12 @@ CONVERSIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "hf2mcore": ("a Megatron checkpoint of a Hugging Face folder", ("source", "destination")),
     "mcore2hf": ("a Hugging Face folder of a Megatron checkpoint", ("source", "destination")),
     "verify": ("compare the weights of two folders", ("a", "b")),
+    "inspect": ("what a folder of weights holds", ("folder",)),
     "adapter": ("a run's adapter as a PEFT folder", ("run", "destination")),
     "merge": ("a plain model of a base and a PEFT folder", ("base", "adapter", "destination")),
     "expand": ("a deeper model that answers as before", ("source", "destination")),
 }
+STREAMED = ("hf2mcore", "mcore2hf", "merge", "expand")
 
 
 def arguments(parser: Parser) -> None:
@@ -22,6 +26,19 @@ def arguments(parser: Parser) -> None:
         own = actions.add_parser(action, help=line, description=line)
         for path in paths:
             own.add_argument(path, type=Path)
+        if action in (*STREAMED, "verify"):
+            cores = len(os.sched_getaffinity(0))
+            own.add_argument(
+                "--workers",
+                type=positive,
+                default=min(cores, 16),
+                metavar="N",
+                help="threads that read and write (default: one a core, 16 at most)",
+            )
+        if action in STREAMED:
+            _add_writing(own, has_dtype=action in ("hf2mcore", "mcore2hf"))
+        if action == "inspect":
+            own.add_argument("--json", action="store_true", help="for programs")
         if action == "expand":
             own.add_argument(
                 "--every",
@@ -32,24 +49,67 @@ def arguments(parser: Parser) -> None:
             )
 
 
+def _add_writing(parser: Parser, *, has_dtype: bool) -> None:
+    """How a result is written."""
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with what a killed conversion has written"
+    )
+    parser.add_argument(
+        "--shard-bytes",
+        type=size,
+        default=5_000_000_000,
+        metavar="N",
+        help="a file grows to at most so many bytes: 500MB, 5GB (default 5GB)",
+    )
+    if has_dtype:
+        parser.add_argument(
+            "--dtype", choices=["bf16", "fp16", "fp32"], help="of all weights (default: as it is)"
+        )
+
+
+def size(text: str) -> int:
+    """Bytes: 5000000, 500MB, 5GB."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+    number, unit = text.upper().strip(), 1
+    for suffix, factor in units.items():
+        if number.endswith(suffix):
+            number, unit = number.removesuffix(suffix).strip(), factor
+            break
+    if not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give bytes, or 500MB, 5GB")
+    return int(number) * unit
+
+
 def run(args: Arguments) -> int:
     """Run it; the exit code."""
     paths: list[Path] = [vars(args)[path] for path in CONVERSIONS[args.action][1]]
-    if args.action in ("merge", "expand"):
-        from moetrain.engine import derived as hf_convert
+    if args.action == "adapter":
+        from moetrain.engine import on_disk
 
-        if args.action == "merge":
-            return hf_convert.merge(*paths)
-        return hf_convert.expand(*paths, every=args.every)
-    from moetrain.engine import convert
+        return on_disk.adapter(*paths)
+    if args.action == "inspect":
+        from moetrain.weights.inspect import inspect
 
-    actions = {
-        "hf2mcore": convert.hf2mcore,
-        "mcore2hf": convert.mcore2hf,
-        "verify": convert.verify,
-        "adapter": convert.adapter,
-    }
-    return actions[args.action](*paths)
+        return inspect(*paths, as_json=args.json)
+    from moetrain.weights import convert
+
+    if args.action == "verify":
+        return convert.verify(*paths, workers=args.workers)
+    options = convert.Options(args.workers, args.resume, vars(args).get("dtype"), args.shard_bytes)
+    if args.action == "hf2mcore":
+        return convert.hf2mcore(paths[0], paths[1], options)
+    if args.action == "mcore2hf":
+        return convert.mcore2hf(paths[0], paths[1], options)
+    from moetrain.weights import derived
+
+    if args.action == "expand":
+        return derived.expand(paths[0], paths[1], args.every, options)
+    base, adapter, destination = paths
+    if not (adapter / "adapter_config.json").is_file():
+        from moetrain.engine.on_disk import peft_folder  # of a run
+
+        adapter = peft_folder(adapter)
+    return derived.merge(base, adapter, destination, options)
 
 
 COMMAND = Command("checkpoints, adapters, deeper models", arguments, run)

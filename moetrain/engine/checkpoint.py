@@ -150,11 +150,6 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def load_weights(chunks: list[PackedGPT], folder: Path, world: World) -> None:
-    """Read the weights of a checkpoint into the live shards, at whatever layout it was written."""
-    fill(chunks, read(model_state(chunks), folder, world))
-
-
 def restore(
     folder: Path, content: dict[str, Any], optimizer: Any, world: World
 ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -38,7 +38,7 @@ from moetrain.engine.snapshot import Weights, as_before, snapshot
 from moetrain.engine.source import ModelSource, model_of
 from moetrain.engine.step import Runner, micro_batches
 from moetrain.engine.world import World, open_world
-from moetrain.errors import ConfigError, DivergedError
+from moetrain.errors import DivergedError
 from moetrain.layout.mesh import check_layout
 from moetrain.methods.base import Known, Method, Out
 from moetrain.models import Rule, read_model
@@ -48,6 +48,8 @@ from moetrain.models.rules import exported
 from moetrain.ops.packed import Packed
 from moetrain.weights import transport
 from moetrain.weights.adapter_init import InitialAdapter
+from moetrain.weights.dtypes import NAMES
+from moetrain.weights.hf_files import Target
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import write_peft
 from moetrain.weights.reader import Reader
@@ -132,15 +134,7 @@ class Engine:
         recipe = self.recipe
         reader = self.source.reader(recipe, self.model)
         adapters = adapter_of(recipe, self.model, reader)
-        if self.source.megatron is not None and recipe.model.init != "random":
-            if adapters is not None and (adapters.spec.dora or not adapters.spec.starts_at_base):
-                raise ConfigError(
-                    "adapter.type: dora, olora and pissa start from the base's matrices. Give"
-                    " model.path as a Hugging Face folder (tools/convert mcore2hf), or take lora."
-                )
-            checkpoint.load_weights(self.chunks, self.source.megatron, self.world)
-        else:
-            self.load(base_for(reader, adapters, recipe.seed))
+        self.load(base_for(reader, adapters, recipe.seed))
         if adapters is not None:
             attach(self.chunks, adapters, self.world)
             self.adapters = adapters
@@ -301,12 +295,9 @@ class Engine:
         on every rank; with to="first" on the first rank alone.
         """
         with gathered(self.wrapped):
-            yield from self._export_merged(to)
-
-    def _export_merged(self, to: transport.To) -> Iterator[tuple[str, Tensor]]:
-        rules = exported(self.model.table)
-        local = [p for p in local_merged(self.chunks, self.world) if p.name in rules]
-        return transport.export(local, rules, self.world, to=to)
+            rules = exported(self.model.table)
+            local = [p for p in local_merged(self.chunks, self.world) if p.name in rules]
+            yield from transport.export(local, rules, self.world, to=to)
 
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """(name in `self.adapters`, whole tensor) of the adapter and of a scalar head beside it, on
@@ -327,15 +318,22 @@ class Engine:
 
     def export_hf(self, folder: Path) -> None:
         """Write a Hugging Face model folder, in the source's dtypes, with adapters merged in."""
+        dtypes = self.source.dtypes(self.recipe, self.model)
+        default = DTYPES[self.recipe.model.dtype]
         with gathered(self.wrapped):
+            rules = exported(self.model.table)
+            local = [p for p in local_merged(self.chunks, self.world) if p.name in rules]
+            targets = [
+                Target(name, NAMES[dtypes.get(name, default)], shape)
+                for name, shape in transport.owned(local, rules, self.world).items()
+            ]
             write_hf(
-                self._export_merged("owner"),
+                transport.export(local, rules, self.world, to="owner"),
+                targets,
                 folder,
                 self.world,
                 side_files=self.side_files,
                 config=self.source.hf_for_export(self.recipe),
-                dtypes=self.source.dtypes(self.recipe, self.model),
-                default=DTYPES[self.recipe.model.dtype],
             )
 
     def export_peft(self, folder: Path) -> None:

@@ -1,25 +1,28 @@
-"""An engine around a model as it lies on disk, for what needs no recipe: scoring and conversion."""
+"""Models, runs and adapters as they lie on disk, for what needs no recipe of its own."""
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moetrain import manifest
 from moetrain.config.load import apply_override, load_recipe, read_content, recipe_from
-from moetrain.config.recipe import ModelConfig, ParallelConfig, Recipe
+from moetrain.config.recipe import ModelConfig, Recipe
 from moetrain.data.cache import build_once, cache_root, key_of
-from moetrain.engine import Engine, device
+from moetrain.engine import device
+from moetrain.engine.adapter_state import adapter_of
 from moetrain.engine.checkpoint_folder import Checkpoints
-from moetrain.engine.source import ModelSource, find_source
+from moetrain.engine.source import ModelSource, find_source, model_of
 from moetrain.errors import CheckpointError
-from moetrain.manifest import Manifest
+from moetrain.models import read_model
 from moetrain.models.lookup import NOTE, checkpoint_at, read_mapping
+from moetrain.models.rules import VALUE_HEAD
+from moetrain.weights.adapter_init import InitialAdapter, whole
+from moetrain.weights.convert import refuse_existing
 from moetrain.weights.dequantised import open_weights
 from moetrain.weights.digest import file_digest
-from moetrain.weights.folder import has_weights
+from moetrain.weights.folder import ADAPTER, has_weights
 from moetrain.weights.peft_writer import write_peft
+from moetrain.weights.reader import McoreReader
 from moetrain.weights.side_files import SideFiles
 
 BF16 = "bfloat16"
@@ -121,19 +124,42 @@ def write_adapter(run: Path, dst: Path) -> str:
             f"{run} has no adapter in its recipe. Give the run_dir of a run with adapter: ..., or"
             f" one of its checkpoints."
         )
-    alone = recipe.model_copy(update={"parallel": ParallelConfig()})
-    engine = Engine(alone, train=False)
-    engine.restore(checkpoint)
-    assert engine.adapters is not None
-    base = recipe.model.path or "random weights"
-    tensors, first = engine.export_adapter(), engine.initial_adapter
+    source = model_of(recipe)
+    model = read_model(source.hf, value_head=recipe.method.value_head)
+    reader = source.reader(recipe, model)
+    table = adapter_of(recipe, model, reader)
+    assert table is not None, "the recipe has an adapter"
+    heads = {name: model.table[name] for name in model.heads.added if name != VALUE_HEAD}
+    stored = McoreReader(checkpoint, model, heads | dict(table))
     hf = read_mapping(checkpoint / NOTE).get("hf")
     if not isinstance(hf, dict):
         raise CheckpointError(f"{checkpoint / NOTE} has no 'hf' mapping. Restore the file.")
-    note = (SideFiles.of(checkpoint), hf)
-    write_peft(tensors, dst, engine.adapters, base, first, note, engine.world)
-    engine.close()
+    base = recipe.model.path or "random weights"
+    initial = None if table.spec.starts_at_base else InitialAdapter(reader, table, recipe.seed)
+    tensors = ((name, whole(stored, name)) for name in stored.names())
+    write_peft(tensors, dst, table, base, initial, (SideFiles.of(checkpoint), hf))
     return base
+
+
+def adapter(run: Path, dst: Path) -> int:
+    """Write the adapter of a run's last checkpoint, or of a checkpoint, as a PEFT folder `dst`,
+    which must not exist.
+    """
+    refuse_existing(dst)
+    source = Path(model_in(str(run))) if not (run / "resolved.yaml").is_file() else run
+    base = write_adapter(source, dst)
+    print(f"{dst}: PEFT adapter of {source}, for {base}")
+    return 0
+
+
+def peft_folder(folder: Path) -> Path:
+    """The PEFT folder of an adapter run, or of its checkpoint; anything else as it is."""
+    if (folder / ADAPTER).is_file():
+        return folder
+    if (folder / "resolved.yaml").is_file():
+        folder = latest(folder)
+    folder = Path(model_in(str(folder)))
+    return as_peft(folder) if is_adapter(folder) else folder
 
 
 def _recipe_of(checkpoint: Path) -> Recipe:
@@ -171,17 +197,6 @@ def recipe_for(
     for override in overrides:
         apply_override(content, override)
     return recipe_from(content, source="command line")
-
-
-def mark_dtypes(folder: Path, engine: Engine) -> None:
-    """Note in a Megatron folder which dtype each weight had, for the way back to Hugging Face."""
-    found = engine.source.dtypes(engine.recipe, engine.model)
-    note = json.loads((folder / NOTE).read_text())
-    note["dtypes"] = {n: str(found[n]).removeprefix("torch.") for n in sorted(found)}
-    (folder / NOTE).write_text(json.dumps(note, indent=1))
-    written = Manifest.of(folder)
-    assert written is not None, "Engine.save wrote one"
-    manifest.write(folder, {**written.files, NOTE: manifest.entry(folder / NOTE)})
 
 
 def model_digest(recipe: Recipe, source: ModelSource) -> str:

@@ -17,12 +17,13 @@ from moetrain.data.run_tokenizer import adapter_tokenizer, locate
 from moetrain.data.tokenizer import load
 from moetrain.data.tokenizer_files import tokenizer_files
 from moetrain.data.turns import end_of_turn
-from moetrain.errors import ConfigError
 from moetrain.models import Model, with_scalar_head
-from moetrain.models.lookup import NOTE, find_model, read_mapping
+from moetrain.models.lookup import NOTE, find_model
 from moetrain.weights.dequantised import open_weights
+from moetrain.weights.dtypes import TORCH
 from moetrain.weights.folder import has_weights
-from moetrain.weights.reader import Joined, RandomReader, Reader
+from moetrain.weights.opening import noted_dtypes
+from moetrain.weights.reader import Joined, McoreReader, RandomReader, Reader
 from moetrain.weights.side_files import SideFiles, check_exported
 
 
@@ -36,21 +37,30 @@ class ModelSource:
     tokenizer: Path | None
 
     def reader(self, recipe: Recipe, model: Model) -> Reader:
-        """What to load: the folder's weights, or random ones that are the same at every layout."""
+        """What to load: the folder's or the checkpoint's weights, or random ones that are the same
+        at every layout.
+        """
         random = RandomReader(model, recipe.seed, recipe.model.init_std)
-        if self.folder is None or recipe.model.init == "random":
+        stored = None if recipe.model.init == "random" else self._stored(model)
+        if stored is None:
             return random
-        stored = open_weights(self.folder, model)
         heads = {key for name in model.heads.added for key in model.table[name].hf}
         new = heads - set(stored.names())
         return Joined(stored, dict.fromkeys(new, random)) if new else stored
+
+    def _stored(self, model: Model) -> Reader | None:
+        if self.megatron is not None:
+            return McoreReader(self.megatron, model)
+        return None if self.folder is None else open_weights(self.folder, model)
 
     def dtypes(self, recipe: Recipe, model: Model) -> Mapping[str, torch.dtype]:
         """Hugging Face name -> dtype of the source's weights; empty where none were read."""
         if recipe.model.init == "random":
             return {}
         if self.megatron is not None:
-            return _noted_dtypes(self.megatron / NOTE)
+            names = (name for rule in model.table.values() for name in rule.hf)
+            noted = noted_dtypes(self.megatron, self.hf, names)
+            return {name: TORCH[dtype] for name, dtype in noted.items()}
         if self.folder is None or not has_weights(self.folder):
             return {}
         reader = open_weights(self.folder, model)
@@ -122,15 +132,3 @@ def find_source(model: ModelConfig, scalar_head: bool = False) -> ModelSource:
     if found.is_megatron:
         return ModelSource(dict(hf), None, folder, tokenizer)
     return ModelSource(dict(hf), folder, None, tokenizer)
-
-
-def _noted_dtypes(note: Path) -> dict[str, torch.dtype]:
-    """Hugging Face name -> dtype, as a Megatron folder's note has them."""
-    noted = read_mapping(note).get("dtypes", {})
-    found: dict[str, torch.dtype] = {}
-    for name, word in noted.items() if isinstance(noted, dict) else [("dtypes", noted)]:
-        dtype = getattr(torch, word, None) if isinstance(word, str) else None
-        if not isinstance(dtype, torch.dtype):
-            raise ConfigError(f"{note}: {name} has dtype {word!r}, which torch has not.")
-        found[str(name)] = dtype
-    return found

@@ -170,7 +170,8 @@ def adapter_table(model: Model, spec: AdapterSpec, *, loaded: bool = False) -> A
         for tensors, sharding in _shardings(rule, spec).items():
             own = _places(found, tensors, spec.rank, chosen)
             name = adapter_name(rule.name, tensors)
-            rules[name] = Rule(name, tuple(own), sharding, rule.layer, rule.expert)
+            saved = f"{rule.module}.{tensors}"
+            rules[name] = Rule(name, tuple(own), sharding, rule.layer, rule.expert, saved=saved)
             base[name] = rule
             places |= own
     return AdapterTable(model, spec, rules, base, places, chosen)

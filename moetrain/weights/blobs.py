@@ -182,6 +182,10 @@ class Found:
     shape: tuple[int, ...]
     start: int  # of its values in the blob
 
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * SIZES[self.dtype_name]
+
 
 def _rebuilt(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Any:
     """What a description says, in place of the tensor."""

@@ -1,19 +1,21 @@
-"""Comparing two Hugging Face folders tensor by tensor, one pair in memory at a time."""
+"""Whether two folders hold the same weights, some rows of a pair of tensors at a time. No torch,
+unless values differ.
+"""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from moetrain.errors import ConfigError
-from moetrain.models import Model, read_model
-from moetrain.models.lookup import read_mapping
+from moetrain.models import Model
 from moetrain.models.rules import EMBEDDING, HEAD
-from moetrain.weights.reader import Aliased, Reader, SafetensorsReader
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from moetrain.weights.header import SIZES
+from moetrain.weights.opening import open_weights_of
+from moetrain.weights.rows import Bytes, Renamed, Rows, num_rows, row_bytes, spans
+from moetrain.weights.stream import Report
 
 
 @dataclass(frozen=True)
@@ -27,57 +29,120 @@ class Difference:
         return f"{self.name}: {self.reason}"
 
 
-def compare(a: Path, b: Path) -> Iterator[Difference]:
+@dataclass(frozen=True)
+class _Part:
+    """What differs in a range of rows of one tensor."""
+
+    name: str
+    count: int
+    first: int  # number of the element
+    gap: float  # the largest
+
+
+def compare(
+    a: Path, b: Path, workers: int = 1, report: Report | None = None
+) -> Iterator[Difference]:
     """Yield a Difference for every tensor that is missing on a side or differs in shape, dtype or
     any bit. Fused experts are compared with those of a folder that has them one by one, a tied
     model's embedding with an lm_head of the other, and what no parameter is made of (old rotary
     buffers) may be on one side alone.
+
+    Args:
+        a, b: Hugging Face folders or Megatron checkpoints.
+        report: called with (bytes compared, bytes of all), if given.
     """
-    (first, model), (second, other) = _reader(a), _reader(b)
+    (first, model), (second, other) = open_weights_of(a), open_weights_of(b)
     ignored, also_ignored = (m.ignored_keys if m else frozenset[str]() for m in (model, other))
     first, second = _with_head(first, model, second), _with_head(second, other, first)
     names = set(first.names()) | set(second.names())
     names -= (ignored | also_ignored) & (set(first.names()) ^ set(second.names()))
+    alike: list[str] = []
     for name in sorted(names):
-        if name not in second.names():
-            yield Difference(name, f"only in {a}")
-        elif name not in first.names():
-            yield Difference(name, f"only in {b}")
-        elif first.shape(name) != second.shape(name):
-            yield Difference(
-                name, f"shape {list(first.shape(name))} against {list(second.shape(name))}"
-            )
-        elif first.dtype(name) != second.dtype(name):
-            yield Difference(name, f"{first.dtype(name)} against {second.dtype(name)}")
+        reason = _unlike(first, second, name, a, b)
+        if reason:
+            yield Difference(name, reason)
         else:
-            whole = tuple(slice(0, size) for size in first.shape(name))
-            x, y = first.read(name, whole), second.read(name, whole)
-            differ = _bits(x) != _bits(y)
-            if differ.any():
-                gap = (x.flatten()[differ].double() - y.flatten()[differ].double()).abs().max()
-                share = differ.double().mean().item()
-                yield Difference(name, f"{share:.2%} of values differ, by up to {gap.item():.3g}")
+            alike.append(name)
+    found: dict[str, list[_Part]] = {}
+    for part in _parts(first, second, alike, workers, report):
+        found.setdefault(part.name, []).append(part)
+    for name in sorted(found):
+        yield Difference(name, _reason(found[name], first.shape(name)))
 
 
-def _with_head(own: Reader, model: Model | None, other: Reader) -> Reader:
+def _unlike(first: Rows, second: Rows, name: str, a: Path, b: Path) -> str:
+    """Why two tensors cannot be compared, "" where they can."""
+    if name not in second.names():
+        return f"only in {a}"
+    if name not in first.names():
+        return f"only in {b}"
+    if first.shape(name) != second.shape(name):
+        return f"shape {list(first.shape(name))} against {list(second.shape(name))}"
+    if first.dtype_name(name) != second.dtype_name(name):
+        return f"{first.dtype_name(name)} against {second.dtype_name(name)}"
+    return ""
+
+
+def _parts(
+    first: Rows, second: Rows, names: list[str], workers: int, report: Report | None
+) -> Iterator[_Part]:
+    """What differs, in ranges of rows that are compared in threads."""
+
+    def look(name: str, start: int, stop: int) -> _Part | None:
+        x, y = first.rows(name, start, stop), second.rows(name, start, stop)
+        if np.array_equal(x, y):
+            return None
+        return _part(name, start, x, y, first)
+
+    def jobs() -> Iterator[tuple[str, int, int]]:
+        for name in names:
+            for start, stop in spans(first.shape(name), first.dtype_name(name)):
+                yield name, start, stop
+
+    size = {name: row_bytes(first.shape(name), first.dtype_name(name)) for name in names}
+    total = sum(size[name] * num_rows(first.shape(name)) for name in names)
+    done, rest = 0, jobs()
+    with ThreadPoolExecutor(workers) as pool:
+        while some := list(islice(rest, 8 * workers)):
+            for part in pool.map(lambda job: look(*job), some):
+                if part is not None:
+                    yield part
+            done += sum(size[name] * (stop - start) for name, start, stop in some)
+            if report is not None:
+                report(done, total)
+
+
+def _part(name: str, start: int, x: Bytes, y: Bytes, rows: Rows) -> _Part:
+    width = SIZES[rows.dtype_name(name)]
+    differ = (x != y).reshape(-1, width).any(1)
+    per_row = x.shape[1] // width
+    first = start * per_row + int(differ.argmax())
+    return _Part(name, int(differ.sum()), first, _gap(x, y, rows.dtype_name(name), differ))
+
+
+def _gap(x: Bytes, y: Bytes, dtype_name: str, differ: np.ndarray) -> float:
+    """The largest distance of two values that differ."""
+    import torch
+
+    from moetrain.weights.dtypes import as_tensor
+
+    mask = torch.from_numpy(differ)
+    a, b = (as_tensor(rows, dtype_name).flatten()[mask].double() for rows in (x, y))
+    return float((a - b).abs().max())
+
+
+def _reason(parts: list[_Part], shape: tuple[int, ...]) -> str:
+    count = sum(part.count for part in parts)
+    first = min(part.first for part in parts)
+    index = [int(i) for i in np.unravel_index(first, shape)] if shape else []
+    gap = max(part.gap for part in parts)
+    total = int(np.prod(shape)) if shape else 1
+    return f"{count / total:.2%} of values differ, by up to {gap:.3g}, the first at {index}"
+
+
+def _with_head(own: Rows, model: Model | None, other: Rows) -> Rows:
     """A tied model with its embedding as lm_head too, where the other one has an lm_head."""
     held = own.names()
     if model is None or not model.heads.tied or HEAD in held or HEAD not in other.names():
         return own
-    return Aliased(own, {HEAD: EMBEDDING})
-
-
-def _bits(x: Tensor) -> Tensor:
-    """Values as integers, flat: NaN equals NaN there, and 0 is not -0."""
-    return x.flatten().view(_INTEGERS[x.element_size()])
-
-
-def _reader(folder: Path) -> tuple[Reader, Model | None]:
-    """With per-expert names where config.json names a known architecture, and then the model."""
-    config = folder / "config.json"
-    try:
-        hf = read_mapping(config) if config.is_file() else {}
-        model = read_model(hf)
-    except ConfigError:
-        return SafetensorsReader(folder), None
-    return SafetensorsReader(folder, model), model
+    return Renamed(own, {**{name: name for name in held}, HEAD: EMBEDDING})

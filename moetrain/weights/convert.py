@@ -13,17 +13,17 @@ from typing import Any
 from moetrain import manifest
 from moetrain.errors import CheckpointError, WeightsError
 from moetrain.models import Model
-from moetrain.models.lookup import NOTE, read_mapping
+from moetrain.models.lookup import NOTE
 from moetrain.weights import hf_files, mcore_files
 from moetrain.weights.blobs import TORCH_NAMES
+from moetrain.weights.compare import compare
 from moetrain.weights.mcore_layout import style_for
-from moetrain.weights.opening import Opened, open_model
+from moetrain.weights.opening import open_model
 from moetrain.weights.rows import Converted, Rows, readable
 from moetrain.weights.side_files import SideFiles
 from moetrain.weights.stream import JOURNAL, Plan, Written, check_room, part_of, stream
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # as recipes name them
-_BY_TORCH = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class Options:
     shard_bytes: int = hf_files.SHARD_BYTES
 
 
-def hf2mcore(src: Path, dst: Path, options: Options = Options()) -> int:
+PLAIN = Options()
+
+
+def hf2mcore(src: Path, dst: Path, options: Options = PLAIN) -> int:
     """Write the Hugging Face folder `src` as a Megatron torch_dist checkpoint `dst`, which must not
     exist.
     """
@@ -63,7 +66,7 @@ def hf2mcore(src: Path, dst: Path, options: Options = Options()) -> int:
     return 0
 
 
-def mcore2hf(src: Path, dst: Path, options: Options = Options()) -> int:
+def mcore2hf(src: Path, dst: Path, options: Options = PLAIN) -> int:
     """Write the Megatron checkpoint `src` as a Hugging Face folder `dst`, which must not exist."""
     refuse_existing(dst)
     source = open_model(src)
@@ -72,8 +75,7 @@ def mcore2hf(src: Path, dst: Path, options: Options = Options()) -> int:
             f"{src} has no {NOTE}, so it is no Megatron checkpoint of moetrain's. Give the folder"
             " that hf2mcore wrote, or <run_dir>/checkpoints/step_...."
         )
-    rows = Converted(source.rows, _as_noted(source))
-    rows = _wanted(rows, source.model, options)
+    rows = _wanted(source.rows, source.model, options)
     write_hf_rows(
         rows,
         _names(source.model),
@@ -85,6 +87,22 @@ def mcore2hf(src: Path, dst: Path, options: Options = Options()) -> int:
     )
     print(f"{dst}: Hugging Face model of {src}")
     return 0
+
+
+def verify(a: Path, b: Path, workers: int = PLAIN.workers) -> int:
+    """Compare the weights of two folders, Hugging Face or Megatron, tensor by tensor. Returns 0
+    when equal, else 1.
+    """
+    report = Progress("verify")
+    num = 0
+    for difference in compare(a, b, workers, report):
+        report.close()
+        print(difference)
+        num += 1
+    report.close()
+    counted = f"{num} difference{'s' if num > 1 else ''}"
+    print(counted if num else f"{a} and {b} hold the same weights")
+    return 1 if num else 0
 
 
 def write_hf_rows(
@@ -108,7 +126,8 @@ def write_hf_rows(
 
     Raises OSError; WeightsError for too little room; whatever reading raises.
     """
-    files = hf_files.shards(hf_files.targets(rows, names), options.shard_bytes)
+    groups = hf_files.shards(hf_files.targets(rows, names), options.shard_bytes)
+    files = dict(zip(hf_files.shard_names(len(groups)), groups, strict=True))
 
     def finish(part: Path) -> None:
         hf_files.write_index(part, files)
@@ -151,26 +170,6 @@ def _wanted(rows: Rows, model: Model, options: Options) -> Rows:
     if options.dtype is None:
         return rows
     return Converted(rows, dict.fromkeys(_names(model), DTYPES[options.dtype]))
-
-
-def _as_noted(source: Opened) -> dict[str, str]:
-    """Name -> dtype that a Megatron checkpoint's weights had as a Hugging Face model: as it was
-    noted, else as the config says.
-    """
-    noted = read_mapping(source.folder / NOTE).get("dtypes", {})
-    given = source.hf.get("dtype") or source.hf.get("torch_dtype")
-    usual = _BY_TORCH.get(str(given).removeprefix("torch."))
-    result: dict[str, str] = {}
-    for name in _names(source.model):
-        word = noted.get(name) if isinstance(noted, dict) else noted
-        if word is not None and word not in _BY_TORCH:
-            raise CheckpointError(
-                f"{source.folder / NOTE}: {name} has dtype {word!r}; known: {', '.join(_BY_TORCH)}."
-            )
-        dtype = usual if word is None else _BY_TORCH[str(word)]
-        if dtype is not None:
-            result[name] = dtype
-    return result
 
 
 def refuse_existing(dst: Path) -> None:

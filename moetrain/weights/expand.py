@@ -5,18 +5,13 @@ down projection are zero, so that it adds nothing to the residual stream until i
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from moetrain.errors import ConfigError
 from moetrain.models import Model, Rule, read_model
 from moetrain.models.rules import HF_LAYER
-from moetrain.weights.adapter_init import whole
-from moetrain.weights.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -93,13 +88,6 @@ def sources(model: Model, expansion: Expansion) -> dict[str, Source]:
                 renamed = key.replace(HF_LAYER.format(l=old), HF_LAYER.format(l=new), 1)
                 result[renamed] = Source(key, zero)
     return result
-
-
-def expanded(reader: Reader, names: Mapping[str, Source]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (new name, tensor), each in its own dtype, one in memory at a time."""
-    for new, source in names.items():
-        tensor = whole(reader, source.old)
-        yield new, torch.zeros_like(tensor) if source.zero else tensor
 
 
 def note(expansion: Expansion) -> str:

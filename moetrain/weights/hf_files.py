@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -33,8 +33,8 @@ def targets(rows: Rows, names: Iterable[str]) -> list[Target]:
     return [Target(name, rows.dtype_name(name), rows.shape(name)) for name in names]
 
 
-def shards(given: Iterable[Target], shard_bytes: int) -> dict[str, list[Target]]:
-    """File name -> its tensors in the order in which they lie there: a file takes tensors as they
+def shards(given: Iterable[Target], shard_bytes: int) -> list[list[Target]]:
+    """The tensors of each file, in the order in which they lie there: a file takes tensors as they
     come until it would grow beyond `shard_bytes`, and has the widest dtypes first, as safetensors
     orders them, so that all are aligned.
     """
@@ -48,9 +48,14 @@ def shards(given: Iterable[Target], shard_bytes: int) -> dict[str, list[Target]]
         size += one.num_bytes
     for group in groups:
         group.sort(key=lambda one: (-SIZES[one.dtype_name], one.name))
-    num = len(groups)
-    names = [f"model-{i + 1:05d}-of-{num:05d}.safetensors" for i in range(num)]
-    return dict(zip(names if num > 1 else [SINGLE], groups, strict=True))
+    return groups
+
+
+def shard_names(num: int) -> list[str]:
+    """The files' names."""
+    if num == 1:
+        return [SINGLE]
+    return [f"model-{i + 1:05d}-of-{num:05d}.safetensors" for i in range(num)]
 
 
 def header(group: Iterable[Target]) -> bytes:
@@ -67,7 +72,7 @@ def header(group: Iterable[Target]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def plan(files: Mapping[str, list[Target]]) -> Plan:
+def plan(files: Mapping[str, Sequence[Target]]) -> Plan:
     """Of these files."""
     sizes: dict[str, int] = {}
     tasks: list[Task] = []
@@ -96,7 +101,7 @@ def runs(shape: tuple[int, ...], dtype_name: str) -> Iterator[tuple[int, int]]:
         yield start, min(start + many, num_rows(shape))
 
 
-def write_index(folder: Path, files: Mapping[str, list[Target]]) -> None:
+def write_index(folder: Path, files: Mapping[str, Sequence[Target]]) -> None:
     """The index, where there is more than one file. Raises OSError."""
     if len(files) == 1:
         return

@@ -1,36 +1,63 @@
-"""An adapter put into its base: a plain model, one tensor in memory at a time."""
+"""An adapter put into its base: the tensors of a plain model, by slice."""
 
-from collections.abc import Iterator
+from collections.abc import Collection
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from moetrain.models.adapter import SUFFIX
 from moetrain.weights.adapter_init import InitialAdapter, Residual, adapted, whole
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import HEAD
-from moetrain.weights.reader import Reader
+from moetrain.weights.reader import Reader, Slices
 
 
-def merged(base: Reader, adapter: PeftReader) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, tensor) of the whole model: W + s B A where there is an adapter
-    (with DoRA at its magnitude), made in fp32, in the base's dtype; a scalar head in its own.
+class Merged:
+    """W + s B A where there is an adapter (with DoRA at its magnitude), made in fp32, in the base's
+    dtype; a scalar head in its own.
     """
-    table = adapter.table
-    if not table.spec.starts_at_base:  # the adapter is one for W - s B0 A0
-        base = Residual(base, InitialAdapter(base, table, 0))
-    places = adapted(table)
-    for key in (key for rule in table.model.table.values() for key in rule.hf):
-        if key == HEAD and adapter.head is not None:
-            yield key, adapter.head
-            continue
-        w = whole(base, key)
-        if key in places:
-            dtype, stem = w.dtype, key.removesuffix(".weight")
-            a = whole(adapter, places[key][0].name + SUFFIX["lora_A"]).float()
-            b = whole(adapter, stem + SUFFIX["lora_B"]).float()
-            w = w.float() + table.spec.scale * (b @ a)
-            if table.spec.dora:
-                magnitude = whole(adapter, stem + SUFFIX["lora_magnitude"]).float()
-                w *= (magnitude / w.norm(dim=1))[:, None]
-            w = w.to(dtype)
-        yield key, w
+
+    def __init__(self, base: Reader, adapter: PeftReader):
+        table = adapter.table
+        if not table.spec.starts_at_base:  # the adapter is one for W - s B0 A0
+            base = Residual(base, InitialAdapter(base, table, 0))
+        self.base, self.adapter = base, adapter
+        self._places = adapted(table)
+        self._head = adapter.head
+        self._names = {key for rule in table.model.table.values() for key in rule.hf}
+        # An expert's matrices are asked for one after the other, in many slices.
+        self._whole = lru_cache(maxsize=4)(lambda name: whole(adapter, name).float())
+
+    def __str__(self) -> str:
+        return f"{self.base} with {self.adapter}"
+
+    def names(self) -> Collection[str]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name == HEAD and self._head is not None:
+            return tuple(self._head.shape)
+        return self.base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        if name == HEAD and self._head is not None:
+            return self._head.dtype
+        return self.base.dtype(name)
+
+    def read(self, name: str, slices: Slices) -> Tensor:
+        if name == HEAD and self._head is not None:
+            return self._head[slices]
+        if name not in self._places:
+            return self.base.read(name, slices)
+        rows = slices[0]
+        # All columns: a row's norm counts them, and sums of parts would differ in their last bits.
+        w = self.base.read(name, (rows, slice(0, self.shape(name)[1])))
+        dtype, stem, spec = w.dtype, name.removesuffix(".weight"), self.adapter.table.spec
+        a = self._whole(self._places[name][0].name + SUFFIX["lora_A"])
+        b = self._whole(stem + SUFFIX["lora_B"])[rows]
+        w = w.float() + spec.scale * (b @ a)
+        if spec.dora:
+            magnitude = self._whole(stem + SUFFIX["lora_magnitude"])[rows]
+            w *= (magnitude / w.norm(dim=1))[:, None]
+        return w.to(dtype)[:, slices[1]]

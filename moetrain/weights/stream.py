@@ -173,30 +173,35 @@ def _write(task: Task, rows: Rows, handles: Mapping[str, int]) -> Done:
     pieces: list[tuple[int, str]] = []
     hashed: list[tuple[int, str]] = []
 
-    def put(content: memoryview | bytes) -> str:
+    def add(content: memoryview | bytes) -> str:
         nonlocal at
-        digest = hashlib.sha256(content).hexdigest()
+        digest = digest_of(content)
         if handle >= 0:
-            _put(handle, content, at)
+            put(handle, content, at)
             at += len(content)
             pieces.append((at, digest))
         return digest
 
     if task.fixed:
-        put(task.fixed)
+        add(task.fixed)
     for low, high in task.pieces(rows):
         content = rows.rows(task.tensor, low, high).reshape(-1).data
-        digest = put(content)
+        digest = add(content)
         if task.is_hashed:
             hashed.append((low, digest))
         if task.blob is not None:
             checksum = zlib.crc32(content, checksum)
     if task.blob is not None:
-        put(task.blob.suffix(checksum))
+        add(task.blob.suffix(checksum))
     return Done(tuple(pieces), tuple(hashed))
 
 
-def _put(handle: int, content: memoryview | bytes, at: int) -> None:
+def digest_of(content: memoryview | bytes) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def put(handle: int, content: memoryview | bytes, at: int) -> None:
     """All of it: a write may take only a part."""
     left = memoryview(content)
     while left:

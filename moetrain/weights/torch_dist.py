@@ -4,15 +4,17 @@ No torch, no process group, no model in memory.
 
 import io
 import os
+import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from moetrain import manifest
 from moetrain.errors import CheckpointError
 from moetrain.manifest import Manifest, say_unchecked
-from moetrain.models import Model
+from moetrain.models import Model, Rule
 from moetrain.models.rules import VALUE_HEAD
 from moetrain.models.sharding import Vocab
 from moetrain.weights.blobs import tensor_of
@@ -21,9 +23,16 @@ from moetrain.weights.mcore_layout import Place, place, style_of
 from moetrain.weights.rows import Bytes
 from moetrain.weights.torch_index import INDEX, Chunk, Global, read_index
 
-# What a training checkpoint holds beside weights: the optimizer, random generators, what fp8 needs.
-_OF_TRAINING = ("optimizer.", "rng_state", "common_state", "rerun_state")
-_EXTRA = "_extra_state"
+DATA = ".distcp"
+
+# What a training checkpoint holds beside weights: the optimizer's state (`chained_0.optimizer...`
+# where there are two), random generators, what fp8 needs.
+_OF_TRAINING = re.compile(r"(chained_\d+\.)?optimizer\.|(rng|rerun)_state|.*_extra_state")
+
+
+def is_weight(key: str) -> bool:
+    """Whether a tensor of a checkpoint is one of the model's."""
+    return _OF_TRAINING.match(key) is None
 
 
 class TorchDist:
@@ -39,7 +48,10 @@ class TorchDist:
         self._manifest = Manifest.of(folder)
         if self._manifest is not None:
             self._manifest.all_there()
+            manifest.check(folder, (n for n in self._manifest.files if not n.endswith(DATA)))
         self.index = read_index(folder)
+        for value in self.index.values.values():
+            self._check(value.file, value.start, value.start + value.length)
         self._starts: dict[Chunk, int] = {}
         self._by_lead: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
         self._lock = threading.Lock()
@@ -103,9 +115,7 @@ class TorchDist:
         start = chunk.start + self._values(key, tensor, chunk) + first * width
         if os.preadv(self._handle(path), [flat], start) != result.nbytes:
             raise CheckpointError(f"{path} is truncated. Copy the checkpoint again.")
-        if self._manifest is None:
-            say_unchecked(self.folder)
-        else:
+        if self._manifest is not None:
             self._manifest.check_read(path, start, flat)
         return result
 
@@ -125,8 +135,18 @@ class TorchDist:
                     f"{path}: a part of {key} is {found.dtype_name} {list(found.shape)}, {INDEX}"
                     f" says {tensor.dtype_name} {list(chunk.sizes)}. Copy the checkpoint again."
                 )
+            values = chunk.start + found.start  # those are checked as they are read
+            self._check(chunk.file, chunk.start, values)
+            stop = chunk.start + chunk.length
+            self._check(chunk.file, values + found.num_bytes, stop)
             self._starts[chunk] = found.start
         return self._starts[chunk]
+
+    def _check(self, file: str, start: int, stop: int) -> None:
+        if self._manifest is None:
+            say_unchecked(self.folder)
+        else:
+            self._manifest.check(self.folder / file, start, stop)
 
     def _handle(self, path: Path) -> int:
         with self._lock:
@@ -178,18 +198,21 @@ class _Window(io.RawIOBase):
 class McoreRows:
     """A checkpoint under Hugging Face names.
 
+    Args:
+        table: the weights that it holds: the model's, or those of an adapter of it.
+
     Raises:
         CheckpointError: a tensor is of another shape than the model's, or the model has no
             parameter for it.
     """
 
-    def __init__(self, folder: Path, model: Model):
+    def __init__(self, folder: Path, model: Model, table: Mapping[str, Rule] | None = None):
         self.source = TorchDist(folder)
         tensors = self.source.index.tensors
-        style = style_of(tensors)
+        style = style_of(tensors) if table is None else "by_layer"
         self._places: dict[str, tuple[Place, int]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for rule in model.table.values():
+        for rule in (model.table if table is None else table).values():
             at = place(rule, model, style)
             found = tensors.get(at.key)
             if found is None:
@@ -214,9 +237,7 @@ class McoreRows:
     def _check_all_used(self, tensors: Mapping[str, Global]) -> None:
         used = {at.key for at, _ in self._places.values()}
         extra = [
-            key
-            for key in sorted(tensors.keys() - used)
-            if not key.startswith(_OF_TRAINING) and _EXTRA not in key and key != VALUE_HEAD
+            key for key in sorted(tensors.keys() - used) if is_weight(key) and key != VALUE_HEAD
         ]
         if extra:
             raise CheckpointError(

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from moetrain.errors import WeightsError
 from moetrain.models import Model, Rule
+from moetrain.models.sharding import Shape
 from moetrain.pulse import beat
 from moetrain.weights.checks import check_tensors, some
 from moetrain.weights.doubles import contradiction
@@ -124,6 +125,19 @@ def export(
                 ranks.transfer(tensor, owner, 0)
             if wanted:
                 yield key, tensor
+
+
+def owned(local: Iterable[LocalParam], table: Table, ranks: Ranks = ALONE) -> dict[str, Shape]:
+    """Hugging Face name -> global shape of what `export` to="owner" yields here, in its order.
+    Collective.
+    """
+    owners = _owners({p.name: p for p in local}, ranks)
+    return {
+        key: shape
+        for name, rule in table.items()
+        if name in owners and owners[name][0] == ranks.rank
+        for key, shape in zip(rule.hf, rule.hf_shapes, strict=True)
+    }
 
 
 def _owners(mine: Mapping[str, LocalParam], ranks: Ranks) -> dict[str, tuple[int, torch.dtype]]:

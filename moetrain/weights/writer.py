@@ -1,73 +1,69 @@
-"""Writing a Hugging Face model folder: every rank writes the tensors it owns, the first rank makes
-the index.
+"""Writing a Hugging Face model folder from live tensors: every rank writes those that it owns into
+files of its own, each as it comes, and the first rank makes the index.
 
-The folder appears whole under its name, or not at all, with a manifest of its files as they were
-read back from the disk.
+The folder appears whole under its name, or not at all, with a manifest of its files.
 """
 
 import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moetrain import files, manifest
 from moetrain.errors import WeightsError
-from moetrain.manifest import Entry, entry
-from moetrain.weights.folder import INDEX, SINGLE
+from moetrain.manifest import Entry, Piece, joined
+from moetrain.weights.dtypes import TORCH, as_rows
+from moetrain.weights.hf_files import SHARD_BYTES, Target, header, shard_names, shards, write_index
 from moetrain.weights.ranks import ALONE, Ranks
+from moetrain.weights.rows import num_rows, row_bytes, spans
 from moetrain.weights.side_files import SideFiles
+from moetrain.weights.stream import digest_of, put
 
 # A full disk is a SafetensorError, which is no OSError.
 FAILURES = (OSError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A file that a rank wrote."""
+class _Share:
+    """What a rank wrote."""
 
-    name: str
-    tensors: tuple[str, ...]
-    size: int  # bytes of its tensors
-    entry: Entry
+    files: Mapping[str, Sequence[Target]]
+    entries: Mapping[str, Entry]
+    tensors: Mapping[str, str]  # digests
 
 
 def write_hf(
     params: Iterable[tuple[str, Tensor]],
+    targets: Sequence[Target],
     folder: Path,
     ranks: Ranks = ALONE,
     *,
     side_files: SideFiles,
     config: Mapping[str, Any],
-    dtypes: Mapping[str, torch.dtype],
-    default: torch.dtype,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write this rank's (name, whole tensor) pairs; collective.
+    """Write this rank's (name, whole tensor) pairs, one of them in memory at a time; collective.
 
     Args:
-        beside: the tokenizer, its template and what ends an answer.
-        config: content of config.json as it was; `beside` says how answers end now.
-        dtypes: dtype of each tensor on disk; `default` for those it does not name.
-        shard_bytes: a file is closed when it would grow beyond this.
+        targets: the same in their order, as they shall be on disk.
+        config: content of config.json as it was; `side_files` says how answers end now.
+        shard_bytes: no file grows beyond this by a further tensor.
 
     Raises:
         WeightsError: on every rank, when any rank could not write; what was at `folder` before is
             untouched.
     """
     with ExitStack() as stack:
-        problem = _write(
-            params, folder, stack, ranks, side_files, config, dtypes, default, shard_bytes
-        )
+        problem = _write(params, targets, folder, stack, ranks, side_files, config, shard_bytes)
     if problem:
         raise WeightsError(
             f"Writing {folder} failed: {problem}. What was there before is untouched. Make room "
@@ -77,13 +73,12 @@ def write_hf(
 
 def _write(
     params: Iterable[tuple[str, Tensor]],
+    targets: Sequence[Target],
     folder: Path,
     stack: ExitStack,
     ranks: Ranks,
     side_files: SideFiles,
     config: Mapping[str, Any],
-    dtypes: Mapping[str, torch.dtype],
-    default: torch.dtype,
     shard_bytes: int,
 ) -> str:
     """What went wrong first on any rank, the same on all; "" when the folder is in its place."""
@@ -96,55 +91,88 @@ def _write(
     problem, aside = ranks.share((problem, aside))
     if problem:
         return problem
-    shards: list[Shard] = []
-    rest = iter(params)
+    groups = shards(targets, shard_bytes) if targets else []
+    counts = ranks.gather(len(groups))
+    first = sum(counts[: ranks.rank])
+    names = shard_names(sum(counts))[first : first + len(groups)]
+    share, rest = _Share({}, {}, {}), iter(params)
     try:
-        shards = _write_shards(rest, aside, ranks.rank, dtypes, default, shard_bytes)
+        share = _write_share(rest, aside, dict(zip(names, groups, strict=True)))
     except FAILURES as error:
         problem = reason(error)
         for _ in rest:  # to make them is collective: the other ranks would wait for this one
             pass
-    reports = ranks.gather((problem, shards))
+    reports = ranks.gather((problem, share))
     problem = _first([p for p, _ in reports])
     if not problem and ranks.rank == 0:
         try:
-            _finish(
-                aside, folder, [shard for _, own in reports for shard in own], side_files, config
-            )
+            _finish(aside, folder, [one for _, one in reports], side_files, config)
         except OSError as error:
             problem = reason(error)
     return _first(ranks.gather(problem))
 
 
-def _write_shards(
-    params: Iterable[tuple[str, Tensor]],
+def _write_share(
+    params: Iterable[tuple[str, Tensor]], aside: Path, own: Mapping[str, Sequence[Target]]
+) -> _Share:
+    """Every tensor at its place, which follows from all that come."""
+    places: dict[str, tuple[str, int, Target]] = {}
+    handles: dict[str, int] = {}
+    pieces: dict[str, list[Piece]] = {}
+    tensors: dict[str, str] = {}
+    try:
+        for file, group in own.items():
+            handles[file] = os.open(aside / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            first = header(group)
+            put(handles[file], first, 0)
+            at = len(first)
+            pieces[file] = [Piece(at, digest_of(first))]
+            for one in group:
+                places[one.name] = file, at, one
+                at += one.num_bytes
+        for name, tensor in params:
+            file, at, one = places.pop(name)
+            found = _write_tensor(handles[file], at, tensor, one)
+            pieces[file] += found
+            tensors[name] = joined(piece.digest for piece in found)
+        assert not places, f"{sorted(places)[:4]} did not come"
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+    for found in pieces.values():
+        found.sort(key=lambda piece: piece.stop)
+    return _Share(own, {file: Entry.of(found) for file, found in pieces.items()}, tensors)
+
+
+def _write_tensor(handle: int, at: int, tensor: Tensor, one: Target) -> list[Piece]:
+    """Its rows, some at a time, in the dtype that they have on disk."""
+    assert tuple(tensor.shape) == one.shape, f"{one.name} is {list(tensor.shape)}"
+    rows = tensor.detach().reshape(num_rows(one.shape), -1)
+    width = row_bytes(one.shape, one.dtype_name)
+    pieces: list[Piece] = []
+    for start, stop in spans(one.shape, one.dtype_name):
+        values = rows[start:stop].to("cpu", TORCH[one.dtype_name])
+        content = as_rows(values).reshape(-1).data
+        put(handle, content, at + start * width)
+        pieces.append(Piece(at + stop * width, digest_of(content)))
+    return pieces
+
+
+def _finish(
     aside: Path,
-    rank: int,
-    dtypes: Mapping[str, torch.dtype],
-    default: torch.dtype,
-    shard_bytes: int,
-) -> list[Shard]:
-    shards: list[Shard] = []
-    batch: dict[str, Tensor] = {}
-    size = 0
-
-    def flush() -> None:
-        nonlocal batch, size
-        if batch:
-            path = aside / f"rank{rank:05d}-{len(shards):05d}.safetensors"
-            save_tensors(batch, path)
-            shards.append(Shard(path.name, tuple(batch), size, entry(path)))
-            batch, size = {}, 0
-
-    for name, tensor in params:
-        held = torch.empty(tensor.shape, dtype=dtypes.get(name, default))
-        held.copy_(tensor)  # a copy: the next tensor may reuse this one's memory
-        if size and size + held.nbytes > shard_bytes:
-            flush()
-        batch[name] = held
-        size += held.nbytes
-    flush()
-    return shards
+    folder: Path,
+    shares: Sequence[_Share],
+    side_files: SideFiles,
+    config: Mapping[str, Any],
+) -> None:
+    """Write the index, config and manifest, and put the folder in its place."""
+    write_index(aside, {file: group for share in shares for file, group in share.files.items()})
+    (aside / "config.json").write_text(json.dumps(side_files.config(config), indent=2) + "\n")
+    side_files.write(aside, config)
+    entries = {file: one for share in shares for file, one in share.entries.items()}
+    tensors = {name: digest for share in shares for name, digest in share.tensors.items()}
+    manifest.write(aside, manifest.complete(aside, entries), tensors)
+    put_in_place(aside, folder)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -153,32 +181,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)
-
-
-def _finish(
-    aside: Path, folder: Path, shards: list[Shard], side_files: SideFiles, config: Mapping[str, Any]
-) -> None:
-    """Give the shards their final names, write the index and config, and put the folder in its
-    place.
-    """
-    places: dict[str, str] = {}
-    entries: dict[str, Entry] = {}
-    for i, shard in enumerate(shards):
-        num = len(shards)
-        final = SINGLE if num == 1 else f"model-{i + 1:05d}-of-{num:05d}.safetensors"
-        os.rename(aside / shard.name, aside / final)
-        places |= dict.fromkeys(shard.tensors, final)
-        entries[final] = shard.entry
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(shard.size for shard in shards)},
-            "weight_map": dict(sorted(places.items())),
-        }
-        (aside / INDEX).write_text(json.dumps(index, indent=1))
-    (aside / "config.json").write_text(json.dumps(side_files.config(config), indent=2) + "\n")
-    side_files.write(aside, config)
-    manifest.write(aside, manifest.complete(aside, entries))
-    put_in_place(aside, folder)
 
 
 def put_in_place(aside: Path, folder: Path) -> None:

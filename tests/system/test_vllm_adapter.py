@@ -14,8 +14,8 @@ import torch
 from test_adapter import ATTENTION, EVERYTHING, exported, in_peft, model_in, spec_of
 
 from moetrain.data import assets
-from moetrain.engine.derived import merge
 from moetrain.testing.tiny import save_model
+from moetrain.weights.derived import merge
 
 HERE = Path(__file__).parent
 PYTHON = HERE.parents[1] / ".venv-vllm" / "bin" / "python"

@@ -1,0 +1,97 @@
+"""Hugging Face folders out of others, by rows: an adapter merged, a model made deeper."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from moetrain.errors import WeightsError
+from moetrain.models import read_model, with_scalar_head
+from moetrain.weights import expand as depth
+from moetrain.weights.convert import PLAIN, Options, refuse_existing, write_hf_rows
+from moetrain.weights.merge import Merged
+from moetrain.weights.opening import Opened, open_model
+from moetrain.weights.peft_config import read_config
+from moetrain.weights.peft_reader import PeftReader
+from moetrain.weights.peft_writer import CONFIG, HEAD, WEIGHTS
+from moetrain.weights.reader import ReaderRows, RowsReader
+from moetrain.weights.rows import Bytes, Renamed, Rows, row_bytes
+from moetrain.weights.side_files import SideFiles, side_files_of_adapter
+
+
+def merge(base: Path, adapter: Path, dst: Path, options: Options = PLAIN) -> int:
+    """Write `base` with the PEFT folder `adapter` put in as `dst`, which must not exist."""
+    refuse_existing(dst)
+    source = _hugging_face(base)
+    hf, model = source.hf, source.model
+    if read_config(adapter / CONFIG).scalar_head and not model.heads.scalar:
+        hf = with_scalar_head(hf)
+        model = read_model(hf)
+    reader = RowsReader(source.rows)
+    peft = PeftReader(adapter, model, reader)
+    if model.heads.scalar and peft.head is None and HEAD not in reader.names():
+        raise WeightsError(f"Neither {base} nor {adapter} has {HEAD}, the model's head.")
+    stat = (adapter / WEIGHTS).stat()
+    write_hf_rows(
+        ReaderRows(Merged(reader, peft)),
+        [name for rule in model.table.values() for name in rule.hf],
+        dst,
+        config=hf,
+        side_files=side_files_of_adapter(source.folder, adapter),
+        origin=[*source.origin(), f"{adapter.resolve()} {stat.st_size} {stat.st_mtime_ns}"],
+        options=options,
+    )
+    print(f"{dst}: {base} with {adapter} in it")
+    return 0
+
+
+def expand(src: Path, dst: Path, every: int, options: Options = PLAIN) -> int:
+    """Write the model `src` with a block that changes nothing after each `every`-th as `dst`, which
+    must not exist.
+    """
+    refuse_existing(dst)
+    source = _hugging_face(src)
+    expansion = depth.plan(source.model.num_layers, every)
+    names = depth.sources(source.model, expansion)
+    rows = Renamed(source.rows, {new: one.old for new, one in names.items()})
+
+    def more(folder: Path) -> None:
+        (folder / "expanded.json").write_text(depth.note(expansion))
+
+    write_hf_rows(
+        _Zeroed(rows, {new for new, one in names.items() if one.zero}),
+        list(names),
+        dst,
+        config=depth.expanded_config(source.hf, expansion),
+        side_files=SideFiles.of(source.folder),
+        origin=[*source.origin(), f"every {every}"],
+        options=options,
+        more=more,
+    )
+    print(f"{dst}: {src} with {len(expansion.added)} new blocks. To train them alone:")
+    print(f"trainable: [{', '.join(expansion.trainable)}]")
+    return 0
+
+
+def _hugging_face(folder: Path) -> Opened:
+    source = open_model(folder)
+    if source.is_megatron:
+        raise WeightsError(
+            f"{folder}: no Hugging Face model. Give a model folder; mcore2hf makes one of a"
+            f" Megatron checkpoint."
+        )
+    return source
+
+
+class _Zeroed:
+    """Rows of which some tensors are zero."""
+
+    def __init__(self, base: Rows, zero: Collection[str]):
+        self.base, self.zero = base, zero
+        self.names, self.shape, self.dtype_name = base.names, base.shape, base.dtype_name
+
+    def rows(self, name: str, start: int, stop: int) -> Bytes:
+        if name not in self.zero:
+            return self.base.rows(name, start, stop)
+        width = row_bytes(self.shape(name), self.dtype_name(name))
+        return np.zeros((stop - start, width), np.uint8)
