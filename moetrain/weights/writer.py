@@ -147,7 +147,8 @@ def _write_share(
 def _write_tensor(handle: int, at: int, tensor: Tensor, one: Target) -> list[Piece]:
     """Its rows, some at a time, in the dtype that they have on disk."""
     assert tuple(tensor.shape) == one.shape, f"{one.name} is {list(tensor.shape)}"
-    rows = tensor.detach().reshape(num_rows(one.shape), -1)
+    columns = one.shape[-1] if len(one.shape) > 1 else 1
+    rows = tensor.detach().reshape(num_rows(one.shape), columns)
     width = row_bytes(one.shape, one.dtype_name)
     pieces: list[Piece] = []
     for start, stop in spans(one.shape, one.dtype_name):
