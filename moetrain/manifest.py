@@ -224,8 +224,8 @@ def _parsed(path: Path, written: int, size: int) -> tuple[Files, Mapping[str, st
                 raise problem
         pieces = cast(dict[str, list[list[Any]]], content.get("pieces", {}))
         files = {
-            name: _entry(*one, pieces.get(name, []) or _blocks(content, name, one[0]))
-            for name, one in content["files"].items()
+            name: _entry(size, digest, pieces.get(name, []) or _blocks(content, name, size))
+            for name, (size, digest) in content["files"].items()
         }
         tensors = {str(name): str(digest) for name, digest in content.get("tensors", {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
