@@ -15,8 +15,10 @@ CONVERSIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "adapter": ("a run's adapter as a PEFT folder", ("run", "destination")),
     "merge": ("a plain model of a base and a PEFT folder", ("base", "adapter", "destination")),
     "expand": ("a deeper model that answers as before", ("source", "destination")),
+    "quantize": ("a Hugging Face folder in fewer bits, for serving", ("source", "destination")),
 }
-STREAMED = ("hf2mcore", "mcore2hf", "merge", "expand")
+STREAMED = ("hf2mcore", "mcore2hf", "merge", "expand", "quantize")
+QUANTIZED = ("fp8", "fp8-block", "nvfp4", "int4-awq")
 
 
 def arguments(parser: Parser) -> None:
@@ -37,6 +39,11 @@ def arguments(parser: Parser) -> None:
             )
         if action in STREAMED:
             _add_writing(own, has_dtype=action in ("hf2mcore", "mcore2hf"))
+        if action == "quantize":
+            own.add_argument("--to", required=True, choices=QUANTIZED)
+            own.add_argument(
+                "--calibration", type=Path, metavar="FILE", help="a JSONL of text or messages"
+            )
         if action == "inspect":
             own.add_argument("--json", action="store_true", help="for programs")
         if action == "expand":
@@ -100,6 +107,10 @@ def run(args: Arguments) -> int:
         return convert.hf2mcore(paths[0], paths[1], options)
     if args.action == "mcore2hf":
         return convert.mcore2hf(paths[0], paths[1], options)
+    if args.action == "quantize":
+        from moetrain.weights.quantise import quantize
+
+        return quantize(paths[0], paths[1], args.to, args.calibration, options)
     from moetrain.weights import derived
 
     if args.action == "expand":
