@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from moetrain.commands.common import Arguments, Command, Parser, positive
@@ -43,6 +44,20 @@ def arguments(parser: Parser) -> None:
             own.add_argument("--to", required=True, choices=QUANTIZED)
             own.add_argument(
                 "--calibration", type=Path, metavar="FILE", help="a JSONL of text or messages"
+            )
+        if action == "hf2mcore":
+            own.add_argument(
+                "--style",
+                choices=["moetrain", "megatron-lm"],
+                default="moetrain",
+                help="megatron-lm: a folder for Megatron-LM's --load",
+            )
+        if action in ("mcore2hf", "verify"):
+            own.add_argument(
+                "--hf",
+                type=Path,
+                metavar="CONFIG",
+                help="config.json of a checkpoint of Megatron-LM's, or a folder that has it",
             )
         if action == "inspect":
             own.add_argument("--json", action="store_true", help="for programs")
@@ -101,12 +116,12 @@ def run(args: Arguments) -> int:
     from moetrain.weights import convert
 
     if args.action == "verify":
-        return convert.verify(*paths, workers=args.workers)
+        return convert.verify(*paths, workers=args.workers, config=args.hf)
     options = convert.Options(args.workers, args.resume, vars(args).get("dtype"), args.shard_bytes)
     if args.action == "hf2mcore":
-        return convert.hf2mcore(paths[0], paths[1], options)
+        return convert.hf2mcore(paths[0], paths[1], replace(options, style=args.style))
     if args.action == "mcore2hf":
-        return convert.mcore2hf(paths[0], paths[1], options)
+        return convert.mcore2hf(paths[0], paths[1], options, args.hf)
     if args.action == "quantize":
         from moetrain.weights.quantise import quantize
 

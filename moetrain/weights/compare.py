@@ -40,7 +40,11 @@ class _Part:
 
 
 def compare(
-    a: Path, b: Path, workers: int = 1, report: Report | None = None
+    a: Path,
+    b: Path,
+    workers: int = 1,
+    report: Report | None = None,
+    config: Path | None = None,
 ) -> Iterator[Difference]:
     """Yield a Difference for every tensor that is missing on a side or differs in shape, dtype or
     any bit. Fused experts are compared with those of a folder that has them one by one, a tied
@@ -50,8 +54,12 @@ def compare(
     Args:
         a, b: Hugging Face folders or Megatron checkpoints.
         report: called with (bytes compared, bytes of all), if given.
+        config: of a checkpoint of Megatron-LM's; by default that of the other folder.
     """
-    (first, model), (second, other) = open_weights_of(a), open_weights_of(b)
+    (first, model), (second, other) = (
+        open_weights_of(a, config or b),
+        open_weights_of(b, config or a),
+    )
     ignored, also_ignored = (m.ignored_keys if m else frozenset[str]() for m in (model, other))
     first, second = _with_head(first, model, second), _with_head(second, other, first)
     names = set(first.names()) | set(second.names())

@@ -5,7 +5,8 @@ Megatron nor a process group is needed.
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from moetrain import manifest
 from moetrain.errors import CheckpointError, WeightsError
 from moetrain.models import Model
 from moetrain.models.lookup import NOTE
-from moetrain.weights import hf_files, mcore_files
-from moetrain.weights.blobs import TORCH_NAMES
+from moetrain.weights import hf_files, mcore_files, megatron_lm
+from moetrain.weights.blobs import TORCH_NAMES, object_blob
 from moetrain.weights.compare import compare
-from moetrain.weights.mcore_layout import style_for
-from moetrain.weights.opening import open_model
+from moetrain.weights.mcore_layout import Style, style_for
+from moetrain.weights.opening import Opened, open_model
 from moetrain.weights.rows import Converted, Rows, readable
 from moetrain.weights.side_files import SideFiles
 from moetrain.weights.stream import JOURNAL, Plan, Written, check_room, part_of, stream
@@ -34,6 +35,7 @@ class Options:
     resume: bool = False
     dtype: str | None = None  # of all tensors; None: each as it was
     shard_bytes: int = hf_files.SHARD_BYTES
+    style: str = "moetrain"  # or megatron-lm, of a Megatron checkpoint
 
 
 PLAIN = Options()
@@ -41,17 +43,57 @@ PLAIN = Options()
 
 def hf2mcore(src: Path, dst: Path, options: Options = PLAIN) -> int:
     """Write the Hugging Face folder `src` as a Megatron torch_dist checkpoint `dst`, which must not
-    exist.
+    exist; in Megatron-LM's style as one of its folders, with this checkpoint as the release.
     """
+    if options.style == megatron_lm.STYLE:
+        return _hf2megatron_lm(src, dst, options)
     refuse_existing(dst)
+    source = _hugging_face(src)
+    _write_megatron(source, dst, options, style_for(source.model))
+    print(f"{dst}: Megatron checkpoint of {src}")
+    return 0
+
+
+def _hf2megatron_lm(src: Path, dst: Path, options: Options) -> int:
+    megatron_lm.refuse_taken(dst, resume=options.resume)
+    source = _hugging_face(src)
+    megatron_lm.check(source.model)
+    common = megatron_lm.common_state(source.model)
+    nothing = megatron_lm.extra_states(source.model)
+    target = dst / megatron_lm.RELEASE
+    try:
+        if not target.exists():
+            _write_megatron(source, target, options, "by_layer", common, nothing)
+        megatron_lm.name_release(dst)
+    finally:
+        with suppress(OSError):
+            dst.rmdir()  # empty after an error
+    print(f"{dst}: {src} for Megatron-LM's --load {dst} {megatron_lm.flags(source.model)}")
+    return 0
+
+
+def _hugging_face(src: Path) -> Opened:
     source = open_model(src)
     if source.is_megatron:
         raise WeightsError(f"{src} is a Megatron checkpoint already. Give a Hugging Face folder.")
-    style = style_for(source.model)
+    return source
+
+
+def _write_megatron(
+    source: Opened,
+    dst: Path,
+    options: Options,
+    style: Style,
+    common: Mapping[str, Any] | None = None,
+    nothing: Iterable[str] = (),
+) -> None:
+    """Write a Megatron checkpoint; with `common`, what Megatron-LM reads beside the weights."""
     rows = _wanted(source.rows, source.model, options)
     found = {name: rows.dtype_name(name) for name in _names(source.model)}
     rows = Converted(rows, mcore_files.dtype_names(rows, source.model, style))
-    plan, index = mcore_files.plan(rows, source.model, style, shard_bytes=options.shard_bytes)
+    plan, index = mcore_files.plan(
+        rows, source.model, style, [common or {}], nothing, options.shard_bytes
+    )
     side_files = SideFiles.of(source.folder)
 
     def finish(part: Path) -> None:
@@ -60,20 +102,22 @@ def hf2mcore(src: Path, dst: Path, options: Options = PLAIN) -> int:
         note = {"hf": side_files.config(source.hf), "dtypes": noted}
         (part / NOTE).write_text(json.dumps(note, indent=1))
         side_files.write(part, source.hf)
+        if common is not None:
+            (part / megatron_lm.COMMON_FILE).write_bytes(object_blob(common))
 
     _write(plan, rows, dst, source.origin(), options, finish)
-    print(f"{dst}: Megatron checkpoint of {src}")
-    return 0
 
 
-def mcore2hf(src: Path, dst: Path, options: Options = PLAIN) -> int:
-    """Write the Megatron checkpoint `src` as a Hugging Face folder `dst`, which must not exist."""
+def mcore2hf(src: Path, dst: Path, options: Options = PLAIN, config: Path | None = None) -> int:
+    """Write the Megatron checkpoint `src` as a Hugging Face folder `dst`, which must not exist.
+    `config` says what model a checkpoint of Megatron-LM's is.
+    """
     refuse_existing(dst)
-    source = open_model(src)
+    source = open_model(src, config)
     if not source.is_megatron:
         raise WeightsError(
             f"{src} has no {NOTE}, so it is no Megatron checkpoint of moetrain's. Give the folder"
-            " that hf2mcore wrote, or <run_dir>/checkpoints/step_...."
+            " that hf2mcore wrote, <run_dir>/checkpoints/step_..., or one of Megatron-LM's."
         )
     rows = _wanted(source.rows, source.model, options)
     write_hf_rows(
@@ -81,7 +125,7 @@ def mcore2hf(src: Path, dst: Path, options: Options = PLAIN) -> int:
         _names(source.model),
         dst,
         config=source.hf,
-        side_files=SideFiles.of(source.folder),
+        side_files=SideFiles.of(source.beside),
         origin=source.origin(),
         options=options,
     )
@@ -89,13 +133,13 @@ def mcore2hf(src: Path, dst: Path, options: Options = PLAIN) -> int:
     return 0
 
 
-def verify(a: Path, b: Path, workers: int = PLAIN.workers) -> int:
+def verify(a: Path, b: Path, workers: int = PLAIN.workers, config: Path | None = None) -> int:
     """Compare the weights of two folders, Hugging Face or Megatron, tensor by tensor. Returns 0
-    when equal, else 1.
+    when equal, else 1. `config` is that of a checkpoint of Megatron-LM's.
     """
     report = Progress("verify")
     num = 0
-    for difference in compare(a, b, workers, report):
+    for difference in compare(a, b, workers, report, config):
         report.close()
         print(difference)
         num += 1

@@ -14,6 +14,7 @@ from moetrain.errors import ConfigError, WeightsError
 from moetrain.models import Model, read_model
 from moetrain.models.lookup import HF, NOTE, read_mapping
 from moetrain.models.quantisation import KEY, plain_config, read_quantisation
+from moetrain.weights import megatron_lm
 from moetrain.weights.blobs import TORCH_NAMES
 from moetrain.weights.folder import ADAPTER
 from moetrain.weights.header import SIZES, Stored, read_header
@@ -101,7 +102,7 @@ def _megatron(folder: Path) -> Summary:
     step = state.get("steps_done")
     of = note.get("adapter_of")
     return _summary(
-        "moetrain" if note else "megatron-lm",
+        megatron_lm.STYLE if megatron_lm.is_one(folder) else "moetrain",
         weights,
         len(files),
         _model(hf) if isinstance(hf, dict) else None,

@@ -4,7 +4,7 @@ one of them, so that rows are copied as they lie. No torch.
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,15 +67,30 @@ class _Files:
 
 
 def plan(
-    rows: Rows, model: Model, style: Style, common: Any = COMMON, shard_bytes: int = SHARD_BYTES
+    rows: Rows,
+    model: Model,
+    style: Style,
+    common: Any = COMMON,
+    nothing: Iterable[str] = (),
+    shard_bytes: int = SHARD_BYTES,
 ) -> tuple[Plan, Index]:
-    """Of a checkpoint with all of a model's weights, and the index that goes with it. `rows` has
-    the dtypes of `dtype_names`.
+    """Of a checkpoint with all of a model's weights, and the index that goes with it.
+
+    Args:
+        rows: has the dtypes of `dtype_names`.
+        common: what goes under COMMON_KEY.
+        nothing: keys under which there is a None, which is stored once.
     """
     files = _Files(shard_bytes)
     content = object_blob(common)
     first, start = files.room(len(content))
     files.tasks.append(Task(first, start, content))
+    values = {COMMON_KEY: Value(first, start, len(content))}
+    if keys := list(nothing):
+        content = object_blob([None])
+        file, start = files.room(len(content))
+        files.tasks.append(Task(file, start, content))
+        values |= dict.fromkeys(keys, Value(file, start, len(content)))
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for rule in model.table.values():
         at = place(rule, model, style)
@@ -88,8 +103,7 @@ def plan(
                 whole = sum(piece.length for piece in at.pieces if piece.part == part)
                 files.tasks.append(Task("", 0, b"", name, 0, whole, is_hashed=True))
     tensors = {key: Global(*shape, tuple(files.chunks[key])) for key, shape in shapes.items()}
-    index = Index(tensors, {COMMON_KEY: Value(first, start, len(content))})
-    return Plan(files.sizes, tuple(files.tasks)), index
+    return Plan(files.sizes, tuple(files.tasks)), Index(tensors, values)
 
 
 def _add_rows(files: _Files, rows: Rows, rule: Rule, at: Place, piece: Piece) -> None:

@@ -14,9 +14,11 @@ from moetrain.models.quantisation import KEY, plain_config
 from moetrain.models.rules import EMBEDDING, HEAD
 from moetrain.weights.blobs import TORCH_NAMES
 from moetrain.weights.checks import check_tensors
+from moetrain.weights.megatron_lm import checkpoint_in
 from moetrain.weights.rows import Converted, Rows
 from moetrain.weights.stored import StoredFolder
 from moetrain.weights.torch_dist import McoreRows
+from moetrain.weights.torch_index import INDEX
 
 _BY_TORCH = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 
@@ -31,6 +33,7 @@ class Opened:
     rows: Rows
     is_megatron: bool
     files: tuple[Path, ...]  # that hold the weights
+    beside: Path  # where its tokenizer and generation config are
 
     def origin(self) -> list[str]:
         """What says, without reading them, that files are the same as before."""
@@ -38,42 +41,88 @@ class Opened:
         return [f"{path.resolve()} {one.st_size} {one.st_mtime_ns}" for path, one in stats]
 
 
-def open_model(path: Path) -> Opened:
+def open_model(path: Path, config: Path | None = None) -> Opened:
     """A Hugging Face folder, a run's export, a Megatron checkpoint or a built-in model.
+
+    Args:
+        config: of a checkpoint of Megatron-LM's: config.json, or a folder of the same model.
 
     Raises ConfigError, WeightsError, CheckpointError: what it holds is no model, or not all of it.
     """
     folder = local_folder(path)
-    hf, is_megatron = config_of(folder)
+    hf, is_megatron = _config_of(folder, config)
     model = read_model(hf)
     rows: Rows
     if is_megatron:
         found = McoreRows(folder, model)
-        rows, files = Converted(found, noted_dtypes(folder, hf, found.names())), found.sources()
+        rows, files = _as_noted(found, folder, hf), found.sources()
+        if has_no_config(folder):
+            _say_padding(found, model)
     else:
         stored = StoredFolder(folder, model)
         rows, files = _plain(stored, model), stored.sources()
     check_tensors(rows, model.table, model.ignored_keys)
     _check_doubles(rows, model)
-    return Opened(folder, dict(hf), model, rows, is_megatron, tuple(files))
+    beside = folder if config is None else config if config.is_dir() else config.parent
+    return Opened(folder, dict(hf), model, rows, is_megatron, tuple(files), beside)
 
 
-def open_weights_of(path: Path) -> tuple[Rows, Model | None]:
+def open_weights_of(path: Path, config: Path | None = None) -> tuple[Rows, Model | None]:
     """Whatever weights a folder holds, whole or not; under the model's names where it is known.
+    `config` is what `open_model` takes, for a folder that has none.
 
     Raises ConfigError, WeightsError, CheckpointError where they cannot be read.
     """
     folder = local_folder(path)
-    if (folder / NOTE).is_file():
-        hf, _ = config_of(folder)
+    if (folder / INDEX).is_file():
+        hf, _ = _config_of(folder, config if has_no_config(folder) else None)
         model = read_model(hf)
-        rows = McoreRows(folder, model)
-        return Converted(rows, noted_dtypes(folder, hf, rows.names())), model
+        return _as_noted(McoreRows(folder, model), folder, hf), model
     try:
         model = read_model(plain_config(read_mapping(folder / HF)))
     except ConfigError:
         return StoredFolder(folder), None
     return _plain(StoredFolder(folder, model), model), model
+
+
+def has_no_config(folder: Path) -> bool:
+    """Whether it is a checkpoint that does not say what model it is: Megatron-LM's."""
+    return (folder / INDEX).is_file() and not (folder / NOTE).is_file()
+
+
+def _config_of(folder: Path, config: Path | None) -> tuple[dict[str, object], bool]:
+    """The config of what is in `folder`, and whether that is a Megatron checkpoint."""
+    if config is not None and not (folder / INDEX).is_file():
+        raise ConfigError(f"{folder} is no Megatron checkpoint. Leave --hf away.")
+    if config is not None and not config.is_dir():
+        return plain_config(read_mapping(config)), True
+    where = folder if config is None else local_folder(config)
+    if has_no_config(where):
+        raise ConfigError(
+            f"{where} is a checkpoint of Megatron-LM's, which does not say what model it is. Give"
+            f" its config.json with --hf CONFIG."
+        )
+    hf, is_megatron = config_of(where)
+    return hf, is_megatron or config is not None
+
+
+def _say_padding(found: McoreRows, model: Model) -> None:
+    """Which rows of a vocabulary are left out: those of tokens that were added, if the config is
+    the one of the model without them.
+    """
+    vocab = model.heads.vocab
+    rows = found.num_embeddings
+    if rows > vocab:
+        print(f"{found}: {vocab} of {rows} embeddings are taken (vocab_size), the rest is padding")
+
+
+def _as_noted(rows: McoreRows, folder: Path, hf: Mapping[str, Any]) -> Rows:
+    """A checkpoint's rows in the dtypes that they had as a Hugging Face model; those of
+    Megatron-LM's as they are.
+    """
+    if not (folder / NOTE).is_file():
+        return rows
+    return Converted(rows, noted_dtypes(folder, hf, rows.names()))
 
 
 def noted_dtypes(folder: Path, hf: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
@@ -107,6 +156,7 @@ def local_folder(path: Path) -> Path:
         raise WeightsError(
             f"{folder} is no folder. Give a Hugging Face model folder or a Megatron checkpoint."
         )
+    folder = checkpoint_in(folder)
     exported = folder / "hf"
     return (
         exported if (folder / "resolved.yaml").is_file() and (exported / HF).is_file() else folder

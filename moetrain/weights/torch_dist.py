@@ -7,6 +7,7 @@ import os
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from moetrain import manifest
 from moetrain.errors import CheckpointError
 from moetrain.manifest import Manifest, say_unchecked
 from moetrain.models import Model, Rule
-from moetrain.models.rules import VALUE_HEAD
+from moetrain.models.rules import EMBEDDING, VALUE_HEAD
 from moetrain.models.sharding import Vocab
 from moetrain.weights.blobs import tensor_of
 from moetrain.weights.header import SIZES
 from moetrain.weights.mcore_layout import Place, place, style_of
+from moetrain.weights.megatron_lm import LOCAL_NAMES
 from moetrain.weights.rows import Bytes
 from moetrain.weights.torch_index import INDEX, Chunk, Global, read_index
 
@@ -195,6 +197,15 @@ class _Window(io.RawIOBase):
         return len(content)
 
 
+def _check_vocabulary(folder: Path, key: str, rows: int, vocab_size: int) -> None:
+    if rows < vocab_size:
+        raise CheckpointError(
+            f"{folder}: {key} has {rows} rows, fewer than its config's vocab_size of {vocab_size}:"
+            f" Megatron-LM keeps the tokenizer's tokens and some padding. Give a config with a"
+            f" vocab_size of at most {rows}."
+        )
+
+
 class McoreRows:
     """A checkpoint under Hugging Face names.
 
@@ -214,12 +225,15 @@ class McoreRows:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for rule in (model.table if table is None else table).values():
             at = place(rule, model, style)
+            if at.key not in tensors and rule.saved in LOCAL_NAMES:
+                at = place(replace(rule, saved=LOCAL_NAMES[rule.saved]), model, style)
             found = tensors.get(at.key)
             if found is None:
                 continue  # who wants it says so
             wanted = (*at.lead_shape, *at.shape)
             shape = found.shape
             if isinstance(rule.sharding, Vocab) and len(shape) == len(wanted):  # other padding
+                _check_vocabulary(folder, at.key, shape[0], rule.sharding.shape[0])
                 wanted = (max(rule.sharding.shape[0], shape[0]), *wanted[1:])
             if shape != wanted:
                 raise CheckpointError(
@@ -244,6 +258,12 @@ class McoreRows:
                 f"{self}: {len(extra)} tensors belong to no parameter of this model: "
                 f"{', '.join(extra[:4])}. Is its config the one of this checkpoint?"
             )
+
+    @property
+    def num_embeddings(self) -> int:
+        """With padding."""
+        at, _ = self._places[EMBEDDING]
+        return self.source.index.tensors[at.key].shape[0]
 
     def names(self) -> Collection[str]:
         return self._places.keys()

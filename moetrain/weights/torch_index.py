@@ -98,6 +98,10 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
         )
         for name in names.split()
     },
+    **{
+        ("megatron.core.dist_checkpointing.strategies.torch", name): _Record  # 0.12 to 0.15
+        for name in ("MCoreMetadata", "MCoreSavePlan")
+    },
 }
 
 
