@@ -151,11 +151,15 @@ def test_what_is_not_read_is_refused_in_one_line(config: Any, words: str) -> Non
             r"a.weight_scale_inv is \[1, 1\], which is not FP8 in blocks of 128 x 128 of",
         ),
         (
+            {"a.weight": torch.zeros(100, 2), "a.weight_scale_inv": torch.ones(0)},
+            r"a.weight_scale_inv is \[0\]",
+        ),
+        (
             {"a.weight": torch.zeros(2, 3, 4), "a.weight_scale_inv": torch.ones(2, 1, 1)},
             r"\[2, 3, 4\]; only matrices",
         ),
     ],
-    ids=["no scales", "too few scales", "no matrix"],
+    ids=["no scales", "too few scales", "empty scales", "no matrix"],
 )
 def test_scales_that_do_not_fit(tmp_path: Path, tensors: dict[str, Tensor], words: str) -> None:
     tensors = tensors | {"a.weight": tensors["a.weight"].to(FP8)}
@@ -211,6 +215,28 @@ def test_a_quantised_model_is_converted_as_the_plain_one(
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_a_quantised_model_is_trained_as_the_plain_one(
+    quantised: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """What the engine loads of it, and would export; the doctor finds nothing wrong."""
+    from moetrain.cluster.doctor import files
+    from moetrain.cluster.doctor.base import Level, Planned, Subject
+    from moetrain.engine import Engine
+    from moetrain.engine.on_disk import recipe_for
+
+    fp8, plain = quantised
+    recipe = recipe_for(str(fp8), tmp_path)
+    assert recipe.model.dtype == "bf16"
+    engine = Engine(recipe, train=False)
+    engine.export_hf(tmp_path / "hf")
+    engine.close()
+    assert "quantization_config" not in json.loads((tmp_path / "hf/config.json").read_text())
+    found, wanted = (load_file(f / "model.safetensors") for f in (tmp_path / "hf", plain))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert files.model(Subject(Planned(recipe, 1))).level is Level.OK
 
 
 def test_a_quantised_model_is_made_deeper(quantised: tuple[Path, Path], tmp_path: Path) -> None:

@@ -186,7 +186,8 @@ def test_a_layer_at_a_time_is_what_modelopt_makes_of_the_whole(
     assert stored.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert stored[name].dtype == tensor.dtype and stored[name].shape == tensor.shape
-        assert torch.equal(stored[name].float(), tensor.float()), name
+        bound = 2**-7 if name.endswith("input_scale") else 0  # it runs experts in another order
+        torch.testing.assert_close(stored[name].float(), tensor.float(), rtol=bound, atol=0)
     taken = {n.removesuffix("_scale") for n in stored if n.endswith(".weight_scale")}
     assert taken == taken_of(2, 16)
     said, whole_said = (
@@ -246,11 +247,12 @@ def test_without_modelopt_that_is_said(tmp_path: Path) -> None:
         quantize(folder, tmp_path / "out", "fp8", data)
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> None:
     folder = base(tmp_path / "source", num_hidden_layers=1)
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.self_attn.o_proj.weight"
-    tensors[name][3, 4] = torch.inf
+    tensors[name][3, 4] = value
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(WeightsError, match=f"{name} has values that are not finite"):
         quantize(folder, tmp_path / "out", "fp8-block")

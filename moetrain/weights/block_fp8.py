@@ -101,7 +101,7 @@ class BlockFp8:
             for first in range(down.start, down.stop, RUN):
                 stop = min(min(first + RUN, down.stop) * BLOCK, rows)
                 met = (slice(first * BLOCK, stop), across)
-                found.append(quantise(self._read(weight, met))[1])
+                found.append(self._blocks(weight, met)[1])
             return torch.cat(found)
         if name not in self._taken:
             return self.base.read(name, slices)
@@ -109,27 +109,28 @@ class BlockFp8:
             slice(cut.start // BLOCK * BLOCK, min(ceil(cut.stop / BLOCK) * BLOCK, size))
             for cut, size in zip(slices, self.base.shape(name), strict=True)
         )
-        values = quantise(self._read(name, met))[0]
+        blocks, scales = self._blocks(name, met)
+        blocks /= scales[:, None, :, None]
+        values = blocks.clamp_(-LARGEST, LARGEST).flatten(2).flatten(0, 1)
         return values[tuple(slice(cut.start - wide.start, cut.stop - wide.start)
-                            for cut, wide in zip(slices, met, strict=True))]  # fmt: skip
+                            for cut, wide in zip(slices, met, strict=True))].to(FP8)  # fmt: skip
 
-    def _read(self, name: str, slices: Slices) -> Tensor:
-        found = self.base.read(name, slices)
-        if not found.isfinite().all():
+    def _blocks(self, name: str, slices: Slices) -> tuple[Tensor, Tensor]:
+        blocks, scales = blocks_of(self.base.read(name, slices))
+        if not scales.isfinite().all():
             raise WeightsError(f"{self.base}: {name} has values that are not finite. Train again.")
-        return found
+        return blocks, scales
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(e4m3 [r, c], scales [r / 128, c / 128], rounded up) of rows and columns that begin at a
-    block's.
+def blocks_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(values [r, 128, c, 128] fp32, zero where the last blocks have none, scales [r, c]) of rows
+    and columns that begin at a block's.
     """
     rows, columns = weight.shape
-    counts = (ceil(rows / BLOCK), ceil(columns / BLOCK))
-    padded = torch.zeros(counts[0] * BLOCK, counts[1] * BLOCK)
+    down, right = ceil(rows / BLOCK), ceil(columns / BLOCK)
+    padded = torch.zeros(down * BLOCK, right * BLOCK)
     padded[:rows, :columns] = weight
-    blocks = padded.view(counts[0], BLOCK, counts[1], BLOCK)
-    scales = blocks.abs().amax((1, 3)) / LARGEST
+    blocks = padded.view(down, BLOCK, right, BLOCK)
+    scales = blocks.abs().amax(3).amax(1) / LARGEST  # far quicker than both at once
     scales[scales == 0] = 1.0
-    blocks /= scales[:, None, :, None]
-    return padded[:rows, :columns].clamp_(-LARGEST, LARGEST).to(FP8), scales
+    return blocks, scales

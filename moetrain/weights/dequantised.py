@@ -98,7 +98,7 @@ class Dequantised:
         choices = [self.how.block] if self.how.block else [shape, (1, shape[-1])]
         for block in choices:
             counts = [ceil(n / b) for n, b in zip(shape, block, strict=True)]
-            if [n for n in counts if n > 1] == [n for n in given if n > 1]:
+            if [n for n in counts if n != 1] == [n for n in given if n != 1]:
                 return block[0], block[1]
         raise WeightsError(
             f"{self.base}: {scales[0]} is {list(given)}, which is not {self.how.name} of"
