@@ -23,8 +23,8 @@ NAMES = {dtype: name for name, dtype in TORCH.items()}
 
 
 def as_tensor(rows: Bytes, dtype_name: str) -> Tensor:
-    """[rows, elements of a row], sharing the memory."""
-    return torch.from_numpy(rows).view(TORCH[dtype_name])
+    """[rows, elements of a row]; of rows that lie in a file a copy."""
+    return torch.from_numpy(rows if rows.flags.writeable else rows.copy()).view(TORCH[dtype_name])
 
 
 def as_rows(values: Tensor) -> Bytes:

@@ -12,7 +12,7 @@ from moetrain.models import Model
 from moetrain.models.rules import FusedSlice
 from moetrain.weights.folder import weight_files
 from moetrain.weights.header import Stored, broken, read_header
-from moetrain.weights.rows import Bytes, num_rows, row_bytes
+from moetrain.weights.rows import Bytes, file_bytes, num_rows, row_bytes
 
 
 class StoredFolder:
@@ -107,18 +107,17 @@ class StoredFolder:
     def rows(self, name: str, start: int, stop: int) -> Bytes:
         path, at = self._first_byte(name)
         width = row_bytes(self.shape(name), self.dtype_name(name))
-        result = np.empty((stop - start, width), np.uint8)
-        if not result.size:
-            return result
+        if stop == start or not width:
+            return np.empty((stop - start, width), np.uint8)
         at += start * width
         if self._manifest is None:
             say_unchecked(self.folder)
-        flat = result.reshape(-1).data
-        if os.preadv(self._handle(path), [flat], at) != result.nbytes:
+        flat = file_bytes(self._handle(path), at, (stop - start) * width)
+        if flat is None:
             raise broken(path, "it became shorter")
         if self._manifest is not None:
-            self._manifest.check_read(path, at, flat)
-        return result
+            self._manifest.check_read(path, at, flat.data)
+        return flat.reshape(-1, width)
 
     def _first_byte(self, name: str) -> tuple[Path, int]:
         """The file of a tensor, and where its values begin there."""

@@ -22,7 +22,7 @@ from moetrain.weights.blobs import tensor_of
 from moetrain.weights.header import SIZES
 from moetrain.weights.mcore_layout import Place, place, style_of
 from moetrain.weights.megatron_lm import LOCAL_NAMES
-from moetrain.weights.rows import Bytes
+from moetrain.weights.rows import Bytes, file_bytes
 from moetrain.weights.torch_index import INDEX, Chunk, Global, read_index
 
 DATA = ".distcp"
@@ -72,21 +72,25 @@ class TorchDist:
         tensor = self.index.tensors[key]
         width = SIZES[tensor.dtype_name]
         columns = tensor.shape[-1] if len(tensor.shape) - len(lead) > 1 else 1
-        result = np.empty((stop - start, columns * width), np.uint8)
+        result: Bytes | None = None
         covered = 0
         for chunk in self._chunks(key, tensor, lead):
             low, high, left, right = _box(chunk, len(lead))
             first, last = max(low, start), min(high, stop)
             if first < last:
                 part = self._read(key, tensor, chunk, lead, first - low, last - low)
-                result[first - start : last - start, left * width : right * width] = part
                 covered += (last - first) * (right - left)
+                if covered == (stop - start) * columns and result is None:
+                    return part  # as it lies in the file
+                if result is None:
+                    result = np.zeros((stop - start, columns * width), np.uint8)
+                result[first - start : last - start, left * width : right * width] = part
         if covered != (stop - start) * columns:
             what = "more than once" if covered > (stop - start) * columns else "only in part"
             raise CheckpointError(
                 f"{self.folder}: {key} is there {what}. Copy the checkpoint again."
             )
-        return result
+        return np.empty((0, columns * width), np.uint8) if result is None else result
 
     def _chunks(self, key: str, tensor: Global, lead: tuple[int, ...]) -> list[Chunk]:
         """Those that hold something at `lead`."""
@@ -111,15 +115,14 @@ class TorchDist:
             row = row * size + at - offset
         first = row * rest[0] + low
         width = (right - left) * SIZES[tensor.dtype_name]
-        result = np.empty((high - low, width), np.uint8)
-        flat = result.reshape(-1).data
         path = self.folder / chunk.file
         start = chunk.start + self._values(key, tensor, chunk) + first * width
-        if os.preadv(self._handle(path), [flat], start) != result.nbytes:
+        flat = file_bytes(self._handle(path), start, (high - low) * width)
+        if flat is None:
             raise CheckpointError(f"{path} is truncated. Copy the checkpoint again.")
         if self._manifest is not None:
-            self._manifest.check_read(path, start, flat)
-        return result
+            self._manifest.check_read(path, start, flat.data)
+        return flat.reshape(-1, width)
 
     def _values(self, key: str, tensor: Global, chunk: Chunk) -> int:
         """Where in its blob the values of a chunk begin."""

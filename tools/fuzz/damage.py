@@ -211,6 +211,12 @@ def preload(names: Iterable[str] = ()) -> None:
     for name in names:
         with contextlib.suppress(Exception, SystemExit):
             importlib.import_module(name)
+    import moetrain.answers.sample
+    import moetrain.engine.on_disk
+    import moetrain.evals.evaluate
+    import moetrain.loops.score
+    import moetrain.loops.supervised
+    import moetrain.weights.derived  # noqa: F401
     from moetrain.engine import device
 
     device.prepare()

@@ -1,0 +1,200 @@
+"""Conversions against plain copies of the same files: seconds, and the anonymous memory of the whole
+process tree.
+
+    python tools/bench/convert.py FOLDER [--layers N] [--rounds N] [--markdown]
+
+Makes a model with Qwen3-30B-A3B's layers and vocabulary of random bf16 numbers in FOLDER (3.7 GB
+with two layers; four times as much room is needed) and removes it in the end. Sides take turns in
+every round. `cp -r` is timed with and without waiting for the disk; conversions always wait.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from moetrain.models import read_model  # noqa: E402
+from moetrain.weights import hf_files  # noqa: E402
+from moetrain.weights.stream import put  # noqa: E402
+
+# https://huggingface.co/Qwen/Qwen3-30B-A3B and -235B-A22B, config.json
+SHAPES = {
+    "30b": dict(hidden_size=2048, moe_intermediate_size=768, num_attention_heads=32,
+                intermediate_size=6144, num_layers=2),
+    "235b": dict(hidden_size=4096, moe_intermediate_size=1536, num_attention_heads=64,
+                 intermediate_size=12288, num_layers=1),
+}  # fmt: skip
+SAMPLE_S = 0.02
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run of one side."""
+
+    seconds: float
+    anonymous_mb: float
+
+
+def config(shape: str, layers: int | None) -> dict[str, object]:
+    """A config.json."""
+    sizes = dict(SHAPES[shape])
+    num = sizes.pop("num_layers")
+    return dict(
+        sizes,
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type="qwen3_moe",
+        num_hidden_layers=layers or num,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        hidden_act="silu",
+        torch_dtype="bfloat16",
+    )
+
+
+def make(folder: Path, hf: dict[str, object]) -> None:
+    """A model of random numbers between -0.06 and 0.06, in shards of 5 GB."""
+    folder.mkdir(parents=True)
+    model = read_model(hf)
+    wanted = [
+        hf_files.Target(name, "BF16", shape)
+        for rule in model.table.values()
+        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
+    ]
+    groups = hf_files.shards(wanted, hf_files.SHARD_BYTES)
+    files = dict(zip(hf_files.shard_names(len(groups)), groups, strict=True))
+    rng = np.random.default_rng(0)
+    block = rng.integers(0x3C00, 0x3D80, 1 << 24, np.uint16) | (
+        rng.integers(0, 2, 1 << 24, np.uint16) << 15
+    )
+    noise = block.tobytes()
+    for file, group in files.items():
+        handle = os.open(folder / file, os.O_WRONLY | os.O_CREAT, 0o644)
+        first = hf_files.header(group)
+        put(handle, first, 0)
+        at, end = len(first), len(first) + sum(one.num_bytes for one in group)
+        while at < end:
+            start = 2 * int(rng.integers(0, len(noise) // 4))
+            piece = memoryview(noise)[start : start + min(end - at, len(noise) // 2)]
+            put(handle, piece, at)
+            at += len(piece)
+        os.close(handle)
+    hf_files.write_index(folder, files)
+    (folder / "config.json").write_text(json.dumps(hf, indent=1))
+
+
+def run(command: Sequence[str | Path]) -> Cost:
+    """One side, once."""
+    begun = time.monotonic()
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    most = 0
+    while process.poll() is None:
+        most = max(most, _anonymous(process.pid))
+        time.sleep(SAMPLE_S)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} ended with {process.returncode}")
+    return Cost(time.monotonic() - begun, most / 1e6)
+
+
+def _anonymous(pid: int) -> int:
+    """Bytes of a process and all that it started."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                total += int(line.split()[1]) * 1024
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            total += _anonymous(int(child))
+    except OSError:  # it has just ended
+        pass
+    return total
+
+
+LOAD_AND_SAVE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def sides(folder: Path, *, with_transformers: bool) -> dict[str, list[str | Path]]:
+    """name -> command; each writes what the next reads."""
+    python = [sys.executable, "-m", "moetrain", "convert"]
+    hf, mcore = folder / "hf", folder / "mcore"
+    copied = "rm -rf {1}; cp -r {0} {1}"
+
+    def copy(source: Path, target: Path, more: str = "") -> list[str | Path]:
+        return ["sh", "-c", copied.format(source, target) + more]
+
+    found: dict[str, list[str | Path]] = {
+        "cp -r of the Hugging Face folder": copy(hf, folder / "copy"),
+        "the same, and on disk": copy(hf, folder / "copy", f"; sync -f {folder}"),
+        "hf2mcore": [*python, "hf2mcore", hf, mcore],
+        "cp -r of the Megatron folder": copy(mcore, folder / "copy"),
+        "the same, and on disk ": copy(mcore, folder / "copy", f"; sync -f {folder}"),
+        "mcore2hf": [*python, "mcore2hf", mcore, folder / "back"],
+        "reading both": ["sh", "-c", f"cat {hf}/* {mcore}/* > /dev/null"],
+        "verify": [*python, "verify", hf, mcore],
+        "inspect": [*python, "inspect", mcore],
+    }
+    if with_transformers:
+        saved = [sys.executable, "-c", LOAD_AND_SAVE, hf, folder / "saved"]
+        found["transformers, load and save"] = saved
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="conversions against copies")
+    parser.add_argument("folder", type=Path, help="a disk with room; a new folder is made there")
+    parser.add_argument("--shape", choices=SHAPES, default="30b")
+    parser.add_argument("--layers", type=int, help="of the model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--with-transformers", action="store_true")
+    args = parser.parse_args()
+    os.environ["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    folder = Path(tempfile.mkdtemp(prefix="convert-", dir=args.folder))
+    try:
+        make(folder / "hf", config(args.shape, args.layers))
+        found: dict[str, list[Cost]] = {}
+        for _ in range(args.rounds):
+            for name, command in sides(folder, with_transformers=args.with_transformers).items():
+                found.setdefault(name, []).append(run(command))
+            for name in ("mcore", "back", "copy", "saved"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        size = sum(path.stat().st_size for path in (folder / "hf").iterdir())
+    finally:
+        shutil.rmtree(folder)
+    print(f"{size / 1e9:.2f} GB, {args.rounds} rounds, medians (least to most)\n")
+    print("| side | seconds | times cp -r | anonymous MB, most |\n| --- | --- | --- | --- |")
+    plain = median(cost.seconds for cost in found["cp -r of the Hugging Face folder"])
+    for name, costs in found.items():
+        seconds = sorted(cost.seconds for cost in costs)
+        memory = max(cost.anonymous_mb for cost in costs)
+        middle = median(seconds)
+        span = f"{middle:.2f} ({seconds[0]:.2f} to {seconds[-1]:.2f})"
+        print(f"| {name.strip()} | {span} | {middle / plain:.2f} | {memory:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
