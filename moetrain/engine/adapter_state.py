@@ -7,20 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor, nn
 
 from moetrain.config.recipe import Recipe
-from moetrain.engine.layers.experts import gate_up_shards
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.optim import gathered
 from moetrain.engine.params import canonical_name, local_adapters
+from moetrain.engine.sharded import Sharded, sharded
 from moetrain.engine.world import World
 from moetrain.models import Model
 from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_table
-from moetrain.models.sharding import GateUp, Sharding
 from moetrain.weights.adapter_init import InitialAdapter, Residual
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.reader import Reader
@@ -48,65 +44,29 @@ def base_for(reader: Reader, adapters: AdapterTable | None, seed: int) -> Reader
 
 def adapter_state(
     chunks: list[PackedGPT], adapters: AdapterTable, world: World
-) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+) -> dict[str, Sharded]:
     """Every trained parameter of this rank as Megatron's checkpoints want it, by canonical name:
     adapters, those of all local experts as one tensor [e, ...], and a scalar head.
     """
-    state: dict[str, ShardedTensor | ShardedTensorFactory] = {}
-    for name, param in _trained(chunks):
-        if ".mlp.experts." in name:
-            state[name] = _expert(name, param, adapters[name + "0"].sharding, world)
-        else:
-            rule = adapters[name] if name in adapters else adapters.model.table[name]
-            state[name] = _dense(name, param, rule.sharding, world)
-    return state
+    model = adapters.model
+    table = {name: model.table[name] for name in model.heads.added} | dict(adapters)
+    return {
+        canonical_name(name, chunk): sharded(name, param, chunk, world, table, model, "by_layer")
+        for chunk, name, param in _trained(chunks)
+    }
 
 
-def _trained(chunks: list[PackedGPT]) -> Iterator[tuple[str, nn.Parameter]]:
+def _trained(chunks: list[PackedGPT]) -> Iterator[tuple[PackedGPT, str, nn.Parameter]]:
     for chunk in chunks:
         for name, param in chunk.named_parameters():
             if param.requires_grad:
-                yield canonical_name(name, chunk), param
-
-
-def _dense(name: str, param: Tensor, sharding: Sharding, world: World) -> Any:
-    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return _sharded(name, param, sharding, 0, (), world.tp_rank, world.plan.tp, replica)
-
-
-def _expert(name: str, param: Tensor, sharding: Sharding, world: World) -> Any:
-    replica = parallel_state.get_expert_data_parallel_rank()
-    experts = ((0, world.ep_rank, world.plan.ep),)
-    return _sharded(name, param, sharding, 1, experts, world.etp_rank, world.plan.etp, replica)
-
-
-def _sharded(
-    name: str,
-    param: Tensor,
-    sharding: Sharding,
-    lead: int,  # dimensions before the matrix's own
-    offsets: tuple[tuple[int, int, int], ...],
-    tp_rank: int,
-    tp_size: int,
-    replica: int,
-) -> ShardedTensor | ShardedTensorFactory:
-    """One parameter, split over tensor ranks as its sharding says."""
-    if sharding.dim is None:
-        return ShardedTensor.from_rank_offsets(
-            name, param, *offsets, replica_id=(0, tp_rank, replica)
-        )
-    dim = lead + sharding.dim
-    if not isinstance(sharding, GateUp):
-        return ShardedTensor.from_rank_offsets(
-            name, param, *offsets, (dim, tp_rank, tp_size), replica_id=(0, 0, replica)
-        )
-    return gate_up_shards(name, param, offsets, (dim, tp_rank, tp_size), (0, 0, replica))
+                yield chunk, name, param
 
 
 def fill_adapters(chunks: list[PackedGPT], loaded: dict[str, Tensor]) -> None:
     """Copy what a checkpoint held into the parameters."""
-    for name, param in _trained(chunks):
-        param.data.copy_(loaded[name])
+    for chunk, name, param in _trained(chunks):
+        param.data.copy_(loaded[canonical_name(name, chunk)])
 
 
 def fill_head(chunks: list[PackedGPT], head: Tensor | None) -> None:

@@ -15,27 +15,28 @@ from moetrain.engine.manifest import write as write_manifest
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.optim import counted, part_steps, start_state
 from moetrain.engine.reading import read, read_state
+from moetrain.engine.sharded import sharded
 from moetrain.engine.world import World
 from moetrain.errors import CheckpointError
 from moetrain.manifest import Entry, entries
+from moetrain.models import Model
 from moetrain.pulse import beat
+from moetrain.weights.mcore_layout import style_for
 
 # The optimizer's state by model tensor, not by rank: it can be read back at another layout.
 FORMAT = 1  # of what a checkpoint's folder holds beside Megatron's files
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def model_state(chunks: list[PackedGPT]) -> dict[str, Any]:
-    """All weights of this rank as sharded tensors.
-
-    Without `_extra_state`, where Transformer Engine keeps what fp8 needs: nothing here, and the
-    torch backend has no such thing for a run that changes its backend.
+def model_state(chunks: list[PackedGPT], model: Model, world: World) -> dict[str, Any]:
+    """All weights of this rank as sharded tensors, whatever backend made them: Transformer Engine's
+    `_extra_state`, where it keeps what fp8 needs, is no weight.
     """
+    style = style_for(model)
     return {
         f"model{i}": {
-            name: part
-            for name, part in chunk.sharded_state_dict().items()
-            if not name.endswith("_extra_state")
+            name: sharded(name, param, chunk, world, model.table, model, style)
+            for name, param in chunk.named_parameters()
         }
         for i, chunk in enumerate(chunks)
     }

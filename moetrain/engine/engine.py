@@ -365,7 +365,7 @@ class Engine:
     def _content(self) -> dict[str, Any]:
         """What a checkpoint holds of the model: all of it, or its adapters."""
         if self.adapters is None:
-            return checkpoint.model_state(self.chunks)
+            return checkpoint.model_state(self.chunks, self.model, self.world)
         return {"adapter": adapter_state(self.chunks, self.adapters, self.world)}
 
     def restore(self, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Conversions against plain copies of the same files: seconds, and the anonymous memory of the whole
-process tree.
+"""Conversions against plain copies of the same files: seconds, and the anonymous memory of all
+their processes together.
 
-    python tools/bench/convert.py FOLDER [--layers N] [--rounds N] [--markdown]
+    python tools/bench/convert.py FOLDER [--layers N] [--rounds N]
 
 Makes a model with Qwen3-30B-A3B's layers and vocabulary of random bf16 numbers in FOLDER (3.7 GB
 with two layers; four times as much room is needed) and removes it in the end. Sides take turns in

@@ -33,13 +33,6 @@ TE_NAMES = {
 }
 
 
-def _names_on_disk(moe: bool) -> dict[str, str]:
-    """Checkpoints have Transformer Engine's names whatever wrote them, so that a run may change its
-    backend; a norm before experts stands alone there too.
-    """
-    return {ours: te for te, ours in TE_NAMES.items() if not (moe and te.startswith("mlp."))}
-
-
 def choose_backend(wanted: str, device: torch.device) -> str:
     """Resolve `model.backend`: te where Transformer Engine imports on a GPU, torch elsewhere and,
     for either, on meta.
@@ -115,7 +108,6 @@ def _final_norm(backend: str) -> Any:
 
 
 def _torch_layer(layer: Layer) -> ModuleSpec:
-    is_moe = isinstance(layer.mlp, Moe)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -125,7 +117,6 @@ def _torch_layer(layer: Layer) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=moe.spec(moe.submodules(layer.mlp)) if isinstance(layer.mlp, Moe) else mlp.spec(),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=_names_on_disk(is_moe),
         ),
     )
 
@@ -163,7 +154,6 @@ def _te_layer_apart(layer: Layer) -> ModuleSpec:
     own.input_layernorm = TENorm
     own.self_attention.submodules.linear_qkv = TEColumnParallelLinear
     own.pre_mlp_layernorm = TENorm
-    own.sharded_state_dict_keys_map = _names_on_disk(is_moe)
     if is_moe:
         ours: MoESubmodules = own.mlp.keywords["submodules"]
         own.mlp = moe.spec(replace(ours, experts=GroupedExperts))

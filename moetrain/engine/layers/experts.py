@@ -8,46 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
 from moetrain.ops.grouped import grouped_linear
-
-
-def gate_up_shards(
-    key: str,
-    param: Tensor,
-    offsets: tuple[tuple[int, int, int], ...],
-    split: tuple[int, int, int],
-    replica: ReplicaId,
-    prepend_axis_num: int = 0,
-) -> ShardedTensorFactory:
-    """A parameter whose ranks hold their part of the gate's rows, then of up's, as a checkpoint has
-    it: two shards of one tensor. `split` is the tensor-parallel (dimension, rank, size).
-    """
-    dim, rank, size = split
-    own = dim - prepend_axis_num  # of the parameter itself
-
-    def build(name: str, whole: Tensor, replica_id: ReplicaId, flattened_range: Any) -> Any:
-        return [
-            ShardedTensor.from_rank_offsets(
-                name,
-                half.contiguous(),
-                *offsets,
-                (dim, rank + i * size, 2 * size),
-                replica_id=replica_id,
-                prepend_axis_num=prepend_axis_num,
-            )
-            for i, half in enumerate(whole.chunk(2, own))
-        ]
-
-    def merge(halves: list[Tensor]) -> Tensor:
-        return torch.cat(halves, own)
-
-    return ShardedTensorFactory(key, param, build, merge, replica_id=replica)
 
 
 class _GroupedWeight(nn.Module):
@@ -102,37 +66,3 @@ class GroupedExperts(MegatronModule):
 
     def backward_dw(self) -> None:
         """Weight gradients are computed with the rest of the backward pass."""
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[Any, ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Megatron's own checkpoint keys for experts, interchangeable with TEGroupedMLP's and
-        SequentialMLP's.
-        """
-        ensure_metadata_has_dp_cp_group(metadata)
-        lead = len(sharded_offsets)
-        replica = (0, 0, self.dp_group.rank())
-        experts = (lead, self.ep_group.rank(), self.ep_group.size())
-        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
-
-        fc1 = gate_up_shards(
-            f"{prefix}experts.linear_fc1.weight",
-            self.linear_fc1.weight,
-            (*sharded_offsets, experts),
-            (lead + 1, tp_rank, tp_size),
-            replica,
-            prepend_axis_num=lead,
-        )
-        fc2 = ShardedTensor.from_rank_offsets(
-            f"{prefix}experts.linear_fc2.weight",
-            self.linear_fc2.weight,
-            *sharded_offsets,
-            experts,
-            (lead + 2, tp_rank, tp_size),
-            replica_id=replica,
-            prepend_axis_num=lead,
-        )
-        return {f"{prefix}linear_fc1.weight": fc1, f"{prefix}linear_fc2.weight": fc2}
