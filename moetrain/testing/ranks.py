@@ -25,6 +25,7 @@ from moetrain.methods import METHODS
 from moetrain.models.adapter import AdapterTable
 from moetrain.ops.packed import ANSWER, Packed, concat, from_tokens
 from moetrain.testing.gradients import gradients_of, keep_gradients
+from moetrain.testing.saved_parts import check_saved_parts
 from moetrain.weights.adapter_init import table_shapes
 from moetrain.weights.reader import seeded
 
@@ -170,35 +171,6 @@ def names_on_disk(model: str) -> set[str]:
     engine = Engine(recipe_for(model, {}), train=False)
     parts = model_state(engine.chunks, engine.model, engine.world)["model0"].values()
     return {part.key for part in parts}
-
-
-def check_saved_parts(engine: Engine) -> None:
-    """What the weight table says of a parameter's part of a checkpoint is what Megatron's own
-    modules say, experts aside, which are not Megatron's, and but for the names of norms.
-    """
-    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-
-    from moetrain.engine.checkpoint import model_state
-
-    names = ("key", "local_shape", "global_shape", "global_offset", "axis_fragmentations")
-    names += ("replica_id", "prepend_axis_num", "allow_shape_mismatch")
-
-    def shown(part: Any) -> list[Any]:
-        if isinstance(part, ShardedTensorFactory):
-            return [part.key, part.replica_id, *(shown(one) for one in part.build())]
-        return [*(getattr(part, name) for name in names), float(part.data.double().sum())]
-
-    ours = model_state(engine.chunks, engine.model, engine.world)
-    for i, chunk in enumerate(engine.chunks):
-        theirs = chunk.sharded_state_dict()
-        weights = {name for name in theirs if not name.endswith("_extra_state")}
-        weights |= {name for name, _ in chunk.named_parameters() if ".experts." in name}
-        assert weights == ours[f"model{i}"].keys()
-        for name in weights:
-            if ".experts." not in name:
-                found, wanted = shown(ours[f"model{i}"][name]), shown(theirs[name])
-                assert found[1:] == wanted[1:], name
-                assert found[0] == wanted[0] or "norm" in name, name
 
 
 def round_trip(model: str, parallel: dict[str, Any]) -> dict[str, Tensor]:
