@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-
 from moetrain.engine import Engine
 from moetrain.engine.checkpoint import model_state
 
@@ -16,7 +14,7 @@ def check_saved_parts(engine: Engine) -> None:
     names += ("replica_id", "prepend_axis_num", "allow_shape_mismatch")
 
     def shown(part: Any) -> list[Any]:
-        if isinstance(part, ShardedTensorFactory):
+        if hasattr(part, "build"):
             return [part.key, part.replica_id, *(shown(one) for one in part.build())]
         return [*(getattr(part, name) for name in names), float(part.data.double().sum())]
 
