@@ -74,7 +74,7 @@ def open_weights_of(path: Path, config: Path | None = None) -> tuple[Rows, Model
     Raises ConfigError, WeightsError, CheckpointError where they cannot be read.
     """
     folder = local_folder(path)
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).is_file() or (folder / NOTE).is_file():
         hf, _ = _config_of(folder, config if has_no_config(folder) else None)
         model = read_model(hf)
         return _as_noted(McoreRows(folder, model), folder, hf), model
