@@ -119,6 +119,10 @@ def test_any_slice_of_an_nvfp4_weight(tmp_path: Path) -> None:
             wanted[i, j] = value * (float(scale[i, j // 16]) * 0.25)
     for cut in [(slice(0, 40), slice(0, 64)), (slice(3, 9), slice(17, 50)), (slice(2, 2),) * 2]:
         assert torch.equal(reader.read("a.weight", cut), wanted[cut].bfloat16()), cut
+    for wrong in (torch.ones(2), torch.ones(0)):
+        folder_of(tmp_path, names | {"a.weight_scale_2": wrong}, modelopt("NVFP4"))
+        with pytest.raises(WeightsError, match=r"a.weight_scale_2 is .*, and one number is wanted"):
+            open_weights(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +159,15 @@ def test_what_is_not_read_is_refused_in_one_line(config: Any, words: str) -> Non
             r"a.weight_scale_inv is \[0\]",
         ),
         (
+            {"a.weight": torch.zeros(0, 2), "a.weight_scale_inv": torch.ones(3)},
+            r"a.weight_scale_inv is \[3\]",
+        ),
+        (
             {"a.weight": torch.zeros(2, 3, 4), "a.weight_scale_inv": torch.ones(2, 1, 1)},
             r"\[2, 3, 4\]; only matrices",
         ),
     ],
-    ids=["no scales", "too few scales", "empty scales", "no matrix"],
+    ids=["no scales", "too few scales", "empty scales", "no rows", "no matrix"],
 )
 def test_scales_that_do_not_fit(tmp_path: Path, tensors: dict[str, Tensor], words: str) -> None:
     tensors = tensors | {"a.weight": tensors["a.weight"].to(FP8)}
@@ -206,11 +214,13 @@ def test_a_quantised_model_is_converted_as_the_plain_one(
 ) -> None:
     """There and back it is the plain model; its config.json says nothing of quantisation."""
     from moetrain.weights.convert import hf2mcore, mcore2hf
+    from moetrain.weights.inspect import summary_of
 
     fp8, plain = quantised
     hf2mcore(fp8, tmp_path / "mcore")
     mcore2hf(tmp_path / "mcore", tmp_path / "hf")
     assert "quantization_config" not in json.loads((tmp_path / "hf/config.json").read_text())
+    assert summary_of(fp8).parameters == summary_of(plain).parameters  # scales are none
     found, wanted = (load_file(f / "model.safetensors") for f in (tmp_path / "hf", plain))
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():

@@ -5,7 +5,7 @@ without an error.
 """
 
 from collections.abc import Collection
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 
 import torch
@@ -93,9 +93,16 @@ class Dequantised:
                     f"{self.base}: {name} is {self.base.dtype(name)}, and {scale} is not there."
                     f" Fetch the checkpoint again, or the one that it was made from."
                 )
+        top = self.base.shape(scales[-1])
+        if self.how.packed and prod(top) != 1:
+            raise WeightsError(
+                f"{self.base}: {scales[-1]} is {list(top)}, and one number is wanted. Is {HF} the"
+                f" one of these weights?"
+            )
         shape = self._shape(name)
         given = self.base.shape(scales[0])
-        choices = [self.how.block] if self.how.block else [shape, (1, shape[-1])]
+        rows, columns = (max(n, 1) for n in shape)
+        choices = [self.how.block] if self.how.block else [(rows, columns), (1, columns)]
         for block in choices:
             counts = [ceil(n / b) for n, b in zip(shape, block, strict=True)]
             if [n for n in counts if n != 1] == [n for n in given if n != 1]:
