@@ -131,7 +131,8 @@ def _summary(
         dtypes[TORCH_NAMES[dtype]] += prod(shape)
         parts[_part(name)] += prod(shape)
     parameters = sum(dtypes.values())
-    if ranks is not None and model is not None and adapter is None:  # without padding
+    counts_more = ranks is not None or quantisation is not None  # padding, scales
+    if counts_more and model is not None and adapter is None:
         parameters = sum(rule.num_params for rule in model.table.values())
     return Summary(
         style=style,
