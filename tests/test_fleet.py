@@ -32,6 +32,7 @@ from moetrain.rollout.transfer import buckets, described
 
 RECIPE = Path(__file__).parents[1] / "examples" / "grpo_tiny.yaml"
 TOKEN = "a-token"
+PUSH = {"export_s", "load_s", "bytes", "whole_bytes"}
 
 
 class Small(ThreadingHTTPServer):
@@ -219,7 +220,7 @@ def test_other_weights_are_put_right(tmp_path: Path, tokenizer: Path) -> None:
 def test_a_push_reload_and_probe(tmp_path: Path, tokenizer: Path) -> None:
     smalls = [Small(), Small()]
     fleet = fleet_of(smalls, tmp_path, tokenizer)
-    assert fleet.push([("w", torch.ones(2))], 8).keys() == {"export", "load"}
+    assert fleet.push([("w", torch.ones(2))], 8).keys() == PUSH
     assert [small.version for small in smalls] == [8, 8] and smalls[0].pid == 1
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["00000008"]
     fleet.reload()

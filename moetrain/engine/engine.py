@@ -53,6 +53,7 @@ from moetrain.weights.hf_files import Target
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import write_peft
 from moetrain.weights.reader import Reader
+from moetrain.weights.sent import Sent
 from moetrain.weights.side_files import SideFiles
 from moetrain.weights.writer import write_hf
 
@@ -290,13 +291,19 @@ class Engine:
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
-    def export(self, to: transport.To = "all") -> Iterator[tuple[str, Tensor]]:
+    def export(
+        self, to: transport.To = "all", since: Sent | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every weight, adapters merged into it, in one order
-        on every rank; with to="first" on the first rank alone.
+        on every rank; with to="first" on the first rank alone, with `since` of what moved since.
         """
         with gathered(self.wrapped):
             rules = exported(self.model.table)
             local = [p for p in local_merged(self.chunks, self.world) if p.name in rules]
+            if since is not None:
+                moved = since.moved(local, self.world)
+                rules = {name: rule for name, rule in rules.items() if name in moved}
+                local = [p for p in local if p.name in moved]
             yield from transport.export(local, rules, self.world, to=to)
 
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:

@@ -38,6 +38,7 @@ from moetrain.rollout import open_engine
 from moetrain.rollout.base import Probe, Request, RolloutEngine, Sampling
 from moetrain.rollout.parity import gap_of, tolerance_of
 from moetrain.run.stop import StopSignal
+from moetrain.weights.sent import Sent
 
 ROUND_SECONDS = 2.0
 NUM_PROBES = 4  # prompts that are scored on both sides after every push
@@ -233,6 +234,7 @@ class Live:
         self.engine, self.prompts = engine, prompts
         self.stop, self.driver = stop, driver
         self._last = self._asked = 0
+        self._sent = Sent()
         length = min(PROBE_LENGTH, recipe.data.seq_len // 2)
         self._probes = [
             p.tokens * -(-length // len(p.tokens)) for p in prompts.train.prompts[:NUM_PROBES]
@@ -276,10 +278,12 @@ class Live:
         limit = tolerance_of(self.recipe)
         figures: dict[str, float] = {}
         for attempt in ("push", "reload"):
-            figures |= self._send(step, attempt)
-            sent = time.perf_counter()
+            sent = self._send(step, attempt)
+            sent["push/bytes"] += figures.get("push/bytes", 0.0)
+            started = time.perf_counter()
             gap = self._gap()
-            figures |= {"push/probe_s": time.perf_counter() - sent, "push/logprob_gap": gap}
+            figures |= sent
+            figures |= {"push/probe_s": time.perf_counter() - started, "push/logprob_gap": gap}
             if gap <= limit:
                 break
         else:
@@ -293,19 +297,29 @@ class Live:
         return figures
 
     def _send(self, step: int, attempt: str) -> dict[str, float]:
-        weights = self.engine.export("first")  # which alone has the driver
+        """Of the weights what moved, or all to an engine that holds others than it was sent."""
+        held = None
+        if attempt == "push":
+            held = self._shared(lambda driver: driver.engine.held)
+        if held is None or held != self._sent.version:
+            held = None
+            self._sent.forget()
+        weights = self.engine.export("first", self._sent)  # which alone has the driver
 
         def send(driver: Driver) -> dict[str, float]:
             try:
                 if attempt == "reload":
                     driver.engine.reload()
-                return {f"push/{k}_s": v for k, v in driver.engine.push(weights, step).items()}
+                pushed = driver.engine.push(weights, step, held)
+                return {f"push/{name}": value for name, value in pushed.items()}
             finally:
                 exhaust(weights)  # after a push that failed, too: the other ranks do
 
         if self.driver is None:
             exhaust(weights)  # every rank takes part in what is exported, to the end
-        return self._shared(send)
+        figures = self._shared(send)
+        self._sent.version = step
+        return figures
 
     def _gap(self) -> float:
         """The largest difference of a log-prob between the two sides, over given and generated

@@ -66,6 +66,11 @@ class RolloutEngine(Protocol):
 
     counts: Counter[str]  # faults so far: restarts, timeouts, ...
 
+    @property
+    def held(self) -> int | None:
+        """The version that a push of what moved since can build on; None: it needs everything."""
+        ...
+
     def generate(self, requests: Sequence[Request], on_sample: Callable[[Sample], None]) -> None:
         """Draw all; `on_sample` as each one ends, in any order."""
         ...
@@ -76,9 +81,13 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
-        """Serve these weights (Hugging Face name, whole tensor) from now on, as number `version`;
-        seconds by phase.
+    def push(
+        self, weights: Iterable[tuple[str, Tensor]], version: int, since: int | None = None
+    ) -> dict[str, float]:
+        """Serve these weights (Hugging Face name, whole tensor) from now on, as number `version`:
+        all of them, or with `since`, which is what `held` was, those that may have moved.
+
+        Seconds by phase, the bytes that were sent and those of all weights.
         """
         ...
 

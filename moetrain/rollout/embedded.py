@@ -43,6 +43,7 @@ class Embedded:
         self.counts: Counter[str] = Counter()
         self.model: Any = None
         self.version = -1
+        self._tensors: dict[str, Tensor] = {}  # of the last push, by Hugging Face name
 
     def generate(self, requests: Sequence[Request], on_sample: Callable[[Sample], None]) -> None:
         """Draw all, batch by batch."""
@@ -80,12 +81,19 @@ class Embedded:
             for row, request in enumerate(requests)
         ]
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
+    @property
+    def held(self) -> int | None:
+        return self.version if self._tensors else None
+
+    def push(
+        self, weights: Iterable[tuple[str, Tensor]], version: int, since: int | None = None
+    ) -> dict[str, float]:
         """Through a folder, so that transformers itself says which name belongs where."""
         from transformers import AutoModelForCausalLM
 
         started = time.perf_counter()
-        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
+        new = {name: tensor.to("cpu", copy=True) for name, tensor in weights}
+        self._tensors = tensors = new if since is None else self._tensors | new
         gathered = time.perf_counter()
         with files.scratch() as folder:
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -101,10 +109,15 @@ class Embedded:
             raise RolloutError(f"transformers does not know what to do with {wrong[:3]}.")
         self.model.eval()
         self.version = version
-        return {"export": gathered - started, "load": time.perf_counter() - gathered}
+        return {
+            "export_s": gathered - started,
+            "load_s": time.perf_counter() - gathered,
+            "bytes": float(sum(tensor.nbytes for tensor in new.values())),
+            "whole_bytes": float(sum(tensor.nbytes for tensor in tensors.values())),
+        }
 
     def reload(self) -> None:
-        """Every push makes the model anew."""
+        self._tensors = {}
 
     def probe(self, sequences: Sequence[tuple[int, ...]]) -> Probe:
         """Score what is given, and greedy answers to it with the log-probs of drawing them."""

@@ -3,33 +3,30 @@ address. A server that is dead, hung or out of its mind is started again with th
 should have, and its unfinished requests are dealt out again.
 """
 
-import json
 import queue
 import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from moetrain import files
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.samples import Sample, decode_routes
 from moetrain.errors import RolloutError
 from moetrain.rollout.base import PROBE_TOKENS, Probe, Request, text_of_answer
 from moetrain.rollout.client import QueueFull, ServerLost
 from moetrain.rollout.dealing import Deal, as_json
+from moetrain.rollout.pushed import Pushed
 from moetrain.rollout.servers import Server
 from moetrain.rollout.transfer import Transfer
 
 FULL_SECONDS = 0.5  # between two looks at a full queue
 MAX_LOSSES = 3  # of one server while it draws one batch
-SHARD_BYTES = 5_000_000_000
 
 
 class Fleet:
@@ -37,7 +34,7 @@ class Fleet:
 
     Args:
         servers: at least one.
-        folder: takes the weights of a push through files; every server must see it.
+        folder: takes the weights of pushes through files; every server must see it.
         hf: content of config.json.
         tokenizer: its folder.
         start_timeout: seconds that a start or a push may take.
@@ -53,12 +50,11 @@ class Fleet:
         start_timeout: float,
         transfer: Transfer | None,
     ):
-        self.servers, self.folder, self.hf = servers, folder, hf
+        self.servers, self.pushed = servers, Pushed(folder, hf)
         self.tokenizer: Any = tokenizers.load(tokenizer)
         self.start_timeout, self.transfer = start_timeout, transfer
         self.counts: Counter[str] = Counter()
         self.version = -1
-        self._weights: Path | None = None  # of `version`, where a push left them on disk
         self._from_folder = False  # the next push starts the servers from files
         self._closed = False
         self._lock = threading.Lock()
@@ -158,14 +154,14 @@ class Fleet:
         """Start a lost server again with the weights of now."""
         if self._closed:
             raise RolloutError("The rollout servers were closed.")
-        if self._weights is None:
+        if self.pushed.version != self.version:
             server.close()
             raise RolloutError(
                 "A rollout server was lost, and its weights went from GPU to GPU, so it cannot be"
                 " started again before the next push. What was sampled is on disk; start again to"
                 " go on, or set rollout.push=file."
             )
-        server.fresh(self._weights, self.version)
+        server.fresh(self.pushed.whole(), self.version)
         self._count("restarts")
 
     def _count(self, fault: str) -> None:
@@ -174,65 +170,72 @@ class Fleet:
 
     # Weights
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
-        """Through files into all servers, or from GPU to GPU."""
-        started = time.perf_counter()
-        if self.transfer is not None and not self._from_folder:
-            self._each(lambda server: None if server.running else server.begin())
-            begun = time.perf_counter()
-            clients = [server.client for server in self.servers]
-            try:
-                self.transfer.send(clients, weights, version)
-            except ServerLost as lost:
-                raise RolloutError(
-                    f"A push did not arrive: {lost}. Start again to go on."
-                ) from lost
-            self._weights, self.version = None, version
-            return {"start": begun - started, "transfer": time.perf_counter() - begun}
-        folder = self._write(weights, version)
-        written = time.perf_counter()
-        self._each(lambda server: self._load(server, folder, version))
-        self._forget_all_but(folder)
-        self._weights, self.version, self._from_folder = folder, version, False
-        return {"export": written - started, "load": time.perf_counter() - written}
+    @property
+    def held(self) -> int | None:
+        """Pushes from GPU to GPU take everything: no folder has what did not move."""
+        return None if self.transfer is not None or self._from_folder else self.pushed.version
 
-    def _load(self, server: Server, folder: Path, version: int) -> None:
+    def push(
+        self, weights: Iterable[tuple[str, Tensor]], version: int, since: int | None = None
+    ) -> dict[str, float]:
+        """Through files into all servers, or from GPU to GPU."""
+        if self.transfer is not None and not self._from_folder:
+            return self._push_directly(self.transfer, weights, version)
+        started = time.perf_counter()
+        sent = self.pushed.write(weights, version, whole=since is None)
+        written = time.perf_counter()
+        self._each(lambda server: self._load(server, since))
+        self.pushed.tidy()
+        self.version, self._from_folder = version, False
+        return {
+            "export_s": written - started,
+            "load_s": time.perf_counter() - written,
+            "bytes": float(sent),
+            "whole_bytes": float(self.pushed.whole_bytes),
+        }
+
+    def _push_directly(
+        self, transfer: Transfer, weights: Iterable[tuple[str, Tensor]], version: int
+    ) -> dict[str, float]:
+        started = time.perf_counter()
+        self._each(lambda server: None if server.running else server.begin())
+        begun = time.perf_counter()
+        sent: list[int] = []
+
+        def counted() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                sent.append(tensor.nbytes)
+                yield name, tensor
+
+        try:
+            transfer.send([server.client for server in self.servers], counted(), version)
+        except ServerLost as lost:
+            raise RolloutError(f"A push did not arrive: {lost}. Start again to go on.") from lost
+        self.pushed.clear()
+        self.version = version
+        return {
+            "start_s": begun - started,
+            "transfer_s": time.perf_counter() - begun,
+            "bytes": float(sum(sent)),
+            "whole_bytes": float(sum(sent)),
+        }
+
+    def _load(self, server: Server, since: int | None) -> None:
+        version = self.pushed.version
+        assert version is not None, "a push has written it"
         if server.running and not self._from_folder:
-            body = {"folder": str(folder), "version": version}
             try:
-                server.client.post("/push", body, self.start_timeout)
+                server.client.post("/push", self.pushed.message(since), self.start_timeout)
                 return
             except ServerLost as lost:
                 self._count(lost.fault)
                 self._count("restarts")
-        server.fresh(folder, version)
+        server.fresh(self.pushed.whole(), version)
 
     def _each(self, do: Callable[[Server], None]) -> None:
         with ThreadPoolExecutor(len(self.servers)) as pool:
             for done in [pool.submit(do, server) for server in self.servers]:
                 done.result()
-
-    def _write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Path:
-        """A Hugging Face folder without a tokenizer: only ids travel."""
-        folder = self.folder / f"{version:08d}"
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-            with files.sibling_folder(folder) as part:
-                (part / "config.json").write_text(json.dumps(self.hf))
-                for number, tensors in enumerate(_shards(weights)):
-                    save_file(tensors, part / f"{number:05d}.safetensors", {"format": "pt"})
-                part.rename(folder)
-        except (OSError, RuntimeError) as error:
-            raise RolloutError(
-                f"The weights of step {version} cannot be written to {self.folder}: {error}. Make"
-                " room there."
-            ) from error
-        return folder
-
-    def _forget_all_but(self, folder: Path) -> None:
-        for old in self.folder.iterdir():
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
 
     def reload(self) -> None:
         """Start the servers from files at the next push."""
@@ -289,17 +292,4 @@ class Fleet:
         self._closed = True
         for server in self.servers:
             server.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _shards(weights: Iterable[tuple[str, Tensor]]) -> Iterable[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in weights:
-        shard[name] = tensor.to("cpu", copy=True).contiguous()
-        size += tensor.nbytes
-        if size >= SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-    if shard:
-        yield shard
+        shutil.rmtree(self.pushed.folder, ignore_errors=True)

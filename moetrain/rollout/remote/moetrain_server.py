@@ -7,7 +7,8 @@ vLLM 0.32.
     POST /generate               {version, requests}: a JSON line for each answer as it ends; empty
                                  lines say that the engine is alive
     POST /probe                  {sequences, num_tokens}: log-probs of given tokens, greedy answers
-    POST /push                   {folder, version}: serve a Hugging Face folder's weights
+    POST /push                   {links, since, version}: serve the weights of folders, each with
+                                 its version (moetrain_weights); `since` is what is served now
     POST /transfer/{step}        init, start, update, finish: vLLM's own weight transfer
     POST /reload                 {folder, version}: end; whoever watches starts it from there
     POST /sleep, /wake           give the GPU's memory back, take it again
@@ -176,11 +177,16 @@ class Service:
 
     async def push(self, body: dict[str, Any]) -> Any:
         async with self._pushing:
+            held = self.version
+            folders = [link["folder"] for link in body["links"]]
+            new = folders
+            if held is not None and held == body["since"]:
+                new = [link["folder"] for link in body["links"] if link["version"] > held]
             await self._hold()
             try:
-                reports = await self.engine.collective_rpc("push_folder", args=(body["folder"],))
+                reports = await self.engine.collective_rpc("push_folders", args=(folders, new))
             except Exception as error:
-                raise Refused(422, f"push of {body['folder']}: {error}") from error
+                raise Refused(422, f"push of {folders[-1]}: {error}") from error
             await self._serve(body["version"])
         return {"load": max(report["load"] for report in reports)}
 

@@ -3,12 +3,17 @@ router's choices. Imported in vLLM's processes, which have no moetrain. Written 
 """
 
 import base64
-import glob
-import os
+import logging
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from moetrain_weights import Folders, names_in
+
+RELOAD = "vllm.model_executor.model_loader.reload."
 WITH_ROUTES = "routes-"  # head of the ids of requests whose routing is recorded
 
 
@@ -21,23 +26,21 @@ class Worker:
     _schema: dict[str, list[int]] | None = None
     _routes: dict[str, dict[int, list[Any]]] | None = None
 
-    def push_folder(self, folder: str) -> dict[str, float]:
-        """Load all tensors of a Hugging Face folder into the running model."""
-        from safetensors import safe_open
+    def push_folders(self, folders: list[str], new: list[str]) -> dict[str, float]:
+        """Serve the weights of `folders`, of which all but those of `new` are served already."""
         from vllm.config import set_current_vllm_config
 
         started = time.perf_counter()
-        self.check_schema(_schema_of(folder))
-        with set_current_vllm_config(self.vllm_config):
-            self.model_runner.reload_weights(
-                weights_iterator=(
-                    (name, file.get_tensor(name))
-                    for path in _files(folder)
-                    for file in [safe_open(path, framework="pt")]
-                    for name in file.keys()
-                ),
-                is_checkpoint_format=True,
-            )
+        weights = Folders(folders)
+        self.check_schema(weights.schema())
+        touched = {loaded_with(name) for folder in new for name in names_in(folder)}
+        names = [name for name in weights.names() if loaded_with(name) in touched]
+        with set_current_vllm_config(self.vllm_config), _quiet(len(names) < len(weights.names())):
+            if names:
+                self.model_runner.reload_weights(
+                    weights_iterator=((name, weights.read(name)) for name in names),
+                    is_checkpoint_format=True,
+                )
             self.finish_push()
         return {"load": time.perf_counter() - started}
 
@@ -46,7 +49,7 @@ class Worker:
         is missing from a layer with whatever is in memory.
         """
         if self._schema is None:  # a server that began without weights believes the first push
-            self._schema = _schema_of(self.model_config.model) or found
+            self._schema = Folders([self.model_config.model]).schema() or found
         wrong = [n for n in self._schema | found if self._schema.get(n) != found.get(n)]
         if wrong:
             raise ValueError(f"missing, unknown or of another shape: {sorted(wrong)[:4]}")
@@ -117,19 +120,28 @@ def packed(routes: Any) -> dict[str, Any]:
     return {"shape": list(routes.shape), "int16": numbers}
 
 
-def _files(folder: str) -> list[str]:
-    return sorted(glob.glob(os.path.join(folder, "*.safetensors")))
+def loaded_with(name: str) -> str:
+    """What of a model vLLM can only load together: q, k and v are one tensor there, and all experts
+    of a layer. It fills what is missing of a layer's tensor with whatever is in memory, and puts
+    back a tensor of which it is given nothing.
+    """
+    layer = re.match(r".*\blayers\.\d+\.", name)
+    if layer is None:
+        return name
+    return layer[0] + ("experts" if ".experts." in name else "")
 
 
-def _schema_of(folder: str) -> dict[str, list[int]]:
-    """Name -> shape of all tensors of a folder."""
-    from safetensors import safe_open
-
-    found: dict[str, list[int]] = {}
-    for path in _files(folder):
-        with safe_open(path, framework="pt") as file:
-            found |= {n: list(file.get_slice(n).get_shape()) for n in file.keys()}
-    return found
+@contextmanager
+def _quiet(partly: bool) -> Iterator[None]:
+    """Without vLLM's warnings of every tensor that is not given."""
+    loggers = [logging.getLogger(RELOAD + name) for name in ("layerwise", "inplace")]
+    for logger in loggers:
+        logger.disabled = partly
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.disabled = False
 
 
 def _repack_experts() -> None:
