@@ -26,6 +26,7 @@ from moetrain.rollout.client import Client, QueueFull, ServerLost
 from moetrain.rollout.dealing import Deal
 from moetrain.rollout.fleet import Fleet
 from moetrain.rollout.process import Launch, ServerProcess, interpreter, token_of
+from moetrain.rollout.remote.moetrain_weights import Folders, unseen
 from moetrain.rollout.serve import serve
 from moetrain.rollout.servers import Given
 from moetrain.rollout.transfer import buckets, described
@@ -43,6 +44,8 @@ class Small(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.version: int | None = None
+        self.weights: dict[str, torch.Tensor] = {}
+        self.loaded: list[str] = []  # by the last push
         self.pid = 1
         self.faults: list[str] = []
         self.room = 1000
@@ -74,10 +77,21 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             return self._say(200, {"version": small.version, "pid": small.pid})
         if self.path == "/push":
+            if "refuses" in small.faults:
+                small.faults.remove("refuses")
+                return self._say(422, {"error": "a push that cannot be"})
+            held = Folders(link["folder"] for link in body["links"])
+            small.loaded = held.to_load(unseen(body, small.version))
+            small.weights = {
+                name: held.read(name) if name in small.loaded else small.weights[name]
+                for name in held.names()
+            }
             small.version = body["version"]
             return self._say(200, {})
         if self.path == "/reload":
             small.pid, small.version = small.pid + 1, body["version"]
+            held = Folders([body["folder"]])
+            small.weights = {name: held.read(name) for name in held.names()}
             return self._say(200, {})
         if self.path == "/probe":
             greedy = {"tokens": [1], "logprobs": [-1.0], "finish": "length"}
@@ -230,6 +244,42 @@ def test_a_push_reload_and_probe(tmp_path: Path, tokenizer: Path) -> None:
     assert probe.sequences == ((1, 2, 3), (1, 2, 3), (1, 2, 3, 1), (1, 2, 3, 1))
     fleet.close()
     assert not (tmp_path / "weights").exists()
+
+
+def test_a_push_of_what_moved(tmp_path: Path, tokenizer: Path) -> None:
+    """To a server that has the last push, to one that began anew, to one that another trainer has
+    pushed to, and to one that refuses it and is started again: all have the trainer's weights.
+    """
+    layer = "model.layers.0."
+    names = ("q_proj", "k_proj", "experts.0.up_proj", "experts.1.up_proj")
+    weights = {layer + name: torch.randn(4, 8) for name in names} | {"lm_head": torch.randn(8, 4)}
+    smalls = [Small() for _ in range(4)]
+    fleet = fleet_of(smalls, tmp_path, tokenizer)
+    assert fleet.push(weights.items(), 8)["whole_bytes"] == 5 * 128
+    for version in (9, 10):
+        assert fleet.held == version - 1
+        weights[layer + "q_proj"][version - 8] += 1
+        weights["lm_head"] += 1
+        smalls[1].version = None
+        smalls[1].weights = {}
+        smalls[2].version, smalls[2].weights["lm_head"] = 5, torch.zeros(8, 4)
+        smalls[3].faults = ["refuses"] * (version == 10)
+        moved = [(name, weights[name]) for name in (layer + "q_proj", "lm_head")]
+        said = fleet.push(moved, version, since=version - 1)
+        assert (said["bytes"], said["whole_bytes"]) == (4 + 32 + 128, 5 * 128)
+        for small in smalls:
+            assert small.version == version and small.weights.keys() == weights.keys()
+            assert all(torch.equal(small.weights[name], weights[name]) for name in weights)
+        if version == 9:
+            assert set(smalls[0].loaded) == {layer + "q_proj", layer + "k_proj", "lm_head"}
+            assert set(smalls[1].loaded) == set(smalls[2].loaded) == weights.keys()
+    assert [small.pid for small in smalls] == [1, 1, 1, 2]
+    assert fleet.counts == {"server/refused": 1, "server/restarts": 1}
+    smalls[0].version = None  # lost after a push
+    assert len(drawn(fleet, 2)) == 8
+    assert all(torch.equal(smalls[0].weights[name], weights[name]) for name in weights)
+    fleet.reload()
+    assert fleet.held is None, "the next push is of everything"
 
 
 def test_the_token(tmp_path: Path) -> None:

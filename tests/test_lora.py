@@ -2,6 +2,7 @@
 saved or resumed one is.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def adapted_names(folder: str, adapter: dict[str, Any]) -> set[str]:
+    """Of all tensors that share a parameter with one that the adapter is for."""
+    recipe = ranks.recipe_for(folder, {}, adapter=adapter)
+    model = read_model(json.loads((Path(folder) / "config.json").read_text()))
+    table = adapter_table(model, AdapterSpec.of(recipe.adapter))
+    return {name for rule in table.base.values() for name in rule.hf}
+
+
 EVERYWHERE = [("qwen3_moe", kind) for kind in KINDS]
 EVERYWHERE += [("qwen2", "attention"), ("qwen2", "dora")]  # q, k and v have biases
 
@@ -115,7 +124,9 @@ def test_a_trained_adapter_is_the_same_everywhere(
     sections = {"adapter": KINDS[kind], "optim": {"lr": 1e-2}}
     arguments = (sequences(), tmp_path, sections)
     answers = workers.run(2, ranks.trained_adapter, folder, {"tp": 2} | experts, *arguments)
-    live, merged = answers[0]
+    live, merged, before, moved = answers[0]
+    assert all(torch.equal((before | moved)[name], merged[name]) for name in merged)
+    assert moved.keys() <= adapted_names(folder, KINDS[kind]), "the base has not moved"
     with torch.no_grad():
         base = model(torch.tensor([tokens])).logits[0]
         assert (live - base).abs().max() > 0.05, "three steps changed nothing"

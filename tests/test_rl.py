@@ -15,7 +15,7 @@ from data_helpers import answers_shown
 
 from moetrain.config.load import load_recipe
 from moetrain.loops import rl
-from moetrain.testing import command, ranks
+from moetrain.testing import command, faults
 from moetrain.testing.command import Started
 from moetrain.testing.gloo import Workers
 from moetrain.weights.compare import compare
@@ -183,6 +183,9 @@ def test_methods_and_modes(tmp_path: Path, more: tuple[str, ...]) -> None:
     train(tmp_path / "run", "parallel.ep=2", "train.steps=3", *more)
     steps = [row for row in rows(tmp_path / "run", whole=True) if "loss" in row]
     assert all(row["push/logprob_gap"] <= 1e-3 and row["mismatch/abs"] <= 1e-3 for row in steps[:1])
+    for row in steps:  # an adapter of 4 ranks is on matrices of 6,291,456 bytes
+        most = 6_291_456 if "adapter={rank: 4}" in more else row["push/whole_bytes"]
+        assert 0 < row["push/bytes"] <= most and row["push/reloads"] == 0
     ahead = "steps_off" in more[0]
     assert [row["staleness"] for row in steps] == ([0, 1, 1] if ahead else [0, 0, 0])
     if "beta" in more[0]:
@@ -280,9 +283,22 @@ def test_a_reward_that_failed_is_no_score(tmp_path: Path) -> None:
 
 
 def test_a_push_that_does_not_arrive_stops_the_run(workers: Workers, tmp_path: Path) -> None:
-    said = workers.run(2, ranks.train_with_a_deaf_engine, str(RECIPE), str(tmp_path / "run"))
+    said = workers.run(2, faults.train_with, "deaf", str(RECIPE), str(tmp_path / "run"))
     for text in said:
         assert "serves other weights than the trainer holds" in text and "rollout.tolerance" in text
+
+
+@pytest.mark.parametrize("fault", ["leaves out", "on another base"])
+def test_a_wrong_push_of_what_moved_is_caught_and_mended(
+    workers: Workers, tmp_path: Path, fault: str
+) -> None:
+    """By the proof, and by a push of everything to a fresh engine."""
+    settings = ("train.steps=1", "adapter={rank: 4}", "data.eval=[]")
+    words = (fault, str(RECIPE), str(tmp_path / "run"), *settings)
+    assert workers.run(2, faults.train_with, *words) == ["the run went on"] * 2
+    for row in rows(tmp_path / "run", whole=True):
+        assert row["push/reloads"] == 1 and row["push/logprob_gap"] <= 1e-3
+        assert row["push/whole_bytes"] < row["push/bytes"] < 2 * row["push/whole_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from moetrain.testing.gradients import gradients_of, keep_gradients
 from moetrain.testing.saved_parts import check_saved_parts
 from moetrain.weights.adapter_init import table_shapes
 from moetrain.weights.reader import seeded
+from moetrain.weights.sent import Sent
 
 Lists = Sequence[Sequence[int]]
 
@@ -244,17 +245,21 @@ def adapter_gradients(
 
 def trained_adapter(
     model: str, parallel: dict[str, Any], sequences: Lists, folder: Path, sections: dict[str, Any]
-) -> tuple[Tensor | None, dict[str, Tensor]]:
+) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Three steps, a checkpoint and a PEFT folder in `folder`: (logits [t, v] of the first sequence
-    from the last stage, None elsewhere; merged weights).
+    from the last stage, None elsewhere; merged weights; on the first rank those before the first
+    step, and what moved since).
     """
-    engine = Engine(recipe_for(model, parallel, **sections))
+    engine, sent = Engine(recipe_for(model, parallel, **sections)), Sent()
+    before = {name: w.clone() for name, w in engine.export("first", sent)}
+    assert not list(engine.export("first", sent)), "nothing has moved"
     for _ in range(3):
         engine.step(_mine(packs_of(sequences, 2), engine), METHODS["sft"])
     engine.save(folder / "checkpoint", {})
     engine.export_peft(folder / "peft")
     merged = {name: w.clone() for name, w in engine.export()}
-    return logits_of(engine, sequences[0]), merged
+    moved = {name: w.clone() for name, w in engine.export("first", sent)}
+    return logits_of(engine, sequences[0]), merged, before, moved
 
 
 def restored_adapter(
@@ -344,30 +349,6 @@ def gradients_of_packs(
     result = engine.step(_mine(list(packs), engine), METHODS[recipe.method.name])
     grads = gradients_of(engine)
     return result.loss, result.metrics, grads if engine.world.is_first else {}
-
-
-def train_with_a_deaf_engine(recipe: str, run_dir: str) -> str:
-    """What a run says whose rollout engine takes no weights after the first."""
-    from moetrain import rollout
-    from moetrain.config.load import load_recipe
-    from moetrain.errors import RolloutError
-    from moetrain.loops.rl import train
-    from moetrain.rollout.embedded import Embedded
-
-    class Deaf(Embedded):
-        def push(self, weights: Any, version: int, since: int | None = None) -> dict[str, float]:
-            return {"bytes": 0.0} if version else super().push(weights, version, since)
-
-    rollout.ENGINES["embedded"] = rollout.EngineKind(
-        lambda recipe, hf, tokenizer: Deaf(hf, tokenizer)
-    )
-    settings = ["train.steps=3", f"run_dir={run_dir}", "observe.progress=false", "optim.lr=1e-2"]
-    settings += ["rewards=[{name: length, options: {target: 40}}]", "optim.warmup=0"]
-    try:
-        train(load_recipe(Path(recipe), settings))
-    except RolloutError as error:
-        return str(error)
-    return "the run went on"
 
 
 def trained(recipe: str, settings: Sequence[str]) -> int:

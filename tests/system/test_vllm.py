@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from moetrain.rollout.client import Client
-from moetrain.testing import command, ranks
+from moetrain.testing import command, faults, ranks
 from moetrain.testing.command import Started
 from moetrain.testing.gloo import Workers
 
@@ -190,10 +190,28 @@ def test_trainer_and_server_agree(whole: Path) -> None:
         assert row["push/reloads"] == 0
 
 
-@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2"])
-def test_at_other_layouts_too(served: Served, tmp_path: Path, layout: str) -> None:
-    train(tmp_path / "run", layout, *served.words)
-    assert all(row["push/logprob_gap"] <= 1e-3 for row in steps(tmp_path / "run"))
+ATTENTION = "adapter={rank: 4, target: [q_proj, v_proj]}"  # matrices of 786,432 bytes
+
+
+@pytest.mark.parametrize("words", [("parallel.tp=2", ATTENTION), ("parallel.pp=2",)])
+def test_at_other_layouts_too(served: Served, tmp_path: Path, words: tuple[str, ...]) -> None:
+    """With an adapter only what it is for is sent."""
+    train(tmp_path / "run", "optim.lr=1e-2", *words, *served.words)
+    for row in steps(tmp_path / "run"):
+        assert row["push/logprob_gap"] <= 1e-3 and row["push/reloads"] == 0
+        assert row["push/whole_bytes"] == 8_410_624
+        assert row["push/bytes"] == 786_432 or ATTENTION not in words
+
+
+def test_a_push_that_leaves_out_a_matrix_is_caught_and_mended(
+    served: Served, workers: Workers, tmp_path: Path
+) -> None:
+    run_dir, settings = tmp_path / "run", (*SETTINGS, "train.steps=1", "data.eval=[]")
+    words = ("short folders", str(RECIPE), str(run_dir), *settings, *served.words)
+    assert workers.run(1, faults.train_with, *words) == ["the run went on"]
+    (row,) = steps(run_dir)
+    assert row["push/reloads"] == 1 and row["push/logprob_gap"] <= 1e-3
+    assert row["push/whole_bytes"] < row["push/bytes"] < 2 * row["push/whole_bytes"]
 
 
 METHODS = {

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain_door import MIB, Guard, Refused, body_of, protocol
+from moetrain_weights import unseen
 from moetrain_worker import WITH_ROUTES, packed
 
 TOKEN = "MOETRAIN_ROLLOUT_TOKEN"
@@ -177,11 +178,8 @@ class Service:
 
     async def push(self, body: dict[str, Any]) -> Any:
         async with self._pushing:
-            held = self.version
             folders = [link["folder"] for link in body["links"]]
-            new = folders
-            if held is not None and held == body["since"]:
-                new = [link["folder"] for link in body["links"] if link["version"] > held]
+            new = unseen(body, self.version)
             await self._hold()
             try:
                 reports = await self.engine.collective_rpc("push_folders", args=(folders, new))

@@ -9,6 +9,7 @@ or the tensor's last dimension.
 
 import glob
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,19 +21,20 @@ class Folders:
 
     def __init__(self, folders: Iterable[str]):
         self._files: dict[str, list[Any]] = {}  # the newest whole tensor's, then later parts of it
-        for folder in folders:
-            self._add(folder)
-
-    def _add(self, folder: str) -> None:
-        for file in _open(folder):
+        early: set[str] = set()  # parts of what is whole in a later folder, or in none
+        for file in (file for folder in folders for file in _open(folder)):
             for key in file.keys():
-                if key.startswith(PLACES):
-                    name = key.removeprefix(PLACES)
-                    if name not in self._files:
-                        raise ValueError(f"{folder} has a part of {name}, which is nowhere whole")
+                name = key.removeprefix(PLACES)
+                if key.startswith(VALUES):
+                    continue
+                if name == key:
+                    self._files[name] = [file]
+                elif name in self._files:
                     self._files[name].append(file)
-                elif not key.startswith(VALUES):
-                    self._files[key] = [file]
+                else:
+                    early.add(name)
+        if lost := sorted(early - self._files.keys()):
+            raise ValueError(f"there are parts of {lost[:4]}, which no folder has whole")
 
     def names(self) -> list[str]:
         return list(self._files)
@@ -40,6 +42,13 @@ class Folders:
     def schema(self) -> dict[str, list[int]]:
         """Name -> shape."""
         return {n: list(own[0].get_slice(n).get_shape()) for n, own in self._files.items()}
+
+    def to_load(self, new: Iterable[str]) -> list[str]:
+        """What vLLM is given when the folders `new` have changed: their tensors, and those that it
+        can only load together with them.
+        """
+        touched = {loaded_with(name) for folder in new for name in names_in(folder)}
+        return [name for name in self._files if loaded_with(name) in touched]
 
     def read(self, name: str) -> Any:
         """A tensor, put together."""
@@ -51,6 +60,25 @@ class Folders:
             values = part.get_tensor(VALUES + name)
             tensor.view(-1, values.size(1))[part.get_tensor(PLACES + name).long()] = values
         return tensor
+
+
+def unseen(push: dict[str, Any], held: int | None) -> list[str]:
+    """The folders of a push that differ from what a server has, whose weights it knows as `held`:
+    all, where the trainer does not know them by that number.
+    """
+    build_on = held is not None and held == push["since"]
+    return [own["folder"] for own in push["links"] if not build_on or own["version"] > held]
+
+
+def loaded_with(name: str) -> str:
+    """What of a model vLLM can only load together: q, k and v are one tensor there, and all experts
+    of a layer. It fills what is missing of a layer's tensor with whatever is in memory, and puts
+    back a tensor of which it is given nothing.
+    """
+    layer = re.match(r".*\blayers\.\d+\.", name)
+    if layer is None:
+        return name
+    return layer[0] + ("experts" if ".experts." in name else "")
 
 
 def names_in(folder: str) -> dict[str, bool]:

@@ -4,14 +4,13 @@ router's choices. Imported in vLLM's processes, which have no moetrain. Written 
 
 import base64
 import logging
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from moetrain_weights import Folders, names_in
+from moetrain_weights import Folders
 
 RELOAD = "vllm.model_executor.model_loader.reload."
 WITH_ROUTES = "routes-"  # head of the ids of requests whose routing is recorded
@@ -33,8 +32,7 @@ class Worker:
         started = time.perf_counter()
         weights = Folders(folders)
         self.check_schema(weights.schema())
-        touched = {loaded_with(name) for folder in new for name in names_in(folder)}
-        names = [name for name in weights.names() if loaded_with(name) in touched]
+        names = weights.to_load(new)
         with set_current_vllm_config(self.vllm_config), _quiet(len(names) < len(weights.names())):
             if names:
                 self.model_runner.reload_weights(
@@ -118,17 +116,6 @@ def packed(routes: Any) -> dict[str, Any]:
     """An integer array as JSON."""
     numbers = base64.b64encode(routes.astype("<i2").tobytes()).decode()
     return {"shape": list(routes.shape), "int16": numbers}
-
-
-def loaded_with(name: str) -> str:
-    """What of a model vLLM can only load together: q, k and v are one tensor there, and all experts
-    of a layer. It fills what is missing of a layer's tensor with whatever is in memory, and puts
-    back a tensor of which it is given nothing.
-    """
-    layer = re.match(r".*\blayers\.\d+\.", name)
-    if layer is None:
-        return name
-    return layer[0] + ("experts" if ".experts." in name else "")
 
 
 @contextmanager
