@@ -266,7 +266,7 @@ def test_a_push_of_what_moved(tmp_path: Path, tokenizer: Path) -> None:
         smalls[3].faults = ["refuses"] * (version == 10)
         moved = [(name, weights[name]) for name in (layer + "q_proj", "lm_head")]
         said = fleet.push(moved, version, since=version - 1)
-        assert (said["bytes"], said["whole_bytes"]) == (4 + 32 + 128, 5 * 128)
+        assert (said["bytes"], said["whole_bytes"]) == (8 + 4 + 32 + 128, 5 * 128)
         for small in smalls:
             assert small.version == version and small.weights.keys() == weights.keys()
             assert all(torch.equal(small.weights[name], weights[name]) for name in weights)

@@ -173,7 +173,7 @@ class Fleet:
     @property
     def held(self) -> int | None:
         """Pushes from GPU to GPU take everything: no folder has what did not move."""
-        return None if self.transfer is not None or self._from_folder else self.pushed.version
+        return None if self.transfer is not None or self._from_folder else self.pushed.held
 
     def push(
         self, weights: Iterable[tuple[str, Tensor]], version: int, since: int | None = None

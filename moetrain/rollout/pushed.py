@@ -11,15 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moetrain import files
 from moetrain.errors import RolloutError
-from moetrain.rollout.remote.moetrain_weights import PLACES, VALUES, Folders, names_in
+from moetrain.rollout.remote.moetrain_weights import (
+    CHECK,
+    PLACES,
+    VALUES,
+    Folders,
+    checksum,
+    names_in,
+)
+from moetrain.weights.writer import FAILURES
 
 SHARD_BYTES = 5_000_000_000
-MOST_PARTS = 64  # of one tensor, that a reader puts together
+MOST_LINKS = 64  # folders that a reader puts together
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -29,6 +38,7 @@ class Link:
 
     version: int
     folder: Path
+    size: int  # bytes of its tensors
 
 
 class Pushed:
@@ -43,7 +53,6 @@ class Pushed:
         self.folder, self.hf = folder, hf
         self.links: list[Link] = []  # a whole one, then what moved after it
         self.whole_bytes = 0
-        self._in_parts: dict[str, list[int]] = {}  # bytes of a tensor's parts since it went whole
         self._lock = threading.Lock()
 
     @property
@@ -51,34 +60,41 @@ class Pushed:
         """Whose weights these are; None where there are none."""
         return self.links[-1].version if self.links else None
 
+    @property
+    def held(self) -> int | None:
+        """The version that what moved since can be added to; None where nothing is there, or so
+        much that all is to be written anew.
+        """
+        size = sum(link.size for link in self.links)
+        much = len(self.links) > MOST_LINKS or size > 2 * self.whole_bytes
+        return None if much else self.version
+
     def write(self, weights: Iterable[tuple[str, Tensor]], version: int, *, whole: bool) -> int:
         """Take the weights of a push: all of them, or those of which some may have moved since the
         last one. The bytes of what moved. Raises RolloutError.
         """
         if whole:
             self.clear()
+            self.tidy()  # before there is another one on the disk
         changes = weights if whole else self._changes(weights)
-        link, written = self._write(changes, version, f"{version:08d}")
+        link = self._write(changes, version, f"{version:08d}")
         self.links = [*self.links, link]
         if whole:
-            self.whole_bytes = written
+            self.whole_bytes = link.size
         else:
             self._drop_the_outdated()
-        return written
+        return link.size
 
     def clear(self) -> None:
         """These weights are served no more."""
-        self.links, self._in_parts = [], {}
+        self.links = []
 
     def whole(self) -> Path:
         """A folder of all weights, which a fresh server starts from."""
         with self._lock:  # servers are lost together
             if len(self.links) > 1:
-                held = Folders(str(link.folder) for link in self.links)
                 last = self.links[-1].version
-                tensors = ((name, held.read(name)) for name in held.names())
-                link, _ = self._write(tensors, last, f"{last:08d}-whole")
-                self.links, self._in_parts = [link], {}
+                self.links = [self._write(self._all(), last, f"{last:08d}-whole")]
             return self.links[0].folder
 
     def message(self, since: int | None) -> dict[str, Any]:
@@ -93,28 +109,35 @@ class Pushed:
             if old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
 
+    def _held(self) -> Folders:
+        try:
+            return Folders(str(link.folder) for link in self.links)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+
+    def _all(self) -> Iterator[tuple[str, Tensor]]:
+        held = self._held()
+        for name in held.names():
+            yield name, held.read(name)
+
     def _changes(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Of each tensor what moved, as it is written."""
-        held = Folders(str(link.folder) for link in self.links)
+        held = self._held()
         for name, tensor in weights:
             new = tensor.cpu().contiguous()
-            parts = self._in_parts.setdefault(name, [])
             part = part_of(held.read(name), new)
             if part is None:
                 continue
             places, values = part
-            parts.append(places.nbytes + values.nbytes)
-            if len(parts) > MOST_PARTS or sum(parts) >= new.nbytes:
-                parts.clear()
+            if places.nbytes + 8 + values.nbytes >= new.nbytes:
                 yield name, new
             else:
                 yield PLACES + name, places
+                yield CHECK + name, torch.tensor(checksum(new))
                 yield VALUES + name, values
 
-    def _write(
-        self, tensors: Iterable[tuple[str, Tensor]], version: int, name: str
-    ) -> tuple[Link, int]:
-        """A folder without a tokenizer, since only ids travel; the bytes of its tensors."""
+    def _write(self, tensors: Iterable[tuple[str, Tensor]], version: int, name: str) -> Link:
+        """A Hugging Face folder without a tokenizer: only ids travel."""
         folder = self.folder / name
         written = 0
         try:
@@ -125,12 +148,17 @@ class Pushed:
                     save_file(shard, part / f"{number:05d}.safetensors", {"format": "pt"})
                     written += sum(tensor.nbytes for tensor in shard.values())
                 part.rename(folder)
-        except (OSError, RuntimeError) as error:
+        except ValueError as error:  # of what earlier pushes left there
+            raise RolloutError(
+                f"{self.folder}: {error}. Its files were changed: start again, and all weights are"
+                " written anew."
+            ) from error
+        except FAILURES as error:
             raise RolloutError(
                 f"The weights of step {version} cannot be written to {self.folder}: {error}. Make"
                 " room there."
             ) from error
-        return Link(version, folder), written
+        return Link(version, folder, written)
 
     def _drop_the_outdated(self) -> None:
         """Leave out folders of which every tensor is whole in a later one."""
@@ -150,14 +178,18 @@ def part_of(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
     """
     bits = BITS[new.element_size()]
     differs = old.contiguous().view(-1).view(bits) != new.view(-1).view(bits)
-    if not differs.any():
+    count = int(differs.count_nonzero())
+    if not count:
         return None
-    found: list[tuple[Tensor, Tensor]] = []
-    for width in {1, new.size(-1) if new.dim() > 1 else 1}:
-        places = differs.view(-1, width).any(1).nonzero()[:, 0]
-        values = new.view(-1, width)[places]
-        found.append((places.to(torch.int32 if new.numel() < 1 << 31 else torch.int64), values))
-    return min(found, key=lambda part: part[0].nbytes + part[1].nbytes)
+    kind = torch.int32 if new.numel() < 1 << 31 else torch.int64
+    width = new.size(-1) if new.dim() > 1 else 1
+    rows = differs.view(-1, width).any(1) if width > 1 else differs
+    if count * (kind.itemsize + new.itemsize) < int(rows.count_nonzero()) * (
+        kind.itemsize + width * new.itemsize
+    ):
+        rows, width = differs, 1
+    places = rows.nonzero()[:, 0]
+    return places.to(kind), new.view(-1, width)[places]
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -166,7 +198,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
     for name, tensor in tensors:
         shard[name] = tensor.to("cpu", copy=True).contiguous()
         size += tensor.nbytes
-        if size >= SHARD_BYTES and not name.startswith(PLACES):  # whose values come next
+        if size >= SHARD_BYTES and not name.startswith((PLACES, CHECK)):  # values follow
             yield shard
             shard, size = {}, 0
     if shard:

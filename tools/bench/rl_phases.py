@@ -1,5 +1,6 @@
 """Where the seconds of a reinforcement learning run went, from its ledger: the median of each phase
-of a step and of a push, and the share of each in the step.
+of a step and of a push, and the share of each in the step; the mean bytes of a push, and their
+share in all weights.
 
     python tools/bench/rl_phases.py RUN [RUN ...]
 """
@@ -8,7 +9,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +26,15 @@ def phases(ledger: Path) -> dict[str, float]:
     return {name: median(row.get(name, 0.0) for row in steps) for name in names}
 
 
+def sent(ledger: Path) -> tuple[float, float]:
+    """Mean bytes of a push, and those of all weights; 0 where nothing was pushed."""
+    rows = [json.loads(line) for line in ledger.read_text().splitlines()]
+    pushes = [row for row in rows if "push/bytes" in row]
+    if not pushes:
+        return 0.0, 0.0
+    return mean(row["push/bytes"] for row in pushes), pushes[-1]["push/whole_bytes"]
+
+
 def table_of(runs: Sequence[Path]) -> Table:
     """A column a run: seconds, and the share of the four phases together."""
     found = [phases(run / "ledger.jsonl") for run in runs]
@@ -36,6 +46,9 @@ def table_of(runs: Sequence[Path]) -> Table:
             share = f"  {own[name] / whole:4.0%}" if name in PHASES else ""
             cells.append(f"{own[name]:.3f} s{share}" if name in own else "")
         table.add_row(name, *cells)
+    pushed = [sent(run / "ledger.jsonl") for run in runs]
+    cells = [f"{some / 1e6:.2f} MB  {some / whole:4.1%}" if whole else "" for some, whole in pushed]
+    table.add_row("push/bytes", *cells)
     return table
 
 

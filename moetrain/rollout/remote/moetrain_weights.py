@@ -4,16 +4,17 @@ moetrain.
 
 A tensor that moved is there whole, under its name, or in part where that is less: `values:NAME`
 [m, width] are the new values at `places:NAME` [m] of the tensor seen as [-1, width]. The width is 1
-or the tensor's last dimension.
+or the tensor's last dimension. `check:NAME` is the CRC-32 of the whole that comes of it.
 """
 
 import glob
 import os
 import re
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
-PLACES, VALUES = "places:", "values:"
+PLACES, VALUES, CHECK = "places:", "values:", "check:"
 
 
 class Folders:
@@ -25,7 +26,7 @@ class Folders:
         for file in (file for folder in folders for file in _open(folder)):
             for key in file.keys():
                 name = key.removeprefix(PLACES)
-                if key.startswith(VALUES):
+                if key.startswith((VALUES, CHECK)):
                     continue
                 if name == key:
                     self._files[name] = [file]
@@ -51,7 +52,9 @@ class Folders:
         return [name for name in self._files if loaded_with(name) in touched]
 
     def read(self, name: str) -> Any:
-        """A tensor, put together."""
+        """A tensor, put together. ValueError when it is not what the trainer had."""
+        if name not in self._files:
+            raise ValueError(f"no folder has {name}")
         whole, *parts = self._files[name]
         tensor = whole.get_tensor(name)
         if parts:  # what a file gives is one memory for all who ask it
@@ -59,7 +62,16 @@ class Folders:
         for part in parts:
             values = part.get_tensor(VALUES + name)
             tensor.view(-1, values.size(1))[part.get_tensor(PLACES + name).long()] = values
+        if parts and checksum(tensor) != int(parts[-1].get_tensor(CHECK + name)):
+            raise ValueError(f"the parts of {name} do not give what the trainer has")
         return tensor
+
+
+def checksum(tensor: Any) -> int:
+    """The CRC-32 of a tensor's bits."""
+    import torch
+
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def unseen(push: dict[str, Any], held: int | None) -> list[str]:
@@ -83,8 +95,9 @@ def loaded_with(name: str) -> str:
 
 def names_in(folder: str) -> dict[str, bool]:
     """The tensors that a folder has something of, and whether it has the whole."""
-    keys = [key for file in _open(folder) for key in file.keys() if not key.startswith(VALUES)]
-    return {key.removeprefix(PLACES): not key.startswith(PLACES) for key in keys}
+    keys = [key for file in _open(folder) for key in file.keys()]
+    parts = {key.removeprefix(PLACES): False for key in keys if key.startswith(PLACES)}
+    return parts | {key: True for key in keys if not key.startswith((PLACES, VALUES, CHECK))}
 
 
 def _open(folder: str) -> list[Any]:
