@@ -25,7 +25,6 @@ from moetrain.rollout.remote.moetrain_weights import (
     checksum,
     names_in,
 )
-from moetrain.weights.writer import FAILURES
 
 SHARD_BYTES = 5_000_000_000
 MOST_LINKS = 64  # folders that a reader puts together
@@ -153,7 +152,7 @@ class Pushed:
                 f"{self.folder}: {error}. Its files were changed: start again, and all weights are"
                 " written anew."
             ) from error
-        except FAILURES as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # the last: a full disk
             raise RolloutError(
                 f"The weights of step {version} cannot be written to {self.folder}: {error}. Make"
                 " room there."
