@@ -14,6 +14,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -61,19 +62,17 @@ class Blob:
     _entries: tuple["_Member", ...]
     _start: int  # of the member that holds the values
 
-    @property
+    @cached_property
     def size(self) -> int:
         return len(self.prefix) + self.num_bytes + len(self.suffix(0))
 
     def suffix(self, checksum: int) -> bytes:
         """What follows values with this CRC-32."""
-        archive = io.BytesIO()
-        archive.seek(len(self.prefix) + self.num_bytes)
+        before = len(self.prefix) + self.num_bytes
         values = _Member("archive/data/0", self._start, checksum, self.num_bytes)
-        archive.write(values.descriptor())
-        members = [*self._entries, values, _add(archive, "archive/version", b"3\n")]
-        _end(archive, members)
-        return archive.getvalue()[len(self.prefix) + self.num_bytes :]
+        archive = _Archive(before, values.descriptor())
+        members = [*self._entries, values, archive.add("archive/version", b"3\n")]
+        return archive.ended(members)
 
 
 @dataclass(frozen=True)
@@ -100,45 +99,51 @@ class _Member:
         return struct.pack("<4sHHHHHHIIIHHHHHII", *fields, *rest) + self.name.encode()
 
 
-def _add(archive: io.BytesIO, name: str, content: bytes) -> _Member:
-    member = _Member(name, archive.tell(), zlib.crc32(content), len(content))
-    archive.write(member.local() + content + member.descriptor())
-    return member
+class _Archive:
+    """The bytes of an archive from its byte `begin` on."""
 
+    def __init__(self, begin: int = 0, content: bytes = b""):
+        self._begin, self.content = begin, content
 
-def _end(archive: io.BytesIO, members: Sequence[_Member]) -> None:
-    """Write the directory of an archive."""
-    start = archive.tell()
-    for member in members:
-        archive.write(member.central())
-    fields = (b"PK\5\6", 0, 0, len(members), len(members), archive.tell() - start, start, 0)
-    archive.write(struct.pack("<4sHHHHIIH", *fields))
+    def tell(self) -> int:
+        return self._begin + len(self.content)
+
+    def add(self, name: str, content: bytes) -> _Member:
+        """A whole member."""
+        member = _Member(name, self.tell(), zlib.crc32(content), len(content))
+        self.content += member.local() + content + member.descriptor()
+        return member
+
+    def ended(self, members: Sequence[_Member]) -> bytes:
+        """All of it, with the directory of these members at the end."""
+        central = b"".join(member.central() for member in members)
+        fields = (b"PK\5\6", 0, 0, len(members), len(members), len(central), self.tell(), 0)
+        return self.content + central + struct.pack("<4sHHHHIIH", *fields)
 
 
 def tensor_blob(dtype_name: str, shape: tuple[int, ...]) -> Blob:
     """What stands around the values of a tensor [shape], row-major."""
     num_bytes = prod(shape) * SIZES[dtype_name]
-    archive = io.BytesIO()
+    archive = _Archive()
     entries = (
-        _add(archive, "archive/data.pkl", _description(dtype_name, shape)),
-        _add(archive, "archive/byteorder", b"little"),
+        archive.add("archive/data.pkl", _description(dtype_name, shape)),
+        archive.add("archive/byteorder", b"little"),
     )
     values = _Member("archive/data/0", archive.tell(), 0, num_bytes)
     at = archive.tell() + len(values.local())
-    archive.write(values.local(extra=4 + -(at + 4) % ALIGNMENT))
-    return Blob(archive.getvalue(), num_bytes, entries, values.start)
+    prefix = archive.content + values.local(extra=4 + -(at + 4) % ALIGNMENT)
+    return Blob(prefix, num_bytes, entries, values.start)
 
 
 def object_blob(value: Any) -> bytes:
     """Plain values as `torch.save` has them."""
-    archive = io.BytesIO()
+    archive = _Archive()
     members = [
-        _add(archive, "archive/data.pkl", pickle.dumps(value, 2)),
-        _add(archive, "archive/byteorder", b"little"),
-        _add(archive, "archive/version", b"3\n"),
+        archive.add("archive/data.pkl", pickle.dumps(value, 2)),
+        archive.add("archive/byteorder", b"little"),
+        archive.add("archive/version", b"3\n"),
     ]
-    _end(archive, members)
-    return archive.getvalue()
+    return archive.ended(members)
 
 
 def named(module: str, name: str) -> bytes:

@@ -247,8 +247,7 @@ def _resumed(journal: Path, key: str, num_tasks: int) -> dict[int, Done]:
     done: dict[int, Done] = {}
     lines = journal.read_text().splitlines() if journal.is_file() else []
     if lines[:1] != [key]:
-        for path in journal.parent.iterdir():
-            path.unlink()
+        _empty(journal.parent)
         journal.write_text(key + "\n")
         return done
     whole = len(key) + 1
@@ -273,23 +272,31 @@ def part_of(dst: Path, *, resume: bool) -> Iterator[Path]:
     """
     part = dst.with_name(f".{dst.name}.part")
     with files.named(dst):
-        if part.exists() and not resume:
-            shutil.rmtree(part)
         part.mkdir(parents=True, exist_ok=True)
         handle = os.open(part, os.O_RDONLY)
     try:
         if not files.locked(handle):
             raise WeightsError(f"{dst} is being written by another process. Wait for its end.")
+        if not resume:
+            _empty(part)
         yield part
         (part / JOURNAL).unlink(missing_ok=True)
         files.put_folder(part, dst)
     except Exception:
-        if not resume:
+        if not resume and files.locked(handle):
             with suppress(OSError):
                 shutil.rmtree(part)
         raise
     finally:
         os.close(handle)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def check_room(plan: Plan, part: Path) -> None:
