@@ -23,6 +23,7 @@ from moetrain.weights.rows import Rows, readable, row_bytes, spans
 
 JOURNAL = "journal"
 RUN = 1 << 26  # bytes of one tensor that one thread moves at a time
+_CACHED = 1 << 18  # bytes
 SYNC = 1 << 28  # bytes that are written between two entries of the journal
 
 type Report = Callable[[int, int], None]
@@ -174,23 +175,28 @@ def _write(task: Task, rows: Rows, handles: Mapping[str, int]) -> Done:
     hashed: list[tuple[int, str]] = []
 
     def add(content: memoryview | bytes) -> str:
-        nonlocal at
-        digest = digest_of(content)
+        nonlocal at, checksum
+        left, digest = memoryview(content), hashlib.sha256()
+        while left:  # a part that the processor's cache holds is read from memory once
+            part, left = left[:_CACHED], left[_CACHED:]
+            digest.update(part)
+            if task.blob is not None:
+                checksum = zlib.crc32(part, checksum)
+            if handle >= 0:
+                put(handle, part, at)
+                at += len(part)
         if handle >= 0:
-            put(handle, content, at)
-            at += len(content)
-            pieces.append((at, digest))
-        return digest
+            pieces.append((at, digest.hexdigest()))
+        return digest.hexdigest()
 
     if task.fixed:
         add(task.fixed)
+    checksum = 0
     for low, high in task.pieces(rows):
         content = rows.rows(task.tensor, low, high).reshape(-1).data
         digest = add(content)
         if task.is_hashed:
             hashed.append((low, digest))
-        if task.blob is not None:
-            checksum = zlib.crc32(content, checksum)
     if task.blob is not None:
         add(task.blob.suffix(checksum))
     return Done(tuple(pieces), tuple(hashed))
