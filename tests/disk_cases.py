@@ -171,6 +171,7 @@ OTHERS = {
     "recipe": "prints",
     "data show": "prints; its cache is the one of train",
     "swift export": "prints",
+    "convert inspect": "prints",
     "convert quantize": "its rows go through the writer of convert merge and convert expand",
     "launch": "prints, or hands a script to sbatch",
     "doctor": "tries each disk and says what it found in its table",
