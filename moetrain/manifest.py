@@ -1,5 +1,6 @@
-"""Whether files are as they were written: the size and SHA-256 of each file of a folder, and of
-every piece of the large ones, so that a part that is read is checked in the same pass.
+"""Whether files are as they were written: the size and BLAKE3 digest of each file of a folder, and
+of every piece of the large ones, so that a part that is read is checked in the same pass. BLAKE3
+is four times as fast as SHA-256, which earlier versions wrote and which is read.
 
 A manifest is found out when it is damaged itself. It is no signature: whoever may write the folder
 may write another one.
@@ -10,15 +11,19 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+from blake3 import blake3
 
 from moetrain.errors import WeightsError
 from moetrain.pulse import beat
 
 NAME = "manifest.json"
+HASHES: Mapping[str, Callable[[], Any]] = {"blake3": blake3, "sha256": hashlib.sha256}
+HASH = "blake3"
 BLOCK = 1 << 22  # bytes
 _LOOK = 1 << 20  # bytes of a file that are hashed between two beats
 
@@ -34,7 +39,7 @@ class Piece:
     """The bytes of a file from the end of the piece before it up to `stop`."""
 
     stop: int
-    digest: str  # SHA-256 in hex
+    digest: str  # in hex
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Entry:
     """A file as it was written."""
 
     size: int
-    digest: str  # SHA-256 in hex; of a file in pieces that of their digests
+    digest: str  # in hex; of a file in pieces that of their digests
     pieces: tuple[Piece, ...] = ()  # of a file with more than BLOCK bytes
 
     @classmethod
@@ -55,7 +60,14 @@ class Entry:
 
 def joined(digests: Iterable[str]) -> str:
     """One digest for the digests of parts, in their order."""
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return digest_of("".join(digests).encode())
+
+
+def digest_of(content: bytes | memoryview, hash: str = HASH) -> str:
+    """In hex."""
+    found = HASHES[hash]()
+    found.update(content)
+    return str(found.hexdigest())
 
 
 def entry(path: Path) -> Entry:
@@ -67,7 +79,7 @@ def entry(path: Path) -> Entry:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while (content := file.read(BLOCK)) or not pieces:
             size += len(content)
-            pieces.append(Piece(size, hashlib.sha256(content).hexdigest()))
+            pieces.append(Piece(size, digest_of(content)))
             beat()
     return Entry.of(pieces)
 
@@ -88,6 +100,7 @@ def write(folder: Path, files: Files, tensors: Mapping[str, str] | None = None) 
     whatever files they lie. Raises OSError.
     """
     content: dict[str, Any] = {
+        "hash": HASH,
         "files": {name: [one.size, one.digest] for name, one in files.items()},
         "pieces": {
             name: [[piece.stop, piece.digest] for piece in one.pieces]
@@ -112,8 +125,8 @@ def _text(content: Mapping[str, Any]) -> str:
 class Manifest:
     """What a folder's manifest says, and which pieces were found to be as they were."""
 
-    def __init__(self, folder: Path, files: Files, tensors: Mapping[str, str]):
-        self.folder, self.files, self.tensors = folder, files, tensors
+    def __init__(self, folder: Path, hash: str, files: Files, tensors: Mapping[str, str]):
+        self.folder, self.hash, self.files, self.tensors = folder, hash, files, tensors
         self._seen: set[tuple[str, int]] = set()
 
     @classmethod
@@ -138,7 +151,7 @@ class Manifest:
         one = self._entry(path)
         for number, (low, high, digest) in self._pieces(one, start, stop):
             if (path.name, number) not in self._seen:
-                self._compare(path, number, _hashed(path, low, high), digest)
+                self._compare(path, number, self._hashed(path, low, high), digest)
 
     def check_read(self, path: Path, start: int, content: memoryview) -> None:
         """The same of bytes that were read from `start` on: pieces that lie in them whole are not
@@ -148,10 +161,10 @@ class Manifest:
         stop = start + len(content)
         for number, (low, high, digest) in self._pieces(one, start, stop):
             if start <= low and high <= stop:
-                found = hashlib.sha256(content[low - start : high - start]).hexdigest()
+                found = digest_of(content[low - start : high - start], self.hash)
                 self._compare(path, number, found, digest)
             elif (path.name, number) not in self._seen:
-                self._compare(path, number, _hashed(path, low, high), digest)
+                self._compare(path, number, self._hashed(path, low, high), digest)
 
     def _entry(self, path: Path) -> Entry:
         one = self.files.get(path.name)
@@ -192,6 +205,15 @@ class Manifest:
             raise self._damaged(path.name, "has other bytes than were written")
         self._seen.add((path.name, number))
 
+    def _hashed(self, path: Path, start: int, stop: int) -> str:
+        found, left = HASHES[self.hash](), stop - start
+        with path.open("rb") as file:
+            file.seek(start)
+            while left and (content := file.read(min(left, _LOOK))):
+                found.update(content)
+                left -= len(content)
+        return str(found.hexdigest())
+
     def _damaged(self, name: str, what: str) -> DamageError:
         return DamageError(
             f"{self.folder / name} {what}. Copy the folder again, or remove {NAME} there if you"
@@ -199,19 +221,9 @@ class Manifest:
         )
 
 
-def _hashed(path: Path, start: int, stop: int) -> str:
-    found, left = hashlib.sha256(), stop - start
-    with path.open("rb") as file:
-        file.seek(start)
-        while left and (content := file.read(min(left, _LOOK))):
-            found.update(content)
-            left -= len(content)
-    return found.hexdigest()
-
-
 @functools.lru_cache(maxsize=32)
-def _parsed(path: Path, written: int, size: int) -> tuple[Files, Mapping[str, str]]:
-    """A manifest's content; `written` and `size` say which."""
+def _parsed(path: Path, written: int, size: int) -> tuple[str, Files, Mapping[str, str]]:
+    """A manifest's hash, files and tensors; `written` and `size` say which."""
     problem = DamageError(
         f"{path} is damaged. Copy the folder again, or remove the file to read the rest unchecked."
     )
@@ -228,9 +240,12 @@ def _parsed(path: Path, written: int, size: int) -> tuple[Files, Mapping[str, st
             for name, (size, digest) in content["files"].items()
         }
         tensors = {str(name): str(digest) for name, digest in content.get("tensors", {}).items()}
+        hash = content.get("hash", "sha256")
+        if hash not in HASHES:
+            raise problem
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise problem from None
-    return files, tensors
+    return hash, files, tensors
 
 
 def _blocks(content: Mapping[str, Any], name: str, size: int) -> list[list[Any]]:
@@ -258,7 +273,7 @@ def read_bytes(path: Path) -> bytes:
     found = Manifest.of(path.parent)
     if found is not None and path.name in found.files:
         one = found.files[path.name]
-        if len(content) != one.size or hashlib.sha256(content).hexdigest() != one.digest:
+        if len(content) != one.size or digest_of(content, found.hash) != one.digest:
             found.check(path)
             raise DamageError(f"{path} changed while it was read. Start again.")
     return content

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moetrain import files
 from moetrain.errors import WeightsError
-from moetrain.manifest import Entry, Piece, joined
+from moetrain.manifest import HASH, HASHES, Entry, Piece, joined
 from moetrain.weights.blobs import Blob
 from moetrain.weights.rows import Rows, readable, row_bytes, spans
 
@@ -176,7 +176,7 @@ def _write(task: Task, rows: Rows, handles: Mapping[str, int]) -> Done:
 
     def add(content: memoryview | bytes) -> str:
         nonlocal at, checksum
-        left, digest = memoryview(content), hashlib.sha256()
+        left, digest = memoryview(content), HASHES[HASH]()
         while left:  # a part that the processor's cache holds is read from memory once
             part, left = left[:_CACHED], left[_CACHED:]
             digest.update(part)
@@ -200,11 +200,6 @@ def _write(task: Task, rows: Rows, handles: Mapping[str, int]) -> Done:
     if task.blob is not None:
         add(task.blob.suffix(checksum))
     return Done(tuple(pieces), tuple(hashed))
-
-
-def digest_of(content: memoryview | bytes) -> str:
-    """SHA-256 in hex."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def put(handle: int, content: memoryview | bytes, at: int) -> None:

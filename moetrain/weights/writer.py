@@ -20,13 +20,13 @@ from torch import Tensor
 
 from moetrain import files, manifest
 from moetrain.errors import WeightsError
-from moetrain.manifest import Entry, Piece, joined
+from moetrain.manifest import Entry, Piece, digest_of, joined
 from moetrain.weights.dtypes import TORCH, as_rows
 from moetrain.weights.hf_files import SHARD_BYTES, Target, header, shard_names, shards, write_index
 from moetrain.weights.ranks import ALONE, Ranks
 from moetrain.weights.rows import num_rows, row_bytes, spans
 from moetrain.weights.side_files import SideFiles
-from moetrain.weights.stream import digest_of, put
+from moetrain.weights.stream import put
 
 # A full disk is a SafetensorError, which is no OSError.
 FAILURES = (OSError, RuntimeError, SafetensorError)
