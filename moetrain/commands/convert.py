@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moetrain.commands.common import Arguments, Command, Parser, positive
+from moetrain.errors import ConfigError
 
 # action -> (its line of help, its paths)
 CONVERSIONS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -59,6 +60,8 @@ def arguments(parser: Parser) -> None:
                 metavar="CONFIG",
                 help="config.json of a checkpoint of Megatron-LM's, or a folder that has it",
             )
+        if action == "verify":
+            _add_logits(own)
         if action == "inspect":
             own.add_argument("--json", action="store_true", help="for programs")
         if action == "expand":
@@ -89,6 +92,40 @@ def _add_writing(parser: Parser, *, has_dtype: bool) -> None:
         )
 
 
+def _add_logits(parser: Parser) -> None:
+    """Whether two models answer alike."""
+    parser.add_argument(
+        "--logits",
+        type=positive,
+        metavar="N",
+        help="also run N tokens through both, a layer in memory: what differs after each, and in"
+        " the log-probs; exits 0 when that is within --tolerance, whatever the tensors are",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=_fraction,
+        metavar="X",
+        help="of --logits: mean relative difference of what a layer alone, or the output, makes of"
+        " the same hidden states (default 0.02)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="of --logits: a JSONL of text, messages or tokens (default: tokens that are drawn)",
+    )
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
+    return value
+
+
 def size(text: str) -> int:
     """Bytes: 5000000, 500MB, 5GB."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
@@ -115,7 +152,22 @@ def run(args: Arguments) -> int:
         return inspect(*paths, as_json=args.json)
     from moetrain.weights import convert
 
+    if args.action == "verify" and args.logits is not None:
+        from moetrain.weights import logits
+
+        return logits.verify(
+            paths[0],
+            paths[1],
+            args.logits,
+            tolerance=args.tolerance,
+            data=args.data,
+            workers=args.workers,
+            config=args.hf,
+        )
     if args.action == "verify":
+        for name in ("tolerance", "data"):
+            if vars(args)[name] is not None:
+                raise ConfigError(f"--{name} is of --logits: give --logits N too, or leave it out.")
         return convert.verify(*paths, workers=args.workers, config=args.hf)
     options = convert.Options(args.workers, args.resume, vars(args).get("dtype"), args.shard_bytes)
     if args.action == "hf2mcore":

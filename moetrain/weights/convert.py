@@ -133,18 +133,27 @@ def mcore2hf(src: Path, dst: Path, options: Options = PLAIN, config: Path | None
     return 0
 
 
-def verify(a: Path, b: Path, workers: int = PLAIN.workers, config: Path | None = None) -> int:
+def verify(
+    a: Path,
+    b: Path,
+    workers: int = PLAIN.workers,
+    config: Path | None = None,
+    most: int | None = None,
+) -> int:
     """Compare the weights of two folders, Hugging Face or Megatron, tensor by tensor. Returns 0
-    when equal, else 1. `config` is that of a checkpoint of Megatron-LM's.
+    when equal, else 1. `config` is that of a checkpoint of Megatron-LM's; `most` bounds the list.
     """
     report = Progress("verify")
     num = 0
     for difference in compare(a, b, workers, report, config):
         report.close()
-        print(difference)
         num += 1
+        if most is None or num <= most:
+            print(difference)
     report.close()
     counted = f"{num} difference{'s' if num > 1 else ''}"
+    if most is not None and num > most:
+        counted += f"; the first {most} are shown, verify without --logits lists all"
     print(counted if num else f"{a} and {b} hold the same weights")
     return 1 if num else 0
 
