@@ -243,6 +243,8 @@ def _parsed(path: Path, written: int, size: int) -> tuple[str, Files, Mapping[st
         hash = content.get("hash", "sha256")
         if hash not in HASHES:
             raise problem
+        if any(Path(name).name != name or b"\0" in name.encode() for name in files):
+            raise problem  # outside of the folder, or no name
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise problem from None
     return hash, files, tensors

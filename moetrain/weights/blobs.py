@@ -19,9 +19,10 @@ from math import prod
 from typing import Any
 
 from moetrain.weights.header import SIZES
-from moetrain.weights.pickles import RefusedError, load
+from moetrain.weights.pickles import load_small
 
 ALIGNMENT = 64  # bytes; of the values in the file, for who maps it into memory
+_LONGEST = 1 << 16  # bytes of a description; it has some hundreds
 
 # safetensors' dtype -> torch's, and the storage that names it in a pickle; the last two have none.
 TORCH_NAMES = {
@@ -215,20 +216,23 @@ def tensor_of(blob: io.BufferedIOBase) -> Found:
     try:
         with zipfile.ZipFile(blob) as archive:
             root = archive.namelist()[0].split("/")[0]
-            description = archive.read(f"{root}/data.pkl")
+            described = archive.getinfo(f"{root}/data.pkl")
+            if described.file_size > _LONGEST:
+                raise ValueError(f"a description of {described.file_size} bytes")
+            description = archive.read(described)
             values = archive.getinfo(f"{root}/data/0")
-        storage, offset, shape, strides, rest = load(description, _ALLOWED)
+        blob.seek(values.header_offset)
+        name, extra = struct.unpack("<26xHH", blob.read(30))
+        start = values.header_offset + 30 + name + extra
+        size = blob.seek(0, io.SEEK_END)
+        storage, offset, shape, strides, rest = load_small(description, _ALLOWED)
         dtype = storage[1] if storage[1] in SIZES else rest[2]
-    except (RefusedError, zipfile.BadZipFile, LookupError, TypeError, struct.error) as error:
-        raise ValueError(f"no tensor as torch.save writes it ({error})") from None
-    shape = tuple(shape)
-    row_major = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
-    kept = [s for s, n in zip(strides, shape, strict=True) if n > 1]
-    wanted = [s for s, n in zip(row_major, shape, strict=True) if n > 1]
-    num_bytes = prod(shape) * SIZES[dtype]
-    if offset or kept != wanted or values.file_size != num_bytes or values.compress_type:
+        found = Found(dtype, tuple(shape), start)
+        kept = [s for s, n in zip(strides, shape, strict=True) if n > 1]
+        wanted = [prod(shape[i + 1 :]) for i, n in enumerate(shape) if n > 1]
+        lies = offset == 0 and kept == wanted and values.file_size == found.num_bytes
+    except Exception as error:  # any bytes may be any archive and any instructions
+        raise ValueError(f"no tensor as torch.save writes it ({str(error)[:200]})") from None
+    if not lies or values.compress_type or start + found.num_bytes > size:
         raise ValueError("a tensor that does not lie there row by row")
-    blob.seek(values.header_offset)
-    header = blob.read(30)
-    name, extra = struct.unpack("<HH", header[26:])
-    return Found(dtype, shape, values.header_offset + 30 + name + extra)
+    return found

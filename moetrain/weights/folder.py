@@ -137,17 +137,18 @@ def _indexed(index: Path) -> Mapping[Path, list[str]]:
             f"{index}: not a safetensors index (weight_map is no mapping of names to files). Fetch "
             f"it again."
         )
-    files: dict[Path, list[str]] = {}
+    files: dict[str, list[str]] = {}
     for name, file in places.items():
+        files.setdefault(file, []).append(name)
+    for file, names in files.items():
         if not (0 < len(file.encode(errors="surrogatepass")) <= LONGEST_NAME) or "\0" in file:
             raise WeightsError(
-                f"{index}: {name[:80]} is placed in a file whose name has {len(file)} characters,"
-                f" which no file has. Fetch it again."
+                f"{index}: {names[0][:80]} is placed in a file whose name has {len(file)}"
+                f" characters, which no file has. Fetch it again."
             )
         if Path(file).name != file or file in ("", ".", ".."):
             raise WeightsError(
-                f"{index}: {name} is placed at {file!r}, outside the folder. Such an index is "
+                f"{index}: {names[0]} is placed at {file!r}, outside the folder. Such an index is "
                 f"refused."
             )
-        files.setdefault(index.parent / file, []).append(name)
-    return files
+    return {index.parent / file: names for file, names in files.items()}

@@ -12,6 +12,7 @@ from moetrain.errors import WeightsError
 from moetrain.manifest import Manifest
 
 MAX_HEADER = 100_000_000  # bytes, as safetensors has it
+MAX_TENSORS = 500_000  # of a file; models of 10^12 parameters have 150,000
 MAX_DIMENSIONS = 64  # torch's
 # Bytes of an element, by the name that safetensors has for its dtype.
 SIZES = {
@@ -63,7 +64,10 @@ def read_header(path: Path, manifest: Manifest | None) -> dict[str, Stored]:
                 manifest.check(path, 0, 8 + min(length, size - 8))
             if length > min(size - 8, MAX_HEADER):  # before reading: it may be any 8 bytes
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length).decode(), object_pairs_hook=_once)
+            content = file.read(length)
+            if (many := content.count(b"{")) > MAX_TENSORS:  # each takes 1 kB of memory
+                raise ValueError(f"a header of about {many} tensors; no file has {MAX_TENSORS}")
+            header = json.loads(content.decode(), object_pairs_hook=_once)
     except (OSError, ValueError, struct.error) as error:
         raise broken(path, str(error)) from None
     except RecursionError:
@@ -85,6 +89,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("its header has a key twice")
+    "".join(found).encode()  # ValueError for half a character, which no terminal shows
     return found
 
 

@@ -61,7 +61,7 @@ def inspect(folder: Path, *, as_json: bool) -> int:
         return 0
     print(f"{folder}: {found.style}, {found.family or 'unknown family'}")
     for name, value in _lines(found):
-        print(f"  {name:<13}{value}")
+        print(f"  {name:<13}{value}".encode(errors="backslashreplace").decode())
     return 0
 
 

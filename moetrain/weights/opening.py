@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moetrain import manifest
 from moetrain.errors import CheckpointError, ConfigError, WeightsError
 from moetrain.models import Model, read_model
 from moetrain.models.lookup import HF, NOTE, checkpoint_at, config_of, read_mapping
@@ -17,9 +18,11 @@ from moetrain.weights.checks import check_tensors
 from moetrain.weights.megatron_lm import checkpoint_in
 from moetrain.weights.rows import Converted, Rows
 from moetrain.weights.stored import StoredFolder
-from moetrain.weights.torch_dist import McoreRows
+from moetrain.weights.torch_dist import DATA, McoreRows
 from moetrain.weights.torch_index import INDEX
 
+_DATA = (".safetensors", DATA)  # checked as they are read
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _BY_TORCH = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 
 
@@ -71,9 +74,11 @@ def open_weights_of(path: Path, config: Path | None = None) -> tuple[Rows, Model
     """Whatever weights a folder holds, whole or not; under the model's names where it is known.
     `config` is what `open_model` takes, for a folder that has none.
 
-    Raises ConfigError, WeightsError, CheckpointError where they cannot be read.
+    Raises ConfigError, WeightsError, CheckpointError where they cannot be read, or a file beside
+    them is not as its manifest says.
     """
     folder = local_folder(path)
+    manifest.check(folder, (p.name for p in folder.iterdir() if p.suffix not in _DATA))
     if (folder / INDEX).is_file() or (folder / NOTE).is_file():
         hf, _ = _config_of(folder, config if has_no_config(folder) else None)
         model = read_model(hf)
@@ -122,7 +127,15 @@ def _as_noted(rows: McoreRows, folder: Path, hf: Mapping[str, Any]) -> Rows:
     """
     if not (folder / NOTE).is_file():
         return rows
-    return Converted(rows, noted_dtypes(folder, hf, rows.names()))
+    noted = noted_dtypes(folder, hf, rows.names())
+    for name, dtype in noted.items():
+        stored = rows.dtype_name(name)
+        if dtype != stored and not {dtype, stored} <= _FLOATS:
+            raise CheckpointError(
+                f"{folder}: {name} is {TORCH_NAMES[stored]}, and {NOTE} says that it was"
+                f" {TORCH_NAMES[dtype]}, which cannot be. Copy the checkpoint again."
+            )
+    return Converted(rows, noted)
 
 
 def noted_dtypes(folder: Path, hf: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
@@ -135,7 +148,7 @@ def noted_dtypes(folder: Path, hf: Mapping[str, Any], names: Iterable[str]) -> d
     result: dict[str, str] = {}
     for name in names:
         word = noted.get(name) if isinstance(noted, dict) else noted
-        if word is not None and word not in _BY_TORCH:
+        if word is not None and str(word) not in _BY_TORCH:
             raise CheckpointError(
                 f"{folder / NOTE}: {name} has dtype {word!r}; known: {', '.join(_BY_TORCH)}."
             )

@@ -63,7 +63,7 @@ def row_bytes(shape: tuple[int, ...], dtype_name: str) -> int:
 def spans(shape: tuple[int, ...], dtype_name: str, size: int = SPAN) -> Iterator[tuple[int, int]]:
     """Ranges of rows that cover a tensor, each of `size` bytes at most unless one row has more."""
     width, total = row_bytes(shape, dtype_name), num_rows(shape)
-    step = max(1, size // max(1, width))
+    step = max(1, size // width) if width else max(1, total)
     for start in range(0, total, step):
         yield start, min(start + step, total)
 

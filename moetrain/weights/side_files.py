@@ -3,6 +3,7 @@ an answer, in each of the places where programs look for it.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,7 +178,7 @@ def _inside(path: Path) -> Path:
     """
     if not path.is_symlink():
         return path
-    folder, target = path.parent.resolve(), path.resolve()
+    folder, target = path.parent.resolve(), Path(os.path.realpath(path))  # a circle too
     homes = [folder]
     for snapshot in (folder, folder.parent):  # templates lie one deeper
         if snapshot.parent.name == "snapshots":

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -105,7 +105,8 @@ def stream(
 
     Raises OSError; whatever reading raises.
     """
-    done = _resumed(folder / JOURNAL, plan.key(origin), len(plan.tasks))
+    key = plan.key(origin)
+    done = _resumed(folder / JOURNAL, key, plan)
     size = {i: _size(task, rows) for i, task in enumerate(plan.tasks)}
     total, written = sum(size.values()), sum(size[i] for i in done)
     with _opened(plan, folder) as handles, (folder / JOURNAL).open("a") as journal:
@@ -115,7 +116,8 @@ def stream(
                 if name:
                     os.fdatasync(handles[name])
             for i, one in new.items():
-                journal.write(json.dumps([i, one.pieces, one.rows]) + "\n")
+                entry = json.dumps([i, one.pieces, one.rows])
+                journal.write(f"{_entry_digest(key, entry)} {entry}\n")
             journal.flush()
             os.fsync(journal.fileno())
             done.update(new)
@@ -243,25 +245,40 @@ def _opened(plan: Plan, folder: Path) -> Iterator[dict[str, int]]:
             os.close(handle)
 
 
-def _resumed(journal: Path, key: str, num_tasks: int) -> dict[int, Done]:
-    """What a journal for this key says is on disk; one for another, or none, begins anew."""
+def _entry_digest(key: str, entry: str) -> str:
+    return digest_of(f"{key} {entry}".encode())[:16]
+
+
+def _resumed(journal: Path, key: str, plan: Plan) -> dict[int, Done]:
+    """What a journal for this key says is on disk; one for another, or none, begins anew, and so do
+    files that are not of their size any more.
+    """
     done: dict[int, Done] = {}
-    lines = journal.read_text().splitlines() if journal.is_file() else []
-    if lines[:1] != [key]:
+    lines = journal.read_bytes().split(b"\n") if _is_plain(journal) else []
+    if lines[:1] != [key.encode()]:
         _empty(journal.parent)
         journal.write_text(key + "\n")
         return done
+    _empty(journal.parent, {JOURNAL, *plan.sizes})
     whole = len(key) + 1
-    for line in lines[1:]:
-        try:
-            i, pieces, rows = json.loads(line)
-            assert 0 <= i < num_tasks
-        except (ValueError, AssertionError):
+    for line in lines[1:-1]:
+        digest, _, entry = line.decode(errors="replace").partition(" ")
+        if digest != _entry_digest(key, entry):
             break  # torn by the kill
+        i, pieces, rows = json.loads(entry)
         done[i] = Done(tuple(map(tuple, pieces)), tuple(map(tuple, rows)))
         whole += len(line) + 1
     os.truncate(journal, min(whole, journal.stat().st_size))
-    return done
+    kept = {name for name, size in plan.sizes.items() if _size_of(journal.with_name(name)) == size}
+    return {i: one for i, one in done.items() if plan.tasks[i].file in {*kept, ""}}
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if _is_plain(path) else -1
 
 
 @contextmanager
@@ -274,7 +291,7 @@ def part_of(dst: Path, *, resume: bool) -> Iterator[Path]:
     part = dst.with_name(f".{dst.name}.part")
     with files.named(dst):
         part.mkdir(parents=True, exist_ok=True)
-        handle = os.open(part, os.O_RDONLY)
+        handle = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)  # what a link leads to is not ours
     try:
         if not files.locked(handle):
             raise WeightsError(f"{dst} is being written by another process. Wait for its end.")
@@ -292,9 +309,12 @@ def part_of(dst: Path, *, resume: bool) -> Iterator[Path]:
         os.close(handle)
 
 
-def _empty(folder: Path) -> None:
+def _empty(folder: Path, kept: Collection[str] = ()) -> None:
+    """Remove all but those of the names that are files."""
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.name in kept and _is_plain(path):
+            continue
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()

@@ -2,6 +2,7 @@
 No torch, no process group, no model in memory.
 """
 
+import errno
 import io
 import os
 import re
@@ -22,7 +23,7 @@ from moetrain.weights.blobs import tensor_of
 from moetrain.weights.header import SIZES
 from moetrain.weights.mcore_layout import Place, place, style_of
 from moetrain.weights.megatron_lm import LOCAL_NAMES
-from moetrain.weights.rows import Bytes, file_bytes
+from moetrain.weights.rows import Bytes, file_bytes, spans
 from moetrain.weights.torch_index import INDEX, Chunk, Global, read_index
 
 DATA = ".distcp"
@@ -54,6 +55,9 @@ class TorchDist:
         self.index = read_index(folder)
         for value in self.index.values.values():
             self._check(value.file, value.start, value.start + value.length)
+        for name in sorted({chunk.file for t in self.index.tensors.values() for chunk in t.chunks}):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name} is missing. Copy the checkpoint again.")
         self._starts: dict[Chunk, int] = {}
         self._by_lead: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
         self._lock = threading.Lock()
@@ -74,19 +78,24 @@ class TorchDist:
         columns = tensor.shape[-1] if len(tensor.shape) - len(lead) > 1 else 1
         result: Bytes | None = None
         covered = 0
+        corners: set[tuple[int, int]] = set()  # that an odd number of the parts has
         for chunk in self._chunks(key, tensor, lead):
             low, high, left, right = _box(chunk, len(lead))
             first, last = max(low, start), min(high, stop)
             if first < last:
                 part = self._read(key, tensor, chunk, lead, first - low, last - low)
                 covered += (last - first) * (right - left)
+                corners ^= {(row, at) for row in (first, last) for at in (left, right)}
                 if covered == (stop - start) * columns and result is None:
                     return part  # as it lies in the file
                 if result is None:
                     result = np.zeros((stop - start, columns * width), np.uint8)
                 result[first - start : last - start, left * width : right * width] = part
-        if covered != (stop - start) * columns:
-            what = "more than once" if covered > (stop - start) * columns else "only in part"
+        size = (stop - start) * columns
+        # Rectangles fill one without overlaps where areas add up and inner corners meet in pairs.
+        outer = {(row, at) for row in (start, stop) for at in (0, columns)}
+        if covered != size or (size and corners != outer):
+            what = "only in part" if covered < size else "more than once"
             raise CheckpointError(
                 f"{self.folder}: {key} is there {what}. Copy the checkpoint again."
             )
@@ -186,8 +195,11 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, (0, self._at, self._length)[whence] + offset)
-        return self._at
+        at = (0, self._at, self._length)[whence] + offset
+        if at < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # as a file does
+        self._at = at
+        return at
 
     def tell(self) -> int:
         return self._at
@@ -236,13 +248,16 @@ class McoreRows:
             wanted = (*at.lead_shape, *at.shape)
             shape = found.shape
             if isinstance(rule.sharding, Vocab) and len(shape) == len(wanted):  # other padding
-                _check_vocabulary(folder, at.key, shape[0], rule.sharding.shape[0])
+                vocab = rule.sharding.shape[0]
+                _check_vocabulary(folder, at.key, shape[0], vocab)
                 wanted = (max(rule.sharding.shape[0], shape[0]), *wanted[1:])
             if shape != wanted:
                 raise CheckpointError(
                     f"{folder}: {at.key} is {list(shape)}, its config asks for {list(wanted)}. Is"
                     f" it the one of this checkpoint?"
                 )
+            if isinstance(rule.sharding, Vocab):
+                self._check_padding(at, found, rule.sharding.shape[0])
             for part, (key, hf_shape) in enumerate(zip(rule.hf, rule.hf_shapes, strict=True)):
                 self._places[key] = at, part
                 self._shapes[key] = hf_shape
@@ -250,6 +265,11 @@ class McoreRows:
 
     def __str__(self) -> str:
         return str(self.source)
+
+    def _check_padding(self, at: Place, found: Global, vocab: int) -> None:
+        """What no Hugging Face tensor has is read here, so that damage to it is seen."""
+        for low, high in spans((found.shape[0] - vocab, *found.shape[1:]), found.dtype_name):
+            self.source.rows(at.key, at.lead, vocab + low, vocab + high)
 
     def _check_all_used(self, tensors: Mapping[str, Global]) -> None:
         used = {at.key for at, _ in self._places.values()}

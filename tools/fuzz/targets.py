@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import convert
 import files
 import folders
 import mutate
@@ -44,6 +45,11 @@ class Bench:
         text = self.folder / "text.txt"
         text.write_text((seeds.ROOT / "docs" / "rewards.md").read_text())
         return tokenizer_training.train([text], 600, self.folder / "tokenizer")
+
+    @cached_property
+    def conversions(self) -> convert.Place:
+        """Folders of weights."""
+        return convert.build(self.folder / "conversions")
 
     def chat(self, how: Any) -> Any:
         """With what is done about control tokens in texts."""
@@ -319,5 +325,5 @@ TARGETS: dict[str, Target] = {
     "indexes": Target(5, files.make_index, files.run_index),
     "tables": Target(6, files.make_table, files.run_table),
     "saved": Target(3, files.make_saved, files.run_saved),
-    **{name: Target(*own) for name, own in folders.FOLDERS.items()},
+    **{name: Target(*own) for name, own in {**folders.FOLDERS, **convert.CONVERSIONS}.items()},
 }
