@@ -31,7 +31,7 @@ def test_five_thousand_broken_inputs_are_used_or_refused() -> None:
 
 REFUSED = (
     *("answers", "recipes", "overrides", "commands", "prompts", "samples", "benches", "cases"),
-    *("reports", "indexes", "tables", "saved"),
+    *("reports", "indexes", "tables", "saved", "sides"),
 )
 PLANTED = {
     "raise KeyError('x')": "KeyError",
