@@ -23,7 +23,7 @@ from moetrain.weights.torch_index import read_index, write_index
 
 sys.path.append(str(Path(__file__).parents[1] / "tools" / "fuzz"))
 from convert import SIDES, SIZES
-from damages import content, plain_folder
+from wholes import content, plain_folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ is as it was.
 import contextlib
 import functools
 import io
-import os
 import random
 import re
 import shutil
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import damages
+import unfinished
+import wholes
 
 SECRET = b"what lies outside of the folder"
 # What CPython 3.12.1 says of a pickle that asks for a bytearray of 1 TB, before its MemoryError.
@@ -69,7 +70,7 @@ def build(folder: Path) -> Place:
     place = Place(folder)
     place.work.mkdir(parents=True)
     (folder / "secret").write_bytes(SECRET)
-    damages.plain_folder(place.whole("plain"), SIZES, SIDES)
+    wholes.plain_folder(place.whole("plain"), SIZES, SIDES)
     with contextlib.redirect_stdout(io.StringIO()):
         convert.hf2mcore(place.whole("plain"), place.whole("mcore"))
         small = convert.Options(shard_bytes=6000)
@@ -77,7 +78,7 @@ def build(folder: Path) -> Place:
         convert.mcore2hf(place.whole("mcore"), place.whole("sharded"), small)
         style = convert.Options(style="megatron-lm")
         convert.hf2mcore(place.whole("plain"), place.whole("megatron-lm"), style)
-        damages.cut_columns(place.whole("mcore"), place.whole("columns"))
+        wholes.cut_columns(place.whole("mcore"), place.whole("columns"))
         for name in HF:
             convert.hf2mcore(place.whole(name), place.result(name))
         for name in MEGATRON:
@@ -134,10 +135,10 @@ def _check(place: Place, name: str, source: Path, checked: str, told: str) -> No
     """That the result holds what the source holds."""
     out = place.work / "out"
     if checked == "damaged manifest":  # maybe of what a conversion has no use for
-        assert damages.weights(out) == damages.weights(place.result(name)), told
+        assert wholes.weights(out) == wholes.weights(place.result(name)), told
         return
     assert _command("verify", out, source, "--workers", "1") == 0, f"{told}: another result"
-    wanted, found = (damages.weights(p) for p in (place.result(name), out))
+    wanted, found = (wholes.weights(p) for p in (place.result(name), out))
     if checked == "stale manifest":
         assert found == wanted, f"{told}: values that the manifest does not know"
     elif name in MEGATRON and set(found) == set(wanted):
@@ -158,8 +159,8 @@ def run_journal(bench: Any, made: tuple[str, int]) -> str:
     place.work.mkdir()
     out, part = place.work / "out", place.work / ".out.part"
     action = "hf2mcore" if name == "single" else "mcore2hf"
-    damages.kill(rng, action, place.whole(name), out)
-    what = damages.change_part(rng, part, place.folder / "secret")
+    unfinished.kill(rng, action, place.whole(name), out)
+    what = unfinished.change_part(rng, part, place.folder / "secret")
     before = _state(place.folder)
     code = _command(action, place.whole(name), out, "--resume")
     told = f"{name}, {what}"
@@ -168,7 +169,7 @@ def run_journal(bench: Any, made: tuple[str, int]) -> str:
     if code == 2:
         return "refused"
     assert not part.exists()
-    wanted, found = (damages.content(p) for p in (place.result(name), out))
+    wanted, found = (wholes.content(p) for p in (place.result(name), out))
     if wanted != found:
         assert what == "other bytes", f"{told}: another result"
         assert _command("verify", out, place.whole("plain")) == 2, f"{told}: looks whole"
@@ -176,8 +177,34 @@ def run_journal(bench: Any, made: tuple[str, int]) -> str:
     return "used"
 
 
+def run_flip(bench: Any, made: tuple[str, int]) -> str:
+    """One bit of one file of a folder with a manifest: `verify` names the file."""
+    place: Place = bench.conversions
+    rng = random.Random(made[1])
+    shutil.rmtree(place.work)
+    source = place.work / "in"
+    shutil.copytree(place.whole(rng.choice(("single", "sharded", *MEGATRON))), source)
+    inner = source / "release" if (source / "release").is_dir() else source
+    paths = sorted(inner.iterdir())
+    data = [one for one in paths if one.suffix in (".safetensors", ".distcp")]
+    path = rng.choice(rng.choice((paths, data)))
+    raw = bytearray(path.read_bytes())
+    bit = rng.randrange(8 * len(raw))
+    raw[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(raw)
+    pair = [source, place.whole("plain")]
+    rng.shuffle(pair)
+    code, said = _said("verify", *pair)
+    assert code == 2 and str(path) in said, f"bit {bit} of {path}: {code} {said}"
+    return f"refused in {path.suffix or path.name}"
+
+
 def _command(*words: object) -> int:
-    """A command's exit code; what it says is one line that any terminal can show."""
+    return _said(*words)[0]
+
+
+def _said(*words: object) -> tuple[int, str]:
+    """A command's exit code, and what it says on stderr: one line that any terminal can show."""
     from moetrain import cli
 
     streams = [
@@ -190,15 +217,13 @@ def _command(*words: object) -> int:
         code = cli.main(["convert", *map(str, words)])
     finally:
         sys.stdout, sys.stderr = kept
-        if os.environ.get("SAYS"):
-            print(words, *(s.buffer.getvalue() for s in streams))
     said = streams[1].buffer.getvalue().decode()  # type: ignore[attr-defined]
     said = said.removeprefix(NOISE)
     if code == 2:
         assert re.fullmatch(r"moetrain: error: [^\n]{20,}\n", said), said
     else:
         assert not re.sub(r"(verify|out): [^\n]*/s, [^\n]*\n", "", said), said  # its progress
-    return code
+    return code, said
 
 
 def _state(folder: Path) -> Mapping[str, tuple[int, int]]:
@@ -217,4 +242,5 @@ def _files(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
 CONVERSIONS: dict[str, tuple[int, Any, Any]] = {
     **{name: (1, lambda rng, name=name: make(name, rng), run) for name in damages.KINDS},
     "journals": (1, lambda rng: make("journals", rng), run_journal),
+    "flips": (1, lambda rng: make("flips", rng), run_flip),
 }

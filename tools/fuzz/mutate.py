@@ -26,6 +26,13 @@ PIECES = (
     "2024-01-05", "9" * 5000, "-1", "0", "1.5", "99999999999", "true", "null", "é", "\ud800", "🙂",
     "\u2028", "%", "?", "..", "/", "~/", "a" * 3000, "[" * 200, "{a: " * 200, "\r", "\x1b[31m",
 )  # fmt: skip
+# Names of files and numbers of bytes that lead elsewhere.
+NAMES = (
+    "../secret", "/etc/passwd", "..", ".", "", "a/b", "/dev/zero", "\0", "a" * 300, "x.safetensors",
+    "config.json", "~", "./model.safetensors", "model.safetensors/", "\ud800", "a\nb",
+)  # fmt: skip
+NUMBERS = (-1, 0, 1, 2, 3, 5, 7, 1000, 2**31, 2**40, 2**62, 2**63, 2**64, 10**30, True, 1.5,
+           "4", None)  # fmt: skip
 
 
 def nasty(rng: random.Random) -> Any:
