@@ -246,7 +246,7 @@ def _opened(plan: Plan, folder: Path) -> Iterator[dict[str, int]]:
 
 
 def _entry_digest(key: str, entry: str) -> str:
-    return digest_of(f"{key} {entry}".encode())[:16]
+    return hashlib.sha256(f"{key} {entry}".encode()).hexdigest()[:16]
 
 
 def _resumed(journal: Path, key: str, plan: Plan) -> dict[int, Done]:
