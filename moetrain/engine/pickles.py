@@ -3,12 +3,9 @@ of the classes that torch's distributed checkpoints are described with, and what
 `torch.load(weights_only=True)` has it.
 """
 
-import contextlib
 import io
-import pickle
-import resource
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from moetrain.errors import CheckpointError
-from moetrain.manifest import Manifest, read_bytes
+from moetrain.manifest import Manifest
+from moetrain.weights.torch_index import CLASSES, unpickled
 
-INDEX = ".metadata"
-ROOM, ROOM_A_BYTE = 1 << 28, 64  # bytes of memory for an index, besides those for each of its own
 _TORCH: Any = torch
 
 # Every global that an index may name. A class here is made of plain values, and none of its methods
@@ -35,79 +30,17 @@ ALLOWED: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     **{("torch", str(d).removeprefix("torch.")): d for d in vars(_TORCH).values()
        if isinstance(d, torch.dtype)},
-    **{(module.__name__, name): vars(module)[name] for module, names in (
-        (metadata, "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta "
-                   "TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING"),
-        (planner, "SavePlan TensorWriteData WriteItem WriteItemType BytesIOWriteData"),
-        (filesystem, "_StorageInfo _StoragePrefix"),
-    ) for name in names.split() if name in vars(module)},
+    **{(module.__name__, name): vars(module)[name] for module in (metadata, planner, filesystem)
+       for name in CLASSES[module.__name__].split() if name in vars(module)},
 }  # fmt: skip
 
 
-class _Refused(Exception):
-    """An index names what it needs not."""
-
-
-class _Plain(pickle.Unpickler):
-    """Reads what is made of ALLOWED and of plain values."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return ALLOWED[module, name]
-        except KeyError:
-            raise _Refused(f"it asks for {module}.{name}") from None
-
-
-@contextlib.contextmanager
-def _bounded(room: int) -> Iterator[None]:
-    """Meanwhile this process may take `room` bytes more: five bytes of a pickle can ask for 64 GB
-    (LONG_BINPUT; Python 3.12).
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    wanted = used + room
-    if soft != resource.RLIM_INFINITY:
-        wanted = min(wanted, soft)
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
 def index_of(folder: Path) -> Metadata:
-    """A checkpoint's index, checked by its manifest. Raises OSError, and CheckpointError for what
-    is none.
-    """
-    path = folder / INDEX
-    try:
-        content = read_bytes(path)
-        with _bounded(ROOM + ROOM_A_BYTE * len(content)):
-            found = _Plain(io.BytesIO(content)).load()
-        _check(found)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. Copy the checkpoint again.") from None
-    except OSError:
-        raise
-    except _Refused as error:
-        raise CheckpointError(
-            f"{path} is refused: {str(error)[:200]}. An index of torch's needs nothing but its own"
-            " classes; reading any other could run code. Take a checkpoint from whom you trust."
-        ) from None
-    except MemoryError:
-        raise CheckpointError(
-            f"{path} is no index of a checkpoint (it asks for more memory than any). Copy the"
-            " checkpoint again."
-        ) from None
-    except Exception as error:  # any bytes may be any instructions, which fail in any way
-        raise CheckpointError(
-            f"{path} is no index of a checkpoint ({type(error).__name__}: {str(error)[:200]})."
-            " Copy the checkpoint again."
-        ) from None
-    return found
+    """A checkpoint's index as torch has it. Raises CheckpointError."""
+    return unpickled(folder, ALLOWED, _checked)
 
 
-def _check(found: Any) -> None:
+def _checked(found: Any) -> Metadata:
     """ValueError unless it says where things lie, all of them in the folder."""
     if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, dict):
         raise ValueError("it holds something else")
@@ -121,6 +54,7 @@ def _check(found: Any) -> None:
             raise ValueError(f"{name} has no place {numbers}")
     if found.storage_meta is not None and not isinstance(found.storage_meta, StorageMeta):
         raise ValueError("it holds something else")
+    return found
 
 
 class CheckedReader(FileSystemReader):

@@ -6,7 +6,7 @@ It is a pickle. Only its own classes are read, as plain records; anything else i
 
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +17,7 @@ from moetrain.manifest import read_bytes
 from moetrain.models.sharding import Shape
 from moetrain.weights.blobs import TORCH_NAMES, named, plain
 from moetrain.weights.header import SIZES
-from moetrain.weights.pickles import RefusedError, bounded, load
+from moetrain.weights.pickles import Allowed, RefusedError, bounded, load
 
 INDEX = ".metadata"
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -79,29 +79,23 @@ class _Record:
             self.args = state
 
 
+# The classes that an index is made of, by module.
+CLASSES = {
+    _METADATA: "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta "
+    "TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
+    _PLANNER: "SavePlan TensorWriteData WriteItem WriteItemType BytesIOWriteData",
+    _FILESYSTEM: "_StorageInfo _StoragePrefix",
+}
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"  # 0.12 to 0.15
 _ALLOWED: Mapping[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
     ("torch", "device"): _Record,
     ("torch.serialization", "_get_layout"): _Record,
     ("collections", "OrderedDict"): OrderedDict,
     **{("torch", name): dtype for dtype, name in TORCH_NAMES.items()},
-    **{
-        (module, name): _Record
-        for module, names in (
-            (
-                _METADATA,
-                "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta "
-                "TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
-            ),
-            (_PLANNER, "SavePlan TensorWriteData WriteItem WriteItemType BytesIOWriteData"),
-            (_FILESYSTEM, "_StorageInfo _StoragePrefix"),
-        )
-        for name in names.split()
-    },
-    **{
-        ("megatron.core.dist_checkpointing.strategies.torch", name): _Record  # 0.12 to 0.15
-        for name in ("MCoreMetadata", "MCoreSavePlan")
-    },
+    **{(module, name): _Record for module, names in CLASSES.items() for name in names.split()},
+    (_MEGATRON, "MCoreMetadata"): _Record,
+    (_MEGATRON, "MCoreSavePlan"): _Record,
 }
 
 
@@ -112,6 +106,13 @@ def read_index(folder: Path) -> Index:
         CheckpointError: it is missing, no index, names what reading could run, or has a tensor of a
             dtype that safetensors has not, or one that lies outside of the folder.
     """
+    return unpickled(folder, _ALLOWED, _index)
+
+
+def unpickled[T](folder: Path, allowed: Allowed, read: Callable[[Any], T]) -> T:
+    """What `read` makes of a checkpoint's index, which is checked by the manifest and made of what
+    is allowed. Raises CheckpointError.
+    """
     path = folder / INDEX
     try:
         content = read_bytes(path)
@@ -121,7 +122,7 @@ def read_index(folder: Path) -> Index:
         ) from None
     try:
         with bounded(len(content)):
-            return _index(load(content, _ALLOWED))
+            return read(load(content, allowed))
     except RefusedError as error:
         raise CheckpointError(
             f"{path} is refused: {str(error)[:200]}. An index of torch's needs nothing but its own"
