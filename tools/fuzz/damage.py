@@ -316,7 +316,8 @@ def _optimizer(folder: Path) -> dict[Path, list[tuple[int, int]]]:
     """Where the optimizer's state lies in a checkpoint's files: a resume alone reads it, but what
     shares a block with weights is checked with them.
     """
-    from moetrain.weights.torch_index import INDEX, index_of
+    from moetrain.engine.pickles import index_of
+    from moetrain.weights.torch_index import INDEX
 
     found: dict[Path, list[tuple[int, int]]] = {}
     for place, part in index_of(folder).storage_data.items() if (folder / INDEX).is_file() else ():

@@ -142,7 +142,8 @@ def make_pickle(rng: random.Random) -> bytes:
 
 
 def run_pickle(bench: "Bench", made: bytes) -> str:
-    from moetrain.weights.torch_index import INDEX, index_of
+    from moetrain.engine.pickles import index_of
+    from moetrain.weights.torch_index import INDEX
 
     folder = _fresh(bench)
     (folder / INDEX).write_bytes(made)
