@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_parity import reference_gradients, sequences
 
 from moetrain.models import read_model
 from moetrain.models.adapter import AdapterSpec, adapter_table
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
+from moetrain.weights.convert import hf2mcore
 
 pytestmark = pytest.mark.gloo
 Tiny = Callable[[str], tuple[str, Any]]
@@ -189,3 +191,23 @@ def test_only_what_is_named_is_trained(
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == grads.keys()
     assert all(torch.equal(after[name], resumed[name]) for name in after)
+
+
+@pytest.mark.parametrize("type", ["pissa", "dora"])
+def test_adapters_start_from_a_megatron_checkpoint(
+    workers: Workers, tiny: Tiny, tmp_path: Path, type: str
+) -> None:
+    """Those that read the base's matrices too: merged, they are the base before the first step."""
+    folder, _ = tiny("qwen3_moe")
+    hf2mcore(Path(folder), tmp_path / "mcore")
+    target = ["q_proj", "o_proj"]
+    sections = {"adapter": {"type": type, "rank": 4, "target": target}}
+    before, after = workers.run(
+        1, ranks.stepped, str(tmp_path / "mcore"), sequences(), sections, timeout=300
+    )[0]
+    base = load_file(f"{folder}/model.safetensors")
+    assert before.keys() == base.keys()
+    for name, tensor in base.items():
+        assert torch.allclose(before[name], tensor, atol=1e-6), name
+    moved = {name for name in base if not torch.equal(before[name], after[name])}
+    assert moved and all(any(word in name for word in target) for name in moved)
