@@ -152,11 +152,6 @@ CASES: dict[str, Case] = {
         grows=True,
         long=True,
     ),
-    "convert verify, temporary files": Case(
-        lambda w, d, n: ["convert", "verify", f"{w}/model", f"{w}/mcore"],
-        room=8192,
-        temporary=True,
-    ),
     "report": Case(lambda w, d, n: ["report", f"{w}/runs{n}", "-o", f"{d}/report.html"]),
     "swift import": Case(
         lambda w, d, n: ["swift", "import", f"{w}/command{n}.sh", "--out", f"{d}/recipe.yaml"]
@@ -172,6 +167,7 @@ OTHERS = {
     "data show": "prints; its cache is the one of train",
     "swift export": "prints",
     "convert inspect": "prints",
+    "convert verify": "prints, and needs no temporary files any more",
     "convert quantize": "its rows go through the writer of convert merge and convert expand",
     "launch": "prints, or hands a script to sbatch",
     "doctor": "tries each disk and says what it found in its table",
