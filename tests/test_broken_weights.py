@@ -119,6 +119,14 @@ def test_a_dtype_that_cannot_have_been(checkpoint: Path, word: Any) -> None:
         convert.mcore2hf(checkpoint, checkpoint.with_name("out"))
 
 
+def test_one_kind_of_halves_was_not_another(model: Path, tmp_path: Path) -> None:
+    """bf16 is stored for what was bf16; fp16 would round and overflow."""
+    folder = tmp_path / "checkpoint"
+    convert.hf2mcore(model, folder, convert.Options(dtype="bf16"))
+    (folder / manifest.NAME).unlink()
+    test_a_dtype_that_cannot_have_been(folder, "float16")
+
+
 def test_a_file_of_a_checkpoint_that_is_gone(checkpoint: Path) -> None:
     (checkpoint / "__0_0.distcp").rename(checkpoint / "x")
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp is missing"):

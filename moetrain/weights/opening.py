@@ -128,9 +128,12 @@ def _as_noted(rows: McoreRows, folder: Path, hf: Mapping[str, Any]) -> Rows:
     if not (folder / NOTE).is_file():
         return rows
     noted = noted_dtypes(folder, hf, rows.names())
+    has_notes = bool(read_mapping(folder / NOTE).get("dtypes"))
     for name, dtype in noted.items():
         stored = rows.dtype_name(name)
-        if dtype != stored and not {dtype, stored} <= _FLOATS:
+        # What is noted of a weight is kept as it was, or in fp32, which holds it.
+        fits = {dtype, stored} <= _FLOATS and (stored == "F32" or not has_notes)
+        if dtype != stored and not fits:
             raise CheckpointError(
                 f"{folder}: {name} is {TORCH_NAMES[stored]}, and {NOTE} says that it was"
                 f" {TORCH_NAMES[dtype]}, which cannot be. Copy the checkpoint again."
