@@ -142,7 +142,7 @@ def sides(folder: Path, *, with_transformers: bool) -> dict[str, list[str | Path
     """name -> command; each writes what the next reads."""
     python = [sys.executable, "-m", "moetrain", "convert"]
     hf, mcore = folder / "hf", folder / "mcore"
-    copied = "rm -rf {1}; cp -r {0} {1}"
+    copied = "cp -r {0} {1}"
 
     def copy(source: Path, target: Path, more: str = "") -> list[str | Path]:
         return ["sh", "-c", copied.format(source, target) + more]
@@ -180,6 +180,8 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, command in sides(folder, with_transformers=args.with_transformers).items():
                 found.setdefault(name, []).append(run(command))
+                for done in ("copy", "back"):  # the system's cache shall hold what comes next
+                    shutil.rmtree(folder / done, ignore_errors=True)
             for name in ("mcore", "back", "copy", "saved"):
                 shutil.rmtree(folder / name, ignore_errors=True)
         size = sum(path.stat().st_size for path in (folder / "hf").iterdir())
