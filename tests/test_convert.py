@@ -24,8 +24,8 @@ from moetrain.weights.hf_files import Target, header, shards
 IN_SMALL_STEPS = """
 import sys, time
 from moetrain import cli
-from moetrain.weights import hf_files, mcore_files, rows, stream
-hf_files.RUN = mcore_files.RUN = 1 << 14
+from moetrain.weights import stream
+stream.RUN = 1 << 14
 stream.SYNC = 1 << 16
 put = stream.put
 def slow(*given):

@@ -179,11 +179,12 @@ def run(args: Arguments) -> int:
 
         return quantize(paths[0], paths[1], args.to, args.calibration, options)
     from moetrain.weights import derived
+    from moetrain.weights.folder import ADAPTER
 
     if args.action == "expand":
         return derived.expand(paths[0], paths[1], args.every, options)
     base, adapter, destination = paths
-    if not (adapter / "adapter_config.json").is_file():
+    if not (adapter / ADAPTER).is_file():
         from moetrain.engine.on_disk import peft_folder  # of a run
 
         adapter = peft_folder(adapter)

@@ -58,8 +58,7 @@ class ModelSource:
         if recipe.model.init == "random":
             return {}
         if self.megatron is not None:
-            names = (name for rule in model.table.values() for name in rule.hf)
-            noted = noted_dtypes(self.megatron, self.hf, names)
+            noted = noted_dtypes(self.megatron, self.hf, model.hf_names)
             return {name: TORCH[dtype] for name, dtype in noted.items()}
         if self.folder is None or not has_weights(self.folder):
             return {}

@@ -85,6 +85,11 @@ class Model:
                 yield from weight.bind(number)
 
     @cached_property
+    def hf_names(self) -> tuple[str, ...]:
+        """Every Hugging Face tensor, in the table's order."""
+        return tuple(name for rule in self.table.values() for name in rule.hf)
+
+    @cached_property
     def fused_slices(self) -> Mapping[str, FusedSlice]:
         """Of each Hugging Face name of the table that a fused tensor can hold: where it lies."""
         return {key: cut for rule in self.table.values() for key, cut in fused_slices(rule)}

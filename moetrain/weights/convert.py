@@ -89,7 +89,7 @@ def _write_megatron(
 ) -> None:
     """Write a Megatron checkpoint; with `common`, what Megatron-LM reads beside the weights."""
     rows = _wanted(source.rows, source.model, options)
-    found = {name: rows.dtype_name(name) for name in _names(source.model)}
+    found = {name: rows.dtype_name(name) for name in source.model.hf_names}
     rows = Converted(rows, mcore_files.dtype_names(rows, source.model, style))
     plan, index = mcore_files.plan(
         rows, source.model, style, [common or {}], nothing, options.shard_bytes
@@ -122,7 +122,7 @@ def mcore2hf(src: Path, dst: Path, options: Options = PLAIN, config: Path | None
     rows = _wanted(source.rows, source.model, options)
     write_hf_rows(
         rows,
-        _names(source.model),
+        source.model.hf_names,
         dst,
         config=source.hf,
         side_files=SideFiles.of(source.beside),
@@ -183,9 +183,7 @@ def write_hf_rows(
     files = dict(zip(hf_files.shard_names(len(groups)), groups, strict=True))
 
     def finish(part: Path) -> None:
-        hf_files.write_index(part, files)
-        (part / "config.json").write_text(json.dumps(side_files.config(config), indent=2) + "\n")
-        side_files.write(part, config)
+        hf_files.write_beside(part, files, side_files, config)
         if more is not None:
             more(part)
 
@@ -214,15 +212,11 @@ def _write(
         manifest.write(part, known, written.tensors)
 
 
-def _names(model: Model) -> list[str]:
-    return [name for rule in model.table.values() for name in rule.hf]
-
-
 def _wanted(rows: Rows, model: Model, options: Options) -> Rows:
     """In the dtype that was asked for."""
     if options.dtype is None:
         return rows
-    return Converted(rows, dict.fromkeys(_names(model), DTYPES[options.dtype]))
+    return Converted(rows, dict.fromkeys(model.hf_names, DTYPES[options.dtype]))
 
 
 def refuse_existing(dst: Path) -> None:

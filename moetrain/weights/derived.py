@@ -9,11 +9,12 @@ from moetrain.errors import WeightsError
 from moetrain.models import read_model, with_scalar_head
 from moetrain.weights import expand as depth
 from moetrain.weights.convert import PLAIN, Options, refuse_existing, write_hf_rows
+from moetrain.weights.folder import ADAPTER, ADAPTER_WEIGHTS
 from moetrain.weights.merge import Merged
 from moetrain.weights.opening import Opened, open_model
 from moetrain.weights.peft_config import read_config
 from moetrain.weights.peft_reader import PeftReader
-from moetrain.weights.peft_writer import CONFIG, HEAD, WEIGHTS
+from moetrain.weights.peft_writer import HEAD
 from moetrain.weights.reader import ReaderRows, RowsReader
 from moetrain.weights.rows import Bytes, Renamed, Rows, row_bytes
 from moetrain.weights.side_files import SideFiles, side_files_of_adapter
@@ -24,17 +25,17 @@ def merge(base: Path, adapter: Path, dst: Path, options: Options = PLAIN) -> int
     refuse_existing(dst)
     source = _hugging_face(base)
     hf, model = source.hf, source.model
-    if read_config(adapter / CONFIG).scalar_head and not model.heads.scalar:
+    if read_config(adapter / ADAPTER).scalar_head and not model.heads.scalar:
         hf = with_scalar_head(hf)
         model = read_model(hf)
     reader = RowsReader(source.rows)
     peft = PeftReader(adapter, model, reader)
     if model.heads.scalar and peft.head is None and HEAD not in reader.names():
         raise WeightsError(f"Neither {base} nor {adapter} has {HEAD}, the model's head.")
-    stat = (adapter / WEIGHTS).stat()
+    stat = (adapter / ADAPTER_WEIGHTS).stat()
     write_hf_rows(
         ReaderRows(Merged(reader, peft)),
-        [name for rule in model.table.values() for name in rule.hf],
+        model.hf_names,
         dst,
         config=hf,
         side_files=side_files_of_adapter(source.folder, adapter),

@@ -21,6 +21,7 @@ from moetrain.weights.header import read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NAMED = "transformers_weights"  # of config.json: the file that transformers 5 reads in their place
 CONSOLIDATED = "consolidated"
 LONGEST_NAME = 255  # bytes, on all file systems that matter

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from moetrain.weights.folder import INDEX, SINGLE
+from moetrain.weights.folder import CONFIG, INDEX, SINGLE
 from moetrain.weights.header import SIZES
-from moetrain.weights.rows import Rows, num_rows, row_bytes, spans
-from moetrain.weights.stream import RUN, Plan, Task
+from moetrain.weights.rows import Rows, num_rows, row_bytes
+from moetrain.weights.side_files import SideFiles
+from moetrain.weights.stream import Plan, Task, runs
 
 SHARD_BYTES = 5_000_000_000
 
@@ -89,16 +91,20 @@ def plan(files: Mapping[str, Sequence[Target]]) -> Plan:
 
 def _tensor_tasks(file: str, start: int, one: Target) -> Iterator[Task]:
     width = row_bytes(one.shape, one.dtype_name)
-    for low, high in runs(one.shape, one.dtype_name):
+    for low, high in runs(one.shape, one.dtype_name, 0, num_rows(one.shape)):
         yield Task(file, start + low * width, b"", one.name, low, high, is_hashed=True)
 
 
-def runs(shape: tuple[int, ...], dtype_name: str) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that one task moves, each of whole spans."""
-    step = next((stop for _, stop in spans(shape, dtype_name)), 1)
-    many = step * max(1, RUN // (step * max(1, row_bytes(shape, dtype_name))))
-    for start in range(0, num_rows(shape), many):
-        yield start, min(start + many, num_rows(shape))
+def write_beside(
+    folder: Path,
+    files: Mapping[str, Sequence[Target]],
+    side_files: SideFiles,
+    config: Mapping[str, Any],
+) -> None:
+    """The index, config.json and what `side_files` has. Raises OSError, WeightsError."""
+    write_index(folder, files)
+    (folder / CONFIG).write_text(json.dumps(side_files.config(config), indent=2) + "\n")
+    side_files.write(folder, config)
 
 
 def write_index(folder: Path, files: Mapping[str, Sequence[Target]]) -> None:

@@ -16,15 +16,13 @@ from moetrain.models.lookup import HF, NOTE, read_mapping
 from moetrain.models.quantisation import KEY, plain_config, read_quantisation
 from moetrain.weights import megatron_lm
 from moetrain.weights.blobs import TORCH_NAMES
-from moetrain.weights.folder import ADAPTER
+from moetrain.weights.folder import ADAPTER, ADAPTER_WEIGHTS
 from moetrain.weights.header import SIZES, Stored, read_header
 from moetrain.weights.opening import local_folder
 from moetrain.weights.rows import readable
 from moetrain.weights.stored import StoredFolder
 from moetrain.weights.torch_dist import is_weight
 from moetrain.weights.torch_index import INDEX, read_index
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

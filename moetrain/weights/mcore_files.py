@@ -4,7 +4,7 @@ one of them, so that rows are copied as they lie. No torch.
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from moetrain.models.sharding import Piece
 from moetrain.weights.blobs import Blob, object_blob, tensor_blob
 from moetrain.weights.hf_files import SHARD_BYTES
 from moetrain.weights.mcore_layout import Place, Style, place
-from moetrain.weights.rows import Rows, row_bytes, spans
-from moetrain.weights.stream import RUN, Plan, Task
+from moetrain.weights.rows import Rows, span_rows
+from moetrain.weights.stream import Plan, Task, runs
 from moetrain.weights.torch_index import INDEX, Chunk, Global, Index, Value, write_index
 
 # What Megatron reads on every rank besides the tensors (0.19); here nothing.
@@ -109,7 +109,8 @@ def plan(
 def _add_rows(files: _Files, rows: Rows, rule: Rule, at: Place, piece: Piece) -> None:
     name, rest = rule.hf[piece.part], at.shape[1:]
     is_hashed = _are_whole_spans(rows, name, at, piece.part)
-    for low, high in _runs(rows, name, piece):
+    stop = piece.hf_start + piece.length
+    for low, high in runs(rows.shape(name), rows.dtype_name(name), piece.hf_start, stop):
         shape = (high - low, *rest)
         blob = tensor_blob(rows.dtype_name(name), (*[1] * len(at.lead), *shape))
         row = piece.local_start + low - piece.hf_start
@@ -117,27 +118,11 @@ def _add_rows(files: _Files, rows: Rows, rule: Rule, at: Place, piece: Piece) ->
         files.add(at, row, blob, shape, is_hashed=is_hashed, **task)
 
 
-def _runs(rows: Rows, name: str, piece: Piece) -> Iterator[tuple[int, int]]:
-    """Rows of a piece in runs that one task moves, cut where spans of the tensor end."""
-    shape, dtype = rows.shape(name), rows.dtype_name(name)
-    step = _step(rows, name)
-    many = step * max(1, RUN // (step * max(1, row_bytes(shape, dtype))))
-    low, stop = piece.hf_start, piece.hf_start + piece.length
-    while low < stop:
-        high = min(stop, (low // many + 1) * many)
-        yield low, high
-        low = high
-
-
-def _step(rows: Rows, name: str) -> int:
-    return next((stop for _, stop in spans(rows.shape(name), rows.dtype_name(name))), 1)
-
-
 def _are_whole_spans(rows: Rows, name: str, at: Place, part: int) -> bool:
     """Whether the pieces of a tensor begin where its spans do, so that they can be hashed as the
     tensor is.
     """
-    step = _step(rows, name)
+    step = span_rows(rows.shape(name), rows.dtype_name(name))
     return all(piece.hf_start % step == 0 for piece in at.pieces if piece.part == part)
 
 

@@ -25,7 +25,7 @@ class Merged:
         self.base, self.adapter = base, adapter
         self._places = adapted(table)
         self._head = adapter.head
-        self._names = {key for rule in table.model.table.values() for key in rule.hf}
+        self._names = frozenset(table.model.hf_names)
         # An expert's matrices are asked for one after the other, in many slices.
         self._whole = lru_cache(maxsize=4)(lambda name: whole(adapter, name).float())
 

@@ -14,9 +14,10 @@ from moetrain.manifest import Manifest, say_unchecked
 from moetrain.models.adapter import SUFFIX, AdapterSpec, Matrix, adapter_table, all_matrices
 from moetrain.models.model import Model
 from moetrain.weights.adapter_init import idle, table_shapes
+from moetrain.weights.folder import ADAPTER, ADAPTER_WEIGHTS
 from moetrain.weights.header import broken, read_header
 from moetrain.weights.peft_config import PeftConfig, rank_of, read_config, scale_of
-from moetrain.weights.peft_writer import CONFIG, HEAD, PREFIX, WEIGHTS
+from moetrain.weights.peft_writer import HEAD, PREFIX
 from moetrain.weights.reader import Reader, Slices
 
 
@@ -36,8 +37,8 @@ class PeftReader:
 
     def __init__(self, folder: Path, model: Model, base: Reader):
         self.folder, self.base = Path(folder), base
-        config = read_config(self.folder / CONFIG)
-        self._file = _open(self.folder / WEIGHTS)
+        config = read_config(self.folder / ADAPTER)
+        self._file = _open(self.folder / ADAPTER_WEIGHTS)
         keys = set(self._file.keys())
         self.head = self._head(keys, config, model)
         modules: dict[str, list[Matrix]] = {}
@@ -107,7 +108,7 @@ class PeftReader:
                 )
             stems[module] = stem
         if not stems:
-            raise WeightsError(f"{self.folder / WEIGHTS}: holds no tensors.")
+            raise WeightsError(f"{self.folder / ADAPTER_WEIGHTS}: holds no tensors.")
         return {module: stems[module] for module in modules if module in stems}
 
     def _has_weight(self, model: Model, module: str) -> bool:
@@ -127,7 +128,9 @@ class PeftReader:
             } | ({SUFFIX["lora_magnitude"]: (out,)} if config.dora else {})
             for suffix, shape in wanted.items():
                 if stem + suffix not in keys:
-                    raise WeightsError(f"{self.folder / WEIGHTS}: {stem}{suffix} is missing.")
+                    raise WeightsError(
+                        f"{self.folder / ADAPTER_WEIGHTS}: {stem}{suffix} is missing."
+                    )
                 self._fits(stem + suffix, shape)
         return ranks
 

@@ -21,12 +21,12 @@ from moetrain.errors import WeightsError
 from moetrain.models.adapter import SUFFIX, AdapterTable, Matrix, all_matrices, is_parameter
 from moetrain.models.model import Model
 from moetrain.weights.adapter_init import whole
+from moetrain.weights.folder import ADAPTER, ADAPTER_WEIGHTS
 from moetrain.weights.ranks import ALONE, Ranks
 from moetrain.weights.reader import Reader
 from moetrain.weights.side_files import SideFiles
 from moetrain.weights.writer import FAILURES, put_in_place, reason, save_tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HEAD = "score.weight"  # a scalar head, saved whole beside the adapter
 
@@ -83,9 +83,9 @@ def write_peft(
         assert held.keys() == wanted, f"tensors {sorted(held.keys() ^ wanted)} are not as they must"
         try:
             with files.sibling_folder(folder) as aside:
-                save_tensors(_to_peft(held, table, initial), aside / WEIGHTS)
+                save_tensors(_to_peft(held, table, initial), aside / ADAPTER_WEIGHTS)
                 text = json.dumps(config_of(table, base_name), indent=2)
-                (aside / CONFIG).write_text(text + "\n")
+                (aside / ADAPTER).write_text(text + "\n")
                 if note is not None:
                     note[0].write(aside, note[1])
                 manifest.write(aside, manifest.complete(aside, {}))

@@ -95,7 +95,7 @@ def _write(
     for name in sorted(set(rows.names()) - source.model.ignored_keys):
         stem = name.rpartition(".")[0]
         rest.setdefault(stem, []).append(name)
-    keys = [name for rule in source.model.table.values() for name in rule.hf]
+    keys = source.model.hf_names
     stems = dict.fromkeys(name.rpartition(".")[0] for name in keys)
     if source.rows.dtype_name(EMBEDDING) == "F32":
         config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": "bfloat16"}

@@ -9,7 +9,7 @@ import mmap
 import os
 from collections.abc import Collection, Iterator, Mapping
 from math import prod
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,11 @@ def spans(shape: tuple[int, ...], dtype_name: str, size: int = SPAN) -> Iterator
         yield start, min(start + step, total)
 
 
+def span_rows(shape: tuple[int, ...], dtype_name: str) -> int:
+    """The rows of a whole span."""
+    return next((stop for _, stop in spans(shape, dtype_name)), 1)
+
+
 class Renamed:
     """Some tensors of `base` under other names; each new name's old one."""
 
@@ -116,9 +121,8 @@ def cast(rows: Bytes, old: str, new: str) -> Bytes:
     return as_rows(as_tensor(rows, old).to(TORCH[new]))
 
 
-def readable(folder: Any) -> str:
+def readable(size: float) -> str:
     """Bytes for people."""
-    size = float(folder)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

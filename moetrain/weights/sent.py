@@ -1,21 +1,21 @@
 """What moved since the last export: known by a digest of each weight's bits, where it lies."""
 
-import hashlib
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from moetrain.manifest import digest_of
 from moetrain.weights.ranks import Ranks
 from moetrain.weights.transport import LocalParam
 
 
 class Sent:
-    """The weights of this rank as they were exported last. No copy: 16 bytes for each."""
+    """The weights of this rank as they were exported last. No copy: a digest for each."""
 
     def __init__(self) -> None:
         self.version: int | None = None  # whose weights these were; None: of none
-        self._digests: dict[str, bytes] = {}
+        self._digests: dict[str, str] = {}
 
     def forget(self) -> None:
         """From now on everything has moved."""
@@ -28,7 +28,7 @@ class Sent:
         return {name for names in ranks.gather(own) for name in names}
 
 
-def digest(tensor: Tensor) -> bytes:
+def digest(tensor: Tensor) -> str:
     """Of a tensor's bits: -0.0 is not 0.0."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(flat.cpu().numpy()).digest()[:16]
+    return digest_of(flat.cpu().numpy().data)

@@ -19,7 +19,7 @@ from moetrain import files
 from moetrain.errors import WeightsError
 from moetrain.manifest import HASH, HASHES, Entry, Piece, joined
 from moetrain.weights.blobs import Blob
-from moetrain.weights.rows import Rows, readable, row_bytes, spans
+from moetrain.weights.rows import Rows, readable, row_bytes, span_rows, spans
 
 JOURNAL = "journal"
 RUN = 1 << 26  # bytes of one tensor that one thread moves at a time
@@ -53,6 +53,16 @@ class Task:
             for start, stop in spans(shape, dtype):
                 if start < self.high and stop > self.low:
                     yield max(start, self.low), min(stop, self.high)
+
+
+def runs(shape: tuple[int, ...], dtype_name: str, low: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Rows [low, stop) of a tensor in ranges that one task moves, cut where its spans end."""
+    step = span_rows(shape, dtype_name)
+    many = step * max(1, RUN // (step * max(1, row_bytes(shape, dtype_name))))
+    while low < stop:
+        high = min(stop, (low // many + 1) * many)
+        yield low, high
+        low = high
 
 
 @dataclass(frozen=True)

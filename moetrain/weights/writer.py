@@ -5,7 +5,6 @@ The folder appears whole under its name, or not at all, with a manifest of its f
 """
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from moetrain import files, manifest
 from moetrain.errors import WeightsError
 from moetrain.manifest import Entry, Piece, digest_of, joined
 from moetrain.weights.dtypes import TORCH, as_rows
-from moetrain.weights.hf_files import SHARD_BYTES, Target, header, shard_names, shards, write_index
+from moetrain.weights.hf_files import SHARD_BYTES, Target, header, shard_names, shards, write_beside
 from moetrain.weights.ranks import ALONE, Ranks
 from moetrain.weights.rows import num_rows, row_bytes, spans
 from moetrain.weights.side_files import SideFiles
@@ -167,9 +166,8 @@ def _finish(
     config: Mapping[str, Any],
 ) -> None:
     """Write the index, config and manifest, and put the folder in its place."""
-    write_index(aside, {file: group for share in shares for file, group in share.files.items()})
-    (aside / "config.json").write_text(json.dumps(side_files.config(config), indent=2) + "\n")
-    side_files.write(aside, config)
+    groups = {file: group for share in shares for file, group in share.files.items()}
+    write_beside(aside, groups, side_files, config)
     entries = {file: one for share in shares for file, one in share.entries.items()}
     tensors = {name: digest for share in shares for name, digest in share.tensors.items()}
     manifest.write(aside, manifest.complete(aside, entries), tensors)
