@@ -53,6 +53,34 @@ def test_stacks_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixt
     assert "could not be written" in capfd.readouterr().err
 
 
+def test_all_nodes_write_at_the_same_time(tmp_path: Path) -> None:
+    """Of two nodes one sees the hang, and a stopped rank there that must be woken to write; the
+    other's rank, which moves whenever that one does, is ended too and has written its stacks.
+    """
+    does = (
+        "beats = lambda: [(pulse.beat(), time.sleep(0.1)) for _ in range(600)]\n"
+        "pulse.beat()\nos.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else None\nbeats()"
+    )
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom moetrain.cluster import launch, watchdog\n"
+        "watchdog.WRITE_SECONDS, watchdog.READ_SECONDS = 0.5, 0.2\n"
+        f"watch = watchdog.Watch(float(sys.argv[1]), Path({str(tmp_path)!r}))\n"
+        f"sys.exit(launch.run_local([sys.executable, '-c', {HEAD + does!r}], 1, watch))"
+    )
+    step = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2"}
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, seconds],
+            env=os.environ | step | {"SLURM_NODEID": str(node)},
+        )
+        for node, seconds in enumerate(("100", "2"))
+    ]
+    assert [node.wait(30) for node in nodes] == [HUNG, HUNG]
+    first, second = ((tmp_path / f"rank_0000{i}.txt").read_text() for i in (0, 1))
+    assert "beats" in first or "<lambda>" in first
+    assert "(stopped)" in second and "most recent call first" in second
+
+
 def test_a_launcher_that_stood_still_itself_blames_nobody(tmp_path: Path) -> None:
     dog = Watchdog(Watch(10.0, tmp_path))
     assert not dog.hangs(moved=False)

@@ -151,7 +151,8 @@ def run_local(command: Sequence[str], num_procs: int, watch: Watch | None = None
             ranks.append(_Rank(number, process, log, line))
             if asked:  # while they were being started
                 process.terminate()
-        return _wait(ranks, asked, Watchdog(watch) if watch is not None else None)
+        others = frozenset(range(int(shared["WORLD_SIZE"]))) - {rank.number for rank in ranks}
+        return _wait(ranks, asked, Watchdog(watch, others) if watch is not None else None)
 
 
 def _world(num_procs: int, watch: Watch | None) -> tuple[dict[str, str], int]:
