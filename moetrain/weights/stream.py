@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from moetrain import files
@@ -24,7 +25,7 @@ from moetrain.weights.rows import Rows, readable, row_bytes, span_rows, spans
 JOURNAL = "journal"
 RUN = 1 << 26  # bytes of one tensor that one thread moves at a time
 _CACHED = 1 << 18  # bytes
-SYNC = 1 << 28  # bytes that are written between two entries of the journal
+SYNC = 1 << 26  # bytes that are written between two entries of the journal
 
 type Report = Callable[[int, int], None]
 """(bytes that are written, bytes of the result)."""
@@ -134,15 +135,18 @@ def stream(
 
         fresh: dict[int, Done] = {}
         rest = [i for i in range(len(plan.tasks)) if i not in done]
-        for i, one in _in_threads(plan.tasks, rest, rows, handles, workers):
-            fresh[i] = one
-            written += size[i]
-            if report is not None:
-                report(written, total)
-            if sum(size[j] for j in fresh) >= SYNC:
-                commit(fresh)
-                fresh = {}
-        commit(fresh)
+        with ThreadPoolExecutor(1) as committing:  # the disk works while more is read
+            last = committing.submit(commit, {})
+            for i, one in in_threads(lambda i: _write(plan.tasks[i], rows, handles), rest, workers):
+                fresh[i] = one
+                written += size[i]
+                if report is not None:
+                    report(written, total)
+                if last.done() and sum(size[j] for j in fresh) >= SYNC:
+                    last.result()
+                    last, fresh = committing.submit(commit, fresh), {}
+            last.result()
+            commit(fresh)
     return _collected(plan, done)
 
 
@@ -156,21 +160,17 @@ def _size(task: Task, rows: Rows) -> int:
     return len(task.fixed) + (task.high - task.low) * row_bytes(shape, dtype)
 
 
-def _in_threads(
-    tasks: Sequence[Task],
-    numbers: Iterable[int],
-    rows: Rows,
-    handles: Mapping[str, int],
-    workers: int,
-) -> Iterator[tuple[int, Done]]:
-    """(number, what it wrote) of tasks as they end; no more begin once one has failed."""
-    todo = iter(numbers)
-    running: dict[Future[Done], int] = {}
+def in_threads[Job, Result](
+    work: Callable[[Job], Result], jobs: Iterable[Job], workers: int
+) -> Iterator[tuple[Job, Result]]:
+    """(job, its result) as they end; no more begin once one has failed."""
+    todo = iter(jobs)
+    running: dict[Future[Result], Job] = {}
     with ThreadPoolExecutor(workers) as pool:
         try:
             while True:
-                while len(running) < workers + 1 and (i := next(todo, None)) is not None:
-                    running[pool.submit(_write, tasks[i], rows, handles)] = i
+                for job in islice(todo, workers + 1 - len(running)):
+                    running[pool.submit(work, job)] = job
                 if not running:
                     return
                 ended, _ = wait(running, return_when=FIRST_COMPLETED)
