@@ -14,7 +14,7 @@ from moetrain.config.load import recipe_from
 from moetrain.config.recipe import ParallelConfig, Recipe
 from moetrain.errors import ConfigError, LayoutError
 from moetrain.layout import activations
-from moetrain.layout.activations import activation_bytes, layer_bytes
+from moetrain.layout.activations import activation_bytes, shares_of
 from moetrain.layout.memory import StageBytes, static_bytes
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table, stage_layers
 from moetrain.models import read_model
@@ -298,16 +298,17 @@ def test_dry_run_of_a_small_model() -> None:
 
 
 def test_activations_of_a_layer_by_hand() -> None:
+    """And what makes the bound smaller."""
     from moetrain.ops.logprob import token_logprobs
 
     assert inspect.signature(token_logprobs).parameters["chunk"].default == activations.CHUNK
-    """And what makes the bound smaller."""
     r = recipe(BIG, model={"dtype": "bf16"})
     model = read_model(BIG)
     plan = plan_mesh(r.parallel, 1)
     attention = 2 * (8192 + 2 * 512) + (8192 + 512) * (2 + 8) + 2 * 2 * 8192
     experts = 8 * 2 * (2 * 4096 + 5 * 1536) + 16 * 128
-    assert layer_bytes(model, 0, plan, r) == 4096 * (2 * (8 + 2) + 4) + attention + experts
+    by_hand = 4096 * (2 * (8 + 2) + 4) + attention + experts
+    assert model.layers[0].activations(shares_of(plan, r)) == by_hand
 
     def bound(size: int, **sections: Any) -> int:
         other = recipe(BIG, **sections)

@@ -16,7 +16,7 @@ from moetrain.models.config import (
     refuse_unsupported,
 )
 from moetrain.models.parts.attention import GQA
-from moetrain.models.parts.base import Part
+from moetrain.models.parts.base import Part, Shares
 from moetrain.models.parts.heads import Heads
 from moetrain.models.parts.mlp import Dense
 from moetrain.models.parts.moe import Moe
@@ -50,6 +50,12 @@ class Layer:
             saved="mlp.linear_fc1.layer_norm_weight" if isinstance(self.mlp, Dense) else None,
         )
         yield from self.mlp.weights()
+
+    def activations(self, shares: Shares) -> float:
+        """As `Part.activations`, with two norms (whose copies are fp32) and the residuals."""
+        around = self.attention.hidden / shares.sequence * (16 + 4 * shares.width)
+        parts = (self.attention, self.mlp)
+        return around + sum(part.activations(shares) for part in parts)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from moetrain.errors import ConfigError
 from moetrain.models.config import HfConfig, read_int
-from moetrain.models.parts.base import Split
+from moetrain.models.parts.base import Shares, Split
 from moetrain.models.rules import Weight
 from moetrain.models.sharding import QKV, Cols, Copy
 
@@ -73,6 +73,13 @@ class GQA:
     def flops(self, num_tokens: int, num_pairs: int) -> int:
         projections = 2 * num_tokens * self.hidden * 2 * (self.queries + self.keys)
         return projections + 4 * num_pairs * self.queries
+
+    def activations(self, shares: Shares) -> float:
+        """Queries, keys and values; without a fused kernel a norm makes copies in fp32."""
+        width = shares.width
+        projected = width * (self.queries + 2 * self.keys) + 2 * width * self.queries
+        normed = (self.queries + self.keys) * (width + 8 * self.qk_norm)
+        return (projected + normed) / shares.tp
 
 
 def read_gqa(

@@ -17,6 +17,16 @@ class Split:
     either_way: bool = False  # or be a multiple of it
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What one rank holds of a token's values: the ranks that share them, and their size."""
+
+    tp: int
+    etp: int
+    sequence: int  # ranks that share the tokens between the matrices: tp, or 1 without sp
+    width: int  # bytes of a value
+
+
 class Part(Protocol):
     """A part of a layer, or what stands before and after the layers."""
 
@@ -31,5 +41,11 @@ class Part(Protocol):
     def flops(self, num_tokens: int, num_pairs: int) -> int:
         """Floating-point operations of a forward pass in matrix products, two a multiply-add, for
         tokens that attend to `num_pairs` (query, key) pairs together.
+        """
+        ...
+
+    def activations(self, shares: Shares) -> float:
+        """Bytes that a rank keeps of one token from the forward pass to the backward pass, at
+        most: no scores of attention, which no kernel keeps; balanced routing.
         """
         ...

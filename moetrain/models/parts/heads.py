@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moetrain.models.parts.base import Split
+from moetrain.models.parts.base import Shares, Split
 from moetrain.models.rules import EMBEDDING, HEAD, VALUE_HEAD, Weight
 from moetrain.models.sharding import Copy, Vocab
 
@@ -37,6 +37,10 @@ class Heads:
     def flops(self, num_tokens: int, num_pairs: int) -> int:
         rows = 1 if self.scalar else self.vocab
         return 2 * num_tokens * self.hidden * (rows + self.value)
+
+    def activations(self, shares: Shares) -> float:
+        """Of the embedding, or of the final norm; not the logits, which exist in parts."""
+        return self.hidden * (8 + 2 * shares.width)
 
     @property
     def added(self) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moetrain.models.parts.base import Split
+from moetrain.models.parts.base import Shares, Split
 from moetrain.models.rules import Weight
 from moetrain.models.sharding import Cols, GateUp
 
@@ -23,6 +23,9 @@ class Dense:
 
     def flops(self, num_tokens: int, num_pairs: int) -> int:
         return 6 * num_tokens * self.hidden * self.ffn
+
+    def activations(self, shares: Shares) -> float:
+        return shares.width * (5 * self.ffn / shares.tp + self.hidden / shares.sequence)
 
 
 def swiglu(hidden: int, ffn: int, mcore: str, hf: str) -> Iterator[Weight]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moetrain.errors import ConfigError
 from moetrain.models.config import HfConfig, read_int
-from moetrain.models.parts.base import Split
+from moetrain.models.parts.base import Shares, Split
 from moetrain.models.parts.mlp import swiglu
 from moetrain.models.rules import Weight
 from moetrain.models.sharding import Cols, Copy, GateUp
@@ -50,6 +50,9 @@ class Router:
     def flops(self, num_tokens: int, num_pairs: int) -> int:
         return 2 * num_tokens * self.hidden * self.experts
 
+    def activations(self, shares: Shares) -> float:
+        return 16 * self.experts
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -90,6 +93,9 @@ class Experts:
     def flops(self, num_tokens: int, num_pairs: int) -> int:
         return 6 * num_tokens * self.top_k * self.hidden * self.ffn
 
+    def activations(self, shares: Shares) -> float:
+        return self.top_k * shares.width * (2 * self.hidden + 5 * self.ffn / shares.etp)
+
 
 @dataclass(frozen=True)
 class SharedExpert:
@@ -113,6 +119,9 @@ class SharedExpert:
 
     def flops(self, num_tokens: int, num_pairs: int) -> int:
         return num_tokens * self.hidden * (6 * self.ffn + 2 * self.gated)
+
+    def activations(self, shares: Shares) -> float:
+        return shares.width * 5 * self.ffn / shares.tp
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,9 @@ class Moe:
 
     def flops(self, num_tokens: int, num_pairs: int) -> int:
         return sum(part.flops(num_tokens, num_pairs) for part in self.parts)
+
+    def activations(self, shares: Shares) -> float:
+        return sum(part.activations(shares) for part in self.parts)
 
 
 def read_moe(
