@@ -528,8 +528,10 @@ def test_trainable_patterns_name_parameters() -> None:
     }
     with pytest.raises(ConfigError, match="'norms' matches nothing"):
         trainable_names(table, ["lm_head", "norms"])
-    with pytest.raises(ConfigError, match=r"q_proj\.weight cannot be trained without .*k_proj"):
+    with pytest.raises(ConfigError, match=r"q_proj\.weight cannot be taken without .*k_proj"):
         trainable_names(table, ["q_proj"])
+    with pytest.raises(ConfigError, match=r"cannot be taken without model\.layers\.0\.mlp\.exp"):
+        trainable_names(table, ["experts.1"])
 
 
 # Layouts

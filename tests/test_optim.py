@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.config.recipe import OptimConfig
+from moetrain.config.optim import OptimConfig
 from moetrain.engine.optim import learning_rate
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from moetrain.config.load import apply_override, load_recipe, recipe_from
-from moetrain.config.recipe import OptimConfig, Recipe
+from moetrain.config.optim import OptimConfig
+from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.observe.sinks import check_sinks, open_sinks
 from moetrain.run.folder import check_recipe, check_schedule, write_run_files

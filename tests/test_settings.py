@@ -22,8 +22,9 @@ from test_settings_runs import DATA, RUNS, SAMPLED, SERVED, STEPS
 
 from moetrain.config.load import _models, recipe_from
 from moetrain.config.method import MethodConfig
+from moetrain.config.optim import OptimConfig
 from moetrain.config.reads import RULES, SERVER_RULE, unread
-from moetrain.config.recipe import OptimConfig, Recipe
+from moetrain.config.recipe import Recipe
 from moetrain.engine.optim import learning_rate
 from moetrain.methods import METHODS
 from moetrain.methods.base import Out

@@ -153,6 +153,7 @@ STEPS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "optim": ({"optim": {"lr": 1e-2, "weight_decay": 0.1}}, [
         {"optim": {"lr": 2e-2}}, {"optim": {"beta1": 0.5}}, {"optim": {"beta2": 0.5}},
         {"optim": {"eps": 1e-2}}, {"optim": {"weight_decay": 0.5}}, {"optim": {"clip_grad": 0.01}},
+        {"optim": {"groups": [{"match": ["mlp.gate"], "lr_scale": 0.5}]}},
     ]),
     "train": ({}, [
         {"train": {"micro_batch": 2}}, {"train": {"deterministic": True}},
@@ -170,6 +171,7 @@ STEPS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "adapter": (LORA, [
         *({"adapter": {"type": kind}} for kind in ("rslora", "olora", "dora", "pissa")),
         {"adapter": {"rank": 3}}, {"adapter": {"alpha": 3.0}}, {"adapter": {"target": ["v_proj"]}},
+        {"adapter": {"loraplus_lr_ratio": 16.0}},
     ]),
 }  # fmt: skip
 

@@ -194,6 +194,7 @@ MEANINGS = [
     (LORA, "--save_safetensors true", {"checkpoint.export_hf": True}),
     (LORA, "--save_safetensors true --merge_lora false", {"checkpoint.export_hf": False}),
     (BASE, "--moe_aux_loss_coeff 1e-3", {"router.aux_loss": 1e-3}),
+    (LORA, "--lorap_lr_ratio 16", {"adapter.loraplus_lr_ratio": 16}),
     (BASE, "--moe_z_loss_coeff 1e-3", {"router.z_loss": 1e-3}),
     (
         BASE,

@@ -75,6 +75,8 @@ def show_type(annotation: Any, metadata: list[Any] | None = None) -> str:
         return f"list of {show_type(args[0])}"
     if origin is dict or annotation is dict:
         return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     return str(NAMES.get(annotation, annotation.__name__)) + show_bounds(metadata or [])
 
 

@@ -25,6 +25,7 @@ SWIFT = {
     "lora_rank": "adapter.rank",
     "lora_alpha": "adapter.alpha",
     "target_modules": "adapter.target",
+    "lorap_lr_ratio": "adapter.loraplus_lr_ratio",
     "trainable_parameters_regex": "trainable",
     "moe_aux_loss_coeff": "router.aux_loss",
     "moe_z_loss_coeff": "router.z_loss",

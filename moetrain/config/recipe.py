@@ -20,11 +20,12 @@ from moetrain.config.data import DataConfig
 from moetrain.config.megatron import passed_through
 from moetrain.config.method import MethodConfig
 from moetrain.config.online import OnlineMethod
+from moetrain.config.optim import OptimConfig
 from moetrain.config.reads import leave_out, unread
 from moetrain.config.rewards import Reward, Rewards
 from moetrain.config.rollout import RolloutConfig
 from moetrain.config.sampling import check_sampling
-from moetrain.config.section import Count, Folder, Fraction, Location, Paths, Section, WarmUp
+from moetrain.config.section import Count, Folder, Location, Paths, Section
 
 
 def _as_method(value: object) -> object:
@@ -107,49 +108,6 @@ class ParallelConfig(Section):
         if self.sp and self.tp == 1:
             raise ValueError("parallel.sp=true needs parallel.tp > 1; leave sp out")
         return self
-
-
-class OptimConfig(Section):
-    """AdamW and its schedule."""
-
-    name: Literal["adamw"] = Field(default="adamw", description="the only one yet")
-    lr: float = Field(default=1e-4, ge=0, description="highest learning rate")
-    min_lr: float = Field(
-        default=0.0, ge=0, description="where the schedule ends; not for constant"
-    )
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
-        default="cosine", description="after the warm-up; wsd holds lr and decays at the end"
-    )
-    warmup: WarmUp = Field(
-        default=0,
-        ge=0,
-        description="steps of linear warm-up from 0; less than 1: a share of the run's steps",
-    )
-    decay_steps: Count | None = Field(
-        default=None,
-        description="steps that the decay takes; default: wsd the last tenth, the others all",
-    )
-    wsd_decay: Literal["linear", "cosine", "exponential", "minus_sqrt"] = Field(
-        default="linear", description="shape of wsd's decay"
-    )
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment")
-    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(
-        default=0.1, ge=0, description="of matrices; norms and biases have none"
-    )
-    clip_grad: float = Field(
-        default=1.0, ge=0, description="largest gradient norm; 0 turns clipping off"
-    )
-    offload: Fraction = Field(
-        default=0.0, description="share of the optimizer's state kept on the host (GPU)"
-    )
-    state_dtype: Literal["fp32", "bf16", "fp8"] = Field(
-        default="fp32", description="of the two moments; less than fp32 needs Transformer Engine"
-    )
-    grad_dtype: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="in which gradients are summed over micro-batches and ranks"
-    )
 
 
 class TrainConfig(Section):
@@ -238,6 +196,12 @@ class AdapterConfig(Section):
     )
     path: Folder | None = Field(
         default=None, description="PEFT folder to go on from; it says rank, alpha, type and target"
+    )
+    loraplus_lr_ratio: float = Field(
+        default=1.0,
+        gt=0,
+        description="LoRA+ (arXiv 2402.12354): B, and DoRA's norms, learn at this times A's rate;"
+        " 16 there",
     )
 
     @model_validator(mode="after")

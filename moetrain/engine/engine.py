@@ -29,6 +29,7 @@ from moetrain.engine.model import DTYPES, build, transformer_config
 from moetrain.engine.objective import Objective
 from moetrain.engine.optim import clip_and_step, gathered, make_optimizer, set_rates, wrap
 from moetrain.engine.params import (
+    by_parameter,
     freeze,
     local_adapters,
     local_merged,
@@ -44,6 +45,7 @@ from moetrain.methods.base import Known, Method, Out
 from moetrain.models import Rule, read_model
 from moetrain.models.adapter import AdapterTable, trained_table
 from moetrain.models.patterns import trainable_names
+from moetrain.models.rates import own_rates
 from moetrain.models.rules import exported
 from moetrain.ops.packed import Packed
 from moetrain.weights import transport
@@ -126,7 +128,11 @@ class Engine:
             self.wrapped = models = wrap(self.chunks, self.config, recipe)
             self.config.finalize_model_grads_func = _finalize_gradients
             on_gpu = self.world.kind == "nccl"
-            self.optimizer = make_optimizer(self.wrapped, recipe, self.backend, on_gpu=on_gpu)
+            own = own_rates(recipe, self.trained_rules, self.adapters)
+            rates = by_parameter(self.chunks, self.world, own)
+            self.optimizer = make_optimizer(
+                self.wrapped, recipe, self.backend, rates, on_gpu=on_gpu
+            )
             self.config.grad_scale_func = self.optimizer.scale_loss
         self.run = Runner(models, self.world, self.model)
 

@@ -3,36 +3,48 @@ function.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
-from moetrain.config.recipe import OptimConfig, Recipe
+from moetrain.config.optim import OptimConfig
+from moetrain.config.recipe import Recipe
 from moetrain.engine.model import DTYPES, PackedGPT
 from moetrain.errors import ConfigError
+from moetrain.models.rates import Rate
 
 
-def learning_rate(step: int, cfg: OptimConfig, num_steps: int) -> float:
+def learning_rate(
+    step: int, cfg: OptimConfig, num_steps: int, limits: tuple[float, float] | None = None
+) -> float:
     """The rate of optimizer step `step` (from 1) of `num_steps`: linear warm-up, then the schedule
-    down towards min_lr.
+    down towards min_lr. `limits` are the highest and last rate of a group that has its own.
 
     After the warm-up it is the rate that transformers' schedulers and Megatron-LM give that step:
     they count from 0, so that the last step still moves, and min_lr is where a step after it would
     be. The warm-up counts from 1, so that the first step moves too. wsd (arXiv 2404.06395) holds lr
     and decays over the last `decay_steps`, a tenth of the run when not given.
     """
+    lr, min_lr = limits or (cfg.lr, cfg.min_lr)
     warmup = warmup_steps(cfg, num_steps)
     if step <= warmup:
-        return cfg.lr * step / warmup
+        return lr * step / warmup
     if cfg.schedule == "constant":
-        return cfg.lr
+        return lr
     span = max(num_steps - warmup, 1)
     if cfg.schedule == "wsd":
         decay = cfg.decay_steps or max(span // 10, 1)
@@ -40,7 +52,7 @@ def learning_rate(step: int, cfg: OptimConfig, num_steps: int) -> float:
     else:
         decay = cfg.decay_steps or span
         shape, start = cfg.schedule, warmup
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * _shape(shape, (step - 1 - start) / decay)
+    return min_lr + (lr - min_lr) * _shape(shape, (step - 1 - start) / decay)
 
 
 def warmup_steps(cfg: OptimConfig, num_steps: int) -> int:
@@ -111,9 +123,16 @@ def gathered(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
 
 
 def make_optimizer(
-    wrapped: list[DistributedDataParallel], recipe: Recipe, backend: str, *, on_gpu: bool
+    wrapped: list[DistributedDataParallel],
+    recipe: Recipe,
+    backend: str,
+    rates: Mapping[Tensor, Rate],
+    *,
+    on_gpu: bool,
 ) -> Any:
-    """Megatron's distributed AdamW. Norm weights and biases take no weight decay."""
+    """Megatron's distributed AdamW. Norm weights and biases take no weight decay; parameters in
+    `rates` have rates of their own.
+    """
     cfg, dtype = recipe.optim, DTYPES[recipe.model.dtype]
     extra: dict[str, Any] = {}
     if cfg.state_dtype != "fp32":
@@ -146,12 +165,32 @@ def make_optimizer(
         overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
         **extra,
     )
-    optimizer = get_megatron_optimizer(config, wrapped, use_gloo_process_groups=on_gpu)
+    overrides = get_standard_config_overrides(config) | _overrides(rates)
+    optimizer = get_megatron_optimizer(
+        config, wrapped, config_overrides=overrides, use_gloo_process_groups=on_gpu
+    )
     if not on_gpu:  # on the host torch's AdamW goes over memory ten times, fused once
         for inner in _stepping(optimizer):
             for group in inner.param_groups:
                 group["fused"] = all(param.device.type == "cpu" for param in group["params"])
     return optimizer
+
+
+def _overrides(rates: Mapping[Tensor, Rate]) -> dict[ParamKey, ParamGroupOverride]:
+    """What Megatron tells groups apart by, in checkpoints too."""
+    result: dict[ParamKey, ParamGroupOverride] = {}
+    for number, rate in enumerate(sorted(set(rates.values()), key=repr)):
+        own = {id(param) for param, other in rates.items() if other == rate}
+        fields = ParamGroupOverride(max_lr=rate.lr, min_lr=rate.min_lr)
+        if rate.weight_decay is not None:
+            fields["start_wd"] = rate.weight_decay
+        is_own = partial(_is_in, own)
+        result[ParamKey(predicate=ParamPredicate(name=f"rate{number}", fn=is_own))] = fields
+    return result
+
+
+def _is_in(ids: set[int], param: Tensor) -> bool:
+    return id(param) in ids
 
 
 def start_state(optimizer: Any) -> None:
@@ -220,16 +259,16 @@ def _stepping(optimizer: Any) -> list[Any]:
 
 
 def set_rates(optimizer: Any, step: int, cfg: OptimConfig, num_steps: int) -> float:
-    """The learning rate of `step`, after telling it and the weight decay to every group.
+    """The learning rate of `step`, after setting every group's, and its weight decay.
 
-    Megatron only marks the groups that take no decay (`wd_mult`); to heed the mark is its
-    scheduler's, which is not used here.
+    Megatron only marks the groups that take no decay (`wd_mult`) or have limits of their own; to
+    heed the marks is its scheduler's, which is not used here.
     """
-    lr = learning_rate(step, cfg, num_steps)
     for group in optimizer.param_groups:
-        group["lr"] = lr
-        group["weight_decay"] = cfg.weight_decay * group["wd_mult"]
-    return lr
+        group["lr"] = learning_rate(step, cfg, num_steps, (group["max_lr"], group["min_lr"]))
+        decay = group.get("start_wd")
+        group["weight_decay"] = (cfg.weight_decay if decay is None else decay) * group["wd_mult"]
+    return learning_rate(step, cfg, num_steps)
 
 
 def clip_and_step(optimizer: Any, grad_norm: float, clip: float) -> None:

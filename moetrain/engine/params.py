@@ -3,7 +3,7 @@ scheme for both backends.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -76,6 +76,20 @@ def freeze(
                 names = [n for n, _ in canonical(name, param, chunk, world)]
                 param.requires_grad = names[0] in all_but
                 assert len({n in all_but for n in names}) == 1, f"{name}: some experts only"
+
+
+def by_parameter[T](
+    chunks: list[PackedGPT], world: World, values: Mapping[str, T]
+) -> dict[Tensor, T]:
+    """What `values` has by canonical name, by this rank's trained parameters. Experts that are one
+    parameter have one value.
+    """
+    return {
+        param: values[full]
+        for chunk in chunks
+        for name, param in chunk.named_parameters()
+        if param.requires_grad and (full := next(canonical(name, param, chunk, world))[0]) in values
+    }
 
 
 def local_params(chunks: list[PackedGPT], world: World) -> list[LocalParam]:

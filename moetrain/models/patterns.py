@@ -10,6 +10,8 @@ from moetrain.models.rules import VALUE_HEAD, Rule
 
 type Matcher = Callable[[str], bool]
 
+_EXPERT = re.compile(r"(?<=[a-zA-Z])\d+$")  # the number of an expert, which is one of a stack
+
 
 @cache
 def matcher(pattern: str) -> Matcher:
@@ -37,30 +39,46 @@ def nothing_matches(key: str, pattern: str, names: Iterable[str]) -> ConfigError
 
 
 def trainable_names(table: Mapping[str, Rule], patterns: Sequence[str]) -> frozenset[str]:
-    """The canonical names of the parameters that the recipe's `trainable` patterns select.
+    """The canonical names of the parameters that the recipe's `trainable` patterns select."""
+    names = {name: rule.hf for name, rule in table.items()}
+    return selected("trainable", names, patterns) | ({VALUE_HEAD} & table.keys())
+
+
+def selected(
+    key: str, names: Mapping[str, Sequence[str]], patterns: Sequence[str]
+) -> frozenset[str]:
+    """Which of `names` (canonical name -> its Hugging Face tensors) the patterns of the recipe's
+    `key` select.
 
     A pattern is held against Hugging Face names, with and without `.weight`. Raises ConfigError for
     a pattern that matches nothing, and for one that takes a part of what Megatron holds as one.
     """
     chosen: set[str] = set()  # Hugging Face names
-    names = [key for rule in table.values() for key in rule.hf]
+    every = [one for several in names.values() for one in several]
     for pattern in patterns:
         match = matcher(pattern)
-        found = [key for key in names if match(key) or match(key.removesuffix(".weight"))]
+        found = [one for one in every if match(one) or match(one.removesuffix(".weight"))]
         if not found:
-            raise nothing_matches(
-                "trainable", pattern, (name.removesuffix(".weight") for name in names)
-            )
+            raise nothing_matches(key, pattern, (one.removesuffix(".weight") for one in every))
         chosen.update(found)
+    held: dict[str, list[str]] = {}  # one tensor here -> canonical names
+    for name in names:
+        held.setdefault(_EXPERT.sub("", name), []).append(name)
     result: set[str] = set()
-    for name, rule in table.items():
-        taken = [key for key in rule.hf if key in chosen]
-        if taken and len(taken) < len(rule.hf):
+    for together in held.values():
+        parts = [one for name in together for one in names[name]]
+        taken = [one for one in parts if one in chosen]
+        if taken and len(taken) < len(parts):
+            left = [one for one in parts if one not in chosen]
             raise ConfigError(
-                f"trainable: {', '.join(taken)} cannot be trained without "
-                f"{', '.join(key for key in rule.hf if key not in chosen)}, with which it is one "
-                f"tensor here; name them all"
+                f"{key}: {_few(taken)} cannot be taken without {_few(left)}, with which it is one"
+                f" tensor here; name them all"
             )
         if taken:
-            result.add(name)
-    return frozenset(result | ({VALUE_HEAD} & table.keys()))
+            result.update(together)
+    return frozenset(result)
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

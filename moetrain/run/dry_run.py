@@ -16,6 +16,7 @@ from moetrain.layout.passed import check_passed
 from moetrain.models import Model, Rule, read_model, with_scalar_head
 from moetrain.models.adapter import AdapterSpec, adapter_table, trained_table
 from moetrain.models.lookup import find_model
+from moetrain.models.rates import own_rates
 
 MAX_RANKS_SHOWN = 64
 
@@ -73,13 +74,16 @@ def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> Model:
 
 def trained(recipe: Recipe, model: Model) -> Mapping[str, Rule]:
     """The weight table of what the recipe trains. Raises ConfigError for patterns that match
-    nothing.
+    nothing, those of optim.groups too.
     """
     adapters = None
     if recipe.adapter is not None:  # what one that is there already is, its folder says
         loaded = recipe.adapter.path is not None
         adapters = adapter_table(model, AdapterSpec.of(recipe.adapter), loaded=loaded)
-    return trained_table(model, recipe.trainable, adapters)
+    table = trained_table(model, recipe.trainable, adapters)
+    if recipe.adapter is None or recipe.adapter.path is None:
+        own_rates(recipe, table, adapters)
+    return table
 
 
 def _work(model: Model, seq_len: int) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 import moetrain
 from moetrain import files
 from moetrain.config.load import dump_recipe, load_recipe, recipe_hash
-from moetrain.config.recipe import OptimConfig, Recipe
+from moetrain.config.optim import OptimConfig
+from moetrain.config.recipe import Recipe
 from moetrain.errors import CheckpointError, ConfigError
 
 # What may differ from one start of a run to the next: it decides where, how fast and how watched,

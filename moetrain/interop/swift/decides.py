@@ -46,7 +46,7 @@ DECIDING: dict[str, tuple[tuple[str, ...], str]] = SAMPLED | {
     # the optimizer, and how long it goes on
     "apply_wd_to_qk_layernorm": (("false",), "norms have no weight decay"),
     "early_stop_interval": ((_NONE,), "a run ends at train.steps or train.epochs"),
-    "lorap_lr_ratio": ((_NONE, "1"), "both sides of an adapter have one learning rate"),
+    "lorap_lr_ratio": ((_NONE, "1"), "is LoRA+'s: there is no adapter"),
     "lr_scheduler_kwargs": ((_NONE, "{}"), "optim.schedule and its keys say it"),
     "lr_warmup_init": (("0",), "warm-up starts from 0"),
     "optim": (("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), _OPTIM),

@@ -170,6 +170,7 @@ _ADAPTER: tuple[Entry, ...] = (
         when=_new_adapter,
         always=True,
     ),
+    Same("lorap_lr_ratio", NUMBER, default=1.0, when=has_adapter),
     Same("trainable_parameters_regex", TRAINED, along={"freeze_parameters_ratio": "1"}),
     Choice(
         "router.freeze",
