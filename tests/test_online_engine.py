@@ -4,6 +4,7 @@ autograd, the same at every layout and however the batch is cut.
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from moetrain.config.method import MethodConfig
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
-from moetrain.data.samples import Prompt, Sample
+from moetrain.data.samples import Kept, Prompt, Sample
 from moetrain.loops.demonstrations import with_fields_of
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed, concat, from_tokens, pack_one
@@ -33,6 +34,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SHARE = 0.4  # mu of chord
 TEMPERATURES = {"dapo": 0.6, "gspo": 1.3, "chord": 0.7}  # of the answers; the others' is 1
+CUT = ("gspo", "chord")  # their answers were drawn from a few tokens at each place
+PENALTIES = {"dr_grpo": 1.4, "chord": 1.2}  # for repetition, of the answers
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one": (1, {}),
     "tp2": (2, {"tp": 2}),
@@ -69,12 +72,40 @@ def groups(model: Any) -> list[Group]:
     return made
 
 
+def kept_of(answer: tuple[int, ...]) -> list[list[int]]:
+    """What could be drawn at each place: the token, and a few others of the 200."""
+    return [[token, *{(7 * token + k) % 200 for k in range(n % 4)} - {token}]
+            for n, token in enumerate(answer, 1)]  # fmt: skip
+
+
+def cut(group: Group) -> Group:
+    answers = (
+        replace(a, sample=replace(a.sample, kept=Kept.of(kept_of(a.sample.tokens))))
+        for a in group.answers
+    )
+    return replace(group, answers=tuple(answers))
+
+
 def scored(
-    model: Any, prompt: tuple[int, ...], answer: tuple[int, ...], temperature: float
+    model: Any, prompt: tuple[int, ...], answer: tuple[int, ...], temperature: float, of: str = ""
 ) -> Tensor:
-    """[m] log-probs of an answer's tokens, by transformers."""
+    """[m] log-probs of an answer's tokens, by transformers; `of`: as a method's are drawn."""
     ids = torch.tensor([[*prompt, *answer]])
-    logp = torch.log_softmax(model(ids).logits[0, :-1].float() / temperature, -1)
+    logits = model(ids).logits[0, :-1].float()
+    if of in PENALTIES:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for place in range(len(logits)):
+            seen[place, ids[0, : place + 1]] = True
+        factor = torch.where(logits > 0, 1 / PENALTIES[of], PENALTIES[of])
+        logits = torch.where(seen, logits * factor, logits)
+    logits = logits / temperature
+    if of in CUT:
+        left_out = torch.zeros_like(logits, dtype=torch.bool)
+        for place, kept in enumerate(kept_of(answer), len(prompt) - 1):
+            left_out[place] = True
+            left_out[place, kept] = False
+        logits = logits.masked_fill(left_out, -torch.inf)
+    logp = torch.log_softmax(logits, -1)
     return logp.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
 
 
@@ -92,6 +123,9 @@ def packs_of(found: list[Group], method: str, *, seq_len: int, min_packs: int) -
     numbers = torch.tensor([i for i, g in enumerate(found) for _ in g.answers])
     values = {"advantage": online.advantages(rewards, numbers, cfg), "reward": rewards}
     values["temperature"] = torch.full_like(rewards, TEMPERATURES.get(method, 1.0))
+    if method in PENALTIES:
+        values["repetition_penalty"] = torch.full_like(rewards, PENALTIES[method])
+    found = [cut(group) for group in found] if method in CUT else found
     if online.shares is not None:
         values["share"] = torch.full_like(rewards, 1 - SHARE)
     packs = pack_groups(found, values, seq_len=seq_len, min_packs=min_packs)
@@ -143,7 +177,7 @@ def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[
         for answer in group.answers:
             sample, advantage = answer.sample, next(advantages)
             temperature = TEMPERATURES.get(method, 1.0)
-            logp = scored(model, group.prompt.tokens, sample.tokens, temperature)
+            logp = scored(model, group.prompt.tokens, sample.tokens, temperature, method)
             old, rollout = torch.tensor(old_of(sample)), torch.tensor(sample.logprobs)
             weight = (old - rollout).exp()
             if cfg.mismatch == "tis":

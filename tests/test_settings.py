@@ -61,6 +61,8 @@ SHOWN_BY: dict[str, str] = {
     "method.packs": "test_settings_runs",
     "method.truncated": "test_settings_runs",
     "rollout.steps_off": "test_rl",
+    **{f"rollout.{key}": "test_drawn" for key in ("top_p", "top_k", "min_p", "stop")},
+    "rollout.repetition_penalty": "test_drawn",
     "rollout.token_file": "test_settings_runs",
     "data.cache": "test_settings_runs",
     "data.demonstrations": "test_settings_runs",

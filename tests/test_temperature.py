@@ -1,5 +1,6 @@
-"""Every method that learns from rollouts at temperatures other than 1: what is learned from is
-scored as it was drawn, the proof of a push and demonstrations at 1.
+"""Every method that learns from rollouts at temperatures other than 1, at 0.6 with what Qwen3's
+card advises beside it and a repetition penalty: what is learned from is scored as it was drawn, the
+proof of a push and demonstrations as the model has it.
 """
 
 import json
@@ -26,6 +27,7 @@ METHODS = {
     "ppo": "{name: ppo, beta: 0.05}",
     "chord": "{name: chord, packs: 1}",
 }
+ADVISED = ["rollout.top_p=0.95", "rollout.top_k=20", "rollout.repetition_penalty=1.1"]
 DEMONSTRATIONS = "data.demonstrations=builtin:checkable-sft"
 
 
@@ -40,13 +42,14 @@ def test_every_method_at_every_temperature(workers: Workers, tmp_path: Path, met
     for temperature in (0.6, 1.0, 1.3):
         run_dir = tmp_path / str(temperature)
         own = [f"method={METHODS[method]}", f"rollout.temperature={temperature}"]
+        own += ADVISED if temperature == 0.6 else []
         own += [f"run_dir={run_dir}", *([DEMONSTRATIONS] if method == "chord" else [])]
         assert workers.run(1, ranks.trained, str(RECIPE), [*SETTINGS, *own]) == [0]
         runs[temperature] = steps(run_dir)
         assert [row["step"] for row in runs[temperature]] == [1, 2]
         for row in runs[temperature]:
             assert row["push/logprob_gap"] <= 1e-3 and row["push/reloads"] == 0
-            assert row["mismatch/abs"] <= 1e-3  # sampler and trainer mean the same distribution
+            assert row["mismatch/abs"] <= 1e-4  # sampler and trainer mean the same distribution
             assert row["ratio"] == pytest.approx(1, abs=1e-4)
     first = {temperature: rows[0] for temperature, rows in runs.items()}
     assert first[0.6]["entropy"] < first[1.0]["entropy"] < first[1.3]["entropy"]

@@ -54,7 +54,8 @@ def check_manifest(path: Path, identity: Identity) -> dict[str, Any]:
         raise DataError(
             f"{manifest_of(path)} is not readable ({error}). Remove it and {path}."
         ) from None
-    for name, (value, new_text) in identity.items():
+    for name in dict.fromkeys([*identity, *before]):
+        value, new_text = identity.get(name, (None, "nothing"))
         old, old_text = _before(before, name)
         if old != json.loads(json.dumps(value)):
             raise DataError(

@@ -34,6 +34,7 @@ from moetrain.engine.on_disk import (
 )
 from moetrain.engine.source import ModelSource, find_source
 from moetrain.errors import plural
+from moetrain.loops.rollouts import WHOLE
 from moetrain.models import read_model
 from moetrain.rewards import Grader, check_columns, gradable
 from moetrain.rollout import open_engine
@@ -131,7 +132,7 @@ def answer_all(
     source = find_source(recipe.model)
     folder = tokenizer_of(recipe)
     stops = stop_ids(chat_of(recipe), source.hf)
-    sampling = Sampling(rollout.max_tokens, temperature, stop_ids=stops)
+    sampling = Sampling.of(rollout, temperature, stops)
     identity = _identity(recipe, source, prompts, sampling)
     try:
         with ExitStack() as stack:
@@ -165,6 +166,8 @@ def _identity(
         "temperature": sampling.temperature,
         "seed": recipe.seed,
     }
+    drawn = {name: getattr(sampling, name) for name in (*WHOLE, "stop")}
+    plain |= {name: value for name, value in drawn.items() if value and value != WHOLE.get(name)}
     adapter = recipe.adapter.path if recipe.adapter else None
     own = [file_digest(part) for part in sorted(adapter.glob("adapter_*"))] if adapter else []
     named = f"{recipe.model.path} with {adapter}" if adapter else str(recipe.model.path)

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from moetrain.config.answering import BENCH
 from moetrain.config.load import explain, read_content
 from moetrain.config.rewards import Reward
-from moetrain.config.rollout import RolloutConfig
+from moetrain.config.rollout import CUTS, RolloutConfig
 from moetrain.config.section import Section
 from moetrain.errors import ConfigError
 
@@ -64,6 +64,12 @@ class BenchConfig(Section):
             raise ValueError(
                 f"samples={self.samples} greedy answers are one and the same: set"
                 " rollout.eval_temperature"
+            )
+        given = [n for n in CUTS if n in self.rollout.model_fields_set]
+        if given and self.rollout.eval_temperature == 0:
+            raise ValueError(
+                f"rollout.{given[0]} does nothing for greedy answers: set"
+                f" rollout.eval_temperature, or leave {given[0]} out"
             )
         return self
 

@@ -8,7 +8,11 @@ from pydantic import AfterValidator, Field, model_validator
 
 from moetrain.config.section import Section
 
+# Tokens that may be drawn at one place where training has them recorded; prime-rl's number.
+MOST_KEPT = 512
+CUTS = ("top_p", "top_k", "min_p")  # keys that leave tokens out of what is drawn from
 Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(str(path))))]
 
@@ -66,6 +70,35 @@ class RolloutConfig(Section):
     max_tokens: Count = Field(default=512, description="of an answer")
     temperature: float = Field(
         default=1.0, gt=0, description="of sampling; training uses the same distribution"
+    )
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="draw from the likeliest tokens that together have this share; training"
+        " renormalises over the same tokens",
+    )
+    top_k: int = Field(
+        default=0,
+        ge=0,
+        description="draw from the k likeliest tokens, and those level with the last; 0: from all,"
+        " or from 512 where top_p or min_p cut what is learned from",
+    )
+    min_p: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="draw from tokens with at least this share of the likeliest one's probability",
+    )
+    repetition_penalty: float = Field(
+        default=1.0,
+        gt=0,
+        description="logits of tokens of the prompt and the answer so far are divided by it, or"
+        " multiplied below 0; in training, too",
+    )
+    stop: list[Text] = Field(
+        default=[],
+        description="texts that end an answer; its tokens and its text have the one that did",
     )
     steps_off: int = Field(
         default=0,

@@ -2,10 +2,10 @@
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,39 @@ class Prompt:
     source: str = ""  # the file or folder of the record
 
 
+class Kept(NamedTuple):
+    """What could be drawn at each place of an answer, where that was less than everything: token
+    ids, those of the first place first.
+    """
+
+    sizes: NDArray[np.int32]  # [answer], how many ids a place has
+    ids: NDArray[np.int32]  # [sum of sizes]
+
+    @classmethod
+    def of(cls, places: Sequence[Sequence[int] | NDArray[np.int32]]) -> "Kept":
+        """From the ids of each place."""
+        sizes = np.array([len(own) for own in places], np.int32)
+        return cls(sizes, np.concatenate([np.asarray(own, np.int32) for own in places]))
+
+    def to_json(self) -> dict[str, str]:
+        """Both as base64 of little-endian int32."""
+        return {
+            name: base64.b64encode(own.astype("<i4").tobytes()).decode()
+            for name, own in self._asdict().items()
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, str]) -> "Kept":
+        """What `to_json` gave."""
+        sizes, ids = (
+            np.frombuffer(base64.b64decode(content[name]), "<i4").astype(np.int32)
+            for name in cls._fields
+        )
+        if sizes.sum() != len(ids):
+            raise ValueError(f"kept has {len(ids)} ids for {sizes.sum()}")
+        return cls(sizes, ids)
+
+
 def decode_routes(packed: Mapping[str, Any]) -> NDArray[np.int16]:
     """The router's choices out of {"shape": ..., "int16": base64 of little-endian numbers}."""
     flat = np.frombuffer(base64.b64decode(packed["int16"]), "<i2")
@@ -39,17 +72,22 @@ class Sample:
 
     prompt_id: str
     index: int  # which answer to its prompt
-    tokens: tuple[int, ...]  # with the end-of-turn token where it ended by itself
+    # With the end-of-turn token where it ended by itself, with those of a stop string where by one.
+    tokens: tuple[int, ...]
     logprobs: tuple[float, ...]  # of each token, under the distribution that it was drawn from
-    text: str  # special tokens too, but for those that ended it
+    text: str  # special tokens too, but for those that ended it; up to a stop string, and with it
     finish: Literal["stop", "length"]
     version: int  # of the weights: 0 before the first step
     # [prompt + answer - 1, MoE layers, top_k] int16: the router's choices, where asked for
     routes: NDArray[np.int16] | None = None
+    kept: Kept | None = None  # what could be drawn, where the sampler left something out
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object; routes as base64 with their shape."""
-        content = {name: value for name, value in asdict(self).items() if name != "routes"}
+        arrays = ("routes", "kept")
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
+        if self.kept is not None:
+            content["kept"] = self.kept.to_json()
         if self.routes is not None:
             packed = base64.b64encode(self.routes.astype("<i2").tobytes()).decode()
             content["routes"] = {"shape": self.routes.shape, "int16": packed}
@@ -64,9 +102,13 @@ class Sample:
         for name, kind in (("prompt_id", str), ("index", int), ("text", str), ("finish", str)):
             if not isinstance(content[name], kind):
                 raise TypeError(f"{name} is {type(content[name]).__name__}")
-        routes = content.get("routes")
+        routes, kept = content.get("routes"), content.get("kept")
         if routes is not None:
             routes = decode_routes(routes)
+        if kept is not None:
+            kept = Kept.from_json(kept)
+            if len(kept.sizes) != len(content["tokens"]):
+                raise ValueError(f"kept has {len(kept.sizes)} places")
         return cls(
             prompt_id=content["prompt_id"],
             index=content["index"],
@@ -76,6 +118,7 @@ class Sample:
             finish=content["finish"],
             version=content["version"],
             routes=routes,
+            kept=kept,
         )
 
 

@@ -23,6 +23,7 @@ from moetrain.engine.world import World
 from moetrain.methods.base import Out
 from moetrain.models import Model
 from moetrain.models.sharding import padded_rows
+from moetrain.ops.drawn import Drawn, drawn_of
 from moetrain.ops.logprob import token_logprobs
 from moetrain.ops.packed import Packed, blank, concat, pad_to
 from moetrain.pulse import beat
@@ -53,6 +54,7 @@ class Scored(NamedTuple):
 
     places: Tensor  # [m] int64, of c
     temperature: float | Tensor  # of the distributions: one for all, or [m] fp32
+    drawn: Drawn | None  # what else the sampler made of them
 
 
 @dataclass
@@ -104,11 +106,14 @@ class Runner:
     def _scored(self, on_host: Packed) -> Scored:
         """A sequence says its temperature in extras; others have 1."""
         places = self._mine(on_host.loss_mask).nonzero()[:, 0]
+        device = self.world.device
+        whole = self._mine(torch.arange(on_host.num_tokens))[places]
+        drawn = drawn_of(on_host, whole)
         own = on_host.extras.get("temperature")
         if own is None or bool(((own == 1) | (own == 0)).all()):  # 0: nothing of it is scored
-            return Scored(places.to(self.world.device), 1.0)
-        temperature = self._mine(own[on_host.sequence_ids])[places]
-        return Scored(places.to(self.world.device), temperature.to(self.world.device))
+            return Scored(places.to(device), 1.0, drawn and drawn.to(device))
+        temperature = own[on_host.sequence_ids[whole]].to(device)
+        return Scored(places.to(device), temperature, drawn and drawn.to(device))
 
     def _finish(
         self, head: Head, pack: Packed, scored: Scored, model: Any, hidden: Tensor
@@ -142,6 +147,7 @@ class Runner:
             vocab_size=self.model.heads.vocab,
             chunk=self.chunk,
             temperature=scored.temperature,
+            drawn=scored.drawn,
             with_entropy=self.with_entropy,
         )
         size = hidden.size(0)

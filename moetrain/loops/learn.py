@@ -80,6 +80,8 @@ def _values(recipe: Recipe, online: Online, batch: Batch) -> dict[str, Tensor]:
     values = {"reward": rewards, "advantage": online.advantages(rewards, numbers, recipe.method)}
     # What is learned from is scored as it was drawn; all else, the proof of a push included, at 1.
     values["temperature"] = torch.full_like(rewards, rollout.temperature)
+    if rollout.repetition_penalty != 1:
+        values["repetition_penalty"] = torch.full_like(rewards, rollout.repetition_penalty)
     if online.shares is not None:
         values["share"] = torch.full_like(rewards, online.shares(batch.step, recipe.method)[0])
     return values

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moetrain import files
+from moetrain.config.rollout import RolloutConfig
 from moetrain.data.groups import GradedAnswer, Group
 from moetrain.data.prompts import PromptOrder
 from moetrain.data.samples import Prompt, Sample, read_as, write_lines
@@ -27,6 +28,7 @@ from moetrain.errors import DataError
 from moetrain.rewards import Completion, Grader, Verdict
 from moetrain.rollout.base import Request, RolloutEngine, Sampling
 
+WHOLE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # all may be drawn
 MAX_ROUNDS = 8  # of sampling for one step, where groups without signal are dropped
 Drops = Callable[[Tensor, Tensor], Tensor]
 """(rewards [n], group [n]) -> [n] bool: answers of groups that teach nothing."""
@@ -44,10 +46,21 @@ class Batch:
     metrics: dict[str, float] = field(default_factory=dict[str, float])  # that rewards have logged
     fault: str = ""  # why the last answer that a reward failed on has none
     temperature: float | None = None  # its answers were sampled at; None: written by 0.1
+    sampling: dict[str, float] = field(default_factory=dict[str, float])  # the rest; {}: before 0.2
+
+    @property
+    def drawn_with(self) -> dict[str, float | None]:
+        """How its answers were sampled; until 0.2 from the whole distribution."""
+        return {"temperature": self.temperature, **WHOLE, **self.sampling}
 
     @property
     def answers(self) -> list[GradedAnswer]:
         return [answer for group in self.groups for answer in group.answers]
+
+
+def drawn_with(rollout: RolloutConfig) -> dict[str, float]:
+    """What of a recipe says from which distribution answers are drawn and how they are scored."""
+    return {name: getattr(rollout, name) for name in ("temperature", *WHOLE)}
 
 
 class Store:
@@ -71,7 +84,7 @@ class Store:
 
     def write(self, batch: Batch) -> None:
         """Keep a whole batch; its parts are no longer needed."""
-        names = ("cursor", "seconds", "counts", "metrics", "fault", "temperature")
+        names = ("cursor", "seconds", "counts", "metrics", "fault", "temperature", "sampling")
         head = {name: getattr(batch, name) for name in names}
         write_lines(self._path(batch.step), [head, *map(_row, batch.groups)])
         self._partial(batch.step).unlink(missing_ok=True)
@@ -128,6 +141,7 @@ class Collector:
     prompts: PromptOrder
     store: Store
     sampling: Sampling
+    drawn: Mapping[str, float]  # what the recipe says of it
     num_prompts: int
     group_size: int
     seed: int
@@ -181,7 +195,8 @@ class Collector:
             dict(counts),
             metrics,
             fault,
-            self.sampling.temperature,
+            self.drawn["temperature"],
+            {name: value for name, value in self.drawn.items() if name != "temperature"},
         )
         if not batch.groups:
             raise DataError(

@@ -7,9 +7,8 @@ while the others, and its own main thread, wait in short rounds in which a signa
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from moetrain.config.recipe import Recipe
@@ -24,6 +23,7 @@ from moetrain.loops.rollouts import (
     Batch,
     Collector,
     Store,
+    drawn_with,
     means,
     seed_of,
     timed,
@@ -77,7 +77,7 @@ def open_sampler(
     """The recipe's sampler: a rollout engine, or `rollout.replay`."""
     _, rollout = recipe.sampling
     if rollout.replay is not None:
-        yield Replayed(Store(rollout.replay), prompts, rollout.temperature)
+        yield Replayed(Store(rollout.replay), prompts, drawn_with(rollout))
         return
     with ExitStack() as stack:
         driver = None
@@ -89,11 +89,11 @@ def open_sampler(
 class Replayed:
     """Rollouts of an earlier run, without an engine: the same batches, the same losses.
 
-    temperature: that the recipe scores answers at; it has to be the one they were sampled at.
+    drawn: how the recipe scores answers; it has to be as they were sampled.
     """
 
-    def __init__(self, store: Store, prompts: PromptSet, temperature: float):
-        self.store, self.prompts, self.temperature = store, prompts, temperature
+    def __init__(self, store: Store, prompts: PromptSet, drawn: Mapping[str, float]):
+        self.store, self.prompts, self.drawn = store, prompts, drawn
 
     def start(self, step: int, last: int, state: dict[str, Any]) -> None:
         batch = self.store.read(step + 1)
@@ -102,12 +102,14 @@ class Replayed:
                 f"rollout.replay={self.store.folder} has no batch of step {step + 1}. Give the"
                 " rollouts folder of a run that came so far."
             )
-        if batch.temperature not in (None, self.temperature):
-            raise DataError(
-                f"rollout.replay={self.store.folder} was sampled at temperature"
-                f" {batch.temperature:g}: set rollout.temperature={batch.temperature:g}, or every"
-                " log-prob is compared with another distribution's."
-            )
+        for name, own in self.drawn.items():
+            was = batch.drawn_with.get(name)
+            if was not in (None, own):
+                raise DataError(
+                    f"rollout.replay={self.store.folder} was sampled at {name} {was:g}: set"
+                    f" rollout.{name}={was:g}, or every log-prob is compared with another"
+                    " distribution's."
+                )
 
     def take(self, step: int) -> Batch | None:
         batch = self.store.read(step)
@@ -142,12 +144,9 @@ class Driver:
         stack.callback(self.engine.close)
         self.grader = Grader(recipe.rewards, rollout.reward_workers, rollout.reward_seconds)
         stack.callback(self.grader.close)
-        self.sampling = Sampling(
-            rollout.max_tokens,
-            rollout.temperature,
-            stop_ids=stop_ids(chat_of(recipe), engine.source.hf),
-            routes=rollout.routing_replay,
-        )
+        self.stop_ids = stop_ids(chat_of(recipe), engine.source.hf)
+        drawn = Sampling.of(rollout, rollout.temperature, self.stop_ids)
+        self.sampling = drawn.to_learn_from(routes=rollout.routing_replay)
         online = METHODS[recipe.method.name].online
         assert online is not None
         drops = online.drops
@@ -157,6 +156,7 @@ class Driver:
             prompts=prompts.train,
             store=self.store,
             sampling=self.sampling,
+            drawn=drawn_with(rollout),
             num_prompts=rollout.prompts_per_step,
             group_size=rollout.group_size,
             seed=recipe.seed,
@@ -343,7 +343,7 @@ class Live:
         assert driver is not None, "the first rank drives"
         seconds: dict[str, float] = {}
         prompts = {prompt.id: prompt for prompt in self.prompts.held_out}
-        sampling = replace(driver.sampling, temperature=self.rollout.eval_temperature, routes=False)
+        sampling = Sampling.of(self.rollout, self.rollout.eval_temperature, driver.stop_ids)
         requests = [Request(p, 0, seed_of(0, p.id, 0), sampling) for p in prompts.values()]
         drawn: dict[str, Sample] = {}
         with timed(seconds, "seconds"):

@@ -6,12 +6,14 @@ vocab_start + v - 1. Rows at or past `vocab_size` are padding and take no part i
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.ops.drawn import Drawn
 from moetrain.ops.reduce import add_up, largest
 
 ROWS = 16  # tokens of a chunk that are worked on at one time: what a cache holds
@@ -27,6 +29,7 @@ def token_logprobs(
     vocab_size: int,
     chunk: int = 1024,
     temperature: float | Tensor = 1.0,
+    drawn: Drawn | None = None,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each label, and the entropy of each distribution when asked (a metric: no
@@ -34,7 +37,8 @@ def token_logprobs(
 
     hidden `[t, h]` of any dtype, the same on every rank of `group`; weight `[v, h]` local rows;
     labels `[t]` int64 global ids below `vocab_size`; temperature: what logits are divided by, one
-    for all or `[t]` fp32. Returns logp `[t]` and entropy `[t]` in fp32, the same on every rank.
+    for all or `[t]` fp32; drawn: what else the sampler made of them, `[t]`. Returns logp `[t]` and
+    entropy `[t]` in fp32, the same on every rank.
 
     The gradient of `hidden` is this rank's partial one: the caller sums it over `group`. That of
     `weight` is accumulated in fp32 and cast to the weight's dtype at the end. At most `[chunk, v]`
@@ -49,8 +53,10 @@ def token_logprobs(
         divisor = divisor.expand(hidden.shape[0])
     apply: Callable[..., tuple[Tensor, Tensor]] = _TokenLogprobs.apply  # pyright: ignore
     keep = torch.is_grad_enabled() and hidden.shape[0] <= chunk
+    keep = keep and (drawn is None or drawn.penalty is None)  # its factor hangs on the logits
     split = (group, vocab_start, vocab_size)
-    logp, entropy = apply(hidden, weight, labels, *split, chunk, divisor, with_entropy, keep)
+    how = _How(divisor, drawn, vocab_start)
+    logp, entropy = apply(hidden, weight, labels, *split, chunk, how, with_entropy, keep)
     return logp, entropy if with_entropy else None
 
 
@@ -67,14 +73,27 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).float()
 
 
-def _logits(hidden: Tensor, weight: Tensor, divisor: Tensor | None) -> Tensor:
-    """[c, v] fp32, each row divided by its own [c]."""
-    logits = _matmul(hidden, weight.t())
-    return logits if divisor is None else logits.div_(divisor[:, None])
+@dataclass(frozen=True)
+class _How:
+    """What becomes of logits before the softmax."""
 
+    divisor: Tensor | None  # [c] fp32
+    drawn: Drawn | None
+    vocab_start: int
 
-def _part(divisor: Tensor | None, part: slice) -> Tensor | None:
-    return None if divisor is None else divisor[part]
+    def part(self, part: slice) -> "_How":
+        divisor = None if self.divisor is None else self.divisor[part]
+        return _How(divisor, self.drawn and self.drawn.part(part), self.vocab_start)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[c, v] fp32, and what their gradient is multiplied with where that is not 1 / divisor."""
+        logits = _matmul(hidden, weight.t())
+        factor = self.drawn and self.drawn.penalise(logits, self.vocab_start)
+        if self.divisor is not None:
+            logits.div_(self.divisor[:, None])
+        if self.drawn is not None:
+            self.drawn.leave_out(logits, self.vocab_start)
+        return logits, factor
 
 
 def _add(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
@@ -100,9 +119,8 @@ def _statistics(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    vocab_start: int,
     chunk: int,
-    divisor: Tensor | None,
+    how: _How,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Over this rank's rows, `[4, t]` fp32: max m, sum of exp(l - m), logit of the label (0 if
@@ -116,8 +134,8 @@ def _statistics(
         return stats, exps
     for part in _chunks(t, chunk):
         del exps
-        logits = _logits(hidden[part].to(weight.dtype), weight, _part(divisor, part))
-        rows, here = _local_labels(labels[part], vocab_start, num_rows)
+        logits, _ = how.part(part).logits(hidden[part].to(weight.dtype), weight)
+        rows, here = _local_labels(labels[part], how.vocab_start, num_rows)
         stats[2, part] = logits.gather(1, rows[:, None])[:, 0].mul_(here)
         for some in _chunks(len(logits), chunk if logits.is_cuda else ROWS):
             _exp_(logits[some], stats[:, part][:, some], with_entropy)
@@ -149,14 +167,12 @@ class _TokenLogprobs(torch.autograd.Function):
         vocab_start: int,
         vocab_size: int,
         chunk: int,
-        divisor: Tensor | None,
+        how: _How,
         with_entropy: bool,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         num_rows = min(max(vocab_size - vocab_start, 0), weight.shape[0])
-        stats, exps = _statistics(
-            hidden, weight[:num_rows], labels, vocab_start, chunk, divisor, with_entropy
-        )
+        stats, exps = _statistics(hidden, weight[:num_rows], labels, chunk, how, with_entropy)
         top = stats[0].clone()
         sums = stats[1:]
         if group is not None and group.size() > 1:
@@ -173,7 +189,7 @@ class _TokenLogprobs(torch.autograd.Function):
         # Given up by the backward as it reads it, hence no saved tensor.
         ctx.kept = (exps, (stats[0] - lse).exp()) if keep else None
         ctx.vocab_start, ctx.num_rows = vocab_start, num_rows
-        ctx.chunk, ctx.divisor = chunk, divisor
+        ctx.chunk, ctx.how = chunk, how
         entropy = sums[0].log() - sums[2] / sums[0]
         ctx.mark_non_differentiable(entropy)
         return sums[1] - lse, entropy
@@ -188,17 +204,21 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
         kept, ctx.kept = ctx.kept, None
         for part in _chunks(hidden.shape[0], ctx.chunk) if ctx.num_rows else ():
-            inputs, divisor = hidden[part].to(weight.dtype), _part(ctx.divisor, part)
+            inputs, how = hidden[part].to(weight.dtype), ctx.how.part(part)
+            factor: Tensor | None = None
             if kept is None:
-                exps = _logits(inputs, live, divisor).sub_(lse[part, None]).exp_()
+                logits, factor = how.logits(inputs, live)
+                exps = logits.sub_(lse[part, None]).exp_()
                 scale = torch.ones_like(grad_logp[part])
             else:
                 exps, scale = kept
             # d logp / d logits = onehot - p, and p = exps * scale
-            share = grad_logp[part] if divisor is None else grad_logp[part] / divisor
+            share = grad_logp[part] if how.divisor is None else grad_logp[part] / how.divisor
             rows, here = _local_labels(labels[part], ctx.vocab_start, ctx.num_rows)
             grad = exps.mul_((-share * scale)[:, None])
             grad.scatter_add_(1, rows[:, None], (share * here)[:, None])
+            if factor is not None:
+                grad.mul_(factor)
             grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = _matmul(grad, live).to(hidden.dtype)

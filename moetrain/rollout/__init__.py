@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from moetrain.config.reads import SERVER_RULE, leave_out, unread
 from moetrain.config.recipe import Recipe
+from moetrain.config.rollout import MOST_KEPT
 from moetrain.errors import RolloutError
 from moetrain.rollout.base import RolloutEngine
 
@@ -46,6 +47,11 @@ def check_engine(recipe: Recipe) -> None:
     found = dict(unread(recipe, (SERVER_RULE,)))
     if found:
         raise RolloutError(f"{leave_out(found)}.")
+    if rollout.top_k > MOST_KEPT:
+        raise RolloutError(
+            f"rollout.top_k={rollout.top_k}: training records the tokens that could be drawn, at"
+            f" most {MOST_KEPT} a place. Give no more, or leave it out for all."
+        )
     if rollout.replay is None:
         ENGINES[rollout.engine].check(recipe)
 

@@ -3,11 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
+from moetrain.config.rollout import MOST_KEPT, RolloutConfig
 from moetrain.data.samples import Prompt, Sample
 
 PROBE_TOKENS = 8  # greedy tokens that follow each probe
@@ -15,14 +16,40 @@ PROBE_TOKENS = 8  # greedy tokens that follow each probe
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. Without top_p and top_k the distribution is the model's own."""
+    """How answers are drawn. Without what stands in `rollout` beside the temperature, and at 1, the
+    distribution is the model's own.
+    """
 
     max_tokens: int
     temperature: float = 1.0  # 0: the likeliest token
     top_p: float = 1.0
     top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     stop_ids: tuple[int, ...] = ()  # an answer ends with one of these
+    stop: tuple[str, ...] = ()  # or when its text has one of these
     routes: bool = False  # record the router's choices
+    kept: bool = False  # record what could be drawn
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig, temperature: float, stop_ids: tuple[int, ...]) -> Self:
+        """As the section says. At temperature 0 there is nothing to choose from."""
+        own = cls(
+            rollout.max_tokens,
+            temperature,
+            repetition_penalty=rollout.repetition_penalty,
+            stop_ids=stop_ids,
+            stop=tuple(rollout.stop),
+        )
+        if not temperature:
+            return own
+        return replace(own, top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p)
+
+    def to_learn_from(self, *, routes: bool) -> Self:
+        """With all that training asks for: what could be drawn is recorded, so it is bounded."""
+        if self.top_p == 1 and not self.top_k and not self.min_p:
+            return replace(self, routes=routes)
+        return replace(self, routes=routes, kept=True, top_k=self.top_k or MOST_KEPT)
 
 
 @dataclass(frozen=True)
@@ -112,11 +139,21 @@ class RolloutEngine(Protocol):
         ...
 
 
-def text_of_answer(tokenizer: Any, tokens: Sequence[int], stop_ids: Sequence[int]) -> str:
-    """What was said, without the tokens that ended it. Other special tokens are part of it: marks
-    of a thought are, in some models, and rewards have to see them.
+def text_of_answer(
+    tokenizer: Any, tokens: Sequence[int], stop_ids: Sequence[int], stop: Sequence[str] = ()
+) -> str:
+    """What was said, without the tokens that ended it, up to a stop string and with that: it was
+    drawn, and rewards look for it. Other special tokens are part of it: marks of a thought are, in
+    some models, and rewards have to see them.
     """
     end = len(tokens)
     while end and tokens[end - 1] in stop_ids:
         end -= 1
-    return tokenizer.decode(list(tokens[:end]), skip_special_tokens=False)
+    text = tokenizer.decode(list(tokens[:end]), skip_special_tokens=False)
+    return text[: stopped_at(text, stop)]
+
+
+def stopped_at(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first stop string of a text ends; None where it has none."""
+    ends = [text.find(own) + len(own) for own in stop if own in text]
+    return min(ends, default=None)

@@ -79,6 +79,10 @@ def as_json(number: int, request: Request) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
         "stop_ids": sampling.stop_ids,
+        "stop": sampling.stop,
         "routes": sampling.routes,
+        "kept": sampling.kept,
     }

@@ -21,10 +21,18 @@ from torch import Tensor
 
 from moetrain import files
 from moetrain.data import tokenizer as tokenizers
-from moetrain.data.samples import Prompt, Sample
+from moetrain.data.samples import Kept, Prompt, Sample
 from moetrain.errors import RolloutError
 from moetrain.pulse import beat
-from moetrain.rollout.base import PROBE_TOKENS, Probe, Request, Sampling, text_of_answer
+from moetrain.rollout.base import (
+    PROBE_TOKENS,
+    Probe,
+    Request,
+    Sampling,
+    stopped_at,
+    text_of_answer,
+)
+from moetrain.rollout.shaping import shaped
 
 BATCH = 64  # answers drawn together
 
@@ -58,12 +66,8 @@ class Embedded:
     @torch.inference_mode()
     def _draw(self, requests: Sequence[Request]) -> list[Sample]:
         sampling = requests[0].sampling
-        if any(r.sampling != sampling for r in requests) or sampling.top_p < 1 or sampling.top_k:
-            raise RolloutError(
-                "rollout.engine=embedded draws from the whole distribution: leave top_p and top_k"
-                " out, or take vllm."
-            )
-        drawing = _Drawing(self.model, requests)
+        assert all(r.sampling == sampling for r in requests), "a batch is drawn one way"
+        drawing = _Drawing(self.model, self.tokenizer, requests)
         while drawing.open_rows and len(drawing.tokens[0]) < sampling.max_tokens:
             drawing.step(sampling)
             beat()  # no client watches it, as one does a server
@@ -73,10 +77,11 @@ class Embedded:
                 index=request.index,
                 tokens=tuple(drawing.answer_tokens(row)),
                 logprobs=tuple(drawing.logprobs[row][: drawing.lengths[row]]),
-                text=text_of_answer(self.tokenizer, drawing.answer_tokens(row), sampling.stop_ids),
+                text=drawing.text(row, sampling),
                 finish="length" if row in drawing.open_rows else "stop",
                 version=self.version,
                 routes=drawing.routes(row) if sampling.routes else None,
+                kept=Kept.of(drawing.kept[row]) if sampling.kept else None,
             )
             for row, request in enumerate(requests)
         ]
@@ -164,8 +169,8 @@ class _Drawing:
     ended is drawn on, and not kept.
     """
 
-    def __init__(self, model: Any, requests: Sequence[Request]):
-        self.model = model
+    def __init__(self, model: Any, tokenizer: Any, requests: Sequence[Request]):
+        self.model, self.tokenizer = model, tokenizer
         self.prompts = [request.prompt.tokens for request in requests]
         self.longest = max(map(len, self.prompts))
         self.ids = torch.zeros(len(requests), self.longest, dtype=torch.int64)
@@ -178,6 +183,8 @@ class _Drawing:
         self.logprobs: list[list[float]] = [[] for _ in requests]
         self.lengths = [0] * len(requests)
         self.open_rows = set(range(len(requests)))
+        self.kept: list[list[Any]] = [[] for _ in requests]  # ids, of each token of an answer
+        self.seen = torch.zeros(0)  # [b, v] bool, from the first step on
         self._chosen: list[Tensor] = []  # [b, s, l, k] of each pass
         self._cache: Any = None
 
@@ -194,7 +201,7 @@ class _Drawing:
                 use_cache=True,
             )
         self._cache = out.past_key_values
-        logp = torch.log_softmax(out.logits[:, -1].float() / (sampling.temperature or 1.0), -1)
+        logp = shaped(out.logits[:, -1].float(), self._seen(out.logits.size(-1)), sampling)
         drawn = logp.argmax(-1)
         if sampling.temperature:
             # Gumbel's trick with a generator a row: an answer does not depend on the others.
@@ -203,11 +210,33 @@ class _Drawing:
         for row, token in enumerate(drawn.tolist()):
             self.tokens[row].append(token)
             self.logprobs[row].append(float(logp[row, token]))
-            self.lengths[row] += row in self.open_rows
-            if token in sampling.stop_ids:
-                self.open_rows.discard(row)
+            if row in self.open_rows:
+                self.lengths[row] += 1
+                if sampling.kept:
+                    self.kept[row].append(logp[row].isfinite().nonzero()[:, 0].int().numpy())
+                if self._ends(row, token, sampling):
+                    self.open_rows.discard(row)
+        self.seen.scatter_(1, drawn[:, None], True)
         self.ids = torch.cat([self.ids, drawn[:, None]], 1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+
+    def _seen(self, vocab: int) -> Tensor:
+        """[b, vocab] bool: tokens of each prompt and of its answer so far."""
+        if not len(self.seen):
+            self.seen = torch.zeros(len(self.prompts), vocab, dtype=torch.bool)
+            for row, prompt in enumerate(self.prompts):
+                self.seen[row, list(prompt)] = True
+        return self.seen
+
+    def _ends(self, row: int, token: int, sampling: Sampling) -> bool:
+        if token in sampling.stop_ids:
+            return True
+        return bool(sampling.stop) and stopped_at(self.text(row), sampling.stop) is not None
+
+    def text(self, row: int, sampling: Sampling | None = None) -> str:
+        """What an answer says so far; with `sampling` up to where it ended."""
+        stops = (sampling.stop_ids, sampling.stop) if sampling else ((), ())
+        return text_of_answer(self.tokenizer, self.answer_tokens(row), *stops)
 
     def answer_tokens(self, row: int) -> list[int]:
         """The tokens of an answer, to its end."""

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from moetrain.data import tokenizer as tokenizers
-from moetrain.data.samples import Sample, decode_routes
+from moetrain.data.samples import Kept, Sample, decode_routes
 from moetrain.errors import RolloutError
 from moetrain.rollout.base import PROBE_TOKENS, Probe, Request, text_of_answer
 from moetrain.rollout.client import QueueFull, ServerLost
@@ -138,16 +138,17 @@ class Fleet:
             raise
 
     def _sample(self, request: Request, answer: dict[str, Any]) -> Sample:
-        tokens = tuple(answer["tokens"])
+        tokens, sampling = tuple(answer["tokens"]), request.sampling
         return Sample(
             prompt_id=request.prompt.id,
             index=request.index,
             tokens=tokens,
             logprobs=tuple(answer["logprobs"]),
-            text=text_of_answer(self.tokenizer, tokens, request.sampling.stop_ids),
+            text=text_of_answer(self.tokenizer, tokens, sampling.stop_ids, sampling.stop),
             finish="length" if answer["finish"] == "length" else "stop",
             version=self.version,
-            routes=decode_routes(answer["routes"]) if request.sampling.routes else None,
+            routes=decode_routes(answer["routes"]) if sampling.routes else None,
+            kept=Kept.from_json(answer["kept"]) if sampling.kept else None,
         )
 
     def _recover(self, server: Server) -> None:

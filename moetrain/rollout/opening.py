@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.config.recipe import Recipe
-from moetrain.config.rollout import RolloutConfig
+from moetrain.config.rollout import MOST_KEPT, RolloutConfig
+from moetrain.data.run_tokenizer import tokenizer_of
 from moetrain.errors import RolloutError
 from moetrain.rollout.client import Client
 from moetrain.rollout.fleet import Fleet
@@ -94,6 +95,9 @@ def launch_of(
         "routes": rollout.routing_replay,
         "transfer": None if way == "file" else way,
         "max_queue": rollout.max_queue,
+        # vLLM reads text for stop strings alone.
+        "tokenizer": str(tokenizer_of(recipe).absolute()) if rollout.stop else None,
+        "most_kept": MOST_KEPT,
         "engine": engine | rollout.engine_args,
     }
     return Launch(python, folder, settings, token, env)

@@ -27,13 +27,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from moetrain_answers import LEVEL, LOGPROBS, answer_of, keep_what_could_be_drawn, params_of
 from moetrain_door import MIB, Guard, Refused, body_of, protocol
 from moetrain_weights import unseen
 from moetrain_worker import WITH_ROUTES, packed
 
 TOKEN = "MOETRAIN_ROLLOUT_TOKEN"
 BEAT_SECONDS = 1.0
-LOGPROBS = {"logprobs": 0, "detokenize": False, "ignore_eos": True}  # of the drawn token alone
 
 
 class Service:
@@ -45,6 +45,7 @@ class Service:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.on_cpu = current_platform.is_cpu()
+        keep_what_could_be_drawn()
         args = engine_args(settings, self.on_cpu)
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         self.settings, self.file = settings, file
@@ -79,6 +80,8 @@ class Service:
 
     async def generate(self, body: dict[str, Any]) -> Any:
         requests = body["requests"]
+        if not self.settings["tokenizer"] and any(request["stop"] for request in requests):
+            raise Refused(400, "rollout.stop needs a server that was started with rollout.stop")
         if self.version is None or body["version"] != self.version:
             raise Refused(409, f"weights {body['version']} are asked for, {self.version} served")
         room = max(0, self.settings["max_queue"] - self.unfinished)
@@ -111,33 +114,19 @@ class Service:
                 task.cancel()
 
     async def _draw(self, request: dict[str, Any]) -> dict[str, Any]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         routes = request["routes"]
         whole = len(request["tokens"]) + request["max_tokens"]
         if whole > self.longest:  # vLLM 0.32 would cut the answer there, as if max_tokens said so
             limit = f"vLLM's limit of {self.longest} (rollout.engine_args.max_model_len)"
             text = f"its {len(request['tokens'])} tokens and rollout.max_tokens pass {limit}"
             return {"number": request["number"], "error": text}
-        params = SamplingParams(
-            max_tokens=request["max_tokens"],
-            temperature=request["temperature"],
-            top_p=request["top_p"],
-            top_k=request["top_k"],
-            seed=request["seed"],
-            stop_token_ids=request["stop_ids"],
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            # What comes from the cache passes no router.
-            skip_reading_prefix_cache=True if routes and self.on_cpu else None,
-            **LOGPROBS,
-        )
+        params = params_of(request, self.on_cpu)
         name = f"{WITH_ROUTES if routes else 'plain-'}{next(self._numbers)}"
         try:
             out = await self._last(request["tokens"], params, name)
         except ValueError as error:  # vLLM's refusal of this request
             return {"number": request["number"], "error": str(error)}
-        answer = _answer(out) | {"number": request["number"]}
+        answer = answer_of(out, kept=request["kept"]) | {"number": request["number"]}
         if routes:
             answer["routes"] = await self._routes_of(out, name)
         return answer
@@ -174,7 +163,7 @@ class Service:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=num_tokens, temperature=0.0, **LOGPROBS)
-        return _answer(await self._last(tokens, params, f"greedy-{next(self._numbers)}"))
+        return answer_of(await self._last(tokens, params, f"greedy-{next(self._numbers)}"))
 
     async def push(self, body: dict[str, Any]) -> Any:
         async with self._pushing:
@@ -241,16 +230,6 @@ class Service:
         return {}
 
 
-def _answer(out: Any) -> dict[str, Any]:
-    one = out.outputs[0]
-    drawn = zip(one.token_ids, one.logprobs, strict=True)
-    return {
-        "tokens": list(one.token_ids),
-        "logprobs": [entry[token].logprob for token, entry in drawn],
-        "finish": one.finish_reason,
-    }
-
-
 def engine_args(settings: dict[str, Any], on_cpu: bool) -> dict[str, Any]:
     """Arguments of vLLM's engine: ours, which a recipe may add to and not change."""
     folder = Path(settings["model"])
@@ -258,12 +237,15 @@ def engine_args(settings: dict[str, Any], on_cpu: bool) -> dict[str, Any]:
         folder, settings["version"] = Path(settings["base"]), None
     args: dict[str, Any] = {
         "model": str(folder),
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not settings["tokenizer"],
+        "max_logprobs": settings["most_kept"] + LEVEL,
         "logprobs_mode": "processed_logprobs",  # of the distribution that is drawn from
         "worker_extension_cls": "moetrain_worker.Worker",
         "enable_prefix_caching": True,
         "disable_log_stats": True,
     }
+    if settings["tokenizer"]:
+        args["tokenizer"] = settings["tokenizer"]
     free = {"enforce_eager": on_cpu, "seed": 0}
     if not list(folder.glob("*.safetensors")):
         args["load_format"] = "dummy"
