@@ -25,15 +25,16 @@ def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Ten
 
 def reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, out_grad: Tensor, temperature: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, gradient of hidden, gradient of weight by the plain formula."""
+) -> tuple[Tensor, ...]:
+    """logp, entropy, log sum p^2, gradient of hidden, gradient of weight by the plain formula."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logits = (hidden @ weight.t())[:, :V].float() / torch.as_tensor(temperature).reshape(-1, 1)
     full = logits.log_softmax(-1)
     logp = full.gather(1, labels[:, None])[:, 0]
     (logp * out_grad).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
-    return logp.detach(), -(full.exp() * full).sum(-1).detach(), hidden.grad, weight.grad
+    others = -(full.exp() * full).sum(-1), full.exp().square().sum(-1).log()
+    return logp.detach(), *(x.detach() for x in others), hidden.grad, weight.grad
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
@@ -45,7 +46,7 @@ def test_equals_log_softmax(chunk: int, temperature: float | Tensor | str) -> No
     expected = reference(hidden, weight, labels, out_grad, temperature)
     hidden.requires_grad_()
     weight.requires_grad_()
-    logp, entropy = token_logprobs(
+    logp, entropy, squares = token_logprobs(
         hidden,
         weight,
         labels,
@@ -55,10 +56,13 @@ def test_equals_log_softmax(chunk: int, temperature: float | Tensor | str) -> No
         chunk=chunk,
         temperature=temperature,
         with_entropy=True,
+        with_squares=True,
     )
     assert entropy is not None and not entropy.requires_grad
+    assert squares is not None and not squares.requires_grad
     (logp * out_grad).sum().backward()
-    for got, want in zip((logp, entropy, hidden.grad, weight.grad), expected, strict=True):
+    found = (logp, entropy, squares, hidden.grad, weight.grad)
+    for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
     assert weight.grad is not None and weight.grad[V:].abs().max() == 0
 
@@ -67,21 +71,21 @@ def test_bfloat16_weights_and_fp32_hidden() -> None:
     hidden, weight, labels, out_grad = make_inputs(torch.bfloat16)
     expected = reference(hidden.float(), weight.float(), labels, out_grad, 1.0)
     hidden, weight = hidden.float().requires_grad_(), weight.requires_grad_()
-    logp, entropy = token_logprobs(
+    logp, entropy, squares = token_logprobs(
         hidden, weight, labels, group=None, vocab_start=0, vocab_size=V, chunk=4
     )
     (logp * out_grad).sum().backward()
-    assert entropy is None and logp.dtype == torch.float32
+    assert entropy is None and squares is None and logp.dtype == torch.float32
     assert hidden.grad is not None and weight.grad is not None
     assert hidden.grad.dtype == torch.float32 and weight.grad.dtype == torch.bfloat16
     torch.testing.assert_close(logp, expected[0], atol=0.05, rtol=0.02)
-    torch.testing.assert_close(hidden.grad, expected[2], atol=0.05, rtol=0.05)
-    torch.testing.assert_close(weight.grad.float(), expected[3], atol=0.1, rtol=0.05)
+    torch.testing.assert_close(hidden.grad, expected[3], atol=0.05, rtol=0.05)
+    torch.testing.assert_close(weight.grad.float(), expected[4], atol=0.1, rtol=0.05)
 
 
 def test_extreme_logits_stay_finite() -> None:
     hidden, weight, labels, _ = make_inputs()
-    logp, entropy = token_logprobs(
+    logp, entropy, _ = token_logprobs(
         hidden * 1e4, weight, labels, group=None, vocab_start=0, vocab_size=V, with_entropy=True
     )
     assert (
@@ -108,7 +112,7 @@ def check_vocab_parallel(rank: int, world: int, store: str) -> None:
         rows = vocab_rows // world
         local = whole[rank * rows : (rank + 1) * rows].clone().requires_grad_()
         inputs = hidden.clone().requires_grad_()
-        logp, entropy = token_logprobs(
+        logp, entropy, squares = token_logprobs(
             inputs,
             local,
             labels,
@@ -118,12 +122,13 @@ def check_vocab_parallel(rank: int, world: int, store: str) -> None:
             chunk=7,
             temperature=0.9,
             with_entropy=True,
+            with_squares=True,
         )
         (logp * out_grad).sum().backward()
         assert inputs.grad is not None and local.grad is not None
         dist.all_reduce(inputs.grad)
-        got = (logp, entropy, inputs.grad, local.grad)
-        want = (*expected[:3], expected[3][rank * rows : (rank + 1) * rows])
+        got = (logp, entropy, squares, inputs.grad, local.grad)
+        want = (*expected[:4], expected[4][rank * rows : (rank + 1) * rows])
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
     dist.destroy_process_group()
@@ -152,7 +157,7 @@ def test_no_tensor_of_all_logits_exists() -> None:
     weight = torch.randn(v, 8, requires_grad=True)
     labels = torch.randint(0, v, (t,))
     with LargestTensor() as seen:
-        logp, _ = token_logprobs(
+        logp, _, _ = token_logprobs(
             hidden,
             weight,
             labels,

@@ -6,18 +6,25 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from moetrain.config.method import SECTIONS, MethodConfig
+from moetrain.config.method import SECTIONS, MethodConfig, PairLoss
 from moetrain.methods import METHODS
 from moetrain.methods.base import Out
+from moetrain.methods.pair_losses import (
+    PAIR_LOSSES,
+    discopop_loss,
+    hinge_loss,
+    robust_loss,
+    sigmoid_loss,
+)
 from moetrain.ops.packed import Packed, concat, pack_one, pad_to
 
 RECORDED = json.loads((Path(__file__).parent / "fixtures" / "trl.json").read_text())
@@ -28,7 +35,14 @@ def name_of(case: dict[str, Any]) -> str:
     return ", ".join(str(v) for v in case["method"].values())
 
 
-def answer(logp: list[float], mask: list[int], role: int, ref: float, margin: float) -> Packed:
+def answer(
+    logp: list[float],
+    mask: list[int],
+    role: int,
+    ref: float,
+    margin: float,
+    squares: list[float],
+) -> Packed:
     """One answer; its log-probs ride along as values per token."""
     t = len(logp)
     zeros = torch.zeros(t)
@@ -37,7 +51,10 @@ def answer(logp: list[float], mask: list[int], role: int, ref: float, margin: fl
         "ref_logp": torch.tensor([ref], dtype=torch.float64),
         "margin": torch.tensor([margin], dtype=torch.float64),
     }
-    own = {"logp": torch.tensor(logp, dtype=torch.float64)}
+    own = {
+        "logp": torch.tensor(logp, dtype=torch.float64),
+        "log_squares": torch.tensor(squares, dtype=torch.float64),
+    }
     return pack_one(zeros, zeros, torch.tensor(mask), extras=extras, per_token=own)
 
 
@@ -52,10 +69,13 @@ def packed(case: dict[str, Any]) -> Packed:
         reference = case["reference"] or [0.0] * len(logp)
     half = len(logp) // 2
     margins = case.get("margin") or [0.0] * half
+    squares = case.get("log_squares") or [[0.0] * len(row) for row in logp]
     parts: list[Packed] = []
     for i in range(half):
         for role, row in ((1, i), (2, half + i)):
-            parts.append(answer(logp[row], mask[row], role, reference[row], margins[i]))
+            parts.append(
+                answer(logp[row], mask[row], role, reference[row], margins[i], squares[row])
+            )
     pack = concat(parts)
     return pad_to(pack, pack.num_tokens + 5)
 
@@ -69,8 +89,10 @@ def computed(case: dict[str, Any], packs: list[Packed]) -> tuple[float, dict[str
     sums: dict[str, list[float]] = {}
     for pack in packs:
         values: Tensor = pack.per_token["logp"]
-        out = Out(logp=values * pack.loss_mask, value=values)
-        found, metrics = method.loss(out, pack, cfg, {"kl": case.get("kl", 0.0)})
+        squares = pack.per_token["log_squares"]
+        out = Out(logp=values * pack.loss_mask, value=values, log_squares=squares)
+        known = {"kl": case.get("kl", 0.0)} | case.get("known", {})
+        found, metrics = method.loss(out, pack, cfg, known)
         for name, count in method.count(pack, cfg).items():
             terms[name] = terms.get(name, 0.0) + float(found[name])
             counts[name] = counts.get(name, 0.0) + float(count)
@@ -104,6 +126,67 @@ def test_what_a_method_is_judged_by_and_about_is_measured(case: dict[str, Any]) 
     cfg: Any = TypeAdapter(MethodConfig).validate_python(case["method"])
     assert set(cfg.judged_by) <= {"eval_loss", *(f"eval_{name}" for name in metrics)}
     assert set(cfg.about) <= {"loss", *metrics} and "loss" in cfg.about
+
+
+def test_every_loss_of_pairs_is_held_against_trl() -> None:
+    """By itself; and all of it is in TRL's list but for what sorts a batch."""
+    alone = {tuple(case["method"].get("loss_type", ())) for case in CASES}
+    assert {(name,) for name in PAIR_LOSSES} <= alone
+    assert {*PAIR_LOSSES, "sft"} == {*get_args(PairLoss)}
+
+
+def test_the_mean_reward_of_the_steps_before_is_taken_off() -> None:
+    """BCO's shift: 0 at first, then the mean over steps of what both answers got."""
+    case = next(c for c in CASES if c["method"].get("loss_type") == ["bco_pair"])
+    settings = {"name": "dpo", "beta": 0.3, "loss_type": "bco_pair"}
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(settings)
+    ratio = [sum(a) - b for a, b in zip(case["logp"], case["reference"], strict=True)]
+    half = len(ratio) // 2
+    known: dict[str, float] = {}
+    before: list[float] = []
+    for step in range(3):
+        own = case | {"method": settings, "known": known}
+        own["reference"] = [r - step for r in case["reference"]]
+        rewards = [0.3 * (r + step) for r in ratio]
+        shift = sum(before) / len(before) if before else 0.0
+        terms = [math.log1p(math.exp(shift - r)) for r in rewards[:half]]
+        terms += [math.log1p(math.exp(r - shift)) for r in rewards[half:]]
+        loss, metrics = computed(own, [packed(own)])
+        assert loss == pytest.approx(sum(terms) / half, rel=1e-6)
+        assert loss == pytest.approx(case["loss"], rel=1e-6) or step > 0
+        known = METHODS["dpo"].carried(known, metrics, cfg)
+        before.append(sum(rewards) / len(rewards))
+    assert (
+        METHODS["dpo"].carried(known, metrics, cfg.model_copy(update={"loss_type": ["ipo"]})) == {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"loss_type": "aot"}, "sorts the log-ratios of a batch"),
+        ({"loss_type": ["ipo", "ipo"]}, "twice"),
+        ({"loss_type": ["ipo", "hinge"], "loss_weights": [1.0]}, "one for each"),
+        ({"loss_type": "sft"}, "method sft"),
+        ({"loss_type": ["ipo", "sft"], "rpo_alpha": 0.1}, "leave rpo_alpha out"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "exo_pair, robust, sigmoid"),
+        ({"loss_type": "exo_pair"}, "0.001"),
+        ({"loss_type": "ipo", "discopop_tau": 0.1}, "without loss_type discopop"),
+        ({"reward_shift": "none"}, "without loss_type bco_pair"),
+    ],
+)
+def test_losses_that_do_not_fit_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        TypeAdapter(MethodConfig).validate_python({"name": "dpo", **settings})
+
+
+def test_a_blend_of_far_pairs_is_a_number() -> None:
+    """DiscoPOP's exponential and its share are inf and 0 by themselves (TRL 1.16: nan)."""
+    h = torch.tensor([-4000.0, -900.0, 0.0, 900.0], requires_grad=True)
+    found = discopop_loss(h, 0.1, 0.05)
+    found.sum().backward()
+    assert h.grad is not None and h.grad.isfinite().all()
+    assert found.tolist() == pytest.approx([400.0, 90.0, (math.log(2) + 1) / 2, 0.0], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "hinge", "robust"])
@@ -177,7 +260,8 @@ PAIRED = [c for c in CASES if c["method"]["name"] not in ("sft", "dft")]
 @pytest.mark.parametrize("case", PAIRED, ids=name_of)
 def test_where_a_batch_is_cut_changes_nothing(case: dict[str, Any]) -> None:
     whole, metrics = computed(case, [packed(case)])
-    fields = [name for name in ("logp", "mask", "reference", "scores") if case.get(name)]
+    names = ("logp", "mask", "reference", "scores", "log_squares")
+    fields = [name for name in names if case.get(name)]
     num = len(case[fields[0]]) // 2
     pairs = list(range(num))
     random.Random(3).shuffle(pairs)
@@ -195,8 +279,6 @@ def test_where_a_batch_is_cut_changes_nothing(case: dict[str, Any]) -> None:
 
 @given(st.floats(-30, 30), st.floats(0.01, 2), st.floats(0, 0.49))
 def test_a_wider_margin_never_costs_more(h: float, beta: float, smoothing: float) -> None:
-    from moetrain.methods.dpo import hinge_loss, sigmoid_loss
-
     near, far = (torch.tensor([x], dtype=torch.float64) for x in (h, h + 1.0))
     assert sigmoid_loss(far, beta) <= sigmoid_loss(near, beta)
     assert hinge_loss(far, beta) <= hinge_loss(near, beta)
@@ -208,8 +290,6 @@ def test_a_wider_margin_never_costs_more(h: float, beta: float, smoothing: float
 @given(st.floats(-30, 30), st.floats(0.01, 2), st.floats(0, 0.45))
 def test_robust_is_dpo_on_the_right_labels(h: float, beta: float, share: float) -> None:
     """In the mean over flips, which are that pair with the answers changed over."""
-    from moetrain.methods.dpo import robust_loss, sigmoid_loss
-
     right, flipped = (torch.tensor([x], dtype=torch.float64) for x in (h, -h))
     found = [robust_loss(x, beta, share) for x in (right, flipped)]
     mean = (1 - share) * found[0] + share * found[1]

@@ -79,17 +79,20 @@ def packed(found: list[tuple[int, list[Answer]]], *, shared: bool) -> list[Packe
     return packs
 
 
-# The formulas once more, from per-answer numbers: sums of log-probs, lengths, the reference's.
+# The formulas once more, from per-answer numbers: sums of log-probs, lengths, the reference's; and
+# sums in which what is longer than the other answer counts less, and WPO's weights.
 
-Numbers = tuple[Tensor, Tensor, Tensor]
+Numbers = tuple[Tensor, ...]
 
 
-def sigmoid(w: Numbers, l: Numbers, cfg: dict[str, float]) -> Tensor:  # noqa: E741
-    h = cfg["beta"] * ((w[0] - w[2]) - (l[0] - l[2]))
-    e = cfg.get("label_smoothing", 0.0)
-    nll = -w[0].sum() / w[1].sum()
-    pairs = -((1 - e) * torch.log(torch.sigmoid(h)) + e * torch.log(torch.sigmoid(-h)))
-    return pairs.mean() + cfg.get("rpo_alpha", 0.0) * nll
+def several(w: Numbers, l: Numbers, cfg: dict[str, Any]) -> Tensor:  # noqa: E741
+    """MPO's losses with all that bears on them: 0.8 sigmoid (smoothed) + 0.2 bco_pair + sft."""
+    r, s = cfg["beta"] * (w[3] - w[2]), cfg["beta"] * (l[3] - l[2])
+    e = cfg["label_smoothing"]
+    smoothed = (1 - e) * torch.log(torch.sigmoid(r - s)) + e * torch.log(torch.sigmoid(s - r))
+    classified = torch.log(torch.sigmoid(r)) + torch.log(torch.sigmoid(-s))
+    pairs = -w[4] * l[4] * (0.8 * smoothed + 0.2 * classified)
+    return pairs.mean() - w[0].sum() / w[1].sum()
 
 
 def squared(w: Numbers, l: Numbers, cfg: dict[str, float]) -> Tensor:  # noqa: E741
@@ -120,8 +123,12 @@ def simple(w: Numbers, l: Numbers, cfg: dict[str, float]) -> Tensor:  # noqa: E7
     return -torch.log(torch.sigmoid(h)).mean()
 
 
-PAIRS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
-    "dpo": (sigmoid, {"beta": 0.3, "label_smoothing": 0.1, "rpo_alpha": 0.2}),
+MPO = {
+    "beta": 0.3, "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0],
+    "label_smoothing": 0.1, "ld_alpha": 0.4, "use_weighting": True,
+}  # fmt: skip
+PAIRS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
+    "dpo": (several, MPO),
     "ipo": (squared, {"beta": 0.4}),
     "hinge": (hinge, {"beta": 0.3}),
     "robust": (debiased, {"beta": 0.3, "label_smoothing": 0.2}),
@@ -144,11 +151,27 @@ def section(method: str) -> dict[str, Any]:
     return {"method": {"name": method, **settings.get(method, {})}}
 
 
-def scored(model: Any, answer: Answer) -> Tensor:
-    """[m] log-probs of an answer's scored tokens, by transformers on the whole sequence."""
+def scored(model: Any, answer: Answer) -> tuple[Tensor, Tensor]:
+    """[m] log-probs of an answer's scored tokens, and log sum p^2 of the distributions they were
+    drawn from, by transformers on the whole sequence.
+    """
     ids = torch.tensor([answer.tokens])
-    logp = torch.log_softmax(model(ids).logits[0, :-1].float(), -1)
-    return logp.gather(1, ids[0, 1:, None])[answer.first :, 0]
+    logp = torch.log_softmax(model(ids).logits[0, :-1].float(), -1)[answer.first :]
+    own = logp.gather(1, ids[0, 1 + answer.first :, None])[:, 0]
+    return own, logp.exp().square().sum(1).log()
+
+
+def numbers_of(model: Any, own: list[Answer], others: list[Answer]) -> Numbers:
+    """Of the answers of one role, beside those of the other."""
+    rows: list[Numbers] = []
+    for a, b in zip(own, others, strict=True):
+        logp, squares = scored(model, a)
+        shared = min(len(logp), len(b.tokens) - 1 - b.first)
+        tail = MPO["ld_alpha"] * logp[shared:].sum()
+        weight = (logp - squares).detach().mean().exp()
+        num = torch.tensor(float(len(logp)))
+        rows.append((logp.sum(), num, torch.tensor(a.ref), logp[:shared].sum() + tail, weight))
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
 def reference(method: str, model: Any) -> tuple[float, dict[str, Tensor]]:
@@ -165,17 +188,13 @@ def reference(method: str, model: Any) -> tuple[float, dict[str, Tensor]]:
         ]
         loss = torch.stack(parts).mean()
     elif method in TOKENS:
-        logp = torch.cat([scored(model, answer) for answer in everyone])
+        logp = torch.cat([scored(model, answer)[0] for answer in everyone])
         loss = -(TOKENS[method](logp.detach().exp()) * logp).mean()
     else:
-        numbers: dict[int, Numbers] = {}
-        for role in {answer.role for answer in everyone}:
-            own = [answer for answer in everyone if answer.role == role]
-            numbers[role] = (
-                torch.stack([scored(model, a).sum() for a in own]),
-                torch.tensor([float(len(a.tokens) - 1 - a.first) for a in own]),
-                torch.tensor([a.ref for a in own]),
-            )
+        roles = {answer.role for answer in everyone}
+        of = {role: [answer for answer in everyone if answer.role == role] for role in roles}
+        pairs = {1: 2, 2: 1} if len(roles) == 2 else {}
+        numbers = {role: numbers_of(model, of[role], of[pairs.get(role, role)]) for role in roles}
         if method == "kto":
             z = (numbers[3][0] - numbers[3][2]).mean().clamp(min=0).detach()
             good = 1 - torch.sigmoid(KTO["beta"] * (numbers[1][0] - numbers[1][2] - z))

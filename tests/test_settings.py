@@ -52,7 +52,8 @@ OTHER: dict[str, Any] = {
     "clip_low": 0.01, "clip_high": 5.0, "mismatch_cap": 1.01, "length": 7, "max_length": 6,
     "soft_length": 5, "dynamic_sampling": False, "lam": 0.3, "whiten": False, "value_weight": 0.7,
     "value_clip": 0.01, "mu_peak": 0.5, "mu_valley": 0.2, "mu_warmup": 3, "mu_decay": 9,
-    "phi": False, "use_bias_correction_kl": False,
+    "phi": False, "use_bias_correction_kl": False, "loss_type": "apo_zero",
+    "loss_weights": [0.5], "discopop_tau": 0.5, "ld_alpha": 0.5, "use_weighting": True,
 }  # fmt: skip
 # What only a run shows, and the test that does: its source names the key.
 SHOWN_BY: dict[str, str] = {
@@ -98,6 +99,7 @@ def what_a_method_makes(settings: dict[str, Any]) -> list[Any]:
     found: list[Any] = [cfg.kl_limit]
     if online is None:
         case = next(c for c in CASES if c["method"]["name"] == cfg.name)
+        case = case | {"known": {"bco/shift": 0.1}}
         return [*found, offline_loss(case | {"method": settings}, [packed(case)])]
     rewards, group = torch.tensor([1.0, 0.0, 0.5, 0.5, 0.2, 0.9]), torch.tensor([0, 0, 1, 1, 2, 2])
     sizes, cut = torch.tensor([3.0, 7.0, 1.0, 5.0, 12.0, 2.0]), torch.zeros(6, dtype=torch.bool)
@@ -148,10 +150,12 @@ def method_cases() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
         beside: dict[str, Any] = {}
         if key in ("kl_estimator", "kl_budget", "use_bias_correction_kl") and METHODS[name].online:
             beside = {"beta": 0.7}
+        if key in ("discopop_tau", "reward_shift"):
+            beside = {"loss_type": "discopop" if key == "discopop_tau" else "bco_pair"}
         if key == "soft_length":
             beside = {"max_length": 6}
         for value in given:
-            if value != default:
+            if value != default and [value] != default:
                 yield name, key, value, beside
 
 

@@ -3,9 +3,9 @@ moetrain.methods, on a page each.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from moetrain.config.online import (
     ChordMethod,
@@ -15,7 +15,7 @@ from moetrain.config.online import (
     GspoMethod,
     PpoMethod,
 )
-from moetrain.config.section import Location, MethodSection
+from moetrain.config.section import Location, MethodSection, as_list
 
 # Of weighted fine-tuning, of answers with labels or in pairs, and of pairs.
 WEIGHTED = {"eval_loss": False, "eval_token_prob": True}
@@ -90,16 +90,131 @@ class ReferencedMethod(MethodSection):
         return self.kl_budget
 
 
+PairLoss = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+]
+SMOOTHED: frozenset[PairLoss] = frozenset({"sigmoid", "robust", "exo_pair"})
+
+
+def _pair_losses(value: object) -> object:
+    names = as_list(value)
+    for name in ("aot", "aot_unpaired"):
+        if isinstance(names, list) and name in names:
+            raise ValueError(
+                f"{name} sorts the log-ratios of a batch, so that what a pair costs would depend on"
+                " how batches are cut. Take sigmoid, or exo_pair, which compares two distributions"
+            )
+    return names  # pyright: ignore[reportUnknownVariableType]
+
+
 class DpoMethod(ReferencedMethod):
-    """Direct preference optimisation with a sigmoid."""
+    """Direct preference optimisation, with any loss of the pair's log-ratios, or several."""
 
     name: Literal["dpo"] = Field(default="dpo", description="`method: dpo` for short")
+    loss_type: Annotated[list[PairLoss], BeforeValidator(_pair_losses), Field(min_length=1)] = (
+        Field(
+            default=["sigmoid"],
+            description="what is minimised, a name or a list: see methods.md; sft is the chosen"
+            " answers' negative log-likelihood a token",
+        )
+    )
+    loss_weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        default=None,
+        description="of each loss_type (MPO: [0.8, 0.2, 1.0] of [sigmoid, bco_pair, sft]);"
+        " default: 1 each",
+    )
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="share of labels that are thought to be wrong"
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="share of labels that are thought to be wrong: of sigmoid, robust, exo_pair",
     )
     rpo_alpha: float = Field(
         default=0.0, ge=0, description="weight of the chosen answers' negative log-likelihood"
     )
+    reward_shift: Literal["running", "none"] = Field(
+        default="running",
+        description="what bco_pair takes off rewards: their mean over the steps before (the paper,"
+        " ms-swift), or nothing (TRL 1.16)",
+    )
+    discopop_tau: float = Field(default=0.05, gt=0, description="temperature of discopop's blend")
+    ld_alpha: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="weight of the tokens of the longer answer past the shorter one's length"
+        " (LD-DPO); default: as all others",
+    )
+    use_weighting: bool = Field(
+        default=False,
+        description="pairs weigh what the policy itself would say of both answers (WPO); the"
+        " likelihood of sft and rpo_alpha is not weighted",
+    )
+
+    @property
+    def weights(self) -> dict[PairLoss, float]:
+        """Of each loss."""
+        given = self.loss_weights or [1.0] * len(self.loss_type)
+        return dict(zip(self.loss_type, given, strict=True))
+
+    @property
+    def nll_weight(self) -> float:
+        """Of the chosen answers' negative log-likelihood."""
+        return self.rpo_alpha + self.weights.get("sft", 0.0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        names = self.loss_type
+        if len({*names}) < len(names):
+            raise ValueError(f"method.loss_type={names} has a loss twice: give each once")
+        if self.loss_weights is not None and len(self.loss_weights) != len(names):
+            raise ValueError(
+                f"method.loss_weights={self.loss_weights} are {len(self.loss_weights)} numbers for"
+                f" the {len(names)} of loss_type={names}: give one for each"
+            )
+        if names == ["sft"]:
+            raise ValueError(
+                "method.loss_type=sft alone prefers nothing: put a loss of pairs beside it, or take"
+                " method sft on the chosen answers"
+            )
+        if "sft" in names and self.rpo_alpha:
+            raise ValueError(
+                "method.rpo_alpha is the weight of what loss_type sft is: give that one's in"
+                " loss_weights, and leave rpo_alpha out"
+            )
+        self._has_what_it_needs(names)
+        return self
+
+    def _has_what_it_needs(self, names: list[PairLoss]) -> None:
+        if self.label_smoothing and not SMOOTHED & {*names}:
+            raise ValueError(
+                f"method.label_smoothing does nothing with loss_type {', '.join(names)}: leave it"
+                f" out, or take one of {', '.join(sorted(SMOOTHED))}"
+            )
+        for name in ("exo_pair", "robust"):
+            if name in names and not self.label_smoothing:
+                raise ValueError(
+                    f"method.loss_type {name} needs a label_smoothing above 0: the papers have"
+                    " 0.001 for exo_pair and 0.1 for robust"
+                )
+        only: dict[str, PairLoss] = {"reward_shift": "bco_pair", "discopop_tau": "discopop"}
+        for key, name in only.items():
+            if name not in names and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"method.{key} does nothing without loss_type {name}: leave it out, or add that"
+                )
 
 
 class IpoMethod(ReferencedMethod):
@@ -130,6 +245,11 @@ class KtoMethod(ReferencedMethod):
     judged_by: ClassVar[Mapping[str, bool]] = GRADED
     about: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "loss", "kl")  # no pair, no margin
     name: Literal["kto"] = Field(default="kto", description="`method: kto` for short")
+    loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
+        default="kto",
+        description="apo_zero_unpaired: good answers up and bad ones down from the reference, with"
+        " no reference point between them (APO)",
+    )
     desirable_weight: float = Field(default=1.0, ge=0, description="of good answers")
     undesirable_weight: float = Field(default=1.0, ge=0, description="of bad answers")
 

@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
-def _as_list(value: object) -> object:
+def as_list(value: object) -> object:
+    """One string is a list of one."""
     return [value] if isinstance(value, str) else value
 
 
@@ -27,7 +28,7 @@ def _whole_or_share(value: float) -> float:
 
 Location = Annotated[str, AfterValidator(_expand_home)]
 Folder = Annotated[Path, AfterValidator(lambda path: Path(_expand_home(str(path))))]
-Paths = Annotated[list[Location], BeforeValidator(_as_list)]
+Paths = Annotated[list[Location], BeforeValidator(as_list)]
 Count = Annotated[int, Field(ge=1)]
 WarmUp = Annotated[int | float, AfterValidator(_whole_or_share)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

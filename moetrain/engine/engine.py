@@ -103,6 +103,7 @@ class Engine:
         own = self.world.device
         self.backend = choose_backend(recipe.model.backend, own)
         self.steps_done = 0
+        self.carried: dict[str, float] = {}  # from step to step, for the method
         self.monitor = RouterMonitor(
             self.model.num_layers,
             self.model.num_experts,
@@ -205,6 +206,7 @@ class Engine:
         lr = set_rates(self.optimizer, step, recipe.optim, num_steps or recipe.train.steps or 0)
         clip_and_step(self.optimizer, grad_norm, recipe.optim.clip_grad)
         self.steps_done = step
+        self.carried = method.carried(self.carried, totals, recipe.method)
         router: dict[str, float] = {}
         if self.model.moe is not None:
             router = self.monitor.summary(self.model.moe_layers, self.world)
@@ -219,13 +221,13 @@ class Engine:
         global means that it wants to know before.
         """
         objective = Objective(method, self.recipe.method, self.world)
-        self.run.with_entropy = "entropy" in method.needs
+        self.run.asked = method.needs | method.also_needs(self.recipe.method)
         asked, packs = objective.parted(packs)
-        known: dict[str, float] = {}
+        known = dict(self.carried)
         if asked is not None:
             batches = micro_batches(asked, self.recipe.train.micro_batch, self.world)
             with torch.no_grad():
-                known = objective.totals(self._forward_only(batches, objective.estimate))
+                known |= objective.totals(self._forward_only(batches, objective.estimate))
             del known["loss"]
         return objective, micro_batches(packs, self.recipe.train.micro_batch, self.world), known
 
@@ -254,7 +256,7 @@ class Engine:
         """
         batches = micro_batches(packs, 1, self.world)
         has_values = self.model.heads.value or self.model.heads.scalar
-        self.run.with_entropy = False
+        self.run.asked = frozenset({"logp"})
 
         def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
             given = [out.logp] if out.value is None else [out.logp, out.value]
@@ -369,7 +371,7 @@ class Engine:
         """As `save`, up to a copy in host memory; `finish` of what it returns does the rest."""
         kept = self.optimizer if optimizer else None
         with gathered(self.wrapped):
-            state = state | {"steps_done": self.steps_done}
+            state = state | {"steps_done": self.steps_done, "carried": self.carried}
             saving = checkpoint.Saving(folder, self._content(), kept, state, self.world)
         if self.world.is_first:
             self.source.describe(folder, self.recipe, self.side_files)
@@ -391,6 +393,7 @@ class Engine:
         if self.optimizer is not None:
             checkpoint.restore_optimizer(self.optimizer, loaded)
         self.steps_done = int(state.pop("steps_done"))
+        self.carried = state.pop("carried", {})  # 0.1 had none
         return state
 
 

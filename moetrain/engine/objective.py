@@ -30,12 +30,15 @@ class Objective:
 
     def parted(self, packs: Sequence[Packed]) -> tuple[Sequence[Packed] | None, Sequence[Packed]]:
         """(packs of the sequences to estimate from, packs of the others to learn from)."""
-        wanted = self.method.estimate
-        if wanted is None:
+        estimate = self.method.estimate
+        if estimate is None:
             return None, packs
-        chosen = [wanted.select(pack, self.cfg).cpu() for pack in packs]
+        chosen = [estimate.select(pack, self.cfg).cpu() for pack in packs]
         pairs = list(zip(packs, chosen, strict=True))
-        return [select(p, keep) for p, keep in pairs], [select(p, ~keep) for p, keep in pairs]
+        others = [select(p, ~keep) for p, keep in pairs]
+        if not estimate.wanted(self.cfg):
+            return None, others
+        return [select(p, keep) for p, keep in pairs], others
 
     def counts(self, batches: Sequence[Packed]) -> tuple[dict[str, float], float]:
         """(the counts of the method's terms, valid tokens) of the whole global batch, before

@@ -65,7 +65,7 @@ class Runner:
     world: World
     model: Model
     chunk: int = 1024  # tokens whose logits exist at one time
-    with_entropy: bool = False
+    asked: frozenset[str] = frozenset({"logp"})  # of Method.needs
 
     def __call__(
         self, batches: Sequence[Packed], head: Head, *, forward_only: bool
@@ -135,8 +135,8 @@ class Runner:
         return Out(logp=torch.zeros_like(value), value=value)
 
     def _logp(self, gpt: PackedGPT, hidden: Tensor, pack: Packed, scored: Scored) -> Out:
-        """Log-probs of the labels under the loss mask, and entropies where they are asked for."""
-        logp, entropy = token_logprobs(
+        """Log-probs of the labels under the loss mask, and what is asked of the distributions."""
+        logp, entropy, squares = token_logprobs(
             hidden.squeeze(1)[scored.places],
             gpt.head_weight(),
             self._mine(pack.labels)[scored.places],
@@ -148,15 +148,20 @@ class Runner:
             chunk=self.chunk,
             temperature=scored.temperature,
             drawn=scored.drawn,
-            with_entropy=self.with_entropy,
+            with_entropy="entropy" in self.asked,
+            with_squares="log_squares" in self.asked,
         )
         size = hidden.size(0)
-        whole = None if entropy is None else self._spread(entropy, scored.places, size)
+
+        def spread(values: Tensor | None) -> Tensor | None:
+            return None if values is None else self._spread(values, scored.places, size)
+
         value = None
         if self.model.heads.value:
             # Of every token: what follows a cut answer has no label.
             value = gather(gpt.values(hidden.squeeze(1)), self.world.cp_group, reduce_grad=False)
-        return Out(logp=self._spread(logp, scored.places, size), entropy=whole, value=value)
+        whole = self._spread(logp, scored.places, size)
+        return Out(whole, spread(entropy), value, spread(squares))
 
     def _spread(self, values: Tensor, scored: Tensor, size: int) -> Tensor:
         """Values of this rank's scored tokens -> [t] on every context rank, 0 elsewhere."""

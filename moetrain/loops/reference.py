@@ -19,7 +19,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from moetrain.config.method import ReferencedMethod
+from moetrain.config.method import DpoMethod, ReferencedMethod
 from moetrain.config.recipe import Recipe
 from moetrain.data.cache import build_once, cache_root, digest_files, key_of
 from moetrain.data.loader import RunData
@@ -32,6 +32,7 @@ from moetrain.engine.on_disk import model_digest, model_in
 from moetrain.engine.source import ModelSource
 from moetrain.errors import DataError
 from moetrain.methods import METHODS
+from moetrain.methods.pairs import tail_weights
 from moetrain.ops.packed import Packed
 from moetrain.ops.segment import segment_sum
 
@@ -168,12 +169,14 @@ def far_from_reference(recipe: Recipe, metrics: Mapping[str, float]) -> str | No
 
 def _score(engine: Engine, data: PackedSet, *, shows: bool) -> Tensor:
     """[num_items] fp32 on the CPU: the sum of the log-probs of each answer's scored tokens."""
-    world = engine.world
+    world, alpha = engine.world, _ld_alpha(engine.recipe)
     table = torch.zeros(data.num_items, dtype=torch.float64)
     rounds = list(batched(range(len(data)), PACKS_AT_A_TIME * world.dp_size))
     for together in track(rounds, "reference log-probs", disable=not shows):
         mine = [data[i] for i in together[world.dp_rank :: world.dp_size]]
         for pack, logp in zip(mine, engine.logprobs(mine), strict=True):
+            if alpha is not None:
+                logp = logp * tail_weights(pack, alpha)
             scored, items = answers(pack, logp)
             table[items] = scored.double()
     return world.sum(table, world.dp_group).float()
@@ -189,13 +192,17 @@ def answers(pack: Packed, logp: Tensor) -> tuple[Tensor, Tensor]:
 def _identity(engine: Engine, data: PackedSet) -> dict[str, Any]:
     """All that decides the numbers, by what a user would call it."""
     recipe = engine.recipe
-    return {
-        "version": VERSION,
-        "model": engine.world.first(lambda: _model_digest(recipe, engine.source)),
-        "dtype": recipe.model.dtype,
-        "tokenizer": _tokenizer_digest(recipe),
-        "data": data.sequences_fingerprint,
-    } | _started_from(recipe)
+    return (
+        {
+            "version": VERSION,
+            "model": engine.world.first(lambda: _model_digest(recipe, engine.source)),
+            "dtype": recipe.model.dtype,
+            "tokenizer": _tokenizer_digest(recipe),
+            "data": data.sequences_fingerprint,
+        }
+        | _started_from(recipe)
+        | _counted(recipe)
+    )
 
 
 def _started_from(recipe: Recipe) -> dict[str, Any]:
@@ -208,6 +215,16 @@ def _started_from(recipe: Recipe) -> dict[str, Any]:
     files = [path for path in sorted(adapter.path.glob("adapter_*")) if path.is_file()]
     digests = digest_files(files, cache_root(recipe.data.cache))
     return {"adapter": key_of([digest for _, digest in digests])}
+
+
+def _ld_alpha(recipe: Recipe) -> float | None:
+    return recipe.method.ld_alpha if isinstance(recipe.method, DpoMethod) else None
+
+
+def _counted(recipe: Recipe) -> dict[str, Any]:
+    """How an answer's tokens are counted, where that is not all alike."""
+    alpha = _ld_alpha(recipe)
+    return {} if alpha is None else {"ld_alpha": alpha}
 
 
 def _tokenizer_digest(recipe: Recipe) -> str:

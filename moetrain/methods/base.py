@@ -24,7 +24,9 @@ COUNTED = {"rewards/accuracies": "rewards/graded"}
 """A rate -> the name in the ledger of how many answers or pairs it is a share of."""
 
 Known = Mapping[str, float]
-"""Global means that `Method.estimate` asked for; empty for methods without one."""
+"""Global numbers: means that `Method.estimate` asked for, and what `Method.carried` made of the
+steps before; empty for methods without either.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Out:
     logp: Tensor  # [t] fp32, log-prob of each label; 0 where the loss mask is 0
     entropy: Tensor | None = None  # [t] fp32, no gradient; for methods that need it
     value: Tensor | None = None  # [t] fp32, the scalar head's at every token; where it is needed
+    log_squares: Tensor | None = None  # [t] fp32, no gradient: log sum p^2; where it is needed
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,20 @@ class Estimate:
     """Global means that a loss needs before its gradient is taken.
 
     The engine runs the sequences of `select` (batch, cfg) -> [n] bool without a gradient, means
-    `values` over the global batch, and trains on the other sequences alone.
+    `values` over the global batch, and trains on the other sequences alone. It does no more than
+    leave them out where they are not `wanted` (cfg).
     """
 
     select: Callable[[Packed, Any], Tensor]
     values: Callable[[Out, Packed, Any], Metrics]
+    wanted: Callable[[Any], bool] = lambda cfg: True
 
 
 def _no_targets(batch: Packed, cfg: Any) -> dict[str, Tensor]:
+    return {}
+
+
+def _nothing_carried(known: Known, seen: Mapping[str, float], cfg: Any) -> dict[str, float]:
     return {}
 
 
@@ -87,6 +96,9 @@ class Method:
     loss(out, batch, cfg, known) -> (terms, metrics): what is minimised is the sum over terms of
     global sum / global count. count(batch, cfg) -> those counts under the same names, a function of
     the batch alone, so that the engine knows them before the first backward.
+    also_needs(cfg) -> what the recipe's settings ask for beside `needs`: log_squares.
+    carried(known, metrics of a step, cfg) -> numbers for the `known` of the next; a part of
+    checkpoints.
     """
 
     name: str
@@ -94,6 +106,8 @@ class Method:
     count: Callable[[Packed, Any], Terms]
     needs: frozenset[str] = frozenset({"logp"})  # of logp, entropy, value, ref_logp
     estimate: Estimate | None = None
+    also_needs: Callable[[Any], frozenset[str]] = lambda cfg: frozenset()
+    carried: Callable[[Known, Mapping[str, float], Any], dict[str, float]] = _nothing_carried
     online: Online | None = None  # for methods that learn from rollouts
 
 

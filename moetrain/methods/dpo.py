@@ -1,84 +1,83 @@
-"""Direct preference optimisation and three of its kin, by what they make of one number a pair:
+"""Direct preference optimisation and its kin: weighted sums of the losses in pair_losses.py.
 
-h = [log pi(y_w|x) - log ref(y_w|x)] - [log pi(y_l|x) - log ref(y_l|x)]
-
-dpo: -log sigma(beta h) (arXiv 2305.18290, eq. 7), with label smoothing e:
--(1 - e) log sigma(beta h) - e log sigma(-beta h). ipo: (h - 1 / (2 beta))^2 (arXiv 2310.12036,
-eq. 17), with log-probs a token as in TRL where the paper has sums. hinge: max(0, 1 - beta h) (SLiC,
-arXiv 2305.10425, eq. 3). robust: [-(1 - e) log sigma(beta h) + e log sigma(-beta h)] / (1 - 2 e),
-whose mean over labels of which a share e is flipped is dpo's on the right ones (rDPO, arXiv
-2403.00409; dpo's smoothing has the other sign and no divisor).
+`ipo`, `hinge` and `robust` are dpo with that loss_type. Several losses with weights are MPO (arXiv
+2411.10442: 0.8 sigmoid + 0.2 bco_pair + sft). Two settings change what all of them see: ld_alpha
+counts less what the longer answer has past the shorter one's length (LD-DPO, arXiv 2409.06411), for
+policy and reference alike as in TRL 1.16; use_weighting weighs a pair with what the policy itself
+would say of both answers (WPO, arXiv 2406.11827, eq. 2).
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.config.method import DpoMethod, HingeMethod, IpoMethod, RobustMethod
+from moetrain.config.method import DpoMethod, HingeMethod, IpoMethod, PairLoss, RobustMethod
 from moetrain.methods.base import Known, Method, Metrics, Out, Terms
+from moetrain.methods.pair_losses import PAIR_LOSSES, Numbers
 from moetrain.methods.pairs import (
     CHOSEN,
     REJECTED,
     Answers,
     answer_metrics,
     answers,
+    certainty,
     count_pairs,
     num_of,
     reward_metrics,
+    tail_weights,
+    total,
 )
 from moetrain.ops.packed import Packed
 
 NEEDS = frozenset({"logp", "entropy", "ref_logp"})
-
-
-def sigmoid_loss(h: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """[m] -> [m]."""
-    right, wrong = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
-    return -(1 - label_smoothing) * right - label_smoothing * wrong
-
-
-def ipo_loss(h: Tensor, beta: float) -> Tensor:
-    """[m] -> [m]."""
-    return (h - 1 / (2 * beta)).square()
-
-
-def hinge_loss(h: Tensor, beta: float) -> Tensor:
-    """[m] -> [m]."""
-    return F.relu(1 - beta * h)
-
-
-def robust_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """[m] -> [m]; below 0 for a pair that is far on the right side."""
-    given, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
-    share = label_smoothing
-    return ((1 - share) * given - share * flipped) / (1 - 2 * share)
-
-
-def _both(
-    out: Out,
-    batch: Packed,
-    beta: float,
-    per_pair: Callable[[Answers, Answers], Tensor],
-) -> tuple[Tensor, Metrics]:
-    """The summed loss of all pairs, and what there is to see."""
-    chosen, rejected = answers(out, batch, CHOSEN), answers(out, batch, REJECTED)
-    metrics = reward_metrics(beta * chosen.ratio, beta * rejected.ratio)
-    metrics |= answer_metrics(out, batch, chosen, rejected)
-    return per_pair(chosen, rejected).sum(), metrics
+# Of the steps before: the mean of both answers' rewards, and how many steps these are.
+SHIFT, STEPS = "bco/shift", "bco/steps"
 
 
 def dpo(out: Out, batch: Packed, cfg: DpoMethod, known: Known) -> tuple[Terms, Metrics]:
-    """The sigmoid loss; with rpo_alpha also that much of the chosen answers' negative
+    """The losses of loss_type; with rpo_alpha or sft also that much of the chosen answers' negative
     log-likelihood a token (RPO, arXiv 2404.19733, eq. 1).
     """
-
-    def per_pair(chosen: Answers, rejected: Answers) -> Tensor:
-        return sigmoid_loss(chosen.ratio - rejected.ratio, cfg.beta, cfg.label_smoothing)
-
-    total, metrics = _both(out, batch, cfg.beta, per_pair)
+    seen = out
+    if cfg.ld_alpha is not None:
+        seen = replace(out, logp=out.logp * tail_weights(batch, cfg.ld_alpha))
+    chosen, rejected = answers(seen, batch, CHOSEN), answers(seen, batch, REJECTED)
+    shift = known.get(SHIFT, 0.0) if cfg.reward_shift == "running" else 0.0
+    numbers = Numbers(cfg.beta, cfg.label_smoothing, cfg.discopop_tau, shift)
+    weight = None
+    if cfg.use_weighting:
+        weight = certainty(out, batch, CHOSEN) * certainty(out, batch, REJECTED)
+    loss, metrics = weighted(chosen, rejected, cfg.weights, numbers, weight)
+    metrics |= answer_metrics(out, batch, chosen, rejected)
     nll = -answers(out, batch, CHOSEN).logp.sum()
-    return {"loss": total, "nll": cfg.rpo_alpha * nll}, metrics
+    return {"loss": loss, "nll": cfg.nll_weight * nll}, metrics
+
+
+def weighted(
+    chosen: Answers,
+    rejected: Answers,
+    weights: Mapping[PairLoss, float],
+    numbers: Numbers,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """The weighted sum of losses, summed over all pairs, each of which may have a `weight` [m]; and
+    what there is to see in rewards. Of several losses each is seen by itself.
+    """
+    metrics = reward_metrics(numbers.beta * chosen.ratio, numbers.beta * rejected.ratio)
+    loss = chosen.logp.new_zeros(())
+    for name, share in weights.items():
+        if name == "sft":
+            continue
+        costs = PAIR_LOSSES[name](chosen, rejected, numbers)
+        if weight is not None:
+            costs = costs * weight
+        loss = loss + share * costs.sum()
+        if len(weights) > 1:
+            metrics[f"loss/{name}"] = total(costs.detach())
+    if weight is not None:
+        metrics["weights"] = total(weight)
+    return loss, metrics
 
 
 def count_dpo(batch: Packed, cfg: DpoMethod) -> Terms:
@@ -90,37 +89,33 @@ def count_dpo(batch: Packed, cfg: DpoMethod) -> Terms:
     return count_pairs(batch, cfg) | {"nll": num_tokens}
 
 
-def ipo(out: Out, batch: Packed, cfg: IpoMethod, known: Known) -> tuple[Terms, Metrics]:
-    """The squared loss."""
-
-    def per_pair(chosen: Answers, rejected: Answers) -> Tensor:
-        return ipo_loss(chosen.mean_ratio - rejected.mean_ratio, cfg.beta)
-
-    total, metrics = _both(out, batch, cfg.beta, per_pair)
-    return {"loss": total}, metrics
-
-
-def hinge(out: Out, batch: Packed, cfg: HingeMethod, known: Known) -> tuple[Terms, Metrics]:
-    """The hinge loss."""
-
-    def per_pair(chosen: Answers, rejected: Answers) -> Tensor:
-        return hinge_loss(chosen.ratio - rejected.ratio, cfg.beta)
-
-    total, metrics = _both(out, batch, cfg.beta, per_pair)
-    return {"loss": total}, metrics
+def carried(known: Known, seen: Mapping[str, float], cfg: DpoMethod) -> dict[str, float]:
+    """The mean reward that bco_pair takes off in the next step; each step counts the same."""
+    if "bco_pair" not in cfg.weights or cfg.reward_shift == "none":
+        return {}
+    steps = known.get(STEPS, 0.0)
+    own = (seen["rewards/chosen"] + seen["rewards/rejected"]) / 2
+    return {SHIFT: (known.get(SHIFT, 0.0) * steps + own) / (steps + 1), STEPS: steps + 1}
 
 
-def robust(out: Out, batch: Packed, cfg: RobustMethod, known: Known) -> tuple[Terms, Metrics]:
-    """The sigmoid loss without the bias of flipped labels."""
-
-    def per_pair(chosen: Answers, rejected: Answers) -> Tensor:
-        return robust_loss(chosen.ratio - rejected.ratio, cfg.beta, cfg.label_smoothing)
-
-    total, metrics = _both(out, batch, cfg.beta, per_pair)
-    return {"loss": total}, metrics
+def also_needs(cfg: DpoMethod) -> frozenset[str]:
+    """Weights are taken from the squares of the policy's distributions."""
+    return frozenset({"log_squares"}) if cfg.use_weighting else frozenset()
 
 
-DPO = Method("dpo", dpo, count_dpo, NEEDS)
-IPO = Method("ipo", ipo, count_pairs, NEEDS)
-HINGE = Method("hinge", hinge, count_pairs, NEEDS)
-ROBUST = Method("robust", robust, count_pairs, NEEDS)
+def _alone(name: PairLoss) -> Method:
+    """A method that is one loss."""
+
+    def loss(
+        out: Out, batch: Packed, cfg: IpoMethod | HingeMethod | RobustMethod, known: Known
+    ) -> tuple[Terms, Metrics]:
+        share = cfg.label_smoothing if isinstance(cfg, RobustMethod) else 0.0
+        chosen, rejected = answers(out, batch, CHOSEN), answers(out, batch, REJECTED)
+        loss, metrics = weighted(chosen, rejected, {name: 1.0}, Numbers(cfg.beta, share))
+        return {"loss": loss}, metrics | answer_metrics(out, batch, chosen, rejected)
+
+    return Method(name, loss, count_pairs, NEEDS)
+
+
+DPO = Method("dpo", dpo, count_dpo, NEEDS, also_needs=also_needs, carried=carried)
+IPO, HINGE, ROBUST = _alone("ipo"), _alone("hinge"), _alone("robust")

@@ -5,6 +5,8 @@ L = lambda_D (1 - sigma(beta (r - z))) where y is desirable, lambda_U (1 - sigma
 where not, and z = max(0, mean of r over answers to other prompts), without a gradient.
 
 z is one number for the global batch: it is estimated before the step from the mismatched answers.
+apo_zero_unpaired has none (APO, arXiv 2408.06266, eq. 7 for single answers, as TRL has it):
+1 - sigma(beta r) where y is desirable, sigma(beta r) where not. That is KTO's with z = 0.
 """
 
 import torch
@@ -29,6 +31,11 @@ def kto_loss(ratio: Tensor, z: float, beta: float, *, desirable: bool) -> Tensor
     return 1 - torch.sigmoid(beta * (ratio - z if desirable else z - ratio))
 
 
+def estimates(cfg: KtoMethod) -> bool:
+    """Whether there is a reference point to estimate."""
+    return cfg.loss_type == "kto"
+
+
 def select(batch: Packed, cfg: KtoMethod) -> Tensor:
     """[n] bool: the mismatched answers."""
     return batch.extras["role"] == MISMATCHED
@@ -41,7 +48,7 @@ def values(out: Out, batch: Packed, cfg: KtoMethod) -> Metrics:
 
 def loss(out: Out, batch: Packed, cfg: KtoMethod, known: Known) -> tuple[Terms, Metrics]:
     """The weighted losses of all answers."""
-    z = max(0.0, known["kl"])
+    z = max(0.0, known["kl"]) if estimates(cfg) else 0.0
     good, bad = answers(out, batch, CHOSEN), answers(out, batch, REJECTED)
     losses = cfg.desirable_weight * kto_loss(good.ratio, z, cfg.beta, desirable=True).sum()
     losses += cfg.undesirable_weight * kto_loss(bad.ratio, z, cfg.beta, desirable=False).sum()
@@ -50,8 +57,9 @@ def loss(out: Out, batch: Packed, cfg: KtoMethod, known: Known) -> tuple[Terms, 
         "rewards/chosen": total(cfg.beta * good.ratio),
         "rewards/rejected": total(cfg.beta * bad.ratio),
         "rewards/accuracies": total(right),
-        "kl": (good.logp.new_tensor(z), good.logp.new_tensor(1.0)),
     }
+    if estimates(cfg):
+        metrics["kl"] = good.logp.new_tensor(z), good.logp.new_tensor(1.0)
     return {"loss": losses}, metrics
 
 
@@ -61,5 +69,9 @@ def count(batch: Packed, cfg: KtoMethod) -> Terms:
 
 
 KTO = Method(
-    "kto", loss, count, frozenset({"logp", "entropy", "ref_logp"}), Estimate(select, values)
+    "kto",
+    loss,
+    count,
+    frozenset({"logp", "entropy", "ref_logp"}),
+    Estimate(select, values, estimates),
 )

@@ -52,6 +52,29 @@ def answers(out: Out, batch: Packed, role: int) -> Answers:
     )
 
 
+def tail_weights(batch: Packed, alpha: float) -> Tensor:
+    """[t]: 1 for an answer's first scored tokens, as many as the shorter answer of its pair has,
+    and alpha for those that the longer one has behind them.
+    """
+    role, device = batch.extras["role"], batch.loss_mask.device
+    shared = segment_sum(batch.loss_mask, batch.cu_seqlens)
+    shorter = torch.minimum(shared[role == CHOSEN], shared[role == REJECTED])
+    shared = shared.index_put((role == CHOSEN,), shorter).index_put((role == REJECTED,), shorter)
+    counted = batch.loss_mask.cumsum(0)
+    before = torch.cat([counted.new_zeros(1), counted])[batch.cu_seqlens[:-1].long().to(device)]
+    ids = batch.sequence_ids.to(device)
+    return torch.where(counted - before[ids] <= shared[ids], 1.0, alpha)
+
+
+def certainty(out: Out, batch: Packed, role: int) -> Tensor:
+    """[m], no gradient: exp of the mean over an answer's tokens of log p - log sum p^2, the second
+    of which is what the policy's own tokens have in the mean (WPO, arXiv 2406.11827, eq. 2).
+    """
+    assert out.log_squares is not None, "the head was not asked for squares"
+    own = answers(Out(logp=(out.logp - out.log_squares).detach()), batch, role)
+    return own.mean.exp()
+
+
 def num_of(batch: Packed, *roles: int) -> Tensor:
     """How many sequences have one of `roles`, fp32 scalar."""
     role = batch.extras["role"]

@@ -31,14 +31,15 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     drawn: Drawn | None = None,
     with_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-prob of each label, and the entropy of each distribution when asked (a metric: no
-    gradient flows through it).
+    with_squares: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-prob of each label, and when asked the entropy of each distribution and the logarithm of
+    the sum of its squared probabilities (no gradient flows through either).
 
     hidden `[t, h]` of any dtype, the same on every rank of `group`; weight `[v, h]` local rows;
     labels `[t]` int64 global ids below `vocab_size`; temperature: what logits are divided by, one
-    for all or `[t]` fp32; drawn: what else the sampler made of them, `[t]`. Returns logp `[t]` and
-    entropy `[t]` in fp32, the same on every rank.
+    for all or `[t]` fp32; drawn: what else the sampler made of them, `[t]`. Returns logp,
+    entropy and log sum p^2, `[t]` in fp32, the same on every rank.
 
     The gradient of `hidden` is this rank's partial one: the caller sums it over `group`. That of
     `weight` is accumulated in fp32 and cast to the weight's dtype at the end. At most `[chunk, v]`
@@ -51,13 +52,14 @@ def token_logprobs(
     if isinstance(temperature, Tensor) or temperature != 1.0:
         divisor = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device)
         divisor = divisor.expand(hidden.shape[0])
-    apply: Callable[..., tuple[Tensor, Tensor]] = _TokenLogprobs.apply  # pyright: ignore
+    apply: Callable[..., tuple[Tensor, ...]] = _TokenLogprobs.apply  # pyright: ignore
     keep = torch.is_grad_enabled() and hidden.shape[0] <= chunk
     keep = keep and (drawn is None or drawn.penalty is None)  # its factor hangs on the logits
     split = (group, vocab_start, vocab_size)
     how = _How(divisor, drawn, vocab_start)
-    logp, entropy = apply(hidden, weight, labels, *split, chunk, how, with_entropy, keep)
-    return logp, entropy if with_entropy else None
+    asked = (with_entropy, with_squares)
+    logp, entropy, squares = apply(hidden, weight, labels, *split, chunk, how, asked, keep)
+    return logp, entropy if with_entropy else None, squares if with_squares else None
 
 
 def _chunks(t: int, chunk: int) -> Iterator[slice]:
@@ -121,13 +123,14 @@ def _statistics(
     labels: Tensor,
     chunk: int,
     how: _How,
-    with_entropy: bool,
+    asked: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
-    """Over this rank's rows, `[4, t]` fp32: max m, sum of exp(l - m), logit of the label (0 if
-    elsewhere), sum of (l - m) exp(l - m); and exp(l - m) of the last chunk `[c, v]`.
+    """Over this rank's rows, `[5, t]` fp32: max m, sum of exp(l - m), logit of the label (0 if
+    elsewhere), sums of (l - m) exp(l - m) and of exp(l - m)^2 where asked; and exp(l - m) of the
+    last chunk `[c, v]`.
     """
     t, num_rows = hidden.shape[0], weight.shape[0]
-    stats = torch.zeros(4, t, dtype=torch.float32, device=hidden.device)
+    stats = torch.zeros(5, t, dtype=torch.float32, device=hidden.device)
     exps = stats.new_zeros(0, num_rows)
     if num_rows == 0:
         stats[0] = -torch.inf
@@ -138,12 +141,12 @@ def _statistics(
         rows, here = _local_labels(labels[part], how.vocab_start, num_rows)
         stats[2, part] = logits.gather(1, rows[:, None])[:, 0].mul_(here)
         for some in _chunks(len(logits), chunk if logits.is_cuda else ROWS):
-            _exp_(logits[some], stats[:, part][:, some], with_entropy)
+            _exp_(logits[some], stats[:, part][:, some], *asked)
         exps = logits
     return stats, exps
 
 
-def _exp_(logits: Tensor, stats: Tensor, with_entropy: bool) -> None:
+def _exp_(logits: Tensor, stats: Tensor, with_entropy: bool, with_squares: bool) -> None:
     """exp(l - m) of rows `[c, v]` in place, and what `_statistics` says of them but the label."""
     stats[0] = logits.amax(dim=1)
     logits.sub_(stats[0, :, None])
@@ -154,6 +157,8 @@ def _exp_(logits: Tensor, stats: Tensor, with_entropy: bool) -> None:
     else:
         logits.exp_()
     stats[1] = logits.sum(dim=1)
+    if with_squares:
+        stats[4] = torch.linalg.vector_norm(logits, dim=1).square_()  # pyright: ignore
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -168,11 +173,11 @@ class _TokenLogprobs(torch.autograd.Function):
         vocab_size: int,
         chunk: int,
         how: _How,
-        with_entropy: bool,
+        asked: tuple[bool, bool],
         keep: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         num_rows = min(max(vocab_size - vocab_start, 0), weight.shape[0])
-        stats, exps = _statistics(hidden, weight[:num_rows], labels, chunk, how, with_entropy)
+        stats, exps = _statistics(hidden, weight[:num_rows], labels, chunk, how, asked)
         top = stats[0].clone()
         sums = stats[1:]
         if group is not None and group.size() > 1:
@@ -183,6 +188,7 @@ class _TokenLogprobs(torch.autograd.Function):
             scale = shift.exp()
             sums[2] = scale * (sums[2] + shift * sums[0])
             sums[0] *= scale
+            sums[3] *= scale.square()
             add_up(sums, group)
         lse = top + sums[0].log()
         ctx.save_for_backward(hidden, weight, labels, lse)
@@ -191,8 +197,9 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.vocab_start, ctx.num_rows = vocab_start, num_rows
         ctx.chunk, ctx.how = chunk, how
         entropy = sums[0].log() - sums[2] / sums[0]
-        ctx.mark_non_differentiable(entropy)
-        return sums[1] - lse, entropy
+        squares = sums[3].log() - 2 * sums[0].log()
+        ctx.mark_non_differentiable(entropy, squares)
+        return sums[1] - lse, entropy, squares
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

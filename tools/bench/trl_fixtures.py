@@ -26,6 +26,7 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 NUM_PAIRS, WIDTH = 6, 12
+PLAIN = ("sigmoid_norm", "hinge", "ipo", "nca_pair", "sppo_hard", "apo_zero", "apo_down")
 COMMAND = ".venv/bin/python tools/bench/trl_fixtures.py > tests/fixtures/trl.json"
 
 
@@ -51,13 +52,14 @@ class Says:
 
     training = True
 
-    def __init__(self, *log_probs: Tensor):
-        self._next = iter(log_probs)
+    def __init__(self, *log_probs: Tensor, log_squares: Tensor | None = None):
+        self._next, self._squares = iter(log_probs), log_squares
 
     def __call__(self, **kwargs: Any) -> Any:
         log_probs = next(self._next)
         return SimpleNamespace(
             log_probs=log_probs,
+            log_sum_sq_probs=self._squares,
             entropy=torch.zeros_like(log_probs),
             mean_logits=torch.zeros_like(log_probs),
             is_top1=torch.zeros_like(log_probs, dtype=torch.bool),
@@ -83,20 +85,26 @@ def sums(logp: Tensor) -> list[float]:
 
 
 def pair_case(
-    rng: torch.Generator, method: str, settings: dict[str, float], types: Sequence[str]
+    rng: torch.Generator, method: str, settings: dict[str, Any], types: Sequence[str]
 ) -> Any:
     """TRL's DPO trainer with one or more of its loss types."""
     logp, mask = answers(rng, 2 * NUM_PAIRS)
     reference = logp.sum(1) + torch.randn(2 * NUM_PAIRS, generator=rng)
+    squares = None
+    if settings.get("use_weighting"):
+        squares = -torch.rand(logp.shape, generator=rng) * mask[:, 1:]
     trainer = bare(
         trl.DPOTrainer,
         beta=settings["beta"],
         loss_types=list(types),
-        loss_weights=[1.0, settings.get("rpo_alpha", 1.0)][: len(types)],
-        ld_alpha=None,
+        loss_weights=settings.get(
+            "loss_weights", [1.0, settings.get("rpo_alpha", 1.0), 1.0][: len(types)]
+        ),
+        args=SimpleNamespace(discopop_tau=settings.get("discopop_tau", 0.05)),
+        ld_alpha=settings.get("ld_alpha"),
         precompute_ref_logps=True,
         f_divergence_type="reverse_kl",
-        use_weighting=False,
+        use_weighting=settings.get("use_weighting", False),
         label_smoothing=settings.get("label_smoothing", 0.0),
     )
     inputs = {
@@ -106,18 +114,25 @@ def pair_case(
         "ref_chosen_logps": reference[:NUM_PAIRS],
         "ref_rejected_logps": reference[NUM_PAIRS:],
     }
-    loss = trainer._compute_loss(Says(logp), inputs, False)
+    loss = trainer._compute_loss(Says(logp, log_squares=squares), inputs, False)
     metrics = {
         name: values[-1]
         for name, values in trainer._metrics["train"].items()
         if name.startswith(("rewards/", "logps/"))
     }
-    return case(method, settings, logp, mask, reference, loss, metrics)
+    found = case(method, settings, logp, mask, reference, loss, metrics)
+    return found if squares is None else found | {"log_squares": squares.tolist()}
+
+
+def kin(rng: torch.Generator, *types: str, **settings: Any) -> Any:
+    """dpo with other losses than the sigmoid's."""
+    settings = {"beta": 0.3, "loss_type": list(types), **settings}
+    return pair_case(rng, "dpo", settings, types)
 
 
 def case(
     method: str,
-    settings: dict[str, float],
+    settings: dict[str, Any],
     logp: Tensor,
     mask: Tensor,
     reference: Tensor | None,
@@ -166,9 +181,9 @@ def orpo(rng: torch.Generator) -> Any:
     return case("orpo", {"beta": 0.3}, logp, mask, None, likelihood - losses.mean())
 
 
-def kto(rng: torch.Generator, *, near: bool = False) -> Any:
+def kto(rng: torch.Generator, *, near: bool = False, loss_type: str = "kto") -> Any:
     """`near`: the mismatched answers' mean ratio is below 0, which counts as 0."""
-    settings = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
+    settings: dict[str, Any] = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
     logp, mask = answers(rng, 2 * NUM_PAIRS)
     other, other_mask = answers(rng, 2 * NUM_PAIRS)
     reference = logp.sum(1) + torch.randn(2 * NUM_PAIRS, generator=rng)
@@ -176,8 +191,8 @@ def kto(rng: torch.Generator, *, near: bool = False) -> Any:
     other_reference = other.sum(1) + (gap if near else -gap)
     trainer = bare(
         trl.KTOTrainer,
-        loss_type="kto",
-        calculate_KL=True,
+        loss_type=loss_type,
+        calculate_KL=loss_type == "kto",
         precompute_ref_logps=True,
         **settings,
     )
@@ -192,8 +207,10 @@ def kto(rng: torch.Generator, *, near: bool = False) -> Any:
         "ref_logps": reference,
         "ref_KL_logps": other_reference,
     }
-    loss = trainer._compute_loss(Says(other, logp), inputs, False)
+    loss = trainer._compute_loss(Says(*([other] * (loss_type == "kto")), logp), inputs, False)
     kl = float((other.sum(1) - other_reference).mean())
+    if loss_type != "kto":
+        settings["loss_type"] = loss_type
     return case("kto", settings, logp, mask, reference, loss) | {"kl": kl}
 
 
@@ -245,6 +262,21 @@ def main() -> None:
         pair_case(rng, "hinge", {"beta": 1.0}, ["hinge"]),
         pair_case(rng, "robust", {"beta": 0.3, "label_smoothing": 0.1}, ["robust"]),
         pair_case(rng, "robust", {"beta": 0.1, "label_smoothing": 0.4}, ["robust"]),
+        *(kin(rng, name) for name in PLAIN),
+        kin(rng, "exo_pair", label_smoothing=0.001),
+        kin(rng, "exo_pair", beta=0.1, label_smoothing=0.2),
+        kin(rng, "robust", label_smoothing=0.1),
+        kin(rng, "bco_pair", reward_shift="none"),
+        kin(rng, "discopop"),
+        kin(rng, "discopop", discopop_tau=0.5, beta=1.0),
+        kin(rng, "sigmoid", "bco_pair", "sft", loss_weights=[0.8, 0.2, 1.0], reward_shift="none"),
+        kin(rng, "apo_zero", "ipo"),
+        kin(rng, "sigmoid", ld_alpha=0.4),
+        kin(rng, "ipo", ld_alpha=0.0),
+        kin(rng, "sigmoid_norm", "apo_down", loss_weights=[1.0, 0.5], ld_alpha=0.7),
+        kin(rng, "sigmoid", use_weighting=True),
+        kin(rng, "hinge", "nca_pair", loss_weights=[0.5, 2.0], use_weighting=True, ld_alpha=0.5),
+        kto(rng, loss_type="apo_zero_unpaired"),
     ]
     content = {"trl": trl.__version__, "command": COMMAND, "cases": cases}
     json.dump(content, sys.stdout, indent=1)
