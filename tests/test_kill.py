@@ -76,10 +76,12 @@ def test_killed_in_the_middle_of_a_run(whole: Path, tmp_path: Path) -> None:
 
 
 def test_killed_dpo_with_an_adapter(tmp_path: Path) -> None:
-    """Only the adapter is in the checkpoint; base and reference come from where they came from.
-    Answers on the way change nothing.
+    """Only the adapter is in the checkpoint, and the mean reward of the steps before; base and
+    reference come from where they came from. Answers on the way change nothing.
     """
-    recipe, settings = EXAMPLES / "lora_dpo_tiny.yaml", ("data.seq_len=128", "method.kl_budget=1")
+    recipe = EXAMPLES / "lora_dpo_tiny.yaml"
+    losses = ("method.loss_type=[sigmoid,bco_pair]", "method.ld_alpha=0.5")
+    settings = ("data.seq_len=128", "method.kl_budget=1", *losses)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(whole, *settings, recipe=recipe)
     (tmp_path / "asked.jsonl").write_text('{"prompt": "Which word?"}\n')

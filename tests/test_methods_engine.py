@@ -5,6 +5,7 @@ the same whatever the micro-batches, ranks, packs and shared prompts.
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,16 @@ TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
     "chord_sft": lambda p: p * (1 - p),
 }
 KTO = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
+UNPAIRED = KTO | {"name": "kto", "loss_type": "apo_zero_unpaired"}
 REWARD = {"center_rewards": 0.05}
 METHODS = [*PAIRS, *TOKENS, "kto", "reward"]
 ALIKE = {"pretrain", "cpt"}  # their loss is sft's
+LABELLED = ("kto", "unpaired")
 
 
 def section(method: str) -> dict[str, Any]:
-    settings = {"kto": KTO, "reward": REWARD} | {name: cfg for name, (_, cfg) in PAIRS.items()}
+    settings = {"kto": KTO, "reward": REWARD, "unpaired": UNPAIRED}
+    settings |= {name: cfg for name, (_, cfg) in PAIRS.items()}
     return {"method": {"name": method, **settings.get(method, {})}}
 
 
@@ -177,7 +181,7 @@ def numbers_of(model: Any, own: list[Answer], others: list[Answer]) -> Numbers:
 def reference(method: str, model: Any) -> tuple[float, dict[str, Tensor]]:
     """(loss, gradients) by transformers and autograd."""
     model.zero_grad()
-    made = groups(labelled=method == "kto")
+    made = groups(labelled=method in LABELLED)
     everyone = [answer for _, answers in made for answer in answers]
     if method == "reward":
         score = {id(a): model(torch.tensor([a.tokens])).logits[0, 0] for a in everyone}
@@ -195,8 +199,9 @@ def reference(method: str, model: Any) -> tuple[float, dict[str, Tensor]]:
         of = {role: [answer for answer in everyone if answer.role == role] for role in roles}
         pairs = {1: 2, 2: 1} if len(roles) == 2 else {}
         numbers = {role: numbers_of(model, of[role], of[pairs.get(role, role)]) for role in roles}
-        if method == "kto":
+        if method in LABELLED:
             z = (numbers[3][0] - numbers[3][2]).mean().clamp(min=0).detach()
+            z = z if method == "kto" else 0.0
             good = 1 - torch.sigmoid(KTO["beta"] * (numbers[1][0] - numbers[1][2] - z))
             bad = 1 - torch.sigmoid(KTO["beta"] * (z - (numbers[2][0] - numbers[2][2])))
             losses = [KTO["desirable_weight"] * good, KTO["undesirable_weight"] * bad]
@@ -246,15 +251,14 @@ def test_no_offline_method_is_left_out() -> None:
     assert {*METHODS} | ALIKE == {name for name, own in SECTIONS.items() if not own.samples}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "layout"), [*product(METHODS, LAYOUTS), ("unpaired", "one")])
 def test_gradients_equal_transformers(
     workers: Workers, models: Callable[[str], Any], method: str, layout: str
 ) -> None:
     folder, model = models(method)
     loss, wanted = reference(method, model)
     world, parallel = LAYOUTS[layout]
-    packs = packed(groups(labelled=method == "kto"), shared=True)
+    packs = packed(groups(labelled=method in LABELLED), shared=True)
     packs = [concat(packs[i::4]) for i in range(4)]
     found = workers.run(world, ranks.gradients_of_packs, folder, parallel, packs, section(method))[
         0
@@ -271,7 +275,7 @@ def test_how_a_batch_is_cut_changes_nothing(
     workers: Workers, models: Callable[[str], Any], method: str, tmp_path: Path
 ) -> None:
     folder, _ = models(method)
-    found = groups(labelled=method == "kto")
+    found = groups(labelled=method in LABELLED)
     shared, whole = packed(found, shared=True), packed(found, shared=False)
     balanced = {"router": {"aux_loss": 0.01, "z_loss": 0.001}}
 
