@@ -60,6 +60,14 @@ MEANINGS = [
     (DPO, "--label_smoothing 0.1", {"method.label_smoothing": 0.1}),
     (DPO, "--rpo_alpha 1", {"method.rpo_alpha": 1.0}),
     (DPO, "--loss_type ipo", {"method.name": "ipo"}),
+    (DPO, "--loss_type apo_zero", {"method.name": "dpo", "method.loss_type": ["apo_zero"]}),
+    (DPO, "--loss_type sppo_hard --beta 0.4", {"method.loss_type": ["sppo_hard"]}),
+    (DPO, "--loss_type exo_pair", {"method.label_smoothing": 1e-3}),
+    (
+        DPO,
+        "--rlhf_type kto --loss_type apo_zero_unpaired",
+        {"method.name": "kto", "method.loss_type": "apo_zero_unpaired"},
+    ),
     (DPO, "", {"method.reference": "start"}),
     (DPO, "--tuner_type lora", {"method.reference": "start"}),
     (DPO, "--ref_model /m", {"method.reference": "start"}),
@@ -692,6 +700,26 @@ def test_swift_without_megatron() -> None:
         from_swift(f"{text} --learning_rate 1e-4")
 
 
+def test_losses_that_only_swift_has() -> None:
+    """Of pairs, several with weights; its Megatron trainer has one without."""
+    text = DPO.replace("megatron", "swift") + " --ld_alpha 0.5"
+    found = keys(f"{text} --loss_type sigmoid bco_pair sft --loss_weights 0.8 0.2 1.0")
+    assert found["method.loss_type"] == ["sigmoid", "bco_pair", "sft"]
+    assert found["method.loss_weights"] == [0.8, 0.2, 1.0]
+    assert (found["method.ld_alpha"], found["method.reward_shift"]) == (0.5, "running")
+    found = keys(f"{text} --loss_type discopop --discopop_tau 0.1")
+    assert (found["method.loss_type"], found["method.discopop_tau"]) == (["discopop"], 0.1)
+    told = notes(f"{text} --loss_type ipo sigmoid", "changed")
+    assert "log-probs a token" in told["--loss_type ipo sigmoid"]
+    assert "reference" in told["ld_alpha"]
+    assert "method.ld_alpha" not in keys(f"{text} --ld_alpha 1")
+    recipe = recipe_from(from_swift(f"{text} --loss_type bco_pair").content)
+    lost = [
+        n.what for n in to_swift(recipe.model_dump(mode="json")).notes if n.kind == "not carried"
+    ]
+    assert lost == ["method.loss_type=['bco_pair']", "method.ld_alpha=0.5"]
+
+
 CHORD = GRPO.replace("megatron", "swift") + " --chord_sft_dataset s.jsonl t.jsonl"
 
 
@@ -720,8 +748,9 @@ DECIDING_VALUES = {
         "reward_model_plugin": "mine", "delta": "2", "off_policy_sequence_mask_delta": "1",
         "sync_ref_model": "true",
     },
-    DPO: {"ld_alpha": "0.5", "loss_weights": "1 0.5", "sft_alpha": "0.1"},
+    DPO: {"sft_alpha": "0.1"},
     BASE: {
+        "ld_alpha": "0.5", "loss_weights": "1 0.5",
         "neftune_noise_alpha": "5", "label_smoothing_factor": "0.1", "router_aux_loss_coef": "0.1",
         "dsa_indexer_loss_coeff": "0.1", "lisa_activated_layers": "2", "rope_scaling": "yarn",
         "resume_from_checkpoint": "o/checkpoint-3", "target_parameters": "w", "use_galore": "true",
@@ -783,7 +812,9 @@ def test_every_deciding_flag_is_tried() -> None:
         (f"{BASE} --loss_scale last_round", "no last_round"),
         (f"{BASE} --new_special_tokens a b", "--new_special_tokens a b: "),
         (f"{BASE} --dataset a.jsonl#0 --optimizer sgd", "sgd"),
-        (f"{DPO} --loss_type exo_pair", "--loss_type exo_pair: .*sigmoid"),
+        (f"{DPO} --loss_type aot", "--loss_type aot: .*sigmoid.* how batches are cut"),
+        (f"{DPO} --loss_type sigmoid aot", "--loss_type sigmoid aot: .*how batches are cut"),
+        (f"{DPO} --loss_type hinge --ld_alpha 0.5", "--ld_alpha 0.5: .*only dpo"),
         (f"{DPO} --reference_free true", "--reference_free true: .*reference"),
         (f"{DPO} --loss_scale all", "--loss_scale all: .*last turn"),
         (f"{DPO} --ref_adapters /a", "--ref_adapters /a: .*whole model"),

@@ -32,6 +32,9 @@ SWIFT = {
     "beta": "method.beta",
     "label_smoothing": "method.label_smoothing",
     "rpo_alpha": "method.rpo_alpha",
+    "loss_weights": "method.loss_weights",
+    "ld_alpha": "method.ld_alpha",
+    "discopop_tau": "method.discopop_tau",
     "desirable_weight": "method.desirable_weight",
     "undesirable_weight": "method.undesirable_weight",
     "simpo_gamma": "method.gamma",
@@ -164,6 +167,7 @@ ADVICE = {
     "max_samples": "a list, a number for each path of data.train",
     "template": "a file; the tokenizer's own is taken by itself",
     "max_steps": "or train.epochs, one of them",
+    "loss_type": "of dpo and kto, method.loss_type",
 }
 # What is so without a setting.
 NOTHING = {

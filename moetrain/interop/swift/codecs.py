@@ -182,6 +182,14 @@ def _steps(words: Words) -> int | None:
 
 WHOLE = Codec[int]("a whole number", lambda words: int(_one(words)), lambda value: (str(value),))
 NUMBER = Codec[float]("a number", _number, _show_number)
+NOT_ONE = Codec[float | None](  # a weight, where 1 is none; it is read alone
+    "a number", lambda words: None if _number(words) == 1 else _number(words), lambda value: ()
+)
+NUMBERS = Codec[list[float]](
+    "numbers",
+    lambda words: [_number((word,)) for word in words],
+    lambda values: tuple(word for value in values for word in _show_number(value)),
+)
 TRUTH = Codec[bool]("true or false", _truth, _show_truth)
 NOT = Codec[bool]("true or false", lambda w: not _truth(w), lambda value: _show_truth(not value))
 TEXT = Codec[str]("one word", _one, lambda value: (value,))

@@ -1,9 +1,25 @@
 """Which method a command trains with, and the commands that no method here stands for."""
 
 from collections.abc import Mapping
+from typing import Any, get_args
 
+from moetrain.config.foreign import SWIFT
+from moetrain.config.method import PairLoss
 from moetrain.errors import ConfigError
-from moetrain.interop.swift.codecs import Choice, Option, Words, same, shown
+from moetrain.interop.swift.codecs import (
+    NOT_ONE,
+    NUMBER,
+    NUMBERS,
+    Choice,
+    Codec,
+    Entry,
+    Option,
+    Reading,
+    Words,
+    Writing,
+    same,
+    shown,
+)
 from moetrain.interop.swift.online import GRPO, SEQUENCE
 
 _RL = {"action": "rlhf", "rlhf_type": "grpo"}
@@ -42,6 +58,58 @@ METHOD = Choice(
     wanted="--rlhf_type: a recipe has a method for dpo, kto, rm and grpo (orpo and simpo of "
     "`swift`)",
 )
+
+_PLAIN = {"dpo": "sigmoid", "kto": "kto"}
+_OF_MEGATRON = (
+    "ipo",
+    "hinge",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+)
+_AOT = "a recipe has {} (aot sorts a batch, so that it would depend on how batches are cut)"
+
+
+class PairLosses(Entry):
+    """--loss_type of dpo, and of kto. `swift` has several with weights, and numbers of them that
+    its Megatron trainer does not know; that one has what its bco_pair and discopop read neither.
+    """
+
+    def read(self, reading: Reading) -> None:
+        method = reading.keys.get("method.name")
+        if method == "dpo":
+            own: dict[str, Codec[Any]] = {"loss_weights": NUMBERS, "ld_alpha": NOT_ONE}
+            if "discopop" in reading.given.get("loss_type", ()):
+                own["discopop_tau"] = NUMBER
+            for flag, kind in own.items():
+                reading.keys[SWIFT[flag]] = reading.parse(flag, kind)
+        names = reading.given.get("loss_type", ())
+        if method not in _PLAIN or names in ((), (_PLAIN[method],)):
+            return
+        known = get_args(PairLoss) if method == "dpo" else ("kto", "apo_zero_unpaired")
+        if not {*names} <= {*known}:
+            reading.lost("loss_type", _AOT.format(", ".join(known)))
+            return
+        reading.used.add("loss_type")
+        reading.keys["method.loss_type"] = list(names) if method == "dpo" else names[0]
+        if len(names) > 1 and "ipo" in names:
+            why = "beside ipo ms-swift takes log-probs a token for every loss; here ipo alone does"
+            reading.note("changed", "loss_type", why)
+
+    def write(self, writing: Writing) -> None:
+        key, method = "method.loss_type", writing.keys.get("method.name")
+        names = writing.keys.get(key)
+        if method not in _PLAIN or names in (None, _PLAIN[method], [_PLAIN[method]]):
+            writing.covered.add(key)
+        elif method == "kto" or (len(names) == 1 and names[0] in _OF_MEGATRON):
+            writing.covered.add(key)
+            writing.flags["loss_type"] = (names,) if method == "kto" else tuple(names)
+        else:
+            writing.lost(key, f"Megatron-SWIFT has one of sigmoid, {', '.join(_OF_MEGATRON)}")
+
 
 _TASKS = {
     "seq_cls": "classifiers are not trained here; reward models are (rlhf --rlhf_type rm)",

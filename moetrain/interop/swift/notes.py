@@ -174,13 +174,13 @@ WHY_FLAGS: dict[str, str] = {
     "group_by_length": "packs are filled by length already; their order is shuffled",
     "interleave_prob": "data.weights is for corpora",
     "kl_in_reward": "the KL is a part of the loss here",
-    "label_smoothing": "of the methods only dpo and robust have it",
+    "label_smoothing": "of the methods robust has it, and dpo with sigmoid, robust or exo_pair",
     "lora_bias": "biases are not trained beside an adapter",
     "lora_alpha": "there is no new adapter",
     "lora_dropout": "adapters here have no dropout",
     "lora_rank": "there is no new adapter",
     "loss_scale": "scored are the assistant's turns (of a preference the last, of a corpus all)",
-    "loss_type": "a recipe has sigmoid (dpo), ipo, hinge, robust and kto",
+    "loss_type": "dpo and kto have losses",
     "lr_decay_iters": "optim.decay_steps says how long the decay takes",
     "mcore_adapter": "Megatron's adapter folder: write PEFT's (megatron export --to_hf), and give "
     "adapter.path",
@@ -282,8 +282,18 @@ CHANGES: tuple[Change, ...] = (
         "Megatron-SWIFT's ipo adds log-probs up, moetrain's (as TRL's) takes the mean over tokens",
     ),
     Change(
+        "ld_alpha",
+        lambda keys: keys.get("method.ld_alpha") is not None,
+        "ms-swift counts the reference's tokens all alike, moetrain (as TRL 1.16) as the policy's",
+    ),
+    Change(
+        "bco_pair",
+        lambda keys: "bco_pair" in (keys.get("method.loss_type") or ()),
+        "ms-swift's mean reward has a micro-batch's own in it, moetrain's is of the steps before",
+    ),
+    Change(
         "kto",
-        method("kto"),
+        lambda keys: method("kto")(keys) and keys.get("method.loss_type") is None,
         "ms-swift estimates the KL from a micro-batch of every rank, moetrain from the whole batch",
     ),
     Change(
