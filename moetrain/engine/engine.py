@@ -1,6 +1,5 @@
 """The engine: few verbs over Megatron Core, the same on two CPU cores and on H100 nodes."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -39,7 +38,6 @@ from moetrain.engine.snapshot import Weights, as_before, snapshot
 from moetrain.engine.source import ModelSource, model_of
 from moetrain.engine.step import Runner, micro_batches
 from moetrain.engine.world import World, open_world
-from moetrain.errors import DivergedError
 from moetrain.layout.mesh import check_layout
 from moetrain.methods.base import Known, Method, Out
 from moetrain.models import Rule, read_model
@@ -196,13 +194,7 @@ class Engine:
         grad_norm = 0.0
         if self.world.kind != "meta":
             grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
-        if not (math.isfinite(totals["loss"]) and math.isfinite(grad_norm)):
-            names = objective.suspects(totals["loss"], kept, batches)
-            raise DivergedError(
-                f"Step {step}: loss {totals['loss']:.4g}, gradient norm {grad_norm:.4g}. Nothing "
-                f"was updated. Sequences: {names}. Look at them, lower optim.lr, or resume from "
-                f"the last checkpoint without them."
-            )
+        objective.check(step, totals["loss"], grad_norm, kept, batches)
         lr = set_rates(self.optimizer, step, recipe.optim, num_steps or recipe.train.steps or 0)
         clip_and_step(self.optimizer, grad_norm, recipe.optim.clip_grad)
         self.steps_done = step

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain.engine.device import numbers
 from moetrain.engine.world import World
-from moetrain.errors import DataError
+from moetrain.errors import DataError, DivergedError
 from moetrain.methods.base import COUNTED, Known, Method, Out
 from moetrain.ops.packed import Packed, select
 
@@ -93,7 +93,20 @@ class Objective:
         counts = {COUNTED[n]: pairs[2 * i + 1] for i, n in enumerate(names) if n in COUNTED}
         return {"loss": loss, **means, **counts}
 
-    def suspects(self, loss: float, kept: Kept, batches: Sequence[Packed]) -> str:
+    def check(
+        self, step: int, loss: float, grad_norm: float, kept: Kept, batches: Sequence[Packed]
+    ) -> None:
+        """Raise DivergedError when the loss or the gradient is not finite."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        names = self._suspects(loss, kept, batches)
+        raise DivergedError(
+            f"Step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}. Nothing was updated. "
+            f"Sequences: {names}. Look at them, lower optim.lr, or resume from the last checkpoint "
+            f"without them."
+        )
+
+    def _suspects(self, loss: float, kept: Kept, batches: Sequence[Packed]) -> str:
         """The sequences of the micro-batches whose loss is not finite; where only a gradient is
         not, all of them.
         """
