@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from moetrain.config.foreign import SWIFT
-from moetrain.config.method import PairLoss
+from moetrain.config.method import SMOOTHED, PairLoss
 from moetrain.errors import ConfigError
 from moetrain.interop.swift.codecs import (
     NOT_ONE,
@@ -13,6 +13,7 @@ from moetrain.interop.swift.codecs import (
     Choice,
     Codec,
     Entry,
+    Keys,
     Option,
     Reading,
     Words,
@@ -71,6 +72,21 @@ _OF_MEGATRON = (
     "apo_down",
 )
 _AOT = "a recipe has {} (aot sorts a batch, so that it would depend on how batches are cut)"
+
+
+def _losses(keys: Keys) -> list[str]:
+    """Those of dpo, by name."""
+    return (keys.get("method.loss_type") or ["sigmoid"]) if keys["method.name"] == "dpo" else []
+
+
+def smoothing(keys: Keys) -> float:
+    """What ms-swift takes without --label_smoothing."""
+    return 1e-3 if "exo_pair" in _losses(keys) else 0.0
+
+
+def is_smoothed(keys: Keys) -> bool:
+    """Whether it bears on anything."""
+    return keys["method.name"] == "robust" or bool(SMOOTHED & {*_losses(keys)})
 
 
 class PairLosses(Entry):

@@ -7,7 +7,7 @@ The names, defaults and meanings are those of Megatron-SWIFT's documented argume
 
 from collections.abc import Callable
 
-from moetrain.config.method import SECTIONS, SMOOTHED
+from moetrain.config.method import SECTIONS
 from moetrain.interop.swift.answers import Demonstrations, Sampled
 from moetrain.interop.swift.codecs import (
     JSON,
@@ -36,7 +36,7 @@ from moetrain.interop.swift.entries import (
     Reports,
     Weights,
 )
-from moetrain.interop.swift.methods import METHOD, PairLosses
+from moetrain.interop.swift.methods import METHOD, PairLosses, is_smoothed, smoothing
 from moetrain.interop.swift.online import (
     Clipping,
     Divergence,
@@ -100,20 +100,6 @@ def _new_adapter(keys: Keys) -> bool:
 
 def _beta(keys: Keys) -> float:
     return 0.04 if is_online(keys) else 2.0 if keys["method.name"] == "simpo" else 0.1
-
-
-def _losses(keys: Keys) -> list[str]:
-    """Those of dpo, by name."""
-    own = keys.get("method.loss_type") or ["sigmoid"]
-    return own if keys.get("method.name") == "dpo" else []
-
-
-def _smoothing(keys: Keys) -> float:
-    return 1e-3 if "exo_pair" in _losses(keys) else 0.0
-
-
-def _is_smoothed(keys: Keys) -> bool:
-    return method("robust")(keys) or bool(SMOOTHED & {*_losses(keys)})
 
 
 def _supervised(keys: Keys) -> bool:
@@ -211,7 +197,7 @@ _NUMBERS_OF_METHODS: tuple[Entry, ...] = (
         always=True,
     ),
     PairLosses(),
-    Same("label_smoothing", NUMBER, default=_smoothing, when=_is_smoothed),
+    Same("label_smoothing", NUMBER, default=smoothing, when=is_smoothed),
     Same("rpo_alpha", NUMBER, default=0.0, when=_has("rpo_alpha")),
     Same("desirable_weight", NUMBER, default=1.0, when=method("kto")),
     Same("undesirable_weight", NUMBER, default=1.0, when=method("kto")),
