@@ -132,7 +132,7 @@ def test_log_probs_of_what_was_drawn_from(what: str, chunk: int) -> None:
     weight = torch.randn(V, H, generator=g)
     out = torch.randn(len(places), generator=g)
     mine = [x.clone().requires_grad_() for x in (hidden, weight)]
-    logp, entropy = token_logprobs(
+    logp, entropy, _ = token_logprobs(
         mine[0][places], mine[1], pack.labels[places], group=None, vocab_start=0, vocab_size=V,
         chunk=chunk, temperature=torch.full((len(places),), 0.7), drawn=drawn, with_entropy=True,
     )  # fmt: skip
