@@ -69,6 +69,36 @@ def test_samples_are_consecutive_tokens(tmp_path: Path) -> None:
     assert pack.position_ids.tolist() == list(range(64))
 
 
+@pytest.mark.parametrize("own_length", [64, 7])
+def test_documents_are_cut_as_megatron_cuts_them(tmp_path: Path, own_length: int) -> None:
+    from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+
+    sections: dict[str, Any] = {"method": {"name": "pretrain"}}
+    data = {"train": [str(make(tmp_path, "a"))], "seq_len": own_length}
+    plain = RunData(recipe(tmp_path, data=data, **sections)).loader(0, 1)
+    eod = tokenizer.end_of_document(tokenizer.load(tokenizer_folder()))
+    keys = {"document_mask": True, "eod_mask_loss": True}
+    cut = RunData(recipe(tmp_path, data=data | keys, **sections)).loader(0, 1)
+    num_cuts = 0
+    for _ in range(6):
+        for before, pack in zip(plain.next(), cut.next(), strict=True):
+            assert torch.equal(pack.tokens, before.tokens)
+            assert torch.equal(pack.labels, before.labels)
+            mask, loss, positions = _get_ltor_masks_and_position_ids(
+                pack.tokens, eod, True, True, True, True
+            )
+            assert torch.equal(pack.loss_mask, loss) and torch.equal(pack.position_ids, positions)
+            own = pack.sequence_ids
+            sees = (own[:, None] == own[None]).tril()
+            assert mask is not None and torch.equal(~mask[0], sees)
+            assert pack.num_sequences == len(pack.ids) and bool(pack.valid.all())
+            num_cuts += pack.num_sequences - 1
+    assert num_cuts > 6
+    one = {"eod_mask_loss": True}
+    pack = RunData(recipe(tmp_path, data=data | one, **sections)).loader(0, 1).next()[0]
+    assert pack.num_sequences == 1
+
+
 def stream(made: Any, dp_size: int, steps: int) -> list[list[int]]:
     """The first tokens of the packs of some steps, in the job's order."""
     ranks = [RunData(made).loader(rank, dp_size) for rank in range(dp_size)]

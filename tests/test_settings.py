@@ -79,7 +79,7 @@ SHOWN_BY: dict[str, str] = {
     "rollout.reward_workers": "system.test_slurm",
 }
 # These decide how fast, not what; or have one value.
-SPEED = {"data.num_workers", "checkpoint.background", "optim.name", "model.backend", "method.name"}
+SPEED = {"data.num_workers", "checkpoint.background", "model.backend", "method.name"}
 
 
 def method_fields() -> Iterator[tuple[str, str]]:
@@ -263,6 +263,10 @@ GIVEN: dict[str, Any] = {
     "data.special_tokens_in_text": "keep",
     "data.chat_template_kwargs": {"a": 1}, "data.empty_thoughts": False, "data.shuffle": False,
     "train.global_batch": 4, "train.eval_every": 1, "train.eval_packs": 1,
+    "data.document_mask": True, "data.eod_mask_loss": True,
+    "optim.muon_momentum": 0.5, "optim.muon_nesterov": False, "optim.muon_num_ns_steps": 2,
+    "optim.muon_scale_mode": "unit_rms_norm", "optim.muon_extra_scale_factor": 1.0,
+    "optim.name": "muon", "optim.offload": 0.5, "optim.state_dtype": "bf16",
     "train.sample_prompts": "p.jsonl", "train.sample_tokens": 7,
     "rollout.eval_prompts": 1, "rollout.eval_temperature": 0.5, "optim.min_lr": 1e-6,
     "rollout": {"group_size": 4}, "optim.wsd_decay": "cosine", "optim.decay_steps": 2,

@@ -155,6 +155,13 @@ STEPS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"optim": {"eps": 1e-2}}, {"optim": {"weight_decay": 0.5}}, {"optim": {"clip_grad": 0.01}},
         {"optim": {"groups": [{"match": ["mlp.gate"], "lr_scale": 0.5}]}},
     ]),
+    "muon": ({"optim": {"name": "muon", "lr": 1e-2}}, [
+        {"optim": {"muon_momentum": 0.5}}, {"optim": {"muon_nesterov": False}},
+        {"optim": {"muon_num_ns_steps": 2}}, {"optim": {"muon_scale_mode": "shape_scaling"}},
+        {"optim": {"muon_scale_mode": "unit_rms_norm"}}, {"optim": {"name": "adamw"}},
+        {"optim": {"muon_extra_scale_factor": 1.0}},
+        {"optim": {"groups": [{"match": ["mlp.gate"], "name": "adamw"}]}},
+    ]),
     "train": ({}, [
         {"train": {"micro_batch": 2}}, {"train": {"deterministic": True}},
         {"train": {"overlap": False}}, {"train": {"recompute": "selective"}},

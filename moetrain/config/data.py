@@ -60,6 +60,16 @@ class DataConfig(Section):
         default=True,
         description="several records in one pack, which do not see each other; not for corpora",
     )
+    document_mask: bool = Field(
+        default=False,
+        description="documents of a corpus that share a pack do not see each other, and positions"
+        " begin anew in each (Megatron's reset_attention_mask with reset_position_ids)",
+    )
+    eod_mask_loss: bool = Field(
+        default=False,
+        description="do not learn what follows an end-of-document token: the next document's first"
+        " token, in a corpus",
+    )
     share_prompt: bool = Field(
         default=True,
         description="compute a preference record's prompt once; false: two whole sequences",

@@ -16,13 +16,17 @@ class OptimGroup(Section):
         default=None, ge=0, description="in place of lr: this times optim.lr"
     )
     weight_decay: float | None = Field(default=None, ge=0, description="of the group's matrices")
+    name: Literal["adamw"] | None = Field(
+        default=None, description="take the group's matrices from muon"
+    )
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
-        given = [self.lr, self.lr_scale, self.weight_decay]
+        given = [self.lr, self.lr_scale, self.weight_decay, self.name]
         if all(value is None for value in given):
             raise ValueError(
-                f"the group of {self.match} changes nothing: give lr, lr_scale or weight_decay"
+                f"the group of {self.match} changes nothing: give lr, lr_scale, weight_decay or"
+                " name"
             )
         if self.lr is not None and self.lr_scale is not None:
             raise ValueError(
@@ -33,9 +37,13 @@ class OptimGroup(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="the only one yet")
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon steps the matrices of layers, each expert's and q, k, v, gate and up"
+        " alone, and adamw the rest",
+    )
     lr: float = Field(default=1e-4, ge=0, description="highest learning rate")
     min_lr: float = Field(
         default=0.0, ge=0, description="where the schedule ends; not for constant"
@@ -61,6 +69,22 @@ class OptimConfig(Section):
     weight_decay: float = Field(
         default=0.1, ge=0, description="of matrices; norms and biases have none"
     )
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="decay of muon's momentum")
+    muon_nesterov: bool = Field(default=True, description="muon looks ahead by its momentum")
+    muon_num_ns_steps: Count = Field(
+        default=5, description="Newton-Schulz iterations, with K. Jordan's coefficients"
+    )
+    muon_scale_mode: Literal["spectral", "shape_scaling", "unit_rms_norm"] = Field(
+        default="spectral",
+        description="of the orthogonal update: sqrt(max(out, in)), sqrt(max(1, out / in)),"
+        " sqrt(out / in)",
+    )
+    muon_extra_scale_factor: float = Field(
+        default=0.2,
+        gt=0,
+        description="times that; 0.2 (arXiv 2502.16982; 1 in Megatron) gives spectral updates the"
+        " size of adamw's, at its learning rate",
+    )
     clip_grad: float = Field(
         default=1.0, ge=0, description="largest gradient norm; 0 turns clipping off"
     )
@@ -79,6 +103,12 @@ class OptimConfig(Section):
         " 1e-5}, {match: [mlp.gate, norm], lr_scale: 0.1, weight_decay: 0}]; of several that match"
         " the last counts",
     )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        if self.name == "adamw" and any(group.name for group in self.groups):
+            raise ValueError("optim.groups: name is for optim.name=muon. Leave it out")
+        return self
 
     def rates_of(self, group: OptimGroup | None) -> tuple[float, float]:
         """(highest, last) learning rate of a group's weights; the schedule has one shape."""

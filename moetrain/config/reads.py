@@ -58,6 +58,11 @@ RULES = (
         "pretrain and cpt blend corpora by it; data.take says how many records of each path",
     ),
     Rule(
+        ("data.document_mask", "data.eod_mask_loss"),
+        lambda r: r.method.learns_from == "corpus",
+        "records are sequences of their own always; corpora alone have documents inside a sample",
+    ),
+    Rule(
         ("data.take", "data.eval_share"),
         lambda r: r.method.learns_from != "corpus",
         "it chooses records, and pretrain and cpt read corpora",
@@ -97,6 +102,24 @@ RULES = (
         ("trainable",),
         lambda r: r.adapter is None,
         "with adapter nothing else is trained; adapter.target says where",
+    ),
+    Rule(
+        tuple(
+            f"optim.muon_{name}"
+            for name in "momentum nesterov num_ns_steps scale_mode extra_scale_factor".split()
+        ),
+        lambda r: r.optim.name == "muon",
+        "optim.name=muon reads it",
+    ),
+    Rule(
+        ("optim.name",),
+        lambda r: r.adapter is None,
+        "muon is for whole matrices, and an adapter's factors are none: adamw trains them",
+    ),
+    Rule(
+        ("optim.offload", "optim.state_dtype"),
+        lambda r: r.optim.name == "adamw",
+        "muon's momentum is fp32 and beside the main weights",
     ),
     Rule(("optim.wsd_decay",), lambda r: r.optim.schedule == "wsd", "optim.schedule=wsd reads it"),
     Rule(

@@ -18,6 +18,7 @@ import torch
 from moetrain import files
 from moetrain.data import index_files
 from moetrain.data import tokenizer as tokenizers
+from moetrain.data.boundaries import Boundaries
 from moetrain.data.cache import build_once, digest_files, key_of
 from moetrain.data.controls import How
 from moetrain.data.documents import Documents, tokenise
@@ -183,7 +184,9 @@ class CorpusSet:
         root: Path,
         held_out: bool = False,
         model_vocab: int | None = None,
+        boundaries: Boundaries | None = None,
     ) -> None:
+        self.boundaries = boundaries
         self.prefixes = [_prefix(p) for p in prefixes]
         self.seq_len, self.seed, self.held_out, self.model_vocab = (
             seq_len,
@@ -271,7 +274,9 @@ class CorpusSet:
         ]
 
     def get(self, epoch: int, number: int) -> Packed:
-        """Sample `number` of an epoch: one sequence of t tokens, all of them scored."""
+        """Sample `number` of an epoch: t tokens, all of them scored and one sequence where
+        `boundaries` does not say otherwise.
+        """
         sample = self.epoch(epoch)[number]
         tokens, labels = sample["tokens"], sample["labels"]
         # The index was looked at; these are the bytes that came.
@@ -281,4 +286,6 @@ class CorpusSet:
         if smallest < 0:
             raise DataError(f"The index behind {where} has a token {smallest}: make it again.")
         tokenizers.check_vocab(largest + 1, self.model_vocab, f"The index behind {where}")
+        if self.boundaries is not None:
+            return self.boundaries.pack(tokens, labels, where)
         return pack_one(tokens, labels, torch.ones(self.seq_len), id=where)

@@ -10,6 +10,7 @@ import numpy as np
 
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets, preference, sft
+from moetrain.data.boundaries import Boundaries
 from moetrain.data.cache import cache_root
 from moetrain.data.chat import ChatOptions
 from moetrain.data.encode import SetKind, Spec
@@ -248,5 +249,6 @@ def _corpus(recipe: Recipe, inputs: list[str], root: Path, *, held_out: bool) ->
         root=root,
         held_out=held_out,
         model_vocab=model_vocab(recipe),
+        boundaries=Boundaries.of(recipe),
     )
     return Corpus(data)

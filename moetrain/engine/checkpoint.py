@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import moetrain
 from moetrain.engine.manifest import write as write_manifest
 from moetrain.engine.model import PackedGPT
-from moetrain.engine.optim import counted, part_steps, start_state
+from moetrain.engine.optim import part_steps, sharded_state, start_state
 from moetrain.engine.reading import read, read_state
 from moetrain.engine.sharded import sharded
 from moetrain.engine.world import World
@@ -74,8 +74,9 @@ class Saving:
             self._problem = error
         _agree(self._problem, self.world)
         if optimizer is not None:
-            with counted(optimizer, state["steps_done"]):
-                content["optimizer"] = optimizer.sharded_state_dict(content, metadata=_METADATA)
+            content["optimizer"] = sharded_state(
+                optimizer, content, state["steps_done"], _METADATA, loading=False
+            )
         request: Any = dist_checkpointing.save(
             content,
             str(folder),
@@ -169,10 +170,7 @@ def restore(
         )
     if optimizer is not None:
         start_state(optimizer)
-        with counted(optimizer, 0):
-            content["optimizer"] = optimizer.sharded_state_dict(
-                content, is_loading=True, metadata=_METADATA
-            )
+        content["optimizer"] = sharded_state(optimizer, content, 0, _METADATA, loading=True)
     return read(content, folder, world), state
 
 

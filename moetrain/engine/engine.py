@@ -28,7 +28,6 @@ from moetrain.engine.model import DTYPES, build, transformer_config
 from moetrain.engine.objective import Objective
 from moetrain.engine.optim import clip_and_step, gathered, make_optimizer, set_rates, wrap
 from moetrain.engine.params import (
-    by_parameter,
     freeze,
     local_adapters,
     local_merged,
@@ -126,11 +125,9 @@ class Engine:
             freeze(self.chunks, self.world, all_but=trained, router=recipe.router.freeze)
             self.wrapped = models = wrap(self.chunks, self.config, recipe)
             self.config.finalize_model_grads_func = _finalize_gradients
-            on_gpu = self.world.kind == "nccl"
             own = own_rates(recipe, self.trained_rules, self.adapters)
-            rates = by_parameter(self.chunks, self.world, own)
             self.optimizer = make_optimizer(
-                self.wrapped, recipe, self.backend, rates, on_gpu=on_gpu
+                self.wrapped, recipe, self.backend, self.world, self.model, own
             )
             self.config.grad_scale_func = self.optimizer.scale_loss
         self.run = Runner(models, self.world, self.model)

@@ -17,14 +17,17 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moetrain.config.optim import OptimConfig
 from moetrain.config.recipe import Recipe
+from moetrain.engine import muon
 from moetrain.engine.model import DTYPES, PackedGPT
+from moetrain.engine.params import by_parameter
+from moetrain.engine.world import World
 from moetrain.errors import ConfigError
+from moetrain.models import Model
 from moetrain.models.rates import Rate
 
 
@@ -126,14 +129,15 @@ def make_optimizer(
     wrapped: list[DistributedDataParallel],
     recipe: Recipe,
     backend: str,
-    rates: Mapping[Tensor, Rate],
-    *,
-    on_gpu: bool,
+    world: World,
+    model: Model,
+    rates: Mapping[str, Rate],
 ) -> Any:
-    """Megatron's distributed AdamW. Norm weights and biases take no weight decay; parameters in
-    `rates` have rates of their own.
+    """Megatron's distributed AdamW, with Muon in it where the recipe says so. Norm weights and
+    biases take no weight decay; parameters whose canonical names are in `rates` have their own.
     """
-    cfg, dtype = recipe.optim, DTYPES[recipe.model.dtype]
+    cfg, dtype, on_gpu = recipe.optim, DTYPES[recipe.model.dtype], world.kind == "nccl"
+    chunks = [chunk.module for chunk in wrapped]
     extra: dict[str, Any] = {}
     if cfg.state_dtype != "fp32":
         if backend != "te":
@@ -165,7 +169,8 @@ def make_optimizer(
         overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
         **extra,
     )
-    overrides = get_standard_config_overrides(config) | _overrides(rates)
+    overrides = get_standard_config_overrides(config)
+    overrides |= _overrides(by_parameter(chunks, world, rates))
     optimizer = get_megatron_optimizer(
         config, wrapped, config_overrides=overrides, use_gloo_process_groups=on_gpu
     )
@@ -173,17 +178,24 @@ def make_optimizer(
         for inner in _stepping(optimizer):
             for group in inner.param_groups:
                 group["fused"] = all(param.device.type == "cpu" for param in group["params"])
+    if cfg.name == muon.NAME:
+        names = {name for name, rate in rates.items() if rate.optimizer == muon.NAME}
+        matrices = muon.locals_of(chunks, world, model.table, names)
+        for part in _parts(optimizer):
+            muon.install(part, matrices, cfg, dtype)
     return optimizer
 
 
-def _overrides(rates: Mapping[Tensor, Rate]) -> dict[ParamKey, ParamGroupOverride]:
-    """What Megatron tells groups apart by, in checkpoints too."""
-    result: dict[ParamKey, ParamGroupOverride] = {}
+def _overrides(rates: Mapping[Tensor, Rate]) -> dict[ParamKey, Any]:
+    """What Megatron tells groups apart by."""
+    result: dict[ParamKey, Any] = {}
     for number, rate in enumerate(sorted(set(rates.values()), key=repr)):
         own = {id(param) for param, other in rates.items() if other == rate}
-        fields = ParamGroupOverride(max_lr=rate.lr, min_lr=rate.min_lr)
+        fields: dict[str, Any] = {"max_lr": rate.lr, "min_lr": rate.min_lr}
         if rate.weight_decay is not None:
             fields["start_wd"] = rate.weight_decay
+        if rate.optimizer is not None:
+            fields["stepped_by"] = rate.optimizer
         is_own = partial(_is_in, own)
         result[ParamKey(predicate=ParamPredicate(name=f"rate{number}", fn=is_own))] = fields
     return result
@@ -208,11 +220,9 @@ def start_state(optimizer: Any) -> None:
         for group in inner.param_groups:
             for param in group["params"]:
                 if not inner.state[param]:
-                    inner.state[param] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(param.data),
-                        "exp_avg_sq": torch.zeros_like(param.data),
-                    }
+                    muon.start(inner.state[param], param)
+                    if group.get("optimizer") != muon.NAME:
+                        inner.state[param]["exp_avg_sq"] = torch.zeros_like(param.data)
 
 
 def forget_state(optimizer: Any) -> None:
@@ -234,8 +244,20 @@ def part_steps(optimizer: Any) -> None:
                 state["step"] = state["step"].clone()
 
 
+def sharded_state(
+    optimizer: Any, content: dict[str, Any], step: int, metadata: dict[str, Any], *, loading: bool
+) -> dict[str, Any]:
+    """The optimizer's part of a checkpoint, for `content`; collective."""
+    with _counted(optimizer, step), muon.second_moments(_parts(optimizer)):
+        state = optimizer.sharded_state_dict(content, is_loading=loading, metadata=metadata)
+    parts = _parts(optimizer)
+    for part, own in zip(parts, [state] if len(parts) == 1 else state.values(), strict=True):
+        muon.leave_out_second_moments(part, own["param_state"])
+    return state
+
+
 @contextmanager
-def counted(optimizer: Any, step: int) -> Iterator[None]:
+def _counted(optimizer: Any, step: int) -> Iterator[None]:
     """Inside, torch's AdamW knows its `step` on a rank that holds no parameter too.
 
     megatron-core 0.19.2 reads the step off the parameters, of which a rank has none when fewer are
@@ -251,11 +273,15 @@ def counted(optimizer: Any, step: int) -> Iterator[None]:
             inner.state.pop("none", None)  # type: ignore[call-overload]
 
 
+def _parts(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers: of dense weights, and of experts."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _stepping(optimizer: Any) -> list[Any]:
     """The inner optimizers that keep a `step` per parameter: torch's, and those on the host."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
     kinds = (torch.optim.AdamW, HybridDeviceOptimizer)
-    return [part.optimizer for part in parts if isinstance(part.optimizer, kinds)]
+    return [part.optimizer for part in _parts(optimizer) if isinstance(part.optimizer, kinds)]
 
 
 def set_rates(optimizer: Any, step: int, cfg: OptimConfig, num_steps: int) -> float:
@@ -275,7 +301,7 @@ def clip_and_step(optimizer: Any, grad_norm: float, clip: float) -> None:
     """Update the weights from gradients that are ready, scaled to a norm of at most `clip` (0: as
     they are).
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         if clip and grad_norm > clip and part.get_parameters():
             _scale_gradients(part, clip / (grad_norm + 1e-6))
     optimizer.step_with_ready_grads()

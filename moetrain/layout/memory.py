@@ -11,6 +11,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError, nearest
 from moetrain.layout.mesh import MeshPlan, stage_layers
 from moetrain.models import Model, Rule
+from moetrain.models.rates import by_muon
 
 GIB = 2**30
 # Device memory in GiB as the driver reports it.
@@ -73,7 +74,8 @@ def static_bytes(
         held = {layer for chunk in layers[stage] for layer in chunk}
         held_rules = partial(_on_rank, held=held, stage=stage, plan=plan, model=model)
         weights = held_rules({**model.table, **trained})
-        stages.append(_bytes(stage, sum(weights), held_rules(trained), plan, recipe))
+        muon = _sharded(held_rules(by_muon(recipe, trained)), plan)
+        stages.append(_bytes(stage, sum(weights), held_rules(trained), muon, plan, recipe))
     return stages
 
 
@@ -87,7 +89,8 @@ def checkpoint_bytes(table: Mapping[str, Rule], recipe: Recipe, trained: Mapping
     if not recipe.checkpoint.save_optimizer:
         return weights
     state = 4 + 2 * _BYTES[recipe.optim.state_dtype]
-    return weights + state * sum(rule.num_params for rule in trained.values())
+    less = 4 * sum(rule.num_params for rule in by_muon(recipe, trained).values())
+    return weights + state * sum(rule.num_params for rule in trained.values()) - less
 
 
 def _on_rank(
@@ -114,16 +117,23 @@ def _is_held(rule: Rule, held: set[int], stage: int, plan: MeshPlan, model: Mode
     return last
 
 
+def _sharded(held: tuple[int, int], plan: MeshPlan) -> int:
+    """Parameters of a rank whose optimizer state it has."""
+    dense, expert = held
+    return -(-dense // (plan.dp * plan.cp)) + -(-expert // plan.edp)
+
+
 def _bytes(
-    stage: int, num_params: int, trained: tuple[int, int], plan: MeshPlan, recipe: Recipe
+    stage: int,
+    num_params: int,
+    trained: tuple[int, int],
+    muon: int,
+    plan: MeshPlan,
+    recipe: Recipe,
 ) -> StageBytes:
     weight = _BYTES[recipe.model.dtype]
     gradient = _BYTES[recipe.optim.grad_dtype]
     # fp32 weights are their own main copy; bf16 ones have an fp32 copy beside the two moments.
     state = (0 if recipe.model.dtype == "fp32" else 4) + 2 * _BYTES[recipe.optim.state_dtype]
-    dense, expert = trained
-    sharded = -(-dense // (plan.dp * plan.cp)) + -(-expert // plan.edp)
-    optimizer = round(state * sharded * (1 - recipe.optim.offload))
-    return StageBytes(
-        stage, num_params, weight * num_params, gradient * (dense + expert), optimizer
-    )
+    optimizer = round(state * _sharded(trained, plan) * (1 - recipe.optim.offload)) - 4 * muon
+    return StageBytes(stage, num_params, weight * num_params, gradient * sum(trained), optimizer)

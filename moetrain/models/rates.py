@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from moetrain.config.optim import OptimGroup
 from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError
 from moetrain.models.adapter import AdapterTable
@@ -11,11 +12,14 @@ from moetrain.models.rules import Rule
 
 
 class Rate(NamedTuple):
-    """Highest and last learning rate, and the decay of matrices; None: the recipe's."""
+    """Highest and last learning rate, the decay of matrices (None: the recipe's), and "muon" where
+    that is what steps it.
+    """
 
     lr: float
     min_lr: float
     weight_decay: float | None
+    optimizer: str | None = None
 
 
 def own_rates(
@@ -40,11 +44,32 @@ def own_rates(
         # PEFT's create_loraplus_optimizer multiplies the rate of vectors too.
         ratio = plus if ".lora_B" in name or ".lora_magnitude" in name else 1.0
         high, low = (rate * ratio for rate in optim.rates_of(group))
-        rate = Rate(high, low, None if group is None else group.weight_decay)
+        decay = None if group is None else group.weight_decay
+        rate = Rate(high, low, decay, _stepped_by(recipe, trained[name], group))
         if rate != plain:
             result[name] = rate
     _check_effect(recipe, trained, group_of)
+    if optim.name == "muon" and not any(rate.optimizer for rate in result.values()):
+        raise ConfigError(
+            "optim.name=muon: no matrix of a layer is left to it by what is trained and by"
+            " optim.groups. Use optim.name=adamw."
+        )
     return result
+
+
+def by_muon(recipe: Recipe, trained: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The part of the table that Muon steps, and which has no second moment."""
+    if recipe.optim.name != "muon":
+        return {}
+    rates = own_rates(recipe, trained, None)
+    return {name: trained[name] for name, rate in rates.items() if rate.optimizer}
+
+
+def _stepped_by(recipe: Recipe, rule: Rule, group: OptimGroup | None) -> str | None:
+    """As K. Jordan has it, Muon is for the matrices of layers: embeddings and heads are tables."""
+    is_matrix = rule.layer is not None and len(rule.hf_shapes[0]) == 2
+    is_left = group is not None and group.name == "adamw"
+    return "muon" if recipe.optim.name == "muon" and is_matrix and not is_left else None
 
 
 def _names(

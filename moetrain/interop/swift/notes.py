@@ -91,6 +91,10 @@ IMPLIED: dict[str, tuple[tuple[str, ...], str]] = {
     "moe_router_load_balancing_type": (("none", "seq_aux_loss"), "router.aux_loss says so"),
     "moe_shared_expert_overlap": ((), _SPEED),
     "moe_token_dispatcher_type": ((), _SPEED),
+    "muon_fp32_matmul_prec": ((), "bf16 models iterate in bf16, fp32 ones in fp32"),
+    "muon_scalar_optimizer": (("adam",), "always so"),
+    "muon_split_qkv": (("true",), "always so"),
+    "muon_tp_mode": ((), "a matrix is whole, whatever the layout"),
     "nccl_comm_warmup": ((), _SPEED),
     "num_iterations": (("1",), "method.inner_steps says so"),
     "num_labels": (("1",), "method says so"),
@@ -193,7 +197,8 @@ WHY_FLAGS: dict[str, str] = {
     "num_layers_per_virtual_pipeline_stage": "parallel.vpp counts stages",
     "num_generations_eval": "held-out prompts have one answer each",
     "num_iterations": "answers are learned from once",
-    "optimizer": "optim.name is adamw",
+    "muon_coefficient_type": "K. Jordan's coefficients are used",
+    "optimizer": "optim.name is adamw or, without an adapter, muon",
     "overlong_filter": "method.truncated is of methods with rollouts",
     "packing": "a corpus is cut into sequences of data.seq_len",
     "packing_length": "data.seq_len is both, a pack and the most of one sequence",
@@ -301,6 +306,11 @@ CHANGES: tuple[Change, ...] = (
         has_adapter,
         "ms-swift's q, k and v share one A, and gate and up; here each has its own (those of an "
         "expert share)",
+    ),
+    Change(
+        "optimizer",
+        lambda keys: keys.get("optim.name") == "muon",
+        "Megatron's muon takes gate and up as one matrix, and another series of coefficients",
     ),
     Change(
         "moe_aux_loss_coeff",

@@ -112,6 +112,10 @@ def _run_dir(keys: Keys) -> str | None:
     return f"megatron_output/{path.rpartition('/')[2]}" if path else None
 
 
+def _muon(keys: Keys) -> bool:
+    return keys.get("optim.name") == "muon"
+
+
 def _pipelined(keys: Keys) -> bool:
     return keys.get("parallel.pp", 1) > 1
 
@@ -276,6 +280,21 @@ _TRAINING: tuple[Entry, ...] = (
     Same("adam_beta2", NUMBER, default=0.95),
     Same("adam_eps", NUMBER, default=1e-8),
     Same("clip_grad", NUMBER, default=1.0),
+    Choice(
+        "optim.name",
+        (
+            Option("muon", {"optimizer": "muon"}),
+            Option("muon", {"optimizer": "dist_muon"}, read_only=True),
+            Option("adamw", {}, {"optimizer": "adam"}),
+        ),
+        defaults={"optimizer": "adam"},
+        when=lambda keys: not has_adapter(keys),
+    ),
+    Same("muon_momentum", NUMBER, default=0.9, when=_muon),
+    Same("muon_use_nesterov", TRUTH, default=False, when=_muon),
+    Same("muon_num_ns_steps", WHOLE, default=5, when=_muon),
+    Same("muon_scale_mode", TEXT, default="spectral", when=_muon),
+    Same("muon_extra_scale_factor", NUMBER, default=1.0, when=_muon),
     Offload(),
     Choice(
         "optim.state_dtype",
