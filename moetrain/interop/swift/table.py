@@ -31,7 +31,6 @@ from moetrain.interop.swift.entries import (
     Keep,
     Length,
     Nodes,
-    Offload,
     RecomputedParts,
     Reports,
     Weights,
@@ -47,9 +46,9 @@ from moetrain.interop.swift.online import (
     Servers,
     is_online,
 )
+from moetrain.interop.swift.optimizer import OPTIMIZER, has_adapter
 from moetrain.interop.swift.reference import Reference
 from moetrain.interop.swift.rewards import RewardFunctions
-from moetrain.interop.swift.schedule import Schedule
 from moetrain.interop.swift.text import Thoughts
 
 # Names that ms-swift 3 had for what 4 calls otherwise.
@@ -86,10 +85,6 @@ def _of_records(keys: Keys) -> bool:
     return keys.get("method.name") not in CORPUS
 
 
-def has_adapter(keys: Keys) -> bool:
-    return keys.get("adapter.type") is not None or keys.get("adapter.path") is not None
-
-
 def has_held_out(keys: Keys) -> bool:
     return bool(keys.get("data.eval") or keys.get("data.eval_share"))
 
@@ -110,10 +105,6 @@ def _supervised(keys: Keys) -> bool:
 def _run_dir(keys: Keys) -> str | None:
     path = str(keys.get("model.path", "")).rstrip("/")
     return f"megatron_output/{path.rpartition('/')[2]}" if path else None
-
-
-def _muon(keys: Keys) -> bool:
-    return keys.get("optim.name") == "muon"
 
 
 def _pipelined(keys: Keys) -> bool:
@@ -267,53 +258,7 @@ _TRAINING: tuple[Entry, ...] = (
         (Option(True, {"deterministic_mode": "true"}, read_only=True), Option(False, {})),
     ),
     Same("overlap_grad_reduce", TRUTH, alike=("overlap_param_gather",)),
-    Same(
-        "lr",
-        NUMBER,
-        default=lambda keys: 1e-4 if has_adapter(keys) else 1e-5,
-        always=True,
-    ),
-    Same("min_lr", NUMBER, default=0.0),
-    Schedule(),
-    Same("weight_decay", NUMBER, default=0.1),
-    Same("adam_beta1", NUMBER, default=0.9),
-    Same("adam_beta2", NUMBER, default=0.95),
-    Same("adam_eps", NUMBER, default=1e-8),
-    Same("clip_grad", NUMBER, default=1.0),
-    Choice(
-        "optim.name",
-        (
-            Option("muon", {"optimizer": "muon"}),
-            Option("muon", {"optimizer": "dist_muon"}, read_only=True),
-            Option("adamw", {}, {"optimizer": "adam"}),
-        ),
-        defaults={"optimizer": "adam"},
-        when=lambda keys: not has_adapter(keys),
-    ),
-    Same("muon_momentum", NUMBER, default=0.9, when=_muon),
-    Same("muon_use_nesterov", TRUTH, default=False, when=_muon),
-    Same("muon_num_ns_steps", WHOLE, default=5, when=_muon),
-    Same("muon_scale_mode", TEXT, default="spectral", when=_muon),
-    Same("muon_extra_scale_factor", NUMBER, default=1.0, when=_muon),
-    Offload(),
-    Choice(
-        "optim.state_dtype",
-        (
-            Option(
-                "bf16",
-                {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
-                {"use_precision_aware_optimizer": "true"},
-            ),
-            Option(
-                "fp8",
-                {"exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp8"},
-                {"use_precision_aware_optimizer": "true"},
-            ),
-            Option("fp32", {}, {"exp_avg_dtype": "fp32", "exp_avg_sq_dtype": "fp32"}),
-        ),
-        defaults={"exp_avg_dtype": "fp32", "exp_avg_sq_dtype": "fp32"},
-    ),
-    Same("main_grads_dtype", TEXT, default="fp32"),
+    *OPTIMIZER,
 )
 
 _REST: tuple[Entry, ...] = (
