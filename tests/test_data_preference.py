@@ -264,6 +264,12 @@ def test_margins_stand_on_the_chosen_answer(tmp_path: Path) -> None:
     assert data[0].extras["margin"].dtype == torch.float32
 
 
+def shared_tokens(pair: list[list[int]]) -> int:
+    """Of a pair's prompt, but for its last token."""
+    most = next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b)
+    return most - 1
+
+
 def test_pairs_that_are_too_long(tmp_path: Path) -> None:
     long = {"prompt": "Say it.", "chosen": "yes " * 100, "rejected": "no"}
     both = {"prompt": "Say it.", "chosen": "yes " * 100, "rejected": "no " * 100}
@@ -280,6 +286,17 @@ def test_pairs_that_are_too_long(tmp_path: Path) -> None:
     short = whole(long["prompt"], long["rejected"])[0]
     assert found[5].tokens == short and len(found[4].tokens) == 96 - len(short) + prompt
     assert len(found[6].tokens) == len(found[7].tokens) == prompt + (96 - prompt) // 2
+    ends = make(tmp_path, [*records, far := hopeless | {"rejected": "never"}], too_long="keep_end")
+    assert (ends.stats.num_truncated, ends.stats.num_groups) == (2, 4)
+    for i, record in enumerate((hopeless, far)):  # whole answers behind what is left of the prompt
+        sides = [whole(record["prompt"], record[name])[0] for name in ("chosen", "rejected")]
+        kept = [a.tokens for a in answers(ends)[4 + 2 * i : 6 + 2 * i]]
+        assert all(side[-len(own) :] == own for side, own in zip(sides, kept, strict=True))
+        assert len(sides[0]) - len(kept[0]) == len(sides[1]) - len(kept[1])
+        assert sum(map(len, kept)) - shared_tokens(kept) == 96
+    assert {r.line: "no room for a prompt" in r.reason for r in ends.rejects()} == {
+        line: True for line in (3, 4, 5)
+    }
     refused = make(tmp_path, records, too_long="reject")
     assert (refused.stats.num_truncated, refused.stats.num_groups) == (0, 2)
     assert all("data.too_long is reject" in r.reason for r in refused.rejects())
@@ -293,6 +310,10 @@ def test_labelled_answers_that_are_too_long(tmp_path: Path) -> None:
     # The second's mismatched answer is the long one, and the long one's own is cut.
     assert (data.stats.num_truncated, data.stats.num_rejected) == (2, 1)
     assert [a.role for a in answers(data)] == [1, 3, 2, 3, 1, 3]
+    ends = make(tmp_path, records, preference.LABELS, too_long="keep_end")
+    assert [r.line for r in ends.rejects()] == [3] and ends.stats.num_truncated == 1
+    own = [a.tokens for a in answers(ends) if a.role == 2][-1]
+    assert len(own) == 96 and whole(hopeless["prompt"], "yes")[0][-96:] == own
     refused = make(tmp_path, records, preference.LABELS, too_long="reject")
     assert [r.line for r in refused.rejects()] == [3, 4]
     assert [a.role for a in answers(refused)] == [1, 3, 2, 3]

@@ -244,6 +244,8 @@ def test_over_long_records_are_cut_and_counted_or_rejected(tmp_path: Path) -> No
     path = write_jsonl(tmp_path / "a.jsonl", records)
     prepared = RunData(recipe(tmp_path, data={"train": str(path)})).prepare()
     assert (prepared.num_truncated, prepared.num_rejected) == (1, 1)
+    ends = RunData(recipe(tmp_path, data={"train": str(path), "too_long": "keep_end"})).prepare()
+    assert (ends.num_truncated, ends.num_rejected) == (2, 0)
     refused = RunData(recipe(tmp_path, data={"train": str(path), "too_long": "reject"})).prepare()
     assert (refused.num_truncated, refused.num_rejected) == (0, 2)
     lines = (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()
@@ -265,10 +267,16 @@ def test_the_cache_is_by_content(tmp_path: Path) -> None:
     before = (first / "tokens.bin").stat().st_mtime_ns
     assert build(sft.CHAT, spec(path, num_workers=3), root) == first
     assert (first / "tokens.bin").stat().st_mtime_ns == before
-    others = [{"seq_len": 65}, {"too_long": "reject"}, {"seed": 2}, {"pack": False}]
+    others = [
+        {"seq_len": 65},
+        {"too_long": "reject"},
+        {"too_long": "keep_end"},
+        {"seed": 2},
+        {"pack": False},
+    ]
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     others += [{"chat": ChatOptions(plain)}, {"chat": ChatOptions(system="Be brief.")}]
-    assert len({first, *(build(sft.CHAT, spec(path, **change), root) for change in others)}) == 7
+    assert len({first, *(build(sft.CHAT, spec(path, **change), root) for change in others)}) == 8
     write_jsonl(path, questions(63))
     assert build(sft.CHAT, spec(path), root) != first
     assert not list(root.glob("sft/.*.tmp-*"))

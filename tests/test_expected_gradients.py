@@ -3,6 +3,7 @@ policy can say, weighted by how likely it is said.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -282,3 +283,36 @@ def test_what_is_cut_is_cut_where_it_says(kind: str, cap: float) -> None:
         )
     )
     torch.testing.assert_close(expected(cfg, NOW, SERVED, REWARDS), wanted)
+
+
+# Answers drawn from a part of the distribution
+
+
+def test_tokens_that_were_left_out_are_left_out_of_what_is_learned() -> None:
+    """Renormalised over the three words of each row that could be drawn, answers have the gradient
+    of what such answers earn. With the mass of those words as a number beside the log-prob of the
+    whole distribution the ratios are the same, and the gradient is another: it draws the policy
+    towards what was kept, whatever it earned.
+    """
+    out = NOW.logits < NOW.logits.topk(3, -1).values[:, -1:]
+
+    def cut(table: Tensor) -> Tensor:
+        return torch.log_softmax(table.masked_fill(out, -torch.inf), -1)
+
+    drawn = {s: float(NOW.logp(s, cut(NOW.table())).sum().exp()) for s in SAYINGS}
+    drawn = {s: share for s, share in drawn.items() if share}
+    assert len(drawn) == 9 and sum(drawn.values()) == pytest.approx(1)
+
+    def learned(of: Callable[[Tensor], Tensor], rewards: dict[tuple[int, ...], float]) -> Tensor:
+        return gradient(
+            lambda now: sum(p * NOW.logp(s, of(now)).sum() * rewards[s] for s, p in drawn.items())
+        )
+
+    earned = gradient(
+        lambda now: sum(NOW.logp(s, cut(now)).sum().exp() * REWARDS[s] for s in drawn)
+    )
+    torch.testing.assert_close(learned(cut, REWARDS), earned, rtol=1e-9, atol=1e-12)
+    assert (learned(lambda now: now, REWARDS) - earned).norm() > 0.1 * earned.norm()
+    same = dict.fromkeys(SAYINGS, 1.0)
+    assert learned(cut, same).abs().max() < 1e-12
+    assert learned(lambda now: now, same).abs().max() > 0.1

@@ -77,6 +77,7 @@ DATA: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("sft", {"data": {"eval_share": 0.2}}, {}),
     ("sft", {"data": {"take": [5]}}, {}),
     ("sft", {"data": {"seq_len": 48}}, {}),
+    ("sft", {"data": {"too_long": "keep_end"}}, {}),
     ("sft", {"data": {"too_long": "reject", "max_rejected": 0.5}}, {"data": {"max_rejected": 0.5}}),
     ("sft", {"data": {"max_rejected": 0.0}}, {"data": {"train": ["bad.jsonl"]}}),
     ("sft", {"data": {"pack": False}}, {}),

@@ -65,7 +65,8 @@ class BenchConfig(Section):
                 f"samples={self.samples} greedy answers are one and the same: set"
                 " rollout.eval_temperature"
             )
-        given = [n for n in CUTS if n in self.rollout.model_fields_set]
+        plain = RolloutConfig()
+        given = [n for n in CUTS if getattr(self.rollout, n) != getattr(plain, n)]
         if given and self.rollout.eval_temperature == 0:
             raise ValueError(
                 f"rollout.{given[0]} does nothing for greedy answers: set"

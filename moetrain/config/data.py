@@ -49,9 +49,10 @@ class DataConfig(Section):
     seq_len: Count = Field(
         default=4096, description="tokens of a pack, and the most of one sequence"
     )
-    too_long: Literal["truncate", "reject"] = Field(
+    too_long: Literal["truncate", "keep_end", "reject"] = Field(
         default="truncate",
-        description="of records over data.seq_len; the rejected are in rejected.jsonl",
+        description="of records over data.seq_len: truncate keeps their start, keep_end their end;"
+        " the rejected are in rejected.jsonl",
     )
     max_rejected: Fraction = Field(
         default=0.05, description="stop when a larger share of records is unusable"

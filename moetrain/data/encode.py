@@ -28,7 +28,7 @@ class Spec:
     inputs: tuple[str, ...]  # files or folders, builtin names already resolved
     tokenizer: Path
     seq_len: int
-    too_long: str  # "truncate" | "reject"
+    too_long: str  # "truncate" | "keep_end" | "reject"
     seed: int
     pack: bool = True
     share_prompt: bool = True

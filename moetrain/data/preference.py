@@ -69,7 +69,7 @@ def _common(a: Encoded, b: Encoded) -> int:
 
 def _fit(first: Encoded, second: Encoded, extras: Extras, spec: Spec) -> Group:
     """A pair in one pack: by data.too_long both are cut from the right, the longer one first and
-    then both to the same length, or refused.
+    then both to the same length; or from the left, where the prompt is the same; or refused.
     """
     shared = _common(first, second) if spec.share_prompt else 0
     group = Group((first, second), shared, extras)
@@ -81,6 +81,12 @@ def _fit(first: Encoded, second: Encoded, extras: Extras, spec: Spec) -> Group:
             f"{needed} tokens with both answers, more than data.seq_len {spec.seq_len}"
             " (data.too_long is reject)"
         )
+    if spec.too_long == "keep_end":
+        # What is shared stands once: both lose a token there, and the pack one.
+        over = needed - spec.seq_len
+        over = over if shared > over else -(-(over + shared) // 2)
+        both = (_without_start(s, over, spec) for s in group.sequences)
+        return replace(group, sequences=tuple(both), shared=max(0, shared - over), truncated=True)
     room = spec.seq_len - shared
     cap = shared + max(room // 2, room - min(s.tokens.size - shared for s in group.sequences))
     cut = tuple(Encoded(s.tokens[:cap], s.mask[:cap]) for s in group.sequences)
@@ -90,6 +96,16 @@ def _fit(first: Encoded, second: Encoded, extras: Extras, spec: Spec) -> Group:
             f" {spec.seq_len}"
         )
     return replace(group, sequences=cut, truncated=True)
+
+
+def _without_start(sequence: Encoded, num: int, spec: Spec) -> Encoded:
+    """Without the first `num` tokens. FormatError where nothing of the prompt would be left."""
+    if num >= _answer_start(sequence):
+        raise FormatError(
+            f"{sequence.tokens.size} tokens: data.seq_len {spec.seq_len} has no room for a prompt"
+            " before the answer (data.too_long is keep_end)"
+        )
+    return Encoded(sequence.tokens[num:], sequence.mask[num:])
 
 
 def _group_pair(sequences: list[list[Encoded]], extras: Extras, spec: Spec) -> tuple[Group, ...]:
@@ -115,6 +131,9 @@ def _group_labelled(
         raise FormatError(
             f"{size} tokens, more than data.seq_len {spec.seq_len} (data.too_long is reject)"
         )
+    if size > spec.seq_len and spec.too_long == "keep_end":
+        cut = _without_start(own, size - spec.seq_len, spec)
+        return (Group((cut,), extras=extras, truncated=True),)
     if _answer_start(own) >= spec.seq_len:
         raise FormatError(
             f"{size} tokens: no part of the answer is within data.seq_len {spec.seq_len}"
@@ -136,7 +155,9 @@ def _mismatched(result: Result, other: Result, spec: Spec) -> Result:
     start, begin = _answer_start(own), _answer_start(donor)
     mask = np.concatenate([np.zeros(start, dtype=np.bool_), donor.mask[begin:]])
     answer = Encoded(np.concatenate([own.tokens[:start], donor.tokens[begin:]]), mask)
-    return replace(result, groups=_own_and_mismatched(own, answer, group.extras, spec))
+    both, *alone = _own_and_mismatched(own, answer, group.extras, spec)
+    both = replace(both, truncated=both.truncated or group.truncated)
+    return replace(result, groups=(both, *alone))
 
 
 def _own_and_mismatched(

@@ -21,7 +21,8 @@ def _group(sequences: list[list[Encoded]], extras: Extras, spec: Spec) -> tuple[
         raise FormatError(
             f"{longest} tokens, more than data.seq_len {spec.seq_len} (data.too_long is reject)"
         )
-    cut = [Encoded(s.tokens[: spec.seq_len], s.mask[: spec.seq_len]) for s in own]
+    part = slice(-spec.seq_len, None) if spec.too_long == "keep_end" else slice(spec.seq_len)
+    cut = [Encoded(s.tokens[part], s.mask[part]) for s in own]
     kept = [s for s in cut if s.mask[1:].any()]
     if not kept:
         if longest > spec.seq_len:

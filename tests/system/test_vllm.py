@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,8 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from moetrain.config.load import load_recipe
+from moetrain.data.assets import resolve
+from moetrain.data.samples import Sample, read_lines
+from moetrain.data.tokenizer import load
+from moetrain.rollout.base import Sampling, stopped_at
 from moetrain.rollout.client import Client
+from moetrain.rollout.shaping import shaped
 from moetrain.testing import command, faults, ranks
 from moetrain.testing.command import Started
 from moetrain.testing.gloo import Workers
@@ -75,7 +84,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     token = folder / "token"
-    words = (f"run_dir={folder / 'run'}", f"rollout.token_file={token}")
+    words = (f"run_dir={folder / 'run'}", f"rollout.token_file={token}", "rollout.stop=[never]")
     process = moetrain("serve", "--port", str(port), "rollout.routing_replay=true", *words)
     ready = folder / "run" / "servers" / f"port{port}" / "ready.json"
     try:
@@ -169,7 +178,8 @@ def test_an_answer_is_not_cut_in_silence(served: Served, whole: Path) -> None:
     client = Client(served.address, served.token_file.read_text().strip(), 60.0)
     request = {
         **{"number": 0, "tokens": [5] * 500, "seed": 1, "temperature": 1.0, "top_p": 1.0},
-        **{"top_k": 0, "stop_ids": [], "routes": False},
+        **{"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "kept": False},
+        **{"stop_ids": [], "stop": [], "routes": False},
     }
     said: dict[int, Any] = {}
     for most in (12, 13):
@@ -239,6 +249,76 @@ def test_every_method_at_every_temperature(
     for row in rows:
         assert row["push/logprob_gap"] <= 1e-3 and row["push/reloads"] == 0
         assert row["mismatch/abs"] <= 1e-3
+
+
+def drawn_in(run_dir: Path, step: int) -> Iterator[tuple[list[int], Sample]]:
+    """(prompt, answer) of a step's rollouts."""
+    _, *rows = read_lines(run_dir / "rollouts" / f"{step:08d}.jsonl")
+    for row in rows:
+        for answer in row["answers"]:
+            yield row["prompt"]["tokens"], Sample.from_json(answer)
+
+
+def compared(prompt: list[int], sample: Sample, model: Any, sampling: Sampling) -> float:
+    """The largest difference of a log-prob from what transformers and the embedded engine make of
+    it; infinite where they would draw from other tokens.
+    """
+    ids = torch.tensor([[*prompt, *sample.tokens[:-1]]])
+    with torch.inference_mode():
+        logits = model(ids).logits[0, len(prompt) - 1 :].float()
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for place in range(len(logits)):
+        seen[place, ids[0, : len(prompt) + place]] = True
+    ours = shaped(logits, seen, sampling)
+    assert sample.kept is not None
+    ends = sample.kept.sizes.cumsum()
+    for row, end, size in zip(ours, ends, sample.kept.sizes, strict=True):
+        if set(sample.kept.ids[end - size : end].tolist()) != set(
+            row.isfinite().nonzero()[:, 0].tolist()
+        ):
+            return math.inf
+    drawn = ours.gather(1, torch.tensor(sample.tokens)[:, None])[:, 0]
+    return float((drawn - torch.tensor(sample.logprobs)).abs().max())
+
+
+ADVISED = "rollout.temperature=0.6 rollout.top_p=0.95 rollout.top_k=20".split()
+ALL = "rollout.temperature=0.8 rollout.top_p=0.9 rollout.top_k=30 rollout.min_p=0.02".split()
+ALL += ["rollout.repetition_penalty=1.3", "rollout.stop=['e', 'th ']"]
+
+
+@pytest.mark.parametrize("more", [ADVISED, ALL, ["rollout.min_p=0.1"]], ids=["qwen3", "all", "one"])
+def test_drawn_from_a_part_of_the_distribution(
+    served: Served, workers: Workers, tmp_path: Path, more: list[str]
+) -> None:
+    """vLLM and the embedded engine draw from the same tokens, with the log-probs that the trainer
+    scores; with what Qwen3's card advises the reward rises.
+    """
+    num_steps = 12 if more is ADVISED else 1
+    words = [*SETTINGS, f"run_dir={tmp_path / 'run'}", *served.words, *more, "data.eval=[]"]
+    words += [f"train.steps={num_steps}", "rollout.group_size=8", "optim.lr=3e-3"]
+    assert workers.run(1, ranks.trained, str(RECIPE), words) == [0]
+    rows = steps(tmp_path / "run")
+    for row in rows:
+        assert row["push/logprob_gap"] <= 1e-3 and row["push/reloads"] == 0
+        assert row["mismatch/abs"] <= 1e-4
+    recipe = load_recipe(RECIPE, words)
+    _, rollout = recipe.sampling
+    sampling = Sampling.of(rollout, rollout.temperature, ()).to_learn_from(routes=False)
+    folder = resolve("builtin:qwen3-moe-tiny")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers = list(drawn_in(tmp_path / "run", 1))
+    assert max(compared(prompt, one, model, sampling) for prompt, one in answers) <= 1e-4
+    if more is ADVISED:
+        rewards = [row["reward/mean"] for row in rows]
+        assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
+    if rollout.stop:
+        tokenizer = load(folder)
+        ended = [one for _, one in answers if one.text.endswith(("e", "th "))]
+        assert len(ended) > len(answers) / 2
+        for one in ended:
+            assert one.finish == "stop" and stopped_at(one.text, rollout.stop) == len(one.text)
+            before = str(tokenizer.decode(list(one.tokens[:-1])))
+            assert stopped_at(before, rollout.stop) is None
 
 
 def test_more_prompts_than_one_pass_takes(served: Served, tmp_path: Path) -> None:
