@@ -124,6 +124,7 @@ MEANINGS = [
     (BASE, "--val_dataset a.jsonl b.jsonl", {"data.eval": ["a.jsonl", "b.jsonl"]}),
     (BASE, "--truncation_strategy delete", {"data.too_long": "reject"}),
     (BASE, "--truncation_strategy right", {"data.too_long": "truncate"}),
+    (BASE, "--truncation_strategy left", {"data.too_long": "keep_end"}),
     (BASE, "--dataset_num_proc 8", {"data.num_workers": 8}),
     (BASE, "--train_dataloader_shuffle false", {"data.shuffle": False}),
     (BASE, "--micro_batch_size 2 --global_batch_size 32", {"train.global_batch": 32}),
@@ -354,6 +355,13 @@ MEANINGS = [
         "--vllm_mode server --vllm_server_host 10.0.0.1 --vllm_server_port 8001",
         {"rollout.address": ["http://10.0.0.1:8001"]},
     ),
+    (
+        GRPO,
+        "--temperature 0.6 --top_p 0.95 --top_k 20 --repetition_penalty 1.1",
+        {"rollout.top_p": 0.95, "rollout.top_k": 20, "rollout.repetition_penalty": 1.1},
+    ),
+    (GRPO, "--stop_words '</a>' 'x y'", {"rollout.stop": ["</a>", "x y"]}),
+    (GRPO, "--top_p 1 --top_k -1 --repetition_penalty 1 --stop_words none", {}),
     (GRPO, "--router_replay_mode R3", {"rollout.routing_replay": True}),
     (GRPO, "--overlong_filter true", {"method.truncated": "mask"}),
     (GRPO, "--enable_thinking false", {"data.chat_template_kwargs": {"enable_thinking": False}}),
@@ -467,7 +475,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     data = draw(
         maybe(
             pack=st.booleans() if method["name"] != "cpt" else st.just(True),
-            too_long=st.sampled_from(["truncate", "reject"])
+            too_long=st.sampled_from(["truncate", "keep_end", "reject"])
             if method["name"] != "cpt"
             else st.just("truncate"),
             shuffle=st.booleans() if method["name"] != "cpt" else st.just(True),
@@ -577,6 +585,10 @@ def online_recipes(draw: st.DrawFn) -> Recipe:
                     routing_replay=st.booleans(),
                     address=st.just(["http://h:1"]),
                     engine_args=st.just({"max_model_len": 9, "block_size": 16}),
+                    top_p=st.just(0.9),
+                    top_k=st.just(20),
+                    repetition_penalty=st.just(1.1),
+                    stop=st.just(["</a>", "x y"]),
                 )
             ),
             "rewards": rewards,
@@ -761,8 +773,7 @@ def test_chord_is_carried() -> None:
 # Each with a value that changes what is learned, where it does.
 DECIDING_VALUES = {
     GRPO: {
-        "top_k": "20", "top_p": "0.9", "min_p": "0.1", "repetition_penalty": "1.1",
-        "num_beams": "2", "structured_outputs_regex": "[0-9]+", "stop_words": "x y",
+        "num_beams": "2", "structured_outputs_regex": "[0-9]+",
         "response_prefix": "'<think>\\n'", "max_new_tokens": "99", "response_length": "99",
         "advantage_reweight": "rlsd", "sdar_loss_coef": "0.1", "reward_adapters": "/a",
         "reward_model_plugin": "mine", "delta": "2", "off_policy_sequence_mask_delta": "1",
@@ -852,7 +863,6 @@ def test_every_deciding_flag_is_tried() -> None:
         (f"{GRPO} --advantage_estimator rloo", "--advantage_estimator rloo"),
         (f"{GRPO} --dynamic_sample true", "only dapo"),
         (f"{GRPO} --delta 2", "--delta 2"),
-        (f"{GRPO} --top_p 0.9", "--top_p 0.9"),
         (f"{GRPO} --kl_in_reward true", "--kl_in_reward true"),
         (f"{GRPO} --rollout_importance_sampling_mode sequence_mask", "sequence_mask: .*mean"),
         (f"{GRPO} --reward_funcs accuracy cosine", "cosine counts tokens there"),
@@ -876,7 +886,6 @@ def test_every_deciding_flag_is_tried() -> None:
             "--rlhf_type ppo: .*dpo, kto, rm and grpo",
         ),
         (f"{BASE} --truncation_strategy split", "--truncation_strategy split: data.too_long"),
-        (f"{DPO} --truncation_strategy left", "--truncation_strategy left: data.too_long"),
         (f"{BASE} --tuner_type lora_llm", "full training and lora"),
     ],
 )

@@ -90,7 +90,7 @@ _OTHERS = {
     "data.seq_len": "max_seq_length max_seq_len cutoff_len model_max_length max_prompt_length"
     " seq_length sequence_length block_size",
     "data.take": "max_samples max_train_samples",
-    "data.too_long": "truncation_strategy truncation truncation_mode",
+    "data.too_long": "truncation_strategy truncation truncation_mode truncation_side",
     "data.train": "dataset dataset_name train_file train_files train_dataset data_path",
     "data.weights": "interleave_probs interleave_prob data_weights",
     "method.beta": "pref_beta kl_coef kl_loss_coef init_kl_coef kl_penalty",
@@ -126,6 +126,7 @@ _OTHERS = {
     "rollout.group_size": "num_generations n_samples_per_prompt rollout_n n_generations",
     "rollout.max_tokens": "max_new_tokens max_response_length response_length generate_max_len",
     "rollout.gpu_memory": "gpu_memory_utilization",
+    "rollout.stop": "stop_words stop_strings stop_sequences",
     "rollout.prompts_per_step": "train_batch_size rollout_batch_size generation_batch_size",
     "router.aux_loss": "router_aux_loss_coef aux_loss_coef moe_aux_loss_coef",
     "router.freeze": "freeze_router moe_router_freeze",

@@ -13,9 +13,10 @@ from moetrain.interop.swift.codecs import (
     Writing,
 )
 from moetrain.interop.swift.datasets import split_sample
-from moetrain.interop.swift.decides import SAMPLED
+from moetrain.interop.swift.decides import DRAWN, SAMPLED
 from moetrain.interop.swift.online import is_online
 
+WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _DATA = "chord_sft_dataset"
 _BATCH = "chord_sft_per_device_train_batch_size"
 _MU: dict[str, tuple[str, Codec[Any]]] = {
@@ -54,17 +55,49 @@ class Demonstrations(Entry):
 
 
 class Sampled(Entry):
-    """How answers are drawn: ahead of the step in hand by one batch, or where nothing draws any."""
+    """How answers are drawn: ahead of the step in hand by one batch, from what part of the
+    distribution, until what text; or where nothing draws any.
+    """
 
     def read(self, reading: Reading) -> None:
         if is_online(reading.keys):
             if reading.parse("async_generate", TRUTH):
                 reading.keys["rollout.steps_off"] = 1
+            self._read_drawn(reading)
             return
-        for flag in SAMPLED.keys() & reading.given.keys():
+        for flag in {*SAMPLED, *DRAWN} & reading.given.keys():
             reading.note("implied", flag, "counts where answers are sampled")
 
+    @staticmethod
+    def _read_drawn(reading: Reading) -> None:
+        for flag in ("top_p", "min_p", "repetition_penalty", "top_k"):
+            value = reading.parse(flag, WHOLE if flag == "top_k" else NUMBER)
+            value = max(value, 0) if value is not None and flag == "top_k" else value
+            if value is not None and value != WHOLE_DISTRIBUTION[flag]:
+                reading.keys[f"rollout.{flag}"] = value
+                reading.note(
+                    "changed", flag, "what is learned is renormalised over the same tokens"
+                )
+        stop = reading.parse("stop_words", LIST)
+        if stop and [word.lower() for word in stop] not in (["none"], ["[]"]):
+            reading.keys["rollout.stop"] = stop
+            reading.note(
+                "changed", "stop_words", "the text has the one that ended it; not so there"
+            )
+
     def write(self, writing: Writing) -> None:
-        if is_online(writing.keys) and writing.keys.get("rollout.steps_off") == 1:
+        if not is_online(writing.keys):
+            return
+        if writing.keys.get("rollout.steps_off") == 1:
             writing.covered.add("rollout.steps_off")
             writing.flags["async_generate"] = TRUTH.show(True)
+        for flag, plain in WHOLE_DISTRIBUTION.items():
+            value = writing.keys.get(key := f"rollout.{flag}", plain)
+            writing.covered.add(key)
+            if flag == "min_p" and value != plain:
+                writing.lost(key, "ms-swift's commands have no --min_p")
+            elif value != plain:
+                writing.flags[flag] = (WHOLE if flag == "top_k" else NUMBER).show(value)
+        writing.covered.add("rollout.stop")
+        if stop := writing.keys.get("rollout.stop"):
+            writing.flags["stop_words"] = tuple(stop)

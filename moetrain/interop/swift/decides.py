@@ -1,7 +1,6 @@
 """Flags that decide what is learned: where one of them is not carried, the command is refused."""
 
 _OWN = "training uses the model's own distribution, and so does sampling"
-_WHOLE = "an answer is what the model says, until its end"
 _LENGTH = "write it as --max_completion_length"
 _METHOD = "the method's objective has no such part here"
 _OPTIM = "optim.name is adamw"
@@ -10,13 +9,8 @@ _NONE = "none"
 # Where answers are sampled: flag -> (the words under which it changes nothing, why it is not
 # carried). Elsewhere they say nothing.
 SAMPLED: dict[str, tuple[tuple[str, ...], str]] = {
-    "top_k": (("-1", "0"), _OWN),
-    "top_p": (("1",), _OWN),
-    "min_p": (("0",), _OWN),
-    "repetition_penalty": (("1",), _OWN),
     "num_beams": (("1",), _OWN),
     "structured_outputs_regex": ((_NONE,), _OWN),
-    "stop_words": ((_NONE, "[]"), _WHOLE),
     "response_prefix": (("", _NONE), "the chat template says how an answer begins"),
     "max_new_tokens": ((_NONE,), _LENGTH),
     "response_length": ((_NONE,), _LENGTH),
@@ -70,8 +64,13 @@ DECIDING: dict[str, tuple[tuple[str, ...], str]] = SAMPLED | {
     "sync_ref_model": (("false",), "the reference stays what it was before the first step"),
     "weight_decay_incr_style": (("constant",), "weight decay is constant"),
 }
-DECIDES = DECIDING.keys() | frozenset(
-    """
+# And those that are carried there.
+DRAWN = ("top_k", "top_p", "min_p", "repetition_penalty", "stop_words")
+DECIDES = (
+    DECIDING.keys()
+    | frozenset(DRAWN)
+    | frozenset(
+        """
     adapters advantage_estimator calculate_KL columns cpo_alpha delta dynamic_sample
     f_divergence_type freeze_llm freeze_parameters freeze_parameters_ratio freeze_parameters_regex
     init_weights interleave_prob kl_in_reward label_smoothing lora_bias loss_scale loss_type
@@ -83,4 +82,5 @@ DECIDES = DECIDING.keys() | frozenset(
     trainable_parameters trainable_parameters_regex truncation_strategy use_chat_template use_vllm
     weight_decay_incr_style
     """.split()
+    )
 )

@@ -226,7 +226,7 @@ WHY_FLAGS: dict[str, str] = {
     "torch_dtype": "models here train in bf16 or fp32",
     "trainable_parameters": _MEGATRON_NAMES,
     "train_dataloader_shuffle": "both shuffles are one here: data.shuffle",
-    "truncation_strategy": "data.too_long cuts on the right (right) or rejects (delete)",
+    "truncation_strategy": "data.too_long cuts on the right or the left, or rejects (delete)",
     "use_megatron_fsdp": "weights are split by parallel, optimizer state over data-parallel ranks",
     "use_rslora": "there is no new adapter",
     "virtual_pipeline_model_parallel_size": "needs pipeline_model_parallel_size > 1",

@@ -216,6 +216,7 @@ _DATA: tuple[Entry, ...] = (
         "data.too_long",
         (
             Option("truncate", {"truncation_strategy": "right"}),
+            Option("keep_end", {"truncation_strategy": "left"}),
             Option("reject", {"truncation_strategy": "delete"}),
         ),
         defaults={"truncation_strategy": "delete"},
