@@ -129,7 +129,8 @@ CASES: dict[str, Case] = {
         lambda w, d, n: [
             *("data", "index", f"{w}/text{n}.jsonl"),
             *("--tokenizer", f"{w}/model", "--out", f"{d}/corpus"),
-        ]
+        ],
+        grows=True,
     ),
     "convert hf2mcore": Case(
         lambda w, d, n: ["convert", "hf2mcore", f"{w}/model", f"{d}/mcore"], once=True

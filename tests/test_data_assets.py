@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.config.recipe import ModelConfig
-from moetrain.data import assets, checkable, corpus, tokenizer
+from moetrain.data import assets, checkable, indexing, tokenizer
 from moetrain.data.cache import build_once
 from moetrain.data.run_tokenizer import locate
 from moetrain.engine.source import find_source
@@ -54,7 +54,7 @@ def test_the_corpus_and_its_tokenizer(root: Path) -> None:
     train = assets.resolve("builtin:stdlib-corpus", root)
     held_out = assets.resolve("builtin:stdlib-corpus-eval", root)
     stats = [
-        corpus.IndexStats(**json.loads(Path(f"{p}.json").read_text())) for p in (train, held_out)
+        indexing.IndexStats(**json.loads(Path(f"{p}.json").read_text())) for p in (train, held_out)
     ]
     assert stats[0].num_tokens > 1_000_000 > stats[1].num_tokens > 50_000
     assert sorted(p.suffix for p in train.parent.iterdir()) == [".bin", ".idx", ".json"]

@@ -15,7 +15,7 @@ from data_helpers import chat, recipe, tokenizer_folder, write_jsonl
 
 from moetrain.config.bench import BenchConfig
 from moetrain.config.builtin import MODELS
-from moetrain.data import corpus, preference, sft
+from moetrain.data import indexing, preference, sft
 from moetrain.data.chat import ChatOptions
 from moetrain.data.encode import Encoder, Spec
 from moetrain.data.formats import to_conversation
@@ -376,7 +376,7 @@ def test_every_command_names_a_bad_record(tmp_path: Path, bad: str) -> None:
 
     prompts, rejects, _ = read_prompts([path], chat)
     assert len(prompts) == 40 and [(r.line, reason in r.reason) for r in rejects] == [(41, True)]
-    corpus.index([path], tokenizer_folder(), tmp_path / "index")
+    indexing.index([path], tokenizer_folder(), tmp_path / "index")
     train_tokenizer([path], 300, tmp_path / "tokenizer")
     for name in ("index", "tokenizer"):
         (listed,) = map(json.loads, (tmp_path / f"{name}.rejected.jsonl").read_text().splitlines())

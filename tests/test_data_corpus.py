@@ -8,7 +8,7 @@ import pytest
 import torch
 from data_helpers import QUESTIONS, recipe, tokenizer_folder, write_jsonl
 
-from moetrain.data import corpus, tokenizer
+from moetrain.data import corpus, indexing, pieces, tokenizer
 from moetrain.data.loader import Corpus, RunData
 from moetrain.errors import DataError
 
@@ -18,7 +18,9 @@ def make(folder: Path, name: str, repeat: int = 4, offset: int = 0) -> Path:
     texts = [
         {"text": f"{name} {i + offset}: {q} {a}"} for i, (q, a) in enumerate(QUESTIONS * repeat)
     ]
-    corpus.index([write_jsonl(folder / f"{name}.jsonl", texts)], tokenizer_folder(), folder / name)
+    indexing.index(
+        [write_jsonl(folder / f"{name}.jsonl", texts)], tokenizer_folder(), folder / name
+    )
     return folder / name
 
 
@@ -36,9 +38,11 @@ def test_megatron_reads_what_was_written(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "two.jsonl", records)
     inputs = [tmp_path / "one.txt", tmp_path / "two.jsonl"]
     with pytest.raises(DataError, match=r"2 of 5 records were rejected .*--max-rejected"):
-        corpus.index(inputs, tokenizer_folder(), tmp_path / "out" / "c")
+        indexing.index(inputs, tokenizer_folder(), tmp_path / "out" / "c")
     assert not list((tmp_path / "out").glob("*.bin")) + list((tmp_path / "out").glob("*.idx"))
-    stats = corpus.index(inputs, tokenizer_folder(), tmp_path / "out" / "c", max_rejected=0.5)
+    stats = indexing.index(
+        inputs, tokenizer_folder(), tmp_path / "out" / "c", indexing.Options(max_rejected=0.5)
+    )
     loaded = tokenizer.load(tokenizer_folder())
     dataset = IndexedDataset(str(tmp_path / "out" / "c"))
     eod = loaded.convert_tokens_to_ids("<|endoftext|>")
@@ -250,7 +254,9 @@ def test_empty_documents_are_counted_and_not_held_against_the_limit(tmp_path: Pa
     write_jsonl(tmp_path / "a.jsonl", lines)
     pq.write_table(pa.table({"text": texts, "url": ["x"] * 5}), tmp_path / "b.parquet")
     (tmp_path / "c.txt").write_text("\n")
-    stats = corpus.index([tmp_path], tokenizer_folder(), tmp_path / "c", max_rejected=0.0)
+    stats = indexing.index(
+        [tmp_path], tokenizer_folder(), tmp_path / "c", indexing.Options(max_rejected=0.0)
+    )
     assert (stats.num_documents, stats.num_empty, stats.num_rejected) == (4, 9, 0)
     assert not (tmp_path / "c.rejected.jsonl").exists()
     summary = stats.summary(tmp_path / "c")
@@ -266,7 +272,9 @@ def test_control_tokens_in_documents(tmp_path: Path, how: Any) -> None:
     texts = ["Plain.", "It ends with <|endoftext|>, then <|im_start|>system\n.", "<think> is text."]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     prefix = tmp_path / "a"
-    stats = corpus.index([path], tokenizer_folder(), prefix, max_rejected=0.5, special_tokens=how)
+    stats = indexing.index(
+        [path], tokenizer_folder(), prefix, indexing.Options(max_rejected=0.5, special_tokens=how)
+    )
     found = IndexedDataset(str(prefix))
     loaded = tokenizer.load(tokenizer_folder())
     documents = [found[i].tolist()[:-1] for i in range(len(found))]
@@ -290,12 +298,13 @@ def test_control_tokens_in_documents(tmp_path: Path, how: Any) -> None:
 def test_a_limit_passed_early_stops_and_passed_late_keeps_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "FEWEST", 200)
-    monkeypatch.setattr(corpus, "EARLY", 400)
+    monkeypatch.setattr(pieces, "FIRST", 1 << 12)
+    monkeypatch.setattr(indexing, "FEWEST", 200)
+    monkeypatch.setattr(indexing, "EARLY", 400)
     good = [{"text": f"{i}"} for i in range(450)]
     write_jsonl(tmp_path / "late.jsonl", [*good, *[{"no": 1}] * 50])
     with pytest.raises(DataError, match=r"50 of 500 .*--max-rejected.* 450 documents is whole"):
-        corpus.index([tmp_path / "late.jsonl"], tokenizer_folder(), tmp_path / "late")
+        indexing.index([tmp_path / "late.jsonl"], tokenizer_folder(), tmp_path / "late")
     prefix = tmp_path / "late"
     kept = corpus.CorpusSet([str(prefix)], None, seq_len=8, seed=1, root=tmp_path / "cache")
     assert len(kept) > 40
@@ -304,7 +313,7 @@ def test_a_limit_passed_early_stops_and_passed_late_keeps_the_files(
     # Nothing after the first few hundred records is read, however long the file.
     write_jsonl(tmp_path / "early.jsonl", [*[{"no": 1}] * 150, *good, *good])
     with pytest.raises(DataError, match=r"1\d\d of [2-4]\d\d records were rejected"):
-        corpus.index([tmp_path / "early.jsonl"], tokenizer_folder(), tmp_path / "early")
+        indexing.index([tmp_path / "early.jsonl"], tokenizer_folder(), tmp_path / "early")
     assert not list(tmp_path.glob("early.*.idx")) + list(tmp_path.glob("early*.bin"))
 
 

@@ -12,7 +12,7 @@ from data_helpers import LABELS, PAIRS, questions, tokenizer_folder, write_jsonl
 from moetrain import cli
 from moetrain.config.load import load_recipe
 from moetrain.config.method import SECTIONS
-from moetrain.data.corpus import index
+from moetrain.data.indexing import index
 from moetrain.methods import METHODS
 from moetrain.run.propose import JOBS, Wanted, propose
 from moetrain.testing import command

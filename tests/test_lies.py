@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from data_helpers import tokenizer_folder, write_jsonl
 
-from moetrain.data import corpus
+from moetrain.data import corpus, indexing
 from moetrain.data.sources import find_sources, read_rows
 from moetrain.errors import DataError, MoetrainError
 from moetrain.observe.ledger import Ledger, read_ledger
@@ -26,7 +26,7 @@ DOCUMENTS = 50
 def prefix(tmp_path: Path) -> Path:
     """An index of 50 documents."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"What is {i}?"} for i in range(DOCUMENTS)])
-    corpus.index([path], tokenizer_folder(), tmp_path / "a")
+    indexing.index([path], tokenizer_folder(), tmp_path / "a")
     return tmp_path / "a"
 
 

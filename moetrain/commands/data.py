@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetrain.commands.common import Arguments, Command, Parser, add_overrides, share
+from moetrain.commands.common import Arguments, Command, Parser, add_overrides, positive, share
 from moetrain.errors import MoetrainError, plural
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ def _index_arguments(parser: Parser) -> None:
         help="a document with a control token such as <|endoftext|> in its text: reject it, escape"
         " the token (its letters), or keep it as that token (reject)",
     )
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="processes (one for each core)"
+    )
 
 
 def rows(text: str) -> tuple[int, int | None]:
@@ -77,17 +80,23 @@ def run(args: Arguments) -> int:
 
 
 def _index(args: Arguments) -> int:
-    from moetrain.data.corpus import index
+    from moetrain.data.indexing import Options, index
     from moetrain.data.run_tokenizer import locate
+    from moetrain.observe.progress import ByteDisplay
 
-    stats = index(
-        args.inputs,
-        locate(args.tokenizer),
-        args.out,
-        text_key=args.text_key,
-        max_rejected=args.max_rejected,
-        special_tokens=args.special_tokens,
-    )
+    options = Options(args.text_key, args.max_rejected, args.special_tokens, args.workers)
+    display = ByteDisplay("index")
+    try:
+        stats = index(
+            args.inputs,
+            locate(args.tokenizer),
+            args.out,
+            options,
+            report=display.advance,
+            say=display.say,
+        )
+    finally:
+        display.close()
     print(stats.summary(args.out))
     return 0
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moetrain import manifest
-from moetrain.data import checkable, corpus, tokenizer, tokenizer_training
+from moetrain.data import checkable, indexing, tokenizer, tokenizer_training
 from moetrain.data.cache import build_once, cache_root, key_of
 from moetrain.errors import DataError, nearest
 
@@ -138,7 +138,7 @@ def _corpus(root: Path, name: str, *, held_out: bool) -> Path:
         lines = (json.dumps({"text": text}) + "\n" for text in texts(held_out=held_out))
         source = tmp / "corpus.jsonl"
         source.write_text("".join(lines))
-        corpus.index([source], _tokenizer(root), tmp / "corpus")
+        indexing.index([source], _tokenizer(root), tmp / "corpus")
         source.unlink()
 
     return build_once(_folder(name, root), build) / "corpus"

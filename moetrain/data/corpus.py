@@ -4,155 +4,19 @@ Legend: t = data.seq_len, the tokens of a sample. A prefix names two files, pref
 prefix.idx (documents).
 """
 
-import contextlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import batched
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moetrain import files
 from moetrain.data import index_files
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.boundaries import Boundaries
 from moetrain.data.cache import build_once, digest_files, key_of
-from moetrain.data.controls import How
-from moetrain.data.documents import Documents, tokenise
-from moetrain.data.rejects import write_rejects
-from moetrain.errors import DataError, plural
+from moetrain.errors import DataError
 from moetrain.ops.packed import Packed, pack_one
 from moetrain.ops.quiet import hush
-
-CHUNK = 128  # documents tokenised together
-# Up to so many records a share of bad ones stops the work; what took longer is kept all the same.
-EARLY = 10_000
-FEWEST = 1000  # that a share is of
-
-
-@dataclass(frozen=True)
-class IndexStats:
-    """What `index` wrote; stored beside the index as PREFIX.json."""
-
-    num_documents: int
-    num_tokens: int
-    num_rejected: int
-    vocab: int
-    tokenizer: str
-    num_empty: int = 0  # documents without text, which are nobody's fault
-    num_special: int = 0  # documents with control tokens in their text, kept or spelled
-    special_tokens: How = "reject"
-
-    def summary(self, prefix: Path) -> str:
-        """In words."""
-        line = (
-            f"wrote {prefix}.bin and {prefix}.idx: {plural(self.num_documents, 'document')},"
-            f" {plural(self.num_tokens, 'token')}"
-        )
-        if self.num_empty:
-            line += f"; {plural(self.num_empty, 'empty one')} skipped"
-        if self.num_special:
-            done = "taken as such" if self.special_tokens == "keep" else "spelled in letters"
-            line += f"; control tokens in {self.num_special} of them are {done}"
-        if self.num_rejected:
-            rejected = plural(self.num_rejected, "record")
-            line += f"; {rejected} rejected, see {prefix}.rejected.jsonl"
-        return f"{line}. Train on it with data.train={prefix}"
-
-
-def index(
-    inputs: Iterable[str | Path],
-    tokenizer: Path,
-    out: str | Path,
-    *,
-    text_key: str = "text",
-    max_rejected: float = 0.05,
-    special_tokens: How = "reject",
-) -> IndexStats:
-    """Tokenise documents into `out`.bin and `out`.idx, each ended by the end-of-document token.
-
-    A document is a text file or the `text_key` of a record; empty ones are counted and skipped.
-    Records that are none go to `out`.rejected.jsonl, and, unless `special_tokens` says otherwise,
-    documents with control tokens in them. The files appear only when both are complete.
-
-    Raises DataError when an input is missing, nothing is left or too much is rejected: within the
-    first EARLY records before anything is written, later with the files written all the same.
-    """
-    loaded = tokenizers.load(tokenizer)
-    eod = tokenizers.end_of_document(loaded)
-    found = Documents(inputs, text_key, loaded, special_tokens)
-    prefix, vocab = _prefix(out), tokenizers.vocab_of(loaded)
-    num_documents = num_tokens = 0
-    early = True
-    with _written(prefix, vocab) as (builder, finish):
-        for texts in batched(found, CHUNK):
-            for ids in tokenise(loaded, texts):
-                builder.add_item(torch.tensor([*ids, eod]))
-                builder.end_document()
-                num_documents += 1
-                num_tokens += len(ids) + 1
-            early = num_documents + len(found.rejects) <= EARLY
-            if early and num_documents + len(found.rejects) >= FEWEST:
-                found.check_rejects(num_documents, max_rejected)
-        rejected = Path(f"{prefix}.rejected.jsonl")
-        if found.rejects:
-            write_rejects(rejected, found.rejects)
-        if early:
-            found.check_rejects(num_documents, max_rejected)
-        if num_documents == 0:
-            names = ", ".join(map(str, inputs))
-            raise DataError(f"There is no document in {names}: each record needs {text_key!r}.")
-        stats = IndexStats(
-            num_documents,
-            num_tokens,
-            len(found.rejects),
-            vocab,
-            str(tokenizer),
-            found.num_empty,
-            found.num_special,
-            special_tokens,
-        )
-        finish(stats)
-    if not found.rejects:  # those of an earlier index say nothing of this one
-        write_rejects(rejected, ())
-    found.check_rejects(num_documents, max_rejected, whole=prefix)
-    return stats
-
-
-@contextmanager
-def _written(prefix: Path, vocab: int) -> Iterator[tuple[Any, Callable[[IndexStats], None]]]:
-    """(what documents are added to, what gives the files their names when all are there). DataError
-    when they cannot be written.
-    """
-    hush()
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    # Data first, index last, and none between: an index of other data would be believed.
-    paths = [Path(f"{prefix}{suffix}") for suffix in (".bin", ".json", ".idx")]
-    try:
-        with files.publish(*paths) as (data, note, end):
-            builder: Any = IndexedDatasetBuilder(str(data), dtype=DType.optimal_dtype(vocab))
-
-            def finish(stats: IndexStats) -> None:
-                builder.finalize(str(end))
-                note.write_text(json.dumps(asdict(stats), indent=1))
-
-            try:
-                yield builder, finish
-            finally:
-                with contextlib.suppress(OSError):  # a full disk refuses what is in its buffer
-                    builder.data_file.close()
-    except OSError as error:
-        raise DataError(f"{prefix} cannot be written: {error.strerror or error}.") from error
-
-
-def _prefix(path: str | Path) -> Path:
-    """An index is named by its prefix; one of its files is taken to mean it."""
-    path = Path(path).expanduser()
-    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 
 class _Ids:
@@ -187,7 +51,7 @@ class CorpusSet:
         boundaries: Boundaries | None = None,
     ) -> None:
         self.boundaries = boundaries
-        self.prefixes = [_prefix(p) for p in prefixes]
+        self.prefixes = [index_files.prefix_of(p) for p in prefixes]
         self.seq_len, self.seed, self.held_out, self.model_vocab = (
             seq_len,
             seed,

@@ -28,6 +28,12 @@ READ_AT_ONCE = 1 << 24  # tokens
 LOOKED_AT = 1 << 20  # sequences whose places are looked at together
 
 
+def prefix_of(path: str | Path) -> Path:
+    """An index is named by its prefix; one of its files is taken to mean it."""
+    path = Path(path).expanduser()
+    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+
+
 def existing(prefix: Path, suffix: str) -> Path:
     """One of an index's files. DataError when it is not there."""
     file = Path(f"{prefix}{suffix}")

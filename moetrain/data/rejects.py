@@ -25,16 +25,21 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
     """Write one JSON object a line; the file appears whole or not at all (DataError). Without
     rejects there is none afterwards.
     """
-    lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects]
-    # A file's name may be bytes that are no text: Python has half characters there, JSON escapes.
-    text = "".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
+    text = b"".join(map(line_of, rejects))
     try:
         if text:
-            files.write_text(path, text)
+            files.write_text(path, text.decode("utf-8"))
         elif path.exists():
             path.unlink()
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def line_of(reject: Reject) -> bytes:
+    """What stands for one in a file of rejects."""
+    # A file's name may be bytes that are no text: Python has half characters there, JSON escapes.
+    line = json.dumps(asdict(reject), ensure_ascii=False) + "\n"
+    return line.encode("utf-8", "backslashreplace")
 
 
 def read_rejects(path: Path) -> list[Reject]:
@@ -48,12 +53,19 @@ def check_rejects(
     rejects: list[Reject], num_records: int, max_rejected: float, option: str = "data.max_rejected"
 ) -> None:
     """DataError when more than the share `max_rejected` of `num_records` was skipped."""
-    if not rejects or len(rejects) <= max_rejected * num_records:
+    if rejects:
+        check_share(len(rejects), rejects[0], num_records, max_rejected, option)
+
+
+def check_share(
+    num_rejected: int, first: Reject, num_records: int, max_rejected: float, option: str
+) -> None:
+    """The same where not all of them are at hand."""
+    if num_rejected <= max_rejected * num_records:
         return
-    first = rejects[0]
     raise DataError(
-        f"{len(rejects)} of {num_records} records were rejected"
-        f" ({len(rejects) / num_records:.1%}; {option} allows"
+        f"{num_rejected} of {num_records} records were rejected"
+        f" ({num_rejected / num_records:.1%}; {option} allows"
         f" {max_rejected:.1%}). The first: {first.file}:{first.line}: {first.reason}. Mend the"
         f" data or raise {option}."
     )

@@ -5,7 +5,7 @@ JSONL, JSON, parquet, a Hugging Face dataset folder, text, folders of these.
 
 import glob
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,61 @@ def _read_jsonl(path: Path) -> Iterator[Record | Reject]:
         yield _parse(raw, str(path), line, places)
 
 
+@dataclass(frozen=True)
+class Cuts:
+    """What a source can be read in parts by: `num` bytes of JSONL, or row groups of a table."""
+
+    num: int
+    places: frozenset[Place] = frozenset()
+    is_table: bool = False
+
+
+def cuts_of(source: Source) -> Cuts | None:
+    """None where it is read at a go. DataError as read_rows."""
+    try:
+        if source.read is _read_parquet:
+            return Cuts(len(_row_groups(source.path)), is_table=True)
+        if source.read is _read_jsonl or (source.read is _read_json and not _is_list(source.path)):
+            places = json_places(_values(source.path))
+            return Cuts(source.path.stat().st_size, places)
+    except OSError as error:
+        raise DataError(f"{source.path} cannot be read: {error.strerror or error}.") from error
+    return None
+
+
+def read_part(path: Path, cuts: Cuts, start: int, stop: int) -> Iterator[Record | Reject]:
+    """The records of a table's row groups [start, stop), or those lines of a file that begin within
+    its bytes [start, stop), counted from 1 on: nobody knows how many there are before.
+
+    DataError when the file is damaged.
+    """
+    try:
+        if cuts.is_table:
+            yield from _read_parquet(path, range(start, stop))
+            return
+        for line, raw in enumerate(_lines_from(path, start, stop), start=1):
+            yield _parse(raw, str(path), line, cuts.places)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _lines_from(path: Path, start: int, stop: int) -> list[bytes]:
+    with path.open("rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()
+        at = file.tell()
+        if at >= stop:
+            return []
+        content = file.read(stop - at)
+        if not content.endswith(b"\n"):
+            content += file.readline()
+    lines = content.removesuffix(b"\n").split(b"\n")
+    if at == 0:
+        lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+    return lines
+
+
 def _lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
@@ -144,9 +199,7 @@ def _values(path: Path) -> Iterator[Any]:
 
 def _read_json(path: Path) -> Iterator[Record | Reject]:
     """A .json file: one list of records, or JSONL under another ending."""
-    with path.open("rb") as file:
-        head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head.startswith(b"["):
+    if not _is_list(path):
         yield from _read_jsonl(path)
         return
     try:
@@ -163,6 +216,11 @@ def _read_json(path: Path) -> Iterator[Record | Reject]:
         ) from error
 
 
+def _is_list(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
 def _table_row(found: tables.Found, path: Path, line: int) -> Record | Reject:
     if isinstance(found, str):
         return Reject(str(path), line, found)
@@ -170,17 +228,35 @@ def _table_row(found: tables.Found, path: Path, line: int) -> Record | Reject:
     return _row(value, str(path), line, nulls)
 
 
-def _read_parquet(path: Path) -> Iterator[Record | Reject]:
-    import pyarrow
+def _read_parquet(path: Path, groups: range | None = None) -> Iterator[Record | Reject]:
+    """The rows of all row groups, or of these."""
     import pyarrow.parquet
 
-    row = 0
-    try:
+    with _as_parquet(path):
+        row = 0 if groups is None else sum(_row_groups(path)[: groups.start])
         table = pyarrow.parquet.ParquetFile(path)
-        for batch in table.iter_batches(batch_size=1024):
+        own = None if groups is None else list(groups)
+        for batch in table.iter_batches(batch_size=1024, row_groups=own):
             for value in tables.records(batch):
                 row += 1
                 yield _table_row(value, path, row)
+
+
+def _row_groups(path: Path) -> list[int]:
+    """The rows of each."""
+    import pyarrow.parquet
+
+    with _as_parquet(path):
+        known = pyarrow.parquet.ParquetFile(path).metadata
+        return [known.row_group(i).num_rows for i in range(known.num_row_groups)]
+
+
+@contextmanager
+def _as_parquet(path: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
     except (pyarrow.ArrowException, *tables.UNREADABLE, LookupError, TypeError) as error:
         raise DataError(
             f"{path} is not a readable parquet file: {(str(error).splitlines() or [''])[0]}"

@@ -1,11 +1,20 @@
 """How far a run is: a bar on a terminal, a line now and then in a log."""
 
+import datetime
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from moetrain.observe.answers import harmless
 from moetrain.observe.figures import line_of
@@ -100,6 +109,52 @@ class CountDisplay:
             rate = (self.done - self._first) / max(now - self._started, 1e-9)
             line = f"{self.name} {self.done}/{self.total}  {rate:.1f}/s  {figures}"
             self.console.print(line.rstrip(), markup=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class ByteDisplay:
+    """Shows how many bytes are done, how fast and the time left, on stderr: a bar on a terminal,
+    else a line every ten seconds.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.console = Console(highlight=False, soft_wrap=True, stderr=True)
+        self._started = self._last_line = time.monotonic()
+        self._first: int | None = None  # bytes that an earlier start has done
+        self._bar: Progress | None = None
+
+    def advance(self, done: int, total: int) -> None:
+        """So many of all are done; the first call says where this start begins."""
+        now = time.monotonic()
+        if self._first is None:
+            self._started, self._first = now, done
+            if self.console.is_terminal:
+                columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+                name = TextColumn("[bold]{task.description}")
+                self._bar = Progress(name, BarColumn(), *columns, console=self.console)
+                self._task = self._bar.add_task(self.name, total=total, completed=done)
+                self._bar.start()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        elif now - self._last_line >= QUIET_SECONDS:
+            self._last_line = now
+            rate = (done - self._first) / max(now - self._started, 1e-9)
+            left = (
+                f"  {datetime.timedelta(seconds=round((total - done) / rate))} left" if rate else ""
+            )
+            self.say(
+                f"{self.name} {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+                f"  {rate / 1e6:.1f} MB/s{left}"
+            )
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(harmless(line), markup=False)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

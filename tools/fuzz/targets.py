@@ -180,16 +180,20 @@ def _other_commands(bench: Bench, row: Any, template: int) -> list[str]:
 
 
 def _corpus_commands(bench: Bench, path: Path) -> None:
-    from moetrain.data import tokenizer_training
-    from moetrain.data.documents import Documents, tokenise
+    from moetrain.data import text_tokenizer, tokenizer_training
+    from moetrain.data.indexing import Indexer, Options
+    from moetrain.data.pieces import Place, pieces
     from moetrain.data.rejects import Reject, write_rejects
+    from moetrain.data.sources import find_sources
 
     rejects: list[Reject] = []
     list(tokenizer_training._all_texts([path], rejects))
     loaded = bench.encoder("chat", 0).chat.tokenizer
-    documents = Documents([path], "text", loaded, "escape")
-    list(tokenise(loaded, list(documents)))
-    write_rejects(bench.folder / "rejected.jsonl", rejects + documents.rejects)
+    options = Options(special_tokens="escape")
+    indexer = Indexer(text_tokenizer.of(loaded), text_tokenizer.SLOW, options)
+    for piece in pieces(find_sources([path]), Place()):
+        rejects += indexer(piece).rejects
+    write_rejects(bench.folder / "rejected.jsonl", rejects)
 
 
 def make_answers(rng: random.Random) -> bytes:

@@ -1,0 +1,230 @@
+"""What a tokenizer makes of plain text, without transformers, which takes seconds to import.
+
+What transformers says of a tokenizer's folder is remembered in the cache; the tokens come from
+gigatoken, where that gives the same ones, or from Hugging Face's tokenizers.
+"""
+
+import contextlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib import metadata
+from itertools import batched, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetrain import files, manifest
+from moetrain.data import odd_texts
+from moetrain.data.cache import cache_root, digest_files, key_of
+from moetrain.data.controls import Spelling
+from moetrain.data.limits import PAGE
+from moetrain.data.tokenizer_files import FILES, check_folder, tokenizer_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+type Ids = NDArray[np.uint32]
+VERSION = 1  # of what is remembered
+SLOW, FAST = "tokenizers", "gigatoken"
+BATCH = 1 << 18  # characters that `tokenizers` gets together: it takes 100 bytes for each
+MIXED = 2000  # generated texts
+RECYCLE = 1 << 29  # bytes that a tokenizer's memory of words may take
+SEED = 1
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer's folder as transformers reads it."""
+
+    content: str  # a whole tokenizer.json
+    vocab: int
+    end: int  # the token after each document
+    control: tuple[str, ...]
+    spells: bool
+    is_split: bool  # whether special tokens in texts are cut in pieces
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        return Spelling(self.control, self.spells)
+
+    def open(self, engine: str) -> "Engine":
+        """What makes tokens of texts."""
+        return _Fast(self.content) if engine == FAST else Slow(self)
+
+
+def read(folder: Path) -> TextTokenizer:
+    """What transformers makes of the tokenizer in `folder`, remembered for the same files and
+    versions. DataError and DamageError as tokenizer.load.
+    """
+    check_folder(folder)
+    manifest.check(folder, FILES)
+    deciding = [*tokenizer_files(folder), *folder.glob("config.json")]
+    digests = sorted((Path(p).name, d) for p, d in digest_files(deciding, cache_root()))
+    note = _note([digests, "transformers", "tokenizers"])
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(note.read_text(encoding="utf-8"))
+        return TextTokenizer(**found | {"control": tuple(found["control"])})
+    from moetrain.data import tokenizer
+
+    made = of(tokenizer.load(folder))
+    _remember(note, json.dumps(asdict(made)))
+    return made
+
+
+def of(loaded: "PreTrainedTokenizerFast") -> TextTokenizer:
+    """A tokenizer that transformers has loaded. DataError where it has nothing to end documents."""
+    from moetrain.data import tokenizer
+
+    spelling = Spelling.of(loaded)
+    return TextTokenizer(
+        loaded.backend_tokenizer.to_str(),
+        tokenizer.vocab_of(loaded),
+        tokenizer.end_of_document(loaded),
+        spelling.tokens,
+        spelling.possible,
+        bool(loaded.split_special_tokens),
+    )
+
+
+def why_slow(tokenizer: TextTokenizer, sample: Sequence[str] = ()) -> str | None:
+    """Why gigatoken is not to be used: it is not here, does not read this tokenizer, or gives other
+    tokens for a text of `sample` or one that such a tokenizer is likely to cut in its own way. None
+    where it gives the same ones for all of them; the latter texts are looked at once.
+    """
+    try:
+        version = metadata.version(FAST)
+    except metadata.PackageNotFoundError:
+        return "gigatoken is not installed"
+    note = _note([asdict(tokenizer), "tokenizers", f"{FAST} {version}", SEED, MIXED])
+    with contextlib.suppress(OSError):
+        if reason := note.read_text(encoding="utf-8"):
+            return reason
+        return _difference(tokenizer, sample) if sample else None
+    reason = _difference(tokenizer, special_cases(tokenizer))
+    _remember(note, reason or "")
+    return reason or (_difference(tokenizer, sample) if sample else None)
+
+
+def special_cases(tokenizer: TextTokenizer, num: int = MIXED, seed: int = SEED) -> Iterator[str]:
+    """Texts on which two readings of a tokenizer are likely to differ, if they do anywhere."""
+    rng = random.Random(seed)
+    slow = Slow(tokenizer)
+    added = [token.content for token in slow.written.get_added_tokens_decoder().values()]
+    yield from ("", *odd_texts.of_tokens(added), *odd_texts.long_ones(rng))
+    yield from odd_texts.of_characters(odd_texts.edges())
+    words = [slow.written.decode([i], skip_special_tokens=False) for i in range(tokenizer.vocab)]
+    rng.shuffle(words)
+    yield from ("".join(part) for part in batched(words, 64))
+    yield from islice(odd_texts.mixed(rng, added), num)
+
+
+def _difference(tokenizer: TextTokenizer, texts: Iterator[str] | Sequence[str]) -> str | None:
+    """How gigatoken differs from `tokenizers` on some of these texts; None where it does not."""
+    try:
+        fast, slow = tokenizer.open(FAST), Slow(tokenizer)
+        for part in batched(texts, 256):
+            right, found = slow(part), fast(part)
+            for text, a, b in zip(part, right, found, strict=True):
+                if not np.array_equal(a, b):
+                    return f"gigatoken cuts {_shown(text, a, b, slow)} otherwise"
+    except BaseException as error:  # what Rust panics with is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        message = (str(error).splitlines() or [""])[0]
+        return f"gigatoken cannot read it ({type(error).__name__}: {message[:120]})"
+    return None
+
+
+def _shown(text: str, right: Ids, other: Ids, slow: "Slow") -> str:
+    """The place of a text where two readings part."""
+    size = min(len(right), len(other))
+    same = np.flatnonzero(right[:size] != other[:size])
+    at = int(same[0]) if len(same) else size
+    near: str = slow.decode(right[max(0, at - 2) : at + 3])
+    return repr(near if near in text else text[:40])
+
+
+class Engine:
+    """Texts to token ids."""
+
+    def __call__(self, texts: Sequence[str]) -> list[Ids]:
+        raise NotImplementedError
+
+
+class Slow(Engine):
+    """By Hugging Face's tokenizers, as transformers has it done."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        from tokenizers import Tokenizer
+
+        self.written = Tokenizer.from_str(tokenizer.content)
+        self.written.encode_special_tokens = tokenizer.is_split
+        self.written.no_truncation()
+        self.written.no_padding()
+
+    def __call__(self, texts: Sequence[str]) -> list[Ids]:
+        found: list[Ids] = []
+        for part in _parts(texts):
+            encoded = self.written.encode_batch_fast(part, add_special_tokens=False)
+            found += [np.array(one.ids, dtype=np.uint32) for one in encoded]
+        return found
+
+    def decode(self, ids: Ids) -> str:
+        return self.written.decode(ids.tolist(), skip_special_tokens=False)
+
+
+class _Fast(Engine):
+    """It keeps every word that it has met, which is why it is fast, and gives that memory back only
+    with the tokenizer: gigatoken 0.10 takes 3 to 20 bytes for each byte of new words.
+    """
+
+    def __init__(self, content: str) -> None:
+        self._content, self._made, self._before = content, None, 0
+
+    def __call__(self, texts: Sequence[str]) -> list[Ids]:
+        if self._made is not None and _anonymous() - self._before > RECYCLE:
+            self._made = None
+        if self._made is None:
+            import gigatoken  # pyright: ignore[reportMissingImports]
+
+            self._made: Any = gigatoken.Tokenizer.from_json(self._content)
+            self._before = _anonymous()
+        return [self._made.encode(text) for text in texts]
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _anonymous() -> int:
+    """Bytes of memory that this process has for itself."""
+    with open("/proc/self/statm", "rb") as file:
+        _, resident, shared = map(int, file.read().split()[:3])
+    return (resident - shared) * PAGE
+
+
+def _note(content: list[Any]) -> Path:
+    """Where something is remembered that depends on this content and on the versions of packages
+    that it names.
+    """
+    named = [f"{c} {metadata.version(c)}" if c in ("transformers", SLOW) else c for c in content]
+    return cache_root() / "tokenizers" / f"{key_of([VERSION, named])}.txt"
+
+
+def _remember(note: Path, content: str) -> None:
+    with contextlib.suppress(OSError):  # it only saves time; a cache may be read-only
+        files.write_text(note, content)
