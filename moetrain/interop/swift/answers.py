@@ -71,8 +71,9 @@ class Sampled(Entry):
     @staticmethod
     def _read_drawn(reading: Reading) -> None:
         for flag in ("top_p", "min_p", "repetition_penalty", "top_k"):
-            value = reading.parse(flag, WHOLE if flag == "top_k" else NUMBER)
-            value = max(value, 0) if value is not None and flag == "top_k" else value
+            whole = flag == "top_k"
+            value = reading.parse(flag, WHOLE) if whole else reading.parse(flag, NUMBER)
+            value = max(value, 0) if whole and value is not None else value
             if value is not None and value != WHOLE_DISTRIBUTION[flag]:
                 reading.keys[f"rollout.{flag}"] = value
                 reading.note(
