@@ -53,6 +53,7 @@ OTHER: dict[str, Any] = {
     "soft_length": 5, "dynamic_sampling": False, "lam": 0.3, "whiten": False, "value_weight": 0.7,
     "value_clip": 0.01, "mu_peak": 0.5, "mu_valley": 0.2, "mu_warmup": 3, "mu_decay": 9,
     "phi": False, "use_bias_correction_kl": False, "loss_type": "apo_zero",
+    "missing_eos_penalty": 0.5, "reward_clip": 0.3, "kl_target": 3.0, "kl_horizon": 50,
     "loss_weights": [0.5], "discopop_tau": 0.5, "ld_alpha": 0.5, "use_weighting": True,
 }  # fmt: skip
 # What only a run shows, and the test that does: its source names the key.
@@ -102,9 +103,12 @@ def what_a_method_makes(settings: dict[str, Any]) -> list[Any]:
         case = case | {"known": {"bco/shift": 0.1}}
         return [*found, offline_loss(case | {"method": settings}, [packed(case)])]
     rewards, group = torch.tensor([1.0, 0.0, 0.5, 0.5, 0.2, 0.9]), torch.tensor([0, 0, 1, 1, 2, 2])
-    sizes, cut = torch.tensor([3.0, 7.0, 1.0, 5.0, 12.0, 2.0]), torch.zeros(6, dtype=torch.bool)
+    sizes, cut = torch.tensor([3.0, 7.0, 1.0, 5.0, 12.0, 2.0]), torch.arange(6) == 4
     if online.shape is not None:
         found.append(online.shape(rewards, sizes, cut, cfg).tolist())
+    if online.running is not None:
+        rescaled, carried = online.running.rescale(rewards, cut, {}, cfg)
+        found += [rescaled.tolist(), carried, online.running.steer(carried, 5.0, 6, cfg)]
     if online.drops is not None:
         found.append(online.drops(rewards, group, cfg).tolist())
     if online.shares is not None:
@@ -152,6 +156,8 @@ def method_cases() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
             beside = {"beta": 0.7}
         if key in ("discopop_tau", "reward_shift"):
             beside = {"loss_type": "discopop" if key == "discopop_tau" else "bco_pair"}
+        if key in ("kl_target", "kl_horizon"):
+            beside = {"beta": 0.7} | ({"kl_target": 3.0} if key == "kl_horizon" else {})
         if key == "soft_length":
             beside = {"max_length": 6}
         for value in given:

@@ -186,10 +186,54 @@ class PpoMethod(OnlineMethod):
     whiten: bool = Field(
         default=True, description="advantages of a batch's tokens have mean 0 and deviation 1"
     )
+    missing_eos_penalty: float = Field(
+        default=0.0,
+        ge=0,
+        description="taken off the reward of answers that rollout.max_tokens cut, after reward_norm"
+        " and reward_clip (TRL's and ms-swift's name)",
+    )
+    reward_norm: Literal["none", "scale", "standardise"] = Field(
+        default="none",
+        description="rewards divided by the deviation of all so far, or brought to mean 0 before"
+        " (TRL's use_score_scaling, use_score_norm)",
+    )
+    reward_clip: float | None = Field(
+        default=None,
+        gt=0,
+        description="rewards are cut at this and at minus this, after reward_norm (TRL's"
+        " score_clip)",
+    )
+    kl_target: float | None = Field(
+        default=None,
+        gt=0,
+        description="nats an answer to which beta is steered, batch by batch (arXiv 1909.08593;"
+        " verl's target_kl); default: beta stays",
+    )
+    kl_horizon: Count = Field(
+        default=10_000, description="answers over which beta moves by what kl is off by"
+    )
     value_weight: float = Field(default=0.1, ge=0, description="of the value loss")
     value_clip: float = Field(
         default=0.2, gt=0, description="how far a value may move from the one at rollout"
     )
+
+    @model_validator(mode="after")
+    def _moves_something(self) -> Self:
+        if self.kl_target is not None and not self.beta:
+            raise ValueError(
+                "method.kl_target does nothing without method.beta: give where the weight starts"
+            )
+        if self.kl_target is None and self.kl_horizon != 10_000:
+            raise ValueError(
+                "method.kl_horizon does nothing without method.kl_target: give it, or leave"
+                " kl_horizon out"
+            )
+        if self.missing_eos_penalty and self.truncated != "reward":
+            raise ValueError(
+                f"method.missing_eos_penalty does nothing with truncated={self.truncated}: answers"
+                " that were cut have no reward then. Leave one of them out"
+            )
+        return self
 
 
 class ChordMethod(LossKlMethod):

@@ -1,7 +1,7 @@
 """From graded answers to packs to learn from, and what there is to see in them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ from moetrain.loops.demonstrations import Demonstrations
 from moetrain.loops.rollouts import Batch, means, tensors
 from moetrain.methods import METHODS
 from moetrain.methods.base import Online
-from moetrain.methods.online import answer_mask
+from moetrain.methods.online import answer_mask, divergence
+from moetrain.methods.running import MEAN, WEIGHT
 from moetrain.observe.answers import Answer, parted
-from moetrain.ops.packed import Packed
+from moetrain.ops.packed import ANSWER, Packed
+
+SHOWN = (MEAN, WEIGHT)
 
 
 @dataclass
@@ -30,15 +33,17 @@ class Lessons:
     engine: Engine
     reference: Weights | None
     demonstrations: Demonstrations
+    carried: dict[str, float] = field(default_factory=dict[str, float])  # from batch to batch
 
     def packs(self, batch: Batch) -> list[list[Packed]]:
         """This data-parallel rank's packs of each optimizer step, with all that the method asks
         for. Collective.
         """
-        recipe, world = self.recipe, self.engine.world
-        method, rollout = recipe.sampling
-        online = METHODS[recipe.method.name].online
+        online = METHODS[self.recipe.method.name].online
         assert online is not None
+        recipe, batch = self._as_it_stands(online, batch)
+        world = self.engine.world
+        method, rollout = recipe.sampling
         values = _values(recipe, online, batch)
         how = online.truncated(recipe.method)
         groups = batch.groups
@@ -57,10 +62,57 @@ class Lessons:
         flat = [pack for part in parts for pack in part]
         if not rollout.routing_replay:  # rollouts of a run that had it hold the choices
             flat = [_without_routes(pack) for pack in flat]
-        ready = iter(_completed(recipe, online, self.engine, flat, self.reference))
+        flat = _completed(recipe, online, self.engine, flat, self.reference)
+        if online.running is not None and self.reference is not None:
+            self.carried = online.running.steer(self.carried, *mean_kl(flat, world), method)
+        ready = iter(flat)
         whole = [[next(ready) for _ in part] for part in parts]
         share = online.shares(batch.step, recipe.method)[1] if online.shares else 0.0
         return [part + self.demonstrations.next(part[0], share) for part in whole]
+
+    def _as_it_stands(self, online: Online, batch: Batch) -> tuple[Recipe, Batch]:
+        """The recipe with what the batches before have made of it, and this batch with its rewards
+        rescaled by all of them.
+        """
+        recipe, running = self.recipe, online.running
+        if running is None:
+            return recipe, batch
+        rewards, _ = tensors(batch.groups)
+        cut = torch.tensor([answer.sample.finish == "length" for answer in batch.answers])
+        rescaled, self.carried = running.rescale(rewards, cut, self.carried, recipe.method)
+        method = running.adapted(recipe.method, self.carried)
+        return recipe.model_copy(update={"method": method}), _with_rewards(batch, rescaled)
+
+    @property
+    def shown(self) -> dict[str, float]:
+        """What the ledger says of numbers that move."""
+        return {name: x for name, x in self.carried.items() if name in SHOWN}
+
+
+def _with_rewards(batch: Batch, rewards: Tensor) -> Batch:
+    """The batch with other rewards of its answers."""
+    ready = iter(rewards.tolist())
+    groups = (
+        replace(
+            group, answers=tuple(replace(answer, reward=next(ready)) for answer in group.answers)
+        )
+        for group in batch.groups
+    )
+    return replace(batch, groups=tuple(groups))
+
+
+def mean_kl(packs: Sequence[Packed], world: World | None) -> tuple[float, int]:
+    """(mean over answers of log(pi_old / ref) summed over their tokens, answers) of all packs of
+    all data-parallel ranks. Collective.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    for pack in packs:
+        k1 = divergence(pack.per_token["old_logp"], pack.per_token["ref_logp"], "k1")
+        own = (k1.double() * answer_mask(pack)).sum().cpu()
+        sums += torch.stack([own, (pack.extras["role"] == ANSWER).sum().double().cpu()])
+    if world is not None:
+        sums = world.sum(sums, world.dp_group)
+    return float(sums[0] / sums[1].clamp_min(1)), int(sums[1])
 
 
 def _without_routes(pack: Packed) -> Packed:

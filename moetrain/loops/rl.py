@@ -41,6 +41,7 @@ def train(recipe: Recipe) -> int:
     step, state = job.resume(engine, lambda r: length(r, len(prompts.train.prompts)))
     lessons = Lessons(recipe, engine, reference, open_demonstrations(recipe, engine.world))
     lessons.demonstrations.load_state_dict(state.get("demonstrations", {}))
+    lessons.carried = state.get("lessons", {})
 
     def loop(report: Reporter) -> bool:
         with (
@@ -84,11 +85,12 @@ def _loop(
             with timed(seconds, "push"):
                 proof = sampler.push(step)
             row = step_row(step, totals(results), time.perf_counter() - started)
-            row |= summary(batch, step - 1) | proof
+            row |= summary(batch, step - 1) | lessons.shown | proof
             report.step(row | {f"seconds/{name}": value for name, value in seconds.items()})
             report.rollouts(step, readable(batch))
             state = {"step": step, "prompts": sampler.state_dict(batch)}
             state["demonstrations"] = lessons.demonstrations.state_dict()
+            state["lessons"] = lessons.carried
         job.checkpoints.tick(engine)
         stopped = batch is None or stop.agreed()
         saves, evaluates = job.due(step, last)

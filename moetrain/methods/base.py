@@ -61,6 +61,24 @@ def _nothing_carried(known: Known, seen: Mapping[str, float], cfg: Any) -> dict[
     return {}
 
 
+Carried = Mapping[str, float]
+"""Numbers of a run that its batches move, by name; a part of checkpoints."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a method's settings become as its batches go by.
+
+    rescale(rewards [n], truncated [n] bool, carried, cfg) -> (rewards, carried), before `shape`.
+    adapted(cfg, carried) -> cfg, as a batch begins.
+    steer(carried, nats an answer to the reference, answers, cfg) -> carried, as it ends.
+    """
+
+    rescale: Callable[[Tensor, Tensor, Carried, Any], tuple[Tensor, dict[str, float]]]
+    adapted: Callable[[Any, Carried], Any]
+    steer: Callable[[Carried, float, int, Any], dict[str, float]]
+
+
 @dataclass(frozen=True)
 class Online:
     """What a method makes of graded answers before it learns from them. Pure functions; n answers
@@ -78,6 +96,7 @@ class Online:
     left out), "bootstrap" (one more token, which is not scored, stands behind each).
     shares(step, cfg) -> (weight of a step's answers, of data.demonstrations beside them), steps
     from 1, given to each sequence as extras["share"]; None: there are answers alone.
+    running: what its batches move; None: nothing.
     """
 
     advantages: Callable[[Tensor, Tensor, Any], Tensor]
@@ -87,6 +106,7 @@ class Online:
     whiten: Callable[[Any], bool] = lambda cfg: False
     truncated: Callable[[Any], str] = lambda cfg: "reward"
     shares: Callable[[int, Any], tuple[float, float]] | None = None
+    running: Running | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config.online import PpoMethod
-from moetrain.methods.base import Known, Method, Metrics, Online, Out, Terms
+from moetrain.methods.base import Carried, Known, Method, Metrics, Online, Out, Running, Terms
 from moetrain.methods.online import (
     answer_mask,
     clipped,
@@ -24,6 +24,7 @@ from moetrain.methods.online import (
     online_metrics,
     tokens_of,
 )
+from moetrain.methods.running import WEIGHT, normalised, steered, with_rewards
 from moetrain.ops.packed import Packed
 
 NEEDS = frozenset({"logp", "entropy", "value"})
@@ -35,8 +36,41 @@ def raw(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
 
 
 def shape(rewards: Tensor, length: Tensor, truncated: Tensor, cfg: PpoMethod) -> Tensor:
-    """An answer that would have gone on has no grade of its own where values stand in for it."""
-    return rewards.masked_fill(truncated, 0.0) if cfg.truncated == "bootstrap" else rewards
+    """An answer that would have gone on has no grade of its own where values stand in for it, and a
+    penalty where that is asked for.
+    """
+    if cfg.truncated == "bootstrap":
+        return rewards.masked_fill(truncated, 0.0)
+    return rewards - cfg.missing_eos_penalty * truncated.to(rewards.dtype)
+
+
+def rescale(
+    rewards: Tensor, truncated: Tensor, carried: Carried, cfg: PpoMethod
+) -> tuple[Tensor, dict[str, float]]:
+    """Rewards by the moments of all so far, of this batch's too, then cut; before `shape`. Answers
+    whose grade is not taken have no part in the moments.
+    """
+    moved = dict(carried)
+    if cfg.reward_norm != "none":
+        taken = rewards if cfg.truncated == "reward" else rewards[~truncated]
+        moved = with_rewards(carried, taken)
+        rewards = normalised(rewards, moved, cfg.reward_norm)
+    if cfg.reward_clip is not None:
+        rewards = rewards.clamp(-cfg.reward_clip, cfg.reward_clip)
+    return rewards, moved
+
+
+def adapted(cfg: PpoMethod, carried: Carried) -> PpoMethod:
+    """With the weight of the KL that the batches before have led to."""
+    return cfg.model_copy(update={"beta": carried[WEIGHT]}) if WEIGHT in carried else cfg
+
+
+def steer(carried: Carried, kl: float, num: int, cfg: PpoMethod) -> dict[str, float]:
+    """After a batch of `num` answers whose mean KL was `kl`."""
+    if cfg.kl_target is None:
+        return dict(carried)
+    weight = carried.get(WEIGHT, cfg.beta)
+    return {**carried, WEIGHT: steered(weight, kl, cfg.kl_target, num, cfg.kl_horizon)}
 
 
 def truncated(cfg: PpoMethod) -> str:
@@ -96,5 +130,12 @@ PPO = Method(
     loss,
     count,
     NEEDS,
-    online=Online(raw, shape, targets=targets, whiten=whiten, truncated=truncated),
+    online=Online(
+        raw,
+        shape,
+        targets=targets,
+        whiten=whiten,
+        truncated=truncated,
+        running=Running(rescale, adapted, steer),
+    ),
 )
