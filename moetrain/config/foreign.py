@@ -103,7 +103,7 @@ _OTHERS = {
     "method.name": "stage rlhf_type loss_type pref_loss adv_estimator",
     "method.reference": "ref_model ref_model_name_or_path mcore_ref_model reference_model",
     "method.reward_clip": "score_clip reward_clip_range cliprange_reward",
-    "method.reward_norm": "use_score_scaling use_score_norm normalize_reward",
+    "method.reward_norm": "use_score_scaling use_score_norm",
     "method.rpo_alpha": "pref_ftx",
     "data.document_mask": "reset_attention_mask reset_position_ids document_masking",
     "model.dtype": "bf16 fp16 torch_dtype precision mixed_precision",
