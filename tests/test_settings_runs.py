@@ -179,7 +179,7 @@ STEPS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "adapter": (LORA, [
         *({"adapter": {"type": kind}} for kind in ("rslora", "olora", "dora", "pissa")),
         {"adapter": {"rank": 3}}, {"adapter": {"alpha": 3.0}}, {"adapter": {"target": ["v_proj"]}},
-        {"adapter": {"loraplus_lr_ratio": 16.0}},
+        {"adapter": {"loraplus_lr_ratio": 16.0}}, {"adapter": {"dropout": 0.3}},
     ]),
 }  # fmt: skip
 

@@ -197,6 +197,13 @@ class AdapterConfig(Section):
     path: Folder | None = Field(
         default=None, description="PEFT folder to go on from; it says rank, alpha, type and target"
     )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the numbers that A sees which are 0 in a training step (PEFT's"
+        " lora_dropout); its masks are the same at every layout",
+    )
     loraplus_lr_ratio: float = Field(
         default=1.0,
         gt=0,
@@ -213,6 +220,8 @@ class AdapterConfig(Section):
             raise ValueError(
                 f"adapter.path says what adapter.{given[0]} is; leave adapter.{given[0]} out"
             )
+        if self.dropout and self.type == "dora":
+            raise ValueError("adapter.dropout: DoRA takes none here. Leave it out")
         return self
 
 

@@ -139,7 +139,8 @@ class Engine:
         adapters = adapter_of(recipe, self.model, reader)
         self.load(base_for(reader, adapters, recipe.seed))
         if adapters is not None:
-            attach(self.chunks, adapters, self.world)
+            dropout = 0.0 if recipe.adapter is None else recipe.adapter.dropout
+            attach(self.chunks, adapters, self.world, dropout)
             self.adapters = adapters
             self.initial_adapter = InitialAdapter(reader, adapters, recipe.seed)
             self.load_adapter(self.initial_adapter)
@@ -184,7 +185,10 @@ class Engine:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
+        drops = recipe.adapter is not None and recipe.adapter.dropout > 0
+        self.run.salt = (recipe.seed, self.steps_done + 1) if drops else ()
         kept = self.run(batches, objective.head(counts, known), forward_only=False)
+        self.run.salt = ()
         totals = objective.totals(kept)
         step = self.steps_done + 1
         self.optimizer.prepare_grads()

@@ -22,8 +22,10 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from moetrain.engine.dropout import Draws, Dropout, number_of
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.world import World
+from moetrain.errors import ConfigError
 from moetrain.models import Rule
 from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_name, row_parts
 from moetrain.ops.grouped import grouped_linear
@@ -45,6 +47,7 @@ class Lora(nn.Module):
         super().__init__()
         self.scale = spec.scale
         self.part_mask = None
+        self.dropout: Dropout | None = None
         self.magnitude: nn.Parameter | None = None
         self.A = _parameter((spec.rank, num_in), like)
         self.B = _parameter((num_rows, spec.rank), like)
@@ -72,7 +75,12 @@ class Lora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> s B A x [..., rows]."""
+        x = self.dropped(x)
         return self.scale * F.linear(self.middle(F.linear(x, self.A)), self.up())
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x as A sees it: in training with dropout, where there is one."""
+        return x if self.dropout is None or not self.training else self.dropout(x)
 
     def middle(self, a: Tensor) -> Tensor:
         """What happens to A x between the two matrices: communication of r numbers per token."""
@@ -167,7 +175,7 @@ class RouterLora(Lora):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., h] -> s B A x [..., E] in the router's dtype, fp32."""
-        a = F.linear(x.float(), self.A.float())
+        a = F.linear(self.dropped(x).float(), self.A.float())
         return self.scale * F.linear(a, self.B.float())
 
 
@@ -194,6 +202,7 @@ class ExpertLora(nn.Module):
         super().__init__()
         num_local, num_out, num_in = weight.shape
         self.scale, self.split, self.group = spec.scale, split, group
+        self.dropout: Dropout | None = None
         self.A = _parameter((num_local, spec.rank, num_in), weight)
         self.B = _parameter((num_local, num_out, spec.rank), weight)
         for param in (self.A, self.B):
@@ -207,6 +216,8 @@ class ExpertLora(nn.Module):
         whole = self.B if self.split == "A" else self.A
         if self.group.size() > 1:
             whole = _SumGradient.apply(whole, self.group)  # type: ignore[assignment]
+        if self.dropout is not None and self.training:
+            x = self.dropout(x)
         first, second = (self.A, whole) if self.split == "A" else (whole, self.B)
         return self.scale * grouped_linear(grouped_linear(x, first, ends), second, ends)
 
@@ -247,15 +258,22 @@ def _add(module: Any, args: Any, output: Any) -> Any:
     return (total, bias) if is_pair else total
 
 
-def attach(chunks: list[PackedGPT], adapters: AdapterTable, world: World) -> None:
+def attach(
+    chunks: list[PackedGPT], adapters: AdapterTable, world: World, dropout: float = 0.0
+) -> None:
     """Put an adapter beside every targeted weight of this rank, zero until it is loaded, and freeze
     all else.
     """
+    if dropout and adapters.spec.dora:
+        raise ConfigError("adapter.dropout: DoRA takes none here. Leave it out.")
     for chunk in chunks:
         for name, param in chunk.named_parameters():
             # A new head is trained with its adapter.
             param.requires_grad = name in adapters.model.heads.added
         for layer in chunk.decoder.layers:
+            draws = Draws(dropout, world.tp_rank, world.plan.tp) if dropout else None
+            if draws is not None:
+                layer.register_forward_pre_hook(draws.hear, with_kwargs=True)
             for base in adapters.of_layer(layer.layer_number - 1):
                 module = layer.get_submodule(base.module)
                 if base.expert is None:
@@ -263,8 +281,20 @@ def attach(chunks: list[PackedGPT], adapters: AdapterTable, world: World) -> Non
                 else:
                     split = "A" if base.sharding.dim == 1 else "B"
                     module.lora = ExpertLora(module.weight, adapters.spec, split, world.etp_group)
+                if draws is not None:
+                    module.lora.dropout = _before(module.lora, base, draws, layer, world)
                 if base.adapts != "router":  # the router adds its own, before the choice
                     module.register_forward_hook(_add)
+
+
+def _before(lora: Lora | ExpertLora, base: Rule, draws: Draws, layer: Any, world: World) -> Dropout:
+    """The dropout before an A; experts of a layer have one."""
+    is_expert = base.expert is not None
+    if is_expert:
+        layer.mlp.draws = draws
+    rank = world.etp_rank if is_expert else world.tp_rank
+    first = rank * lora.A.size(-1) if base.sharding.dim == 1 else 0
+    return Dropout(draws, number_of(base.name), first, is_expert)
 
 
 def _make_lora(module: Any, base: Rule, adapters: AdapterTable, world: World) -> Lora:

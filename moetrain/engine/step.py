@@ -24,6 +24,7 @@ from moetrain.methods.base import Out
 from moetrain.models import Model
 from moetrain.models.sharding import padded_rows
 from moetrain.ops.drawn import Drawn, drawn_of
+from moetrain.ops.dropout import token_keys
 from moetrain.ops.logprob import token_logprobs
 from moetrain.ops.packed import Packed, blank, concat, pad_to
 from moetrain.pulse import beat
@@ -66,6 +67,7 @@ class Runner:
     model: Model
     chunk: int = 1024  # tokens whose logits exist at one time
     asked: frozenset[str] = frozenset({"logp"})  # of Method.needs
+    salt: tuple[int, ...] = ()  # of this pass's dropout; empty: nothing is dropped
 
     def __call__(
         self, batches: Sequence[Packed], head: Head, *, forward_only: bool
@@ -92,8 +94,14 @@ class Runner:
         pack = on_host.to(self.world.device)
         ids = pack.sequence_ids.to(self.world.device).masked_fill(~pack.valid, -1)
         routes = pack.per_token.get("routes")
+        keys = None
+        if self.salt:
+            keys = self._mine(token_keys(on_host, self.salt).to(self.world.device))
         sequences = sequence_table(
-            self._mine(ids), pack.num_sequences, None if routes is None else self._mine(routes)
+            self._mine(ids),
+            pack.num_sequences,
+            keys,
+            None if routes is None else self._mine(routes),
         )
         hidden = model(
             self._mine(pack.tokens), self._mine(pack.position_ids), segment_table(pack), sequences

@@ -16,6 +16,17 @@ def check_passed(recipe: Recipe, model: Model) -> None:
     given, p, train = recipe.megatron, recipe.parallel, recipe.train
     if not model.moe and recipe.router != RouterConfig():
         raise ConfigError("router: this model has no experts. Leave the section out.")
+    if recipe.adapter is not None and recipe.adapter.dropout:
+        if "mlp" in given.get("recompute_modules", ()):
+            raise ConfigError(
+                "megatron.recompute_modules: mlp is computed again without its layer, which"
+                " adapter.dropout needs. Use train.recompute=full."
+            )
+        if given.get("moe_token_dispatcher_type") == "flex":
+            raise ConfigError(
+                "megatron.moe_token_dispatcher_type=flex cannot carry what adapter.dropout needs."
+                " Use alltoall or allgather."
+            )
     reads = {
         "recompute_method": (train.recompute == "full", "train.recompute=full"),
         "recompute_num_layers": (train.recompute == "full", "train.recompute=full"),

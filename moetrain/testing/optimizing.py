@@ -64,3 +64,15 @@ def resumed(
     engine.restore(folder)
     keep_gradients(engine)
     return _step(engine, sequences, 2)[1]
+
+
+def unlearned(
+    model: str, sequences: Lists, sections: dict[str, Any]
+) -> tuple[float, list[Tensor], float]:
+    """The held-out loss and the log-probs of a random adapter, and the loss of a step."""
+    engine = Engine(recipe_for(model, {}, **sections))
+    assert engine.adapters is not None
+    engine.load_adapter(Noise(engine.adapters))
+    packs = packs_of(sequences, 2)
+    held_out, logp = engine.evaluate(packs, METHODS["sft"]), engine.logprobs(packs)
+    return held_out["loss"], logp, engine.step(packs, METHODS["sft"]).loss

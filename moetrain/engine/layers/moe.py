@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
+from moetrain.engine.dropout import Draws, dispatched
 from moetrain.engine.layers import mlp
 from moetrain.engine.layers.experts import GroupedExperts
 from moetrain.engine.layers.router import PackedRouter
@@ -67,6 +68,8 @@ class PackedMoE(MoELayer):
     arguments, sees the same ids.
     """
 
+    draws: Draws | None = None
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -80,8 +83,17 @@ class PackedMoE(MoELayer):
         table = padding_mask[0]
         self.router.sequence_ids = table[0]
         self.router.routes = None
-        if table.size(0) > 1:
+        if table.size(0) > 2:
             k = self.config.moe_router_topk
             before = sum(self.config.moe_layer_freq[: self.layer_number - 1])  # MoE layers
-            self.router.routes = table[1 + before * k : 1 + (before + 1) * k].T
+            self.router.routes = table[2 + before * k : 2 + (before + 1) * k].T
         return super().forward(hidden_states, intermediate_tensors=intermediate_tensors)
+
+    def preprocess(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As upstream's; the keys of a dropout before the experts' adapters go ahead."""
+        if self.draws is not None and self.training:
+            keys = self.draws.of(hidden_states)
+            self.draws.at_experts = dispatched(keys, probs, routing_map, self.token_dispatcher)
+        return super().preprocess(hidden_states, probs, routing_map)  # type: ignore[no-any-return]

@@ -185,16 +185,18 @@ def watch(chunks: Sequence[nn.Module], monitor: RouterMonitor) -> None:
                 module.monitor = monitor
 
 
-def sequence_table(ids: Tensor, num_sequences: int, routes: Tensor | None = None) -> Tensor:
-    """[n, 1, t/cp] int64 for Megatron's `padding_mask`: the sequence of each token (-1 in the
-    tail). With routes [t/cp, l, k] of the l MoE layers (experts from 1, 0 where the router
-    chooses), [n, 1 + l k, t/cp].
+def sequence_table(
+    ids: Tensor, num_sequences: int, keys: Tensor | None = None, routes: Tensor | None = None
+) -> Tensor:
+    """[n, 2, t/cp] int64 for Megatron's `padding_mask`: the sequence of each token (-1 in the
+    tail), and the keys [t/cp] of its dropout. With routes [t/cp, l, k] of the l MoE layers (experts
+    from 1, 0 where the router chooses), [n, 2 + l k, t/cp].
 
     n is the pack's number of sequences, the same on context ranks that see different ones. It is a
     size, of a dimension that is repeated without memory, because reading a value would make the
     host wait for the device in every layer. A tensor, since recomputation saves tensors only.
     """
-    table = ids[None]
+    table = torch.stack([ids, torch.zeros_like(ids) if keys is None else keys])
     if routes is not None:
         table = torch.cat([table, routes.flatten(1).T.to(table.dtype)])
     return table.expand(num_sequences, *table.shape)

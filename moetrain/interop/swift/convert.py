@@ -270,7 +270,7 @@ def _left_over(command: Command, reading: Reading) -> None:
     if command.repeated:
         why = "the command stands in a loop, and a recipe is one run"
         notes.append(Note("changed", "loop", why))
-    if "adapter.type" in reading.keys and "lora_dropout" not in reading.given:
+    if reading.keys.get("adapter.type") == "dora" and "lora_dropout" not in reading.given:
         notes.append(
             Note("not carried", "lora_dropout (0.05 by default)", WHY_FLAGS["lora_dropout"])
         )
