@@ -75,6 +75,7 @@ def test_what_is_kept_is_scaled_and_so_is_its_gradient() -> None:
     mask = kept(keys, 9, range(6), 0.25)[:, None]
     assert torch.equal(out, torch.where(mask, x / 0.75, 0.0))
     out.sum().backward()
+    assert x.grad is not None
     assert torch.equal(x.grad, torch.where(mask, 1 / 0.75, 0.0).expand_as(x))
     right = drop(x[..., 4:], keys, 9, 4, 0.25)
     assert torch.equal(right, out[..., 4:]), "a rank with the last columns"
@@ -154,7 +155,7 @@ def test_with_the_same_masks_peft_has_the_same_gradients(workers: Workers, tiny:
             layer = name.split("layers.")[1].split(".")[0]
             own = "linear_proj" if name.endswith("o_proj") else "linear_qkv"
             stem = f"decoder.layers.{layer}.self_attention.{own}.weight"
-            module.lora_dropout["default"] = Masked(stem)
+            module.lora_dropout = torch.nn.ModuleDict({"default": Masked(stem)})
     known = {
         name.removeprefix("base_model.model.").replace(".default", ""): param
         for name, param in model.named_parameters()
