@@ -26,7 +26,7 @@ from moetrain.methods import METHODS
 from moetrain.testing import ranks
 recipe = ranks.recipe_for(
     "-", parallel, model={"path": None, "hf": hf, "dtype": "bf16"},
-    megatron={"batch_p2p_comm": False}, **sections,
+    **sections,
 )
 engine = Engine(recipe, meta_world(recipe.parallel, rank, size))
 params = [p for chunk in engine.chunks for p in chunk.parameters()]

@@ -35,6 +35,14 @@ def adapter_of(recipe: Recipe, model: Model, base: Reader) -> AdapterTable | Non
     return adapter_table(model, AdapterSpec.of(config))
 
 
+def planned_adapter(recipe: Recipe, model: Model) -> AdapterTable | None:
+    """The same by the recipe alone, without reading a folder."""
+    config = recipe.adapter
+    if config is None:
+        return None
+    return adapter_table(model, AdapterSpec.of(config), loaded=config.path is not None)
+
+
 def base_for(reader: Reader, adapters: AdapterTable | None, seed: int) -> Reader:
     """The base's weights as they stand beside a new adapter."""
     if adapters is None or adapters.spec.starts_at_base:

@@ -9,32 +9,71 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from moetrain.engine import compat_megatron, compat_torch
+from moetrain.ops.kinds import meta_is
 
 META = torch.device("meta")
+_kernels: torch.library.Library | None = None  # are there as long as this is
 
 
-def install(rank: int, size: int) -> torch.device:
-    """Be rank `rank` of `size`: torch's fake process group, whose collectives move nothing."""
+def install(rank: int, size: int, stands_for: str) -> torch.device:
+    """Be rank `rank` of `size`: torch's fake process group, whose collectives move nothing. The
+    meta device takes the kernels of `stands_for`: cpu or cuda.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    meta_is(stands_for)
     compat_torch.install(META)
     compat_megatron.install(on_gpu=False)
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    _mend_torch()
     _mend_megatron()
     return META
+
+
+def _mend_torch() -> None:
+    """Kernels that a CPU has and meta has not, so that a step keeps here what it keeps there:
+    attention without scores, AdamW without copies.
+    """
+    global _kernels
+    if _kernels is not None:
+        return
+    _kernels = torch.library.Library("aten", "IMPL")
+    _kernels.impl("_fused_adamw_", lambda *args, **kwargs: None, "Meta")
+    torch.optim.Adam._init_group.__globals__["_device_dtype_check_for_fused"] = lambda *a, **k: None
+    plain = F.scaled_dot_product_attention
+
+    def attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not q.is_meta:
+            return plain(q, k, v, attn_mask, is_causal=is_causal, scale=scale, **kwargs)
+        if attn_mask is not None:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    F.scaled_dot_product_attention = attention
 
 
 def _mend_megatron() -> None:
     import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.transformer.moe.moe_layer as moe_layer
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     class OneByOne(contextlib.nullcontext[Any]):
-        """Coalesced collectives have no meta kernel."""
+        """Coalesced collectives have no meta kernel, nor have batches of sends."""
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(self)
@@ -56,12 +95,17 @@ def _mend_megatron() -> None:
             self.input_splits = self.output_splits = (full(self.ep_size) * local).numpy()
             self.output_splits_tp = (full(self.tp_size) * local * self.ep_size).numpy()
             ranks = self.tp_size * self.ep_size
+            if ranks > 1:  # as upstream tells all ranks how many come
+                counts = routing_map.sum(dim=0).long()
+                gather_from_sequence_parallel_region(counts, group=self.tp_ep_group)
             self.num_global_tokens_per_local_expert = full(ranks, local)
             return full(local) * ranks
 
         def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Any = None) -> Any:
             return tokens_per_expert
 
-    upstream: Any = buffers
+    upstream: Any = dist
+    upstream.batch_isend_irecv = lambda ops: [op.op(op.tensor, op.peer, op.group) for op in ops]
+    upstream = buffers
     upstream._coalescing_manager = OneByOne
     moe_layer.MoEAlltoAllTokenDispatcher = Balanced  # type: ignore[misc]

@@ -20,6 +20,7 @@ from moetrain.engine.adapter_state import (
     base_for,
     fill_adapters,
     fill_head,
+    planned_adapter,
 )
 from moetrain.engine.layers.block import choose_backend
 from moetrain.engine.layers.router import RouterMonitor, watch
@@ -115,7 +116,9 @@ class Engine:
         self.optimizer: Any = None
         self.adapters: AdapterTable | None = None
         self.initial_adapter: InitialAdapter | None = None
-        if self.world.kind != "meta":
+        if self.world.kind == "meta":
+            self._attach(planned_adapter(recipe, self.model))
+        else:
             self._load_source()
         models: Sequence[Any] = self.chunks
         self.wrapped: list[Any] = []
@@ -138,16 +141,20 @@ class Engine:
         reader = self.source.reader(recipe, self.model)
         adapters = adapter_of(recipe, self.model, reader)
         self.load(base_for(reader, adapters, recipe.seed))
+        self._attach(adapters)
         if adapters is not None:
-            dropout = 0.0 if recipe.adapter is None else recipe.adapter.dropout
-            attach(self.chunks, adapters, self.world, dropout)
-            self.adapters = adapters
             self.initial_adapter = InitialAdapter(reader, adapters, recipe.seed)
             self.load_adapter(self.initial_adapter)
             if recipe.adapter is not None and recipe.adapter.path is not None:
                 earlier = PeftReader(recipe.adapter.path, self.model, reader)
                 fill_head(self.chunks, earlier.head)
                 self.load_adapter(earlier)
+
+    def _attach(self, adapters: AdapterTable | None) -> None:
+        if adapters is not None:
+            dropout = 0.0 if self.recipe.adapter is None else self.recipe.adapter.dropout
+            attach(self.chunks, adapters, self.world, dropout)
+            self.adapters = adapters
 
     def load_adapter(self, reader: Reader) -> None:
         """Fill the adapters from `reader`, which has the tensors of `self.adapters`."""

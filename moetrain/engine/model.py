@@ -28,6 +28,7 @@ from moetrain.layout.mesh import stage_layers
 from moetrain.layout.passed import check_backend, check_passed
 from moetrain.models import Model
 from moetrain.models.sharding import padded_rows
+from moetrain.ops.kinds import kind_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -66,7 +67,7 @@ def transformer_config(
     )
     assert owned.keys() <= SET_HERE.keys(), f"megatron_fields.py lacks {owned.keys() - SET_HERE}"
     check_passed(recipe, model)
-    check_backend(recipe, model, backend, on_gpu=device.type == "cuda")
+    check_backend(recipe, model, backend, on_gpu=kind_of(device) == "cuda")
     defaults = _default_fields(recipe, model, device, backend)
     try:
         config = TransformerConfig(**owned | defaults | recipe.megatron)
@@ -110,7 +111,7 @@ def _default_fields(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=uses_te,
-        gradient_accumulation_fusion=device.type == "cuda" and (uses_te or has_apex),
+        gradient_accumulation_fusion=kind_of(device) == "cuda" and (uses_te or has_apex),
         overlap_p2p_comm=bool(p.vpp),
         batch_p2p_comm=not p.vpp,
     )

@@ -177,7 +177,7 @@ def make_optimizer(
     if not on_gpu:  # on the host torch's AdamW goes over memory ten times, fused once
         for inner in _stepping(optimizer):
             for group in inner.param_groups:
-                group["fused"] = all(param.device.type == "cpu" for param in group["params"])
+                group["fused"] = all(not param.is_cuda for param in group["params"])
     if cfg.name == muon.NAME:
         names = {name for name, rate in rates.items() if rate.optimizer == muon.NAME}
         matrices = muon.locals_of(chunks, world, model.table, names)

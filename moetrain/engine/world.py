@@ -249,11 +249,14 @@ def open_world(parallel: ParallelConfig, seed: int, *, far: bool = False) -> Wor
     return _with_groups(*join(far=far), parallel, seed)
 
 
-def meta_world(parallel: ParallelConfig, rank: int, size: int) -> World:
-    """Rank `rank` of `size` in one process, without values. What it changes in torch and Megatron
-    stays changed: a process that has opened one trains nothing afterwards.
+def meta_world(
+    parallel: ParallelConfig, rank: int, size: int, stands_for: Literal["cpu", "cuda"] = "cpu"
+) -> World:
+    """Rank `rank` of `size` in one process, without values, with the kernels of a device that it
+    `stands_for`. What it changes in torch and Megatron stays changed: a process that has opened one
+    trains nothing afterwards.
     """
-    own = compat_meta.install(rank, size)
+    own = compat_meta.install(rank, size, stands_for)
     return _with_groups("meta", own, parallel, 0)
 
 

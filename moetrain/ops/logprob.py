@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.ops.drawn import Drawn
+from moetrain.ops.kinds import kind_of
 from moetrain.ops.reduce import add_up, largest
 
 ROWS = 16  # tokens of a chunk that are worked on at one time: what a cache holds
@@ -70,7 +71,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b as fp32. CUDA keeps the fp32 accumulator; elsewhere a low-precision product is rounded
     to its dtype first.
     """
-    if a.is_cuda and a.dtype != torch.float32:
+    if kind_of(a) == "cuda" and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
 
@@ -140,7 +141,7 @@ def _statistics(
         logits, _ = how.part(part).logits(hidden[part].to(weight.dtype), weight)
         rows, here = _local_labels(labels[part], how.vocab_start, num_rows)
         stats[2, part] = logits.gather(1, rows[:, None])[:, 0].mul_(here)
-        for some in _chunks(len(logits), chunk if logits.is_cuda else ROWS):
+        for some in _chunks(len(logits), chunk if kind_of(logits) == "cuda" else ROWS):
             _exp_(logits[some], stats[:, part][:, some], *asked)
         exps = logits
     return stats, exps

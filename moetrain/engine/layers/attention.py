@@ -25,6 +25,7 @@ from moetrain.engine.context import gather, local_runs
 from moetrain.engine.layers.norm import RMSNorm
 from moetrain.models.parts.attention import GQA
 from moetrain.models.parts.rope import Rope
+from moetrain.ops.kinds import kind_of
 from moetrain.ops.packed import Packed, prefixes
 
 
@@ -167,7 +168,7 @@ class PackedAttention(nn.Module):
         v = gather(value.squeeze(1), self.cp_group, reduce_grad=True)
         runs = local_runs(k.size(0), self.cp_group.rank(), self.cp_group.size())
         pieces = spans(attention_mask.tolist(), runs)
-        flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+        flash = kind_of(q) == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
         out = (_attend_varlen if flash else _attend_sdpa)(q, k, v, pieces, self.scale)
         return out.flatten(1).unsqueeze(1)
 

@@ -1,0 +1,101 @@
+"""One training step of any rank of any layout, without values and without a GPU: the engine itself
+runs on the meta device and is watched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from moetrain.config.recipe import Recipe
+from moetrain.engine import Engine
+from moetrain.engine.optim import start_state
+from moetrain.engine.world import World, meta_world
+from moetrain.methods import METHODS
+from moetrain.ops.packed import Packed
+from moetrain.planner.packs import pack_of
+from moetrain.planner.shapes import MetaWatch
+from moetrain.planner.watch import Seen, Watch
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one rank holds and does in a step."""
+
+    rank: int
+    stage: int
+    num_params: int  # local
+    seen: Seen
+
+
+def trace(
+    recipe: Recipe,
+    rank: int,
+    size: int,
+    stands_for: Literal["cpu", "cuda"] = "cuda",
+    packs: Sequence[Packed] | None = None,
+) -> Trace:
+    """Rank `rank` of `size` takes a step with the kernels of a device that meta `stands_for`.
+
+    The process trains nothing afterwards (`engine.world.meta_world`).
+
+    Args:
+        packs: of this data-parallel rank's share of the global batch; by default full ones.
+
+    Raises LayoutError, ConfigError as the run itself would.
+    """
+    world = meta_world(recipe.parallel, rank, size, stands_for)
+    if packs is None:
+        packs = [pack_of(recipe)] * num_packs(recipe, world)
+    watch = MetaWatch()
+    engine = watched_step(recipe, world, packs, watch)
+    held = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
+    return Trace(rank, world.pp_rank, held, watch.seen)
+
+
+def num_packs(recipe: Recipe, world: World) -> int:
+    """Of a data-parallel rank in a step; of methods that sample, as many as a pipeline is long."""
+    if recipe.method.samples:
+        return world.plan.pp
+    return max(1, recipe.train.global_batch // world.plan.dp)
+
+
+def watched_step(recipe: Recipe, world: World, packs: Sequence[Packed], watch: Watch) -> Engine:
+    """Build an engine and take a step that is not the first, so that the optimizer's moments are
+    there; with the passes that come before it in methods that sample.
+    """
+    with watch:
+        with watch.phase("build"):
+            engine = Engine(recipe, world)
+        start_state(engine.optimizer)
+        _name_what_stays(engine, watch)
+        if recipe.method.samples:
+            with watch.phase("log-probs"):
+                engine.outputs(packs)
+        with watch.phase("step"):
+            engine.step(packs, METHODS[recipe.method.name])
+    return engine
+
+
+def _name_what_stays(engine: Engine, watch: Watch) -> None:
+    weights: list[Tensor] = [p for chunk in engine.chunks for p in chunk.parameters()]
+    gradients: list[Tensor] = []
+    for model in engine.wrapped:
+        for buffer in (*model.buffers, *model.expert_parallel_buffers):
+            gradients.append(buffer.grad_data)
+            if buffer.param_data is not None:
+                weights.append(buffer.param_data)
+    watch.says(weights, "weights")
+    watch.says(gradients, "gradients")
+    watch.says(_state(engine.optimizer), "optimizer")
+
+
+def _state(optimizer: Any) -> list[Tensor]:
+    """Main weights and moments."""
+    found: list[Tensor] = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        found += [p for group in inner.param_groups for p in group["params"]]
+        found += [x for own in inner.state.values() for x in own.values() if isinstance(x, Tensor)]
+    return found

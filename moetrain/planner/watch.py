@@ -1,0 +1,230 @@
+"""What a process holds and does while it is watched: bytes by what they are for, operations, and
+collectives.
+
+It works on any device, so what a trace without values predicts and what a run on CPUs does are
+counted by the same code.
+"""
+
+import gc
+import re
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+SMALLEST = 1024  # bytes; of a storage that is counted
+
+# Class of a module -> the part whose activations are made in it, unless a module inside says other.
+PARTS = {
+    "LanguageModelEmbedding": "embedding",
+    "RMSNorm": "norms",
+    "SelfAttention": "attention",
+    "MLP": "mlp",
+    "PackedMoE": "dispatch",
+    "PackedRouter": "router",
+    "GroupedExperts": "experts",
+    "SharedExpertMLP": "mlp",
+}
+_VARIANTS = r"(_into)?(_tensor)?(_base|_coalesced)?$"  # of one collective
+OUTSIDE = "head"  # in a forward pass, of no module: the log-probs and the loss
+
+
+@dataclass(frozen=True)
+class Op:
+    """One kind of operation."""
+
+    phase: str
+    part: str
+    name: str
+    shapes: tuple[tuple[int, ...], ...]  # of its tensors
+    dtype: str
+
+
+@dataclass
+class Cost:
+    """Of all operations of a kind."""
+
+    times: int = 0
+    flops: int = 0  # of all of them
+    num_bytes: int = 0  # read and written by all of them
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of communication."""
+
+    phase: str
+    name: str
+    group: str
+    ranks: int
+
+
+@dataclass
+class Seen:
+    """What was seen. Bytes are those of floating-point tensors on the device."""
+
+    now: Counter[str] = field(default_factory=Counter[str])  # category -> bytes
+    total: int = 0
+    peak: int = 0
+    at_peak: dict[str, int] = field(default_factory=dict[str, int])
+    phase_at_peak: str = ""
+    peaks: Counter[str] = field(default_factory=Counter[str])  # phase -> most bytes in it
+    curve: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+    ops: dict[Op, Cost] = field(default_factory=dict[Op, Cost])
+    collectives: dict[Collective, Cost] = field(default_factory=dict[Collective, Cost])
+
+
+class Watch(TorchDispatchMode):
+    """Counts what is made on `device` inside of it."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device.type
+        self.seen = Seen()
+        self._phase = "build"
+        self._parts: list[str] = []  # of the modules whose forward pass runs
+        self._held: dict[int, tuple[int, str]] = {}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "Watch":
+        gc.collect()
+        gc.disable()  # what it frees by chance would be counted by chance
+        hook = nn.modules.module
+        self._hooks = [
+            hook.register_module_forward_pre_hook(self._enters),
+            hook.register_module_forward_hook(self._leaves, always_call=True),
+            register_optimizer_step_pre_hook(self._steps),
+            register_optimizer_step_post_hook(self._leaves),
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        gc.enable()
+        for handle in self._hooks:
+            handle.remove()
+        super().__exit__(*error)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Inside it, what happens counts as this phase."""
+        before, self._phase = self._phase, name
+        self.seen.peaks[name] = max(self.seen.peaks[name], self.seen.total)
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def says(self, tensors: Sequence[Tensor], category: str) -> None:
+        """What has been made already is of this category."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._held:
+                size, old = self._held[key]
+                self._held[key] = size, category
+                self.seen.now[old] -= size
+                self.seen.now[category] += size
+
+    def _enters(self, module: nn.Module, args: Any) -> None:
+        own = PARTS.get(type(module).__name__)
+        self._parts.append(own or (self._parts[-1] if self._parts else OUTSIDE))
+
+    def _steps(self, *args: Any) -> None:
+        self._parts.append("optimizer")
+
+    def _leaves(self, *args: Any) -> None:
+        self._parts.pop()
+
+    @property
+    def _category(self) -> str:
+        if self._parts:
+            return self._parts[-1]
+        if torch._C._current_graph_task_id() != -1:
+            return "backward"
+        return OUTSIDE if self._phase == "step" else self._phase
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = self.run(func, args, kwargs)
+        if func.namespace == "c10d":
+            self._communicates(func, args)
+            return result
+        if func.is_view:
+            return result
+        outputs = [x for x in tree_iter(result) if isinstance(x, Tensor)]
+        outputs = [x for x in outputs if x.device.type == self.device]
+        if outputs:
+            for output in outputs:
+                self._sees(output)
+            self._operates(func, args, kwargs, result, outputs)
+        return result
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
+
+    def _sees(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._held or size < SMALLEST or not tensor.is_floating_point():
+            return
+        category = self._category
+        self._held[key] = size, category
+        weakref.finalize(storage, self._freed, key)
+        self._add(category, size)
+
+    def _freed(self, key: int) -> None:
+        size, category = self._held.pop(key)
+        self._add(category, -size)
+
+    def _add(self, category: str, size: int) -> None:
+        seen = self.seen
+        seen.now[category] += size
+        seen.total += size
+        seen.curve.append((category, size))
+        seen.peaks[self._phase] = max(seen.peaks[self._phase], seen.total)
+        if seen.total > seen.peak:
+            seen.peak, seen.phase_at_peak = seen.total, self._phase
+            seen.at_peak = {name: num for name, num in seen.now.items() if num}
+
+    def _operates(
+        self, func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]
+    ) -> None:
+        inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        shapes = tuple(tuple(x.shape) for x in (*inputs, *outputs))
+        name = func._schema.name.removeprefix("aten::")
+        op = Op(self._phase, self._category, name, shapes, str(outputs[0].dtype)[6:])
+        cost = self.seen.ops.setdefault(op, Cost())
+        cost.times += 1
+        cost.num_bytes += sum(x.numel() * x.element_size() for x in (*inputs, *outputs))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            cost.flops += int(formula(*args, **kwargs, out_val=result))
+
+    def _communicates(self, func: Any, args: Any) -> None:
+        group = next(x for x in args if isinstance(x, torch.ScriptObject) and _is_group(x))
+        own = torch.distributed.ProcessGroup.unbox(group)
+        name = re.sub(_VARIANTS, "", func._schema.name.removeprefix("c10d::").strip("_"))
+        sizes = [
+            sum(x.numel() * x.element_size() for x in tree_iter(arg) if isinstance(x, Tensor))
+            for arg in args[:2]
+        ]
+        kind = Collective(self._phase, name, own.group_desc, own.size())
+        cost = self.seen.collectives.setdefault(kind, Cost())
+        cost.times += 1
+        cost.num_bytes += max(sizes)
+
+
+def _is_group(value: torch.ScriptObject) -> bool:
+    return "ProcessGroup" in str(value._type())

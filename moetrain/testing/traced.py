@@ -1,0 +1,65 @@
+"""The same steps on real ranks and traced: what each holds at its peak."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moetrain.config.recipe import Recipe
+from moetrain.engine.world import open_world
+from moetrain.ops.packed import Packed
+from moetrain.planner.packs import pack_of
+from moetrain.planner.trace import trace, watched_step
+from moetrain.planner.watch import Seen, Watch
+from moetrain.testing.ranks import recipe_for
+from moetrain.testing.tiny import CONFIGS
+
+HF = {**CONFIGS["qwen3_moe"], "num_experts": 8, "moe_intermediate_size": 32, "mlp_only_layers": [1]}
+NUM_PACKS = 2
+
+type Case = tuple[dict[str, Any], dict[str, Any]]
+"""(parallel, other sections)."""
+
+
+def _recipe(case: Case) -> Recipe:
+    parallel, sections = case
+    model = {"path": None, "hf": HF, "dtype": "bf16", "init": "random"}
+    given = {"model": model} | sections
+    return recipe_for("-", parallel, **given)
+
+
+def _packs(recipe: Recipe) -> list[Packed]:
+    """With routes that give every expert as many tokens: a trace takes routing as balanced."""
+    pack = pack_of(recipe)
+    num, k = HF["num_hidden_layers"] - 1, HF["num_experts_per_tok"]
+    chosen = torch.arange(pack.num_tokens * k).view(-1, 1, k) % HF["num_experts"] + 1
+    routes = chosen.expand(-1, num, -1).int()
+    return [replace(pack, per_token=pack.per_token | {"routes": routes})] * NUM_PACKS
+
+
+def _summary(seen: Seen) -> dict[str, Any]:
+    bytes_sent = {
+        f"{kind.name} {kind.group}": cost.num_bytes
+        for kind, cost in seen.collectives.items()
+        if kind.phase == "step" and ("TENSOR" in kind.group or "EXPERT" in kind.group)
+    }
+    return {"peaks": dict(seen.peaks), "at_peak": seen.at_peak, "sent": bytes_sent}
+
+
+def measured(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Of this rank, with values."""
+    found: list[dict[str, Any]] = []
+    for case in cases:
+        recipe = _recipe(case)
+        world = open_world(recipe.parallel, 1)
+        watch = Watch(world.device)
+        watched_step(recipe, world, _packs(recipe), watch)
+        found.append(_summary(watch.seen))
+    return found
+
+
+def predicted(cases: Sequence[Case], rank: int, size: int) -> list[dict[str, Any]]:
+    """Of rank `rank`, without."""
+    recipes = [_recipe(case) for case in cases]
+    return [_summary(trace(r, rank, size, "cpu", _packs(r)).seen) for r in recipes]
