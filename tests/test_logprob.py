@@ -24,26 +24,35 @@ def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Ten
 
 
 def reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, out_grad: Tensor, temperature: float | Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    out_grad: Tensor,
+    temperature: float | Tensor,
+    bonus: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """logp, entropy, log sum p^2, gradient of hidden, gradient of weight by the plain formula."""
+    """logp, entropy, log sum p^2, gradient of hidden, gradient of weight by the plain formula;
+    `bonus`: how much of the gradient, token by token the other way round, is the entropy's.
+    """
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logits = (hidden @ weight.t())[:, :V].float() / torch.as_tensor(temperature).reshape(-1, 1)
     full = logits.log_softmax(-1)
     logp = full.gather(1, labels[:, None])[:, 0]
-    (logp * out_grad).sum().backward()
+    entropy = -(full.exp() * full).sum(-1)
+    (logp * out_grad + bonus * entropy * out_grad.flip(0)).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
-    others = -(full.exp() * full).sum(-1), full.exp().square().sum(-1).log()
+    others = entropy, full.exp().square().sum(-1).log()
     return logp.detach(), *(x.detach() for x in others), hidden.grad, weight.grad
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, "one a token"])
-def test_equals_log_softmax(chunk: int, temperature: float | Tensor | str) -> None:
+@pytest.mark.parametrize("bonus", [0.0, 1.3])
+def test_equals_log_softmax(chunk: int, temperature: float | Tensor | str, bonus: float) -> None:
     hidden, weight, labels, out_grad = make_inputs()
     if isinstance(temperature, str):
         temperature = torch.linspace(0.5, 2, T)
-    expected = reference(hidden, weight, labels, out_grad, temperature)
+    expected = reference(hidden, weight, labels, out_grad, temperature, bonus)
     hidden.requires_grad_()
     weight.requires_grad_()
     logp, entropy, squares = token_logprobs(
@@ -58,12 +67,14 @@ def test_equals_log_softmax(chunk: int, temperature: float | Tensor | str) -> No
         with_entropy=True,
         with_squares=True,
     )
-    assert entropy is not None and not entropy.requires_grad
+    assert entropy is not None
     assert squares is not None and not squares.requires_grad
-    (logp * out_grad).sum().backward()
+    total = (logp * out_grad).sum()
+    (total + bonus * (entropy * out_grad.flip(0)).sum() if bonus else total).backward()
+    near = 1e-5 if bonus else 2e-6  # of gradients of about 6, in fp32
     found = (logp, entropy, squares, hidden.grad, weight.grad)
     for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
+        torch.testing.assert_close(got, want, atol=near, rtol=2e-6)
     assert weight.grad is not None and weight.grad[V:].abs().max() == 0
 
 
@@ -85,8 +96,9 @@ def test_bfloat16_weights_and_fp32_hidden() -> None:
 
 def test_extreme_logits_stay_finite() -> None:
     hidden, weight, labels, _ = make_inputs()
+    hidden = (hidden * 1e4).requires_grad_()
     logp, entropy, _ = token_logprobs(
-        hidden * 1e4, weight, labels, group=None, vocab_start=0, vocab_size=V, with_entropy=True
+        hidden, weight, labels, group=None, vocab_start=0, vocab_size=V, with_entropy=True
     )
     assert (
         logp.isfinite().all()
@@ -94,6 +106,8 @@ def test_extreme_logits_stay_finite() -> None:
         and entropy.isfinite().all()
         and entropy.min() >= -1e-6
     )
+    entropy.sum().backward()
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
 
 
 def check_vocab_parallel(rank: int, world: int, store: str) -> None:
@@ -108,7 +122,7 @@ def check_vocab_parallel(rank: int, world: int, store: str) -> None:
     hidden, weight, labels, out_grad = make_inputs()
     for vocab_rows in (PADDED, 2 * PADDED):  # at 40 rows the second rank of two holds padding only
         whole = torch.cat([weight, torch.full((vocab_rows - PADDED, H), 50.0)])
-        expected = reference(hidden, whole, labels, out_grad, 0.9)
+        expected = reference(hidden, whole, labels, out_grad, 0.9, bonus=0.7)
         rows = vocab_rows // world
         local = whole[rank * rows : (rank + 1) * rows].clone().requires_grad_()
         inputs = hidden.clone().requires_grad_()
@@ -124,7 +138,8 @@ def check_vocab_parallel(rank: int, world: int, store: str) -> None:
             with_entropy=True,
             with_squares=True,
         )
-        (logp * out_grad).sum().backward()
+        assert entropy is not None
+        (logp * out_grad + 0.7 * entropy * out_grad.flip(0)).sum().backward()
         assert inputs.grad is not None and local.grad is not None
         dist.all_reduce(inputs.grad)
         got = (logp, entropy, squares, inputs.grad, local.grad)
@@ -151,13 +166,14 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_of_all_logits_exists() -> None:
+@pytest.mark.parametrize("bonus", [False, True])
+def test_no_tensor_of_all_logits_exists(bonus: bool) -> None:
     t, v, chunk = 512, 4096, 32
     hidden = torch.randn(t, 8, requires_grad=True)
     weight = torch.randn(v, 8, requires_grad=True)
     labels = torch.randint(0, v, (t,))
     with LargestTensor() as seen:
-        logp, _, _ = token_logprobs(
+        logp, entropy, _ = token_logprobs(
             hidden,
             weight,
             labels,
@@ -167,5 +183,6 @@ def test_no_tensor_of_all_logits_exists() -> None:
             chunk=chunk,
             with_entropy=True,
         )
-        logp.sum().backward()
+        assert entropy is not None
+        (logp + entropy if bonus else logp).sum().backward()
     assert seen.largest == chunk * v  # a sixteenth of [t, v]

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from moetrain.config.method import MethodConfig
-from moetrain.loops.learn import whitened
+from moetrain.config.online import GrpoMethod
+from moetrain.loops.batch_values import whitened
 from moetrain.methods import METHODS, chord
 from moetrain.methods import online as parts
+from moetrain.methods.advantages import advantages
 from moetrain.methods.base import Out
 from moetrain.ops.packed import Packed, concat, pack_one, pad_to
 
 DOUBLE = torch.float64
+GRPO = GrpoMethod()
 
 
 class Answer:
@@ -220,7 +223,7 @@ def test_advantages_are_those_of_a_group() -> None:
     centred = parts.centred(rewards, group, None)
     assert centred.tolist() == pytest.approx([0.5, -0.5, 0.0, 0.0, 0.0, 0.0])
     wanted = torch.tensor([0.5, -0.5, 0.0]) / (rewards[:3].std() + 1e-4)
-    assert parts.normalised(rewards, group, None)[:3].tolist() == pytest.approx(wanted.tolist())
+    assert advantages(rewards, group, GRPO)[:3].tolist() == pytest.approx(wanted.tolist())
     assert parts.without_signal(rewards, group, None).tolist() == [False] * 3 + [True] * 3
 
 
@@ -239,8 +242,10 @@ def test_equal_rewards_teach_nothing_at_all(reward: float, num: int) -> None:
     """What rounding leaves of them, divided by its own deviation, was 0.07 for rewards of 100."""
     rewards = torch.tensor([reward] * num + [reward, reward + 1e-3])
     group = torch.tensor([0] * num + [1, 1])
-    for advantages in (parts.centred, parts.normalised):
-        assert advantages(rewards, group, None)[:num].tolist() == [0.0] * num
+    for estimator in ("grpo", "rloo"):
+        for scale in ("group", "batch", "none"):
+            cfg = GRPO.model_copy(update={"advantage_estimator": estimator, "scale_rewards": scale})
+            assert advantages(rewards, group, cfg)[:num].tolist() == [0.0] * num
     flat = parts.without_signal(rewards, group, None).tolist()
     assert flat == [True] * num + [reward == 1e6] * 2  # there fp32 has no such step
 

@@ -26,7 +26,13 @@ pytestmark = pytest.mark.gloo
 Tiny = Callable[[str], tuple[str, Any]]
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "grpo": {"name": "grpo", "clip_low": 0.1, "clip_high": 0.1, "mismatch_cap": 1.3},
+    "grpo": {
+        "name": "grpo",
+        "clip_low": 0.1,
+        "clip_high": 0.1,
+        "mismatch_cap": 1.3,
+        "entropy_coef": 0.4,
+    },
     "dapo": {"name": "dapo", "mismatch": "mask", "mismatch_cap": 1.5},
     "gspo": {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05, "mismatch": "none"},
     "dr_grpo": {"name": "dr_grpo", "length": 5, "mismatch": "sequence", "mismatch_cap": 1.2},
@@ -90,6 +96,14 @@ def scored(
     model: Any, prompt: tuple[int, ...], answer: tuple[int, ...], temperature: float, of: str = ""
 ) -> Tensor:
     """[m] log-probs of an answer's tokens, by transformers; `of`: as a method's are drawn."""
+    every = distributions(model, prompt, answer, temperature, of)
+    return every.gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def distributions(
+    model: Any, prompt: tuple[int, ...], answer: tuple[int, ...], temperature: float, of: str = ""
+) -> Tensor:
+    """[m, v] log-probs of all tokens where an answer's stand."""
     ids = torch.tensor([[*prompt, *answer]])
     logits = model(ids).logits[0, :-1].float()
     if of in PENALTIES:
@@ -105,8 +119,7 @@ def scored(
             left_out[place] = True
             left_out[place, kept] = False
         logits = logits.masked_fill(left_out, -torch.inf)
-    logp = torch.log_softmax(logits, -1)
-    return logp.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+    return torch.log_softmax(logits, -1)[len(prompt) - 1 :]
 
 
 def old_of(sample: Sample) -> list[float]:
@@ -172,12 +185,16 @@ def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[
     model.zero_grad()
     means: list[Tensor] = []
     sums: list[Tensor] = []
+    entropies: list[Tensor] = []
     num_tokens = 0
     for group in found:
         for answer in group.answers:
             sample, advantage = answer.sample, next(advantages)
             temperature = TEMPERATURES.get(method, 1.0)
-            logp = scored(model, group.prompt.tokens, sample.tokens, temperature, method)
+            every = distributions(model, group.prompt.tokens, sample.tokens, temperature, method)
+            logp = every.gather(1, torch.tensor(sample.tokens)[:, None])[:, 0]
+            if cfg.entropy_coef:
+                entropies.append(-(every.exp() * every).sum())
             old, rollout = torch.tensor(old_of(sample)), torch.tensor(sample.logprobs)
             weight = (old - rollout).exp()
             if cfg.mismatch == "tis":
@@ -207,6 +224,8 @@ def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[
         p = torch.cat(own).detach().exp()
         taught = -(p * (1 - p) * torch.cat(own)).sum() / p.numel()
         loss = (1 - SHARE) * loss + SHARE * taught
+    if entropies:
+        loss = loss - cfg.entropy_coef * torch.stack(entropies).sum() / num_tokens
     loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return loss.item(), as_on_disk(model, grads)

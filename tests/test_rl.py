@@ -51,11 +51,18 @@ def rows(run_dir: Path, *, whole: bool = False) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in found]
 
 
+# The reference moves with every step and is a part of what a run resumes from; two passes a batch.
+MOVING = (
+    "method={name: grpo, beta: 0.05, ref_model_sync_steps: 1, ref_model_mixup_alpha: 0.5,"
+    " num_iterations: 2, entropy_coef: 1e-3}"
+)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    train(run_dir, "parallel.ep=2", "observe.tensorboard=true")
+    train(run_dir, "parallel.ep=2", "observe.tensorboard=true", MOVING)
     return run_dir
 
 
@@ -93,7 +100,7 @@ def test_the_answers_of_every_evaluation_are_kept(whole: Path) -> None:
 
 
 def test_a_replay_gives_the_same_losses_without_an_engine(whole: Path, tmp_path: Path) -> None:
-    train(tmp_path / "run", "parallel.ep=2", f"rollout.replay={whole / 'rollouts'}")
+    train(tmp_path / "run", "parallel.ep=2", MOVING, f"rollout.replay={whole / 'rollouts'}")
     wanted = [row for row in rows(whole) if "loss" in row]
     assert rows(tmp_path / "run") == wanted
     assert list(compare(tmp_path / "run" / "hf", whole / "hf")) == []
@@ -109,7 +116,7 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     been.
     """
     run_dir = tmp_path / "run"
-    process = start(run_dir, "parallel.ep=2")
+    process = start(run_dir, "parallel.ep=2", MOVING)
     part = run_dir / "rollouts" / "00000003.partial.jsonl"
     wait_for(lambda: part.exists() and part.stat().st_size > 0, process)
     os.kill(process.pid, signal.SIGKILL)
@@ -126,7 +133,7 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     part.write_text("".join(answers[:3]))
     late = run_dir / "answers" / "00000003.jsonl"  # past the checkpoint, of no step that evaluates
     late.write_text("{}\n")
-    train(run_dir, "parallel.ep=2")
+    train(run_dir, "parallel.ep=2", MOVING)
     assert rows(run_dir) == rows(whole)
     assert list(compare(run_dir / "hf", whole / "hf")) == []
     for kept in (whole / "answers").iterdir():
@@ -136,12 +143,12 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
 
 def test_told_to_stop_and_resumed(whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    process = start(run_dir, "parallel.ep=2")
+    process = start(run_dir, "parallel.ep=2", MOVING)
     wait_for(lambda: len(rows(run_dir)) >= 1, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == 143
-    train(run_dir, "parallel.ep=2")
+    train(run_dir, "parallel.ep=2", MOVING)
     assert [row for row in rows(run_dir) if "loss" in row] == [
         row for row in rows(whole) if "loss" in row
     ]
@@ -157,7 +164,7 @@ def wait_for(condition: Callable[[], bool], process: Started) -> None:
 
 @pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2"])
 def test_every_layout_samples_and_learns_the_same(whole: Path, tmp_path: Path, layout: str) -> None:
-    train(tmp_path / "run", layout)
+    train(tmp_path / "run", layout, MOVING)
     for found, wanted in zip(rows(tmp_path / "run", whole=True), rows(whole), strict=True):
         if "loss" in wanted:
             assert found["push/logprob_gap"] <= 1e-3
@@ -176,6 +183,8 @@ def test_every_layout_samples_and_learns_the_same(whole: Path, tmp_path: Path, l
             "data.demonstrations=builtin:checkable-starts",
         ),
         ("method=gspo", "adapter={rank: 4}", "rollout.routing_replay=true"),
+        ("method={name: rloo, ref_model_sync_steps: 1, ref_model_mixup_alpha: 1.0}",),
+        ("method={name: reinforce_pp, beta: 0.05, top_entropy_quantile: 0.2}",),
     ],
     ids=lambda more: more[0],
 )
@@ -188,6 +197,8 @@ def test_methods_and_modes(tmp_path: Path, more: tuple[str, ...]) -> None:
         assert 0 < row["push/bytes"] <= most and row["push/reloads"] == 0
     ahead = "steps_off" in more[0]
     assert [row["staleness"] for row in steps] == ([0, 1, 1] if ahead else [0, 0, 0])
+    if "mixup_alpha: 1.0" in more[0]:  # the reference is the policy before each step
+        assert all(abs(row["kl"]) < 1e-4 for row in steps)
     if "beta" in more[0]:
         assert steps[-1]["kl"] > 1e-4
         if "inner_steps" not in more[0]:  # else the second has moved already

@@ -13,7 +13,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from moetrain.config.method import MethodConfig
-from moetrain.loops.learn import mean_kl
+from moetrain.loops.batch_values import mean_kl
 from moetrain.methods import METHODS
 from moetrain.methods.base import Running
 from moetrain.ops.packed import concat, pack_one

@@ -17,8 +17,8 @@ from settings_helpers import HF, REFUSED, laid, seen
 from test_methods import CASES, packed
 from test_methods import computed as offline_loss
 from test_online import Answer, answers
-from test_online import computed as online_loss
 from test_settings_runs import DATA, RUNS, SAMPLED, SERVED, STEPS
+from torch import Tensor
 
 from moetrain.config.load import _models, recipe_from
 from moetrain.config.method import MethodConfig
@@ -26,6 +26,7 @@ from moetrain.config.optim import OptimConfig
 from moetrain.config.reads import RULES, SERVER_RULE, unread
 from moetrain.config.recipe import Recipe
 from moetrain.engine.optim import learning_rate
+from moetrain.loops.batch_values import with_targets
 from moetrain.methods import METHODS
 from moetrain.methods.base import Out
 from moetrain.ops.packed import DEMONSTRATION, concat
@@ -50,16 +51,21 @@ OTHER: dict[str, Any] = {
     "beta": 0.7, "reference": "base", "kl_budget": 3.0, "label_smoothing": 0.3, "rpo_alpha": 0.5,
     "desirable_weight": 2.0, "undesirable_weight": 2.0, "gamma": 0.5, "center_rewards": 0.5,
     "clip_low": 0.01, "clip_high": 5.0, "mismatch_cap": 1.01, "length": 7, "max_length": 6,
-    "soft_length": 5, "dynamic_sampling": False, "lam": 0.3, "whiten": False, "value_weight": 0.7,
+    "soft_length": 5, "lam": 0.3, "value_weight": 0.7,
     "value_clip": 0.01, "mu_peak": 0.5, "mu_valley": 0.2, "mu_warmup": 3, "mu_decay": 9,
-    "phi": False, "use_bias_correction_kl": False, "loss_type": "apo_zero",
     "missing_eos_penalty": 0.5, "reward_clip": 0.3, "kl_target": 3.0, "kl_horizon": 50,
-    "loss_weights": [0.5], "discopop_tau": 0.5, "ld_alpha": 0.5, "use_weighting": True,
+    "loss_type": "apo_zero", "loss_weights": [0.5], "discopop_tau": 0.5, "ld_alpha": 0.5,
+    "delta": 1.5, "mismatch_floor": 0.95,
+    "entropy_coef": 0.5, "top_entropy_quantile": 0.4, "off_policy_mask_threshold": 0.01,
+    "tau_pos": 3.0, "tau_neg": 3.0,
 }  # fmt: skip
 # What only a run shows, and the test that does: its source names the key.
 SHOWN_BY: dict[str, str] = {
     "method.reference": "test_reference_start",
     "method.inner_steps": "test_settings_runs",
+    "method.num_iterations": "test_settings_runs",
+    "method.ref_model_sync_steps": "test_rl",
+    "method.ref_model_mixup_alpha": "test_rl",
     "method.packs": "test_settings_runs",
     "method.truncated": "test_settings_runs",
     "rollout.steps_off": "test_rl",
@@ -114,31 +120,40 @@ def what_a_method_makes(settings: dict[str, Any]) -> list[Any]:
     if online.shares is not None:
         found += [online.shares(step, cfg) for step in (1, 2, 5, 50, 500)]
     found += [online.whiten(cfg), online.advantages(rewards, group, cfg).tolist()]
-    if online.shares is not None:
-        return [*found, _beside_demonstrations(cfg)]
-    return [*found, online_loss(settings, clipped(), [6])]
+    return [*found, terms_of(cfg, rewards, group)]
 
 
 def clipped() -> list[Answer]:
-    """Answers whose ratios are outside any clip on the side where it counts."""
+    """Answers whose ratios are outside any clip on the side where it counts, and one of each on the
+    other side.
+    """
     found = answers()
     for i, answer in enumerate(found):
         answer.advantage = 1.0 - i % 2 * 2
         answer.logp = [old * (1.3 if i % 2 else 0.7) for old in answer.old]
+        answer.logp[-1] = answer.old[-1] * (0.1 if i % 2 else 1.3)
+    found[-1].logp = [old * 0.1 for old in found[-1].old]
     return found
 
 
-def _beside_demonstrations(cfg: Any) -> list[float]:
-    """The terms of a pack of answers, the last of which is a demonstration."""
+def terms_of(cfg: Any, rewards: Tensor, group: Tensor) -> list[float]:
+    """The terms of a pack of answers, the last of which is a demonstration where a method has
+    them.
+    """
     packs = [a.packed(1) for a in clipped()]
-    for i, pack in enumerate(packs):
-        own = DEMONSTRATION if i == len(packs) - 1 else 1
-        pack.extras.update(role=torch.tensor([own]), share=torch.tensor([0.5]))
-    pack, method = concat(packs), METHODS["chord"]
+    method = METHODS[cfg.name]
     assert method.online is not None
-    pack.per_token.update(method.online.targets(pack, cfg))
-    terms, _ = method.loss(Out(logp=pack.per_token["logp"]), pack, cfg, {})
-    return [float(value) for value in terms.values()]
+    for i, pack in enumerate(packs):
+        last = i == len(packs) - 1 and method.online.shares is not None
+        own = torch.tensor([DEMONSTRATION if last else 1])
+        pack.extras.update(role=own, share=torch.tensor([0.5]), place=torch.tensor([i]))
+        pack.per_token["old_entropy"] = pack.per_token["value"] + 2
+    (pack,) = with_targets([concat(packs)], method.online, cfg, rewards, group, None)
+    known = pack.per_token
+    out = Out(logp=known["logp"], entropy=known["old_entropy"], value=known["value"])
+    terms, _ = method.loss(out, pack, cfg, {})
+    counts = method.count(pack, cfg)
+    return [float(terms[name] / counts[name]) for name in terms]
 
 
 def method_cases() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
@@ -150,9 +165,10 @@ def method_cases() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
         if f"method.{key}" in SHOWN_BY:
             continue
         default = fields[name].model_fields[key].default
-        given = literals(fields[name], key) or (OTHER[key],)
+        flipped = (not default,) if isinstance(default, bool) else ()
+        given = literals(fields[name], key) or flipped or (OTHER[key],)
         beside: dict[str, Any] = {}
-        if key in ("kl_estimator", "kl_budget", "use_bias_correction_kl") and METHODS[name].online:
+        if key.startswith(("kl_", "use_bias")) and METHODS[name].online:
             beside = {"beta": 0.7}
         if key in ("discopop_tau", "reward_shift"):
             beside = {"loss_type": "discopop" if key == "discopop_tau" else "bco_pair"}

@@ -334,6 +334,7 @@ SAMPLED: list[dict[str, Any]] = [
     {"rollout": {"replay": "plain/rollouts"}},
     {"train": {"eval_packs": 1}},
     {"method": {"inner_steps": 2}},
+    {"method": {"num_iterations": 2}},
     {"method": {"truncated": "mask"}},
     {"rewards": [{"name": "length", "options": {"target": 4}}]},
 ]

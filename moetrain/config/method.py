@@ -9,11 +9,16 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from moetrain.config.online import (
     ChordMethod,
+    CispoMethod,
     DapoMethod,
     DrGrpoMethod,
     GrpoMethod,
     GspoMethod,
     PpoMethod,
+    ReinforceBaselineMethod,
+    ReinforceMethod,
+    RlooMethod,
+    SapoMethod,
 )
 from moetrain.config.section import Location, MethodSection, as_list
 
@@ -312,6 +317,11 @@ MethodConfig = Annotated[
     | DrGrpoMethod
     | DapoMethod
     | GspoMethod
+    | CispoMethod
+    | SapoMethod
+    | RlooMethod
+    | ReinforceMethod
+    | ReinforceBaselineMethod
     | PpoMethod
     | ChordMethod,
     Field(discriminator="name"),

@@ -4,17 +4,20 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from moetrain.config.section import MethodSection
-
-Count = Annotated[int, Field(ge=1)]
-
-
-def _in_the_loss(value: object) -> object:
-    if value == "k1":
-        raise ValueError(
-            "k1 in the loss does nothing: its expected gradient is 0. Take k3 (the default) or k2"
-        )
-    return value
+from moetrain.config.online_base import (
+    ESTIMATOR,
+    IN_REWARD,
+    KL_A_TOKEN,
+    LEVEL,
+    SCALE,
+    ClippedMethod,
+    Count,
+    Estimator,
+    GroupMethod,
+    Level,
+    Scale,
+    in_the_loss,
+)
 
 
 def _in_the_reward(value: object) -> object:
@@ -26,90 +29,17 @@ def _in_the_reward(value: object) -> object:
     return value
 
 
-class OnlineMethod(MethodSection):
-    """What all of them share."""
-
-    learns_from = "prompts"
-    samples: ClassVar[bool] = True
-    compares: ClassVar[bool] = True  # an answer with the others to the same prompt
-    about: ClassVar[tuple[str, ...]] = ("reward/mean", "length/mean", "kl", "groups/no_signal")
-    beta: float = Field(
-        default=0.0, ge=0, description="weight of the KL to the reference; 0: no reference is kept"
-    )
-    kl_budget: float | None = Field(
-        default=None, gt=0, description="warn when `kl`, in nats an answer, passes it"
-    )
-    clip_low: float = Field(
-        default=0.2, gt=0, lt=1, description="ratios are clipped below 1 - this"
-    )
-    clip_high: float = Field(default=0.2, gt=0, description="ratios are clipped above 1 + this")
-    mismatch: Literal["none", "tis", "mask", "sequence"] = Field(
-        default="tis",
-        description="weights for what sampler and trainer disagree on: tis truncates a token's"
-        " ratio, mask leaves out tokens whose ratio is outside, sequence truncates an answer's",
-    )
-    mismatch_cap: float = Field(
-        default=2.0, gt=1, description="where these ratios are cut (mask: also at 1 / this)"
-    )
-    inner_steps: Count = Field(
-        default=1, description="optimizer steps that share out a batch of rollouts"
-    )
-
-    @property
-    def kl_limit(self) -> float | None:
-        """Nats an answer past which `kl` is warned of."""
-        return self.kl_budget
-
-    def within(self, max_tokens: int) -> Self:
-        """The same with what follows from the longest answer that is sampled."""
-        return self
-
-    @model_validator(mode="after")
-    def _does_something(self) -> Self:
-        without: dict[str, tuple[str, ...]] = {
-            "method.beta": ("kl_budget", "kl_estimator", "use_bias_correction_kl"),
-            "method.mismatch": ("mismatch_cap",),
-        }
-        missing = {"method.beta": not self.beta, "method.mismatch": self.mismatch == "none"}
-        fields = type(self).model_fields
-        for needed, names in without.items():
-            given = [n for n in names if n in fields and getattr(self, n) != fields[n].default]
-            if missing[needed] and given:
-                raise ValueError(
-                    f"method.{given[0]} does nothing without {needed}: give it, or leave"
-                    f" {given[0]} out"
-                )
-        return self
-
-
-class LossKlMethod(OnlineMethod):
-    """Methods whose KL to the reference is a term of the loss."""
-
-    kl_estimator: Annotated[Literal["k2", "k3"], BeforeValidator(_in_the_loss)] = Field(
-        default="k3", description="of the KL a token: half the log ratio's square, or r - 1 - log r"
-    )
-    use_bias_correction_kl: bool = Field(
-        default=True,
-        description="with the ratio to the policy that sampled, so that its expected gradient is"
-        " that of KL(policy || reference); false: without",
-    )
-    truncated: Literal["reward", "mask"] = Field(
-        default="reward",
-        description="answers that rollout.max_tokens cut: reward learns from them by their grade,"
-        " mask leaves them out, after they have counted in their group",
-    )
-
-
-class GrpoMethod(LossKlMethod):
+class GrpoMethod(ClippedMethod, GroupMethod):
     """Group-relative policy optimisation."""
 
     name: Literal["grpo"] = Field(default="grpo", description="`method: grpo` for short")
 
 
-class DrGrpoMethod(LossKlMethod):
+class DrGrpoMethod(ClippedMethod, GroupMethod):
     """GRPO done right: no division by the group's deviation or by an answer's length."""
 
     name: Literal["dr_grpo"] = Field(default="dr_grpo", description="`method: dr_grpo` for short")
+    scale_rewards: Scale = Field(default="none", description=SCALE)
     length: Count | None = Field(
         default=None,
         description="what all answers' sums are divided by; default: rollout.max_tokens",
@@ -120,7 +50,7 @@ class DrGrpoMethod(LossKlMethod):
         return self if self.length else self.model_copy(update={"length": max_tokens})
 
 
-class DapoMethod(LossKlMethod):
+class DapoMethod(ClippedMethod, GroupMethod):
     """Decoupled clipping and dynamic sampling: token-level loss, overlong shaping."""
 
     name: Literal["dapo"] = Field(default="dapo", description="`method: dapo` for short")
@@ -157,21 +87,21 @@ class DapoMethod(LossKlMethod):
         return self.model_copy(update={"max_length": longest, "soft_length": soft})
 
 
-class GspoMethod(LossKlMethod):
+class GspoMethod(ClippedMethod, GroupMethod):
     """Group sequence policy optimisation: one ratio an answer."""
 
     name: Literal["gspo"] = Field(default="gspo", description="`method: gspo` for short")
+    importance_sampling_level: Level = Field(default="sequence", description=LEVEL)
     clip_low: float = Field(
         default=3e-4, gt=0, lt=1, description="ratios are clipped below 1 - this"
     )
     clip_high: float = Field(default=4e-4, gt=0, description="ratios are clipped above 1 + this")
 
 
-class PpoMethod(OnlineMethod):
+class PpoMethod(ClippedMethod):
     """Proximal policy optimisation with a value head on the policy."""
 
     value_head: ClassVar[bool] = True
-    compares: ClassVar[bool] = False
     name: Literal["ppo"] = Field(default="ppo", description="`method: ppo` for short")
     kl_estimator: Annotated[Literal["k1"], BeforeValidator(_in_the_reward)] = Field(
         default="k1", description="of the KL that is taken off each token's reward: the log ratio"
@@ -235,8 +165,101 @@ class PpoMethod(OnlineMethod):
             )
         return self
 
+    @property
+    def compares(self) -> bool:
+        """The value head is the baseline."""
+        return False
 
-class ChordMethod(LossKlMethod):
+
+class CispoMethod(GroupMethod):
+    """Clipped importance sampling policy optimisation: the ratio is a weight without a gradient, so
+    that no token is left out.
+    """
+
+    name: Literal["cispo"] = Field(default="cispo", description="`method: cispo` for short")
+    clip_low: float = Field(
+        default=1.0, gt=0, le=1, description="weights are raised to 1 - this; 1: none is"
+    )
+    clip_high: float = Field(
+        default=4.0,
+        gt=-1,
+        description="weights are cut at 1 + this (arXiv 2510.13786 advises 5; TRL and ms-swift call"
+        " epsilon_high what is 1 + this)",
+    )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Of the weights."""
+        return 1 - self.clip_low, 1 + self.clip_high
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> Self:
+        if self.clip_high <= -self.clip_low:
+            raise ValueError(
+                f"method.clip_high={self.clip_high:g} is not above"
+                f" -method.clip_low={-self.clip_low:g}: give more"
+            )
+        return self
+
+
+class SapoMethod(GroupMethod):
+    """Soft adaptive policy optimisation: a gate that closes slowly stands in for the clip."""
+
+    name: Literal["sapo"] = Field(default="sapo", description="`method: sapo` for short")
+    tau_pos: float = Field(
+        default=1.0,
+        gt=0,
+        description="how soon the gate closes on tokens of positive advantage (TRL's"
+        " sapo_temperature_pos)",
+    )
+    tau_neg: float = Field(
+        default=1.05, gt=0, description="the same for the others (sapo_temperature_neg)"
+    )
+
+
+class RlooMethod(ClippedMethod, GroupMethod):
+    """REINFORCE with the other answers' mean as the baseline; an answer is one action."""
+
+    name: Literal["rloo"] = Field(default="rloo", description="`method: rloo` for short")
+    beta: float = Field(
+        default=0.05, ge=0, description="weight of the KL to the reference; 0: no reference is kept"
+    )
+    advantage_estimator: Estimator = Field(default="rloo", description=ESTIMATOR)
+    scale_rewards: Scale = Field(default="none", description=SCALE)
+    importance_sampling_level: Level = Field(default="sequence_product", description=LEVEL)
+    kl_in_reward: bool = Field(default=True, description=IN_REWARD)
+
+
+class ReinforceMethod(ClippedMethod, GroupMethod):
+    """REINFORCE++: PPO's clip without a value head, rewards whole and scaled over the batch."""
+
+    name: Literal["reinforce_pp"] = Field(
+        default="reinforce_pp", description="`method: reinforce_pp` for short"
+    )
+    beta: float = Field(
+        default=0.01, ge=0, description="weight of the KL to the reference; 0: no reference is kept"
+    )
+    advantage_estimator: Estimator = Field(default="reinforce_plus_plus", description=ESTIMATOR)
+    scale_rewards: Scale = Field(default="batch", description=SCALE)
+    kl_in_reward: bool = Field(default=True, description=IN_REWARD)
+
+
+class ReinforceBaselineMethod(ClippedMethod, GroupMethod):
+    """REINFORCE++ with the group's mean as the baseline and the KL, as k2, in the loss."""
+
+    name: Literal["reinforce_pp_baseline"] = Field(
+        default="reinforce_pp_baseline", description="`method: reinforce_pp_baseline` for short"
+    )
+    advantage_estimator: Estimator = Field(
+        default="reinforce_plus_plus_baseline", description=ESTIMATOR
+    )
+    scale_rewards: Scale = Field(default="batch", description=SCALE)
+    kl_estimator: Annotated[Literal["k2", "k3"], BeforeValidator(in_the_loss)] = Field(
+        default="k2", description=KL_A_TOKEN
+    )
+
+
+class ChordMethod(ClippedMethod, GroupMethod):
     """GRPO and weighted fine-tuning on demonstrations in one loss, mu deciding between them."""
 
     demonstrated: ClassVar[bool] = True

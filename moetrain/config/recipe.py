@@ -19,7 +19,7 @@ from moetrain.config.cluster import ClusterConfig
 from moetrain.config.data import DataConfig
 from moetrain.config.megatron import passed_through
 from moetrain.config.method import MethodConfig
-from moetrain.config.online import OnlineMethod
+from moetrain.config.online_base import OnlineMethod
 from moetrain.config.optim import OptimConfig
 from moetrain.config.reads import leave_out, unread
 from moetrain.config.rewards import Reward, Rewards

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from moetrain.config.online import DapoMethod, OnlineMethod
+from moetrain.config.online import DapoMethod
+from moetrain.config.online_base import OnlineMethod
 from moetrain.config.rollout import RolloutConfig
 
 

@@ -14,6 +14,7 @@ from moetrain.engine.model import PackedGPT
 from moetrain.engine.optim import gathered
 from moetrain.engine.params import canonical_name, local_adapters
 from moetrain.engine.sharded import Sharded, sharded
+from moetrain.engine.snapshot import Weights, named_values
 from moetrain.engine.world import World
 from moetrain.models import Model
 from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_table
@@ -51,16 +52,20 @@ def base_for(reader: Reader, adapters: AdapterTable | None, seed: int) -> Reader
 
 
 def adapter_state(
-    chunks: list[PackedGPT], adapters: AdapterTable, world: World
+    chunks: list[PackedGPT], adapters: AdapterTable, world: World, values: Weights | None = None
 ) -> dict[str, Sharded]:
     """Every trained parameter of this rank as Megatron's checkpoints want it, by canonical name:
-    adapters, those of all local experts as one tensor [e, ...], and a scalar head.
+    adapters, those of all local experts as one tensor [e, ...], and a scalar head. `values`: of a
+    snapshot, in their place.
     """
     model = adapters.model
     table = {name: model.table[name] for name in model.heads.added} | dict(adapters)
+    trained = {(id(chunk), name) for chunk, name, _ in _trained(chunks)}
     return {
-        canonical_name(name, chunk): sharded(name, param, chunk, world, table, model, "by_layer")
-        for chunk, name, param in _trained(chunks)
+        canonical_name(name, chunk): sharded(name, tensor, chunk, world, table, model, "by_layer")
+        for number, chunk in enumerate(chunks)
+        for name, tensor in named_values(chunk, number, values)
+        if (id(chunk), name) in trained
     }
 
 

@@ -2,8 +2,9 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron.core import dist_checkpointing
@@ -16,6 +17,7 @@ from moetrain.engine.model import PackedGPT
 from moetrain.engine.optim import part_steps, sharded_state, start_state
 from moetrain.engine.reading import read, read_state
 from moetrain.engine.sharded import sharded
+from moetrain.engine.snapshot import Weights, named_values
 from moetrain.engine.world import World
 from moetrain.errors import CheckpointError
 from moetrain.manifest import Entry, entries
@@ -28,15 +30,18 @@ FORMAT = 1  # of what a checkpoint's folder holds beside Megatron's files
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def model_state(chunks: list[PackedGPT], model: Model, world: World) -> dict[str, Any]:
+def model_state(
+    chunks: list[PackedGPT], model: Model, world: World, values: Weights | None = None
+) -> dict[str, Any]:
     """All weights of this rank as sharded tensors, whatever backend made them: Transformer Engine's
-    `_extra_state`, where it keeps what fp8 needs, is no weight.
+    `_extra_state`, where it keeps what fp8 needs, is no weight. `values`: of a snapshot, in their
+    place.
     """
     style = style_for(model)
     return {
         f"model{i}": {
-            name: sharded(name, param, chunk, world, model.table, model, style)
-            for name, param in chunk.named_parameters()
+            name: sharded(name, tensor, chunk, world, model.table, model, style)
+            for name, tensor in named_values(chunk, i, values)
         }
         for i, chunk in enumerate(chunks)
     }
@@ -60,9 +65,10 @@ class Saving:
         optimizer: Any,
         state: dict[str, Any],
         world: World,
+        aside: Mapping[str, Any] = MappingProxyType({}),
     ):
-        """Save `content` (sharded tensors), the optimizer when given, and `state` into `folder`
-        (made here, by all ranks together).
+        """Save `content` (sharded tensors), the optimizer when given, `state`, and what is no
+        weight of the model, `aside`, into `folder` (made here, by all ranks together).
         """
         self.folder, self.world = folder, world
         self.files: dict[str, Entry] = {}
@@ -78,7 +84,7 @@ class Saving:
                 optimizer, content, state["steps_done"], _METADATA, loading=False
             )
         request: Any = dist_checkpointing.save(
-            content,
+            {**content, **aside},
             str(folder),
             validate_access_integrity=False,
             async_sharded_save=True,
@@ -153,9 +159,13 @@ def first_line(error: BaseException) -> str:
 
 
 def restore(
-    folder: Path, content: dict[str, Any], optimizer: Any, world: World
+    folder: Path,
+    content: dict[str, Any],
+    optimizer: Any,
+    world: World,
+    aside: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the checkpoint holds for `content` and the optimizer, and the saved `state`."""
+    """What the checkpoint holds for `content`, the optimizer and `aside`, and the saved `state`."""
     state = read_state(folder)
     if state.pop("format", 0) > FORMAT:
         raise CheckpointError(
@@ -171,7 +181,7 @@ def restore(
     if optimizer is not None:
         start_state(optimizer)
         content["optimizer"] = sharded_state(optimizer, content, 0, _METADATA, loading=True)
-    return read(content, folder, world), state
+    return read({**content, **aside}, folder, world), state
 
 
 def restore_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:

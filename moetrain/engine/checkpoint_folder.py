@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from moetrain import files
 from moetrain.engine.checkpoint import Saving, first_line
 from moetrain.engine.manifest import damage
+from moetrain.engine.snapshot import Weights
 from moetrain.errors import CheckpointError
 from moetrain.models.lookup import checkpoint_at
 
@@ -80,10 +81,16 @@ class Checkpoints:
         return checkpoint_at(self.folder / "best") if is_known else None
 
     def save(
-        self, engine: "Engine", step: int, state: dict[str, Any], metric: float | None = None
+        self,
+        engine: "Engine",
+        step: int,
+        state: dict[str, Any],
+        metric: float | None = None,
+        reference: Weights | None = None,
     ) -> Path:
-        """Save step `step`: write it, or have it written in the background until `tick` or `settle`
-        publishes it. Collective. Raises CheckpointError; earlier checkpoints stay.
+        """Save step `step`, and a snapshot beside it: write it, or have it written in the
+        background until `tick` or `settle` publishes it. Collective. Raises CheckpointError;
+        earlier checkpoints stay.
         """
         self.settle(engine)
         final = self.folder / f"step_{step:08d}"
@@ -96,7 +103,9 @@ class Checkpoints:
         engine.world.barrier()
 
         def begin() -> Saving:
-            return engine.begin_save(temporary, state, optimizer=self.optimizer)
+            return engine.begin_save(
+                temporary, state, optimizer=self.optimizer, reference=reference
+            )
 
         saving = self._together(engine, temporary, begin)
         self._flight = _Flight(saving, final, metric)
@@ -194,9 +203,12 @@ class Checkpoints:
         self._removal = threading.Thread(target=_remove, args=(doomed,), daemon=True)
         self._removal.start()
 
-    def restore(self, engine: "Engine") -> tuple[dict[str, Any] | None, list[str]]:
-        """Bring `engine` to the newest checkpoint that is whole: (the state saved with it, or None
-        without one, what to tell the user of damaged ones). Collective.
+    def restore(
+        self, engine: "Engine", reference: Weights | None = None
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """Bring `engine`, and a snapshot that was saved beside it, to the newest checkpoint that is
+        whole: (the state saved with it, or None without one, what to tell the user of damaged
+        ones). Collective.
 
         Raises CheckpointError when there are checkpoints and none is whole.
         """
@@ -206,7 +218,7 @@ class Checkpoints:
         for path in reversed(found):
             problem = damage(path, engine.world)
             if not problem:
-                return engine.restore(path), warnings
+                return engine.restore(path, reference), warnings
             warnings.append(f"{path} is damaged ({problem}); the checkpoint before it is taken")
             if engine.world.is_first:
                 with contextlib.suppress(OSError):  # of another name, it is not in the way

@@ -15,13 +15,13 @@ from moetrain.config.recipe import Recipe
 from moetrain.engine import checkpoint, device
 from moetrain.engine.adapter_state import (
     adapter_of,
-    adapter_state,
     as_base,
     base_for,
     fill_adapters,
     fill_head,
     planned_adapter,
 )
+from moetrain.engine.contents import contents, fill_beside
 from moetrain.engine.layers.block import choose_backend
 from moetrain.engine.layers.router import RouterMonitor, watch
 from moetrain.engine.lora import attach
@@ -250,26 +250,27 @@ class Engine:
         return [out.logp for out in self.outputs(packs)]
 
     @torch.no_grad()
-    def outputs(self, packs: Sequence[Packed]) -> list[Out]:
-        """What the model gives for each pack: log-probs, and values where it has a value or scalar
-        head; fp32 [t] CPU tensors of the pack's own length, on every rank of the replica.
+    def outputs(self, packs: Sequence[Packed], *, with_entropy: bool = False) -> list[Out]:
+        """What the model gives for each pack: log-probs, entropies when asked, and values where it
+        has a value or scalar head; fp32 [t] CPU tensors of the pack's own length, on every rank of
+        the replica.
         """
         batches = micro_batches(packs, 1, self.world)
-        has_values = self.model.heads.value or self.model.heads.scalar
-        self.run.asked = frozenset({"logp"})
+        names = ["logp"] + ["entropy"] * with_entropy
+        self.run.asked = frozenset(names)
+        names += ["value"] * (self.model.heads.value or self.model.heads.scalar)
 
         def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
-            given = [out.logp] if out.value is None else [out.logp, out.value]
-            return out.logp.sum(), {"given": torch.stack(given)}
+            return out.logp.sum(), {"given": torch.stack([vars(out)[name] for name in names])}
 
         kept = self._forward_only(batches, head)
-        shape = (len(batches), 1 + has_values, batches[0].num_tokens)
+        shape = (len(batches), len(names), batches[0].num_tokens)
         table = torch.zeros(shape, device=self.world.device)
         if kept:
             table = torch.stack([row["given"] for row in kept])
         found = self.world.from_last_stage(table).cpu()
         return [
-            Out(own[0], value=own[1] if has_values else None)
+            Out(**dict(zip(names, own, strict=True)))
             for own in (found[i, :, : pack.num_tokens] for i, pack in enumerate(packs))
         ]
 
@@ -366,26 +367,31 @@ class Engine:
         self.begin_save(folder, state, optimizer=optimizer).finish()
 
     def begin_save(
-        self, folder: Path, state: dict[str, Any], *, optimizer: bool = True
+        self,
+        folder: Path,
+        state: dict[str, Any],
+        *,
+        optimizer: bool = True,
+        reference: Weights | None = None,
     ) -> checkpoint.Saving:
-        """As `save`, up to a copy in host memory; `finish` of what it returns does the rest."""
+        """As `save`, a snapshot beside it, up to a copy in host memory; `finish` does the rest."""
         kept = self.optimizer if optimizer else None
         with gathered(self.wrapped):
             state = state | {"steps_done": self.steps_done, "carried": self.carried}
-            saving = checkpoint.Saving(folder, self._content(), kept, state, self.world)
+            own, aside = contents(self.chunks, self.model, self.adapters, self.world, reference)
+            saving = checkpoint.Saving(folder, own, kept, state, self.world, aside)
         if self.world.is_first:
             self.source.describe(folder, self.recipe, self.side_files)
         return saving
 
-    def _content(self) -> dict[str, Any]:
-        """What a checkpoint holds of the model: all of it, or its adapters."""
-        if self.adapters is None:
-            return checkpoint.model_state(self.chunks, self.model, self.world)
-        return {"adapter": adapter_state(self.chunks, self.adapters, self.world)}
-
-    def restore(self, folder: Path) -> dict[str, Any]:
-        """Read what `save` wrote, at this layout or another; returns its `state`."""
-        loaded, state = checkpoint.restore(folder, self._content(), self.optimizer, self.world)
+    def restore(self, folder: Path, reference: Weights | None = None) -> dict[str, Any]:
+        """Read what `save` wrote, at this layout or another, and into a snapshot what was saved of
+        it; returns its `state`.
+        """
+        own, aside = contents(self.chunks, self.model, self.adapters, self.world, reference)
+        loaded, state = checkpoint.restore(folder, own, self.optimizer, self.world, aside)
+        if reference is not None:
+            fill_beside(self.chunks, loaded, reference)
         if self.adapters is None:
             checkpoint.fill(self.chunks, loaded)
         else:

@@ -34,6 +34,27 @@ def as_before(
         _put(chunks, wrapped, now)
 
 
+def mixed(before: Weights, now: Weights, alpha: float) -> Weights:
+    """(1 - alpha) before + alpha now, taken in fp32."""
+    return {
+        name: old.float().lerp_(now[name].float(), alpha).to(old.dtype)
+        for name, old in before.items()
+    }
+
+
+def named_values(
+    chunk: PackedGPT, number: int, values: Weights | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of chunk `number` by name; with `values` those of the snapshot, which has no
+    others.
+    """
+    for name, param in chunk.named_parameters():
+        if values is None:
+            yield name, param
+        elif f"{number}.{name}" in values:
+            yield name, values[f"{number}.{name}"]
+
+
 def _put(chunks: Sequence[PackedGPT], wrapped: Sequence[Any], weights: Weights) -> None:
     with gathered(wrapped):
         for name, param in _trained(chunks):

@@ -10,17 +10,16 @@ from torch import Tensor
 from moetrain.config.recipe import Recipe
 from moetrain.data.groups import Group, pack_groups
 from moetrain.engine import Engine, StepResult
-from moetrain.engine.snapshot import Weights
-from moetrain.engine.world import World
+from moetrain.engine.snapshot import Weights, mixed
 from moetrain.errors import DataError
+from moetrain.loops.batch_values import mean_kl, with_targets, with_values
 from moetrain.loops.demonstrations import Demonstrations
 from moetrain.loops.rollouts import Batch, means, tensors
 from moetrain.methods import METHODS
 from moetrain.methods.base import Online
-from moetrain.methods.online import answer_mask, divergence
 from moetrain.methods.running import MEAN, WEIGHT
 from moetrain.observe.answers import Answer, parted
-from moetrain.ops.packed import ANSWER, Packed
+from moetrain.ops.packed import Packed
 
 SHOWN = (MEAN, WEIGHT)
 
@@ -44,7 +43,8 @@ class Lessons:
         recipe, batch = self._as_it_stands(online, batch)
         world = self.engine.world
         method, rollout = recipe.sampling
-        values = _values(recipe, online, batch)
+        values, numbers = _values(recipe, online, batch)
+        rewards = values["reward"]  # of all answers, those that are left out below too
         how = online.truncated(recipe.method)
         groups = batch.groups
         if how == "mask":
@@ -62,11 +62,12 @@ class Lessons:
         flat = [pack for part in parts for pack in part]
         if not rollout.routing_replay:  # rollouts of a run that had it hold the choices
             flat = [_without_routes(pack) for pack in flat]
-        flat = _completed(recipe, online, self.engine, flat, self.reference)
+        flat = _completed(recipe, self.engine, flat, self.reference)
         if online.running is not None and self.reference is not None:
             self.carried = online.running.steer(self.carried, *mean_kl(flat, world), method)
-        ready = iter(flat)
-        whole = [[next(ready) for _ in part] for part in parts]
+        ready = iter(with_targets(flat, online, method, rewards, numbers, world))
+        # Old log-probs stay those before the first pass.
+        whole = [[next(ready) for _ in part] for part in parts] * method.num_iterations
         share = online.shares(batch.step, recipe.method)[1] if online.shares else 0.0
         return [part + self.demonstrations.next(part[0], share) for part in whole]
 
@@ -88,6 +89,22 @@ class Lessons:
         """What the ledger says of numbers that move."""
         return {name: x for name, x in self.carried.items() if name in SHOWN}
 
+    def sync(self, step: int) -> None:
+        """After `step` the reference moves to the policy, where it is time to (TR-DPO, arXiv
+        2404.09656, eq. 9).
+        """
+        method, _ = self.recipe.sampling
+        every = method.ref_model_sync_steps
+        if self.reference is not None and every and step % every == 0:
+            now = self.engine.snapshot()
+            self.reference = mixed(self.reference, now, method.ref_model_mixup_alpha)
+
+    @property
+    def moving(self) -> Weights | None:
+        """The reference where a run changes it, which a checkpoint then holds."""
+        method, _ = self.recipe.sampling
+        return self.reference if method.ref_model_sync_steps else None
+
 
 def _with_rewards(batch: Batch, rewards: Tensor) -> Batch:
     """The batch with other rewards of its answers."""
@@ -101,27 +118,15 @@ def _with_rewards(batch: Batch, rewards: Tensor) -> Batch:
     return replace(batch, groups=tuple(groups))
 
 
-def mean_kl(packs: Sequence[Packed], world: World | None) -> tuple[float, int]:
-    """(mean over answers of log(pi_old / ref) summed over their tokens, answers) of all packs of
-    all data-parallel ranks. Collective.
-    """
-    sums = torch.zeros(2, dtype=torch.float64)
-    for pack in packs:
-        k1 = divergence(pack.per_token["old_logp"], pack.per_token["ref_logp"], "k1")
-        own = (k1.double() * answer_mask(pack)).sum().cpu()
-        sums += torch.stack([own, (pack.extras["role"] == ANSWER).sum().double().cpu()])
-    if world is not None:
-        sums = world.sum(sums, world.dp_group)
-    return float(sums[0] / sums[1].clamp_min(1)), int(sums[1])
-
-
 def _without_routes(pack: Packed) -> Packed:
     kept = {name: value for name, value in pack.per_token.items() if name != "routes"}
     return replace(pack, per_token=kept)
 
 
-def _values(recipe: Recipe, online: Online, batch: Batch) -> dict[str, Tensor]:
-    """[answers] fp32 each: the shaped reward, the advantage, the weight where there is one."""
+def _values(recipe: Recipe, online: Online, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """[answers] fp32 each: the shaped reward, the advantage, the place among the batch's answers,
+    the weight where there is one; and the group of each [answers].
+    """
     rewards, numbers = tensors(batch.groups)
     samples = [answer.sample for answer in batch.answers]
     if online.shape is not None:
@@ -130,13 +135,14 @@ def _values(recipe: Recipe, online: Online, batch: Batch) -> dict[str, Tensor]:
         rewards = online.shape(rewards, lengths, truncated, recipe.method)
     _, rollout = recipe.sampling
     values = {"reward": rewards, "advantage": online.advantages(rewards, numbers, recipe.method)}
+    values["place"] = torch.arange(len(rewards), dtype=torch.float32)
     # What is learned from is scored as it was drawn; all else, the proof of a push included, at 1.
     values["temperature"] = torch.full_like(rewards, rollout.temperature)
     if rollout.repetition_penalty != 1:
         values["repetition_penalty"] = torch.full_like(rewards, rollout.repetition_penalty)
     if online.shares is not None:
         values["share"] = torch.full_like(rewards, online.shares(batch.step, recipe.method)[0])
-    return values
+    return values, numbers
 
 
 def _without_cut(
@@ -175,50 +181,28 @@ def _split_into_steps(
 
 
 def _completed(
-    recipe: Recipe,
-    online: Online,
-    engine: Engine,
-    packs: Sequence[Packed],
-    reference: Weights | None,
+    recipe: Recipe, engine: Engine, packs: Sequence[Packed], reference: Weights | None
 ) -> list[Packed]:
-    """The packs with the model's own log-probs (and values) before the step, the reference's, and
-    what the method makes of them.
+    """The packs with the model's own log-probs before the first step, the reference's, and values
+    and entropies where they are asked for.
     """
-    before = engine.outputs(packs)
+    method, _ = recipe.sampling
+    before = engine.outputs(packs, with_entropy=method.top_entropy_quantile < 1)
     others = [None] * len(packs)
     if reference is not None:
         with engine.as_before(reference):
             others = engine.logprobs(packs)
     done: list[Packed] = []
     for pack, out, other in zip(packs, before, others, strict=True):
-        known = pack.per_token | {"old_logp": out.logp}
-        if out.value is not None:
-            known["old_value"] = out.value
-        if other is not None:
-            known["ref_logp"] = other
-        pack = replace(pack, per_token=known)
-        done.append(replace(pack, per_token=known | online.targets(pack, recipe.method)))
-    return whitened(done, engine.world) if online.whiten(recipe.method) else done
-
-
-def whitened(packs: Sequence[Packed], world: World | None) -> list[Packed]:
-    """Packs whose `advantage` has mean 0 and standard deviation 1 over the answers' tokens of all
-    packs of all data-parallel ranks. Collective.
-    """
-    sums = torch.zeros(3, dtype=torch.float64)
-    for pack in packs:
-        own = pack.per_token["advantage"][answer_mask(pack) > 0].double().cpu()
-        sums += torch.stack([torch.tensor(float(len(own))), own.sum(), own.square().sum()])
-    if world is not None:
-        sums = world.sum(sums, world.dp_group)
-    num, mean, square = sums[0].clamp_min(1), sums[1] / sums[0], sums[2] / sums[0]
-    scale = (square - mean.square()).clamp_min(0).mul(num / (num - 1).clamp_min(1)).sqrt() + 1e-8
-
-    def change(pack: Packed) -> Packed:
-        own = (pack.per_token["advantage"] - float(mean)) / float(scale) * answer_mask(pack)
-        return replace(pack, per_token=pack.per_token | {"advantage": own})
-
-    return [change(pack) for pack in packs]
+        known = {
+            "old_logp": out.logp,
+            "old_value": out.value,
+            "old_entropy": out.entropy,
+            "ref_logp": other,
+        }
+        given = {name: value for name, value in known.items() if value is not None}
+        done.append(with_values(pack, given))
+    return done
 
 
 def totals(results: Sequence[StepResult]) -> StepResult:

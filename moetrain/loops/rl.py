@@ -21,7 +21,8 @@ from moetrain.run.stop import StopSignal
 
 def train(recipe: Recipe) -> int:
     """Run `recipe` on this rank, from its last checkpoint if it has one; every rank of the job
-    calls it. A step learns from one batch of rollouts, in `method.inner_steps` optimizer steps.
+    calls it. A step learns from one batch of rollouts, `method.num_iterations` times in
+    `method.inner_steps` optimizer steps.
 
     Returns the exit code as `supervised.train` does. Raises MoetrainError; what has been sampled
     stays on disk.
@@ -38,7 +39,8 @@ def train(recipe: Recipe) -> int:
     num_steps = length(recipe, len(prompts.train.prompts))
     # What the run starts from is the reference, until a checkpoint is put into it.
     reference = engine.snapshot() if method.beta else None
-    step, state = job.resume(engine, lambda r: length(r, len(prompts.train.prompts)))
+    moving = reference if method.ref_model_sync_steps else None
+    step, state = job.resume(engine, lambda r: length(r, len(prompts.train.prompts)), moving)
     lessons = Lessons(recipe, engine, reference, open_demonstrations(recipe, engine.world))
     lessons.demonstrations.load_state_dict(state.get("demonstrations", {}))
     lessons.carried = state.get("lessons", {})
@@ -51,7 +53,7 @@ def train(recipe: Recipe) -> int:
             sampler.start(step, num_steps, state)
             return _loop(job, engine, prompts, lessons, sampler, stop, report, step, num_steps)
 
-    return job.run(engine, step, num_steps, lines, loop, method.inner_steps)
+    return job.run(engine, step, num_steps, lines, loop, method.steps_of_batch)
 
 
 def _loop(
@@ -79,9 +81,10 @@ def _loop(
             with timed(seconds, "train"):
                 parts = lessons.packs(batch)
                 # A batch may have fewer parts: groups without signal are left out.
-                num_steps = last * recipe.sampling[0].inner_steps
+                num_steps = last * recipe.sampling[0].steps_of_batch
                 results = [engine.step(packs, method, num_steps) for packs in parts]
             step += 1
+            lessons.sync(step)
             with timed(seconds, "push"):
                 proof = sampler.push(step)
             row = step_row(step, totals(results), time.perf_counter() - started)
@@ -98,7 +101,7 @@ def _loop(
         if evaluates and prompts.held_out and not stopped:
             found = _evaluate(sampler, report, step)
         if state and (stopped or saves):
-            job.save(engine, state, found)
+            job.save(engine, state, found, lessons.moving)
         if not job.goes_on(engine, report, step, last, stopped=stopped):
             break
     return step >= last

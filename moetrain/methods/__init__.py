@@ -3,6 +3,7 @@
 from moetrain.methods.base import Estimate, Known, Method, Metrics, Out, Terms
 from moetrain.methods.chord import CHORD
 from moetrain.methods.chord_sft import CHORD_SFT
+from moetrain.methods.cispo import CISPO
 from moetrain.methods.dft import DFT
 from moetrain.methods.dpo import DPO, HINGE, IPO, ROBUST
 from moetrain.methods.grpo import DAPO, DR_GRPO, GRPO
@@ -11,7 +12,9 @@ from moetrain.methods.kto import KTO
 from moetrain.methods.orpo import ORPO
 from moetrain.methods.ppo import PPO
 from moetrain.methods.pretrain import CPT, PRETRAIN
+from moetrain.methods.reinforce import REINFORCE_PP, REINFORCE_PP_BASELINE, RLOO
 from moetrain.methods.reward import REWARD
+from moetrain.methods.sapo import SAPO
 from moetrain.methods.sft import SFT
 from moetrain.methods.simpo import SIMPO
 
@@ -33,6 +36,11 @@ METHODS: dict[str, Method] = {
     "dr_grpo": DR_GRPO,
     "dapo": DAPO,
     "gspo": GSPO,
+    "cispo": CISPO,
+    "sapo": SAPO,
+    "rloo": RLOO,
+    "reinforce_pp": REINFORCE_PP,
+    "reinforce_pp_baseline": REINFORCE_PP_BASELINE,
     "ppo": PPO,
     "chord": CHORD,
 }

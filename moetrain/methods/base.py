@@ -34,7 +34,7 @@ class Out:
     """What the model gives for a batch, aligned with its labels."""
 
     logp: Tensor  # [t] fp32, log-prob of each label; 0 where the loss mask is 0
-    entropy: Tensor | None = None  # [t] fp32, no gradient; for methods that need it
+    entropy: Tensor | None = None  # [t] fp32; for methods that need it
     value: Tensor | None = None  # [t] fp32, the scalar head's at every token; where it is needed
     log_squares: Tensor | None = None  # [t] fp32, no gradient: log sum p^2; where it is needed
 
@@ -89,11 +89,14 @@ class Online:
     drops(rewards [n], group, cfg) -> [n] bool: answers that teach nothing, to be replaced by others
     before the step; None: keep all.
     targets(batch, cfg) -> values per token to add to a pack whose `per_token` has old_logp,
-    rollout_logp and, for methods that ask for them, ref_logp and old_value.
+    rollout_logp and, for methods that ask for them, ref_logp and old_value; extras have the
+    advantage and the reward.
     whiten(cfg) -> whether `advantage` is brought to mean 0 and deviation 1 over the tokens of the
     global batch after that.
     truncated(cfg) -> what becomes of answers that were cut: "reward" (nothing), "mask" (they are
     left out), "bootstrap" (one more token, which is not scored, stands behind each).
+    penalised(cfg) -> whether method.beta times the sum of log(pi_old / ref) over an answer is taken
+    off its reward before the advantages are taken.
     shares(step, cfg) -> (weight of a step's answers, of data.demonstrations beside them), steps
     from 1, given to each sequence as extras["share"]; None: there are answers alone.
     running: what its batches move; None: nothing.
@@ -105,6 +108,7 @@ class Online:
     targets: Callable[[Packed, Any], dict[str, Tensor]] = _no_targets
     whiten: Callable[[Any], bool] = lambda cfg: False
     truncated: Callable[[Any], str] = lambda cfg: "reward"
+    penalised: Callable[[Any], bool] = lambda cfg: False
     shares: Callable[[int, Any], tuple[float, float]] | None = None
     running: Running | None = None
 

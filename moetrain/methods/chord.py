@@ -11,17 +11,9 @@ import math
 from torch import Tensor
 
 from moetrain.config.online import ChordMethod
-from moetrain.methods.base import Known, Method, Metrics, Online, Out, Terms
-from moetrain.methods.grpo import NEEDS, num_answers, token_losses
-from moetrain.methods.online import (
-    broadcast_advantage,
-    lengths,
-    normalised,
-    online_metrics,
-    spread,
-    tokens_of,
-    truncated,
-)
+from moetrain.methods.base import Known, Method, Metrics, Out, Terms
+from moetrain.methods.online import spread
+from moetrain.methods.policy import BY_ANSWER, NEEDS, clip, counts_of, online, terms_of
 from moetrain.ops.packed import DEMONSTRATION, Packed
 
 
@@ -41,24 +33,23 @@ def shares(step: int, cfg: ChordMethod) -> tuple[float, float]:
 
 def loss(out: Out, batch: Packed, cfg: ChordMethod, known: Known) -> tuple[Terms, Metrics]:
     """Each answer counts the same, and each token of the demonstrations."""
-    own = tokens_of(out, batch, cfg)
     share = spread(batch, batch.extras["share"])
-    even = spread(batch, 1 / lengths(batch, own.mask))
-    policy = (token_losses(out, batch, cfg, own) * even * share).sum()
+    terms, metrics = terms_of(out, batch, cfg, clip, BY_ANSWER, share)
     shown = demonstration_mask(batch)
     p = out.logp.detach().exp()
     phi = p * (1 - p) if cfg.phi else 1.0
     taught = -(phi * out.logp * share * shown).sum()
-    metrics = online_metrics(out, batch, cfg, own) | {
+    metrics |= {
         "mu": ((share * shown).sum(), shown.sum()),
         "demonstrations/token_prob": ((p * shown).sum(), shown.sum()),
     }
-    return {"loss": policy, "demonstrations": taught}, metrics
+    return terms | {"demonstrations": taught}, metrics
 
 
-def count(batch: Packed, cfg: object) -> Terms:
+def count(batch: Packed, cfg: ChordMethod) -> Terms:
     """Answers, and tokens of demonstrations."""
-    return {"loss": num_answers(batch), "demonstrations": demonstration_mask(batch).sum()}
+    own = counts_of(batch, cfg, BY_ANSWER)
+    return own | {"demonstrations": demonstration_mask(batch).sum()}
 
 
 def demonstration_mask(batch: Packed) -> Tensor:
@@ -66,10 +57,4 @@ def demonstration_mask(batch: Packed) -> Tensor:
     return batch.loss_mask * spread(batch, (batch.extras["role"] == DEMONSTRATION).float())
 
 
-CHORD = Method(
-    "chord",
-    loss,
-    count,
-    NEEDS,
-    online=Online(normalised, targets=broadcast_advantage, truncated=truncated, shares=shares),
-)
+CHORD = Method("chord", loss, count, NEEDS, online=online(shares=shares))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.config.online import LossKlMethod, OnlineMethod
-from moetrain.methods.base import Metrics, Out
+from moetrain.config.online_base import ClippedMethod, GroupMethod, Level, OnlineMethod
+from moetrain.methods.base import Metrics, Out, Terms
 from moetrain.ops.packed import ANSWER, Packed
 from moetrain.ops.scan import decayed_sums
 from moetrain.ops.segment import segment_sum
@@ -23,16 +23,20 @@ def _over_groups(values: Tensor, group: Tensor) -> Tensor:
     return sums.index_add(0, group, values.double())[group]
 
 
+def group_size(rewards: Tensor, group: Tensor) -> Tensor:
+    """[n] fp64, the answers in each one's group."""
+    return _over_groups(torch.ones_like(rewards), group)
+
+
 def group_mean(rewards: Tensor, group: Tensor) -> Tensor:
     """[n] fp64, the mean reward of each answer's group."""
-    return _over_groups(rewards, group) / _over_groups(torch.ones_like(rewards), group)
+    return _over_groups(rewards, group) / group_size(rewards, group)
 
 
 def group_std(rewards: Tensor, group: Tensor) -> Tensor:
     """[n] fp64, the deviation (with n - 1) of each answer's group; 0 for an answer alone."""
     squares = (rewards - group_mean(rewards, group)).square()
-    num = _over_groups(torch.ones_like(rewards), group)
-    return (_over_groups(squares, group) / (num - 1).clamp(min=1)).sqrt()
+    return (_over_groups(squares, group) / (group_size(rewards, group) - 1).clamp(min=1)).sqrt()
 
 
 def without_signal(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
@@ -51,20 +55,9 @@ def centred(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
     return own.masked_fill(without_signal(rewards, group, cfg), 0.0).to(rewards.dtype)
 
 
-def normalised(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
-    """(r - mean) / std of its group (GRPO, arXiv 2402.03300, section 4.1.2)."""
-    own = centred(rewards, group, cfg) / (group_std(rewards, group) + 1e-4)
-    return own.to(rewards.dtype)
-
-
 def overlong(lengths: Tensor, max_length: int, soft_length: int) -> Tensor:
     """[n] from 0 to -1 over the last `soft_length` tokens before `max_length` (DAPO, eq. 13)."""
     return -((lengths - (max_length - soft_length)) / soft_length).clamp(0, 1)
-
-
-def truncated(cfg: LossKlMethod) -> str:
-    """What becomes of answers that were cut."""
-    return cfg.truncated
 
 
 # Over the tokens of a pack
@@ -75,7 +68,8 @@ class Tokens:
     """A pack's sampled answers: values per token [t], zero outside them."""
 
     mask: Tensor
-    ratio: Tensor  # pi / pi_old
+    own_ratio: Tensor  # pi / pi_old of the token
+    ratio: Tensor  # of what the method takes as one action: a token, or its answer
     advantage: Tensor
     weight: Tensor  # for what sampler and trainer disagree on, no gradient
 
@@ -99,15 +93,28 @@ def lengths(batch: Packed, mask: Tensor) -> Tensor:
     return segment_sum(mask, batch.cu_seqlens).clamp(min=1)
 
 
-def tokens_of(out: Out, batch: Packed, cfg: OnlineMethod) -> Tokens:
+def tokens_of(out: Out, batch: Packed, cfg: OnlineMethod, level: Level = "token") -> Tokens:
     """Ratios to the policy before the batch's first update (PPO, arXiv 1707.06347, eq. 6)."""
     mask = answer_mask(batch)
+    gap = (out.logp - batch.per_token["old_logp"]) * mask
+    own = torch.exp(gap)
     return Tokens(
         mask=mask,
-        ratio=torch.exp((out.logp - batch.per_token["old_logp"]) * mask),
+        own_ratio=own,
+        ratio=own if level == "token" else whole_ratio(gap, batch, mask, level),
         advantage=batch.per_token["advantage"] * mask,
         weight=correction(batch, cfg, mask),
     )
+
+
+def whole_ratio(gap: Tensor, batch: Packed, mask: Tensor, level: Level) -> Tensor:
+    """[t] exp of the mean (GSPO, arXiv 2507.18071, eq. 7) or the sum (RLOO, arXiv 2402.14740) of an
+    answer's log-ratios, on each of its tokens. A sum stops where a float would: 0 times infinity is
+    no number.
+    """
+    total = segment_sum(gap, batch.cu_seqlens)
+    total = total / lengths(batch, mask) if level == "sequence" else total.clamp(max=60)
+    return spread(batch, total.exp()) * mask
 
 
 def broadcast_advantage(batch: Packed, cfg: object) -> dict[str, Tensor]:
@@ -116,9 +123,13 @@ def broadcast_advantage(batch: Packed, cfg: object) -> dict[str, Tensor]:
     return {"advantage": spread(batch, batch.extras["advantage"]) * mask}
 
 
-def clipped(ratio: Tensor, advantage: Tensor, cfg: OnlineMethod) -> Tensor:
-    """-min(r A, clip(r, 1 - low, 1 + high) A) (PPO, eq. 7; two bounds: DAPO, eq. 10)."""
+def clipped(ratio: Tensor, advantage: Tensor, cfg: ClippedMethod) -> Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A) (PPO, eq. 7; two bounds: DAPO, eq. 10), with r of
+    what is discouraged at most delta (dual clip, arXiv 1912.09729, eq. 5).
+    """
     bounded = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    if cfg.delta is not None:
+        ratio = ratio.clamp(max=cfg.delta)
     return -torch.minimum(ratio * advantage, bounded * advantage)
 
 
@@ -132,7 +143,7 @@ def divergence(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
     return 0.5 * k1.square() if estimator == "k2" else torch.expm1(-k1) + k1
 
 
-def loss_kl(out: Out, batch: Packed, cfg: LossKlMethod, own: Tokens) -> Tensor:
+def loss_kl(out: Out, batch: Packed, cfg: GroupMethod, own: Tokens) -> Tensor:
     """[t] the KL to the reference as a term of the loss; zero outside answers.
 
     With the bias corrected (DeepSeek-V3.2, arXiv 2512.02556; TRL 1.16's default) its expected
@@ -144,38 +155,32 @@ def loss_kl(out: Out, batch: Packed, cfg: LossKlMethod, own: Tokens) -> Tensor:
     if not cfg.use_bias_correction_kl:
         return divergence(out.logp, reference, cfg.kl_estimator) * own.mask
     if cfg.kl_estimator == "k2":
-        return (own.weight * own.ratio).detach() * divergence(out.logp, reference, "k2") * own.mask
+        held = (own.weight * own.own_ratio).detach()
+        return held * divergence(out.logp, reference, "k2") * own.mask
     # r (ref / pi - 1 + k1) with ref / pi multiplied out, which may be larger than a float.
     away = torch.expm1((reference - batch.per_token["old_logp"]) * own.mask)
-    return own.weight * (away - (own.ratio - 1) + own.ratio * (out.logp - reference)) * own.mask
+    ratio = own.own_ratio
+    return own.weight * (away - (ratio - 1) + ratio * (out.logp - reference)) * own.mask
 
 
 def correction(batch: Packed, cfg: OnlineMethod, mask: Tensor) -> Tensor:
     """[t] weights pi_old / pi_sampler, cut as `cfg.mismatch` says: the sampler's numerics, and
     weights that are some steps old, make another distribution than the trainer's.
 
-    tis: min(w, cap) (arXiv 2508.09989's truncated importance sampling); mask: w where
-    1/cap <= w <= cap, else 0 (IcePop); sequence: min(prod of w over the answer, cap).
+    tis: w brought between floor and cap (arXiv 2508.09989's truncated importance sampling, with
+    cap alone); mask: w where it is between them, else 0 (IcePop). sequence, sequence_mask: the
+    same with the product of w over the answer.
     """
+    if cfg.mismatch == "none":
+        return mask
     gap = (batch.per_token["old_logp"] - batch.per_token["rollout_logp"]) * mask
-    cap = cfg.mismatch_cap
-    if cfg.mismatch == "sequence":
-        whole = segment_sum(gap, batch.cu_seqlens).exp().clamp(max=cap)
-        return spread(batch, whole) * mask
+    if cfg.mismatch.startswith("sequence"):
+        gap = spread(batch, segment_sum(gap, batch.cu_seqlens))
     weight = gap.exp()
-    if cfg.mismatch == "tis":
-        weight = weight.clamp(max=cap)
-    elif cfg.mismatch == "mask":
-        weight = weight * ((weight >= 1 / cap) & (weight <= cap))
-    else:
-        weight = torch.ones_like(weight)
-    return weight * mask
-
-
-def sequence_ratio(out: Out, batch: Packed, mask: Tensor) -> Tensor:
-    """[q] exp of the mean log-ratio of each sequence (GSPO, arXiv 2507.18071, eq. 7)."""
-    gap = (out.logp - batch.per_token["old_logp"]) * mask
-    return torch.exp(segment_sum(gap, batch.cu_seqlens) / lengths(batch, mask))
+    within = weight.clamp(cfg.floor, cfg.mismatch_cap)
+    if cfg.mismatch.endswith("mask"):
+        within = weight.masked_fill(within != weight, 0.0)
+    return within * mask
 
 
 def gae(
@@ -200,24 +205,60 @@ def gae(
     return advantages.to(values.dtype), returns.to(values.dtype)
 
 
+def off_policy_mask(out: Out, batch: Packed, threshold: float, own: Tokens) -> Tensor:
+    """[t] 0 on answers of negative advantage that the policy has left behind: the mean of
+    log(pi_sampler / pi) over their tokens is above the threshold (DeepSeek-V3.2, arXiv 2512.02556,
+    eq. 9), else 1.
+    """
+    size = lengths(batch, own.mask)
+    gap = (batch.per_token["rollout_logp"] - out.logp.detach()) * own.mask
+    far = segment_sum(gap, batch.cu_seqlens) / size > threshold
+    worse = segment_sum(own.advantage, batch.cu_seqlens) < 0
+    return spread(batch, (~(far & worse)).to(own.mask.dtype))
+
+
+def learned(batch: Packed, mask: Tensor) -> Tensor:
+    """[t] the answers' tokens that the policy learns from: all, or those of most entropy."""
+    chosen = batch.per_token.get("high_entropy")
+    return mask if chosen is None else mask * chosen
+
+
+def entropy_bonus(
+    out: Out, batch: Packed, cfg: OnlineMethod, own: Tokens, share: Tensor | float = 1.0
+) -> Terms:
+    """The term "entropy", where there is a bonus: minus the sum over tokens; its mean is taken off
+    the loss, however a method averages (TRL 1.16).
+    """
+    if not cfg.entropy_coef:
+        return {}
+    assert out.entropy is not None
+    total = (out.entropy * learned(batch, own.mask) * share).sum()
+    return {"entropy": -cfg.entropy_coef * total}
+
+
+def count_entropy(batch: Packed, cfg: OnlineMethod) -> Terms:
+    """What that sum is divided by."""
+    return {"entropy": learned(batch, answer_mask(batch)).sum()} if cfg.entropy_coef else {}
+
+
 def online_metrics(out: Out, batch: Packed, cfg: OnlineMethod, own: Tokens) -> Metrics:
     """What there is to see in every method, as sums over answers' tokens."""
     gap = (batch.per_token["rollout_logp"] - batch.per_token["old_logp"]) * own.mask
     num = own.num
-    low = (own.ratio < 1 - cfg.clip_low) & (own.advantage < 0)
-    high = (own.ratio > 1 + cfg.clip_high) & (own.advantage > 0)
     weight = own.weight.detach()
     drift = torch.expm1(-gap) + gap
     found: Metrics = {
         "mismatch/kl": ((drift * own.mask).sum(), num),  # KL(sampler || trainer)
         "mismatch/abs": (gap.abs().sum(), num),
         "mismatch/weight": (weight.sum(), num),
-        "clip/low": ((low * own.mask).sum(), num),
-        "clip/high": ((high * own.mask).sum(), num),
         "ratio": ((own.ratio.detach() * own.mask).sum(), num),
     }
+    if cfg.bounds is not None:
+        low, high = cfg.bounds
+        found["clip/low"] = (((own.ratio < low) & (own.advantage < 0)) * own.mask).sum(), num
+        found["clip/high"] = (((own.ratio > high) & (own.advantage > 0)) * own.mask).sum(), num
     if out.entropy is not None:
-        found["entropy"] = ((out.entropy * own.mask).sum(), num)
+        found["entropy"] = ((out.entropy.detach() * own.mask).sum(), num)
     reference = batch.per_token.get("ref_logp")
     if reference is not None:
         total = (divergence(out.logp.detach(), reference, "k3") * own.mask).sum()

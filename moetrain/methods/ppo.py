@@ -19,8 +19,11 @@ from moetrain.methods.base import Carried, Known, Method, Metrics, Online, Out, 
 from moetrain.methods.online import (
     answer_mask,
     clipped,
+    count_entropy,
     divergence,
+    entropy_bonus,
     gae,
+    learned,
     online_metrics,
     tokens_of,
 )
@@ -108,7 +111,7 @@ def loss(out: Out, batch: Packed, cfg: PpoMethod, known: Known) -> tuple[Terms, 
     """Each token counts the same."""
     assert out.value is not None
     own = tokens_of(out, batch, cfg)
-    policy = (own.weight * clipped(own.ratio, own.advantage, cfg) * own.mask).sum()
+    policy = own.weight * clipped(own.ratio, own.advantage, cfg) * learned(batch, own.mask)
     old, aim = batch.per_token["old_value"], batch.per_token["return"]
     near = old + (out.value - old).clamp(-cfg.value_clip, cfg.value_clip)
     errors = 0.5 * torch.maximum((out.value - aim).square(), (near - aim).square()) * own.mask
@@ -116,13 +119,14 @@ def loss(out: Out, batch: Packed, cfg: PpoMethod, known: Known) -> tuple[Terms, 
         "value/loss": (errors.detach().sum(), own.num),
         "value/mean": ((out.value.detach() * own.mask).sum(), own.num),
     }
-    return {"loss": policy, "value": cfg.value_weight * errors.sum()}, metrics
+    terms = {"loss": policy.sum(), "value": cfg.value_weight * errors.sum()}
+    return terms | entropy_bonus(out, batch, cfg, own), metrics
 
 
-def count(batch: Packed, cfg: object) -> Terms:
+def count(batch: Packed, cfg: PpoMethod) -> Terms:
     """Tokens of all answers, for both terms."""
     num = answer_mask(batch).sum()
-    return {"loss": num, "value": num}
+    return {"loss": num, "value": num} | count_entropy(batch, cfg)
 
 
 PPO = Method(

@@ -35,7 +35,7 @@ def token_logprobs(
     with_squares: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-prob of each label, and when asked the entropy of each distribution and the logarithm of
-    the sum of its squared probabilities (no gradient flows through either).
+    the sum of its squared probabilities (no gradient flows through the last).
 
     hidden `[t, h]` of any dtype, the same on every rank of `group`; weight `[v, h]` local rows;
     labels `[t]` int64 global ids below `vocab_size`; temperature: what logits are divided by, one
@@ -44,8 +44,8 @@ def token_logprobs(
 
     The gradient of `hidden` is this rank's partial one: the caller sums it over `group`. That of
     `weight` is accumulated in fp32 and cast to the weight's dtype at the end. At most `[chunk, v]`
-    logits exist at a time, in the backward too; those of a single chunk are kept for it, which is
-    when they would be computed again.
+    logits exist at a time, in the backward too (twice that where the entropy has a gradient); those
+    of a single chunk are kept for it, which is when they would be computed again.
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and labels.shape == hidden.shape[:1]
     assert chunk > 0
@@ -192,21 +192,22 @@ class _TokenLogprobs(torch.autograd.Function):
             sums[3] *= scale.square()
             add_up(sums, group)
         lse = top + sums[0].log()
-        ctx.save_for_backward(hidden, weight, labels, lse)
+        entropy = sums[0].log() - sums[2] / sums[0]
+        ctx.save_for_backward(hidden, weight, labels, lse, entropy)
+        ctx.set_materialize_grads(False)
         # Given up by the backward as it reads it, hence no saved tensor.
         ctx.kept = (exps, (stats[0] - lse).exp()) if keep else None
         ctx.vocab_start, ctx.num_rows = vocab_start, num_rows
         ctx.chunk, ctx.how = chunk, how
-        entropy = sums[0].log() - sums[2] / sums[0]
         squares = sums[3].log() - 2 * sums[0].log()
-        ctx.mark_non_differentiable(entropy, squares)
+        ctx.mark_non_differentiable(squares)
         return sums[1] - lse, entropy, squares
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, lse = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, lse, entropy = ctx.saved_tensors
         live: Tensor = weight[: ctx.num_rows]
-        grad_logp = grads[0].float()
+        grad_logp = torch.zeros_like(lse) if grads[0] is None else grads[0].float()
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
@@ -221,9 +222,13 @@ class _TokenLogprobs(torch.autograd.Function):
             else:
                 exps, scale = kept
             # d logp / d logits = onehot - p, and p = exps * scale
-            share = grad_logp[part] if how.divisor is None else grad_logp[part] / how.divisor
+            share = _divided(grad_logp[part], how.divisor)
             rows, here = _local_labels(labels[part], ctx.vocab_start, ctx.num_rows)
-            grad = exps.mul_((-share * scale)[:, None])
+            if grads[1] is None:
+                grad = exps.mul_((-share * scale)[:, None])
+            else:
+                own = _divided(grads[1][part].float(), how.divisor)
+                grad = _with_entropy(exps.mul_(scale[:, None]), share, own, entropy[part])
             grad.scatter_add_(1, rows[:, None], (share * here)[:, None])
             if factor is not None:
                 grad.mul_(factor)
@@ -236,3 +241,16 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_weight[ctx.num_rows if len(hidden) else 0 :] = 0
         cast = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, cast, *[None] * 8
+
+
+def _divided(grad: Tensor, divisor: Tensor | None) -> Tensor:
+    return grad if divisor is None else grad / divisor
+
+
+def _with_entropy(p: Tensor, of_logp: Tensor, of_entropy: Tensor, entropy: Tensor) -> Tensor:
+    """[c, v], in place of p: what both gradients [c] give the logits, but for the label's own:
+    d H / d logits = -p (log p + H), which is 0 where p is.
+    """
+    surprise = torch.xlogy(p, p)
+    p.mul_((-of_logp - of_entropy * entropy)[:, None])
+    return p.sub_(surprise.mul_(of_entropy[:, None]))

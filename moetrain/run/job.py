@@ -8,6 +8,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.engine import Engine, StepResult
 from moetrain.engine.checkpoint_folder import Checkpoints
 from moetrain.engine.optim import learning_rate
+from moetrain.engine.snapshot import Weights
 from moetrain.errors import ConfigError
 from moetrain.layout.mesh import rank_table
 from moetrain.observe.reporter import Reporter
@@ -50,15 +51,18 @@ class Job:
         )
 
     def resume(
-        self, engine: Engine, num_steps: Callable[[Recipe], int]
+        self,
+        engine: Engine,
+        num_steps: Callable[[Recipe], int],
+        reference: Weights | None = None,
     ) -> tuple[int, dict[str, Any]]:
-        """Bring the engine to the newest checkpoint that is whole: (its step, its state); (0, {})
-        without one.
+        """Bring the engine, and a reference that a run changes, to the newest checkpoint that is
+        whole: (its step, its state); (0, {}) without one.
 
         `num_steps` is the loop's reading of a recipe's length. Raises ConfigError when learning
         rates of the steps that are done would be others now.
         """
-        state, self._damaged = self.checkpoints.restore(engine)
+        state, self._damaged = self.checkpoints.restore(engine, reference)
         if state is None:
             return 0, {}
         earlier = self._earlier
@@ -118,10 +122,18 @@ class Job:
         evaluates = step == last or _every(step, recipe.train.eval_every)
         return saves, evaluates or (saves and recipe.checkpoint.best is not None)
 
-    def save(self, engine: Engine, state: dict[str, Any], held_out: Mapping[str, float]) -> None:
-        """Save a checkpoint of `state`, which has its step, with the held-out metrics there are."""
+    def save(
+        self,
+        engine: Engine,
+        state: dict[str, Any],
+        held_out: Mapping[str, float],
+        reference: Weights | None = None,
+    ) -> None:
+        """Save a checkpoint of `state`, which has its step, with the held-out metrics there are,
+        and a reference that a run changes.
+        """
         metric = held_out.get(self.recipe.checkpoint.best or "")
-        self.checkpoints.save(engine, state["step"], state, metric)
+        self.checkpoints.save(engine, state["step"], state, metric, reference)
 
     def goes_on(
         self, engine: Engine, report: Reporter, step: int, last: int, *, stopped: bool

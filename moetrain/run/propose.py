@@ -57,6 +57,11 @@ JOBS: dict[str, Job] = {
     "dr_grpo": Job("GRPO without its normalisations.", 1e-6, 1e-5),
     "dapo": Job("GRPO with wider clipping, drawing prompts until groups differ.", 1e-6, 1e-5),
     "gspo": Job("GRPO with ratios of whole answers.", 1e-6, 1e-5),
+    "cispo": Job("GRPO whose ratios are weights, so that no token is left out.", 1e-6, 1e-5),
+    "sapo": Job("GRPO with a soft gate in place of the clip.", 1e-6, 1e-5),
+    "rloo": Job("Learn by trying: an answer against the mean of the others.", 1e-6, 1e-5),
+    "reinforce_pp": Job("Learn by trying, rewards scaled over the batch.", 1e-6, 1e-5),
+    "reinforce_pp_baseline": Job("The same, against the mean of a prompt's answers.", 1e-6, 1e-5),
     "ppo": Job("Learn by trying, with a value head.", 1e-6, 1e-5),
     "chord": Job("Learn by trying and from demonstrations beside it.", 1e-6, 1e-5),
 }

@@ -287,21 +287,25 @@ def continued_adapter(
 def trained_and_resumed(
     model: str, parallel: dict[str, Any], sequences: Lists, folder: Path, sections: dict[str, Any]
 ) -> tuple[dict[str, Tensor], ...]:
-    """Weights before and after three steps, and after two, a checkpoint and one more."""
+    """Weights before and after three steps, and after two, a checkpoint and one more; the snapshot
+    of those before, saved beside the checkpoint, comes back with it.
+    """
 
     def weights(engine: Any) -> dict[str, Tensor]:
         return {name: w.clone() for name, w in engine.export()}
 
     engine = Engine(recipe_for(model, parallel, **sections))
     packs = _mine(packs_of(sequences, 2), engine)
-    before = weights(engine)
+    before, start = weights(engine), engine.snapshot()
     for step in range(3):
         if step == 2:
-            engine.save(folder / "checkpoint", {})
+            engine.begin_save(folder / "checkpoint", {}, reference=start).finish()
         engine.step(packs, METHODS["sft"])
     after = weights(engine)
     second = Engine(recipe_for(model, parallel, **sections))
-    second.restore(folder / "checkpoint")
+    found = {name: torch.zeros_like(value) for name, value in start.items()}
+    second.restore(folder / "checkpoint", found)
+    assert all(torch.equal(found[name], value) for name, value in start.items())
     second.step(packs, METHODS["sft"])
     return before, after, weights(second)
 
@@ -310,6 +314,7 @@ def saved_in_the_background(
     model: str, parallel: dict[str, Any], sequences: Lists, folder: Path
 ) -> tuple[bool, dict[str, Tensor], dict[str, Tensor]]:
     """(whether the save still wrote after another step, weights when it began, weights restored).
+    A snapshot lies beside them.
 
     Nothing is written before that step is done, so what is written is what was copied.
     """
@@ -323,17 +328,19 @@ def saved_in_the_background(
     cls._write = write_later
     try:
         engine = Engine(recipe_for(model, parallel))
-        packs = _mine(packs_of(sequences, 2), engine)
+        packs, start = _mine(packs_of(sequences, 2), engine), engine.snapshot()
         engine.step(packs, METHODS["sft"])
         before = {name: w.clone() for name, w in engine.export()}
-        saving = engine.begin_save(folder / "checkpoint", {})
+        saving = engine.begin_save(folder / "checkpoint", {}, reference=start)
         engine.step(packs, METHODS["sft"])
         is_writing = not saving.is_written
         go.set()
         saving.finish()
     finally:
         cls._write = write
-    engine.restore(folder / "checkpoint")
+    found = {name: torch.zeros_like(value) for name, value in start.items()}
+    engine.restore(folder / "checkpoint", found)
+    assert all(torch.equal(found[name], value) for name, value in start.items())
     return is_writing, before, {name: w.clone() for name, w in engine.export()}
 
 

@@ -29,8 +29,10 @@ from moetrain.weights.torch_index import INDEX, Chunk, Global, read_index
 DATA = ".distcp"
 
 # What a training checkpoint holds beside weights: the optimizer's state (`chained_0.optimizer...`
-# where there are two), random generators, what fp8 needs.
-_OF_TRAINING = re.compile(r"(chained_\d+\.)?optimizer\.|(rng|rerun)_state|.*_extra_state")
+# where there are two), the reference of a KL, random generators, what fp8 needs.
+_OF_TRAINING = re.compile(
+    r"(chained_\d+\.)?optimizer\.|reference\.|(rng|rerun)_state|.*_extra_state"
+)
 
 
 def is_weight(key: str) -> bool:
