@@ -136,7 +136,8 @@ def test_log_probs_of_what_was_drawn_from(what: str, chunk: int) -> None:
         mine[0][places], mine[1], pack.labels[places], group=None, vocab_start=0, vocab_size=V,
         chunk=chunk, temperature=torch.full((len(places),), 0.7), drawn=drawn, with_entropy=True,
     )  # fmt: skip
-    (logp * out).sum().backward()
+    assert entropy is not None
+    (logp * out + 0.7 * entropy * out.flip(0)).sum().backward()
 
     seen = torch.zeros(len(places), V, dtype=torch.bool)
     for row, (i, n) in enumerate((i, n) for i, own in enumerate(words) for n in range(len(own))):
@@ -149,10 +150,11 @@ def test_log_probs_of_what_was_drawn_from(what: str, chunk: int) -> None:
     )
     wanted = full.gather(1, pack.labels[places, None])[:, 0]
     assert wanted.isfinite().all()
-    (wanted * out).sum().backward()
+    could = full.masked_fill(full == -torch.inf, 0.0)
+    surprise = -(full.exp() * could).sum(-1)
+    (wanted * out + 0.7 * surprise * out.flip(0)).sum().backward()
     torch.testing.assert_close(logp, wanted, atol=2e-6, rtol=2e-6)
-    share = full.exp()
-    torch.testing.assert_close(entropy, -torch.xlogy(share, share).sum(-1), atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(entropy, surprise, atol=2e-6, rtol=2e-6)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=5e-6, rtol=5e-6)
 

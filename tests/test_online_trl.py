@@ -50,7 +50,8 @@ def answer(i: int) -> Packed:
 
 def parts(settings: dict[str, Any], cuts: list[int]) -> tuple[Any, list[Packed]]:
     """The method's section, and the packs of a step of so many answers each."""
-    cfg: Any = TypeAdapter(MethodConfig).validate_python(settings).within(16)
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(settings)
+    cfg = cfg.within(16)
     online = METHODS[cfg.name].online
     assert online is not None
     rewards = torch.tensor(BATCH["reward"], dtype=DOUBLE)

@@ -5,7 +5,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from moetrain.engine import checkpoint
-from moetrain.engine.adapter_state import adapter_state
+from moetrain.engine.adapter_state import adapter_state, fill_adapters
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.params import canonical_name
 from moetrain.engine.snapshot import Weights, named_values
@@ -47,11 +47,15 @@ def contents(
     return own, {"reference": beside}
 
 
-def fill_beside(chunks: list[PackedGPT], loaded: dict[str, Any], values: Weights) -> None:
-    """Copy what was read of the snapshot into it."""
-    own = loaded["reference"]
-    for number, chunk in enumerate(chunks):
-        for name, tensor in named_values(chunk, number, values):
+def fill(chunks: list[PackedGPT], loaded: dict[str, Any], reference: Weights | None) -> None:
+    """Copy what was read into the weights, or the adapters, and into the snapshot."""
+    if "adapter" in loaded:
+        fill_adapters(chunks, loaded["adapter"])
+    else:
+        checkpoint.fill(chunks, loaded)
+    own = loaded.get("reference", {})
+    for number, chunk in enumerate(chunks if reference is not None else ()):
+        for name, tensor in named_values(chunk, number, reference):
             if "adapter" in own:
                 tensor.copy_(own["adapter"][canonical_name(name, chunk)])
             else:

@@ -17,11 +17,10 @@ from moetrain.engine.adapter_state import (
     adapter_of,
     as_base,
     base_for,
-    fill_adapters,
     fill_head,
     planned_adapter,
 )
-from moetrain.engine.contents import contents, fill_beside
+from moetrain.engine.contents import contents, fill
 from moetrain.engine.layers.block import choose_backend
 from moetrain.engine.layers.router import RouterMonitor, watch
 from moetrain.engine.lora import attach
@@ -390,12 +389,7 @@ class Engine:
         """
         own, aside = contents(self.chunks, self.model, self.adapters, self.world, reference)
         loaded, state = checkpoint.restore(folder, own, self.optimizer, self.world, aside)
-        if reference is not None:
-            fill_beside(self.chunks, loaded, reference)
-        if self.adapters is None:
-            checkpoint.fill(self.chunks, loaded)
-        else:
-            fill_adapters(self.chunks, loaded["adapter"])
+        fill(self.chunks, loaded, reference)
         if self.optimizer is not None:
             checkpoint.restore_optimizer(self.optimizer, loaded)
         self.steps_done = int(state.pop("steps_done"))
