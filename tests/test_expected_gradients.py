@@ -11,7 +11,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from moetrain.config.method import MethodConfig
+from moetrain.config.method import SECTIONS, MethodConfig
 from moetrain.errors import ConfigError
 from moetrain.methods import METHODS
 from moetrain.methods import online as parts
@@ -53,7 +53,10 @@ SERVED = MOVED.moved(0.3, 3)  # and how the rollout engine computes it
 
 
 def config(settings: dict[str, Any]) -> Any:
-    return TypeAdapter(MethodConfig).validate_python(settings)
+    """Of a method that has no clip, without WIDE's."""
+    known = SECTIONS[settings["name"]].model_fields
+    own = {key: value for key, value in settings.items() if key in known or key not in WIDE}
+    return TypeAdapter(MethodConfig).validate_python(own)
 
 
 def expected(
@@ -71,8 +74,8 @@ def expected(
     terms, _ = method.loss(Out(logp=logp, value=torch.zeros_like(logp)), pack, cfg, {})
     terms["loss"].backward()
     assert logp.grad is not None
-    # grpo, gspo and chord take the mean over an answer's tokens, the others their sum.
-    scale = 1 if cfg.name in ("dapo", "dr_grpo", "ppo") else LENGTH
+    # Some take the mean over an answer's tokens, others their sum; rloo has one ratio for all.
+    scale = LENGTH if cfg.name in ("grpo", "gspo", "chord", "sapo") else 1
     drawn = torch.stack([sampler.logp(saying).sum().exp() for saying in SAYINGS])
     weights = logp.grad.view(-1, LENGTH) * drawn[:, None] * scale
     return gradient(
@@ -142,7 +145,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.cosine_similarity(a.flatten(), b.flatten(), 0))
 
 
-IN_THE_LOSS = ("grpo", "dr_grpo", "dapo", "gspo", "chord")
+IN_THE_LOSS = ("grpo", "dr_grpo", "dapo", "gspo", "chord", "cispo", "sapo")
 WHERE = {"on policy": (NOW, NOW), "moved": (MOVED, MOVED), "served otherwise": (MOVED, SERVED)}
 
 
@@ -181,9 +184,10 @@ def test_k1_in_the_loss_does_nothing_and_is_refused() -> None:
 
 
 def test_a_kl_in_the_reward_is_k1_and_has_the_kls_gradient() -> None:
-    cfg = config({"name": "ppo", "beta": 1.0, "lam": 1.0, "whiten": False, **WIDE})
-    found = expected(cfg, NOW, NOW, {})
-    torch.testing.assert_close(found, kl_of_whole_answers(), rtol=1e-9, atol=1e-12)
+    ppo = {"name": "ppo", "lam": 1.0, "whiten": False}
+    for own in (ppo, {"name": "reinforce_pp", "scale_rewards": "none"}):
+        found = expected(config(own | {"beta": 1.0} | WIDE), NOW, NOW, {})
+        torch.testing.assert_close(found, kl_of_whole_answers(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("estimator", "points"), [("k2", -0.5), ("k3", -0.7)])
@@ -228,13 +232,14 @@ def earned() -> Tensor:
     return gradient(lambda now: -sum(NOW.logp(s, now).sum().exp() * REWARDS[s] for s in SAYINGS))
 
 
-@pytest.mark.parametrize("name", [*IN_THE_LOSS, "ppo"])
+@pytest.mark.parametrize("name", [*IN_THE_LOSS, "ppo", "rloo", "reinforce_pp"])
 def test_the_surrogate_has_the_rewards_gradient(name: str) -> None:
-    cfg = config({"name": name, **WIDE, **({"lam": 1.0, "whiten": False} if name == "ppo" else {})})
+    more = {"lam": 1.0, "whiten": False} if name == "ppo" else {}
+    cfg = config({"name": name, "beta": 0.0, **WIDE, **more})
     torch.testing.assert_close(expected(cfg, NOW, NOW, REWARDS), earned(), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "chord", "ppo"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "chord", "cispo", "sapo", "ppo"])
 def test_sequence_weights_make_the_samplers_answers_the_policys(name: str) -> None:
     """Answers drawn by another than the trainer's policy: weighted whole, the expectation is that
     of the policy's own; by the token, of its own tokens behind the sampler's beginnings.

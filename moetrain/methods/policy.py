@@ -104,7 +104,7 @@ def targets(batch: Packed, cfg: GroupMethod) -> dict[str, Tensor]:
         k1 = divergence(batch.per_token["old_logp"], batch.per_token["ref_logp"], "k1")
         whole = batch.sequence_ids
         ends = torch.cat([whole[1:] != whole[:-1], whole.new_ones(1).bool()])
-        left, _ = gae(-cfg.beta * k1 * mask, torch.zeros_like(mask), ends, 1.0, 1.0)
+        left, _ = gae(-cfg.beta * k1 * mask, torch.zeros_like(k1), ends, 1.0, 1.0)
         found["advantage"] = found["advantage"] + left * mask
     return found
 
