@@ -319,6 +319,61 @@ MEANINGS = [
     ),
     (
         GRPO,
+        "--importance_sampling_level sequence_token --delta 1.5 --top_entropy_quantile 0.2"
+        " --off_policy_sequence_mask_delta 0.1",
+        {
+            "method.name": "gspo",
+            "method.delta": 1.5,
+            "method.off_policy_mask_threshold": 0.1,
+            "method.top_entropy_quantile": 0.2,
+        },
+    ),
+    (GRPO, "--delta none", {"method.delta": None, "method.scale_rewards": "group"}),
+    (GRPO, "--loss_type dr_grpo", {"method.scale_rewards": "group"}),
+    (
+        GRPO,
+        "--loss_type cispo --epsilon_high 5 --importance_sampling_level sequence",
+        {"method.clip_high": 4.0, "method.importance_sampling_level": "sequence"},
+    ),
+    (GRPO, "--loss_type cispo", {"method.name": "cispo", "method.clip_high": -0.8}),
+    (
+        GRPO,
+        "--loss_type sapo --tau_neg 2",
+        {"method.name": "sapo", "method.tau_pos": 1.0, "method.tau_neg": 2.0},
+    ),
+    (
+        GRPO,
+        "--advantage_estimator rloo --kl_in_reward true",
+        {
+            "method.advantage_estimator": "rloo",
+            "method.kl_in_reward": True,
+            "method.use_bias_correction_kl": True,
+        },
+    ),
+    (
+        GRPO,
+        "--advantage_estimator reinforce_plus_plus --scale_rewards batch",
+        {
+            "method.advantage_estimator": "reinforce_plus_plus_baseline",
+            "method.scale_rewards": "batch",
+        },
+    ),
+    (
+        GRPO,
+        "--advantage_estimator reinforce_plus_plus --scale_rewards none",
+        {"method.advantage_estimator": "grpo", "method.scale_rewards": "none"},
+    ),
+    (
+        GRPO.replace("megatron", "swift"),
+        "--advantage_estimator rloo",
+        {
+            "method.advantage_estimator": "rloo",
+            "method.scale_rewards": "none",
+            "method.kl_in_reward": True,
+        },
+    ),
+    (
+        GRPO,
         "--loss_type dr_grpo --scale_rewards none --max_completion_length 64",
         {"method.name": "dr_grpo", "rollout.max_tokens": 64, "method.length": 64},
     ),
@@ -382,6 +437,24 @@ def test_the_way_back_says_the_same(base: str, flags: str, expected: dict[str, A
     exported = to_swift(recipe.model_dump(mode="json"))
     assert not [note for note in exported.notes if note.kind == "not carried"]
     assert recipe_from(from_swift(exported.text).content) == recipe
+
+
+def test_several_passes_and_a_moving_reference() -> None:
+    """Of `swift`: Megatron-SWIFT has neither."""
+    moving = "--num_iterations 2 --sync_ref_model true --ref_model_sync_steps 100 --save_steps 50"
+    text = GRPO.replace("megatron", "swift")
+    found = keys(f"{text} {moving}")
+    names = ("num_iterations", "ref_model_sync_steps", "ref_model_mixup_alpha")
+    assert [found[f"method.{name}"] for name in names] == [2, 50, 0.6]
+    assert found["checkpoint.every"] == 25
+    assert notes(f"{text} {moving} --beta 0", "implied")["--sync_ref_model true"].endswith(
+        "reference"
+    )
+    recipe = recipe_from(from_swift(f"{text} {moving}").content)
+    lost = [
+        n.what for n in to_swift(recipe.model_dump(mode="json")).notes if n.kind == "not carried"
+    ]
+    assert {f"method.{name}={found[f'method.{name}']}" for name in names[:2]} <= {*lost}
 
 
 def maybe(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -540,7 +613,11 @@ def online_recipes(draw: st.DrawFn) -> Recipe:
     beta = draw(st.sampled_from([0.0, 0.01]))
     mismatch = draw(
         st.sampled_from(
-            [{"mismatch": "none"}, {"mismatch": "tis", "mismatch_cap": 3.0}, {"mismatch": "mask"}]
+            [
+                {"mismatch": "none"},
+                {"mismatch": "tis", "mismatch_cap": 3.0},
+                {"mismatch": "mask", "mismatch_floor": 0.0},
+            ]
         )
     )
     method: dict[str, Any] = draw(ONLINE) | mismatch
@@ -779,10 +856,9 @@ DECIDING_VALUES = {
         "num_beams": "2", "structured_outputs_regex": "[0-9]+",
         "response_prefix": "'<think>\\n'", "max_new_tokens": "99", "response_length": "99",
         "advantage_reweight": "rlsd", "sdar_loss_coef": "0.1", "reward_adapters": "/a",
-        "reward_model_plugin": "mine", "delta": "2", "off_policy_sequence_mask_delta": "1",
-        "sync_ref_model": "true",
+        "reward_model_plugin": "mine",
     },
-    DPO: {"sft_alpha": "0.1"},
+    DPO: {"sync_ref_model": "true", "sft_alpha": "0.1"},
     BASE: {
         "ld_alpha": "0.5", "loss_weights": "1 0.5",
         "neftune_noise_alpha": "5", "label_smoothing_factor": "0.1", "router_aux_loss_coef": "0.1",
@@ -858,15 +934,10 @@ def test_every_deciding_flag_is_tried() -> None:
         (f"{DPO} --rlhf_type gkd --teacher_model t", "gkd: distillation"),
         (f"{GRPO} --teacher_model t", "--teacher_model t: .*distillation"),
         (f"{GRPO} --multi_turn_scheduler s", "one turn"),
-        (f"{GRPO} --loss_type sapo", "SAPO's soft gate is not here; a recipe has grpo"),
-        (f"{GRPO} --loss_type dr_grpo", "--scale_rewards group: .*--scale_rewards none"),
-        (f"{GRPO} --scale_rewards batch", "--scale_rewards batch"),
-        (f"{GRPO} --importance_sampling_level sequence_token", "sequence_token"),
-        (f"{GRPO} --loss_type dapo --importance_sampling_level sequence", "gspo"),
-        (f"{GRPO} --advantage_estimator rloo", "--advantage_estimator rloo"),
+        (f"{GRPO} --loss_type real", "REAL is not here; a recipe has grpo, .*sapo"),
+        (f"{GRPO} --scale_rewards gdpo", "--scale_rewards gdpo: .*added up"),
+        (f"{DPO} --delta 2", "--delta 2: of methods with rollouts"),
         (f"{GRPO} --dynamic_sample true", "only dapo"),
-        (f"{GRPO} --delta 2", "--delta 2"),
-        (f"{GRPO} --kl_in_reward true", "--kl_in_reward true"),
         (f"{GRPO} --rollout_importance_sampling_mode sequence_mask", "sequence_mask: .*mean"),
         (f"{GRPO} --reward_funcs accuracy cosine", "cosine counts tokens there"),
         (f"{GRPO} --reward_funcs mine", "FILE.py:FUNCTION"),

@@ -14,7 +14,7 @@ from moetrain.interop.swift.codecs import (
 )
 from moetrain.interop.swift.datasets import split_sample
 from moetrain.interop.swift.decides import DRAWN, SAMPLED
-from moetrain.interop.swift.online import is_online
+from moetrain.interop.swift.policy import is_online
 
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _DATA = "chord_sft_dataset"

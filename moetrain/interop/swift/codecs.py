@@ -190,6 +190,11 @@ NUMBERS = Codec[list[float]](
     lambda words: [_number((word,)) for word in words],
     lambda values: tuple(word for value in values for word in _show_number(value)),
 )
+MAYBE = Codec[float | None](
+    "a number",
+    lambda words: None if same(words, "none") else _number(words),
+    lambda value: () if value is None else _show_number(value),
+)
 TRUTH = Codec[bool]("true or false", _truth, _show_truth)
 NOT = Codec[bool]("true or false", lambda w: not _truth(w), lambda value: _show_truth(not value))
 TEXT = Codec[str]("one word", _one, lambda value: (value,))

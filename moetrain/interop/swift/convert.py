@@ -38,6 +38,7 @@ from moetrain.interop.swift.notes import (
     implied,
     why_not,
 )
+from moetrain.interop.swift.policy import defaults
 from moetrain.interop.swift.shell import Command, read_command
 from moetrain.interop.swift.table import OLD_NAMES, TABLE
 
@@ -227,7 +228,7 @@ def _given(command: Command, near: Near) -> dict[str, Words]:
         given["NNODES?"] = ()
     if command.program == "swift":
         _check_hf(given)
-        given = {**_HF_DEFAULTS, **given}
+        given = {**_HF_DEFAULTS, **defaults(given), **given}
     return given
 
 

@@ -48,20 +48,15 @@ DECIDING: dict[str, tuple[tuple[str, ...], str]] = SAMPLED | {
     # the tokens
     "preserve_thinking": ((_NONE,), "the chat template says which turns keep their thoughts"),
     # carried by some methods, and of these the words that change nothing
-    "delta": ((_NONE,), "a recipe has the two bounds of epsilon and epsilon_high"),
     "freeze_parameters_ratio": (
         ("0",),
         "the recipe's trainable takes Hugging Face names; set it by hand",
     ),
     "init_weights": (("true",), "adapter.type has olora and pissa"),
     "mtp_num_layers": (("0", _NONE), "multi-token prediction is not trained here"),
-    "off_policy_sequence_mask_delta": (
-        (_NONE,),
-        "no answer is left out for how far the policy has moved",
-    ),
     "rpo_alpha": (("0", _NONE), "of the methods only dpo has it"),
     "sft_alpha": (("0",), _METHOD),
-    "sync_ref_model": (("false",), "the reference stays what it was before the first step"),
+    "sync_ref_model": (("false",), "of pairs the reference's log-probs are computed once"),
     "weight_decay_incr_style": (("constant",), "weight decay is constant"),
 }
 # And those that are carried there.
@@ -72,15 +67,16 @@ DECIDES = (
     | frozenset(
         """
     adapters advantage_estimator calculate_KL columns cpo_alpha delta dynamic_sample
-    f_divergence_type freeze_llm freeze_parameters freeze_parameters_ratio freeze_parameters_regex
-    init_weights interleave_prob kl_in_reward label_smoothing lora_bias loss_scale loss_type
-    lr_decay_style lr_wsd_decay_style mcore_adapter mcore_ref_adapter mcore_ref_model
-    modules_to_save mtp_num_layers new_special_tokens num_iterations num_labels
-    off_policy_sequence_mask_delta optimizer overlong_filter quant_method ref_adapters ref_model
-    reference_free reward_funcs reward_model rollout_importance_sampling_mode router_replay_mode
-    rpo_alpha sft_alpha sync_ref_model target_modules target_regex task_type top_entropy_quantile
-    trainable_parameters trainable_parameters_regex truncation_strategy use_chat_template use_vllm
-    weight_decay_incr_style
+    f_divergence_type freeze_llm freeze_parameters freeze_parameters_ratio
+    freeze_parameters_regex importance_sampling_level init_weights interleave_prob kl_in_reward
+    label_smoothing lora_bias loss_scale loss_type lr_decay_style lr_wsd_decay_style
+    mcore_adapter mcore_ref_adapter mcore_ref_model modules_to_save mtp_num_layers
+    new_special_tokens num_iterations num_labels off_policy_sequence_mask_delta optimizer
+    overlong_filter quant_method ref_adapters ref_model reference_free reward_funcs reward_model
+    rollout_importance_sampling_mode router_replay_mode rpo_alpha scale_rewards sft_alpha
+    sync_ref_model target_modules target_regex task_type top_entropy_quantile
+    trainable_parameters trainable_parameters_regex truncation_strategy use_chat_template
+    use_vllm weight_decay_incr_style
     """.split()
     )
 )

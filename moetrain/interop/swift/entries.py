@@ -19,7 +19,7 @@ from moetrain.interop.swift.codecs import (
     Words,
     Writing,
 )
-from moetrain.interop.swift.online import is_online
+from moetrain.interop.swift.policy import is_online
 
 # The recipe's names of modules, and Megatron's, which ms-swift takes: rows are tried in turn.
 type Names = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]

@@ -21,10 +21,10 @@ from moetrain.interop.swift.codecs import (
     same,
     shown,
 )
-from moetrain.interop.swift.online import GRPO, SEQUENCE
+from moetrain.interop.swift.policy import GRPO, SEQUENCE
 
 _RL = {"action": "rlhf", "rlhf_type": "grpo"}
-_GROUP = {"scale_rewards": "group"}
+_WHOLE = {"loss_type": "grpo", "importance_sampling_level": SEQUENCE}
 
 METHOD = Choice(
     "method.name",
@@ -39,14 +39,12 @@ METHOD = Choice(
         Option("dpo", {"action": "rlhf", "rlhf_type": "dpo"}, {"loss_type": "sigmoid"}),
         Option("kto", {"action": "rlhf", "rlhf_type": "kto"}, {"loss_type": "kto"}),
         Option("reward", {"action": "rlhf", "rlhf_type": "rm"}),
+        Option("gspo", _RL | _WHOLE),
         Option(
-            "gspo",
-            _RL | _GROUP | {"loss_type": "grpo", "importance_sampling_level": SEQUENCE},
+            "gspo", _RL | _WHOLE | {"importance_sampling_level": "sequence_token"}, read_only=True
         ),
-        Option("grpo", _RL | _GROUP | {"loss_type": "grpo"}),
-        Option("dr_grpo", _RL | {"loss_type": "dr_grpo", "scale_rewards": "none"}),
-        Option("dapo", _RL | _GROUP | {"loss_type": "dapo"}),
-        Option("dapo", _RL | _GROUP | {"loss_type": "bnpo"}, read_only=True),
+        *(Option(name, _RL | {"loss_type": name}) for name in GRPO if name != "gspo"),
+        Option("dapo", _RL | {"loss_type": "bnpo"}, read_only=True),
         Option("orpo", {"action": "rlhf", "rlhf_type": "orpo"}, read_only=True),
         Option(
             "simpo",
@@ -55,7 +53,6 @@ METHOD = Choice(
             read_only=True,
         ),
     ),
-    defaults={"scale_rewards": "group"},
     wanted="--rlhf_type: a recipe has a method for dpo, kto, rm and grpo (orpo and simpo of "
     "`swift`)",
 )
@@ -134,8 +131,6 @@ _TASKS = {
     "reranker": "rerankers are not trained here",
 }
 _LOSSES = {
-    "cispo": "CISPO",
-    "sapo": "SAPO's soft gate",
     "real": "REAL",
     "fipo": "FIPO",
 }
@@ -173,21 +168,8 @@ def _check_grpo(given: Mapping[str, Words]) -> None:
             )
     loss = given.get("loss_type", ("grpo",))
     name = loss[0] if len(loss) == 1 else ""
-    if name not in ("grpo", "bnpo", "dr_grpo", "dapo"):
+    if name not in (*GRPO, "bnpo") or name == "gspo":
         raise ConfigError(
             f"{shown('loss_type', loss)}: {_LOSSES.get(name, 'this loss')} is not here; a recipe "
             f"has {', '.join(GRPO)}"
-        )
-    wanted = "none" if name == "dr_grpo" else "group"
-    scale = given.get("scale_rewards", ("group",))
-    if not same(scale, wanted):
-        raise ConfigError(
-            f"{shown('scale_rewards', scale)}: with --loss_type {name} a recipe has "
-            f"--scale_rewards {wanted}"
-        )
-    level = given.get("importance_sampling_level", ("token",))
-    if not same(level, "token") and not (same(level, SEQUENCE) and name == "grpo"):
-        raise ConfigError(
-            f"{shown('importance_sampling_level', level)}: a recipe has token, and sequence with "
-            f"--loss_type grpo (gspo)"
         )

@@ -15,22 +15,15 @@ from moetrain.interop.swift.codecs import (
     WHOLE,
     Codec,
     Entry,
-    Keys,
     Note,
     Reading,
     Writing,
     same,
 )
+from moetrain.interop.swift.policy import is_online, steps_of_batch
 
-GRPO = ("grpo", "dr_grpo", "dapo", "gspo")
-SEQUENCE = "sequence"
-# Keys that count steps: batches of rollouts here, of `inner_steps` optimizer steps each.
+# Keys that count steps: batches of rollouts here, of several optimizer steps each.
 _STEPS = ("train.steps", "train.eval_every", "checkpoint.every")
-
-
-def is_online(keys: Keys) -> bool:
-    """Whether the recipe's method is one of these."""
-    return keys.get("method.name") in (*GRPO, "chord")
 
 
 class OnlineBatch(Entry):
@@ -84,7 +77,7 @@ class OnlineSteps(Entry):
 
     def read(self, reading: Reading) -> None:
         keys = reading.keys
-        inner = keys.get("method.inner_steps", 1)
+        inner = steps_of_batch(keys)
         if not is_online(keys) or inner == 1:
             return
         for key in _STEPS:
@@ -95,7 +88,7 @@ class OnlineSteps(Entry):
                     reading.notes.append(Note("changed", key, why))
 
     def write(self, writing: Writing) -> None:
-        inner = writing.keys.get("method.inner_steps", 1)
+        inner = steps_of_batch(writing.keys)
         if not is_online(writing.keys) or inner == 1:
             return
         for flag in ("train_iters", "eval_steps", "save_steps"):
@@ -138,38 +131,21 @@ class OnlineLength(Entry):
         writing.flags["max_length"] = WHOLE.show(max(room, 1))
 
 
-class Clipping(Entry):
-    """`epsilon` is both bounds where `epsilon_high` is not given."""
-
-    def read(self, reading: Reading) -> None:
-        if not is_online(reading.keys):
-            return
-        low = reading.parse("epsilon", NUMBER)
-        high = reading.parse("epsilon_high", NUMBER)
-        reading.keys["method.clip_low"] = 0.2 if low is None else low
-        reading.keys["method.clip_high"] = reading.keys["method.clip_low"] if high is None else high
-
-    def write(self, writing: Writing) -> None:
-        if not is_online(writing.keys):
-            return
-        for key, flag in (("clip_low", "epsilon"), ("clip_high", "epsilon_high")):
-            writing.covered.add(f"method.{key}")
-            writing.flags[flag] = NUMBER.show(writing.keys[f"method.{key}"])
-
-
 class Divergence(Entry):
     """The KL to the reference: Schulman's k3 on both sides, there never weighed by the ratio."""
 
     def read(self, reading: Reading) -> None:
-        if is_online(reading.keys) and reading.keys.get("method.beta"):
-            reading.keys["method.use_bias_correction_kl"] = False
+        keys = reading.keys
+        in_the_loss = keys.get("method.beta") and not keys.get("method.kl_in_reward")
+        if is_online(keys) and in_the_loss:
+            keys["method.use_bias_correction_kl"] = False
 
     def write(self, writing: Writing) -> None:
         keys = writing.keys
         if not is_online(keys):
             return
         writing.covered |= {"method.use_bias_correction_kl", "method.kl_estimator"}
-        if not keys.get("method.beta"):
+        if not keys.get("method.beta") or keys.get("method.kl_in_reward"):
             return
         if keys.get("method.kl_estimator", "k3") != "k3":
             writing.lost("method.kl_estimator", "ms-swift has k3")
@@ -196,19 +172,21 @@ class Mismatch(Entry):
             reading.keys["method.mismatch"] = self.MODES[mode]
             reading.keys["method.mismatch_cap"] = 2.0 if cap is None else cap
             if mode == "token_mask":
-                why = "masks ratios under 1 / threshold too"
-                reading.note("changed", "rollout_importance_sampling_mode", why)
+                reading.keys["method.mismatch_floor"] = 0.0
 
     def write(self, writing: Writing) -> None:
         if not is_online(writing.keys):
             return
-        writing.covered |= {"method.mismatch", "method.mismatch_cap"}
+        writing.covered |= {"method.mismatch", "method.mismatch_cap", "method.mismatch_floor"}
         mode = writing.keys.get("method.mismatch", "tis")
         back = {here: there for there, here in self.MODES.items()}
         if mode in back:
             writing.flags["rollout_importance_sampling_mode"] = (back[mode],)
             cap = writing.keys.get("method.mismatch_cap", 2.0)
             writing.flags["rollout_importance_sampling_threshold"] = NUMBER.show(cap)
+            floor = writing.keys.get("method.mismatch_floor")
+            if floor or (floor is None and mode == "mask"):
+                writing.lost("method.mismatch_floor", "ms-swift has an upper bound alone")
         elif mode != "none":
             writing.lost("method.mismatch", "ms-swift takes the mean of a sequence's ratios")
 

@@ -2,7 +2,7 @@
 
 from moetrain.config.method import SECTIONS, ReferencedMethod
 from moetrain.interop.swift.codecs import LIST, TEXT, Entry, Keys, Reading, Writing
-from moetrain.interop.swift.online import is_online
+from moetrain.interop.swift.policy import is_online
 
 REFERENCED = {name for name, own in SECTIONS.items() if issubclass(own, ReferencedMethod)}
 

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 from moetrain.errors import ConfigError
 from moetrain.interop.swift.codecs import LIST, NUMBER, WHOLE, Entry, Reading, Writing
-from moetrain.interop.swift.online import is_online
+from moetrain.interop.swift.policy import is_online
 
 _SAME = ("accuracy", "format")
 _OVERLONG = "soft_overlong"

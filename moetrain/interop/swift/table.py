@@ -37,16 +37,15 @@ from moetrain.interop.swift.entries import (
 )
 from moetrain.interop.swift.methods import METHOD, PairLosses, is_smoothed, smoothing
 from moetrain.interop.swift.online import (
-    Clipping,
     Divergence,
     Mismatch,
     OnlineBatch,
     OnlineLength,
     OnlineSteps,
     Servers,
-    is_online,
 )
 from moetrain.interop.swift.optimizer import OPTIMIZER, has_adapter
+from moetrain.interop.swift.policy import Advantages, Chosen, Clipping, Level, is_online
 from moetrain.interop.swift.reference import Reference
 from moetrain.interop.swift.rewards import RewardFunctions
 from moetrain.interop.swift.text import Thoughts
@@ -310,7 +309,10 @@ _ONLINE: tuple[Entry, ...] = (
         always=True,
     ),
     Same("temperature", NUMBER, default=0.9, when=is_online, always=True),
+    Level(),
     Clipping(),
+    Advantages(),
+    Chosen(),
     Divergence(),
     Mismatch(),
     Same("dynamic_sample", TRUTH, default=False, when=method("dapo")),

@@ -1,7 +1,7 @@
 """Which tokens of a record are learned, and how a template is told to think."""
 
 from moetrain.interop.swift.codecs import TEXT, TRUTH, Entry, Reading, Writing
-from moetrain.interop.swift.online import is_online
+from moetrain.interop.swift.policy import is_online
 
 _ANSWERS = ("sft", "dft", "chord_sft")
 _EMPTY = "ignore_empty_think"
