@@ -115,10 +115,7 @@ class Engine:
         self.optimizer: Any = None
         self.adapters: AdapterTable | None = None
         self.initial_adapter: InitialAdapter | None = None
-        if self.world.kind == "meta":
-            self._attach(planned_adapter(recipe, self.model))
-        else:
-            self._load_source()
+        self._load_source()
         models: Sequence[Any] = self.chunks
         self.wrapped: list[Any] = []
         if train:
@@ -137,6 +134,8 @@ class Engine:
     def _load_source(self) -> None:
         """Base weights, then an adapter: a new one, which changes nothing yet, or an earlier."""
         recipe = self.recipe
+        if self.world.kind == "meta":
+            return self._attach(planned_adapter(recipe, self.model))
         reader = self.source.reader(recipe, self.model)
         adapters = adapter_of(recipe, self.model, reader)
         self.load(base_for(reader, adapters, recipe.seed))
@@ -150,10 +149,9 @@ class Engine:
                 self.load_adapter(earlier)
 
     def _attach(self, adapters: AdapterTable | None) -> None:
-        if adapters is not None:
-            dropout = 0.0 if self.recipe.adapter is None else self.recipe.adapter.dropout
-            attach(self.chunks, adapters, self.world, dropout)
-            self.adapters = adapters
+        self.adapters = adapters
+        if adapters is not None and (config := self.recipe.adapter) is not None:
+            attach(self.chunks, adapters, self.world, config.dropout)
 
     def load_adapter(self, reader: Reader) -> None:
         """Fill the adapters from `reader`, which has the tensors of `self.adapters`."""
