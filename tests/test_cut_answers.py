@@ -192,6 +192,32 @@ def test_what_does_nothing_is_refused(method: dict[str, Any], says: str) -> None
         recipe_with(method)
 
 
+# Rounds of sampling
+
+
+@pytest.mark.gloo
+def test_groups_of_equal_rewards_are_sampled_anew(workers: Workers, tmp_path: Path) -> None:
+    """Where there are no others the step takes them after method.max_rounds."""
+    own = tmp_path / "same.py"
+    own.write_text("def same(completions, **_): return [1.0] * len(completions)")
+    settings = (
+        f"run_dir={tmp_path / 'run'} data.eval=[] data.seq_len=256 rewards=[{own}:same]"
+        " train.steps=1 checkpoint.every=null observe.tensorboard=false"
+        " rollout.prompts_per_step=2 rollout.group_size=2 rollout.max_tokens=8"
+    ).split()
+    settings.append("method={name: gspo, dynamic_sampling: true, max_rounds: 3}")
+    assert workers.run(1, ranks.trained, str(RECIPE), settings) == [0]
+    path = tmp_path / "run" / "rollouts" / "00000001.jsonl"
+    head, *groups = map(json.loads, path.read_text().splitlines())
+    assert (head["cursor"], head["counts"]["dropped/no_signal"], len(groups)) == (6, 6, 2)
+    with pytest.raises(ConfigError, match="nobody knows how many steps"):
+        recipe_with({"name": "grpo", "dynamic_sampling": True}, train={"epochs": 1})
+    with pytest.raises(ConfigError, match="learns from groups of equal rewards"):
+        recipe_with({"name": "reinforce_pp", "dynamic_sampling": True})
+    with pytest.raises(ConfigError, match=r"max_length does nothing without method\.soft_length"):
+        recipe_with({"name": "grpo", "max_length": 5})
+
+
 # Epochs
 
 

@@ -327,6 +327,27 @@ def test_long_answers_are_shaped_down() -> None:
     assert parts.overlong(lengths, 100, 20).tolist() == pytest.approx([0, 0, -0.5, -1, -1])
 
 
+@pytest.mark.parametrize("name", [name for name, own in METHODS.items() if own.online])
+def test_every_method_with_rollouts_has_them(name: str) -> None:
+    """The penalty of long answers, groups of equal rewards sampled anew, cut answers left out."""
+    given: dict[str, Any] = {"name": name, "max_length": 100, "soft_length": 20}
+    given |= {"truncated": "mask"} | ({} if name == "ppo" else {"dynamic_sampling": True})
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(given)
+    cfg = cfg.within(200)
+    online = METHODS[name].online
+    assert online is not None and online.shape is not None and online.truncated(cfg) == "mask"
+    rewards, group = torch.tensor([1.0, 1.0, 1.0, 0.5]), torch.tensor([0, 0, 1, 1])
+    lengths, cut = torch.tensor([10.0, 90.0, 150.0, 95.0]), torch.zeros(4).bool()
+    assert online.shape(rewards, lengths, cut, cfg).tolist() == [1.0, 0.5, 0.0, -0.25]
+    if name == "ppo":
+        assert cfg.rounds == 1
+        return
+    assert online.drops is not None and cfg.rounds == 8
+    assert online.drops(rewards, group, cfg).tolist() == [True, True, False, False]
+    plain = cfg.model_copy(update={"dynamic_sampling": False})
+    assert not online.drops(rewards, group, plain).any() and plain.rounds == 1
+
+
 @given(st.floats(-4, -0.01), st.floats(-4, -0.01))
 def test_k2_and_k3_are_never_negative(logp: float, ref: float) -> None:
     a, b = torch.tensor([logp], dtype=DOUBLE), torch.tensor([ref], dtype=DOUBLE)

@@ -136,6 +136,7 @@ def test_told_to_stop_it_says_how_to_go_on(prompts: Path, rewards: Path, tmp_pat
     ("more", "message"),
     [
         (["rollout.temperature=0.5"], "was made with temperature 1.0, this is temperature 0.5"),
+        (["rollout.top_k=5"], "was made with top_k nothing, this is top_k 5"),
         (["rewards=[exact]"], "was made with rewards"),
         (["model.dtype=bf16"], "was made with model.dtype fp32"),
         (["rollout.max_tokens=2000"], "can be used"),

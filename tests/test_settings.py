@@ -51,7 +51,7 @@ OTHER: dict[str, Any] = {
     "beta": 0.7, "reference": "base", "kl_budget": 3.0, "label_smoothing": 0.3, "rpo_alpha": 0.5,
     "desirable_weight": 2.0, "undesirable_weight": 2.0, "gamma": 0.5, "center_rewards": 0.5,
     "clip_low": 0.01, "clip_high": 5.0, "mismatch_cap": 1.01, "length": 7, "max_length": 6,
-    "soft_length": 5, "lam": 0.3, "value_weight": 0.7,
+    "soft_length": 5, "max_rounds": 3, "lam": 0.3, "value_weight": 0.7,
     "value_clip": 0.01, "mu_peak": 0.5, "mu_valley": 0.2, "mu_warmup": 3, "mu_decay": 9,
     "missing_eos_penalty": 0.5, "reward_clip": 0.3, "kl_target": 3.0, "kl_horizon": 50,
     "loss_type": "apo_zero", "loss_weights": [0.5], "discopop_tau": 0.5, "ld_alpha": 0.5,
@@ -103,7 +103,7 @@ def what_a_method_makes(settings: dict[str, Any]) -> list[Any]:
     if online is not None:
         cfg = cfg.within(12)  # tokens of the longest answer below
         settings = cfg.model_dump()
-    found: list[Any] = [cfg.kl_limit]
+    found: list[Any] = [cfg.kl_limit, getattr(cfg, "rounds", 1)]
     if online is None:
         case = next(c for c in CASES if c["method"]["name"] == cfg.name)
         case = case | {"known": {"bco/shift": 0.1}}
@@ -174,7 +174,9 @@ def method_cases() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
             beside = {"loss_type": "discopop" if key == "discopop_tau" else "bco_pair"}
         if key in ("kl_target", "kl_horizon"):
             beside = {"beta": 0.7} | ({"kl_target": 3.0} if key == "kl_horizon" else {})
-        if key == "soft_length":
+        if key in ("max_length", "max_rounds"):
+            beside = {"soft_length": 5} if key == "max_length" else {"dynamic_sampling": True}
+        if key == "soft_length" and name == "dapo":
             beside = {"max_length": 6}
         for value in given:
             if value != default and [value] != default:

@@ -380,7 +380,24 @@ MEANINGS = [
     (
         GRPO,
         "--loss_type dapo --dynamic_sample true --epsilon_high 0.28",
-        {"method.name": "dapo", "method.dynamic_sampling": True, "method.clip_high": 0.28},
+        {
+            "method.name": "dapo",
+            "method.dynamic_sampling": True,
+            "method.clip_high": 0.28,
+            "method.max_rounds": 3,
+        },
+    ),
+    (
+        GRPO,
+        "--dynamic_sample true --max_resample_times 5 --reward_funcs accuracy soft_overlong"
+        " --soft_cache_length 100 --soft_max_length 400",
+        {
+            "method.name": "grpo",
+            "method.dynamic_sampling": True,
+            "method.max_rounds": 5,
+            "method.max_length": 400,
+            "method.soft_length": 100,
+        },
     ),
     (
         GRPO,
@@ -937,11 +954,14 @@ def test_every_deciding_flag_is_tried() -> None:
         (f"{GRPO} --loss_type real", "REAL is not here; a recipe has grpo, .*sapo"),
         (f"{GRPO} --scale_rewards gdpo", "--scale_rewards gdpo: .*added up"),
         (f"{DPO} --delta 2", "--delta 2: of methods with rollouts"),
-        (f"{GRPO} --dynamic_sample true", "only dapo"),
         (f"{GRPO} --rollout_importance_sampling_mode sequence_mask", "sequence_mask: .*mean"),
         (f"{GRPO} --reward_funcs accuracy cosine", "cosine counts tokens there"),
         (f"{GRPO} --reward_funcs mine", "FILE.py:FUNCTION"),
-        (f"{GRPO} --reward_funcs accuracy soft_overlong --soft_cache_length 3", "no other method"),
+        (
+            f"{GRPO} --reward_funcs accuracy soft_overlong --soft_cache_length 3"
+            " --reward_weights 1 2",
+            "a part of the method here, of weight 1",
+        ),
         (f"{GRPO} --reward_weights 1 2", "1 numbers are wanted"),
         (f"{GRPO} --num_generations 5", "no whole number of groups"),
         (f"{GRPO} --generation_batch_size 20", "multiple of global_batch_size 16"),

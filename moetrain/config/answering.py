@@ -10,8 +10,8 @@ from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError
 
 # Of `rollout`: who answers, how long and how, and who grades.
-ENGINE = ("engine", "max_tokens", "reward_workers", "reward_seconds", *SERVERS)
-ENGINE += ("top_p", "top_k", "min_p", "repetition_penalty", "stop")
+_DRAWN = ("max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
+ENGINE = ("engine", *_DRAWN, "reward_workers", "reward_seconds", *SERVERS)
 _MODEL = ("seed", "run_dir", "model", "parallel", "adapter", "megatron")  # sections, whole
 _CHAT = (
     "cache chat_template chat_template_kwargs system special_tokens_in_text seq_len max_rejected"

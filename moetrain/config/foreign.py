@@ -73,6 +73,7 @@ SWIFT = {
     "max_completion_length": "rollout.max_tokens",
     "temperature": "rollout.temperature",
     "dynamic_sample": "method.dynamic_sampling",
+    "max_resample_times": "method.max_rounds",
     "vllm_gpu_memory_utilization": "rollout.gpu_memory",
     "vllm_tensor_parallel_size": "rollout.tensor_parallel",
 }

@@ -10,6 +10,7 @@ from moetrain.config.online_base import (
     KL_A_TOKEN,
     LEVEL,
     SCALE,
+    SOFT_LENGTH,
     ClippedMethod,
     Count,
     Estimator,
@@ -47,7 +48,8 @@ class DrGrpoMethod(ClippedMethod, GroupMethod):
 
     def within(self, max_tokens: int) -> Self:
         """Divided by the longest answer."""
-        return self if self.length else self.model_copy(update={"length": max_tokens})
+        found = super().within(max_tokens)
+        return found if found.length else found.model_copy(update={"length": max_tokens})
 
 
 class DapoMethod(ClippedMethod, GroupMethod):
@@ -58,33 +60,15 @@ class DapoMethod(ClippedMethod, GroupMethod):
     dynamic_sampling: bool = Field(
         default=True, description="sample further prompts in place of groups of equal rewards"
     )
-    max_length: Count | None = Field(
-        default=None,
-        description="tokens at which an answer has the whole penalty of 1; default:"
-        " rollout.max_tokens",
-    )
     soft_length: int | None = Field(
         default=None,
         ge=0,
-        description="tokens before max_length over which the penalty grows; default: a fifth of"
-        " max_length; 0: no penalty",
+        description=SOFT_LENGTH + "default: a fifth of max_length; 0: no penalty",
     )
 
-    def within(self, max_tokens: int) -> Self:
-        """The penalty's place. The paper's: 4,096 of 20,480 tokens."""
-        longest = self.max_length or max_tokens
-        soft = max(1, longest // 5) if self.soft_length is None else self.soft_length
-        if soft > longest:
-            raise ValueError(
-                f"method.soft_length={soft} is more than method.max_length={longest}: give less"
-            )
-        if soft and longest - soft >= max_tokens:
-            raise ValueError(
-                f"method.max_length={longest} with soft_length={soft} penalises answers of more"
-                f" than {longest - soft} tokens, and rollout.max_tokens={max_tokens} lets none be"
-                " so long: leave max_length out"
-            )
-        return self.model_copy(update={"max_length": longest, "soft_length": soft})
+    def soft_tokens(self, longest: int) -> int:
+        """The paper's: 4,096 of 20,480."""
+        return max(1, longest // 5) if self.soft_length is None else self.soft_length
 
 
 class GspoMethod(ClippedMethod, GroupMethod):

@@ -21,6 +21,12 @@ def in_the_loss(value: object) -> object:
     return value
 
 
+SOFT_LENGTH = (
+    "tokens before max_length over which an answer's overlong penalty grows (DAPO, arXiv"
+    " 2503.14476, eq. 13; ms-swift's soft_overlong); "
+)
+
+
 class OnlineMethod(MethodSection):
     """What all of them share."""
 
@@ -56,6 +62,12 @@ class OnlineMethod(MethodSection):
         description="and below; 0: nowhere; default: 1 / mismatch_cap for the masks, else 0 (TRL's"
         " clip_min)",
     )
+    max_length: Count | None = Field(
+        default=None,
+        description="tokens at which an answer has the whole overlong penalty of 1; default:"
+        " rollout.max_tokens",
+    )
+    soft_length: int | None = Field(default=0, ge=0, description=SOFT_LENGTH + "0: no penalty")
     inner_steps: Count = Field(
         default=1, description="optimizer steps that share out a batch of rollouts"
     )
@@ -105,13 +117,36 @@ class OnlineMethod(MethodSection):
         """Nats an answer past which `kl` is warned of."""
         return self.kl_budget
 
+    @property
+    def rounds(self) -> int:
+        """Of sampling for one step, at most."""
+        return 1
+
+    def soft_tokens(self, longest: int) -> int:
+        """Over which the overlong penalty grows where the whole of it is at `longest`."""
+        return self.soft_length or 0
+
     def within(self, max_tokens: int) -> Self:
         """The same with what follows from the longest answer that is sampled."""
-        return self
+        longest = self.max_length or max_tokens
+        soft = self.soft_tokens(longest)
+        if soft > longest:
+            raise ValueError(
+                f"method.soft_length={soft} is more than method.max_length={longest}: give less"
+            )
+        if soft and longest - soft >= max_tokens:
+            raise ValueError(
+                f"method.max_length={longest} with soft_length={soft} penalises answers of more"
+                f" than {longest - soft} tokens, and rollout.max_tokens={max_tokens} lets none be"
+                " so long: leave max_length out"
+            )
+        found = {"max_length": longest if soft else self.max_length, "soft_length": soft}
+        return self.model_copy(update=found)
 
     def _idle(self) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
         """(what is needed, whether it is missing, keys that do nothing then)."""
         yield "method.mismatch", self.mismatch == "none", ("mismatch_cap", "mismatch_floor")
+        yield "method.soft_length", self.soft_length == 0, ("max_length",)
         reference = ("kl_budget", "kl_estimator", "use_bias_correction_kl", "kl_in_reward")
         syncs = ("ref_model_sync_steps", "ref_model_mixup_alpha")
         yield "method.beta", not self.beta, (*reference, *syncs)
@@ -212,11 +247,25 @@ class GroupMethod(OnlineMethod):
         description="answers that rollout.max_tokens cut: reward learns from them by their grade,"
         " mask leaves them out, after they have counted in their group",
     )
+    dynamic_sampling: bool = Field(
+        default=False,
+        description="sample further prompts in place of groups of equal rewards (DAPO, eq. 11;"
+        " ms-swift's dynamic_sample)",
+    )
+    max_rounds: Count = Field(
+        default=8,
+        description="of sampling for one step with dynamic_sampling; then groups of equal rewards"
+        " fill it up (ms-swift's max_resample_times, verl's max_num_gen_batches)",
+    )
 
     @property
     def compares(self) -> bool:
         """REINFORCE++ without a baseline can learn from one answer."""
         return self.advantage_estimator != "reinforce_plus_plus"
+
+    @property
+    def rounds(self) -> int:
+        return self.max_rounds if self.dynamic_sampling else 1
 
     @property
     def by_token(self) -> bool:
@@ -227,6 +276,7 @@ class GroupMethod(OnlineMethod):
         yield from super()._idle()
         unread = ("kl_estimator", "use_bias_correction_kl")
         yield "method.kl_in_reward=false", self.kl_in_reward, unread
+        yield "method.dynamic_sampling", not self.dynamic_sampling, ("max_rounds",)
 
     @model_validator(mode="after")
     def _has_a_scale(self) -> Self:

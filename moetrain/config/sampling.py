@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from moetrain.config.online import DapoMethod
-from moetrain.config.online_base import OnlineMethod
+from moetrain.config.online_base import GroupMethod, OnlineMethod
 from moetrain.config.rollout import RolloutConfig
 
 
@@ -25,11 +24,17 @@ def check_sampling(
         raise ValueError(
             "rewards: every weight is 0, so that no answer is better than another. Give one another"
         )
-    if isinstance(method, DapoMethod) and method.dynamic_sampling and epochs:
+    dynamic = isinstance(method, GroupMethod) and method.dynamic_sampling
+    if dynamic and epochs:
         raise ValueError(
-            "train.epochs: dapo samples further prompts in place of groups without signal, so"
+            f"train.epochs: {name} samples further prompts in place of groups without signal, so"
             " nobody knows how many steps there are. Give train.steps, or"
             " method.dynamic_sampling=false"
+        )
+    if dynamic and not method.compares:
+        raise ValueError(
+            f"method.dynamic_sampling: {name} learns from groups of equal rewards, too. Leave it"
+            " out"
         )
     if method.inner_steps > rollout.prompts_per_step and fresh:
         raise ValueError(

@@ -29,7 +29,6 @@ from moetrain.rewards import Completion, Grader, Verdict
 from moetrain.rollout.base import Request, RolloutEngine, Sampling
 
 WHOLE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # all may be drawn
-MAX_ROUNDS = 8  # of sampling for one step, where groups without signal are dropped
 Drops = Callable[[Tensor, Tensor], Tensor]
 """(rewards [n], group [n]) -> [n] bool: answers of groups that teach nothing."""
 
@@ -146,6 +145,7 @@ class Collector:
     group_size: int
     seed: int
     drops: Drops | None = None
+    rounds: int = 1  # of sampling for one step, at most, where groups without signal are dropped
     num_steps: int = 0  # of the run, for rewards that ask
     limit: int | None = None  # prompts of the stream that there are, where epochs are counted
     # Faults that a batch has counted; those of the push before it are among them.
@@ -164,7 +164,7 @@ class Collector:
         counts: Counter[str] = Counter()
         groups: list[Group] = []
         spare: list[Group] = []  # without signal; better than an empty step
-        for _ in range(MAX_ROUNDS if self.drops else 1):
+        for _ in range(self.rounds):
             wanted = self.num_prompts - len(groups)
             if self.limit is not None:
                 wanted = min(wanted, self.limit - cursor)

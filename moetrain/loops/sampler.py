@@ -161,6 +161,7 @@ class Driver:
             group_size=rollout.group_size,
             seed=recipe.seed,
             drops=None if drops is None else lambda r, g: drops(r, g, method),
+            rounds=method.rounds,
             limit=prompts_read(recipe, len(prompts.train.prompts)),
         )
         self._changed = threading.Condition()

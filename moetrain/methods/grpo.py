@@ -9,9 +9,8 @@ upper bound, dynamic sampling and a penalty for answers near the longest allowed
 
 from torch import Tensor
 
-from moetrain.config.online import DapoMethod, DrGrpoMethod
-from moetrain.methods.online import overlong, without_signal
-from moetrain.methods.policy import BY_ANSWER, BY_TOKEN, Mean, num_answers, online, policy_gradient
+from moetrain.config.online import DrGrpoMethod
+from moetrain.methods.policy import BY_ANSWER, BY_TOKEN, Mean, num_answers, policy_gradient
 from moetrain.ops.packed import Packed
 
 
@@ -21,19 +20,6 @@ def constant(batch: Packed, cfg: DrGrpoMethod) -> Tensor:
     return num_answers(batch) * cfg.length
 
 
-def shape_dapo(rewards: Tensor, length: Tensor, truncated: Tensor, cfg: DapoMethod) -> Tensor:
-    """Rewards with the soft penalty of long answers."""
-    if not cfg.soft_length:
-        return rewards
-    assert cfg.max_length is not None, "a recipe says where the penalty is"
-    return rewards + overlong(length, cfg.max_length, cfg.soft_length)
-
-
-def drops_dapo(rewards: Tensor, group: Tensor, cfg: DapoMethod) -> Tensor:
-    """Groups of equal rewards, unless dynamic sampling is off."""
-    return without_signal(rewards, group, cfg) & cfg.dynamic_sampling
-
-
 GRPO = policy_gradient("grpo", BY_ANSWER)
 DR_GRPO = policy_gradient("dr_grpo", Mean(BY_TOKEN.share, constant))
-DAPO = policy_gradient("dapo", BY_TOKEN, online=online(shape=shape_dapo, drops=drops_dapo))
+DAPO = policy_gradient("dapo", BY_TOKEN)

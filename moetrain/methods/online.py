@@ -60,6 +60,14 @@ def overlong(lengths: Tensor, max_length: int, soft_length: int) -> Tensor:
     return -((lengths - (max_length - soft_length)) / soft_length).clamp(0, 1)
 
 
+def with_overlong(rewards: Tensor, lengths: Tensor, cut: Tensor, cfg: OnlineMethod) -> Tensor:
+    """Rewards [n] with the penalty of long answers, where the recipe has one."""
+    if not cfg.soft_length:
+        return rewards
+    assert cfg.max_length is not None, "a recipe says where the penalty is"
+    return rewards + overlong(lengths, cfg.max_length, cfg.soft_length)
+
+
 # Over the tokens of a pack
 
 

@@ -33,6 +33,8 @@ from moetrain.methods.online import (
     online_metrics,
     spread,
     tokens_of,
+    with_overlong,
+    without_signal,
 )
 from moetrain.ops.packed import ANSWER, Packed
 
@@ -114,10 +116,17 @@ def penalised(cfg: GroupMethod) -> bool:
     return bool(cfg.beta) and cfg.kl_in_reward and not cfg.by_token
 
 
+def drops(rewards: Tensor, group: Tensor, cfg: GroupMethod) -> Tensor:
+    """Groups of equal rewards, with dynamic sampling."""
+    return without_signal(rewards, group, cfg) & cfg.dynamic_sampling
+
+
 def online(**more: Any) -> Online:
     """How answers become advantages, in all of these methods."""
     return Online(
         advantages.advantages,
+        shape=with_overlong,
+        drops=drops,
         targets=targets,
         whiten=advantages.whiten,
         truncated=lambda cfg: cfg.truncated,

@@ -26,6 +26,7 @@ from moetrain.methods.online import (
     learned,
     online_metrics,
     tokens_of,
+    with_overlong,
 )
 from moetrain.methods.running import WEIGHT, normalised, steered, with_rewards
 from moetrain.ops.packed import Packed
@@ -40,11 +41,13 @@ def raw(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
 
 def shape(rewards: Tensor, length: Tensor, truncated: Tensor, cfg: PpoMethod) -> Tensor:
     """An answer that would have gone on has no grade of its own where values stand in for it, and a
-    penalty where that is asked for.
+    penalty where that is asked for; how long an answer is counts, where the recipe says so.
     """
     if cfg.truncated == "bootstrap":
-        return rewards.masked_fill(truncated, 0.0)
-    return rewards - cfg.missing_eos_penalty * truncated.to(rewards.dtype)
+        rewards = rewards.masked_fill(truncated, 0.0)
+    else:
+        rewards = rewards - cfg.missing_eos_penalty * truncated.to(rewards.dtype)
+    return with_overlong(rewards, length, truncated, cfg)
 
 
 def rescale(

@@ -17,7 +17,7 @@ _PLUGIN = "is a class of an ms-swift plugin: write it as FILE.py:FUNCTION (docs/
 
 
 class RewardFunctions(Entry):
-    """accuracy, format and repetition by name; soft_overlong is a part of dapo here."""
+    """accuracy, format and repetition by name; soft_overlong is a part of the method here."""
 
     def read(self, reading: Reading) -> None:
         if not is_online(reading.keys):
@@ -32,9 +32,9 @@ class RewardFunctions(Entry):
             options: dict[str, Any] = {}
             if name == _OVERLONG:
                 if weight != 1:
-                    unknown.append(f"{name} is a part of dapo here, of weight 1")
+                    unknown.append(f"{name} is a part of the method here, of weight 1")
                 else:
-                    unknown += self._overlong(reading)
+                    self._overlong(reading)
                 continue
             if name == "repetition":
                 options = {"n": n or 3, "max_penalty": abs(-1.0 if penalty is None else penalty)}
@@ -65,17 +65,14 @@ class RewardFunctions(Entry):
         return given
 
     @staticmethod
-    def _overlong(reading: Reading) -> list[str]:
+    def _overlong(reading: Reading) -> None:
         keys = reading.keys
         soft = reading.parse("soft_cache_length", WHOLE)
         longest = reading.parse("soft_max_length", WHOLE)
-        if keys["method.name"] != "dapo":
-            return [f"{_OVERLONG} is a part of dapo here, and of no other method"]
         if soft is None:
             raise ConfigError("--reward_funcs soft_overlong: --soft_cache_length is wanted with it")
         keys["method.max_length"] = longest or keys.get("rollout.max_tokens", 512)
         keys["method.soft_length"] = soft
-        return []
 
     def write(self, writing: Writing) -> None:
         keys = writing.keys
@@ -95,7 +92,7 @@ class RewardFunctions(Entry):
                 continue
             names.append(name)
             weights.append(float(reward.get("weight", 1.0)))
-        soft = keys.get("method.soft_length") if keys["method.name"] == "dapo" else None
+        soft = keys.get("method.soft_length")
         if soft and keys.get("method.max_length"):
             names.append(_OVERLONG)
             weights.append(1.0)

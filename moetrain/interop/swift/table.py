@@ -315,7 +315,14 @@ _ONLINE: tuple[Entry, ...] = (
     Chosen(),
     Divergence(),
     Mismatch(),
-    Same("dynamic_sample", TRUTH, default=False, when=method("dapo")),
+    Same("dynamic_sample", TRUTH, default=False, when=is_online),
+    # With 3 there, three batches count: the third resampled one is graded, and not looked at.
+    Same(
+        "max_resample_times",
+        WHOLE,
+        default=3,
+        when=lambda keys: keys.get("method.dynamic_sampling") is True,
+    ),
     Choice(
         "method.truncated",
         (
