@@ -376,7 +376,7 @@ def test_every_foreign_name_leads_to_a_key() -> None:
             "actor_rollout_ref={model: {x: 1}, actor: {kl_loss_coef: 0.1}}",
             "Of actor_rollout_ref.actor.kl_loss_coef: Here it is 'method.beta'.",
         ),
-        ("method.max_length=3", "It is a key of dapo."),
+        ("method.length=3", "It is a key of dr_grpo."),
     ],
 )
 def test_a_name_of_another_trainer(tmp_path: Path, override: str, said: str) -> None:
