@@ -239,6 +239,19 @@ def test_mismatched_answers_can_be_selected(tmp_path: Path) -> None:
     assert set(rest.extras["role"].tolist()) == {0, 1, 2}
 
 
+def test_answers_alone(tmp_path: Path) -> None:
+    """As apo_zero_unpaired has them: in LABELS' own words, no other beside them, cut as they are;
+    and one prompt is enough.
+    """
+    for limit in (400, 40):
+        both = make(tmp_path, LABELS, preference.LABELS, seq_len=limit)
+        alone = make(tmp_path, LABELS, preference.LABELS_ALONE, seq_len=limit)
+        wanted = [(a.role, a.tokens, a.scored) for a in answers(both) if a.role != 3]
+        assert [(a.role, a.tokens, a.scored) for a in answers(alone)] == wanted and wanted
+    one = [{"prompt": "One?", "completion": "Yes.", "label": True}]
+    assert [a.role for a in answers(make(tmp_path, one, preference.LABELS_ALONE))] == [1]
+
+
 def test_answers_of_the_same_prompt_are_not_mismatched(tmp_path: Path) -> None:
     twice = [
         {"prompt": q, "completion": f"{a} to {q}", "label": a == "right"}

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from moetrain.config.method import KtoMethod
 from moetrain.config.recipe import Recipe
+from moetrain.config.section import MethodSection
 from moetrain.data import assets, preference, sft
 from moetrain.data.boundaries import Boundaries
 from moetrain.data.cache import cache_root
@@ -28,6 +30,13 @@ KINDS: dict[str, SetKind] = {
     "pairs": preference.PAIRS,
     "labels": preference.LABELS,
 }
+
+
+def kind_of(method: MethodSection) -> SetKind:
+    """How the records of a method become sequences."""
+    if isinstance(method, KtoMethod) and method.loss_type != "kto":
+        return preference.LABELS_ALONE
+    return KINDS[method.learns_from]
 
 
 class Shuffled:
@@ -215,8 +224,7 @@ def _packs(recipe: Recipe, *, held_out: bool) -> Packs | None:
             return None
         raise DataError("data.train is empty: give a path, a list of paths or builtin:NAME.")
     inputs = [str(assets.resolve(path, root)) for path in given]
-    learns_from = recipe.method.learns_from
-    if learns_from == "corpus":
+    if recipe.method.learns_from == "corpus":
         return _corpus(recipe, inputs, root, held_out=held_out)
     spec = Spec(
         inputs=tuple(inputs),
@@ -232,7 +240,7 @@ def _packs(recipe: Recipe, *, held_out: bool) -> Packs | None:
         selection=selection,
         num_workers=recipe.data.num_workers,
     )
-    data = PackedSet(build(KINDS[learns_from], spec, root))
+    data = PackedSet(build(kind_of(recipe.method), spec, root))
     return Shuffled(data, recipe.seed, recipe.data.shuffle or held_out)
 
 

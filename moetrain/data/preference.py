@@ -141,6 +141,18 @@ def _group_labelled(
     return (Group((own,), extras=extras),)
 
 
+def _read_alone(record: Mapping[str, Any]) -> Draft:
+    draft = _read_labelled(record)
+    return replace(draft, extras={"role": draft.extras["role"][:1]})
+
+
+def _group_alone(sequences: list[list[Encoded]], extras: Extras, spec: Spec) -> tuple[Group, ...]:
+    """The answer by itself, for a method that has no use of another."""
+    (group,) = _group_labelled(sequences, extras, spec)
+    own, is_cut = _cut(group.sequences[0], spec.seq_len)
+    return (replace(group, sequences=(own,), truncated=is_cut or group.truncated),)
+
+
 def _prompt(result: Result) -> bytes:
     own = result.groups[0].sequences[0]
     return own.tokens[: _answer_start(own)].tobytes()
@@ -233,3 +245,4 @@ LABELS = SetKind(
     lacking="a label",
     advice="kto learns from records of instruction data with label (or kto_tag), true or false.",
 )
+LABELS_ALONE = replace(LABELS, name="answers", read=_read_alone, group=_group_alone, join=None)

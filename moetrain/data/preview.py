@@ -19,7 +19,7 @@ from typing import Any
 from moetrain.config.recipe import Recipe
 from moetrain.data import assets, index_files, packing
 from moetrain.data.encode import Encoder, Result, SetKind, Spec
-from moetrain.data.loader import KINDS, limit
+from moetrain.data.loader import kind_of, limit
 from moetrain.data.messages import FormatError
 from moetrain.data.prompts import read_prompt
 from moetrain.data.rejects import Reject, noted
@@ -116,13 +116,14 @@ def preview(recipe: Recipe, key: str, records: int = RECORDS) -> Preview | None:
             if time.monotonic() > deadline:
                 break
         return found
-    encoder, results = Encoder(KINDS[view.learns_from], view.spec()), list[Result]()
+    kind = kind_of(view.recipe.method)
+    encoder, results = Encoder(kind, view.spec()), list[Result]()
     for chunk in batched(rows, CHUNK):
         results += encoder(chunk)
         if time.monotonic() > deadline:
             break
     results.sort(key=lambda result: (result.file, result.line))  # neighbours, for `join`
-    _take_in(found, KINDS[view.learns_from], results, encoder.spec)
+    _take_in(found, kind, results, encoder.spec)
     return found
 
 

@@ -12,7 +12,7 @@ from moetrain.data.cache import cache_root
 from moetrain.data.chat import Chat, ChatOptions, Encoded, Marked
 from moetrain.data.demonstrations import demonstration_recipe
 from moetrain.data.encode import Encoder, Result, Spec
-from moetrain.data.loader import KINDS
+from moetrain.data.loader import kind_of
 from moetrain.data.messages import FormatError
 from moetrain.data.prompts import read_prompt
 from moetrain.data.rejects import Reject
@@ -107,7 +107,7 @@ class View:
         if self.learns_from == "prompts":
             yield from (shown for row in rows for shown in [self._prompt(row)])
             return
-        encoder = Encoder(KINDS[self.learns_from], self.spec(), keep_texts=True)
+        encoder = Encoder(kind_of(self.recipe.method), self.spec(), keep_texts=True)
         rows = iter(rows)
         while chunk := list(islice(rows, CHUNK)):
             for result in encoder(chunk):
