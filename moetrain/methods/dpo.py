@@ -76,7 +76,7 @@ def weighted(
         if len(weights) > 1:
             metrics[f"loss/{name}"] = total(costs.detach())
     if weight is not None:
-        metrics["weights"] = total(weight)
+        metrics["wpo/weight"] = total(weight)
     return loss, metrics
 
 
