@@ -7,21 +7,28 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_templates import KNOWN, chat_of, end_of, folder
 
-from moetrain.data import preference, sft
-from moetrain.data.chat import Chat, ChatOptions, Encoded
+from moetrain.data import byte_spans, preference, sft, text_tokenizer, tokenizer
+from moetrain.data import chat as chat_module
+from moetrain.data.byte_spans import ByteSpans
+from moetrain.data.chat import Chat, ChatOptions, Encoded, Marked
 from moetrain.data.encode import Encoder, Result, SetKind, Spec
 from moetrain.data.formats import to_conversation, unread
 from moetrain.data.messages import FormatError
 from moetrain.data.prompts import read_prompt
 from moetrain.data.sources import Record, find_sources, read_rows
+from moetrain.data.text_tokenizer import FAST, Fast
 from moetrain.data.turns import end_of_turn, stop_ids
 
+needs_gigatoken = pytest.mark.skipif(
+    find_spec(FAST) is None, reason="gigatoken is not installed: its tokens stay uncompared"
+)
 THOUGHTFUL = {
     "qwen3": "<think>\n{}\n</think>\n\n",
     "qwen3-thinking-2507": "{}\n</think>\n\n",  # the prompt for an answer opens the thought
@@ -654,3 +661,43 @@ def test_tools_of_any_shape_end_no_run() -> None:
             assert learned("qwen3", record) == [said("qwen3", "a")]
         except FormatError:
             pass  # a template may refuse it
+
+
+@needs_gigatoken
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_quick_way_learns_the_same_tokens(name: str) -> None:
+    """gigatoken gives no places: they follow from the bytes of the tokens."""
+    rng = random.Random(11)
+    chat = Chat(tokenizer.load(folder(name)), special_tokens="escape")
+    marked: list[Marked] = []
+    while len(marked) < 40:
+        conversation = to_conversation(records(rng, name)[0])
+        turn = next(m for m in conversation.messages if m["role"] == "assistant")
+        if len(marked) % 4 == 0 and turn["content"]:
+            turn["content"] += f" {KNOWN[name].eos} \U0001f469\u200d\U0001f4bb\u4f60e\u0301"
+        guarded, _ = chat.controls.guarded(conversation)
+        marked += chat.mark(guarded)
+    assert any(m.cuts for m in marked)
+    slow = chat.encode(marked)
+    chat._spans, chat._num_chars = ByteSpans(Fast(text_tokenizer.of(chat.tokenizer))), 1 << 30
+    for text, a, b in zip(marked, slow, chat.encode(marked), strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist(), text
+        assert a.mask.tolist() == b.mask.tolist(), text
+        assert (a.tokens.dtype, a.mask.dtype) == (b.tokens.dtype, b.mask.dtype)
+
+
+@needs_gigatoken
+def test_the_quick_way_is_taken_where_places_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenizers import processors
+
+    made: Any = tokenizer.load(folder("qwen3"))
+    chat = Chat(made)
+    own = chat.mark(to_conversation({"messages": [U("q"), A(" x\u4f60")]}))
+    monkeypatch.setattr(chat_module, "MANY", 2)
+    assert chat.encode(own)[0].tokens.tolist() == chat._slowly(own)[0].tokens.tolist()
+    assert chat._spans is not None
+    trimming = tokenizer.load(folder("qwen3"))  # GPT-2's: a blank before a word is not its place
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert byte_spans.of(trimming) is None
+    # Bytes that are not the text's: none are guessed.
+    assert chat._spans.ends("ab", chat._spans.ids(["abc"])[0]) is None

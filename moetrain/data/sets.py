@@ -12,10 +12,8 @@ folder:
 
 import hashlib
 import json
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import batched
@@ -34,6 +32,7 @@ from moetrain.data.selection import rows_of
 from moetrain.data.sources import find_sources
 from moetrain.data.template import template_text
 from moetrain.data.tokenizer_files import tokenizer_files
+from moetrain.data.workers import in_order
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed, concat, pack_one, pad_to
 
@@ -92,18 +91,8 @@ def _results(spec: Spec, encoder: Encoder) -> Iterator[Result]:
     """Encode every record, in input order whatever the number of workers."""
     rows = rows_of(spec.inputs, spec.selection, held_out=spec.held_out)
     chunks = batched(rows, CHUNK)
-    if spec.num_workers < 1:
-        for chunk in chunks:
-            yield from encoder(chunk)
-        return
-    # Spawned: a fork after torch or tokenizers started threads can hang.
-    with ProcessPoolExecutor(
-        spec.num_workers, mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
-        # A bounded number of chunks in flight, so that memory does not grow with the file.
-        for group in batched(chunks, 8 * spec.num_workers):
-            for results in pool.map(encoder, group):
-                yield from results
+    for results in in_order(encoder, chunks, spec.num_workers, "data.num_workers"):
+        yield from results
 
 
 class _Writer:

@@ -54,7 +54,7 @@ class TextTokenizer:
 
     def open(self, engine: str) -> "Engine":
         """What makes tokens of texts."""
-        return _Fast(self.content) if engine == FAST else Slow(self)
+        return Fast(self) if engine == FAST else Slow(self)
 
 
 def read(folder: Path) -> TextTokenizer:
@@ -71,20 +71,21 @@ def read(folder: Path) -> TextTokenizer:
         return TextTokenizer(**found | {"control": tuple(found["control"])})
     from moetrain.data import tokenizer
 
-    made = of(tokenizer.load(folder))
+    loaded = tokenizer.load(folder)
+    made = of(loaded, tokenizer.end_of_document(loaded))
     _remember(note, json.dumps(asdict(made)))
     return made
 
 
-def of(loaded: "PreTrainedTokenizerFast") -> TextTokenizer:
-    """A tokenizer that transformers has loaded. DataError where it has nothing to end documents."""
+def of(loaded: "PreTrainedTokenizerFast", end: int = -1) -> TextTokenizer:
+    """A tokenizer that transformers has loaded, with `end` after each document."""
     from moetrain.data import tokenizer
 
     spelling = Spelling.of(loaded)
     return TextTokenizer(
         loaded.backend_tokenizer.to_str(),
         tokenizer.vocab_of(loaded),
-        tokenizer.end_of_document(loaded),
+        end,
         spelling.tokens,
         spelling.possible,
         bool(loaded.split_special_tokens),
@@ -178,23 +179,38 @@ class Slow(Engine):
         return self.written.decode(ids.tolist(), skip_special_tokens=False)
 
 
-class _Fast(Engine):
+class Fast(Engine):
     """It keeps every word that it has met, which is why it is fast, and gives that memory back only
     with the tokenizer: gigatoken 0.10 takes 3 to 20 bytes for each byte of new words.
     """
 
-    def __init__(self, content: str) -> None:
-        self._content, self._made, self._before = content, None, 0
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._content, self._made, self._before = tokenizer.content, None, 0
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         if self._made is not None and _anonymous() - self._before > RECYCLE:
             self._made = None
+        encode = self._opened().encode
+        return [encode(text) for text in texts]
+
+    def decode(self, ids: Ids) -> bytes:
+        return self._opened().decode(ids)
+
+    def token_lengths(self) -> NDArray[np.int64]:
+        """The bytes of each token, by its id."""
+        made = self._opened()
+        lengths = np.zeros(made.vocab_size, dtype=np.int64)
+        for token, raw in made.vocab.items():
+            lengths[token] = len(raw)
+        return lengths
+
+    def _opened(self) -> Any:
         if self._made is None:
             import gigatoken  # pyright: ignore[reportMissingImports]
 
             self._made: Any = gigatoken.Tokenizer.from_json(self._content)
             self._before = _anonymous()
-        return [self._made.encode(text) for text in texts]
+        return self._made
 
 
 def _parts(texts: Sequence[str]) -> Iterator[list[str]]:

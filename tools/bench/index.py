@@ -125,7 +125,10 @@ def run(words: list[str], source: Path) -> Ran:
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     places = [str(source), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
-    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    # Not here: Python looks for modules in the folder of a program that is given by -c.
+    done = subprocess.run(
+        [sys.executable, *words], env=env, capture_output=True, text=True, cwd=tempfile.gettempdir()
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(words)[:200]}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
