@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from moetrain.config.method import about
-from moetrain.observe import figures, interval
+from moetrain.observe import figures, interval, progress
 from moetrain.observe.ledger import Ledger, read_ledger
 from moetrain.observe.plot import plot_figures
-from moetrain.observe.progress import ProgressDisplay
+from moetrain.observe.progress import ByteDisplay, ProgressDisplay
 from moetrain.observe.summary import print_summaries, summarise
 
 
@@ -166,3 +166,15 @@ def test_a_log_gets_plain_lines(capsys: Any) -> None:
     assert lines[0] == "sft 1/200  loss 5.000  lr 0.0010  10 tok/s  |g| 1.000  0.50 GiB"
     assert lines[-1].startswith("sft 200/200")
     assert len(lines) == 51 and "\x1b" not in "".join(lines)
+
+
+def test_bytes_that_are_done_and_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1.0, 6.0, 21.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    display = ByteDisplay("index")
+    for megabytes in (100, 200, 300):  # 100 of them are an earlier start's
+        display.advance(megabytes * 10**6, 1100 * 10**6)
+    display.close()
+    assert capsys.readouterr().err == "index 300 of 1,100 MB  10.0 MB/s  0:01:20 left\n"
