@@ -4,13 +4,14 @@ writes, and the same after a kill.
 
 import json
 import os
+import random
 import signal
 import struct
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ import pytest
 from chat_templates import KNOWN, folder
 from data_helpers import QUESTIONS, tokenizer_folder, write_jsonl
 
-from moetrain.data import index_parts, indexing, odd_texts, pieces, text_tokenizer, tokenizer
+from moetrain.data import (
+    index_parts,
+    indexing,
+    odd_texts,
+    pieces,
+    sources,
+    text_tokenizer,
+    tokenizer,
+)
 from moetrain.data.indexing import Options, index
 from moetrain.data.text_tokenizer import FAST, SLOW, TextTokenizer
 from moetrain.errors import DataError
@@ -323,6 +332,20 @@ def test_memory_of_words_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
         before.add(engine._before)  # memory when the tokenizer was made
     assert len(before) > 1
     assert ids.tolist() == read.open(SLOW)([text])[0].tolist()
+
+
+def test_lines_wherever_a_file_is_cut(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    path = tmp_path / "a.jsonl"
+    for _ in range(300):
+        raw = "".join(
+            rng.choices(["\n", "a", "\u4f60", "\r", "bcdefgh"], [2, 2, 1, 1, 1], k=30)
+        ).encode()
+        raw = rng.choice((b"", b"\xef\xbb\xbf")) + raw
+        path.write_bytes(raw)
+        cuts = sorted({0, len(raw), *rng.choices(range(len(raw)), k=rng.randint(0, 8))})
+        found = [line for a, b in pairwise(cuts) for line in sources._lines_from(path, a, b)]
+        assert found == [line.removesuffix(b"\n") for line in sources._lines(path)], (raw, cuts)
 
 
 def test_edges_of_unicode() -> None:

@@ -169,17 +169,17 @@ def read_part(path: Path, cuts: Cuts, start: int, stop: int) -> Iterator[Record 
 
 def _lines_from(path: Path, start: int, stop: int) -> list[bytes]:
     with path.open("rb") as file:
-        if start:
-            file.seek(start - 1)
-            file.readline()
-        at = file.tell()
-        if at >= stop:
+        before = min(start, 1)  # a line begins behind the end of another
+        file.seek(start - before)
+        content = file.read(stop - start + before)
+        if before:
+            content = content.partition(b"\n")[2]
+        if not content:
             return []
-        content = file.read(stop - at)
         if not content.endswith(b"\n"):
             content += file.readline()
     lines = content.removesuffix(b"\n").split(b"\n")
-    if at == 0:
+    if not start:
         lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
     return lines
 
