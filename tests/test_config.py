@@ -127,6 +127,10 @@ def deep_alias() -> str:
         ("method.sft.x=2", ["unknown key 'method.sft'"]),
         ("method={name: dpo, betta: 1}", ["'method.betta'", "'method.beta'", "beta, discopop_tau"]),
         ("method=grpo", ["method grpo learns from rollouts", "give rollout"]),
+        (
+            "megatron.moe_router_enable_expert_bias=true",
+            ["would do nothing here", "router.balance=global", "e_score_correction_bias"],
+        ),
         ("megatron.num_layers=3", ["megatron.num_layers is set by moetrain", "Remove it"]),
         ("parallel=3", ["'parallel' is 3, not a section", "etp"]),
         ("data.train=[1]", ["'data.train.0' is 1", "string"]),

@@ -287,7 +287,7 @@ GIVEN: dict[str, Any] = {
     "data.special_tokens_in_text": "keep",
     "data.chat_template_kwargs": {"a": 1}, "data.empty_thoughts": False, "data.shuffle": False,
     "train.global_batch": 4, "train.eval_every": 1, "train.eval_packs": 1,
-    "data.document_mask": True, "data.eod_mask_loss": True,
+    "router.balance": "global", "data.document_mask": True, "data.eod_mask_loss": True,
     "optim.muon_momentum": 0.5, "optim.muon_nesterov": False, "optim.muon_num_ns_steps": 2,
     "optim.muon_scale_mode": "unit_rms_norm", "optim.muon_extra_scale_factor": 1.0,
     "optim.name": "muon", "optim.offload": 0.5, "optim.state_dtype": "bf16",

@@ -171,6 +171,7 @@ STEPS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ]),
     "router": (ROUTED, [
         {"router": {"aux_loss": 0.5}}, {"router": {"z_loss": 0.5}}, {"router": {"freeze": True}},
+        {"router": {"balance": "global"}},
         {"model": {"init": "random"}}, {"trainable": ["self_attn"]}, LORA,
     ]),
     "weights made here": ({"model": {"init": "random"}}, [

@@ -223,6 +223,11 @@ MEANINGS = [
     (LORA, "--save_safetensors true", {"checkpoint.export_hf": True}),
     (LORA, "--save_safetensors true --merge_lora false", {"checkpoint.export_hf": False}),
     (BASE, "--moe_aux_loss_coeff 1e-3", {"router.aux_loss": 1e-3}),
+    (
+        BASE,
+        "--moe_aux_loss_coeff 1e-3 --moe_router_load_balancing_type global_aux_loss",
+        {"router.aux_loss": 1e-3, "router.balance": "global"},
+    ),
     (LORA, "", {"adapter.dropout": 0.05}),
     (LORA, "--lora_dropout 0.1", {"adapter.dropout": 0.1}),
     (LORA, "--lorap_lr_ratio 16", {"adapter.loraplus_lr_ratio": 16}),

@@ -152,6 +152,7 @@ _OTHERS = {
     "rollout.stop": "stop_words stop_strings stop_sequences",
     "rollout.prompts_per_step": "train_batch_size rollout_batch_size generation_batch_size",
     "router.aux_loss": "router_aux_loss_coef aux_loss_coef moe_aux_loss_coef",
+    "router.balance": "moe_router_load_balancing_type load_balancing_type",
     "router.freeze": "freeze_router moe_router_freeze",
     "run_dir": "default_local_dir logging_dir save_path",
     "train.deterministic": "deterministic_mode full_determinism",

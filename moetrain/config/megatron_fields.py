@@ -28,7 +28,7 @@ OWNED: dict[str, str] = {
     _STAGES: "pipeline_model_parallel_layout",
     "train.deterministic": "deterministic_mode",
     "train.recompute ": "recompute_granularity",
-    "router.aux_loss": "moe_router_load_balancing_type",
+    "router.balance": "moe_router_load_balancing_type",
     "method, whose loss has its own divisor": "calculate_per_token_loss",
     "parallel.tp": "tensor_model_parallel_size",
     "parallel.sp": "sequence_parallel",
@@ -54,7 +54,7 @@ UNREAD: dict[str, str] = {
     dsa_indexer_scoring_relu dsa_indexer_skip_topk_offset dsa_indexer_topk dsa_indexer_topk_freq
     dsa_indexer_use_sparse_loss experimental_attention_variant_loss_scale_func
     moe_router_score_function moe_router_topk_scaling_factor moe_router_num_groups
-    moe_router_group_topk moe_router_topk_limited_devices moe_router_enable_expert_bias
+    moe_router_group_topk moe_router_topk_limited_devices
     moe_apply_probs_on_input moe_latent_size
     use_mup mup_attn_scale_power mup_base_head_dim mup_base_hidden_size mup_embedding_mult
     mup_output_mult mup_width_mult""",
@@ -96,8 +96,10 @@ UNREAD: dict[str, str] = {
     _STAGES: """
     num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
     account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split""",
-    "router.aux_loss": "moe_aux_loss_coeff moe_router_bias_update_rate moe_grad_scale_func "
-    "moe_router_quantile_balancing_ema",
+    "router.aux_loss": "moe_aux_loss_coeff moe_grad_scale_func moe_router_quantile_balancing_ema",
+    "router.aux_loss with router.balance=global: no family here has an e_score_correction_bias, so"
+    " an exported model would choose its experts without the bias": """
+    moe_router_enable_expert_bias moe_router_bias_update_rate""",
     "router.z_loss": "moe_z_loss_coeff",
     "router.aux_loss, which keeps experts in balance: no token is dropped here": """
     moe_expert_capacity_factor moe_expert_rank_capacity_factor moe_pad_expert_input_to_capacity

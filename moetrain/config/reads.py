@@ -112,6 +112,11 @@ RULES = (
         "optim.name=muon reads it",
     ),
     Rule(
+        ("router.balance",),
+        lambda r: r.router.aux_loss > 0,
+        "it says over what router.aux_loss balances",
+    ),
+    Rule(
         ("optim.name",),
         lambda r: r.adapter is None,
         "muon is for whole matrices, and an adapter's factors are none: adamw trains them",

@@ -169,9 +169,14 @@ class TrainConfig(Section):
 
 
 class RouterConfig(Section):
-    """Losses that keep a mixture of experts in balance, taken over sequences."""
+    """Losses that keep a mixture of experts in balance."""
 
     aux_loss: float = Field(default=0.0, ge=0, description="weight of the load-balancing loss")
+    balance: Literal["sequence", "global"] = Field(
+        default="sequence",
+        description="over what aux_loss balances: each sequence, or all tokens of a step (arXiv"
+        " 2501.11873, Megatron's global_aux_loss), which costs a forward pass more",
+    )
     z_loss: float = Field(
         default=0.0, ge=0, description="weight of the loss that keeps router logits small"
     )

@@ -191,6 +191,9 @@ class Engine:
         self.optimizer.zero_grad()
         drops = recipe.adapter is not None and recipe.adapter.dropout > 0
         self.run.salt = (recipe.seed, self.steps_done + 1) if drops else ()
+        if recipe.router.balance == "global":
+            with self.monitor.counted(self.world), gathered(self.wrapped):
+                self.run.unscored(batches)
         kept = self.run(batches, objective.head(counts, known), forward_only=False)
         self.run.salt = ()
         totals = objective.totals(kept)

@@ -6,7 +6,7 @@ Legend: t tokens of a micro-batch, c = t/cp local tokens, v_local this tensor ra
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -83,6 +83,16 @@ class Runner:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    @torch.no_grad()
+    def unscored(self, batches: Sequence[Packed]) -> None:
+        """A forward pass of all micro-batches for what the layers see: no token is scored."""
+
+        def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
+            return out.logp.sum(), {}
+
+        blanks = [replace(b, loss_mask=torch.zeros_like(b.loss_mask)) for b in batches]
+        self(blanks, head, forward_only=True)
 
     def _forward(
         self, head: Head, data: Iterator[Packed], model: Any

@@ -5,7 +5,8 @@ Legend: c local tokens (t over context and sequence-parallel ranks), n sequences
     experts, k experts a token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -36,15 +37,36 @@ class RouterMonitor:
     aux_coeff: float
     z_coeff: float
     num_tokens: float = 1.0
+    # With a balance over all tokens of the step: their choices [num_layers, E], counted before.
+    load: Tensor | None = None
+    counting: bool = False  # a pass for these alone
     sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def start_step(self, num_tokens: float) -> None:
-        self.num_tokens = num_tokens
+        self.num_tokens, self.load = num_tokens, None
         self.sums = {
             "load": torch.zeros(self.num_layers, self.num_experts, dtype=torch.float64),
             "aux_loss": torch.zeros(self.num_layers, dtype=torch.float64),
             "z_loss": torch.zeros(self.num_layers, dtype=torch.float64),
         }
+
+    @contextmanager
+    def counted(self, world: World) -> Iterator[None]:
+        """Inside, forward passes count what is chosen; afterwards `load` has the sums of all ranks.
+        Each token is on one tensor rank, since experts go with sequence parallelism.
+        """
+        self.load, self.counting = torch.zeros(self.num_layers, self.num_experts), True
+        try:
+            yield
+        finally:
+            self.counting = False
+        self.load = world.sum(self.load.to(world.device))
+
+    def count(self, layer: int, load: Tensor) -> None:
+        """Add the choices [E] of one micro-batch of one layer (0-based, global)."""
+        assert self.load is not None
+        self.load = self.load.to(load.device)
+        self.load[layer] += load
 
     def add(self, layer: int, load: Tensor, aux: Tensor, z: Tensor) -> None:
         """Add one micro-batch of one layer (0-based, global): load [E] token counts, aux and z as
@@ -125,10 +147,11 @@ class PackedRouter(TopKRouter):
         """logits [c, 1, E] -> probabilities and choices, both [c, E]."""
         logits = logits.view(-1, self.config.num_moe_experts)
         learns = self.training and torch.is_grad_enabled()
-        ids = self._local(self.sequence_ids, logits) if learns else None
+        seen = learns or self.monitor.counting
+        ids = self._local(self.sequence_ids, logits) if seen else None
         replay = None if self.routes is None else Replay(self._local(self.routes, logits))
         z = logits.new_zeros(())
-        if ids is not None:
+        if learns and ids is not None:
             # ST-MoE, arXiv 2202.08906, eq. 5, over the valid tokens of the global batch.
             z = (torch.logsumexp(logits, -1).square() * (ids >= 0)).sum() / self.monitor.num_tokens
             if self.monitor.z_coeff:
@@ -142,12 +165,16 @@ class PackedRouter(TopKRouter):
             fused=self.config.moe_router_fusion,
             router_replay=replay,  # type: ignore[arg-type]
         )
-        if ids is not None:
-            aux = self._sequence_aux_loss(logits, chosen, ids)
-            if self.monitor.aux_coeff:
-                probs = MoEAuxLossAutoScaler.apply(probs, aux * self.monitor.aux_coeff)
-            load = (chosen & (ids >= 0).unsqueeze(-1)).sum(0)
-            self.monitor.add(self.layer_number - 1, load, aux, z)
+        if ids is None:
+            return probs, chosen
+        load = (chosen & (ids >= 0).unsqueeze(-1)).sum(0)
+        if not learns:
+            self.monitor.count(self.layer_number - 1, load)
+            return probs, chosen
+        aux = self._aux_loss(logits, chosen, ids)
+        if self.monitor.aux_coeff:
+            probs = MoEAuxLossAutoScaler.apply(probs, aux * self.monitor.aux_coeff)
+        self.monitor.add(self.layer_number - 1, load, aux, z)
         return probs, chosen
 
     def _local(self, values: Tensor, logits: Tensor) -> Tensor:
@@ -156,6 +183,16 @@ class PackedRouter(TopKRouter):
             values = values.chunk(self.tp_group.size())[self.tp_group.rank()]
         assert values.size(0) == logits.size(0)
         return values
+
+    def _aux_loss(self, logits: Tensor, chosen: Tensor, ids: Tensor) -> Tensor:
+        """This rank's share of the balance loss of the step."""
+        if self.monitor.load is None:
+            return self._sequence_aux_loss(logits, chosen, ids)
+        # E/(k T) sum_e c_e * (1/T) sum_i p_ie over the T tokens of the step: Switch, as below, with
+        # c of the whole batch (arXiv 2501.11873, eq. 3).
+        load = self.monitor.load[self.layer_number - 1].to(logits)
+        scale = chosen.size(1) / (self.topk * self.monitor.num_tokens**2)
+        return (torch.softmax(logits, -1) * (ids >= 0).unsqueeze(-1) * load).sum() * scale
 
     def _sequence_aux_loss(self, logits: Tensor, chosen: Tensor, ids: Tensor) -> Tensor:
         """This rank's share of the balance loss, averaged over the global batch's tokens.

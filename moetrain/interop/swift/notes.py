@@ -194,7 +194,7 @@ WHY_FLAGS: dict[str, str] = {
     "merge_lora": "export_hf merges; `tools/convert adapter` writes a PEFT folder",
     "modules_to_save": "beside an adapter nothing else is trained",
     "moe_expert_capacity_factor": "no token is dropped here",
-    "moe_router_load_balancing_type": "router.aux_loss is taken over sequences",
+    "moe_router_load_balancing_type": "router.balance is sequence or global",
     "num_layers_per_virtual_pipeline_stage": "parallel.vpp counts stages",
     "num_generations_eval": "held-out prompts have one answer each",
     "num_iterations": "of methods with rollouts",
@@ -316,7 +316,7 @@ CHANGES: tuple[Change, ...] = (
     ),
     Change(
         "moe_aux_loss_coeff",
-        lambda keys: bool(keys.get("router.aux_loss")),
+        lambda keys: bool(keys.get("router.aux_loss")) and keys.get("router.balance") != "global",
         "router.aux_loss is a mean over sequences, nearest to ms-swift's seq_aux_loss",
     ),
     Change(

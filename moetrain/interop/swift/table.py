@@ -183,7 +183,14 @@ _ADAPTER: tuple[Entry, ...] = (
         "moe_aux_loss_coeff",
         NUMBER,
         default=0.0,
-        along={"moe_router_load_balancing_type": "seq_aux_loss"},
+    ),
+    Choice(
+        "router.balance",
+        (
+            Option("global", {"moe_router_load_balancing_type": "global_aux_loss"}),
+            Option("sequence", {}, {"moe_router_load_balancing_type": "seq_aux_loss"}),
+        ),
+        when=lambda keys: bool(keys.get("router.aux_loss")),
     ),
     Same("moe_z_loss_coeff", NUMBER, default=0.0),
 )
