@@ -4,6 +4,7 @@ of logits, and the trainer's log-probs of the same.
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from moetrain.config.rollout import MOST_KEPT, RolloutConfig
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Kept, Prompt, Sample
+from moetrain.errors import DataError
 from moetrain.ops.drawn import Drawn, drawn_of
 from moetrain.ops.logprob import token_logprobs
 from moetrain.rollout.base import Sampling, stopped_at, text_of_answer
@@ -181,3 +183,32 @@ def test_what_was_kept_is_written_and_read() -> None:
     assert "kept" not in before and Sample.from_json(before).kept is None
     with pytest.raises(ValueError, match="kept has 3 places"):
         Sample.from_json(sample.to_json() | {"tokens": [5, 3], "logprobs": [0.0, 0.0]})
+
+
+def test_rollouts_say_how_they_were_drawn(tmp_path: Path) -> None:
+    """And are learned from that way alone; those of before, from the whole distribution."""
+    from moetrain.loops.rollouts import Batch, Store, drawn_with
+    from moetrain.loops.sampler import Replayed
+
+    def replayed(**settings: Any) -> None:
+        prompts: Any = None  # of which a start reads nothing
+        Replayed(Store(tmp_path), prompts, drawn_with(RolloutConfig(**settings))).start(0, 1, {})
+
+    answer = GradedAnswer(Sample("p", 0, (5,), (-0.1,), "t", "stop", 0), 1.0)
+    advised: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    how = drawn_with(RolloutConfig(**advised))
+    groups = (Group(Prompt("p", (1, 2), {}), (answer,)),)
+    temperature = how.pop("temperature")
+    Store(tmp_path).write(Batch(1, groups, 1, temperature=temperature, sampling=how))
+    replayed(**advised)
+    with pytest.raises(
+        DataError, match=r"at top_p 0.95: set rollout\.top_p=0.95, or every log-prob"
+    ):
+        replayed(**advised | {"top_p": 1.0})
+    (path,) = tmp_path.glob("*.jsonl")
+    head, row = path.read_text().splitlines()
+    before = {name: own for name, own in json.loads(head).items() if name != "sampling"}
+    path.write_text(json.dumps(before) + "\n" + row + "\n")
+    replayed(temperature=0.6)
+    with pytest.raises(DataError, match=r"set rollout\.top_k=0,"):
+        replayed(temperature=0.6, top_k=20)

@@ -51,6 +51,14 @@ def test_every_method_at_every_temperature(workers: Workers, tmp_path: Path, met
             assert row["push/logprob_gap"] <= 1e-3 and row["push/reloads"] == 0
             assert row["mismatch/abs"] <= 1e-4  # sampler and trainer mean the same distribution
             assert row["ratio"] == pytest.approx(1, abs=1e-4)
+    if method == "grpo":
+        own = [f"method={METHODS[method]}", "rollout.temperature=0.6", *ADVISED]
+        own += [f"run_dir={tmp_path / 'again'}", f"rollout.replay={tmp_path / '0.6' / 'rollouts'}"]
+        assert workers.run(1, ranks.trained, str(RECIPE), [*SETTINGS, *own]) == [0]
+        losses = [
+            [row["loss"] for row in found] for found in (steps(tmp_path / "again"), runs[0.6])
+        ]
+        assert losses[0] == losses[1]
     first = {temperature: rows[0] for temperature, rows in runs.items()}
     assert first[0.6]["entropy"] < first[1.0]["entropy"] < first[1.3]["entropy"]
     if method == "chord":
