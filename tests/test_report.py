@@ -168,6 +168,26 @@ def test_no_best_loss_across_betas_but_an_accuracy(tmp_path: Path) -> None:
     assert {c.key: c.best for c in columns if c.best is not None} == {"eval_rewards/accuracies": 1}
 
 
+@pytest.mark.parametrize(
+    "both, own, is_comparable",
+    [
+        ([], ["rollout.top_p=0.9"], True),  # held-out answers are greedy
+        (["rollout.eval_temperature=1.0"], ["rollout.top_p=0.9"], False),
+        ([], ["rollout.stop=[x]"], False),
+    ],
+)
+def test_a_best_of_answers_that_were_drawn_alike(
+    tmp_path: Path, both: list[str], own: list[str], is_comparable: bool
+) -> None:
+    for i, more in enumerate(([], own)):
+        run = make_run(tmp_path / f"{i}", *GRPO, *both, *more)
+        with (run / "ledger.jsonl").open("a") as file:
+            row = {"eval_rewards/accuracies": 0.5 + i / 4, "eval_rewards/graded": 400}
+            file.write(json.dumps({"step": 20, **row}) + "\n")
+    best = {c.key: c.best for c in columns_of(find_runs([tmp_path])) if c.best is not None}
+    assert best == ({"eval_rewards/accuracies": 1} if is_comparable else {})
+
+
 def test_many_settings_that_differ_come_behind(tmp_path: Path) -> None:
     """Runs of two methods have little in common: what all have comes first, eight at most."""
     make_run(tmp_path / "sft", "optim.lr=2e-5")

@@ -21,6 +21,8 @@ _HEALTH = ("lr", "tokens", "seconds", "tokens_per_s", "memory_gib", "grad_norm",
 # sections define what it is a mean of.
 _HELD_OUT_BY = ("data.", "rewards", "train.eval_packs", "method.name")
 _HELD_OUT_BY += ("rollout.eval_prompts", "rollout.eval_temperature", "rollout.max_tokens")
+_HELD_OUT_BY += ("rollout.repetition_penalty", "rollout.stop")
+_DRAWN_BY = ("rollout.top_p", "rollout.top_k", "rollout.min_p")  # where answers are not greedy
 _TRAINED_BY = ("train", "weights", "take", "demonstrations", "pack", "share_prompt", "cache",
                "reference", "shuffle", "max_rejected", "num_workers")  # fmt: skip
 _TRAINED_ON = {f"data.{name}" for name in _TRAINED_BY}
@@ -146,6 +148,7 @@ def _comparable(key: str, changed: set[str], runs: Sequence[Run]) -> bool:
     if not key.startswith("eval_") or not all(r.settings for r in runs if key in r.final):
         return False
     by = _HELD_OUT_BY + (_LOSS_BY if "loss" in key else ())
+    by += _DRAWN_BY if any(r.settings.get("rollout.eval_temperature") for r in runs) else ()
     drawn = ("data.eval_share", "train.eval_packs", "rollout.eval_prompts")
     if "seed" in changed and any(r.settings.get(name) for r in runs for name in drawn):
         return False  # each seed has drawn held-out records of its own
