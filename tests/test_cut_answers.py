@@ -14,7 +14,7 @@ from moetrain.config.method import MethodConfig
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Prompt, Sample
 from moetrain.errors import ConfigError, DataError
-from moetrain.loops.learn import _without_cut
+from moetrain.loops.learn import _without_cut, summary
 from moetrain.loops.rollouts import Batch
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed, concat
@@ -156,11 +156,19 @@ def test_lengths_follow_the_rollouts() -> None:
     assert again.method == recipe_with("dapo", rollout=rollout).method
 
 
-@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "dapo", "gspo", "chord"])
+@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "dapo", "gspo", "chord", "rloo", "cispo"])
 def test_a_group_of_one_teaches_nothing(method: str) -> None:
     with pytest.raises(ConfigError, match=r"group_size=1: .* one alone teaches nothing"):
         recipe_with(method, rollout={"group_size": 1})
-    assert recipe_with("ppo", rollout={"group_size": 1}).rollout.group_size == 1
+    for other in ("ppo", "reinforce_pp"):
+        assert recipe_with(other, rollout={"group_size": 1}).rollout.group_size == 1
+
+
+def test_an_answer_alone_has_no_group_to_lack_signal() -> None:
+    """All of them have then, and every run was warned of it."""
+    alone, pair = group("stop"), group("stop", "stop")
+    assert "groups/no_signal" not in summary(Batch(1, (alone, alone), 0), 0)
+    assert summary(Batch(1, (alone, pair), 0), 0)["groups/no_signal"] == 0
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
@@ -183,6 +191,15 @@ def test_steps_without_a_group_and_rewards_without_a_weight(method: str) -> None
         ({"name": "grpo", "kl_estimator": "k2"}, "kl_estimator does nothing without method.beta"),
         ({"name": "gspo", "use_bias_correction_kl": False}, "does nothing without method.beta"),
         ({"name": "ppo", "mismatch": "none", "mismatch_cap": 3}, "without method.mismatch"),
+        ({"name": "grpo", "mismatch": "none", "mismatch_floor": 0.5}, "without method.mismatch"),
+        ({"name": "grpo", "ref_model_sync_steps": 5}, "does nothing without method.beta"),
+        ({"name": "grpo", "beta": 1, "ref_model_mixup_alpha": 0.5}, "ref_model_sync_steps"),
+        ({"name": "grpo", "kl_in_reward": True}, "kl_in_reward does nothing without method.beta"),
+        ({"name": "rloo", "kl_estimator": "k2"}, "does nothing without method.kl_in_reward=false"),
+        ({"name": "grpo", "delta": 1.1}, "below 1 \\+ method.clip_high=1.2"),
+        ({"name": "reinforce_pp", "scale_rewards": "group"}, "scaled over the batch"),
+        ({"name": "reinforce_pp_baseline", "scale_rewards": "none"}, "is grpo then"),
+        ({"name": "cispo", "clip_low": 0.5, "clip_high": -0.6}, "is not above"),
         ({"name": "dapo", "max_length": 100, "soft_length": 200}, "more than method.max_length"),
         ({"name": "dapo", "max_length": 9999}, "rollout.max_tokens=512 lets none be so long"),
     ],

@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from torch import Tensor
 
 from moetrain.config.method import MethodConfig
+from moetrain.engine.snapshot import mixed
 from moetrain.loops.batch_values import with_targets
 from moetrain.methods import METHODS
 from moetrain.methods.base import Out
 from moetrain.ops.packed import Packed, concat, pack_one, pad_to
+from moetrain.ops.quantile import quantile
 
 DOUBLE = torch.float64
 RECORDED = json.loads((Path(__file__).parent / "fixtures" / "trl_online.json").read_text())
@@ -186,3 +190,26 @@ def test_delta_is_verls_dual_clip() -> None:
     settings = {"name": "grpo", "mismatch": "none", "clip_low": low, "clip_high": high, "delta": c}
     check(settings, {"loss": sum(losses) / NUM})
     assert cut > 0
+
+
+@given(st.lists(st.floats(0, 12, width=32), min_size=1, max_size=40), st.floats(0, 1))
+def test_a_quantile_is_torchs(values: list[float], q: float) -> None:
+    given_values = torch.tensor(values, dtype=torch.float32)
+    found = quantile(given_values, q, lambda own: own)
+    assert found == pytest.approx(float(torch.quantile(given_values.double(), q)), rel=1e-6)
+    # Of two ranks that have the same values: of each there are two.
+    twice = quantile(given_values, q, lambda own: 2 * own)
+    wanted = torch.quantile(given_values.repeat(2).double(), q)
+    assert twice == pytest.approx(float(wanted), rel=1e-6)
+    assert quantile(given_values[:0], q, lambda own: own) == 0
+
+
+@pytest.mark.parametrize("alpha", [0.6, 1.0])
+def test_a_reference_moves_as_trls_does(alpha: float) -> None:
+    """SyncRefModelCallback._sync_target_model of TRL 1.16, on its two tensors."""
+    before, now = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
+    wanted = before.clone().mul_(1.0 - alpha).add_(now, alpha=alpha)
+    found = mixed({"w": before.clone()}, {"w": now}, alpha)["w"]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    half = mixed({"w": before.bfloat16()}, {"w": now.bfloat16()}, alpha)["w"]
+    assert half.dtype == torch.bfloat16

@@ -228,17 +228,18 @@ def summary(batch: Batch, version: int) -> dict[str, Any]:
     rewards, numbers = tensors(batch.groups)
     samples = [answer.sample for answer in batch.answers]
     groups = [rewards[numbers == i] for i in range(len(batch.groups))]
-    flat = sum(bool((own == own[0]).all()) for own in groups)
+    compared = [bool((own == own[0]).all()) for own in groups if len(own) > 1]
     found: dict[str, Any] = {
         **means(batch.answers, "reward"),
         "length/mean": sum(len(s.tokens) for s in samples) / len(samples),
         "length/max": float(max(len(s.tokens) for s in samples)),
         "length/truncated": sum(s.finish == "length" for s in samples) / len(samples),
-        "groups/no_signal": flat / len(groups),
         "groups/graded": float(len(groups)),
         "groups/std": float(torch.stack([own.mean() for own in groups]).std(correction=0)),
         "staleness": float(version - min(s.version for s in samples)),
     }
+    if compared:  # an answer alone is not compared with another
+        found["groups/no_signal"] = sum(compared) / len(compared)
     if batch.fault:
         found["reward/fault"] = batch.fault
     found |= {f"logged/{name}": value for name, value in batch.metrics.items()}
