@@ -5,8 +5,9 @@
 #   examples/reach.sh train.steps=2        # a quick look
 set -e
 moetrain=${MOETRAIN:-moetrain}
+sweep="$moetrain sweep examples/reach.yaml --out runs/reach"
 $moetrain train examples/r1/1_cold_start.yaml run_dir=runs/reach_start train.steps=110
-$moetrain sweep examples/reach.yaml --out runs/reach --grid "method=grpo,cispo,{name: grpo, num_iterations: 2},\
-{name: grpo, entropy_coef: 0.003},sapo,rloo,reinforce_pp" "$@"
-$moetrain sweep examples/reach.yaml --out runs/reach --grid optim.name=muon "$@"
+$sweep --grid "method=grpo,cispo,{name: grpo, num_iterations: 2},{name: grpo, entropy_coef: 0.003}" "$@"
+$sweep --grid optim.name=muon "$@"
+$sweep --grid method=sapo,rloo,reinforce_pp "$@"
 $moetrain report runs/reach
