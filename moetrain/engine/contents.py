@@ -39,12 +39,12 @@ def contents(
     """(of the weights, of a snapshot): the latter under names of its own, which no reader of
     weights takes for theirs.
     """
-    own = _content(chunks, model, adapters, world)
+    weights = _content(chunks, model, adapters, world)
     if reference is None:
-        return own, {}
-    beside = _content(chunks, model, adapters, world, reference)
-    add_prefix_for_sharding(beside, "reference.")
-    return own, {"reference": beside}
+        return weights, {}
+    snapshot = _content(chunks, model, adapters, world, reference)
+    add_prefix_for_sharding(snapshot, "reference.")
+    return weights, {"reference": snapshot}
 
 
 def fill(chunks: list[PackedGPT], loaded: dict[str, Any], reference: Weights | None) -> None:
@@ -53,10 +53,10 @@ def fill(chunks: list[PackedGPT], loaded: dict[str, Any], reference: Weights | N
         fill_adapters(chunks, loaded["adapter"])
     else:
         checkpoint.fill(chunks, loaded)
-    own = loaded.get("reference", {})
+    snapshot = loaded.get("reference", {})
     for number, chunk in enumerate(chunks if reference is not None else ()):
         for name, tensor in named_values(chunk, number, reference):
-            if "adapter" in own:
-                tensor.copy_(own["adapter"][canonical_name(name, chunk)])
+            if "adapter" in snapshot:
+                tensor.copy_(snapshot["adapter"][canonical_name(name, chunk)])
             else:
-                tensor.copy_(own[f"model{number}"][name])
+                tensor.copy_(snapshot[f"model{number}"][name])

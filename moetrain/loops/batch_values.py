@@ -45,22 +45,22 @@ def with_values(pack: Packed, values: Mapping[str, Tensor]) -> Packed:
 
 def with_advantages(pack: Packed, advantages: Tensor) -> Packed:
     """The pack with the advantages of its answers, out of those of all."""
-    own = advantages[pack.extras["place"].long()]
-    own = own.masked_fill(pack.extras["role"] != ANSWER, 0.0)
-    return replace(pack, extras=pack.extras | {"advantage": own})
+    values = advantages[pack.extras["place"].long()]
+    values = values.masked_fill(pack.extras["role"] != ANSWER, 0.0)
+    return replace(pack, extras=pack.extras | {"advantage": values})
 
 
 def answers_kl(packs: Sequence[Packed], num: int, world: World | None) -> Tensor:
     """[num] fp64: log(pi_old / ref) summed over each answer of the batch; 0 for one that is left
     out. Collective.
     """
-    found = torch.zeros(num, dtype=torch.float64)
+    kl = torch.zeros(num, dtype=torch.float64)
     for pack in packs:
         k1 = divergence(pack.per_token["old_logp"], pack.per_token["ref_logp"], "k1")
         sums = segment_sum(k1 * answer_mask(pack), pack.cu_seqlens).double().cpu()
-        own = pack.extras["role"] == ANSWER
-        found.index_add_(0, pack.extras["place"][own].long(), sums[own])
-    return _total(found, world)
+        answers = pack.extras["role"] == ANSWER
+        kl.index_add_(0, pack.extras["place"][answers].long(), sums[answers])
+    return _total(kl, world)
 
 
 def mean_kl(packs: Sequence[Packed], world: World | None) -> tuple[float, int]:
@@ -83,7 +83,7 @@ def of_most_entropy(packs: Sequence[Packed], share: float, world: World | None) 
     masks = [answer_mask(pack) for pack in packs]
     entropies = [pack.per_token["old_entropy"] for pack in packs]
     given = [x[mask > 0] for x, mask in zip(entropies, masks, strict=True)]
-    least = quantile(torch.cat(given), 1 - share, lambda own: _total(own, world))
+    least = quantile(torch.cat(given), 1 - share, lambda counts: _total(counts, world))
     return [
         with_values(pack, {"high_entropy": (x >= least).to(mask.dtype) * mask})
         for pack, x, mask in zip(packs, entropies, masks, strict=True)

@@ -15,8 +15,8 @@ from moetrain.methods.online import centred, group_size, group_std
 def leave_one_out(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
     """r - mean of the others of its group (RLOO, arXiv 2402.14740); 0 for an answer alone."""
     num = group_size(rewards, group)
-    own = centred(rewards, group, cfg) * num / (num - 1).clamp(min=1)
-    return own.to(rewards.dtype)
+    advantage = centred(rewards, group, cfg) * num / (num - 1).clamp(min=1)
+    return advantage.to(rewards.dtype)
 
 
 def raw(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
@@ -37,14 +37,14 @@ def advantages(rewards: Tensor, group: Tensor, cfg: GroupMethod) -> Tensor:
     `cfg.scale_rewards` names: the group's (GRPO, arXiv 2402.03300, section 4.1.2) or the batch's
     (arXiv 2508.08221), with n - 1 and 1e-4 beside it.
     """
-    own = BASELINES[cfg.advantage_estimator](rewards, group, cfg)
+    advantage = BASELINES[cfg.advantage_estimator](rewards, group, cfg)
     if cfg.by_token or cfg.scale_rewards == "none":
-        return own
+        return advantage
     if cfg.scale_rewards == "group":
         deviation = group_std(rewards, group)
     else:
         deviation = rewards.double().std(correction=min(1, len(rewards) - 1))
-    return (own / (deviation + 1e-4)).to(rewards.dtype)
+    return (advantage / (deviation + 1e-4)).to(rewards.dtype)
 
 
 def whiten(cfg: GroupMethod) -> bool:

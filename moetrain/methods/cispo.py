@@ -13,10 +13,10 @@ from moetrain.methods.online import Tokens
 from moetrain.methods.policy import BY_TOKEN, policy_gradient
 
 
-def surrogate(own: Tokens, logp: Tensor, cfg: CispoMethod) -> Tensor:
+def surrogate(tokens: Tokens, logp: Tensor, cfg: CispoMethod) -> Tensor:
     """[t]."""
-    weight = own.ratio.detach().clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    return -weight * own.advantage * logp
+    weight = tokens.ratio.detach().clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    return -weight * tokens.advantage * logp
 
 
 CISPO = policy_gradient("cispo", BY_TOKEN, surrogate)

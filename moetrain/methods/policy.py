@@ -56,9 +56,9 @@ def num_answers(batch: Packed) -> Tensor:
     return (batch.extras["role"] == ANSWER).sum().float()
 
 
-def clip(own: Tokens, logp: Tensor, cfg: Any) -> Tensor:
+def clip(tokens: Tokens, logp: Tensor, cfg: Any) -> Tensor:
     """PPO's."""
-    return clipped(own.ratio, own.advantage, cfg)
+    return clipped(tokens.ratio, tokens.advantage, cfg)
 
 
 BY_ANSWER = Mean(
@@ -68,14 +68,16 @@ BY_ANSWER = Mean(
 BY_TOKEN = Mean(lambda batch, mask: mask, lambda batch, cfg: answer_mask(batch).sum())
 
 
-def losses(out: Out, batch: Packed, cfg: GroupMethod, own: Tokens, surrogate: Surrogate) -> Tensor:
+def losses(
+    out: Out, batch: Packed, cfg: GroupMethod, tokens: Tokens, surrogate: Surrogate
+) -> Tensor:
     """[t], zero outside answers."""
-    found = own.weight * surrogate(own, out.logp, cfg) * learned(batch, own.mask)
+    values = tokens.weight * surrogate(tokens, out.logp, cfg) * learned(batch, tokens.mask)
     if cfg.off_policy_mask_threshold is not None:
-        found = found * off_policy_mask(out, batch, cfg.off_policy_mask_threshold, own)
+        values = values * off_policy_mask(out, batch, cfg.off_policy_mask_threshold, tokens)
     if cfg.beta and not cfg.kl_in_reward:
-        found = found + cfg.beta * loss_kl(out, batch, cfg, own)
-    return found
+        values = values + cfg.beta * loss_kl(out, batch, cfg, tokens)
+    return values
 
 
 def terms_of(
@@ -87,10 +89,10 @@ def terms_of(
     share: Tensor | float = 1.0,
 ) -> tuple[Terms, Metrics]:
     """The terms of a loss, each answer's part of them weighed by its `share` [t], and metrics."""
-    own = tokens_of(out, batch, cfg, cfg.importance_sampling_level)
-    total = losses(out, batch, cfg, own, surrogate) * mean.share(batch, own.mask) * share
-    terms = {"loss": total.sum()} | entropy_bonus(out, batch, cfg, own, share)
-    return terms, online_metrics(out, batch, cfg, own)
+    tokens = tokens_of(out, batch, cfg, cfg.importance_sampling_level)
+    total = losses(out, batch, cfg, tokens, surrogate) * mean.share(batch, tokens.mask) * share
+    terms = {"loss": total.sum()} | entropy_bonus(out, batch, cfg, tokens, share)
+    return terms, online_metrics(out, batch, cfg, tokens)
 
 
 def counts_of(batch: Packed, cfg: GroupMethod, mean: Mean) -> Terms:
@@ -100,15 +102,15 @@ def counts_of(batch: Packed, cfg: GroupMethod, mean: Mean) -> Terms:
 
 def targets(batch: Packed, cfg: GroupMethod) -> dict[str, Tensor]:
     """An answer's tokens have its advantage; with a KL in the reward of each, also what follows."""
-    found = broadcast_advantage(batch, cfg)
+    values = broadcast_advantage(batch, cfg)
     if cfg.beta and cfg.kl_in_reward and cfg.by_token:
         mask = answer_mask(batch)
         k1 = divergence(batch.per_token["old_logp"], batch.per_token["ref_logp"], "k1")
         whole = batch.sequence_ids
         ends = torch.cat([whole[1:] != whole[:-1], whole.new_ones(1).bool()])
         left, _ = gae(-cfg.beta * k1 * mask, torch.zeros_like(k1), ends, 1.0, 1.0)
-        found["advantage"] = found["advantage"] + left * mask
-    return found
+        values["advantage"] = values["advantage"] + left * mask
+    return values
 
 
 def penalised(cfg: GroupMethod) -> bool:

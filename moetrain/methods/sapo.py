@@ -14,10 +14,10 @@ from moetrain.methods.online import Tokens
 from moetrain.methods.policy import BY_ANSWER, policy_gradient
 
 
-def surrogate(own: Tokens, logp: Tensor, cfg: SapoMethod) -> Tensor:
+def surrogate(tokens: Tokens, logp: Tensor, cfg: SapoMethod) -> Tensor:
     """[t]."""
-    tau = torch.where(own.advantage > 0, cfg.tau_pos, cfg.tau_neg)
-    return -torch.sigmoid(tau * (own.ratio - 1)) * 4 / tau * own.advantage
+    tau = torch.where(tokens.advantage > 0, cfg.tau_pos, cfg.tau_neg)
+    return -torch.sigmoid(tau * (tokens.ratio - 1)) * 4 / tau * tokens.advantage
 
 
 SAPO = policy_gradient("sapo", BY_ANSWER, surrogate)

@@ -81,15 +81,15 @@ class Advantages(Entry):
         if not is_online(writing.keys):
             return
         keys = writing.keys
-        own = ("advantage_estimator", "scale_rewards", "kl_in_reward")
-        writing.covered |= {f"method.{name}" for name in own}
+        names = ("advantage_estimator", "scale_rewards", "kl_in_reward")
+        writing.covered |= {f"method.{name}" for name in names}
         estimator = keys.get("method.advantage_estimator", "grpo")
         if estimator == "reinforce_plus_plus":
             writing.lost("method.advantage_estimator", "ms-swift's has the group's mean taken off")
         else:
             writing.flags["advantage_estimator"] = (estimator.removesuffix("_baseline"),)
-        own = SECTIONS[keys["method.name"]].model_fields["scale_rewards"].default
-        writing.flags["scale_rewards"] = (keys.get("method.scale_rewards", own),)
+        default = SECTIONS[keys["method.name"]].model_fields["scale_rewards"].default
+        writing.flags["scale_rewards"] = (keys.get("method.scale_rewards", default),)
         if keys.get("method.kl_in_reward"):
             writing.flags["kl_in_reward"] = ("true",)
 
@@ -115,8 +115,8 @@ class Level(Entry):
         if not is_online(writing.keys):
             return
         writing.covered.add(self.KEY)
-        own = "sequence" if writing.keys["method.name"] == "gspo" else "token"
-        level = writing.keys.get(self.KEY, own)
+        default = SEQUENCE if writing.keys["method.name"] == "gspo" else "token"
+        level = writing.keys.get(self.KEY, default)
         if level in ("token", SEQUENCE):
             writing.flags["importance_sampling_level"] = (level,)
         else:
