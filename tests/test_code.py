@@ -2,8 +2,11 @@
 their own reward alone, and is counted.
 """
 
+import base64
 import json
+import pickle
 import threading
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
@@ -15,7 +18,9 @@ from hypothesis import strategies as st
 from moetrain.config.rewards import RewardConfig
 from moetrain.errors import ConfigError
 from moetrain.rewards import Grader
-from moetrain.rewards.code import block, cases_of, same_output
+from moetrain.rewards.calls import Case
+from moetrain.rewards.cases import cases_of, problem_of
+from moetrain.rewards.code import Code, block, same_output
 from moetrain.rewards.sandbox import Sandbox
 
 SQUARES = [{"input": str(n), "output": str(n * n)} for n in (3, 4, 5, 6)]
@@ -108,11 +113,128 @@ def test_cpp_that_does_not_compile(grader: Grader, source: str) -> None:
 
 def test_records_without_usable_cases(grader: Grader) -> None:
     grader.counts.clear()
-    records = [None, [], [{"input": "1"}], {"fn_name": "f", "inputs": [1], "outputs": [1]}]
-    found = grader.grade([python(RIGHT)] * 4, {"tests": records})
-    assert [one.reward for one in found] == [None] * 4
-    assert [one.fault for one in found] == [None, None, "error", "error"]
-    assert "only standard input and output" in grader.said
+    unreadable = [
+        [{"input": "1"}],
+        "[{",
+        "no JSON",
+        3.5,
+        [3],
+        {"inputs": [1], "outputs": []},
+        {"inputs": []},
+        [{"input": "1", "output": "1", "type": "telepathy"}],
+        [{"input": "1", "output": "1", "type": "function_call"}],
+        {"fn_name": "f", "inputs": ["no JSON"], "outputs": [1]},
+        ["x = 1"],
+        ["this is no Python"],
+        "[" * 5000,
+    ]
+    found = grader.grade(
+        [python(RIGHT)] * (len(unreadable) + 3), {"tests": [None, [], *unreadable, SQUARES]}
+    )
+    assert [one.reward for one in found[:-1]] == [None] * (len(unreadable) + 2)
+    assert [one.fault for one in found] == [None, None, *["error"] * len(unreadable), None]
+    assert found[-1].reward == pytest.approx(1.1)  # those of others are graded
+    assert "\n" not in grader.said
+
+
+ADD = {"fn_name": "add", "inputs": [[1, 2], [[1], [2]]], "outputs": [3, [[1, 2]]]}
+PAIRS = ["assert pairs(2) == [(0, 'a'), (1, 'a')]", "assert pairs(0) == []"]
+CHECK = """
+METADATA = {}
+def check(candidate):
+    assert candidate(n=2) == {1: 'x', 2: 'x'}
+    assert candidate(0) == {}
+check(f)
+"""
+WHOLE = "def check(f):\n    for n in range(3):\n        assert f(n) == n * n\n"
+PYTEST = "from solution import f\ndef test_f():\n    assert f(3) == 9 and f(-1) == 1"
+PACKED = json.dumps([{"input": "[3, 1]\n2", "output": "[2, 6]", "testtype": "functional"}])
+LIVE = {
+    "metadata": '{"func_name": "times"}',
+    "public_test_cases": '[{"input": "[]\\n5", "output": "[]", "testtype": "functional"}]',
+    "private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(PACKED))).decode(),
+}
+ROOTS = {"fn_name": "root", "inputs": [[2.0]], "outputs": [1.4142135]}
+IS_ALL = "class All:\n  __eq__ = lambda self, other: True\n  __len__ = lambda self: 1\n"
+CALLED: list[tuple[dict[str, Any], str, float]] = [
+    # APPS and TACO: a list of arguments, a value or a list with it; what is printed is nothing
+    ({"input_output": json.dumps(ADD)}, "def add(a, b):\n  print(5)\n  return a + b", 1.1),
+    ({"input_output": ADD}, "class Solution:\n  def add(self, a, b): return a + b", 1.1),
+    ({"input_output": ADD}, "def add(a, b): return 3", 0.05),
+    ({"input_output": ADD}, "import sys\nprint(3)\nsys.exit(0)", 0),
+    ({"input_output": ADD}, f"{IS_ALL}def add(a, b): return All()", 0),
+    ({"input_output": ADD}, "if __name__ == '__main__': 1 / 0\ndef add(*a): return sum(a)", 0.05),
+    ({"input_output": ADD}, "def other(a, b): return a + b", 0),
+    # PRIME: the function's name in each case
+    ({"verification_info": {"language": "python", "test_cases": [
+        {"type": "function_call", "fn_name": "f", "input": [{"1": "a"}], "output": [{"2": "a"}]}
+    ]}}, "def f(d): return {k + 1: v for k, v in d.items()}", 1.1),
+    # LiveCodeBench: lines of JSON, private cases packed, names that LeetCode imports
+    (LIVE, "class Solution:\n  def times(s, a: List, n): return sorted(n * x for x in a)", 1.1),
+    (LIVE, "def times(a, n): return a", 0.05),
+    ({"tests": ROOTS}, "def root(x): return x ** 0.5", 1.1),
+    # MBPP and AceCode: asserts, in which a tuple is no list
+    ({"test_list": PAIRS}, "def pairs(n): return [(i, 'a') for i in range(n)]", 1.1),
+    ({"test_list": PAIRS}, "def pairs(n): return [[i, 'a'] for i in range(n)]", 0.05),
+    ({"test_list": PAIRS}, f"{IS_ALL}def pairs(n): return All()", 0),
+    ({"test_cases": ["assert set(f()) == set([1, 2])"]}, "def f(): return [2, 1, 1]", 1.1),
+    ({"test_cases": ["assert set(f()) == set([1, 2])"]}, "import os\nos._exit(0)", 0),
+    ({"test_list": ["assert math.isclose(f(), one)"], "test_setup_code": "one = 1.0",
+      "challenge_test_list": ["assert f() == 1"]}, "def f(): return 1.0", 1.1),
+    # HumanEval and LeetCode: check(candidate)
+    ({"test": CHECK, "entry_point": "f"}, "def f(n): return {i + 1: 'x' for i in range(n)}", 1.1),
+    ({"test": CHECK, "entry_point": "Solution().f"},
+     "class Solution:\n  def f(self, n): return {}", 0.05),
+    ({"test": WHOLE, "entry_point": "f"}, "def f(n): return n ** 2", 1.1),
+    ({"test": WHOLE, "entry_point": "f"}, "def f(n): return n", 0),
+    ({"test": PYTEST}, "def f(n): return n ** 2", 1.1),
+    ({"test": PYTEST}, "def f(n): return 9", 0),
+]  # fmt: skip
+
+
+def test_cases_that_call_a_function(grader: Grader) -> None:
+    names = {name for columns, _, _ in CALLED for name in columns}
+    columns = {name: [own.get(name) for own, _, _ in CALLED] for name in names}
+    found = grader.grade([python(source) for _, source, _ in CALLED], columns)
+    assert [one.reward for one in found] == pytest.approx([value for _, _, value in CALLED])
+    # A program in another language has no function that could be called.
+    assert grader.grade([CPP], {"tests": [ADD]})[0].reward == 0
+
+
+def test_what_a_record_says_of_all_its_cases() -> None:
+    row = {"official_tests": SQUARES, "time_limit": 2.5, "memory_limit": 256.0}
+    found = problem_of(row)
+    assert (len(found.cases), found.seconds, found.memory) == (4, 2.5, 256 << 20)
+    found = problem_of({"tests": SQUARES, "time_limit": "1.5 seconds", "memory_limit": "64 MB"})
+    assert (found.seconds, found.memory, found.mode) == (1.5, 64 << 20, "stdio")
+    several = {"input": ["1", "2"], "output": ["1", "4"]}  # DeepMind's
+    found = problem_of(
+        {"public_tests": several, "private_tests": {"input": [], "output": []},
+         "generated_tests": several, "time_limit": {"seconds": 2, "nanos": 500_000_000},
+         "memory_limit_bytes": 1 << 20}
+    )  # fmt: skip
+    assert found.cases == (Case("1", "1"), Case("2", "4")) * 2
+    assert (found.seconds, found.memory) == (2.5, 1 << 20)
+    for wrong, message in [
+        ({"time_limit": "soon"}, "time_limit is 'soon'"),
+        ({"memory_limit": "2 spoons"}, "memory_limit is '2 spoons'"),
+        ({"input_mode": "post"}, "input_mode is 'post': stdio and file"),
+        ({"generated_checker": "def f(:\n  pass"}, r"generated_checker does not compile: .*line 1"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            problem_of({"tests": SQUARES, **wrong})
+        assert "\n" not in str(caught.value)
+
+
+class Trap:
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("it was run",)
+
+
+def test_packed_cases_run_nothing() -> None:
+    packed = base64.b64encode(zlib.compress(pickle.dumps(Trap()))).decode()
+    with pytest.raises(ValueError, match="may only hold text"):
+        cases_of({"public_test_cases": packed})
 
 
 def test_the_forms_of_cases() -> None:
@@ -125,7 +247,7 @@ def test_the_forms_of_cases() -> None:
         ("input_output", json.dumps(table)),
         ("verification_info", {"language": "python", "test_cases": listed}),
     ]:
-        assert cases_of({"prompt": "x", name: value}) == pairs
+        assert cases_of({"prompt": "x", name: value}) == [Case(*pair) for pair in pairs]
     assert cases_of({"answer": "3"}) == []
 
 
@@ -137,6 +259,7 @@ def test_the_last_block_in_a_language_that_is_graded() -> None:
     assert block("```\nd\n```", both) == ("python", "d\n")
     assert block("```\nd\n```", both, "cpp") == ("cpp", "d\n")
     assert block("  ```C++\nd\n  ```", both) == ("cpp", "d\n")
+    assert block("```\nd\n```", both, "cpp", True) is None
     assert block("```python\ncut off", both) is None and block("", both) is None
 
 
@@ -193,8 +316,15 @@ def test_a_piston_server_in_place_of_the_sandbox() -> None:
         slow = "n = int(input())\nwhile True: pass"
         found = rewards(grader, python(RIGHT), python("1 / 0"), python(slow), tests=SQUARES[:2])
         grader.close()
+        asked = len(PistonServer.asked)
+        stops = {"scoring": "pass_fail", "test_batch_size": 2}
+        second = Grader([config(**piston.options | stops)], num_workers=1, deadline_s=5)
+        batches = rewards(second, python("print(9)"))
+        second.close()
+        inputs = {body["stdin"] for body in PistonServer.asked[asked:]} - {""}  # the probe
         server.shutdown()
     assert found == [1.0, 0.0, 0.0]
+    assert batches == [0.0] and inputs == {"3", "4"}  # none follow a batch with one that failed
     assert grader.counts == {"code_crash": 1, "code_timeout": 1}
     last = PistonServer.asked[-1]
     assert last["language"] == "python" and last["run_timeout"] == 5000
@@ -208,5 +338,7 @@ def refused(**options: Any) -> ConfigError:
 
 
 def test_no_sandbox_no_run() -> None:
+    with pytest.raises(ConfigError, match="generated_tests: /nonexistent/tests is no folder"):
+        Code([config(generated_tests="/nonexistent/tests")])
     said = str(refused(python="/nonexistent/python"))
     assert "no safe sandbox" in said and "\n" not in said

@@ -133,6 +133,30 @@ def test_tags_of_ones_own_and_those_that_the_prompt_has_begun() -> None:
     assert score("tag_count", "<think>a</think>", **options) == 0
 
 
+def test_tags_with_newlines_are_open_r1s() -> None:
+    for text, share in [
+        ("<think>\na\n</think>\n<answer>\nb\n</answer>", 1),
+        ("<think>\na\n</think>\n\n<answer>\nb\n</answer>\n", 1),
+        ("<think>a</think>\n<answer>b</answer>", 0),
+    ]:
+        assert score("tag_count", text, newlines=True) == share
+    assert score("tag_count", "a\n</plan>", newlines=True, tags=["plan"]) == 0.5
+
+
+def test_code_format_has_the_records_language() -> None:
+    text = "<think>\na\n</think>\n<answer>\n```cpp\nb\n```\n</answer>"
+    assert score("code_format", text) == 0 and score("code_format", text, code_language="cpp") == 1
+    assert score("code_format", text, language=["cpp"]) == 1
+    assert score("code_format", text, language=["python"], code_language="cpp") == 0
+    assert score("code_format", text[8:], opened=["<think>\n"], language=["cpp"]) == 1
+
+
+def test_steps_are_counted() -> None:
+    assert score("reasoning_steps", "1. a\n- b") == pytest.approx(2 / 3)
+    assert score("reasoning_steps", "1. a\n- b", steps=2) == 1
+    assert score("reasoning_steps", "a\n1. b\nfirst, step 2:") == 0
+
+
 def test_repetition_in_three_languages() -> None:
     assert score("repetition", "one two three four five") == 0
     assert score("repetition", "la la la la la la", n=2) == pytest.approx(-0.8)
@@ -158,6 +182,18 @@ def test_language_is_the_prompts_script() -> None:
     assert script_of("这是中文") == "CJK" and script_of("日本のこと") == "JAPANESE"
 
 
+def test_language_of_the_thought_is_a_share_as_deepseek_r1_has_it() -> None:
+    options = {"score": "share", "of": "thought", "prompt": ["東京はどこですか"]}
+    assert score("language", "<think>東京 is 首都</think>English", **options) == 0.8
+    assert score("language", "東京 is 首都</think>English", opened=["<think>\n"], **options) == 0.8
+    assert score("language", "<think>東京 never ends", **options) == 0.5
+    assert score("language", "no thought", **options) is None
+    assert score("language", "<think>1 + 1</think>日本", **options) is None
+    assert score("language", "<think>这是</think>x", of="thought", script="LATIN") == 0
+    whole = {"score": "share", "prompt": ["Where?"]}
+    assert score("language", "<think>It is 日本</think>", **whole) == 0.5
+
+
 def test_lengths() -> None:
     assert score("length", "x" * 200) == 1 and score("length", "") == 0
     assert score("length", "x" * 50, target=100) == 0.5
@@ -168,6 +204,16 @@ def test_lengths() -> None:
     assert score("cosine_length", "x" * 10, **ends) == pytest.approx(-1)
     wrong, longer = (score("cosine_length", "x" * n, right=[0.0]) for n in (10, 900))
     assert wrong is not None and longer is not None and wrong < longer <= -0.5
+
+
+def test_lengths_of_right_and_of_wrong_answers() -> None:
+    assert score("cosine", "42", answer=["42"], max_len=2) == 0.5
+    assert score("cosine", "42" + " " * 9, answer=["42"], max_len=2) == 0.5  # and no other way
+    ids = {"answer": ["42"], "max_len": 4, "unit": "tokens", "completion_ids": [(5, 6)]}
+    assert score("cosine", "42" + " " * 9, **ids) == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="completion_ids"):
+        score("cosine", "42", answer=["42"], unit="tokens")
+    assert score("cosine", "42") is None and score("len_reward", "42") is None
 
 
 def test_every_reward_stands_in_all_tables() -> None:
@@ -312,11 +358,17 @@ def test_a_fault_costs_its_own_sample_alone(
 
 
 def test_mathematics_that_never_ends_costs_its_own_answer_alone() -> None:
-    """A tower of powers that math-verify works at for ever, in code that hears no signal."""
-    accuracy = Grader([RewardConfig(name="accuracy")], num_workers=1, deadline_s=3)
-    found = accuracy.grade(["2", "9^9^9^9", "2"], {"answer": ["2"] * 3})
-    accuracy.close()
-    assert [one.reward for one in found] == [1, None, 1] and accuracy.counts == {"timeout": 1}
+    """A tower of powers that math-verify works at for ever, in code that hears no signal. What
+    compares the answers to a prompt still compares with it.
+    """
+    configs = [RewardConfig(name=name) for name in ("accuracy", "len_reward")]
+    grader = Grader(configs, num_workers=1, deadline_s=3)
+    columns = {"answer": ["2"] * 4, "prompt": ["1+1?"] * 3 + ["4-2?"]}
+    found = grader.grade(["2", "9^9^9^9", "2   ", "2"], columns)
+    grader.close()
+    assert [one.reward for one in found] == [1.5, None, 1.0, 1.0] and grader.counts == {
+        "timeout": 1
+    }
 
 
 def test_what_a_reward_prints_is_not_seen(

@@ -12,11 +12,9 @@ from pydantic import (
     model_validator,
 )
 
+from moetrain.config.reward_code import CodeOptions, Count, Seconds, web_address
 from moetrain.config.section import Section
 from moetrain.errors import nearest
-
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
 
 JUDGE_PROMPT = """You grade an answer. Be strict; do not reward length.
 
@@ -27,13 +25,6 @@ Answer:
 {completion}
 
 Write one sentence of reasons, then a last line `Score: N` with N from 0 to 10."""
-
-
-def web_address(value: str) -> str:
-    """Raises ValueError when it is none."""
-    if not re.match(r"https?://[^/\s]+", value):
-        raise ValueError(f"{value!r} is not an address such as http://127.0.0.1:8000/v1")
-    return value
 
 
 class NoOptions(Section):
@@ -64,6 +55,11 @@ class TagCountOptions(Section):
     tags: list[str] = Field(
         default=["think", "answer"], min_length=1, description="names that stand in <…> and </…>"
     )
+    newlines: bool = Field(
+        default=False,
+        description="count a tag with a newline on each side alone (not before the first nor behind"
+        " the last), as open-r1 does",
+    )
 
     @field_validator("tags")
     @classmethod
@@ -72,6 +68,20 @@ class TagCountOptions(Section):
         if odd is not None:
             raise ValueError(f"has {odd!r}: give names without brackets, such as [think, answer]")
         return value
+
+
+class CodeFormatOptions(Section):
+    """Of `code_format`."""
+
+    code_language: str = Field(
+        default="python", min_length=1, description="of the block, where no column language says it"
+    )
+
+
+class ReasoningStepsOptions(Section):
+    """Of `reasoning_steps`."""
+
+    steps: Count = Field(default=3, description="marks of a step that are enough")
 
 
 class LengthOptions(Section):
@@ -90,12 +100,38 @@ class CosineLengthOptions(Section):
     wrong_long: float = Field(default=-0.5, description="a wrong answer of max_length")
 
 
+class CosineOptions(Section):
+    """Of `cosine`; open-r1's names (its training script has min_value_wrong 0.0)."""
+
+    min_value_wrong: float = Field(
+        default=-1.0, description="a wrong answer of no length (open-r1's cosine_min_value_wrong)"
+    )
+    max_value_wrong: float = Field(default=-0.5, description="a wrong answer of max_len")
+    min_value_correct: float = Field(default=0.5, description="a right answer of max_len")
+    max_value_correct: float = Field(default=1.0, description="a right answer of no length")
+    max_len: Count = Field(default=1000, description="from which length is the same")
+    unit: Literal["characters", "tokens"] = Field(
+        default="characters", description="of max_len; ms-swift counts tokens"
+    )
+
+
 class RepetitionOptions(Section):
     """Of `repetition`."""
 
     n: Count = Field(default=3, description="words that are compared together")
     max_penalty: float = Field(
         default=1.0, ge=0, description="subtracted where nothing but repetition is"
+    )
+
+
+class RepetitionPenaltyOptions(Section):
+    """Of `repetition_penalty`."""
+
+    ngram_size: Count = Field(
+        default=3, description="words, as blanks part them, that are compared together"
+    )
+    max_penalty: float = Field(
+        default=-1.0, le=0, description="added where nothing but repetition is"
     )
 
 
@@ -109,59 +145,13 @@ class LanguageOptions(Section):
     """Of `language`."""
 
     script: Script | None = Field(default=None, description="of the answer; default: the prompt's")
-
-
-class CodeOptions(Section):
-    """Of `code`."""
-
-    scoring: Literal["pass_fail", "partial", "weighted_sum"] = Field(
-        default="pass_fail",
-        description="all cases or nothing; the share that passes; the first and 0.1 of the second",
+    score: Literal["most", "share"] = Field(
+        default="most",
+        description="1 or 0 by most of the letters; the share of words in it (DeepSeek-R1)",
     )
-    languages: list[Literal["python", "cpp"]] = Field(
-        default=["python", "cpp"],
-        min_length=1,
-        description="that are graded; a block without a label is in the first",
+    of: Literal["all", "thought"] = Field(
+        default="all", description="the completion, or its thought alone (DeepSeek-R1)"
     )
-    sandbox: Literal["auto", "bubblewrap", "namespaces", "piston"] = Field(
-        default="auto",
-        description="auto: bubblewrap where it works, else namespaces, else the run is refused",
-    )
-    url: str | None = Field(
-        default=None, description="of a Piston server, e.g. http://127.0.0.1:2000/api/v2"
-    )
-    seconds: Seconds = Field(default=4.0, description="for one case, by the clock and of CPU")
-    budget_seconds: Seconds = Field(
-        default=30.0, description="for all cases of an answer; what is left then has failed"
-    )
-    compile_seconds: Seconds = Field(default=20.0, description="for a C++ compiler")
-    memory_mb: Count = Field(default=512, description="address space of a process")
-    file_mb: Count = Field(default=16, description="of a file, of the output, and of all files")
-    processes: Count = Field(default=4, description="processes and threads at a time")
-    tolerance: float = Field(
-        default=0.0, ge=0, description="relative or absolute, between numbers of the output"
-    )
-    python: str | None = Field(
-        default=None,
-        description="the interpreter to run; default: this one, without its environment's packages",
-    )
-    read: list[str] = Field(
-        default=[], description="further folders that programs may read (never write)"
-    )
-    concurrency: Count | None = Field(
-        default=None, description="answers at a time; default: rollout.reward_workers"
-    )
-
-    @model_validator(mode="after")
-    def _with_its_server(self) -> "CodeOptions":
-        if (self.sandbox == "piston") != (self.url is not None):
-            raise ValueError("sandbox: piston and url go together")
-        return self
-
-    @field_validator("url")
-    @classmethod
-    def _is_url(cls, value: str | None) -> str | None:
-        return value if value is None else web_address(value)
 
 
 class RewardModelOptions(Section):
@@ -233,10 +223,15 @@ OPTIONS: dict[str, type[Section]] = {
     "accuracy": NoOptions,
     "exact": NoOptions,
     "format": FormatOptions,
+    "code_format": CodeFormatOptions,
     "tag_count": TagCountOptions,
+    "reasoning_steps": ReasoningStepsOptions,
     "length": LengthOptions,
     "cosine_length": CosineLengthOptions,
+    "cosine": CosineOptions,
+    "len_reward": NoOptions,
     "repetition": RepetitionOptions,
+    "repetition_penalty": RepetitionPenaltyOptions,
     "language": LanguageOptions,
     "code": CodeOptions,
     "reward_model": RewardModelOptions,

@@ -40,3 +40,11 @@ def after_thought(text: str, opened: str = "") -> str | None:
         if begin in _SPOKEN.sub("", whole):
             return None
     return whole
+
+
+def thought_of(text: str, opened: str = "") -> str:
+    """What stands before the answer, its marks with it; all where the thought was cut."""
+    whole, answer = opened + text, after_thought(text, opened)
+    if answer is None:
+        return whole
+    return whole[: whole.rindex(answer)]

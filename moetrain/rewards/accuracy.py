@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from moetrain.data.thoughts import after_thought
 from moetrain.rewards.base import Scores, is_absent, text_of
-from moetrain.rewards.compare import same
-from moetrain.rewards.meaning import Reading
+from moetrain.rewards.compare import is_parsed, same
+from moetrain.rewards.meaning import Algebra, Reading, Words
 from moetrain.rewards.prose import SAID, candidates
 from moetrain.rewards.reading import is_words, readings
 
@@ -29,7 +30,7 @@ def accuracy(
     **columns: Any,
 ) -> Scores:
     """1 or 0 against the column `answer` (where it is empty, `solution`); None where the record has
-    neither.
+    neither, or one that cannot be read.
 
     Of a completion, what stands in <answer> tags, in the last \\boxed{} or behind #### is read as
     it stands, where there is such a thing; else what it says that the answer is, or the last
@@ -41,7 +42,9 @@ def accuracy(
         for first, second in zip(answer or [None] * num, solution or [None] * num, strict=True)
     ]
     return [
-        None if is_absent(gold) else float(equal(str(gold), said(text_of(text), begun)))
+        None
+        if is_absent(gold) or not is_readable(str(gold))
+        else float(equal(str(gold), said(text_of(text), begun)))
         for text, gold, begun in zip(completions, golds, opened or [""] * num, strict=True)
     ]
 
@@ -77,6 +80,17 @@ def equal(gold: str, given: str) -> bool:
     return any(
         same(wanted, other) for wanted in _readings(gold, True) for other in _readings(given)
     )
+
+
+@lru_cache(maxsize=1024)
+def is_readable(gold: str) -> bool:
+    """Whether an answer can be compared with `gold`: there is something in it, and of what is
+    neither a number nor words, math-verify can make something.
+    """
+    found = _readings(gold, True)
+    others = [one for one in found if not isinstance(one, Algebra | Words)]
+    algebra = [one for one in found if isinstance(one, Algebra) and "\\" in one.text]
+    return bool(found) and (bool(others) or all(map(is_parsed, algebra)))
 
 
 def _readings(text: str, is_gold: bool = False) -> list[Reading]:

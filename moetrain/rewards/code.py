@@ -1,35 +1,52 @@
-"""Whether a program that an answer contains does what its cases ask: input against output."""
+"""Whether a program that an answer contains does what its cases ask: input against output, calls
+against values, or by the word of a checker.
+"""
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import batched
+from pathlib import Path
 from typing import Any
 
-from moetrain.config.rewards import CodeOptions, RewardConfig
+from moetrain.config.reward_code import CodeOptions
+from moetrain.config.rewards import RewardConfig
+from moetrain.errors import ConfigError
 from moetrain.rewards.base import Completion, Grade, RewardKind, Shape
-from moetrain.rewards.programs import LANGUAGES, Broken, Outcome, Program, open_runner
+from moetrain.rewards.calls import CALLER, Ask, Case, is_right
+from moetrain.rewards.cases import Problem, problem_of
+from moetrain.rewards.programs import LANGUAGES, Broken, Job, Program, open_runner
+from moetrain.rewards.sandbox import MB
 
-# Where a record keeps its cases, the first that is there.
-COLUMNS = ("tests", "test_cases", "input_output", "official_tests", "verification_info")
 _OPENS = re.compile(r"[ \t]*```([^`]*)")
 _BLANK = " \t\r"
-Case = tuple[str, str]  # input, expected output
+CHECKER_MEMORY = 512 * MB
+LEAST_MEMORY = 16 * MB  # without which an interpreter does not start
+_END_OF_LINE = re.compile(r"\r$", re.MULTILINE)
 
 
 class Code:
-    """Programs of answers against their cases.
-
-    A record has the cases in `tests` (or another of COLUMNS): [{input, output}, ...], {inputs,
-    outputs}, or either as JSON. Of an answer, the last block ```python or ```cpp is run. None
-    without cases, 0 without a block. A program in a thought is none.
+    """Programs of answers against their cases (cases.py). Of an answer, the last block ```python or
+    ```cpp is run; a program in a thought is none. None without cases, `no_code` without a block,
+    `no_compile` for one that does not compile.
     """
 
     def __init__(self, configs: Sequence[RewardConfig]):
         (config,) = configs
         self.label = config.label
         self.options = CodeOptions.model_validate(config.options)
+        folder = self.options.generated_tests
+        if folder is not None and not Path(folder).expanduser().is_dir():
+            raise ConfigError(
+                f"rewards: code: generated_tests: {folder} is no folder. Give the one that has"
+                " test_cases_0001.parquet, ..."
+            )
         self.runner = open_runner(self.options)
 
     def grade(self, completions: Sequence[Completion]) -> Iterator[tuple[int, Grade]]:
@@ -41,35 +58,140 @@ class Code:
                 yield completion.number, Grade({self.label: None}, "error", detail=detail)
 
     def _answer(self, completion: Completion) -> Grade:
-        cases = cases_of(completion.columns)
-        if not cases:
+        problem = problem_of(completion.columns, self.options.generated_tests)
+        if not problem.cases:
             return Grade({self.label: None})
-        found = block(completion.said, self.options.languages, completion.columns.get("language"))
+        language = completion.columns.get("language")
+        names = self._languages(problem, language)
+        found = block(completion.said, names, language, self.options.language == "record")
         if found is None:
-            return self._scored(0, cases, "missing")
-        program = self.runner.program(*found)
-        if program is None:
-            return self._scored(0, cases, "compile")
-        passed, trouble = self._passed(program, cases)
-        return self._scored(passed, cases, trouble)
+            return self._graded(self.options.no_code, "missing")
+        trial = self._trial(problem, *found)
+        if trial is None:
+            return self._graded(self.options.no_compile, "compile")
+        passed, trouble = self._passed(trial)
+        return self._graded(SCORING[self.options.scoring](passed, len(problem.cases)), trouble)
 
-    def _passed(self, program: Program, cases: Sequence[Case]) -> tuple[int, str | None]:
+    def _graded(self, value: float, trouble: str | None) -> Grade:
+        return Grade({self.label: value}, notes=(f"code_{trouble}",) if trouble else ())
+
+    def _languages(self, problem: Problem, asked: Any) -> list[str]:
+        """Those that a program may be in."""
+        own: list[str] = list(self.options.languages)
+        if self.options.language == "record" and asked:
+            own = [name for name in own if name == asked]
+        if problem.calls:
+            own = [name for name in own if name == "python"]
+        if not own:
+            raise ValueError(
+                f"its language is {asked!r}{' and it calls a function' if problem.calls else ''}:"
+                f" languages are {', '.join(self.options.languages)}, and functions are called in"
+                " Python alone"
+            )
+        return own
+
+    def _trial(self, problem: Problem, language: str, source: str) -> "Trial | None":
+        """None where the program does not compile."""
+        options = self.options
+        own = problem if options.limits == "record" else replace(problem, seconds=None, memory=None)
+        program = self.runner.program(language, source)
+        if program is None:
+            return None
+        caller = self.runner.program("python", CALLER) if problem.calls else None
+        checker = self.runner.program("python", problem.checker) if problem.checker else None
+        memory = max(own.memory or options.memory_mb * MB, LEAST_MEMORY)
+        width = options.test_batch_size if options.test_batch_size > 0 else len(problem.cases)
+        width = min(width, len(problem.cases))
+        at_once = min(width, os.cpu_count() or 1)
+        job = Job(
+            own.seconds or options.seconds,
+            memory,
+            reads="output.txt" if problem.mode == "file" else "",
+            processes=options.processes * at_once,  # of one user, whom the kernel counts as one
+        )
+        return Trial(problem, source, program, caller, checker, job, options, width, at_once)
+
+    def _passed(self, trial: "Trial") -> tuple[int, str | None]:
         """(cases that pass, what went wrong first); no further than the scoring needs."""
         passed, trouble = 0, None
         end = time.monotonic() + self.options.budget_seconds
-        for given, wanted in cases:
-            outcome = program(given) if time.monotonic() < end else Outcome("timeout")
-            if outcome.end == "exit" and same_output(outcome.out, wanted, self.options.tolerance):
-                passed += 1
-                continue
-            trouble = trouble or (None if outcome.end == "exit" else outcome.end)
-            if self.options.scoring == "pass_fail" or time.monotonic() >= end:
-                break
+        with ThreadPoolExecutor(trial.at_once) if trial.at_once > 1 else nullcontext() as pool:
+            run = map if pool is None else pool.map
+            for some in batched(trial.problem.cases, trial.width):
+                found: list[tuple[bool, str | None]] = list(run(partial(trial.judge, end), some))
+                passed += sum(is_passed for is_passed, _ in found)
+                trouble = trouble or next((own for _, own in found if own), None)
+                has_failed = not all(is_passed for is_passed, _ in found)
+                if time.monotonic() >= end or (has_failed and self.options.scoring == "pass_fail"):
+                    break
         return passed, trouble
 
-    def _scored(self, passed: int, cases: Sequence[Case], trouble: str | None) -> Grade:
-        value = SCORING[self.options.scoring](passed, len(cases))
-        return Grade({self.label: value}, notes=(f"code_{trouble}",) if trouble else ())
+
+@dataclass(frozen=True)
+class Trial:
+    """A program and all that its cases need."""
+
+    problem: Problem
+    source: str
+    program: Program
+    caller: Program | None
+    checker: Program | None
+    job: Job
+    options: CodeOptions
+    width: int  # cases after which it is seen whether one has failed
+    at_once: int
+
+    def judge(self, end: float, case: Case) -> tuple[bool, str | None]:
+        """(whether it passes, what went wrong), by a time."""
+        left = end - time.monotonic()
+        if left <= 0:
+            return False, "timeout"
+        job = replace(self.job, seconds=min(self.job.seconds, left))
+        if isinstance(case.given, Ask):
+            assert self.caller is not None
+            files = {"solution.py": self.source}
+            what = json.dumps(case.given.what)
+            outcome = self.caller(replace(job, stdin=what, files=files, reads=""))
+            if outcome.end == "exit":
+                right = is_right(case.given, outcome.out, case.wanted, self.options.tolerance)
+                return right, None
+        else:
+            given = _END_OF_LINE.sub("", case.given)
+            files = {"input.txt": given} if job.reads else {}
+            outcome = self.program(replace(job, stdin=given, files=files))
+            if outcome.end == "exit":
+                return self._is_right(given, outcome.out, case.wanted), None
+        return False, outcome.end
+
+    def _is_right(self, given: str, out: str, wanted: str) -> bool:
+        if self.checker is None:
+            own, right = (out, wanted) if self.options.compare == "lines" else _words(out, wanted)
+            return same_output(own, right, self.options.tolerance)
+        files = {
+            "input.txt": given,
+            "correct_output.txt": _filled(wanted),
+            "output.txt": _filled(out),
+        }
+        outcome = self.checker(
+            Job(self.options.checker_seconds, CHECKER_MEMORY, files=files, arguments=tuple(files))
+        )
+        return outcome.end == "exit" and "".join(outcome.out.split()) in ("1", "100")
+
+
+_EITHER = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE | re.ASCII)
+
+
+def _words(*texts: str) -> Iterator[str]:
+    """In a line, with yes and no in capitals."""
+    return (_EITHER.sub(lambda f: f[0].upper(), " ".join(text.split())) for text in texts)
+
+
+def _filled(text: str) -> str:
+    """Without the ends of lines of another system, and without empty lines: as checkers of
+    open-r1's see an output.
+    """
+    lines = [line for line in _END_OF_LINE.sub("", text).split("\n") if line]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _pass_fail(passed: int, num: int) -> float:
@@ -87,58 +209,19 @@ def _weighted_sum(passed: int, num: int) -> float:
 SCORING = {"pass_fail": _pass_fail, "partial": _partial, "weighted_sum": _weighted_sum}
 
 
-def cases_of(columns: Mapping[str, Any]) -> list[Case]:
-    """Raises ValueError when there are some that cannot be read."""
-    name = next((name for name in COLUMNS if columns.get(name)), None)
-    if name is None:
-        return []
-    try:
-        return _cases(columns[name], name)
-    except (TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{name} has another form than cases have ({error})") from None
-
-
-def _cases(value: Any, name: str) -> list[Case]:
-    if isinstance(value, str):
-        value = json.loads(value)
-    if isinstance(value, Mapping):
-        if value.get("fn_name"):
-            raise ValueError(f"{name} calls a function; only standard input and output are graded")
-        if "test_cases" in value:
-            return _cases(value["test_cases"], f"{name}.test_cases")
-        pairs = (
-            list(zip(value["inputs"], value["outputs"], strict=True)) if "inputs" in value else []
-        )
-    else:
-        pairs = [(case["input"], case["output"]) for case in value if _is_plain(case, name)]
-    if not pairs:
-        raise ValueError(
-            f"{name} has no cases: give [{{input, output}}, ...] or inputs and outputs"
-        )
-    return [(_lines(given), _lines(wanted)) for given, wanted in pairs]
-
-
-def _is_plain(case: Any, name: str) -> bool:
-    if not isinstance(case, Mapping) or not {"input", "output"} <= case.keys():
-        raise ValueError(f"{name} has a case without input and output")
-    if case.get("type", "stdin_stdout") != "stdin_stdout":
-        raise ValueError(f"{name} has a case of type {case['type']}; only stdin_stdout is graded")
-    return True
-
-
-def _lines(value: Any) -> str:
-    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def block(text: str, languages: Sequence[str], default: Any = None) -> tuple[str, str] | None:
+def block(
+    text: str, languages: Sequence[str], default: Any = None, is_labelled: bool = False
+) -> tuple[str, str] | None:
     """(language, program): the last fenced block in one of `languages`; one without a label is in
-    `default`, or in the first of them.
+    `default`, or in the first of them, or is none (`is_labelled`).
     """
     first = default if default in languages else languages[0]
     for label, source in reversed(fenced(text)):
         word = label.strip().lower()
         for language in languages:
-            if word in LANGUAGES[language].labels or (not word and language == first):
+            if word in LANGUAGES[language].labels or (
+                not word and language == first and not is_labelled
+            ):
                 return language, source
     return None
 
@@ -182,7 +265,7 @@ def _same_word(own: str, wanted: str, tolerance: float) -> bool:
 
 def _shape(options: Mapping[str, Any], recipe: Shape) -> Shape:
     own = CodeOptions.model_validate(options)
-    seconds = own.compile_seconds + own.budget_seconds + own.seconds
+    seconds = own.compile_seconds + own.budget_seconds + own.seconds + own.checker_seconds
     workers = own.concurrency or recipe.num_workers
     return replace(recipe, num_workers=workers, seconds=seconds + 10.0)
 

@@ -7,13 +7,15 @@ from moetrain.config.reward_files import wanted_columns
 from moetrain.config.rewards import RewardConfig
 from moetrain.data.samples import Prompt
 from moetrain.errors import DataError
-from moetrain.rewards import code
+from moetrain.rewards import cases
 from moetrain.rewards.base import is_absent
 
 NEEDED: dict[str, tuple[str, ...]] = {  # one of these; rewards that are not here need none
     "accuracy": ("answer", "solution"),
     "exact": ("answer",),
-    "code": code.COLUMNS,
+    "cosine": ("answer", "solution"),
+    "len_reward": ("answer", "solution"),
+    "code": (*cases.COLUMNS, *cases.BESIDE),
 }
 
 

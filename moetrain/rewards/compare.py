@@ -182,6 +182,11 @@ def _parsed(text: str) -> list[Any]:
     return parse(f"\\boxed{{{text}}}", [config], fallback_mode="no_fallback", parsing_timeout=None)
 
 
+def is_parsed(one: Algebra) -> bool:
+    """Whether math-verify makes more of it than a text."""
+    return any(not isinstance(value, str) for value in _parsed(one.text))
+
+
 def _blank(text: str) -> str:
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 

@@ -6,17 +6,22 @@ from pathlib import Path
 
 from moetrain.config.reward_files import check_reward_file
 from moetrain.errors import ConfigError
-from moetrain.rewards import accuracy, text
+from moetrain.rewards import accuracy, lengths, text
 from moetrain.rewards.base import RewardFunction
 
 REWARDS: dict[str, RewardFunction] = {
     "accuracy": accuracy.accuracy,
     "exact": accuracy.exact,
     "format": text.format,
+    "code_format": text.code_format,
     "tag_count": text.tag_count,
-    "length": text.length,
-    "cosine_length": text.cosine_length,
+    "reasoning_steps": text.reasoning_steps,
+    "length": lengths.length,
+    "cosine_length": lengths.cosine_length,
+    "cosine": lengths.cosine,
+    "len_reward": lengths.len_reward,
     "repetition": text.repetition,
+    "repetition_penalty": text.repetition_penalty,
     "language": text.language,
 }
 

@@ -14,7 +14,7 @@ class Functions:
 
     def __init__(self, configs: Sequence[RewardConfig]):
         self._found = [(config, find_reward(config.name)) for config in configs]
-        if any(config.name == "accuracy" for config in configs):
+        if any(config.name in ("accuracy", "cosine", "len_reward") for config in configs):
             import math_verify  # noqa: F401  # seconds, which no completion should pay
 
     def grade(self, completions: Sequence[Completion]) -> Iterator[tuple[int, Grade]]:
@@ -26,6 +26,9 @@ class Functions:
             name: [value] for name, value in completion.columns.items() if name != "completions"
         }
         lists["opened"] = [completion.opened]
+        lists["group_lengths"] = [completion.group_lengths]
+        if completion.tokens is not None:
+            lists["completion_ids"] = [completion.tokens]
         values: dict[str, float | None] = {}
         try:
             for config, function in self._found:

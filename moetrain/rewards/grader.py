@@ -3,7 +3,8 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, groupby
 from multiprocessing.connection import wait
 from statistics import fmean
 from typing import Any
@@ -67,6 +68,7 @@ class Grader:
 
     def grade_completions(self, completions: Sequence[Completion]) -> list[Verdict]:
         """One verdict for each, in order; they are numbered from 0."""
+        completions = _with_lengths(completions)
         for pool in self._pools:
             pool.ask(completions)
         found: list[list[Grade]] = [[] for _ in completions]
@@ -116,3 +118,15 @@ class Grader:
         for pool in self._pools:
             pool.close()
         self._pools = []
+
+
+def _with_lengths(completions: Sequence[Completion]) -> list[Completion]:
+    """With the least and the greatest length of the answers to each prompt: rewards that compare
+    these see one completion at a time, so that one that hangs changes no other's reward.
+    """
+    found: list[Completion] = []
+    for _, own in groupby(completions, lambda one: one.columns.get("prompt")):
+        group = list(own)
+        lengths = [len(one.text) for one in group]
+        found += [replace(one, group_lengths=(min(lengths), max(lengths))) for one in group]
+    return found

@@ -1,14 +1,14 @@
-"""Programs in Python and C++, ready to run on text: in the sandbox, or on a Piston server."""
+"""Programs in Python and C++, ready to run: in the sandbox, or on a Piston server."""
 
 import asyncio
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import httpx
 
-from moetrain.config.rewards import CodeOptions
+from moetrain.config.reward_code import CodeOptions
 from moetrain.errors import ConfigError
 from moetrain.rewards.remote import Remote, RemoteError
 from moetrain.rewards.sandbox import MB, File, Limits, Sandbox
@@ -25,17 +25,25 @@ class Language:
     run: tuple[str, ...] = ()  # after the interpreter, if it has one
 
 
+_COMPILE = "g++ -DONLINE_JUDGE -O2 -std=c++17 -pipe"
 LANGUAGES = {
     "python": Language(("python", "py", "python3"), "main.py", "python", run=("main.py",)),
     "cpp": Language(
         ("cpp", "c++", "cc", "cxx"),
         "main.cpp",
         "c++",
-        compile=("/bin/sh", "-c", "g++ -O2 -std=c++17 -pipe main.cpp -o main >&2 && cat main"),
+        compile=(
+            "/bin/sh",
+            "-c",
+            "g++ -DONLINE_JUDGE -O2 -std=c++17 -pipe main.cpp -o main >&2 && cat main",
+        ),
         run=("./main",),
     ),
 }
 COMPILER = Limits(0.0, memory=2048 * MB, file=64 * MB, processes=16)
+# A program's standard output in a file of its own, as some problems want it. The sandbox has but
+# one way out, so it goes there when the program has ended well.
+_TO_FILE = '"$@" >/dev/null 2>&1 </dev/null && cat '
 
 
 class Broken(Exception):
@@ -50,8 +58,21 @@ class Outcome:
     out: str = ""
 
 
-Program = Callable[[str], Outcome]
-"""Run it on a standard input. Raises Broken."""
+@dataclass(frozen=True)
+class Job:
+    """One run of a program, and what it may take."""
+
+    seconds: float
+    memory: int  # bytes
+    stdin: str = ""
+    files: Mapping[str, str] = field(default_factory=dict[str, str])  # beside it
+    arguments: tuple[str, ...] = ()
+    reads: str = ""  # the file that has its output; "": standard output
+    processes: int = 4
+
+
+Program = Callable[[Job], Outcome]
+"""Run it. Raises Broken."""
 
 
 class Runner(Protocol):
@@ -77,10 +98,7 @@ class Local:
                 " [python]."
             )
         self.sandbox = Sandbox(options.sandbox, options.read, options.python)
-        self.limits = Limits(
-            options.seconds, options.memory_mb * MB, options.file_mb * MB, options.processes
-        )
-        self.compile_seconds = options.compile_seconds
+        self.options = options
 
     def program(self, language: str, source: str) -> Program | None:
         how = LANGUAGES[language]
@@ -89,7 +107,7 @@ class Local:
         files = {how.file: file}
         if how.compile:
             limits = Limits(
-                self.compile_seconds, COMPILER.memory, COMPILER.file, COMPILER.processes
+                self.options.compile_seconds, COMPILER.memory, COMPILER.file, COMPILER.processes
             )
             made = self.sandbox.run(how.compile, files=files, limits=limits)
             if made.end == "broken":
@@ -98,9 +116,16 @@ class Local:
                 return None
             command, files = list(how.run), {"main": (made.out, 0o755)}
 
-        def run(given: str) -> Outcome:
-            data = given.encode(errors="replace")
-            ran = self.sandbox.run(command, data, files, self.limits)
+        def run(job: Job) -> Outcome:
+            own = {name: (text.encode(errors="replace"), 0o644) for name, text in job.files.items()}
+            whole = [*command, *job.arguments]
+            if job.reads:
+                whole = ["/bin/sh", "-c", _TO_FILE + job.reads, "sh", *whole]
+            limits = Limits(
+                job.seconds, job.memory, self.options.file_mb * MB, job.processes + bool(job.reads)
+            )
+            data = job.stdin.encode(errors="replace")
+            ran = self.sandbox.run(whole, data, {**own, **files}, limits)
             if ran.end == "broken":
                 raise Broken(f"the sandbox: {ran.said}")
             if ran.end == "exit":
@@ -124,7 +149,8 @@ class Piston:
             retries=3,
         )
         try:
-            self._post("python", LANGUAGES["python"], "print(1)", "")
+            job = Job(options.seconds, options.memory_mb * MB)
+            self._post("python", LANGUAGES["python"], "print(1)", job)
         except Broken as error:
             raise ConfigError(f"rewards: code: {error}. Look at its url.") from None
 
@@ -132,28 +158,32 @@ class Piston:
         how = LANGUAGES[language]
         compiled: list[bool] = []
 
-        def run(given: str) -> Outcome:
-            message = self._post(language, how, source, given)
+        def run(job: Job) -> Outcome:
+            if job.reads:
+                raise ValueError("input_mode is 'file', which a Piston server does not do")
+            message = self._post(language, how, source, job)
             compiled.append(not message.get("compile") or message["compile"].get("code") == 0)
             if not compiled[-1]:
                 return Outcome("crash")
             return _outcome(message["run"])
 
         if how.compile:
-            run("")
+            run(Job(self.options.seconds, self.options.memory_mb * MB))
             if not compiled[-1]:
                 return None
         return run
 
-    def _post(self, language: str, how: Language, source: str, given: str) -> dict[str, Any]:
+    def _post(self, language: str, how: Language, source: str, job: Job) -> dict[str, Any]:
+        more = [{"name": name, "content": text} for name, text in job.files.items()]
         body = {
             "language": how.piston,
             "version": "*",
-            "files": [{"name": how.file, "content": source}],
-            "stdin": given,
-            "run_timeout": int(self.options.seconds * 1000),
+            "files": [{"name": how.file, "content": source}, *more],
+            "stdin": job.stdin,
+            "args": list(job.arguments),
+            "run_timeout": int(job.seconds * 1000),
             "compile_timeout": int(self.options.compile_seconds * 1000),
-            "run_memory_limit": self.options.memory_mb * MB,
+            "run_memory_limit": job.memory,
         }
 
         async def ask() -> Any:

@@ -57,7 +57,7 @@ class Ran:
 
 
 class Sandbox:
-    """Ready to run programs, one at a time.
+    """Ready to run programs; the processes of those that run at a time count together.
 
     A running program ends with the process that started it. One that bubblewrap (0.8) is just
     setting up when that process is killed may stay: keeper.py ends those of the graders.
@@ -71,7 +71,7 @@ class Sandbox:
 
     def __init__(self, kind: str = "auto", read: Sequence[str] = (), python: str | None = None):
         self.read, self.links = _system(read)
-        self.filter = _file(seccomp.program())
+        self._rules = seccomp.program()
         self.uid = FIRST_UID + os.getpid() % NUM_UIDS if _is_real_root() else None
         self.tools = {name: _tool(name) for name in ("prlimit", "setpriv")}
         own = (os.path.realpath(sys.executable), "/usr/bin/python3")
@@ -113,16 +113,15 @@ class Sandbox:
         limits: Limits,
     ) -> Ran:
         streams = [_file(stdin), _file(), _file()]
-        status = _file()
+        status, rules = _file(), _file(self._rules)  # a run's own: several may run at a time
         given = [(_file(data), f"{HOME}/{name}", mode) for name, (data, mode) in files.items()]
         limited = [*self._limit(limits), *command]
         start = self._bubblewrap if kind == "bubblewrap" else self._namespaces
-        fds = [status, self.filter, *(fd for fd, _, _ in given)]
-        os.lseek(self.filter, 0, os.SEEK_SET)
+        fds = [status, rules, *(fd for fd, _, _ in given)]
         started = time.monotonic()
         try:
             process = subprocess.Popen(
-                start(limited, given, status, limits.file),
+                start(limited, given, status, rules, limits.file),
                 stdin=streams[0],
                 stdout=streams[1],
                 stderr=streams[2],
@@ -139,7 +138,7 @@ class Sandbox:
             sizes = [os.fstat(fd).st_size for fd in streams[1:]]
             message = os.pread(streams[2], 2000, max(0, sizes[1] - 2000)).decode(errors="replace")
         finally:
-            for fd in (*streams, status, *(fd for fd, _, _ in given)):
+            for fd in (*streams, *fds):
                 os.close(fd)
         code = status_of.get("exit-code", -1)
         if not in_time or code == 128 + 24:  # SIGXCPU
@@ -164,7 +163,12 @@ class Sandbox:
         return [self.tools["prlimit"], *words]
 
     def _bubblewrap(
-        self, command: list[str], files: list[tuple[int, str, int]], status: int, space: int
+        self,
+        command: list[str],
+        files: list[tuple[int, str, int]],
+        status: int,
+        rules: int,
+        space: int,
     ) -> list[str]:
         words = [_tool("bwrap"), "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
         words += ["--die-with-parent", "--new-session", "--clearenv"]
@@ -190,11 +194,16 @@ class Sandbox:
             words += ["--perms", f"{mode:o}", "--file", str(fd), path]
         for name, value in ENVIRONMENT.items():
             words += ["--setenv", name, value]
-        words += ["--seccomp", str(self.filter), "--json-status-fd", str(status)]
+        words += ["--seccomp", str(rules), "--json-status-fd", str(status)]
         return [*words, "--chdir", HOME, "--remount-ro", "/", "--", *command]
 
     def _namespaces(
-        self, command: list[str], files: list[tuple[int, str, int]], status: int, space: int
+        self,
+        command: list[str],
+        files: list[tuple[int, str, int]],
+        status: int,
+        rules: int,
+        space: int,
     ) -> list[str]:
         job = {
             "parent": os.getpid(),
@@ -202,7 +211,7 @@ class Sandbox:
             "read": self.read,
             "links": self.links,
             "files": files,
-            "filter": self.filter,
+            "filter": rules,
             "status": status,
             "space": space,
             "home": HOME,
