@@ -74,7 +74,7 @@ OURS: list[tuple[float | None, dict[str, Any]]] = [
 def test_where_it_differs_from_open_r1() -> None:
     """As docs/rewards.md says."""
     for row, (value, options) in zip(THEIRS["differences"], OURS, strict=True):
-        name = {"length": "len_reward"}.get(row["reward"], row["reward"])
+        name = "len_reward" if row["reward"] == "length" else str(row["reward"])
         texts, golds = [row["completion"], "x"], [row["solution"]] * 2
         assert find_reward(name)(texts, solution=golds, **options)[0] == value, row
 

@@ -658,7 +658,9 @@ def online_recipes(draw: st.DrawFn) -> Recipe:
         st.lists(
             st.sampled_from(
                 ["accuracy", {"name": "format", "weight": 0.5},
-                 {"name": "repetition", "options": {"n": 4, "max_penalty": 0.5}}]
+                 {"name": "repetition_penalty", "options": {"ngram_size": 4, "max_penalty": -0.5}},
+                 {"name": "cosine", "options": {"unit": "tokens", "max_len": 77,
+                  "min_value_wrong": -0.75, "max_value_correct": 2.0}}]
             ),
             min_size=1, max_size=3, unique_by=str,
         )
@@ -960,7 +962,7 @@ def test_every_deciding_flag_is_tried() -> None:
         (f"{GRPO} --scale_rewards gdpo", "--scale_rewards gdpo: .*added up"),
         (f"{DPO} --delta 2", "--delta 2: of methods with rollouts"),
         (f"{GRPO} --rollout_importance_sampling_mode sequence_mask", "sequence_mask: .*mean"),
-        (f"{GRPO} --reward_funcs accuracy cosine", "cosine counts tokens there"),
+        (f"{GRPO} --reward_funcs repetition --repetition_max_penalty 1", "pays for repetition"),
         (f"{GRPO} --reward_funcs mine", "FILE.py:FUNCTION"),
         (
             f"{GRPO} --reward_funcs accuracy soft_overlong --soft_cache_length 3"

@@ -4,6 +4,7 @@ math-verify is asked about what needs algebra.
 
 import re
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from moetrain.rewards.meaning import Algebra, Group, Named, Number, Piece, Reading, Region, Words
@@ -183,8 +184,13 @@ def _parsed(text: str) -> list[Any]:
 
 
 def is_parsed(one: Algebra) -> bool:
-    """Whether math-verify makes more of it than a text."""
-    return any(not isinstance(value, str) for value in _parsed(one.text))
+    """Whether math-verify makes more of it than a text, or of a part of it."""
+    from math_verify import parse
+
+    for read in (_parsed, partial(parse, parsing_timeout=None)):
+        if any(not isinstance(value, str) for value in read(one.text)):
+            return True
+    return False
 
 
 def _blank(text: str) -> str:

@@ -29,37 +29,41 @@ print(100 if abs(own - wanted) < 1e-4 else 0)
 
 PROBLEMS = {
     "sum": {
-        "id": "1/A", "time_limit": 2.0, "memory_limit": 256.0, "input_mode": "stdio",
+        "id": "1/A", "time_limit": 15.0, "memory_limit": 256.0, "input_mode": "stdio",
         "generated_checker": None,
         "official_tests": [case("1 2\r\n", "3\r\n"), case("10 -4\n", "6\n"), case("0 0\n", "0\n")],
         "more": [case("1000000000000 1\n", "1000000000001\n")],
     },
     "split": {
-        "id": "2/B", "time_limit": 2.0, "memory_limit": 256.0, "input_mode": "stdio",
+        "id": "2/B", "time_limit": 15.0, "memory_limit": 256.0, "input_mode": "stdio",
         "generated_checker": CHECKER,
         "official_tests": [case("5\n", "1 4\n"), case("2\n", "1 1\n"), case("100\n", "1 99\n")],
         "more": [],
     },
     "root": {
-        "id": "3/C", "time_limit": 2.0, "memory_limit": 256.0, "input_mode": "stdio",
+        "id": "3/C", "time_limit": 15.0, "memory_limit": 256.0, "input_mode": "stdio",
         "generated_checker": CHECKER_OF_POINTS,
         "official_tests": [case("2\n", "1.41421356\n"), case("9\n", "3\n")],
         "more": [],
     },
     "file": {
-        "id": "4/D", "time_limit": 2.0, "memory_limit": 256.0, "input_mode": "file",
+        "id": "4/D", "time_limit": 15.0, "memory_limit": 256.0, "input_mode": "file",
         "generated_checker": None,
         "official_tests": [case("3\n1 2 3\n", "6\n"), case("1\n5\n", "5\n")],
         "more": [],
     },
     "even": {
-        "id": "5/E", "time_limit": 1.5, "memory_limit": 128.0, "input_mode": "stdio",
+        "id": "5/E", "time_limit": 15.0, "memory_limit": 128.0, "input_mode": "stdio",
         "generated_checker": None,
         "official_tests": [case("2\n4 7\n", "YES\nNO\n"), case("1\n1\n", "NO\n")],
         "more": [case("3\n2 3 4\n", "YES\n\nNO\nYES\n")],
     },
+    "slow": {
+        "id": "7/G", "time_limit": 1.0, "memory_limit": 256.0, "input_mode": "stdio",
+        "generated_checker": None, "official_tests": [case("1 2\n", "3\n")], "more": [],
+    },
     "none": {
-        "id": "6/F", "time_limit": 2.0, "memory_limit": 256.0, "input_mode": "stdio",
+        "id": "6/F", "time_limit": 15.0, "memory_limit": 256.0, "input_mode": "stdio",
         "generated_checker": None, "official_tests": [], "more": [],
     },
 }  # fmt: skip
@@ -89,7 +93,6 @@ SUBMISSIONS = [
     ("sum", "python", python("print('3 ')\nraise SystemExit(1)")),
     ("sum", "python", python("this is no Python")),
     ("sum", "python", python("import sys\nprint(sum(map(int, sys.stdin.read().split())))")),
-    ("sum", "python", python("while True: pass")),
     ("sum", "python", python("x = bytearray(2 << 30)\nprint(3)")),
     ("sum", "python", "I do not know."),
     ("sum", "python", "```python\nprint(3)"),
@@ -133,8 +136,8 @@ SUBMISSIONS = [
     ("even", "python", python(_EVEN + "print('YES' if n % 2 else 'NO')")),
     ("even", "python", python(_EVEN + "print('NO')")),
     ("even", "python", python(_EVEN + "print('N O' if n % 2 else 'YES')")),
-    ("even", "python", python("import time\n" + _EVEN + "print('NO' if n % 2 else 'YES')\n"
-                              "    time.sleep(20 if n == 7 else 0)")),
+    ("slow", "python", python("while True: pass")),
+    ("slow", "python", python("import time\nprint(3, flush=True)\ntime.sleep(20)")),
     # nothing to grade by
     ("none", "python", python("print(1)")),
     ("none", "python", "nothing"),

@@ -8,24 +8,32 @@ from moetrain.interop.swift.policy import is_online
 
 _SAME = ("accuracy", "format")
 _OVERLONG = "soft_overlong"
+_COSINE = {  # (option, ms-swift's default) by ms-swift's flag; both count tokens
+    "cosine_min_len_value_wrong": ("min_value_wrong", -0.5),
+    "cosine_max_len_value_wrong": ("max_value_wrong", 0.0),
+    "cosine_max_len_value_correct": ("min_value_correct", 0.5),
+    "cosine_min_len_value_correct": ("max_value_correct", 1.0),
+}
 _WHY = {
-    "cosine": "counts tokens there, characters here: give cosine_length by hand",
     "react_format": "give it as FILE.py:FUNCTION (docs/rewards.md)",
     "toolbench": "give it as FILE.py:FUNCTION (docs/rewards.md)",
+}
+_NEITHER = "is not ms-swift's: write a plugin for it"
+_NOT_THERE = {
+    "repetition": "has words of another kind than ms-swift's; repetition_penalty has its own",
+    "cosine": "counts characters, and ms-swift tokens: set unit: tokens",
 }
 _PLUGIN = "is a class of an ms-swift plugin: write it as FILE.py:FUNCTION (docs/rewards.md)"
 
 
 class RewardFunctions(Entry):
-    """accuracy, format and repetition by name; soft_overlong is a part of the method here."""
+    """accuracy, format, cosine and repetition; soft_overlong is a part of the method here."""
 
     def read(self, reading: Reading) -> None:
         if not is_online(reading.keys):
             return
         names = reading.parse("reward_funcs", LIST) or []
         weights = [float(word) for word in self._weights(reading, len(names))]
-        n = reading.parse("repetition_n_grams", WHOLE)
-        penalty = reading.parse("repetition_max_penalty", NUMBER)
         rewards: list[Any] = []
         unknown: list[str] = []
         for name, weight in zip(names, weights, strict=True):
@@ -36,13 +44,16 @@ class RewardFunctions(Entry):
                 else:
                     self._overlong(reading)
                 continue
+            own = name
             if name == "repetition":
-                options = {"n": n or 3, "max_penalty": abs(-1.0 if penalty is None else penalty)}
+                own, options = "repetition_penalty", self._repetition(reading)
+            elif name == "cosine":
+                options = self._cosine(reading)
             elif name not in _SAME:
                 unknown.append(f"{name} {_WHY.get(name, _PLUGIN)}")
                 continue
             plain = not options and weight == 1
-            whole = {"name": name, "weight": weight, "options": options}
+            whole = {"name": own, "weight": weight, "options": options}
             rewards.append(name if plain else {key: v for key, v in whole.items() if v != {}})
         if reading.keys["method.name"] == "dapo" and _OVERLONG not in names:
             reading.keys["method.soft_length"] = 0  # no penalty, where the recipe has one by itself
@@ -65,6 +76,31 @@ class RewardFunctions(Entry):
         return given
 
     @staticmethod
+    def _repetition(reading: Reading) -> dict[str, Any]:
+        penalty = reading.parse("repetition_max_penalty", NUMBER)
+        penalty = -1.0 if penalty is None else penalty
+        if penalty > 0:
+            raise ConfigError(
+                f"--repetition_max_penalty {penalty:g} pays for repetition: give 0 or less"
+            )
+        return {
+            "ngram_size": reading.parse("repetition_n_grams", WHOLE) or 3,
+            "max_penalty": penalty,
+        }
+
+    @staticmethod
+    def _cosine(reading: Reading) -> dict[str, Any]:
+        most = reading.parse("cosine_max_len", WHOLE)
+        options: dict[str, Any] = {
+            "unit": "tokens",
+            "max_len": most or reading.keys.get("rollout.max_tokens", 512),
+        }
+        for flag, (option, usual) in _COSINE.items():
+            value = reading.parse(flag, NUMBER)
+            options[option] = usual if value is None else value
+        return options
+
+    @staticmethod
     def _overlong(reading: Reading) -> None:
         keys = reading.keys
         soft = reading.parse("soft_cache_length", WHOLE)
@@ -83,12 +119,16 @@ class RewardFunctions(Entry):
         weights: list[float] = []
         for reward in cast(list[dict[str, Any]], keys.get("rewards") or []):
             name, options = reward["name"], cast(dict[str, Any], reward.get("options") or {})
-            if name == "repetition":
-                writing.flags["repetition_n_grams"] = WHOLE.show(options.get("n", 3))
-                most = -abs(options.get("max_penalty", 1.0))
+            if name == "repetition_penalty":
+                writing.flags["repetition_n_grams"] = WHOLE.show(options.get("ngram_size", 3))
+                most = options.get("max_penalty", -1.0)
                 writing.flags["repetition_max_penalty"] = NUMBER.show(most)
+                name = "repetition"
+            elif name == "cosine" and options.get("unit") == "tokens":
+                writing.flags["cosine_max_len"] = WHOLE.show(options["max_len"])
+                writing.flags |= {f: NUMBER.show(options[own]) for f, (own, _) in _COSINE.items()}
             elif name not in _SAME or any(options.values()):
-                writing.lost("rewards", f"{name} is not ms-swift's: write a plugin for it")
+                writing.lost("rewards", f"{name} {_NOT_THERE.get(name, _NEITHER)}")
                 continue
             names.append(name)
             weights.append(float(reward.get("weight", 1.0)))
