@@ -275,13 +275,30 @@ class RewardConfig(Section):
         return given
 
 
+# Rewards of open-r1, TRL and ms-swift that have another name here.
+_FOREIGN = {
+    "cf_code": "code with compare: words, language: record, scoring: weighted_sum, no_code: -1 and"
+    " no_compile: -0.1",
+    "binary_code": "code",
+    "ioi_code": "code, for problems that read and write text",
+    "soft_overlong": "method.soft_length and method.max_length",
+    "soft_overlong_punishment": "method.soft_length and method.max_length",
+    "accuracy_reward": "accuracy",
+    "format_reward": "format",
+    "tag_count_reward": "tag_count",
+    "reasoning_steps_reward": "reasoning_steps",
+    "cosine_scaled_reward": "cosine",
+    "repetition_penalty_reward": "repetition_penalty",
+}
+
+
 def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
     if ":" in name:  # of a user's own file: its keyword arguments
         return options
     if name not in OPTIONS:
         raise ValueError(
             f"rewards: {name!r} is not known; there are {', '.join(OPTIONS)}, and"
-            f" FILE.py:FUNCTION.{nearest(name, OPTIONS)}"
+            f" FILE.py:FUNCTION.{_near(name)}"
         )
     section = OPTIONS[name]
     try:
@@ -300,6 +317,10 @@ def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
         message = str(first["msg"]).removeprefix("Value error, ")
         where = f"option {key}: " if key else ""
         raise ValueError(f"rewards: {name}: {where}{message[0].lower()}{message[1:]}.") from None
+
+
+def _near(name: str) -> str:
+    return f" Here it is {_FOREIGN[name]}." if name in _FOREIGN else nearest(name, OPTIONS)
 
 
 def _as_reward(value: object) -> object:
