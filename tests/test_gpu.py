@@ -120,17 +120,19 @@ def test_memory_savers_change_nothing(model: tuple[str, Any], train: dict[str, A
         assert (found, found_norm) == pytest.approx((wanted, norm), rel=1e-5)
 
 
-@proves("a checkpoint written on CUDA resumes to the same bits, optimizer included")
+@proves("a checkpoint written on CUDA resumes to the same bits, optimizer included, Muon's too")
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_restored_engine_goes_on_as_if_never_stopped(
-    model: tuple[str, Any], backend: str, tmp_path: Path
+    model: tuple[str, Any], backend: str, optimizer: str, tmp_path: Path
 ) -> None:
     from moetrain.engine import Engine
     from moetrain.methods import METHODS
     from moetrain.testing import ranks
 
     need(backend)
-    recipe = ranks.recipe_for(model[0], {}, **setup(backend, "bf16", deterministic=True))
+    sections = setup(backend, "bf16", deterministic=True) | {"optim": {"name": optimizer}}
+    recipe = ranks.recipe_for(model[0], {}, **sections)
     packs = [ranks.packs_of(sequences(i), 2) for i in range(6)]
 
     def train(restore: bool) -> list[float]:

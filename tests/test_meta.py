@@ -83,7 +83,9 @@ def test_a_step_without_data(
 ) -> None:
     """And what it keeps is within the dry run's bound, and not far from it."""
     hf = {**CONFIGS["qwen3_moe"], "moe_intermediate_size": 32, "num_experts": 8}
-    sections = {"train": {"global_batch": 4, "recompute": recompute}}
+    sections: dict[str, Any] = {"train": {"global_batch": 4, "recompute": recompute}}
+    if not dense:
+        sections |= {"optim": {"name": "muon"}, "router": {"aux_loss": 0.1, "balance": "global"}}
     *_, most, bound = step(hf | {"mlp_only_layers": dense}, parallel, rank, 8, 2, 64, sections)
     assert bound / 4 < most <= bound
 

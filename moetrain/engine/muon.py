@@ -1,8 +1,8 @@
 """Muon beside AdamW in Megatron's distributed optimizer: momentum, made orthogonal, for matrices.
 
 megatron-core 0.19.2 has a Muon of its own (with the package emerging_optimizers), which makes
-parameters orthogonal: gate and up as one matrix, and grouped experts, which have three dimensions,
-not at all. Here a matrix is a Hugging Face tensor, so a step is the same at every layout. A
+parameters orthogonal: gate and up as one matrix, a tensor-parallel rank's part by itself, and
+grouped experts, which have three dimensions, not at all. Here a matrix is a Hugging Face tensor, so a step is the same at every layout. A
 data-parallel rank has the momentum of a run of elements, as the distributed optimizer deals them
 out (arXiv 2502.16982, algorithm 1); it makes the updates of the matrices that its run touches. A
 matrix that lies on several ranks is summed over them first.
@@ -74,6 +74,10 @@ class MuonSteps:
             super().step(closure)  # type: ignore[misc]
         finally:
             self.param_groups = every
+        if not counts_by_parameter(self):
+            for group in muon_groups(self):
+                if "step" in group:  # once a checkpoint has brought it
+                    group["step"] += 1
         group_of = {param: group for group in muon_groups(self) for param in group["params"]}
         before: Tensor | None = None
         moved: Tensor | None = None  # that of one parameter, whose blocks follow each other
@@ -91,8 +95,9 @@ class MuonSteps:
         """The new momentum of a flat shard, looking ahead with Nesterov."""
         state = self.state[param]
         if not state:
-            start(state, param)
-        state["step"] += 1
+            start(self, param)
+        if "step" in state:
+            state["step"] += 1
         beta, momentum, grad = self.cfg.muon_momentum, state["exp_avg"], param.grad
         assert grad is not None
         momentum.lerp_(grad, 1 - beta)
@@ -145,9 +150,18 @@ def locals_of(
     return result
 
 
-def start(state: dict[str, Any], param: Tensor) -> None:
-    """An empty state: no second moment."""
-    state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(param.data))
+def counts_by_parameter(inner: Any) -> bool:
+    """Whether an optimizer keeps a `step` in each state, as torch's do. Those of Transformer Engine
+    and Apex keep one in a group, and know the moments alone.
+    """
+    return isinstance(inner, torch.optim.AdamW)
+
+
+def start(inner: Any, param: Tensor) -> None:
+    """Give a parameter of Muon its empty state: there is no second moment."""
+    inner.state[param]["exp_avg"] = torch.zeros_like(param.data)
+    if counts_by_parameter(inner):
+        inner.state[param]["step"] = torch.tensor(0.0)
 
 
 def muon_groups(optimizer: Any) -> list[dict[str, Any]]:

@@ -209,18 +209,20 @@ def start_state(optimizer: Any) -> None:
     """Give torch's AdamW an empty state, so that a checkpoint can be read into it.
 
     megatron-core 0.19.2 asks for every parameter's `step` before loading, which its own
-    init_state_fn forgets. Apex's and Transformer Engine's Adam keep it elsewhere. An optimizer that
+    init_state_fn forgets. Apex's and Transformer Engine's Adam keep it elsewhere, and begin by
+    themselves; with Muon in them they do not know which moments there are. An optimizer that
     is partly on the host has parameters of its own, which a step on noise makes; what is loaded
     then replaces them and the weights.
     """
-    for inner in _stepping(optimizer):
+    kinds = (torch.optim.AdamW, HybridDeviceOptimizer, muon.MuonSteps)
+    for inner in (p.optimizer for p in _parts(optimizer) if isinstance(p.optimizer, kinds)):
         if isinstance(inner, HybridDeviceOptimizer):
             inner.dummy_step()
             continue
         for group in inner.param_groups:
             for param in group["params"]:
                 if not inner.state[param]:
-                    muon.start(inner.state[param], param)
+                    muon.start(inner, param)
                     if group.get("optimizer") != muon.NAME:
                         inner.state[param]["exp_avg_sq"] = torch.zeros_like(param.data)
 
