@@ -2,10 +2,10 @@
 
 megatron-core 0.19.2 has a Muon of its own (with the package emerging_optimizers), which makes
 parameters orthogonal: gate and up as one matrix, a tensor-parallel rank's part by itself, and
-grouped experts, which have three dimensions, not at all. Here a matrix is a Hugging Face tensor, so a step is the same at every layout. A
-data-parallel rank has the momentum of a run of elements, as the distributed optimizer deals them
-out (arXiv 2502.16982, algorithm 1); it makes the updates of the matrices that its run touches. A
-matrix that lies on several ranks is summed over them first.
+grouped experts, which have three dimensions, not at all. Here a matrix is a Hugging Face tensor, so
+a step is the same at every layout. A data-parallel rank has the momentum of a run of elements, as
+the distributed optimizer deals them out (arXiv 2502.16982, algorithm 1); it makes the updates of
+the matrices that its run touches. A matrix that lies on several ranks is summed over them first.
 
 Legend: local: a tensor-parallel rank's part of a matrix, or of several that are one tensor there.
 """
