@@ -1,9 +1,13 @@
 """Products of many experts at once, against one after the other."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from moetrain.ops import swiglu
 from moetrain.ops.grouped import grouped_linear
+from moetrain.ops.swiglu import weighted_swiglu
 
 WIDTHS = {"read by the kernel": (8, 12), "rows too narrow for it": (7, 5)}
 
@@ -27,3 +31,30 @@ def test_equals_one_expert_after_the_other(widths: str, counts: list[int]) -> No
     grads = [torch.autograd.grad((y * scale).sum(), (x, weight)) for y in (found, wanted)]
     for grad, other in zip(*grads, strict=True):
         torch.testing.assert_close(grad, other)
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+def test_swiglu_keeps_its_input_alone(frozen: int | None) -> None:
+    """Gradients to the bit those of plain autograd, which keeps two more tensors of its size."""
+    torch.manual_seed(0)
+    kept: list[int] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x.numel() * x.element_size())
+        return x
+
+    def run(function: Any) -> tuple[list[torch.Tensor], int]:
+        kept.clear()
+        inputs = [data.clone().requires_grad_(i != frozen) for i, data in enumerate(given)]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = function(*inputs)
+        size = sum(kept)
+        out.sum().backward()
+        return [out, *(x.grad for x in inputs if x.grad is not None)], size
+
+    given = [torch.randn(9, 16, dtype=torch.bfloat16), torch.rand(9)]
+    own, size = run(weighted_swiglu)
+    plain, more = run(swiglu._weighted)
+    assert len(own) == 3 - (frozen is not None)
+    assert all(torch.equal(a, b) for a, b in zip(own, plain, strict=True))
+    assert frozen == 0 or size < 0.7 * more

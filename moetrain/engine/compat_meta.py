@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from moetrain.engine import compat_megatron, compat_torch
-from moetrain.ops.kinds import meta_is
+from moetrain.ops.kinds import kind_of, meta_is
 
 META = torch.device("meta")
 _kernels: torch.library.Library | None = None  # are there as long as this is
@@ -64,6 +64,28 @@ def _mend_torch() -> None:
         return flash(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
     F.scaled_dot_product_attention = attention
+    norm = F.rms_norm
+
+    def rms_norm(x: torch.Tensor, shape: Any, weight: Any = None, eps: Any = None) -> torch.Tensor:
+        if kind_of(x) == "cuda" and x.is_meta:
+            return FusedNorm.apply(x, weight)
+        return norm(x, shape, weight, eps)
+
+    F.rms_norm = rms_norm
+
+
+class FusedNorm(torch.autograd.Function):
+    """What CUDA's kernel keeps: its input and a number a row; meta's makes copies in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32), weight)
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> Any:
+        x, _, weight = ctx.saved_tensors
+        return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
 def _mend_megatron() -> None:

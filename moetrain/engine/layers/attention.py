@@ -8,6 +8,7 @@ Legend: t tokens of the pack, c = t/cp local tokens, a query heads and g KV head
     rank, d head_dim, n sequences.
 """
 
+import inspect
 import itertools
 from typing import Any, NamedTuple
 
@@ -123,8 +124,12 @@ def _attend_varlen(
         ranges = [torch.arange(*bounds, device=k.device) for p in pieces for bounds in p.keys]
         index = torch.cat(ranges)
         k, v = k[index], v[index]
+    grouped: dict[str, Any] = {}
     if (num_rep := q.size(1) // k.size(1)) > 1:
-        k, v = k.repeat_interleave(num_rep, 1), v.repeat_interleave(num_rep, 1)
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.13
+            grouped = {"enable_gqa": True}
+        else:
+            k, v = k.repeat_interleave(num_rep, 1), v.repeat_interleave(num_rep, 1)
     num_q = torch.tensor([0, *(p.end - p.start for p in pieces)], dtype=torch.int32)
     num_k = torch.tensor([0, *(p.num_keys for p in pieces)], dtype=torch.int32)
     out = varlen_attn(
@@ -137,6 +142,7 @@ def _attend_varlen(
         int(num_k.max()),
         scale=scale,
         window_size=(-1, 0),
+        **grouped,
     )
     assert isinstance(out, Tensor)  # a pair only where asked for
     return out

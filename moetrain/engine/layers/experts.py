@@ -7,11 +7,11 @@ Legend: e local experts, f the expert's hidden size on this expert-tensor rank, 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from moetrain.ops.grouped import grouped_linear
+from moetrain.ops.swiglu import weighted_swiglu
 
 
 class _GroupedWeight(nn.Module):
@@ -60,8 +60,7 @@ class GroupedExperts(MegatronModule):
         times its probability.
         """
         ends = tokens_per_expert.to(hidden.device).cumsum(0).to(torch.int32)
-        gate, up = self.linear_fc1(hidden, ends).chunk(2, -1)  # [t, f] each
-        act = (F.silu(gate) * up * probs.unsqueeze(-1)).to(hidden.dtype)
+        act = weighted_swiglu(self.linear_fc1(hidden, ends), probs)  # [t, f]
         return self.linear_fc2(act, ends), None
 
     def backward_dw(self) -> None:
