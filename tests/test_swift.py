@@ -856,6 +856,31 @@ def test_losses_that_only_swift_has() -> None:
     assert lost == ["method.loss_type=['bco_pair']", "method.ld_alpha=0.5"]
 
 
+PPO = (
+    "swift rlhf --rlhf_type ppo --model /m --reward_model /r --dataset d.jsonl --output_dir o"
+    " --max_length 512 --train_iters 100"
+)
+
+
+def test_ppo_is_carried() -> None:
+    """Of `swift` alone: TRL's, with what it takes without a flag."""
+    found = keys(f"{PPO} --response_length 128 --global_batch_size 8 --num_mini_batches 2")
+    assert {name: found[f"method.{name}"] for name in (
+        "name", "beta", "clip_low", "clip_high", "value_weight", "lam", "num_iterations",
+        "inner_steps", "mismatch", "missing_eos_penalty")} == {
+        "name": "ppo", "beta": 0.05, "clip_low": 0.2, "clip_high": 0.2, "value_weight": 0.1,
+        "lam": 0.95, "num_iterations": 4, "inner_steps": 2, "mismatch": "none",
+        "missing_eos_penalty": 0.0}  # fmt: skip
+    assert (found["rollout.group_size"], found["rollout.prompts_per_step"]) == (1, 8)
+    assert (found["rollout.max_tokens"], found["data.seq_len"]) == (128, 640)
+    assert found["rewards"][0]["name"] == "reward_model"
+    assert found["rewards"][0]["options"]["path"] == "/r"
+    found = keys(f"{PPO} --kl_coef 0.1 --missing_eos_penalty 1 --cliprange 0.3 --gamma 0.9")
+    names = ("beta", "missing_eos_penalty", "clip_low", "clip_high", "gamma")
+    assert [found[f"method.{name}"] for name in names] == [0.1, 1.0, 0.3, 0.3, 0.9]
+    assert "head on the policy" in notes(PPO, "changed")["value model"]
+
+
 CHORD = GRPO.replace("megatron", "swift") + " --chord_sft_dataset s.jsonl t.jsonl"
 
 
@@ -883,6 +908,7 @@ DECIDING_VALUES = {
         "reward_model_plugin": "mine",
     },
     DPO: {"sync_ref_model": "true", "sft_alpha": "0.1"},
+    PPO: {"whiten_rewards": "true"},
     BASE: {
         "ld_alpha": "0.5", "loss_weights": "1 0.5",
         "neftune_noise_alpha": "5", "label_smoothing_factor": "0.1", "router_aux_loss_coef": "0.1",
@@ -983,8 +1009,8 @@ def test_every_deciding_flag_is_tried() -> None:
         (f"{BASE} --lr $(cat lr)", r"\$\(cat lr\)"),
         ("megatron sft conf.yaml --lr 1", "conf.yaml"),
         (
-            f"{BASE.replace('sft', 'rlhf')} --rlhf_type ppo",
-            "--rlhf_type ppo: .*dpo, kto, rm and grpo",
+            f"{BASE.replace('sft', 'rlhf')} --rlhf_type cpo",
+            "--rlhf_type cpo: .*dpo, kto, rm and grpo",
         ),
         (f"{BASE} --truncation_strategy split", "--truncation_strategy split: data.too_long"),
         (f"{BASE} --tuner_type lora_llm", "full training and lora"),

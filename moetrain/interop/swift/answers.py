@@ -65,8 +65,12 @@ class Sampled(Entry):
                 reading.keys["rollout.steps_off"] = 1
             self._read_drawn(reading)
             return
-        for flag in {*SAMPLED, *DRAWN} & reading.given.keys():
-            reading.note("implied", flag, "counts where answers are sampled")
+        flags, why = {*SAMPLED, *DRAWN} & reading.given.keys(), "counts where answers are sampled"
+        if reading.keys.get("method.name") == "ppo":
+            flags.discard("response_length")
+            why = "ppo draws from the whole distribution there"
+        for flag in flags:
+            reading.note("implied", flag, why)
 
     @staticmethod
     def _read_drawn(reading: Reading) -> None:

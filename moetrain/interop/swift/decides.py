@@ -56,6 +56,10 @@ DECIDING: dict[str, tuple[tuple[str, ...], str]] = SAMPLED | {
     "mtp_num_layers": (("0", _NONE), "multi-token prediction is not trained here"),
     "rpo_alpha": (("0", _NONE), "of the methods only dpo has it"),
     "sft_alpha": (("0",), _METHOD),
+    "whiten_rewards": (
+        ("false",),
+        "advantages are whitened, and rewards scaled by those of the run (method.reward_norm)",
+    ),
     "sync_ref_model": (("false",), "of pairs the reference's log-probs are computed once"),
     "weight_decay_incr_style": (("constant",), "weight decay is constant"),
 }

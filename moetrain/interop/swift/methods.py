@@ -45,6 +45,7 @@ METHOD = Choice(
         ),
         *(Option(name, _RL | {"loss_type": name}) for name in GRPO if name != "gspo"),
         Option("dapo", _RL | {"loss_type": "bnpo"}, read_only=True),
+        Option("ppo", {"action": "rlhf", "rlhf_type": "ppo"}, read_only=True),
         Option("orpo", {"action": "rlhf", "rlhf_type": "orpo"}, read_only=True),
         Option(
             "simpo",
@@ -53,7 +54,7 @@ METHOD = Choice(
             read_only=True,
         ),
     ),
-    wanted="--rlhf_type: a recipe has a method for dpo, kto, rm and grpo (orpo and simpo of "
+    wanted="--rlhf_type: a recipe has a method for dpo, kto, rm and grpo (orpo, simpo and ppo of "
     "`swift`)",
 )
 

@@ -262,7 +262,7 @@ class Change:
 
 
 def _one_by_one(keys: Keys) -> bool:
-    return keys.get("data.pack") is False and keys.get("method.name") not in CORPUS
+    return keys.get("data.pack") is False and keys.get("method.name") not in (*CORPUS, "ppo")
 
 
 CHANGES: tuple[Change, ...] = (
@@ -324,6 +324,12 @@ CHANGES: tuple[Change, ...] = (
         lambda keys: is_online(keys) and bool(keys.get("method.beta")),
         "ms-swift cuts a token's KL at 10",
         coming=True,
+    ),
+    Change(
+        "value model",
+        method("ppo"),
+        "is a model of its own there, which starts as the reward model; here a head on the policy,"
+        " so that vf_coef weighs in the policy too; its learning rate: optim.groups",
     ),
     Change(
         "rollout",

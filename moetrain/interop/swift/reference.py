@@ -14,7 +14,7 @@ class Reference(Entry):
 
     def read(self, reading: Reading) -> None:
         keys = reading.keys
-        if is_online(keys):
+        if is_online(keys) or keys.get("method.name") == "ppo":
             self._read_online(reading)
         if keys.get("method.name") not in REFERENCED:
             return

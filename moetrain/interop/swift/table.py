@@ -46,6 +46,7 @@ from moetrain.interop.swift.online import (
 )
 from moetrain.interop.swift.optimizer import OPTIMIZER, has_adapter
 from moetrain.interop.swift.policy import Advantages, Chosen, Clipping, Level, is_online
+from moetrain.interop.swift.ppo import Ppo
 from moetrain.interop.swift.reference import Reference
 from moetrain.interop.swift.rewards import RewardFunctions
 from moetrain.interop.swift.text import Thoughts
@@ -360,6 +361,7 @@ _ONLINE: tuple[Entry, ...] = (
     ),
     Servers(),
     RewardFunctions(),
+    Ppo(),
     OnlineLength(),
     OnlineSteps(),
 )
