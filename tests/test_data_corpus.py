@@ -11,6 +11,7 @@ from data_helpers import QUESTIONS, recipe, tokenizer_folder, write_jsonl
 from moetrain.data import corpus, indexing, pieces, tokenizer
 from moetrain.data.loader import Corpus, RunData
 from moetrain.errors import DataError
+from moetrain.ops.packed import concat, pack_one
 
 
 def make(folder: Path, name: str, repeat: int = 4, offset: int = 0) -> Path:
@@ -97,6 +98,11 @@ def test_documents_are_cut_as_megatron_cuts_them(tmp_path: Path, own_length: int
             assert mask is not None and torch.equal(~mask[0], sees)
             assert pack.num_sequences == len(pack.ids) and bool(pack.valid.all())
             num_cuts += pack.num_sequences - 1
+            sizes = pack.cu_seqlens.diff().tolist()
+            pieces = zip(*(x.split(sizes) for x in (pack.tokens, pack.labels, loss)), strict=True)
+            joined = concat([pack_one(*piece) for piece in pieces])
+            for name in ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "valid"):
+                assert torch.equal(getattr(joined, name), getattr(pack, name)), name
     assert num_cuts > 6
     one = {"eod_mask_loss": True}
     pack = RunData(recipe(tmp_path, data=data | one, **sections)).loader(0, 1).next()[0]
