@@ -131,8 +131,9 @@ class DpoMethod(ReferencedMethod):
     loss_type: Annotated[list[PairLoss], BeforeValidator(_pair_losses), Field(min_length=1)] = (
         Field(
             default=["sigmoid"],
-            description="what is minimised, a name or a list: see methods.md; sft is the chosen"
-            " answers' negative log-likelihood a token",
+            description="what is minimised, a name or a list (TRL's and ms-swift's names;"
+            " methods.md has the formulas); sft is the chosen answers' negative log-likelihood a"
+            " token",
         )
     )
     loss_weights: list[Annotated[float, Field(gt=0)]] | None = Field(
