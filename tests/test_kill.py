@@ -85,7 +85,7 @@ def test_killed_dpo_with_an_adapter(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(whole, *settings, recipe=recipe)
     # At first policy and reference are one, tails of longer answers counted less in both.
-    first = json.loads((whole / "ledger.jsonl").read_text().splitlines()[0])
+    first = rows(whole)[0]
     assert first["step"] == 0 and abs(first["eval_rewards/margins"]) < 1e-5
     (tmp_path / "asked.jsonl").write_text('{"prompt": "Which word?"}\n')
     settings = (*settings, f"train.sample_prompts={tmp_path}/asked.jsonl", "train.sample_tokens=4")
