@@ -168,7 +168,8 @@ def _show(
     if notes:
         say(f"  {notes}" + f"; the last fault: {grader.said}" * bool(grader.said))
     elif len(graded) < len(found):
-        say(f"  the rewards do not apply to {len(found) - len(graded)}: they lack the columns")
+        num = len(found) - len(graded)
+        say(f"  no reward applies to {num}: they lack the columns, or a gold that can be read")
     if not graded:
         return
     say()
