@@ -25,7 +25,7 @@ from moetrain.data.messages import FormatError, Message, shown, split_thought
 from moetrain.data.template import Span, Template, template_text
 from moetrain.errors import DataError
 
-MANY = 1 << 22  # characters, from which on a faster tokenizer is worth a second of comparing
+MANY = 1 << 21  # characters, from which on a faster tokenizer is worth a second of comparing
 LONG_TOKEN = 100  # characters; of a vocabulary without a longer one
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrain.data import index_parts, text_tokenizer
+from moetrain.data import index_parts, same_tokens, text_tokenizer
 from moetrain.data.cache import key_of
 from moetrain.data.controls import How
 from moetrain.data.documents import Documents
@@ -186,11 +186,11 @@ def _fastest(
             held += sum(map(len, document))
             if held >= SAMPLE:
                 break
-    why = text_tokenizer.why_slow(slow.tokenizer, texts)
-    if why is None:
-        return Indexer(slow.tokenizer, FAST, slow.options)
+    found = same_tokens.compared(slow.tokenizer, texts)
+    if isinstance(found, TextTokenizer):
+        return Indexer(found, FAST, slow.options)
     if say is not None:
-        say(f"note: Hugging Face's tokenizers are used, some 20 times slower: {why}")
+        say(f"note: Hugging Face's tokenizers are used, some 20 times slower: {found}")
     return slow
 
 

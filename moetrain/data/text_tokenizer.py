@@ -6,12 +6,11 @@ gigatoken, where that gives the same ones, or from Hugging Face's tokenizers.
 
 import contextlib
 import json
-import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import metadata
-from itertools import batched, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrain import files, manifest
-from moetrain.data import odd_texts
 from moetrain.data.cache import cache_root, digest_files, key_of
 from moetrain.data.controls import Spelling
 from moetrain.data.limits import PAGE
@@ -32,9 +30,7 @@ type Ids = NDArray[np.uint32]
 VERSION = 1  # of what is remembered
 SLOW, FAST = "tokenizers", "gigatoken"
 BATCH = 1 << 18  # characters that `tokenizers` gets together: it takes 100 bytes for each
-MIXED = 2000  # generated texts
-RECYCLE = 1 << 29  # bytes that a tokenizer's memory of words may take
-SEED = 1
+RECYCLE = 1 << 27  # bytes that a tokenizer's memory of words may take
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,7 @@ class TextTokenizer:
     control: tuple[str, ...]
     spells: bool
     is_split: bool  # whether special tokens in texts are cut in pieces
+    apart: str = ""  # a pattern of characters that gigatoken has in other tables
 
     @cached_property
     def spelling(self) -> Spelling:
@@ -65,15 +62,15 @@ def read(folder: Path) -> TextTokenizer:
     manifest.check(folder, FILES)
     deciding = [*tokenizer_files(folder), *folder.glob("config.json")]
     digests = sorted((Path(p).name, d) for p, d in digest_files(deciding, cache_root()))
-    note = _note([digests, "transformers", "tokenizers"])
+    known = note([digests, "transformers", "tokenizers"])
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads(note.read_text(encoding="utf-8"))
+        found = json.loads(known.read_text(encoding="utf-8"))
         return TextTokenizer(**found | {"control": tuple(found["control"])})
     from moetrain.data import tokenizer
 
     loaded = tokenizer.load(folder)
     made = of(loaded, tokenizer.end_of_document(loaded))
-    _remember(note, json.dumps(asdict(made)))
+    remember(known, json.dumps(asdict(made)))
     return made
 
 
@@ -90,64 +87,6 @@ def of(loaded: "PreTrainedTokenizerFast", end: int = -1) -> TextTokenizer:
         spelling.possible,
         bool(loaded.split_special_tokens),
     )
-
-
-def why_slow(tokenizer: TextTokenizer, sample: Sequence[str] = ()) -> str | None:
-    """Why gigatoken is not to be used: it is not here, does not read this tokenizer, or gives other
-    tokens for a text of `sample` or one that such a tokenizer is likely to cut in its own way. None
-    where it gives the same ones for all of them; the latter texts are looked at once.
-    """
-    try:
-        version = metadata.version(FAST)
-    except metadata.PackageNotFoundError:
-        return "gigatoken is not installed"
-    note = _note([asdict(tokenizer), "tokenizers", f"{FAST} {version}", SEED, MIXED])
-    with contextlib.suppress(OSError):
-        if reason := note.read_text(encoding="utf-8"):
-            return reason
-        return _difference(tokenizer, sample) if sample else None
-    reason = _difference(tokenizer, special_cases(tokenizer))
-    _remember(note, reason or "")
-    return reason or (_difference(tokenizer, sample) if sample else None)
-
-
-def special_cases(tokenizer: TextTokenizer, num: int = MIXED, seed: int = SEED) -> Iterator[str]:
-    """Texts on which two readings of a tokenizer are likely to differ, if they do anywhere."""
-    rng = random.Random(seed)
-    slow = Slow(tokenizer)
-    added = [token.content for token in slow.written.get_added_tokens_decoder().values()]
-    yield from ("", *odd_texts.of_tokens(added), *odd_texts.long_ones(rng))
-    yield from odd_texts.of_characters(odd_texts.edges())
-    words = [slow.written.decode([i], skip_special_tokens=False) for i in range(tokenizer.vocab)]
-    rng.shuffle(words)
-    yield from ("".join(part) for part in batched(words, 64))
-    yield from islice(odd_texts.mixed(rng, added), num)
-
-
-def _difference(tokenizer: TextTokenizer, texts: Iterator[str] | Sequence[str]) -> str | None:
-    """How gigatoken differs from `tokenizers` on some of these texts; None where it does not."""
-    try:
-        fast, slow = tokenizer.open(FAST), Slow(tokenizer)
-        for part in batched(texts, 256):
-            right, found = slow(part), fast(part)
-            for text, a, b in zip(part, right, found, strict=True):
-                if not np.array_equal(a, b):
-                    return f"gigatoken cuts {_shown(text, a, b, slow)} otherwise"
-    except BaseException as error:  # what Rust panics with is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
-        message = (str(error).splitlines() or [""])[0]
-        return f"gigatoken cannot read it ({type(error).__name__}: {message[:120]})"
-    return None
-
-
-def _shown(text: str, right: Ids, other: Ids, slow: "Slow") -> str:
-    """The place of a text where two readings part."""
-    size = min(len(right), len(other))
-    same = np.flatnonzero(right[:size] != other[:size])
-    at = int(same[0]) if len(same) else size
-    near: str = slow.decode(right[max(0, at - 2) : at + 3])
-    return repr(near if near in text else text[:40])
 
 
 class Engine:
@@ -185,13 +124,21 @@ class Fast(Engine):
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._content, self._made, self._before = tokenizer.content, None, 0
+        self._tokenizer, self._made, self._before = tokenizer, None, 0
+        self._apart = re.compile(tokenizer.apart or r"(?!)")
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         if self._made is not None and _anonymous() - self._before > RECYCLE:
             self._made = None
-        encode = self._opened().encode
-        return [encode(text) for text in texts]
+        encode, apart = self._opened().encode, self._apart.search
+        return [
+            encode(text) if text.isascii() or apart(text) is None else self._slow([text])[0]
+            for text in texts
+        ]
+
+    @cached_property
+    def _slow(self) -> "Slow":
+        return Slow(self._tokenizer)
 
     def decode(self, ids: Ids) -> bytes:
         return self._opened().decode(ids)
@@ -208,7 +155,7 @@ class Fast(Engine):
         if self._made is None:
             import gigatoken  # pyright: ignore[reportMissingImports]
 
-            self._made: Any = gigatoken.Tokenizer.from_json(self._content)
+            self._made: Any = gigatoken.Tokenizer.from_json(self._tokenizer.content)
             self._before = _anonymous()
         return self._made
 
@@ -233,7 +180,7 @@ def _anonymous() -> int:
     return (resident - shared) * PAGE
 
 
-def _note(content: list[Any]) -> Path:
+def note(content: list[Any]) -> Path:
     """Where something is remembered that depends on this content and on the versions of packages
     that it names.
     """
@@ -241,6 +188,6 @@ def _note(content: list[Any]) -> Path:
     return cache_root() / "tokenizers" / f"{key_of([VERSION, named])}.txt"
 
 
-def _remember(note: Path, content: str) -> None:
+def remember(place: Path, content: str) -> None:
     with contextlib.suppress(OSError):  # it only saves time; a cache may be read-only
-        files.write_text(note, content)
+        files.write_text(place, content)
