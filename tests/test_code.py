@@ -8,6 +8,7 @@ import pickle
 import threading
 import zlib
 from collections.abc import Iterator
+from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from moetrain.config.rewards import RewardConfig
 from moetrain.errors import ConfigError
-from moetrain.rewards import Grader
+from moetrain.rewards import Completion, Grader
 from moetrain.rewards.calls import Case
 from moetrain.rewards.cases import cases_of, problem_of
 from moetrain.rewards.code import Code, block, same_output
@@ -126,6 +127,7 @@ def test_records_without_usable_cases(grader: Grader) -> None:
         {"fn_name": "f", "inputs": ["no JSON"], "outputs": [1]},
         ["x = 1"],
         ["this is no Python"],
+        {"fn_name": "f", "inputs": [[date(2026, 1, 1)]], "outputs": [1]},
         "[" * 5000,
     ]
     found = grader.grade(
@@ -173,6 +175,9 @@ CALLED: list[tuple[dict[str, Any], str, float]] = [
     (LIVE, "class Solution:\n  def times(s, a: List, n): return sorted(n * x for x in a)", 1.1),
     (LIVE, "def times(a, n): return a", 0.05),
     ({"tests": ROOTS}, "def root(x): return x ** 0.5", 1.1),
+    ({"tests": ROOTS}, "def root(x): return 10 ** 400", 0),
+    ({"tests": ROOTS}, "def root(x): return {(): [x]}", 0),
+    ({"tests": ROOTS}, "def root(x):\n  for i in range(10 ** 5): x = [x]\n  return x", 0),
     # MBPP and AceCode: asserts, in which a tuple is no list
     ({"test_list": PAIRS}, "def pairs(n): return [(i, 'a') for i in range(n)]", 1.1),
     ({"test_list": PAIRS}, "def pairs(n): return [[i, 'a'] for i in range(n)]", 0.05),
@@ -224,6 +229,18 @@ def test_what_a_record_says_of_all_its_cases() -> None:
         with pytest.raises(ValueError, match=message) as caught:
             problem_of({"tests": SQUARES, **wrong})
         assert "\n" not in str(caught.value)
+
+
+def test_limits_are_the_records_or_the_options() -> None:
+    row = {"tests": SQUARES, "time_limit": 9, "memory_limit": 100}
+    endless = {**row, "generated_checker": "while True: pass"}
+    for limits, seconds, memory in (("record", 9, 100), ("options", 5, 512)):
+        service = Code([config(limits=limits, checker_seconds=0.5)])
+        trial = service._trial(problem_of(row), "python", RIGHT)
+        assert trial is not None
+        assert (trial.job.seconds, trial.job.memory) == (seconds, memory << 20)
+        answers = [Completion(0, python(RIGHT), row), Completion(1, python(RIGHT), endless)]
+        assert [one.values["code"] for _, one in service.grade(answers)] == [1.0, 0.0]
 
 
 class Trap:
