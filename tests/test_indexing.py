@@ -377,3 +377,6 @@ def test_characters_of_a_later_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
     differ = [a.tolist() != b.tolist() for a, b in zip(right, raw, strict=True)]
     assert differ == [bool(re.search(found.apart or "(?!)", text)) for text in some]
     assert not differ[-1]
+    assert same_tokens.class_of([]) == ""
+    own = re.compile(same_tokens.class_of([0x41, 0x42, 0x43, 0x5D, 0x5E, 0x1F642]))
+    assert own.findall("@ABCD\\]^_\U0001f641\U0001f642\U0001f643") == [*"ABC]^\U0001f642"]

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import random
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -66,7 +65,18 @@ def _in_other_tables(tokenizer: TextTokenizer) -> str:
                 each = [odd_texts.around([code]) for code in group]
                 own = zip(group, slow(each), fast(each), strict=True)
                 found += [code for code, c, d in own if not np.array_equal(c, d)]
-    return f"[{''.join(re.escape(chr(code)) for code in found)}]" if found else ""
+    return class_of(found)
+
+
+def class_of(codes: Sequence[int]) -> str:
+    """A pattern of these characters, in order. As ranges: Python looks at one after the other."""
+    runs: list[list[int]] = []
+    for code in codes:
+        if runs and code == runs[-1][1] + 1:
+            runs[-1][1] = code
+        else:
+            runs.append([code, code])
+    return f"[{''.join(f'\\U{a:08x}-\\U{b:08x}' for a, b in runs)}]" if runs else ""
 
 
 def special_cases(tokenizer: TextTokenizer, num: int = MIXED, seed: int = SEED) -> Iterator[str]:

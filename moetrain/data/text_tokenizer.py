@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 type Ids = NDArray[np.uint32]
-VERSION = 1  # of what is remembered
+VERSION = 2  # of what is remembered
 SLOW, FAST = "tokenizers", "gigatoken"
 BATCH = 1 << 18  # characters that `tokenizers` gets together: it takes 100 bytes for each
 RECYCLE = 1 << 27  # bytes that a tokenizer's memory of words may take
