@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from moetrain.config.recipe import Recipe
@@ -26,13 +25,15 @@ from moetrain.engine.layers.router import RouterMonitor, watch
 from moetrain.engine.lora import attach
 from moetrain.engine.model import DTYPES, build, transformer_config
 from moetrain.engine.objective import Objective
-from moetrain.engine.optim import clip_and_step, gathered, make_optimizer, set_rates, wrap
-from moetrain.engine.params import (
-    freeze,
-    local_adapters,
-    local_merged,
-    local_params,
+from moetrain.engine.optim import (
+    clip_and_step,
+    finalize_gradients,
+    gathered,
+    make_optimizer,
+    set_rates,
+    wrap,
 )
+from moetrain.engine.params import freeze, local_adapters, local_merged, local_params
 from moetrain.engine.snapshot import Weights, as_before, snapshot
 from moetrain.engine.source import ModelSource, model_of
 from moetrain.engine.step import Runner, micro_batches
@@ -123,7 +124,7 @@ class Engine:
             trained = trainable_names(self.model.table, patterns) if patterns else None
             freeze(self.chunks, self.world, all_but=trained, router=recipe.router.freeze)
             self.wrapped = models = wrap(self.chunks, self.config, recipe)
-            self.config.finalize_model_grads_func = _finalize_gradients
+            self.config.finalize_model_grads_func = finalize_gradients
             own = own_rates(recipe, self.trained_rules, self.adapters)
             self.optimizer = make_optimizer(
                 self.wrapped, recipe, self.backend, self.world, self.model, own
@@ -396,8 +397,3 @@ class Engine:
         self.steps_done = int(state.pop("steps_done"))
         self.carried = state.pop("carried", {})  # 0.1 had none
         return state
-
-
-def _finalize_gradients(models: Any, num_tokens: Any = None, **kwargs: Any) -> None:
-    # num_tokens is Megatron's divisor of the summed gradients; ours was applied in the loss.
-    finalize_model_grads(models, None, **kwargs)

@@ -9,7 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import (
     OptimizerConfig,
     get_megatron_optimizer,
@@ -106,6 +110,11 @@ def _start_grad_sync(model: DistributedDataParallel, *unused: Any) -> None:
     """As megatron-core 0.19.2's start_grad_sync, which forgets `force_all_reduce`."""
     for group in model.bucket_groups + model.expert_parallel_bucket_groups:
         group.start_grad_sync(force_all_reduce=model.force_all_reduce)
+
+
+def finalize_gradients(models: Any, num_tokens: Any = None, **kwargs: Any) -> None:
+    """Megatron's, without its divisor `num_tokens`: ours was applied in the loss."""
+    finalize_model_grads(models, None, **kwargs)
 
 
 @contextmanager
