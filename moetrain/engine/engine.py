@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from moetrain.engine.optim import (
 from moetrain.engine.params import freeze, local_adapters, local_merged, local_params
 from moetrain.engine.snapshot import Weights, as_before, snapshot
 from moetrain.engine.source import ModelSource, model_of
-from moetrain.engine.step import Runner, micro_batches
+from moetrain.engine.step import Runner, StepResult, micro_batches
 from moetrain.engine.world import World, open_world
 from moetrain.layout.mesh import check_layout
 from moetrain.methods.base import Known, Method, Out
@@ -56,19 +55,6 @@ from moetrain.weights.reader import Reader
 from moetrain.weights.sent import Sent
 from moetrain.weights.side_files import SideFiles
 from moetrain.weights.writer import write_hf
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did, the same on every rank. Losses are global-batch means."""
-
-    loss: float
-    metrics: dict[str, float]
-    grad_norm: float
-    lr: float
-    tokens: int  # valid tokens of the global batch
-    memory_gib: float
-    router: dict[str, float] = field(default_factory=dict[str, float])
 
 
 class Engine:

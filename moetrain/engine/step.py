@@ -50,6 +50,19 @@ def micro_batches(packs: Sequence[Packed], size: int, world: World) -> list[Pack
     return out + [blank(t, packs[0] if packs else None)] * (num - len(out))
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank. Losses are global-batch means."""
+
+    loss: float
+    metrics: dict[str, float]
+    grad_norm: float
+    lr: float
+    tokens: int  # valid tokens of the global batch
+    memory_gib: float
+    router: dict[str, float] = field(default_factory=dict[str, float])
+
+
 class Scored(NamedTuple):
     """What of a micro-batch's local tokens has a log-prob."""
 
