@@ -5,7 +5,8 @@ imports no torch.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moetrain.engine.engine import Engine, StepResult
+    from moetrain.engine.engine import Engine
+    from moetrain.engine.step import StepResult
 
 __all__ = ["Engine", "StepResult"]
 
@@ -15,7 +16,7 @@ def __getattr__(name: str) -> Any:
         from moetrain.engine import device
 
         device.prepare()
-        from moetrain.engine import engine
+        from moetrain.engine import engine, step
 
-        return getattr(engine, name)
+        return getattr(engine if name == "Engine" else step, name)
     raise AttributeError(name)

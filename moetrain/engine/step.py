@@ -6,7 +6,7 @@ Legend: t tokens of a micro-batch, c = t/cp local tokens, v_local this tensor ra
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
