@@ -1,6 +1,6 @@
 #!/bin/sh
 # What objectives and optimizers make of one task, side by side: each learns questions with one right answer from the same cold
-# start, with GRPO and AdamW as the baseline. Run it from the repository (about 25 minutes on 2 cores); started again, it goes on.
+# start, with GRPO and AdamW as the baseline. Run it from the repository (about 15 minutes on 2 cores); started again, it goes on.
 #   examples/reach.sh                      # then open runs/reach/report.html
 #   examples/reach.sh train.steps=2        # a quick look
 set -e
