@@ -15,7 +15,7 @@ from moetrain.data.sources import find_sources, read_rows
 from moetrain.errors import DataError, MoetrainError
 from moetrain.observe.ledger import Ledger, read_ledger
 from moetrain.observe.runs import find_runs, last_row
-from moetrain.rewards.code import cases_of
+from moetrain.rewards.cases import Ask, cases_of
 
 TYPES: tuple[Any, ...] = (None, True, 5, -1, 1.5, "x", "", [], [1], {}, {"a": 1}, 10**400, 1e400)
 HEADER = struct.Struct("<9sQBQQ")
@@ -213,4 +213,4 @@ def test_cases_of_another_form(value: Any) -> None:
             found = cases_of({"tests": form})
         except ValueError:
             continue
-        assert all(isinstance(part, str) for case in found for part in case)
+        assert all(isinstance(case.given, str | Ask) for case in found)

@@ -43,6 +43,8 @@ def check_manifest(path: Path, identity: Identity) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(manifest_of(path).read_text(encoding="utf-8"))
         before = found["of"]
+        if not isinstance(before, dict):
+            raise TypeError(f"of is {type(before).__name__}")
     except FileNotFoundError:
         if path.exists():
             raise DataError(
@@ -65,9 +67,9 @@ def check_manifest(path: Path, identity: Identity) -> dict[str, Any]:
     return found
 
 
-def _before(found: Any, name: str) -> tuple[Any, Any]:
+def _before(found: dict[str, Any], name: str) -> tuple[Any, Any]:
     """(what it was made with, how that is told)."""
-    pair = found.get(name) if isinstance(found, dict) else None
+    pair = found.get(name)
     return tuple(pair) if isinstance(pair, list) and len(pair) == 2 else (None, "nothing")
 
 

@@ -15,6 +15,7 @@ of E2B, `exec`: the programs are those below.
 
 import ast
 import asyncio
+import importlib
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 OPEN_R1, PISTON = (Path(word).resolve() for word in sys.argv[1:3])
 COMMAND = "ENV/bin/python tools/bench/open_r1_fixtures.py OPEN_R1 PISTON"
@@ -33,9 +35,9 @@ sys.path.insert(0, str(OPEN_R1 / "src"))
 for name in ("open_r1", "open_r1.utils"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [str(OPEN_R1 / "src" / name.replace(".", "/"))]
-sys.modules["open_r1.utils"].is_e2b_available = lambda: False
-sys.modules["open_r1.utils"].is_morph_available = lambda: False
-import open_r1.rewards as theirs
+utils: Any = sys.modules["open_r1.utils"]
+utils.is_e2b_available = utils.is_morph_available = lambda: False
+theirs: Any = importlib.import_module("open_r1.rewards")
 
 # Mathematics: ten questions with five answers each
 
@@ -219,7 +221,7 @@ class Here:
 
     def _run(self, script: str) -> float:
         tree, names = ast.parse(script), {}
-        last = tree.body.pop()
+        last: Any = tree.body.pop()
         exec(compile(tree, "script", "exec"), names)
         return float(eval(compile(ast.Expression(last.value), "script", "eval"), names))
 
@@ -255,8 +257,7 @@ def main() -> None:
             "cases": CASES,
             "code": plain_code(),
         }
-    json.dump(found, sys.__stdout__, indent=1)
-    sys.__stdout__.write("\n")
+    print(json.dumps(found, indent=1), file=sys.__stdout__)
 
 
 if __name__ == "__main__":

@@ -142,16 +142,17 @@ def make_cases(rng: random.Random) -> tuple[dict[str, Any], str, str]:
 
 def run_cases(bench: "Bench", made: tuple[dict[str, Any], str, str]) -> str:
     """What `code` makes of a record and an answer before it runs anything."""
-    from moetrain.rewards.code import block, cases_of, same_output
+    from moetrain.rewards.cases import problem_of
+    from moetrain.rewards.code import block, same_output
 
     columns, text, out = made
     block(text, ["python", "cpp"], columns.get("language"))
     try:
-        cases = cases_of(columns)
+        cases = problem_of(columns).cases
     except ValueError:
         return "refused"
-    for _, wanted in cases:
-        same_output(out, wanted, 1e-3)
+    for case in cases:
+        same_output(out, str(case.wanted), 1e-3)
     return "used" if cases else "no cases"
 
 

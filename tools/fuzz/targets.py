@@ -190,7 +190,7 @@ def _corpus_commands(bench: Bench, path: Path) -> None:
     list(tokenizer_training._all_texts([path], rejects))
     loaded = bench.encoder("chat", 0).chat.tokenizer
     options = Options(special_tokens="escape")
-    indexer = Indexer(text_tokenizer.of(loaded), text_tokenizer.SLOW, options)
+    indexer = Indexer(text_tokenizer.of(loaded, 0), text_tokenizer.SLOW, options)
     for piece in pieces(find_sources([path]), Place()):
         rejects += indexer(piece).rejects
     write_rejects(bench.folder / "rejected.jsonl", rejects)
