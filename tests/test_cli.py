@@ -160,7 +160,7 @@ def test_dry_run_warns_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], ["  run_dir ", "one of pretrain, cpt, sft", "moetrain recipe SECTION"]),
         (["optim.lr"], ["optim.lr\n", "highest learning rate", "value     number >= 0",
-                        "default   0.0001", "optim - AdamW", "optim.beta1=0.9"]),
+                        "default   0.0001", "optim - The optimizer", "optim.beta1=0.9"]),
         (["optim.lr=1e-5"], ["highest learning rate"]),
         (["method.beta"], ["method.beta (dpo, ipo, ", "method.beta (orpo)",
                            "`moetrain recipe METHOD`, of dpo"]),

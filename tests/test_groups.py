@@ -50,13 +50,13 @@ def test_the_last_group_that_matches_counts() -> None:
             {"match": "o_proj", "weight_decay": 0.5},
         ),
     )
-    assert found["value_head.weight"] == (3e-3, pytest.approx(3e-4), None)
+    assert found["value_head.weight"] == (3e-3, pytest.approx(3e-4), None, None)
     assert found["decoder.layers.1.self_attention.linear_qkv.weight"].lr == 3e-3
-    assert found["decoder.layers.1.mlp.router.weight"] == (1e-4, 1e-5, 0.0)
-    assert found["decoder.layers.2.self_attention.linear_proj.weight"] == (1e-3, 1e-4, 0.5)
+    assert found["decoder.layers.1.mlp.router.weight"] == (1e-4, 1e-5, 0.0, None)
+    assert found["decoder.layers.2.self_attention.linear_proj.weight"] == (1e-3, 1e-4, 0.5, None)
     assert "decoder.layers.2.self_attention.linear_qkv.weight" not in found
     frozen = grouped({"match": "value_head", "lr": 2e-3}, lr=0.0, min_lr=0.0)
-    assert rates(value_head=True, **frozen) == {"value_head.weight": (2e-3, 0.0, None)}
+    assert rates(value_head=True, **frozen) == {"value_head.weight": (2e-3, 0.0, None, None)}
 
 
 def test_loraplus_multiplies_what_a_group_has() -> None:
@@ -66,7 +66,7 @@ def test_loraplus_multiplies_what_a_group_has() -> None:
     assert found[f"{stem}lora_A"].lr == 1e-2 and found[f"{stem}lora_B"].lr == 0.16
     experts = "decoder.layers.0.mlp.experts.linear_fc1."
     assert f"{experts}lora_A3" not in found
-    assert found[f"{experts}lora_B3"] == (pytest.approx(16e-3), pytest.approx(16e-4), None)
+    assert found[f"{experts}lora_B3"] == (pytest.approx(16e-3), pytest.approx(16e-4), None, None)
 
 
 NEXT = grouped({"match": "layers.1", "lr": 1.0}, {"match": "layers", "lr": 2.0})
@@ -82,7 +82,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (GATE | {"router": {"freeze": True}}, "matches nothing"),
     (ONE | {"trainable": ["layers.2"]}, "matches nothing"),
     (KEYS | {"adapter": {"target": ["q_proj"]}}, "matches nothing"),
-    (grouped({"match": "norm"}), r"changes nothing: give lr, lr_scale or weight_decay"),
+    (grouped({"match": "norm"}), r"changes nothing: give lr, lr_scale, weight_decay or name"),
     (grouped({"match": "norm", "lr": 1.0, "lr_scale": 1.0}), r"give one of them"),
     (grouped({"match": [], "lr": 1.0}), r"optim.groups"),
     (grouped({"match": "norm", "learning_rate": 1.0}), r"optim.groups"),

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 SCRIPT = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from moetrain.engine import Engine, device
@@ -49,7 +50,9 @@ def empty(*args, pin_memory=False, **kwargs):
 for name in ("detach", "clone", "float"):
     inherits(name)
 T.is_cuda, T.cpu, T.pin_memory, torch.empty = property(asked_by_hybrid), to_host, lambda t: t, empty
-engines.make_optimizer = lambda *given, on_gpu: optim.make_optimizer(*given, on_gpu=True)
+engines.make_optimizer = lambda wrapped, recipe, backend, world, *given: optim.make_optimizer(
+    wrapped, recipe, backend, replace(world, kind="nccl"), *given
+)
 made = optim.get_megatron_optimizer
 optim.get_megatron_optimizer = lambda *given, **named: made(*given, use_gloo_process_groups=False)
 

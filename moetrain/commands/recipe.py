@@ -39,7 +39,8 @@ def run(args: Arguments) -> int:
         _show("beside", f"`moetrain recipe METHOD`, of {', '.join(owners)}", 9)
         return 0
     for group in around:
-        print(f"{group.name}: {group.owner}" if group.owner else group.name, "-", group.text)
+        name = f"{group.name}: {group.owner}" if group.owner else group.name
+        _print(f"{name} - {group.text}")
         for key in group.keys:
             _show_line(key)
     return 0
@@ -63,7 +64,7 @@ def _show_key(keys: "list[Key]") -> None:
     """One key, of one or of several methods that mean the same by it."""
     key = keys[0]
     owners = ", ".join(one.owner for one in keys if one.owner)
-    print(f"{key.name} ({owners})" if owners else key.name)
+    _print(f"{key.name} ({owners})" if owners else key.name)
     default = key.default.replace("`", "") or "none, it must be given"
     for name, text in (("", key.text), ("value", key.kind), ("default", default)):
         _show(name, text.replace("`", "") if name else text, 9)
@@ -75,9 +76,18 @@ def _show_line(key: "Key") -> None:
     _show(f"{key.name}={default}" if default and default != "not set" else key.name, key.text)
 
 
+def _width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _print(text: str) -> None:
+    """A line, or lines that begin below its second character."""
+    print(textwrap.fill(text, max(_width(), 40), subsequent_indent="  "))
+
+
 def _show(head: str, text: str, column: int = 34) -> None:
     """Two columns, in the terminal's width."""
-    width = max(shutil.get_terminal_size().columns, column + 30)
+    width = max(_width(), column + 30)
     lines = textwrap.wrap(text, width - column - 3) or [""]
     if len(head) > column - 1:
         print(f"  {head}")
