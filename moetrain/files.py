@@ -101,6 +101,25 @@ def sibling_folder(folder: Path) -> Iterator[Path]:
         yield aside
 
 
+@contextmanager
+def part_folder(path: Path, error: type[MoetrainError]) -> Iterator[Path]:
+    """The folder `.NAME.part` beside `path`, where one process at a time does what a killed one has
+    begun. What becomes of it in the end is the caller's to say.
+
+    Raises OSError; `error` where another process is writing it.
+    """
+    folder = path.with_name(f".{path.name}.part")
+    with named(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)  # what a link leads to is not ours
+    try:
+        if not locked(handle):
+            raise error(f"{path} is being written by another process. Wait for its end.")
+        yield folder
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old content or all of the new. Raises OSError."""
     with publish(path) as (aside,), aside.open("w", encoding="utf-8") as file:

@@ -14,7 +14,7 @@ ROLLOUT = {
     "rollout": {"prompts_per_step": 4, "group_size": 4, "max_tokens": 12},
     "rewards": [{"name": "accuracy"}],
 }
-ADAPTER = {"adapter": {"rank": 4, "target": ["all-linear"]}}
+ADAPTER = {"adapter": {"rank": 4, "target": ["all-linear"], "dropout": 0.1}}
 CASES = [
     ({}, {"method": {"name": "sft"}}),
     ({"tp": 2, "ep": 2}, {"method": {"name": "dpo"}}),
@@ -24,7 +24,7 @@ CASES = [
     ({"pp": 4}, {"method": {"name": "orpo"}}),
     ({"pp": 2, "vpp": 2}, {"method": {"name": "simpo"}}),
     ({"pp": 2, "tp": 2}, {"method": {"name": "dpo"}} | ADAPTER),
-    ({"cp": 2, "ep": 2}, {"method": {"name": "dft"}}),
+    ({"cp": 2, "ep": 2}, {"method": {"name": "dft"}, "optim": {"name": "muon"}}),
     ({"tp": 2, "cp": 2}, {"method": {"name": "reward"}}),
     ({"ep": 2}, {"train": {"recompute": "full", "micro_batch": 2}}),
     ({"tp": 2}, {"train": {"recompute": "selective", "overlap": False}} | ADAPTER),
@@ -36,8 +36,9 @@ print(json.dumps(predicted(*json.loads(sys.argv[1]))))
 """
 
 
-def traced(cases: Any, rank: int) -> list[dict[str, Any]]:
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps([cases, rank, SIZE])]
+def traced(cases: Any, rank: int, stands_for: str = "cpu") -> list[dict[str, Any]]:
+    given = json.dumps([cases, rank, SIZE, stands_for])
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -71,3 +72,12 @@ def test_bytes_of_a_rank(pairs: list[list[tuple[Any, Any]]], number: int) -> Non
     for case, (wanted, found) in zip(CASES, pairs[number], strict=True):
         assert wanted == found, case
         assert found["at_peak"].keys() >= {"weights", "gradients", "optimizer", "experts"}
+
+
+def test_a_gpu_keeps_less_of_norms() -> None:
+    """Its kernel has no copies in fp32; what matrix products there are is the same."""
+    case = CASES[1:2]
+    (cpu,), (cuda,) = traced(case, 0), traced(case, 0, "cuda")
+    assert cuda["flops"] == cpu["flops"] > 0
+    assert cuda["at_peak"]["norms"] < cpu["at_peak"]["norms"] / 2
+    assert cuda["at_peak"]["weights"] == cpu["at_peak"]["weights"]

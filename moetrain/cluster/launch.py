@@ -20,7 +20,7 @@ from typing import IO
 from moetrain import files
 from moetrain.cluster.watchdog import HUNG, Line, Watch, Watchdog
 from moetrain.errors import ConfigError, DivergedError, MoetrainError
-from moetrain.run.child import die_with
+from moetrain.parent import die_with
 
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL, once a rank has failed
 OWN_END_SECONDS = 3.0  # for the other ranks to fail by themselves, before that

@@ -131,13 +131,7 @@ def parts_of(prefix: Path, key: str) -> Iterator[Parts]:
 
     Raises OSError; DataError where another process is writing it.
     """
-    folder = prefix.with_name(f".{prefix.name}.part")
-    with files.named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)  # what a link leads to is not ours
-    try:
-        if not files.locked(handle):
-            raise DataError(f"{prefix} is being written by another process. Wait for its end.")
+    with files.part_folder(prefix, DataError) as folder:
         parts: Parts | None = None
         try:
             with ExitStack() as stack, files.named(folder):
@@ -145,16 +139,9 @@ def parts_of(prefix: Path, key: str) -> Iterator[Parts]:
                 yield parts
         except BaseException as error:
             if parts is None or isinstance(error, DataError) or parts.state == State():
-                _remove(folder)
+                shutil.rmtree(folder, ignore_errors=True)
             raise
-        _remove(folder)
-    finally:
-        os.close(handle)
-
-
-def _remove(folder: Path) -> None:
-    with suppress(OSError):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _entry(state: State, digests: Sequence[str]) -> str:

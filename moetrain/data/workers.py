@@ -1,6 +1,5 @@
 """The same work on many things, in processes, with the results in order."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -11,9 +10,9 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from moetrain.errors import MoetrainError
+from moetrain.parent import die_with
 
 AHEAD = 2  # things that wait for each process, so that memory does not grow with the input
-_PR_SET_PDEATHSIG = 1
 _work: Callable[[Any], Any] | None = None
 
 
@@ -59,9 +58,7 @@ def _begin(work: Callable[[Any], Any], parent: int) -> None:
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to hear
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with(parent)()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are that
 
 

@@ -21,14 +21,21 @@ def shares_of(plan: MeshPlan, recipe: Recipe) -> Shares:
     return Shares(plan.tp, plan.etp, sequence, 4 if recipe.model.dtype == "fp32" else 2)
 
 
+def num_micro_batches(recipe: Recipe, plan: MeshPlan) -> int:
+    """Of a data-parallel rank in a step; how many packs answers make is not known before: as many
+    as fill the pipeline.
+    """
+    if recipe.method.samples:
+        return plan.pp
+    return max(1, recipe.train.global_batch // (plan.dp * recipe.train.micro_batch))
+
+
 def activation_bytes(model: Model, plan: MeshPlan, recipe: Recipe) -> list[int]:
     """The bound for a GPU of each stage, in bytes."""
     parallel, train = recipe.parallel, recipe.train
     shares = shares_of(plan, recipe)
     tokens = -(-recipe.data.seq_len * train.micro_batch // plan.cp)
-    num = max(1, train.global_batch // (plan.dp * train.micro_batch))
-    if recipe.method.samples:
-        num = plan.pp  # how many packs answers make is not known before
+    num = num_micro_batches(recipe, plan)
     chunks = stage_layers(
         model.num_layers,
         plan.pp,

@@ -43,6 +43,15 @@ class MetaWatch(Watch):
             delattr(on_meta[0], _NAME)  # something unknown was written into it
         return result
 
+    def flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+        """Of sequences as long as they are: without values torch takes all for the longest."""
+
+        def known(x: Any) -> Any:
+            found = values_of(x) if isinstance(x, Tensor) else None
+            return x if found is None else found
+
+        return super().flops(func, tree_map(known, args), kwargs, result)
+
 
 def _copied(func: Any, args: Any, kwargs: Any) -> Any:
     """From one device to the other: values go along; what is not known is 0 on the host."""

@@ -12,11 +12,12 @@ from moetrain.config.recipe import Recipe
 from moetrain.engine import Engine
 from moetrain.engine.optim import start_state
 from moetrain.engine.world import World, meta_world
+from moetrain.layout.activations import num_micro_batches
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed
 from moetrain.planner.packs import pack_of
 from moetrain.planner.shapes import MetaWatch
-from moetrain.planner.watch import Seen, Watch
+from moetrain.planner.watch import Profile, Watch
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Trace:
     rank: int
     stage: int
     num_params: int  # local
-    seen: Seen
+    profile: Profile
 
 
 def trace(
@@ -47,18 +48,12 @@ def trace(
     """
     world = meta_world(recipe.parallel, rank, size, stands_for)
     if packs is None:
-        packs = [pack_of(recipe)] * num_packs(recipe, world)
+        num = num_micro_batches(recipe, world.plan) * recipe.train.micro_batch
+        packs = [pack_of(recipe)] * num
     watch = MetaWatch()
     engine = watched_step(recipe, world, packs, watch)
     held = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
-    return Trace(rank, world.pp_rank, held, watch.seen)
-
-
-def num_packs(recipe: Recipe, world: World) -> int:
-    """Of a data-parallel rank in a step; of methods that sample, as many as a pipeline is long."""
-    if recipe.method.samples:
-        return world.plan.pp
-    return max(1, recipe.train.global_batch // world.plan.dp)
+    return Trace(rank, world.pp_rank, held, watch.profile)
 
 
 def watched_step(recipe: Recipe, world: World, packs: Sequence[Packed], watch: Watch) -> Engine:
@@ -69,7 +64,7 @@ def watched_step(recipe: Recipe, world: World, packs: Sequence[Packed], watch: W
         with watch.phase("build"):
             engine = Engine(recipe, world)
         start_state(engine.optimizer)
-        _name_what_stays(engine, watch)
+        _label_state(engine, watch)
         if recipe.method.samples:
             with watch.phase("log-probs"):
                 engine.outputs(packs)
@@ -78,7 +73,7 @@ def watched_step(recipe: Recipe, world: World, packs: Sequence[Packed], watch: W
     return engine
 
 
-def _name_what_stays(engine: Engine, watch: Watch) -> None:
+def _label_state(engine: Engine, watch: Watch) -> None:
     weights: list[Tensor] = [p for chunk in engine.chunks for p in chunk.parameters()]
     gradients: list[Tensor] = []
     for model in engine.wrapped:
@@ -86,9 +81,9 @@ def _name_what_stays(engine: Engine, watch: Watch) -> None:
             gradients.append(buffer.grad_data)
             if buffer.param_data is not None:
                 weights.append(buffer.param_data)
-    watch.says(weights, "weights")
-    watch.says(gradients, "gradients")
-    watch.says(_state(engine.optimizer), "optimizer")
+    watch.label(weights, "weights")
+    watch.label(gradients, "gradients")
+    watch.label(_state(engine.optimizer), "optimizer")
 
 
 def _state(optimizer: Any) -> list[Tensor]:

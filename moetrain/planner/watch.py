@@ -37,6 +37,12 @@ PARTS = {
     "GroupedExperts": "experts",
     "SharedExpertMLP": "mlp",
 }
+# torch 2.13 has no formula for a CPU's attention: (operations a product of query and key, where the
+# queries stand among the arguments).
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (4, 0),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (10, 1),
+}
 _VARIANTS = r"(_into)?(_tensor)?(_base|_coalesced)?$"  # of one collective
 OUTSIDE = "head"  # in a forward pass, of no module: the log-probs and the loss
 
@@ -72,16 +78,14 @@ class Collective:
 
 
 @dataclass
-class Seen:
-    """What was seen. Bytes are those of floating-point tensors on the device."""
+class Profile:
+    """What was counted. Bytes are those of floating-point tensors on the device."""
 
     now: Counter[str] = field(default_factory=Counter[str])  # category -> bytes
     total: int = 0
     peak: int = 0
     at_peak: dict[str, int] = field(default_factory=dict[str, int])
-    phase_at_peak: str = ""
     peaks: Counter[str] = field(default_factory=Counter[str])  # phase -> most bytes in it
-    curve: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
     ops: dict[Op, Cost] = field(default_factory=dict[Op, Cost])
     collectives: dict[Collective, Cost] = field(default_factory=dict[Collective, Cost])
 
@@ -92,7 +96,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, device: torch.device):
         super().__init__()
         self.device = device.type
-        self.seen = Seen()
+        self.profile = Profile()
         self._phase = "build"
         self._parts: list[str] = []  # of the modules whose forward pass runs
         self._held: dict[int, tuple[int, str]] = {}
@@ -121,21 +125,21 @@ class Watch(TorchDispatchMode):
     def phase(self, name: str) -> Iterator[None]:
         """Inside it, what happens counts as this phase."""
         before, self._phase = self._phase, name
-        self.seen.peaks[name] = max(self.seen.peaks[name], self.seen.total)
+        self.profile.peaks[name] = max(self.profile.peaks[name], self.profile.total)
         try:
             yield
         finally:
             self._phase = before
 
-    def says(self, tensors: Sequence[Tensor], category: str) -> None:
+    def label(self, tensors: Sequence[Tensor], category: str) -> None:
         """What has been made already is of this category."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             if key in self._held:
                 size, old = self._held[key]
                 self._held[key] = size, category
-                self.seen.now[old] -= size
-                self.seen.now[category] += size
+                self.profile.now[old] -= size
+                self.profile.now[category] += size
 
     def _enters(self, module: nn.Module, args: Any) -> None:
         own = PARTS.get(type(module).__name__)
@@ -159,7 +163,7 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         result = self.run(func, args, kwargs)
         if func.namespace == "c10d":
-            self._communicates(func, args)
+            self._record_collective(func, args)
             return result
         if func.is_view:
             return result
@@ -167,14 +171,24 @@ class Watch(TorchDispatchMode):
         outputs = [x for x in outputs if x.device.type == self.device]
         if outputs:
             for output in outputs:
-                self._sees(output)
-            self._operates(func, args, kwargs, result, outputs)
+                self._track(output)
+            self._record_op(func, args, kwargs, result, outputs)
         return result
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
-    def _sees(self, tensor: Tensor) -> None:
+    def flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+        """Floating-point operations in matrix products, by torch's own formulas."""
+        name = func._overloadpacket
+        if name in _ATTENTION:
+            factor, first = _ATTENTION[name]
+            q, k = args[first], args[first + 1]
+            return factor * q.numel() * k.size(-2)
+        formula = flop_registry.get(name)
+        return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+
+    def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._held or size < SMALLEST or not tensor.is_floating_point():
@@ -189,30 +203,27 @@ class Watch(TorchDispatchMode):
         self._add(category, -size)
 
     def _add(self, category: str, size: int) -> None:
-        seen = self.seen
-        seen.now[category] += size
-        seen.total += size
-        seen.curve.append((category, size))
-        seen.peaks[self._phase] = max(seen.peaks[self._phase], seen.total)
-        if seen.total > seen.peak:
-            seen.peak, seen.phase_at_peak = seen.total, self._phase
-            seen.at_peak = {name: num for name, num in seen.now.items() if num}
+        profile = self.profile
+        profile.now[category] += size
+        profile.total += size
+        profile.peaks[self._phase] = max(profile.peaks[self._phase], profile.total)
+        if profile.total > profile.peak:
+            profile.peak = profile.total
+            profile.at_peak = {name: num for name, num in profile.now.items() if num}
 
-    def _operates(
+    def _record_op(
         self, func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]
     ) -> None:
         inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         shapes = tuple(tuple(x.shape) for x in (*inputs, *outputs))
         name = func._schema.name.removeprefix("aten::")
         op = Op(self._phase, self._category, name, shapes, str(outputs[0].dtype)[6:])
-        cost = self.seen.ops.setdefault(op, Cost())
+        cost = self.profile.ops.setdefault(op, Cost())
         cost.times += 1
         cost.num_bytes += sum(x.numel() * x.element_size() for x in (*inputs, *outputs))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            cost.flops += int(formula(*args, **kwargs, out_val=result))
+        cost.flops += self.flops(func, args, kwargs, result)
 
-    def _communicates(self, func: Any, args: Any) -> None:
+    def _record_collective(self, func: Any, args: Any) -> None:
         group = next(x for x in args if isinstance(x, torch.ScriptObject) and _is_group(x))
         own = torch.distributed.ProcessGroup.unbox(group)
         name = re.sub(_VARIANTS, "", func._schema.name.removeprefix("c10d::").strip("_"))
@@ -221,7 +232,7 @@ class Watch(TorchDispatchMode):
             for arg in args[:2]
         ]
         kind = Collective(self._phase, name, own.group_desc, own.size())
-        cost = self.seen.collectives.setdefault(kind, Cost())
+        cost = self.profile.collectives.setdefault(kind, Cost())
         cost.times += 1
         cost.num_bytes += max(sizes)
 

@@ -1,6 +1,5 @@
 """A process of our own that is told to stop when we are, and does not outlive us. No torch."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -9,22 +8,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import IO, Any
 
+from moetrain.parent import die_with
+
 POLL_SECONDS = 0.1
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with(parent: int) -> Callable[[], None]:
-    """What a child does before it becomes what it is for (`preexec_fn`): a killed parent must not
-    leave children that hold GPUs.
-    """
-    libc = ctypes.CDLL(None)  # loaded before the fork, where it is safe
-
-    def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    return die_with_parent
 
 
 class Children:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -11,7 +11,7 @@ from moetrain.engine.world import open_world
 from moetrain.ops.packed import Packed
 from moetrain.planner.packs import pack_of
 from moetrain.planner.trace import trace, watched_step
-from moetrain.planner.watch import Seen, Watch
+from moetrain.planner.watch import Profile, Watch
 from moetrain.testing.ranks import recipe_for
 from moetrain.testing.tiny import CONFIGS
 
@@ -38,13 +38,18 @@ def _packs(recipe: Recipe) -> list[Packed]:
     return [replace(pack, per_token=pack.per_token | {"routes": routes})] * NUM_PACKS
 
 
-def _summary(seen: Seen) -> dict[str, Any]:
+def _summary(profile: Profile) -> dict[str, Any]:
     bytes_sent = {
         f"{kind.name} {kind.group}": cost.num_bytes
-        for kind, cost in seen.collectives.items()
+        for kind, cost in profile.collectives.items()
         if kind.phase == "step" and ("TENSOR" in kind.group or "EXPERT" in kind.group)
     }
-    return {"peaks": dict(seen.peaks), "at_peak": seen.at_peak, "sent": bytes_sent}
+    return {
+        "peaks": dict(profile.peaks),
+        "at_peak": profile.at_peak,
+        "sent": bytes_sent,
+        "flops": sum(cost.flops for cost in profile.ops.values()),
+    }
 
 
 def measured(cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -55,11 +60,13 @@ def measured(cases: Sequence[Case]) -> list[dict[str, Any]]:
         world = open_world(recipe.parallel, 1)
         watch = Watch(world.device)
         watched_step(recipe, world, _packs(recipe), watch)
-        found.append(_summary(watch.seen))
+        found.append(_summary(watch.profile))
     return found
 
 
-def predicted(cases: Sequence[Case], rank: int, size: int) -> list[dict[str, Any]]:
+def predicted(
+    cases: Sequence[Case], rank: int, size: int, stands_for: Literal["cpu", "cuda"] = "cpu"
+) -> list[dict[str, Any]]:
     """Of rank `rank`, without."""
     recipes = [_recipe(case) for case in cases]
-    return [_summary(trace(r, rank, size, "cpu", _packs(r)).seen) for r in recipes]
+    return [_summary(trace(r, rank, size, stands_for, _packs(r)).profile) for r in recipes]

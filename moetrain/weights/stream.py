@@ -11,7 +11,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -298,25 +298,17 @@ def part_of(dst: Path, *, resume: bool) -> Iterator[Path]:
 
     Raises OSError; WeightsError where another process is writing it.
     """
-    part = dst.with_name(f".{dst.name}.part")
-    with files.named(dst):
-        part.mkdir(parents=True, exist_ok=True)
-        handle = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)  # what a link leads to is not ours
-    try:
-        if not files.locked(handle):
-            raise WeightsError(f"{dst} is being written by another process. Wait for its end.")
-        if not resume:
-            _empty(part)
-        yield part
-        (part / JOURNAL).unlink(missing_ok=True)
-        files.put_folder(part, dst)
-    except Exception:
-        if not resume and files.locked(handle):
-            with suppress(OSError):
-                shutil.rmtree(part)
-        raise
-    finally:
-        os.close(handle)
+    with files.part_folder(dst, WeightsError) as part:
+        try:
+            if not resume:
+                _empty(part)
+            yield part
+            (part / JOURNAL).unlink(missing_ok=True)
+            files.put_folder(part, dst)
+        except Exception:
+            if not resume:
+                shutil.rmtree(part, ignore_errors=True)
+            raise
 
 
 def _empty(folder: Path, kept: Collection[str] = ()) -> None:

@@ -8,6 +8,7 @@ Legend: t tokens of the pack, c = t/cp local tokens, a query heads and g KV head
     rank, d head_dim, n sequences.
 """
 
+import functools
 import inspect
 import itertools
 from typing import Any, NamedTuple
@@ -111,6 +112,14 @@ def _attend_sdpa(
     return torch.cat(out)
 
 
+@functools.cache
+def _shares_heads() -> bool:
+    """Whether torch's kernel takes fewer KV heads than query heads, as 2.13's does."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], scale: float | None
 ) -> Tensor:
@@ -126,7 +135,7 @@ def _attend_varlen(
         k, v = k[index], v[index]
     grouped: dict[str, Any] = {}
     if (num_rep := q.size(1) // k.size(1)) > 1:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.13
+        if _shares_heads():
             grouped = {"enable_gqa": True}
         else:
             k, v = k.repeat_interleave(num_rep, 1), v.repeat_interleave(num_rep, 1)
