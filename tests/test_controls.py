@@ -223,8 +223,8 @@ def test_a_template_without_an_end(loop: str, words: str, monkeypatch: pytest.Mo
 def test_one_call_that_takes_all_memory() -> None:
     """`{{ 'x' * 10**12 }}`: there is no step of Python in it at which it could be stopped."""
     code = """
-import resource, threading
-from moetrain.data.limits import OverMemory, limited
+import resource, sys, threading
+from moetrain.data.limits import OverMemory, OverTime, _watch, limited
 before = resource.getrlimit(resource.RLIMIT_DATA)
 for call in (lambda: "x" * 10**9, lambda: [0] * 10**8, lambda: "%1000000000d" % 1):
     try:
@@ -235,6 +235,33 @@ for call in (lambda: "x" * 10**9, lambda: [0] * 10**8, lambda: "%1000000000d" % 
         pass
 assert resource.getrlimit(resource.RLIMIT_DATA) == before
 bytes(1 << 27)
+
+def interrupts(frame, event, arg):  # as the watch does, at any step
+    if frame.f_code is not limited.__wrapped__.__code__:
+        return None
+    def at(frame, event, arg):
+        global steps
+        steps -= event == "line" and threading.get_ident() in _watch._limits
+        if not steps:
+            sys.settrace(None)
+            raise OverTime
+        return at
+    return at
+
+for number in range(1, 99):
+    steps = number
+    try:
+        with limited(5, 1 << 26):
+            sys.settrace(interrupts)
+            sys._getframe().f_trace = interrupts
+    except OverTime:
+        pass
+    sys.settrace(None)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before, number
+    if steps > 0:
+        break
+assert 1 < number < 98
+
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 with limited(5, 1 << 26):  # another thread could start a process now, which would keep the limit
     assert resource.getrlimit(resource.RLIMIT_DATA) == before

@@ -7,6 +7,8 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,23 +22,35 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def killed_writer(path: Path, *, is_folder: bool = False) -> int:
-    """A process that is killed (-9) while it writes `path`; it is there until it is reaped."""
-    ready, told = os.pipe()
+def paused(enter: Callable[[], AbstractContextManager[Path]]) -> tuple[int, Path]:
+    """A process that stands still within a block until it is killed, and what the block gave it."""
+    readable, writable = os.pipe()
     pid = os.fork()
     if pid == 0:
-        if is_folder:
-            with files.sibling_folder(path) as aside:
-                (aside / "half").write_text("x")
-                os.write(told, b"1")
-                signal.pause()
+        try:
+            with enter() as place:
+                os.write(writable, os.fsencode(place))
+                while True:
+                    signal.pause()
+        finally:
+            os._exit(1)  # it must not go on as a second pytest
+    os.close(writable)
+    place = os.read(readable, 4096)
+    os.close(readable)
+    return pid, Path(os.fsdecode(place))
+
+
+@contextmanager
+def half_written(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
+    if is_folder:
+        with files.sibling_folder(path) as aside:
+            (aside / "half").write_text("x")
+            yield aside
+    else:
         with files.publish(path) as (aside,), aside.open("w") as file:
             file.write("half")
             file.flush()
-            os.write(told, b"1")
-            signal.pause()
-    os.read(ready, 1)
-    return pid
+            yield aside
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
@@ -46,7 +60,7 @@ def test_what_a_killed_writer_leaves_goes_with_the_next_start(
     path = tmp_path / "corpus [1].idx"
     if not is_folder:
         path.write_text("old")
-    pid = killed_writer(path, is_folder=is_folder)
+    pid, _ = paused(lambda: half_written(path, is_folder=is_folder))
     files.clean(path)
     assert len(names(tmp_path)) == 2 - is_folder, "a writer that lives keeps what it writes"
     os.kill(pid, signal.SIGKILL)
@@ -80,17 +94,13 @@ def test_another_hosts_leftover_goes_when_nobody_has_touched_it_for_a_day(tmp_pa
 def test_what_a_killed_process_leaves_in_the_temporary_folder(tmp_path: Path) -> None:
     """A conversion keeps a whole model there. What lives stays, however old, and what is young."""
 
-    def started() -> tuple[int, Path]:
-        ready, told = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            with files.scratch(str(tmp_path)) as place:
-                (place / "half").write_text("x")
-                os.write(told, os.fsencode(place))
-                signal.pause()
-        return pid, Path(os.fsdecode(os.read(ready, 4096)))
+    @contextmanager
+    def half_converted() -> Iterator[Path]:
+        with files.scratch(str(tmp_path)) as place:
+            (place / "half").write_text("x")
+            yield place
 
-    (dead, left), (alive, kept) = started(), started()
+    (dead, left), (alive, kept) = paused(half_converted), paused(half_converted)
     os.kill(dead, signal.SIGKILL)
     os.waitpid(dead, 0)
     try:

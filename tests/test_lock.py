@@ -6,21 +6,31 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from moetrain.errors import ConfigError
-from moetrain.run.lock import LEASE, RunLock
+from moetrain.run import lock as lock_module
+from moetrain.run.lock import LEASE, Lease, RunLock
 
 
 @pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Lease]]:
+    """In these tests pytest is the holder, which a lost lease would end without a word: it fails
+    the test instead.
+    """
+    lost: list[Lease] = []
+    monkeypatch.setattr(RunLock, "_stop_writing", lambda self, holder: lost.append(holder))
     monkeypatch.setattr(RunLock, "PATIENCE", 0.6)
     monkeypatch.setattr(RunLock, "BEAT", 0.05)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    yield lost
+    assert lost == []
 
 
 @pytest.fixture
@@ -43,6 +53,36 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         RunLock(tmp_path).take()
     holder.release()
     RunLock(tmp_path).take()
+
+
+def test_a_released_lease_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hasty: list[Lease]
+) -> None:
+    """Its holder may be looking at it just as it is released and the next job takes it."""
+    looks, taken, looked = threading.Event(), threading.Event(), threading.Event()
+    read = lock_module._read
+
+    def slowly(path: Path) -> Lease:
+        if threading.current_thread().name != "lease":
+            return read(path)
+        looks.set()
+        assert taken.wait(30)
+        try:
+            return read(path)
+        finally:
+            looked.set()
+
+    monkeypatch.setattr(lock_module, "_read", slowly)
+    holder, following = RunLock(tmp_path), RunLock(tmp_path)
+    holder.take()
+    assert looks.wait(30)
+    holder.release()
+    following.take()
+    taken.set()
+    assert looked.wait(30)
+    time.sleep(0.05)  # for what it makes of that
+    assert hasty == []
+    following.release()
 
 
 def test_another_node_is_refused(

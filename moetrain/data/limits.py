@@ -62,10 +62,16 @@ class _Watch:
                 for thread, limit in list(self._limits.items()):
                     clock = time.pthread_getcpuclockid(thread)
                     is_late = time.clock_gettime(clock) > limit.processor_time
-                    if is_late or _writable_memory() > limit.memory:
+                    if is_late or self._is_full(limit):
                         del self._limits[thread]
                         self._notified.add(thread)
                         _raise_in(thread, OverTime if is_late else OverMemory)
+
+    def _is_full(self, limit: _Limit) -> bool:
+        try:
+            return _writable_memory() > limit.memory
+        except MemoryError:  # the kernel's limit is for this thread too
+            return True
 
 
 def _raise_in(thread: int, kind: type[Exception] | None) -> None:
@@ -92,16 +98,18 @@ def limited(seconds: float, room: int) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     _watch.begin(seconds, most)
     try:
-        if alone:
-            soft = most if before[0] == resource.RLIM_INFINITY else min(most, before[0])
-            resource.setrlimit(resource.RLIMIT_DATA, (soft, before[1]))
-        yield
-    except MemoryError as error:
-        raise OverMemory from error
+        try:
+            if alone:
+                soft = most if before[0] == resource.RLIM_INFINITY else min(most, before[0])
+                resource.setrlimit(resource.RLIMIT_DATA, (soft, before[1]))
+            yield
+        except MemoryError as error:
+            raise OverMemory from error
+        finally:
+            _watch.end()  # until it returns, the exception may come
     finally:
         if alone:
             resource.setrlimit(resource.RLIMIT_DATA, before)
-        _watch.end()
 
 
 def _writable_memory() -> int:

@@ -184,8 +184,9 @@ class _Worker:
         self._leash.close()
         self._process.join(5.0)
         if self._process.exitcode is None:
+            assert self._process.pid  # killpg(0) would end the trainer
             try:
-                os.killpg(self._process.pid or 0, signal.SIGKILL)  # it leads a group of its own
+                os.killpg(self._process.pid, signal.SIGKILL)  # it leads a group of its own
             except (ProcessLookupError, PermissionError):
                 self._process.kill()
             self._process.join()

@@ -37,9 +37,7 @@ class RunLock:
     def __init__(self, folder: Path):
         self.folder = folder
         self._file: IO[str] | None = None
-        self._has_kernels = (
-            False  # the kernel's lock, so that no process of this node has the lease
-        )
+        self._has_kernels = False  # the kernel's lock: no process of this node has the lease
         self._lease = -1
         self._me: dict[str, Any] = {
             "token": uuid.uuid4().hex,
@@ -68,7 +66,7 @@ class RunLock:
         threading.Thread(target=self._keep, daemon=True, name="lease").start()
 
     def release(self) -> None:
-        """Give the folder free at a good end. After any other, the lease is found abandoned."""
+        """Release the folder at a good end. After any other, the lease is found abandoned."""
         if self._file is None:
             return
         self._done.set()
@@ -163,13 +161,19 @@ class RunLock:
         path = self.folder / LEASE
         while not self._done.wait(self.BEAT):
             holder = _read(path)
+            if self._done.is_set():  # released since then, so that the next job may have it
+                return
             if holder and not self._is_mine(holder):
-                sys.stderr.write(f"moetrain: error: {self._in_use(_name(holder))}\n")
-                sys.stderr.flush()
-                os._exit(ConfigError.exit_code)
+                self._stop_writing(holder)
             self._me["count"] += 1
             with contextlib.suppress(OSError):
                 os.pwrite(self._lease, json.dumps(self._me).encode(), 0)  # it only grows
+
+    def _stop_writing(self, holder: Lease) -> None:
+        """End the process, from a thread beside the one that trains."""
+        sys.stderr.write(f"moetrain: error: {self._in_use(_name(holder))}\n")
+        sys.stderr.flush()
+        os._exit(ConfigError.exit_code)
 
     def _is_mine(self, lease: Lease) -> bool:
         return lease.get("token") == self._me["token"]
