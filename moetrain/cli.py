@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from moetrain.commands import (
+    bench,
     convert,
     data,
     doctor,
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Command] = {
     "show": show.COMMAND,
     "swift": swift.COMMAND,
     "doctor": doctor.COMMAND,
+    "bench": bench.COMMAND,
     "quickstart": quickstart.COMMAND,
 }
 

@@ -85,7 +85,7 @@ def test_files_and_functions_are_short(path: Path) -> None:
 
 
 # What may call torch.distributed: the World and what it is opened with, sums under autograd, moving
-# weights, and the doctor, which tries groups that no run has.
+# weights, the doctor, which tries groups that no run has, and the bench, which times collectives.
 TRANSPORT = (
     "engine/world.py",
     "engine/meeting.py",
@@ -93,6 +93,7 @@ TRANSPORT = (
     "ops/reduce.py",
     "weights/transport.py",
     "cluster/doctor/",
+    "planner/bench.py",
     "rollout/remote/",
     "testing/",
 )

@@ -3,7 +3,7 @@ runs on the meta device and is watched.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from moetrain.config.recipe import Recipe
 from moetrain.engine import Engine
 from moetrain.engine.optim import start_state
+from moetrain.engine.step import Runner
 from moetrain.engine.world import World, meta_world
 from moetrain.layout.activations import num_micro_batches
 from moetrain.methods import METHODS
@@ -27,6 +28,7 @@ class Trace:
     rank: int
     stage: int
     num_params: int  # local
+    num_micro_batches: int
     profile: Profile
 
 
@@ -53,7 +55,8 @@ def trace(
     watch = MetaWatch()
     engine = watched_step(recipe, world, packs, watch)
     held = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
-    return Trace(rank, world.pp_rank, held, watch.profile)
+    num = len(packs) // recipe.train.micro_batch
+    return Trace(rank, world.pp_rank, held, num, watch.profile)
 
 
 def watched_step(recipe: Recipe, world: World, packs: Sequence[Packed], watch: Watch) -> Engine:
@@ -68,9 +71,21 @@ def watched_step(recipe: Recipe, world: World, packs: Sequence[Packed], watch: W
         if recipe.method.samples:
             with watch.phase("log-probs"):
                 engine.outputs(packs)
+        engine.run = _Watched(engine.run.models, world, engine.model, watch=watch)
         with watch.phase("step"):
             engine.step(packs, METHODS[recipe.method.name])
     return engine
+
+
+@dataclass
+class _Watched(Runner):
+    """Says when the passes over the micro-batches begin and end."""
+
+    watch: Watch = field(kw_only=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        with self.watch.passes():
+            return super().__call__(*args, **kwargs)
 
 
 def _label_state(engine: Engine, watch: Watch) -> None:

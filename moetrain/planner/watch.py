@@ -5,6 +5,7 @@ It works on any device, so what a trace without values predicts and what a run o
 counted by the same code.
 """
 
+import functools
 import gc
 import re
 import weakref
@@ -43,6 +44,10 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (4, 0),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (10, 1),
 }
+# torch 2.13 counts F.grouped_mm's operations nowhere.
+_GROUPED = torch.ops.aten._grouped_mm
+# What they write they do not read first.
+_WRITE_ONLY = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}
 _VARIANTS = r"(_into)?(_tensor)?(_base|_coalesced)?$"  # of one collective
 OUTSIDE = "head"  # in a forward pass, of no module: the log-probs and the loss
 
@@ -55,7 +60,7 @@ class Op:
     part: str
     name: str
     shapes: tuple[tuple[int, ...], ...]  # of its tensors
-    dtype: str
+    dtype: str  # of the first
 
 
 @dataclass
@@ -99,6 +104,7 @@ class Watch(TorchDispatchMode):
         self.profile = Profile()
         self._phase = "build"
         self._parts: list[str] = []  # of the modules whose forward pass runs
+        self._passes = False
         self._held: dict[int, tuple[int, str]] = {}
         self._hooks: list[Any] = []
 
@@ -131,6 +137,17 @@ class Watch(TorchDispatchMode):
         finally:
             self._phase = before
 
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Inside it are the passes of a step over its micro-batches; what of a step is outside of
+        it is done once, and counts as the optimizer's.
+        """
+        before, self._passes = self._passes, True
+        try:
+            yield
+        finally:
+            self._passes = before
+
     def label(self, tensors: Sequence[Tensor], category: str) -> None:
         """What has been made already is of this category."""
         for tensor in tensors:
@@ -157,7 +174,9 @@ class Watch(TorchDispatchMode):
             return self._parts[-1]
         if torch._C._current_graph_task_id() != -1:
             return "backward"
-        return OUTSIDE if self._phase == "step" else self._phase
+        if self._phase != "step":
+            return self._phase
+        return OUTSIDE if self._passes else "optimizer"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -169,9 +188,9 @@ class Watch(TorchDispatchMode):
             return result
         outputs = [x for x in tree_iter(result) if isinstance(x, Tensor)]
         outputs = [x for x in outputs if x.device.type == self.device]
-        if outputs:
-            for output in outputs:
-                self._track(output)
+        for output in outputs:
+            self._track(output)
+        if outputs or func._schema.is_mutable:
             self._record_op(func, args, kwargs, result, outputs)
         return result
 
@@ -185,6 +204,11 @@ class Watch(TorchDispatchMode):
             factor, first = _ATTENTION[name]
             q, k = args[first], args[first + 1]
             return factor * q.numel() * k.size(-2)
+        if name is _GROUPED:
+            # A product of rows with their expert's weight, or the weights' gradient: in both every
+            # row meets one matrix.
+            rows, columns = args[0].shape[-2:]
+            return 2 * rows * columns * args[1].size(-1)
         formula = flop_registry.get(name)
         return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
@@ -215,12 +239,17 @@ class Watch(TorchDispatchMode):
         self, func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]
     ) -> None:
         inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        if not outputs:  # only written into what was given, as fused optimizers do
+            outputs = [x for x in inputs if x.device.type == self.device][:1]
+            if not outputs:
+                return
         shapes = tuple(tuple(x.shape) for x in (*inputs, *outputs))
         name = func._schema.name.removeprefix("aten::")
-        op = Op(self._phase, self._category, name, shapes, str(outputs[0].dtype)[6:])
+        dtype = (inputs or outputs)[0].dtype  # a product of bf16 may come as fp32
+        op = Op(self._phase, self._category, name, shapes, str(dtype)[6:])
         cost = self.profile.ops.setdefault(op, Cost())
         cost.times += 1
-        cost.num_bytes += sum(x.numel() * x.element_size() for x in (*inputs, *outputs))
+        cost.num_bytes += _traffic(func, args, kwargs, result)
         cost.flops += self.flops(func, args, kwargs, result)
 
     def _record_collective(self, func: Any, args: Any) -> None:
@@ -239,3 +268,35 @@ class Watch(TorchDispatchMode):
 
 def _is_group(value: torch.ScriptObject) -> bool:
     return "ProcessGroup" in str(value._type())
+
+
+def _traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Bytes that an operation reads and writes."""
+    written, is_new = _aliases(func)
+    reads = func._schema.name.removeprefix("aten::") not in _WRITE_ONLY
+    total = 0
+    for place, value in (*enumerate(args), *kwargs.items()):
+        times = 1 if place not in written else 1 + reads
+        total += times * sum(_stored(x) for x in tree_iter(value) if isinstance(x, Tensor))
+    if is_new:
+        total += sum(_stored(x) for x in tree_iter(result) if isinstance(x, Tensor))
+    return total
+
+
+@functools.cache
+def _aliases(func: Any) -> tuple[frozenset[int | str], bool]:
+    """Places and names of the arguments that are written into; whether what it returns is new."""
+    schema = func._schema
+    written: set[int | str] = set()
+    for place, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written |= {place, argument.name}
+    return frozenset(written), all(one.alias_info is None for one in schema.returns)
+
+
+def _stored(x: Tensor) -> int:
+    """Bytes, without those that an expanded tensor only seems to have."""
+    size = x.element_size()
+    for length, stride in zip(x.shape, x.stride(), strict=True):
+        size *= length if stride else min(length, 1)
+    return size

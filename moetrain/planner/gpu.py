@@ -1,0 +1,149 @@
+"""What a GPU can do: peaks from its data sheet, and what share of them operations reach. Every
+number has its source. Imports no torch.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from functools import cache
+from itertools import pairwise
+from math import exp, log
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from moetrain.config.load import explain, read_content
+from moetrain.config.section import Section
+from moetrain.errors import ConfigError, nearest
+
+FOLDER = Path(__file__).parent / "gpus"
+MIB, GIB = 2**20, 2**30
+# Kinds of operations that go over memory, by what bounds them on a CPU; a GPU has one curve.
+KINDS = ("stream", "in_place", "convert", "function", "reduce", "gather", "sort")
+
+
+class Number(Section):
+    """A number and where it is from."""
+
+    value: float = Field(ge=0)
+    source: str = Field(min_length=1)
+
+
+class Curve(Section):
+    """A number that depends on another: straight between points on logarithmic scales, flat
+    outside of them.
+    """
+
+    points: tuple[tuple[float, float], ...] = Field(min_length=1)
+    source: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if any(a[0] >= b[0] for a, b in pairwise(self.points)) or any(
+            min(point) <= 0 for point in self.points
+        ):
+            raise ValueError("points are [x, y] above 0, and x rises from point to point")
+        return self
+
+    def at(self, x: float) -> float:
+        """The number at `x`."""
+        points = self.points
+        place = bisect_right(points, x, key=lambda point: point[0])
+        if place in (0, len(points)):
+            return points[max(0, place - 1)][1]
+        (a, low), (b, high) = points[place - 1 : place + 1]
+        part = log(x / a) / log(b / a)
+        return exp(log(low) + part * log(high / low))
+
+
+class Gpu(Section):
+    """A GPU, or a core of a CPU. Rates are one way and of one GPU."""
+
+    name: str
+    asynchronous: bool = Field(
+        default=True, description="the host goes on while it computes, so launches hide behind it"
+    )
+    memory_gib: Number = Field(description="as the driver reports it")
+    gpus_per_node: Number
+    tflops: dict[str, Number] = Field(description="dense peak by dtype")
+    memory_gbps: Number
+    nvlink_gbps: Number = Field(description="between GPUs of a node")
+    network_gbps: Number = Field(description="between nodes")
+    nvlink_share: dict[str, Number] = Field(
+        description="of nvlink_gbps that collectives reach, by their names; the first for others"
+    )
+    network_share: dict[str, Number]
+    collective_us: Number = Field(description="that a collective within a node takes at least")
+    network_us: Number = Field(description="that one between nodes takes at least")
+    launch_us: Number = Field(description="that the host takes for an operation")
+    kernel_us: Number = Field(description="that the device takes at least for an operation")
+    gemm: dict[str, Curve] = Field(description="share of the peak by smallest dimension")
+    grouped: dict[str, Curve] = Field(description="share of the peak by rows an expert")
+    attention: dict[str, Curve] = Field(description="share of the peak by keys, forward")
+    attention_backward: dict[str, Curve]
+    memory: dict[str, Curve] = Field(
+        description=f"share of memory_gbps by bytes, for {', '.join(KINDS)}; `stream` for others"
+    )
+    optimizer: Curve = Field(description="share of memory_gbps of a fused optimizer, by bytes")
+    context_mib: Number = Field(description="of the driver and its kernels")
+    group_mib: Number = Field(description="NCCL's buffers for a group")
+    workspace_mib: Number = Field(description="of matrix products")
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of a dtype; of the next wider where it has no units for it."""
+        known = self.tflops
+        name = dtype if dtype in known else "bf16" if dtype in ("fp16", "bf16") else "fp32"
+        return known[name].value * 1e12
+
+    def fixed_bytes(self, num_groups: int) -> int:
+        """What a process holds on the device beside tensors, with so many groups in use."""
+        mib = self.context_mib.value + self.workspace_mib.value + num_groups * self.group_mib.value
+        return round(mib * MIB)
+
+
+def pick[T](known: Mapping[str, T], name: str) -> T:
+    """What is known of a dtype or a collective, or the first."""
+    return known[name] if name in known else next(iter(known.values()))
+
+
+@cache
+def known_gpus() -> dict[str, Path]:
+    """Name -> file of the GPUs that are known."""
+    return {name: path for path in sorted(FOLDER.glob("*.yaml")) for name in _names(path)}
+
+
+def _names(path: Path) -> list[str]:
+    return [str(read_content(path, (), "a GPU")["name"])]
+
+
+def find_gpu(name: str) -> Gpu:
+    """A GPU by its name or the file that describes it. Raises ConfigError with the known ones."""
+    known = known_gpus()
+    if name in known:
+        return _read(known[name])
+    if name.endswith((".yaml", ".yml")):
+        return _read(Path(name).expanduser())
+    raise ConfigError(
+        f"GPU {name} is not known.{nearest(name, known)} Known: {', '.join(known)}; or give the"
+        " path of a .yaml that `moetrain bench gpu --out FILE` wrote."
+    )
+
+
+@cache
+def _read(path: Path) -> Gpu:
+    try:
+        return Gpu.model_validate(_content(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, Gpu)}") from None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """A file's content, over that of the GPU that it is `like`."""
+    own = read_content(path, (), "a GPU")
+    base = own.pop("like", None)
+    if base is None:
+        return own
+    known = known_gpus()
+    if base not in known or known[base] == path:
+        raise ConfigError(f"{path}: like: {base} is no other known GPU. Known: {', '.join(known)}")
+    return _content(known[base]) | own
