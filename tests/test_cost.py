@@ -61,7 +61,7 @@ def test_every_gpu_says_where_its_numbers_are_from() -> None:
 
 
 def test_a_gpu_that_is_not_known(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'H100-80GB'.*A100-80GB.*bench gpu"):
+    with pytest.raises(ConfigError, match=r"Did you mean .H100-80GB.\?.*A100-80GB.*bench gpu"):
         find_gpu("H100")
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump({"like": "H100-80GB", "name": "own", "memory_gibs": 3}))
