@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from weights_helpers import Spread, readapt, reader_of
 
+from moetrain import cli
 from moetrain.config.recipe import AdapterConfig
 from moetrain.errors import ConfigError, WeightsError
 from moetrain.models import Rule, read_model, with_scalar_head
@@ -147,6 +148,8 @@ def test_peft_and_the_merged_model_agree(tmp_path: Path, case: str) -> None:
     save_model(family, base, **changes)
     exported(base, spec_of(type, *target), folder)
     merge(base, folder, plain)
+    assert not list(compare(base, plain, adapters=(folder, None)))
+    assert not list(compare(plain, base, adapters=(None, folder)))
     before, adapted = logits_of(model_in(base)), logits_of(in_peft(base, folder))
     after = logits_of(model_in(plain))
     assert (adapted - before).abs().max() > 1e-2
@@ -335,6 +338,39 @@ def test_a_reward_models_head_goes_along(tmp_path: Path) -> None:
     assert again.head is not None and torch.equal(again.head, head)
     with pytest.raises(WeightsError, match="of a reward or classification model"):
         PeftReader(folder, read_model(config_in(base)), reader)
+
+
+@pytest.mark.parametrize("style", ["moetrain", "megatron-lm"])
+def test_an_adapter_is_merged_on_the_way(
+    tmp_path: Path, style: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into a Megatron checkpoint, out of one, and into either side that is compared."""
+    base, folder, plain = (tmp_path / name for name in ("base", "adapter", "merged"))
+    save_model("qwen3_moe", base, num_hidden_layers=2).bfloat16().save_pretrained(base)
+    exported(base, spec_of("lora", "all-linear"), folder)
+    merge(base, folder, plain)
+    mcore, other = tmp_path / "mcore", tmp_path / "other"
+
+    def convert(*words: Any) -> int:
+        return cli.main(["convert", *map(str, words)])
+
+    assert convert("hf2mcore", base, mcore, "--style", style, "--adapter", folder) == 0
+    assert convert("hf2mcore", base, other, "--style", style) == 0
+    more = ["--hf", base] if style == "megatron-lm" else []
+    assert convert("mcore2hf", other, tmp_path / "hf", "--adapter", folder, *more) == 0
+    wanted = load_file(plain / "model.safetensors")
+    found = load_file(tmp_path / "hf/model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert convert("verify", mcore, plain) == 0
+    assert convert("verify", other, mcore, "--adapter", folder) == 0
+    assert convert("verify", other, plain, "--adapter", folder, "--logits", "8") == 0
+    assert "differ by up to 0;" in capsys.readouterr().out
+    assert convert("verify", base, plain) == 1
+    out = capsys.readouterr().out
+    assert "q_proj.weight" in out and "layernorm" not in out
+    assert convert("verify", folder, plain) == 2
+    assert f"is an adapter. Give its base, and --adapter {folder}." in capsys.readouterr().err
 
 
 def test_merging_keeps_each_dtype(tmp_path: Path) -> None:

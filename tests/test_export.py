@@ -126,6 +126,12 @@ def test_an_adapters_checkpoint_is_sampled_written_and_merged(
         dst = tmp_path / f"merged{number}"
         assert cli.main(["convert", "merge", str(second_base), str(source), str(dst)]) == 0
     assert answers_in(tmp_path / "merged0") == ended(OTHERS)
+    for words in ((best, tmp_path / "merged0"), (tmp_path / "merged1", best)):
+        assert cli.main(["convert", "verify", *map(str, words)]) == 0
+    assert cli.main(["convert", "verify", str(adapted), str(second_base)]) == 1
+    more = ["--adapter", str(tmp_path / "peft0")]
+    assert cli.main(["convert", "verify", str(best), str(second_base), *more]) == 2
+    assert "has an adapter already" in capsys.readouterr().err
     first, second = (
         {p.name: p.read_bytes() for p in (tmp_path / f"merged{i}").iterdir()} for i in (0, 1)
     )

@@ -20,6 +20,7 @@ CONVERSIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "quantize": ("a Hugging Face folder in fewer bits, for serving", ("source", "destination")),
 }
 STREAMED = ("hf2mcore", "mcore2hf", "merge", "expand", "quantize")
+MERGING = ("hf2mcore", "mcore2hf", "verify", "quantize")
 QUANTIZED = ("fp8", "fp8-block", "nvfp4", "int4-awq")
 
 
@@ -38,6 +39,14 @@ def arguments(parser: Parser) -> None:
                 default=min(cores, 16),
                 metavar="N",
                 help="threads that read and write (default: one a core, 16 at most)",
+            )
+        if action in MERGING:
+            own.add_argument(
+                "--adapter",
+                type=Path,
+                metavar="DIR",
+                help="a PEFT folder, or a run that trained one: merged into the"
+                f" {paths[0]} on the way",
             )
         if action in STREAMED:
             _add_writing(own, has_dtype=action in ("hf2mcore", "mcore2hf"))
@@ -150,45 +159,80 @@ def run(args: Arguments) -> int:
         from moetrain.weights.inspect import inspect
 
         return inspect(*paths, as_json=args.json)
-    from moetrain.weights import convert
+    if args.action == "verify":
+        return _verify(args)
+    from moetrain.weights import convert, derived
 
-    if args.action == "verify" and args.logits is not None:
+    options = convert.Options(args.workers, args.resume, vars(args).get("dtype"), args.shard_bytes)
+    if args.action == "expand":
+        return derived.expand(paths[0], paths[1], args.every, options)
+    adapter = None if args.adapter is None else _peft(args.adapter)
+    if args.action == "merge":
+        assert adapter is not None
+        return derived.merge(paths[0], adapter, paths[2], options)
+    if args.action == "hf2mcore":
+        return convert.hf2mcore(paths[0], paths[1], replace(options, style=args.style), adapter)
+    if args.action == "mcore2hf":
+        return convert.mcore2hf(paths[0], paths[1], options, args.hf, adapter)
+    from moetrain.weights.quantise import quantize
+
+    return quantize(paths[0], paths[1], args.to, args.calibration, options, adapter)
+
+
+def _verify(args: Arguments) -> int:
+    (a, of_a), (b, of_b) = _weights(args.a), _weights(args.b)
+    if args.adapter is not None:
+        if of_a is not None:
+            raise ConfigError(f"{args.a} has an adapter already. Leave --adapter out.")
+        of_a = _peft(args.adapter)
+    adapters = (of_a, of_b)
+    if args.logits is not None:
         from moetrain.weights import logits
 
         return logits.verify(
-            paths[0],
-            paths[1],
+            a,
+            b,
             args.logits,
             tolerance=args.tolerance,
             data=args.data,
             workers=args.workers,
             config=args.hf,
+            adapters=adapters,
         )
-    if args.action == "verify":
-        for name in ("tolerance", "data"):
-            if vars(args)[name] is not None:
-                raise ConfigError(f"--{name} is of --logits: give --logits N too, or leave it out.")
-        return convert.verify(*paths, workers=args.workers, config=args.hf)
-    options = convert.Options(args.workers, args.resume, vars(args).get("dtype"), args.shard_bytes)
-    if args.action == "hf2mcore":
-        return convert.hf2mcore(paths[0], paths[1], replace(options, style=args.style))
-    if args.action == "mcore2hf":
-        return convert.mcore2hf(paths[0], paths[1], options, args.hf)
-    if args.action == "quantize":
-        from moetrain.weights.quantise import quantize
+    for name in ("tolerance", "data"):
+        if vars(args)[name] is not None:
+            raise ConfigError(f"--{name} is of --logits: give --logits N too, or leave it out.")
+    from moetrain.weights import convert
 
-        return quantize(paths[0], paths[1], args.to, args.calibration, options)
-    from moetrain.weights import derived
+    return convert.verify(a, b, workers=args.workers, config=args.hf, adapters=adapters)
+
+
+def _weights(path: Path) -> tuple[Path, Path | None]:
+    """(folder of a model, the adapter to merge into it): of a run without an export its last
+    checkpoint, of an adapter's checkpoint the base and the adapter.
+    """
+    from moetrain.models.lookup import HF, NOTE, checkpoint_at, read_mapping
+
+    path = checkpoint_at(path)
+    is_run = (path / "resolved.yaml").is_file() and not (path / "hf" / HF).is_file()
+    note = path / NOTE
+    if not is_run and not (note.is_file() and "adapter_of" in read_mapping(note)):
+        return path, None
+    from moetrain.engine.on_disk import model_in, sections_of
+
+    base, sections = sections_of(model_in(str(path)))
+    return Path(base), Path(sections["adapter"]["path"]) if sections else None
+
+
+def _peft(folder: Path) -> Path:
+    """The PEFT folder that `folder` is, or that of a run or of its checkpoint."""
     from moetrain.weights.folder import ADAPTER
 
-    if args.action == "expand":
-        return derived.expand(paths[0], paths[1], args.every, options)
-    base, adapter, destination = paths
-    if not (adapter / ADAPTER).is_file():
-        from moetrain.engine.on_disk import peft_folder  # of a run
+    if (folder / ADAPTER).is_file():
+        return folder
+    from moetrain.engine.on_disk import peft_folder
 
-        adapter = peft_folder(adapter)
-    return derived.merge(base, adapter, destination, options)
+    return peft_folder(folder)
 
 
 COMMAND = Command("checkpoints, adapters, deeper models", arguments, run)

@@ -11,9 +11,12 @@ import numpy as np
 from moetrain.models import Model
 from moetrain.models.rules import EMBEDDING, HEAD
 from moetrain.weights.header import SIZES
-from moetrain.weights.opening import open_weights_of
+from moetrain.weights.opening import config_for, open_model, open_weights_of
 from moetrain.weights.rows import Bytes, Renamed, Rows, num_rows, row_bytes, spans
 from moetrain.weights.stream import Report, in_threads
+
+type Adapters = tuple[Path | None, Path | None]  # PEFT folders, of either side
+NO_ADAPTERS: Adapters = (None, None)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ def compare(
     workers: int = 1,
     report: Report | None = None,
     config: Path | None = None,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> Iterator[Difference]:
     """Yield a Difference for every tensor that is missing on a side or differs in shape, dtype or
     any bit. Fused experts are compared with those of a folder that has them one by one, a tied
@@ -53,10 +57,11 @@ def compare(
         a, b: Hugging Face folders or Megatron checkpoints.
         report: called with (bytes compared, bytes of all), if given.
         config: of a checkpoint of Megatron-LM's; by default that of the other folder.
+        adapters: merged into them as they are read.
     """
     (first, model), (second, other) = (
-        open_weights_of(a, config or b),
-        open_weights_of(b, config or a),
+        _opened(a, config or b, adapters[0]),
+        _opened(b, config or a, adapters[1]),
     )
     ignored, also_ignored = (m.ignored_keys if m else frozenset[str]() for m in (model, other))
     first, second = _with_head(first, model, second), _with_head(second, other, first)
@@ -74,6 +79,13 @@ def compare(
         found.setdefault(part.name, []).append(part)
     for name in sorted(found):
         yield Difference(name, _reason(found[name], first.shape(name)))
+
+
+def _opened(path: Path, config: Path, adapter: Path | None) -> tuple[Rows, Model | None]:
+    if adapter is None:
+        return open_weights_of(path, config)
+    opened = open_model(path, config_for(path, config), adapter)
+    return opened.rows, opened.model
 
 
 def _unlike(first: Rows, second: Rows, name: str, a: Path, b: Path) -> str:

@@ -17,7 +17,7 @@ from moetrain.models import Model
 from moetrain.models.lookup import NOTE
 from moetrain.weights import hf_files, mcore_files, megatron_lm
 from moetrain.weights.blobs import TORCH_NAMES, object_blob
-from moetrain.weights.compare import compare
+from moetrain.weights.compare import NO_ADAPTERS, Adapters, compare
 from moetrain.weights.mcore_layout import Style, style_for
 from moetrain.weights.opening import Opened, open_model
 from moetrain.weights.rows import Converted, Rows, readable
@@ -41,22 +41,23 @@ class Options:
 PLAIN = Options()
 
 
-def hf2mcore(src: Path, dst: Path, options: Options = PLAIN) -> int:
-    """Write the Hugging Face folder `src` as a Megatron torch_dist checkpoint `dst`, which must not
-    exist; in Megatron-LM's style as one of its folders, with this checkpoint as the release.
+def hf2mcore(src: Path, dst: Path, options: Options = PLAIN, adapter: Path | None = None) -> int:
+    """Write the Hugging Face folder `src`, with the PEFT folder `adapter` in it, as a Megatron
+    torch_dist checkpoint `dst`, which must not exist; in Megatron-LM's style as one of its folders,
+    with this checkpoint as the release.
     """
     if options.style == megatron_lm.STYLE:
-        return _hf2megatron_lm(src, dst, options)
+        return _hf2megatron_lm(src, dst, options, adapter)
     refuse_existing(dst)
-    source = _hugging_face(src)
+    source = _hugging_face(src, adapter)
     _write_megatron(source, dst, options, style_for(source.model))
     print(f"{dst}: Megatron checkpoint of {src}")
     return 0
 
 
-def _hf2megatron_lm(src: Path, dst: Path, options: Options) -> int:
+def _hf2megatron_lm(src: Path, dst: Path, options: Options, adapter: Path | None) -> int:
     megatron_lm.refuse_taken(dst, resume=options.resume)
-    source = _hugging_face(src)
+    source = _hugging_face(src, adapter)
     megatron_lm.check(source.model)
     common = megatron_lm.common_state(source.model)
     nothing = megatron_lm.extra_states(source.model)
@@ -72,8 +73,8 @@ def _hf2megatron_lm(src: Path, dst: Path, options: Options) -> int:
     return 0
 
 
-def _hugging_face(src: Path) -> Opened:
-    source = open_model(src)
+def _hugging_face(src: Path, adapter: Path | None) -> Opened:
+    source = open_model(src, adapter=adapter)
     if source.is_megatron:
         raise WeightsError(f"{src} is a Megatron checkpoint already. Give a Hugging Face folder.")
     return source
@@ -94,7 +95,7 @@ def _write_megatron(
     plan, index = mcore_files.plan(
         rows, source.model, style, [common or {}], nothing, options.shard_bytes
     )
-    side_files = SideFiles.of(source.folder)
+    side_files = source.side_files()
 
     def finish(part: Path) -> None:
         mcore_files.write_notes(part, index, {"steps_done": 0, "format": 1, "has_optimizer": False})
@@ -108,12 +109,18 @@ def _write_megatron(
     _write(plan, rows, dst, source.origin(), options, finish)
 
 
-def mcore2hf(src: Path, dst: Path, options: Options = PLAIN, config: Path | None = None) -> int:
-    """Write the Megatron checkpoint `src` as a Hugging Face folder `dst`, which must not exist.
-    `config` says what model a checkpoint of Megatron-LM's is.
+def mcore2hf(
+    src: Path,
+    dst: Path,
+    options: Options = PLAIN,
+    config: Path | None = None,
+    adapter: Path | None = None,
+) -> int:
+    """Write the Megatron checkpoint `src`, with the PEFT folder `adapter` in it, as a Hugging Face
+    folder `dst`, which must not exist. `config` says what model a checkpoint of Megatron-LM's is.
     """
     refuse_existing(dst)
-    source = open_model(src, config)
+    source = open_model(src, config, adapter)
     if not source.is_megatron:
         raise WeightsError(
             f"{src} has no {NOTE}, so it is no Megatron checkpoint of moetrain's. Give the folder"
@@ -125,7 +132,7 @@ def mcore2hf(src: Path, dst: Path, options: Options = PLAIN, config: Path | None
         source.model.hf_names,
         dst,
         config=source.hf,
-        side_files=SideFiles.of(source.beside),
+        side_files=source.side_files(),
         origin=source.origin(),
         options=options,
     )
@@ -139,13 +146,15 @@ def verify(
     workers: int = PLAIN.workers,
     config: Path | None = None,
     most: int | None = None,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> int:
     """Compare the weights of two folders, Hugging Face or Megatron, tensor by tensor. Returns 0
-    when equal, else 1. `config` is that of a checkpoint of Megatron-LM's; `most` bounds the list.
+    when equal, else 1. `config` is that of a checkpoint of Megatron-LM's; `most` bounds the list;
+    `adapters` are merged into them on the way.
     """
     report = Progress("verify")
     num = 0
-    for difference in compare(a, b, workers, report, config):
+    for difference in compare(a, b, workers, report, config, adapters):
         report.close()
         num += 1
         if most is None or num <= most:

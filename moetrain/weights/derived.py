@@ -6,40 +6,23 @@ from pathlib import Path
 import numpy as np
 
 from moetrain.errors import WeightsError
-from moetrain.models import read_model, with_scalar_head
 from moetrain.weights import expand as depth
 from moetrain.weights.convert import PLAIN, Options, refuse_existing, write_hf_rows
-from moetrain.weights.folder import ADAPTER, ADAPTER_WEIGHTS
-from moetrain.weights.merge import Merged
 from moetrain.weights.opening import Opened, open_model
-from moetrain.weights.peft_config import read_config
-from moetrain.weights.peft_reader import PeftReader
-from moetrain.weights.peft_writer import HEAD
-from moetrain.weights.reader import ReaderRows, RowsReader
 from moetrain.weights.rows import Bytes, Renamed, Rows, row_bytes
-from moetrain.weights.side_files import SideFiles, side_files_of_adapter
 
 
 def merge(base: Path, adapter: Path, dst: Path, options: Options = PLAIN) -> int:
     """Write `base` with the PEFT folder `adapter` put in as `dst`, which must not exist."""
     refuse_existing(dst)
-    source = _hugging_face(base)
-    hf, model = source.hf, source.model
-    if read_config(adapter / ADAPTER).scalar_head and not model.heads.scalar:
-        hf = with_scalar_head(hf)
-        model = read_model(hf)
-    reader = RowsReader(source.rows)
-    peft = PeftReader(adapter, model, reader)
-    if model.heads.scalar and peft.head is None and HEAD not in reader.names():
-        raise WeightsError(f"Neither {base} nor {adapter} has {HEAD}, the model's head.")
-    stat = (adapter / ADAPTER_WEIGHTS).stat()
+    source = _hugging_face(base, adapter)
     write_hf_rows(
-        ReaderRows(Merged(reader, peft)),
-        model.hf_names,
+        source.rows,
+        source.model.hf_names,
         dst,
-        config=hf,
-        side_files=side_files_of_adapter(source.folder, adapter),
-        origin=[*source.origin(), f"{adapter.resolve()} {stat.st_size} {stat.st_mtime_ns}"],
+        config=source.hf,
+        side_files=source.side_files(),
+        origin=source.origin(),
         options=options,
     )
     print(f"{dst}: {base} with {adapter} in it")
@@ -64,7 +47,7 @@ def expand(src: Path, dst: Path, every: int, options: Options = PLAIN) -> int:
         list(names),
         dst,
         config=depth.expanded_config(source.hf, expansion),
-        side_files=SideFiles.of(source.folder),
+        side_files=source.side_files(),
         origin=[*source.origin(), f"every {every}"],
         options=options,
         more=more,
@@ -74,8 +57,8 @@ def expand(src: Path, dst: Path, every: int, options: Options = PLAIN) -> int:
     return 0
 
 
-def _hugging_face(folder: Path) -> Opened:
-    source = open_model(folder)
+def _hugging_face(folder: Path, adapter: Path | None = None) -> Opened:
+    source = open_model(folder, adapter=adapter)
     if source.is_megatron:
         raise WeightsError(
             f"{folder}: no Hugging Face model. Give a model folder; mcore2hf makes one of a"

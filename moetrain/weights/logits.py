@@ -15,8 +15,9 @@ from torch import Tensor
 from moetrain.errors import ConfigError
 from moetrain.models.rules import EMBEDDING, HEAD
 from moetrain.weights import convert
+from moetrain.weights.compare import NO_ADAPTERS, Adapters
 from moetrain.weights.one_layer import embedded, one_layer, outputs
-from moetrain.weights.opening import Opened, has_no_config, local_folder, open_model
+from moetrain.weights.opening import Opened, config_for, open_model
 from moetrain.weights.reader import Reader, RowsReader, Slices
 from moetrain.weights.rows import Rows
 from moetrain.weights.stream import Report
@@ -85,6 +86,7 @@ def verify(
     data: Path | None = None,
     workers: int = 1,
     config: Path | None = None,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> int:
     """Compare the tensors of two models, and what they make of `num_tokens` tokens. Returns 0 when
     they answer alike within `tolerance`, whatever their tensors are; else 1.
@@ -92,12 +94,14 @@ def verify(
     Args:
         data: text or tokens to take; by default tokens are drawn from the vocabulary.
         config: of a checkpoint of Megatron-LM's; by default that of the other folder.
+        adapters: merged into them as they are read.
     """
-    first, second = _opened(a, config or b), _opened(b, config or a)
+    first = open_model(a, config_for(a, config or b), adapters[0])
+    second = open_model(b, config_for(b, config or a), adapters[1])
     _check(first, second)
     sequences = _sequences(first, second, num_tokens, data)
     tolerance = TOLERANCE if tolerance is None else tolerance
-    convert.verify(a, b, workers, config, most=LISTED)
+    convert.verify(a, b, workers, config, LISTED, adapters)
     print(f"\n{'':12}{'largest':>12}{'mean':>12}{'alone':>12}  relative difference")
     beyond: list[Distance] = []
     report = convert.Progress("verify, layers")
@@ -215,10 +219,6 @@ class _Head:
         self.best = torch.where(highest > self._highest, word + start, self.best)
         self._highest = torch.maximum(self._highest, highest)
         return result
-
-
-def _opened(path: Path, config: Path) -> Opened:
-    return open_model(path, config if has_no_config(local_folder(path)) else None)
 
 
 def _check(a: Opened, b: Opened) -> None:

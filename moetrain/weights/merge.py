@@ -1,16 +1,43 @@
 """An adapter put into its base: the tensors of a plain model, by slice."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moetrain.errors import WeightsError
+from moetrain.models import read_model, with_scalar_head
 from moetrain.models.adapter import SUFFIX
 from moetrain.weights.adapter_init import InitialAdapter, Residual, adapted, whole
+from moetrain.weights.folder import ADAPTER, ADAPTER_WEIGHTS
+from moetrain.weights.opening import Opened
+from moetrain.weights.peft_config import read_config
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import HEAD
-from moetrain.weights.reader import Reader, Slices
+from moetrain.weights.reader import Reader, ReaderRows, RowsReader, Slices
+
+
+def merged(source: Opened, adapter: Path) -> Opened:
+    """A model with the PEFT folder `adapter` in it. Raises WeightsError: it is of another base."""
+    hf, model = source.hf, source.model
+    if read_config(adapter / ADAPTER).scalar_head and not model.heads.scalar:
+        hf = with_scalar_head(hf)
+        model = read_model(hf)
+    reader = RowsReader(source.rows)
+    peft = PeftReader(adapter, model, reader)
+    if model.heads.scalar and peft.head is None and HEAD not in reader.names():
+        raise WeightsError(f"Neither {source.folder} nor {adapter} has {HEAD}, the model's head.")
+    return replace(
+        source,
+        hf=hf,
+        model=model,
+        rows=ReaderRows(Merged(reader, peft)),
+        files=(*source.files, adapter / ADAPTER, adapter / ADAPTER_WEIGHTS),
+        adapter=adapter,
+    )
 
 
 class Merged:

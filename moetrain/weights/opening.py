@@ -15,8 +15,10 @@ from moetrain.models.quantisation import KEY, plain_config
 from moetrain.models.rules import EMBEDDING, HEAD
 from moetrain.weights.blobs import TORCH_NAMES
 from moetrain.weights.checks import check_tensors
+from moetrain.weights.folder import ADAPTER
 from moetrain.weights.megatron_lm import checkpoint_in
 from moetrain.weights.rows import Converted, Rows
+from moetrain.weights.side_files import SideFiles, side_files_of_adapter
 from moetrain.weights.stored import StoredFolder
 from moetrain.weights.torch_dist import DATA, McoreRows
 from moetrain.weights.torch_index import INDEX
@@ -37,22 +39,30 @@ class Opened:
     is_megatron: bool
     files: tuple[Path, ...]  # that hold the weights
     beside: Path  # where its tokenizer and generation config are
+    adapter: Path | None = None  # that is in them
 
     def origin(self) -> list[str]:
         """What says, without reading them, that files are the same as before."""
         stats = ((path, path.stat()) for path in self.files)
         return [f"{path.resolve()} {one.st_size} {one.st_mtime_ns}" for path, one in stats]
 
+    def side_files(self) -> SideFiles:
+        """What goes beside these weights elsewhere."""
+        if self.adapter is None:
+            return SideFiles.of(self.beside)
+        return side_files_of_adapter(self.beside, self.adapter)
 
-def open_model(path: Path, config: Path | None = None) -> Opened:
+
+def open_model(path: Path, config: Path | None = None, adapter: Path | None = None) -> Opened:
     """A Hugging Face folder, a run's export, a Megatron checkpoint or a built-in model.
 
     Args:
         config: of a checkpoint of Megatron-LM's: config.json, or a folder of the same model.
+        adapter: a PEFT folder that is merged into it as it is read.
 
     Raises ConfigError, WeightsError, CheckpointError: what it holds is no model, or not all of it.
     """
-    folder = local_folder(path)
+    folder = _model_folder(path)
     hf, is_megatron = _config_of(folder, config)
     model = read_model(hf)
     rows: Rows
@@ -67,7 +77,12 @@ def open_model(path: Path, config: Path | None = None) -> Opened:
     check_tensors(rows, model.table, model.ignored_keys)
     _check_doubles(rows, model)
     beside = folder if config is None else config if config.is_dir() else config.parent
-    return Opened(folder, dict(hf), model, rows, is_megatron, tuple(files), beside)
+    opened = Opened(folder, dict(hf), model, rows, is_megatron, tuple(files), beside)
+    if adapter is None:
+        return opened
+    from moetrain.weights.merge import merged
+
+    return merged(opened, adapter)
 
 
 def open_weights_of(path: Path, config: Path | None = None) -> tuple[Rows, Model | None]:
@@ -77,7 +92,7 @@ def open_weights_of(path: Path, config: Path | None = None) -> tuple[Rows, Model
     Raises ConfigError, WeightsError, CheckpointError where they cannot be read, or a file beside
     them is not as its manifest says.
     """
-    folder = local_folder(path)
+    folder = _model_folder(path)
     manifest.check(folder, (p.name for p in folder.iterdir() if p.suffix not in _DATA))
     if (folder / INDEX).is_file() or (folder / NOTE).is_file():
         hf, _ = _config_of(folder, config if has_no_config(folder) else None)
@@ -88,6 +103,11 @@ def open_weights_of(path: Path, config: Path | None = None) -> tuple[Rows, Model
     except ConfigError:
         return StoredFolder(folder), None
     return _plain(StoredFolder(folder, model), model), model
+
+
+def config_for(path: Path, config: Path) -> Path | None:
+    """`config`, where a checkpoint needs one."""
+    return config if has_no_config(local_folder(path)) else None
 
 
 def has_no_config(folder: Path) -> bool:
@@ -177,6 +197,13 @@ def local_folder(path: Path) -> Path:
     return (
         exported if (folder / "resolved.yaml").is_file() and (exported / HF).is_file() else folder
     )
+
+
+def _model_folder(path: Path) -> Path:
+    folder = local_folder(path)
+    if (folder / ADAPTER).is_file() and not ((folder / HF).is_file() or (folder / NOTE).is_file()):
+        raise WeightsError(f"{folder} is an adapter. Give its base, and --adapter {folder}.")
+    return folder
 
 
 def _plain(stored: StoredFolder, model: Model) -> Rows:

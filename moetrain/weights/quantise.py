@@ -16,14 +16,18 @@ from moetrain.weights.dequantised import MODELOPT
 from moetrain.weights.opening import Opened, open_model
 from moetrain.weights.reader import ReaderRows, RowsReader
 from moetrain.weights.rows import Bytes, Converted, Rows
-from moetrain.weights.side_files import SideFiles
 
 BLOCKS = "fp8-block"
 FORMATS = (BLOCKS, *modelopt.CONFIGS)
 
 
 def quantize(
-    src: Path, dst: Path, to: str, data: Path | None = None, options: Options = PLAIN
+    src: Path,
+    dst: Path,
+    to: str,
+    data: Path | None = None,
+    options: Options = PLAIN,
+    adapter: Path | None = None,
 ) -> int:
     """Write the model `src` with its matrices quantised as `dst`, which must not exist; routers,
     embeddings, heads and norms stay as they are.
@@ -31,10 +35,11 @@ def quantize(
     Args:
         to: one of FORMATS.
         data: text that activations are measured on, for a format that has scales of them.
+        adapter: a PEFT folder that is merged into the model on the way.
     """
     refuse_existing(dst)
     _check(to, data)
-    source = open_model(src)
+    source = open_model(src, adapter=adapter)
     model = source.model
     taken = block_fp8.quantised_names(model)
     if data is None:
@@ -111,7 +116,7 @@ def _write(
         [name for stem in stems for name in rest.pop(stem)],
         dst,
         config=config,
-        side_files=SideFiles.of(source.folder),
+        side_files=source.side_files(),
         origin=[*source.origin(), *origin],
         options=options,
         more=more,
