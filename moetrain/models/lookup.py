@@ -4,13 +4,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from moetrain.config.builtin import MODELS, published, quantised_name
-from moetrain.config.recipe import ModelConfig
 from moetrain.errors import ConfigError
 from moetrain.manifest import read_text
 from moetrain.models.quantisation import plain_config
+
+if TYPE_CHECKING:
+    from moetrain.config.recipe import ModelConfig  # which takes 0.2 s to import
 
 NOTE, HF = "moetrain.json", "config.json"
 BUILTIN = "builtin:"
@@ -26,7 +28,7 @@ class FoundModel:
     is_megatron: bool = False  # the folder is a checkpoint that Engine.save wrote
 
 
-def find_model(model: ModelConfig, *, dry: bool = False) -> FoundModel:
+def find_model(model: "ModelConfig", *, dry: bool = False) -> FoundModel:
     """Find what `model` names, without loading weights. Raises ConfigError, DamageError.
 
     `dry`: a published model need not be on disk; its config is known by its name.
@@ -59,7 +61,7 @@ def find_model(model: ModelConfig, *, dry: bool = False) -> FoundModel:
     return FoundModel(hf, folder, is_megatron)
 
 
-def has_config(model: ModelConfig) -> bool:
+def has_config(model: "ModelConfig") -> bool:
     """Whether `find_model` has a config to read: a folder may hold a tokenizer alone."""
     path = str(model.path)
     builtin = path.removeprefix(BUILTIN) in MODELS if path.startswith(BUILTIN) else False
