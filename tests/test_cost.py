@@ -1,15 +1,19 @@
 """Seconds from counts: rooflines, links and pipelines by hand."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moetrain.config.builtin import MODELS
 from moetrain.config.load import recipe_from
 from moetrain.errors import ConfigError
 from moetrain.layout.mesh import plan_mesh
 from moetrain.models import read_model
+from moetrain.planner.allocator import Allocator
 from moetrain.planner.cost import flops_per_token, step_seconds
 from moetrain.planner.gpu import Curve, find_gpu, known_gpus
 from moetrain.planner.links import group_of, seconds_of
@@ -18,6 +22,7 @@ from moetrain.planner.trace import Trace
 from moetrain.planner.watch import Collective, Cost, Op, Profile
 
 H100 = find_gpu("H100-80GB")
+MIB = 2**20
 HF = MODELS["qwen3-moe-tiny"]
 
 
@@ -147,3 +152,40 @@ def test_data_parallel_traffic_hides_behind_a_micro_batch() -> None:
     assert found.hidden["DATA_PARALLEL_GROUP_WITH_CP"] == pytest.approx(4 * ONE)
     sent = 40e-6 + 7e9 / (450e9 * 0.82)
     assert found.exposed_s == pytest.approx(sent - 4 * ONE)
+
+
+def test_a_freed_block_serves_what_is_no_larger() -> None:
+    memory = Allocator()
+    first, second = memory.take(30 * MIB), memory.take(10 * MIB)
+    assert memory.reserved == 40 * MIB
+    memory.give(first)
+    third = memory.take(32 * MIB)  # the hole of 30 does not take it
+    assert memory.reserved == 80 * MIB
+    memory.take(29 * MIB)
+    memory.take(9 * MIB)  # behind the third, where pages are mapped
+    assert memory.reserved == 100 * MIB
+    memory.give(second)
+    memory.give(third)  # one hole of 1 + 10 + 32
+    memory.take(43 * MIB)
+    assert memory.reserved == 100 * MIB
+    memory.take(1000)
+    assert memory.reserved == 102 * MIB  # small ones have pages of their own
+
+
+@given(st.lists(st.tuples(st.integers(1, 60 * MIB), st.integers(0, 5)), max_size=60))
+def test_blocks_do_not_overlap(asked: list[tuple[int, int]]) -> None:
+    memory = Allocator()
+    held: list[tuple[int, int, int]] = []
+    most = 0
+    for size, freed in asked:
+        held.append(memory.take(size))
+        most = max(most, sum(block[2] for block in held))
+        held.sort()
+        for (pool, start, length), (other, after, _) in itertools.pairwise(held):
+            assert pool != other or start + length <= after
+        for _ in range(min(freed, len(held))):
+            memory.give(held.pop(size % len(held)))
+        assert memory.reserved >= most
+    for block in held:
+        memory.give(block)
+    assert all(not pool._by_size and not pool._end for pool in memory.pools)

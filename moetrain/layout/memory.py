@@ -8,20 +8,11 @@ from functools import partial
 from math import prod
 
 from moetrain.config.recipe import Recipe
-from moetrain.errors import ConfigError, nearest
 from moetrain.layout.mesh import MeshPlan, stage_layers
 from moetrain.models import Model, Rule
 from moetrain.models.rates import by_muon
 
 GIB = 2**30
-# Device memory in GiB as the driver reports it.
-GPUS = {
-    "H100-80GB": 79.6,
-    "H200-141GB": 139.8,
-    "A100-80GB": 79.2,
-    "A100-40GB": 39.4,
-    "B200-180GB": 178.0,
-}
 _BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 
 
@@ -38,15 +29,6 @@ class StageBytes:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer
-
-
-def gpu_gib(name: str) -> float:
-    """Memory of a named GPU. Raises ConfigError listing the known ones."""
-    if name not in GPUS:
-        raise ConfigError(
-            f"cluster.gpu={name} is not known.{nearest(name, GPUS)} Known: {', '.join(GPUS)}"
-        )
-    return GPUS[name]
 
 
 def static_bytes(

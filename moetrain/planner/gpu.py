@@ -17,7 +17,7 @@ from moetrain.config.section import Section
 from moetrain.errors import ConfigError, nearest
 
 FOLDER = Path(__file__).parent / "gpus"
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
 # Kinds of operations that go over memory, by what bounds them on a CPU; a GPU has one curve.
 KINDS = ("stream", "in_place", "convert", "function", "reduce", "gather", "sort")
 
@@ -116,7 +116,12 @@ def _names(path: Path) -> list[str]:
     return [str(read_content(path, (), "a GPU")["name"])]
 
 
-def find_gpu(name: str) -> Gpu:
+def gpu_gib(name: str) -> float:
+    """Memory of the GPU that cluster.gpu names. Raises ConfigError listing the known ones."""
+    return find_gpu(name, "cluster.gpu").memory_gib.value
+
+
+def find_gpu(name: str, key: str = "GPU") -> Gpu:
     """A GPU by its name or the file that describes it. Raises ConfigError with the known ones."""
     known = known_gpus()
     if name in known:
@@ -124,7 +129,7 @@ def find_gpu(name: str) -> Gpu:
     if name.endswith((".yaml", ".yml")):
         return _read(Path(name).expanduser())
     raise ConfigError(
-        f"GPU {name} is not known.{nearest(name, known)} Known: {', '.join(known)}; or give the"
+        f"{key} {name} is not known.{nearest(name, known)} Known: {', '.join(known)}; or give the"
         " path of a .yaml that `moetrain bench gpu --out FILE` wrote."
     )
 

@@ -25,6 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from moetrain.planner.allocator import Allocator
+
+type Block = tuple[int, int, int]
 SMALLEST = 1024  # bytes; of a storage that is counted
 
 # Class of a module -> the part whose activations are made in it, unless a module inside says other.
@@ -89,6 +92,7 @@ class Profile:
     now: Counter[str] = field(default_factory=Counter[str])  # category -> bytes
     total: int = 0
     peak: int = 0
+    reserved: int = 0  # what torch's allocator takes of a GPU for them, with what lies between
     at_peak: dict[str, int] = field(default_factory=dict[str, int])
     peaks: Counter[str] = field(default_factory=Counter[str])  # phase -> most bytes in it
     ops: dict[Op, Cost] = field(default_factory=dict[Op, Cost])
@@ -105,7 +109,8 @@ class Watch(TorchDispatchMode):
         self._phase = "build"
         self._parts: list[str] = []  # of the modules whose forward pass runs
         self._passes = False
-        self._held: dict[int, tuple[int, str]] = {}
+        self._held: dict[int, tuple[int, str, Block]] = {}
+        self._memory = Allocator()
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "Watch":
@@ -153,8 +158,8 @@ class Watch(TorchDispatchMode):
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             if key in self._held:
-                size, old = self._held[key]
-                self._held[key] = size, category
+                size, old, block = self._held[key]
+                self._held[key] = size, category, block
                 self.profile.now[old] -= size
                 self.profile.now[category] += size
 
@@ -218,12 +223,14 @@ class Watch(TorchDispatchMode):
         if key in self._held or size < SMALLEST or not tensor.is_floating_point():
             return
         category = self._category
-        self._held[key] = size, category
+        self._held[key] = size, category, self._memory.take(size)
+        self.profile.reserved = self._memory.reserved
         weakref.finalize(storage, self._freed, key)
         self._add(category, size)
 
     def _freed(self, key: int) -> None:
-        size, category = self._held.pop(key)
+        size, category, block = self._held.pop(key)
+        self._memory.give(block)
         self._add(category, -size)
 
     def _add(self, category: str, size: int) -> None:

@@ -10,13 +10,14 @@ from moetrain.config.recipe import Recipe
 from moetrain.config.reward_files import check_reward_files
 from moetrain.errors import ConfigError, plural
 from moetrain.layout.activations import activation_bytes
-from moetrain.layout.memory import GIB, gpu_gib, static_bytes
+from moetrain.layout.memory import GIB, static_bytes
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table
 from moetrain.layout.passed import check_passed
 from moetrain.models import Model, Rule, read_model, with_scalar_head
 from moetrain.models.adapter import AdapterSpec, adapter_table, trained_table
 from moetrain.models.lookup import find_model
 from moetrain.models.rates import own_rates
+from moetrain.planner.gpu import gpu_gib
 
 MAX_RANKS_SHOWN = 64
 

@@ -23,8 +23,9 @@ from moetrain.cluster.doctor.base import (
 )
 from moetrain.errors import plural
 from moetrain.layout.activations import activation_bytes
-from moetrain.layout.memory import gpu_gib, static_bytes
+from moetrain.layout.memory import static_bytes
 from moetrain.layout.mesh import plan_mesh
+from moetrain.planner.gpu import gpu_gib
 
 # Of one rank on the host, in GiB: what Python, torch and Megatron take (1 on a CPU), and CUDA's
 # context with NCCL's buffers beside them.
