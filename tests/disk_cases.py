@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -253,11 +255,14 @@ def command(
     """The exit code of `moetrain WORDS` in a fork of this process, killed after so many seconds;
     what it says goes to `log`, and its temporary files to `temporary`.
     """
+    from moetrain.testing.gloo import share_server
+
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             os.setsid()
+            share_server()
             handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(handle, 2)
@@ -389,6 +394,8 @@ def main() -> None:
 
     import moetrain.testing.preload  # noqa: F401
 
+    multiprocessing.set_forkserver_preload(["moetrain.rewards.pool"])
+    forkserver.ensure_running()  # for all forks, where rewards are graded
     torch.set_num_threads(1)
     prepare(work)
     for name in args.cases:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from moetrain.testing import command
+
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"<!-- runs -->\n```sh\n(.*?)```", re.DOTALL)
 PAGES = {
@@ -27,13 +29,16 @@ def test_pages_have_commands() -> None:
 def test_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
     for name in ("examples", "tools", "moetrain"):
         (tmp_path / name).symlink_to(ROOT / name)
-    env = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "COLUMNS": "100",
-    }
     script = "set -euo pipefail\n" + "".join(PAGES[page])
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
-    )
+    with command.for_scripts(tmp_path / "bin") as moetrain:
+        path = (moetrain.parent, Path(sys.executable).parent, os.environ["PATH"])
+        env = {"PATH": os.pathsep.join(map(str, path)), "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+        done = subprocess.run(
+            ["bash", "-c", script],
+            cwd=tmp_path,
+            env=os.environ | env,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]

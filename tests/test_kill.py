@@ -64,9 +64,9 @@ def equal(run_dir: Path, whole: Path) -> None:
 
 
 def test_killed_in_the_middle_of_a_run(whole: Path, tmp_path: Path) -> None:
-    """In interpreters of its own, as users have it; the others are forked."""
+    """It is resumed in interpreters of its own, as users have it; the others are forked."""
     run_dir = tmp_path / "run"
-    process = start(run_dir, fresh=True)
+    process = start(run_dir)
     wait_for(lambda: len(rows(run_dir)) >= 7, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,13 +1,11 @@
 """A trace without values says what real ranks hold, byte for byte."""
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from moetrain.testing.gloo import Workers
+from moetrain.testing import traced
+from moetrain.testing.gloo import Workers, apart
 
 SIZE, RANKS, TRIES = 4, (0, 3), 3
 ROLLOUT = {
@@ -29,19 +27,6 @@ CASES = [
     ({"ep": 2}, {"train": {"recompute": "full", "micro_batch": 2}}),
     ({"tp": 2}, {"train": {"recompute": "selective", "overlap": False}} | ADAPTER),
 ]
-SCRIPT = """
-import json, sys
-from moetrain.testing.traced import predicted
-print(json.dumps(predicted(*json.loads(sys.argv[1]))))
-"""
-
-
-def traced(cases: Any, rank: int, stands_for: str = "cpu") -> list[dict[str, Any]]:
-    given = json.dumps([cases, rank, SIZE, stands_for])
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, given]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +34,11 @@ def pairs(workers: Workers) -> list[list[tuple[Any, Any]]]:
     """[first and last rank][case]: (traced, measured). What a thread of gloo's lets go of late
     counts for longer, so a case that differs is measured again.
     """
-    from moetrain.testing import traced as both
-
-    wanted = [traced(CASES, rank) for rank in RANKS]
+    wanted = [apart(traced.predicted, CASES, rank, SIZE, timeout=300) for rank in RANKS]
     found: list[Any] = [None] * len(CASES)
     rest = list(range(len(CASES)))
     for _ in range(TRIES):
-        seen = workers.run(SIZE, both.measured, [CASES[i] for i in rest])
+        seen = workers.run(SIZE, traced.measured, [CASES[i] for i in rest])
         for n, i in enumerate(rest):
             found[i] = [seen[rank][n] for rank in RANKS]
         rest = [i for i in rest if found[i] != [each[i] for each in wanted]]
@@ -77,7 +60,7 @@ def test_bytes_of_a_rank(pairs: list[list[tuple[Any, Any]]], number: int) -> Non
 def test_a_gpu_keeps_less_of_norms() -> None:
     """Its kernel has no copies in fp32; what matrix products there are is the same."""
     case = CASES[1:2]
-    (cpu,), (cuda,) = traced(case, 0), traced(case, 0, "cuda")
+    (cpu,), (cuda,) = (apart(traced.predicted, case, 0, SIZE, kind) for kind in ("cpu", "cuda"))
     assert cuda["flops"] == cpu["flops"] > 0
     assert cuda["at_peak"]["norms"] < cpu["at_peak"]["norms"] / 2
     assert cuda["at_peak"]["weights"] == cpu["at_peak"]["weights"]

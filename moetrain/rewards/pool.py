@@ -120,6 +120,7 @@ class _Worker:
 
     def __init__(self, kind: RewardKind, configs: tuple[RewardConfig, ...], shape: Shape):
         context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__])  # imported once for all of them
         self.pipe, theirs = context.Pipe()
         self._leash, tied = context.Pipe()
         self._process = context.Process(

@@ -79,17 +79,22 @@ def check_writable(run_dir: Path) -> None:
     """Make `run_dir` and its checkpoints folder, and write a file there. Raises CheckpointError: a
     run that cannot save shall say so before its first step.
     """
-    probe = run_dir / "checkpoints" / f".probe-{os.getpid()}"
+    check_place(run_dir / "checkpoints", "run_dir")
+
+
+def check_place(folder: Path, option: str) -> None:
+    """Make `folder`, which `option` names, and write a file there. Raises CheckpointError."""
+    probe = folder / f".probe-{os.getpid()}"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             probe.write_bytes(b"1")
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"{probe.parent} cannot be written ({error.strerror}). Make it writable and free space,"
-            " or give another run_dir."
+            f"{folder} cannot be written ({error.strerror}). Make it writable and free space,"
+            f" or give another {option}."
         ) from None
 
 

@@ -25,6 +25,7 @@ from moetrain.engine import device
 from moetrain.errors import MoetrainError
 from moetrain.observe.plot import plot_figures
 from moetrain.observe.summary import print_summaries, summarise
+from moetrain.run.folder import check_place
 
 STAGES = ("pretrain", "sft")
 NUM_PROCESSES = 2
@@ -56,6 +57,7 @@ def main(folder: Path = Path("runs/quickstart"), overrides: Sequence[str] = ()) 
     code.
     """
     started = time.monotonic()
+    check_place(folder, "--out")  # data and two processes come before the first run says so
     device.prepare()  # before megatron-core, which indexes the corpus, is imported
     console = Console(highlight=False)
     console.rule("1/4 tokenizer and data")

@@ -17,12 +17,12 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from moetrain.testing.gloo import own_server
+from moetrain.testing.gloo import own_server, share_server
 
 MOETRAIN = (sys.executable, "-m", "moetrain")
 
@@ -193,6 +193,7 @@ def _command(
     os.chdir(cwd)
     if fresh:
         os.execve(sys.executable, [*MOETRAIN, *words], env)
+    share_server()
     forked: Any = _Forked
     subprocess.Popen = forked
     _be(words, env)
@@ -270,7 +271,8 @@ def _begin(new_session: bool, preexec_fn: Any, pass_fds: Any, std: tuple[int, in
     if preexec_fn is not None:
         preexec_fn()
     tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
-    stay = {0, 1, 2, tracker._fd, *pass_fds}
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    stay = {0, 1, 2, tracker._fd, server._forkserver_alive_fd, *pass_fds}
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd not in stay:
             try:

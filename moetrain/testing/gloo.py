@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver, popen_forkserver
+from multiprocessing import forkserver, popen_forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from moetrain.errors import MoetrainError
 def _serve(rank: int, pipe: Connection) -> None:
     # Daemonic to the parent, so that they end with it; but Megatron's save starts a process itself.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    share_server()
     import torch
 
     torch.set_num_threads(1)
@@ -70,6 +71,15 @@ def own_server() -> Iterator[None]:
         yield
     finally:
         starter.forkserver = everyones
+
+
+def share_server() -> None:
+    """Let what this process starts come from the server that it comes from itself: processes that
+    grade, which otherwise import for a second each. So ensure_running's description has it, but
+    Python 3.12 starts another server.
+    """
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server.ensure_running = resource_tracker.ensure_running
 
 
 # Megatron's DDP is in a circle through C++ that Python's collector does not see, so that every
@@ -154,3 +164,12 @@ class Workers:
             process.kill()
         self.ranks = []
         self._num_runs = 0
+
+
+def apart[R](function: Callable[..., R], *args: Any, timeout: float = 180) -> R:
+    """What `function` returns in a process of its own, which need not import anything."""
+    pool = Workers()
+    try:
+        return pool.run(1, function, *args, timeout=timeout)[0]
+    finally:
+        pool.close()

@@ -9,6 +9,7 @@ import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo on the CPU, on a machine with a GPU too
 
+import math_verify  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import peft  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
