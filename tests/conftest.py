@@ -10,12 +10,14 @@ import pytest
 
 from moetrain.testing.gloo import Workers
 
-# The files that take longest, by CPU seconds. They come first, so that at the end no worker of
-# xdist is left alone with one of them (`--dist loadfile --no-loadscope-reorder`).
+# The files that take longest. They come first, so that at the end no worker of xdist is left alone
+# with one of them (`--dist loadfile --no-loadscope-reorder`).
 LONGEST = (
-    "composed", "rl", "kill", "settings_runs", "parity", "disks", "offline_runs", "methods_engine",
-    "lora", "temperature", "online_engine", "rewards_run", "megatron_fields", "fuzz", "rewards",
-    "cut_answers", "doctor", "doctor_ranks", "bad_runs", "sweep", "quickstart", "export",
+    "composed", "rl", "settings_runs", "trace", "kill", "docs", "disks", "temperature", "fuzz",
+    "cut_answers", "transport", "parity", "rewards", "rewards_run", "data_sft", "offline_runs",
+    "online_engine", "megatron_lm", "megatron_fields", "methods_engine", "lora", "reference_start",
+    "data_sets", "data_preference", "quickstart", "code", "meeting", "services", "supervised",
+    "muon", "sandbox", "bad_runs", "doctor", "doctor_ranks", "export", "sweep",
 )  # fmt: skip
 
 
