@@ -42,7 +42,7 @@ def choose(
     files = [_files(source) for source in sources]
     identity = {
         "sources": (
-            [digest for own in files for _, digest in digest_files(own, cache_root())],
+            [digest for inputs in files for _, digest in digest_files(inputs, cache_root())],
             ", ".join(map(str, sources)),
         ),
     }
@@ -53,15 +53,15 @@ def choose(
     chosen = (right_answers if sft else pairs)(asked, choice)
     if not chosen.records:
         raise DataError(f"{out}: nothing to write. {_summary(out, asked, chosen, sft)}")
-    kept, evaluated = _parted(chosen.records, held_out)
+    training, evaluated = _parted(chosen.records, held_out)
     counts = {"prompts": len(asked), "records": len(chosen.records), "no record": chosen.reasons}
     note = {"of": {k: list(v) for k, v in identity.items()}, "counts": counts} | environment()
-    beside = out.with_name(out.stem + ".eval.jsonl")
+    held_out_file = out.with_name(out.stem + ".eval.jsonl")
     # The manifest before what it is of: the same command then goes on after a kill between them.
-    paths = [manifest_of(out), *([beside] if held_out else []), out]
+    paths = [manifest_of(out), *([held_out_file] if held_out else []), out]
     with publishing.publish(*paths) as parts:
         parts[0].write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-        put_lines(parts[-1], kept)
+        put_lines(parts[-1], training)
         if held_out:
             put_lines(parts[1], evaluated)
     print(_summary(out, asked, chosen, sft))
@@ -89,9 +89,9 @@ def _check(sources: Sequence[Path], choice: Choice, held_out: float) -> None:
 def _files(source: Path) -> list[Path]:
     """A file of answers, or those of a run's steps."""
     if source.is_dir():
-        found = sorted(p for p in source.glob("*.jsonl") if not p.name.endswith(".partial.jsonl"))
-        if found:
-            return found
+        paths = sorted(p for p in source.glob("*.jsonl") if not p.name.endswith(".partial.jsonl"))
+        if paths:
+            return paths
     if not source.is_file():
         raise DataError(
             f"{source} is neither a file of `moetrain sample` nor a run's rollouts folder."
@@ -100,10 +100,10 @@ def _files(source: Path) -> list[Path]:
 
 
 def _rows(files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, AnswerRow]]:
-    display = CountDisplay("prompts", sum(_num_lines(path) for own in files for path in own))
-    for source, own in enumerate(files):
-        for path in own:
-            found = False
+    display = CountDisplay("prompts", sum(_num_lines(path) for paths in files for path in paths))
+    for source, paths in enumerate(files):
+        for path in paths:
+            has_rows = False
             for number, row in enumerate(read_lines(path), 1):
                 display.advance()
                 if "cursor" in row:  # the head of a step's rollouts
@@ -113,9 +113,9 @@ def _rows(files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, AnswerRow]]:
                         f"{path}:{number} is no prompt with answers; its keys are"
                         f" {', '.join(row)} ({wrong}). Give what `moetrain sample` wrote."
                     )
-                found = True
+                has_rows = True
                 yield source, row
-            if not found:
+            if not has_rows:
                 raise DataError(f"{path} holds no whole prompt yet.")
     display.close()
 

@@ -41,8 +41,8 @@ def check_manifest(path: Path, identity: Identity) -> dict[str, Any]:
     contents.
     """
     try:
-        found: dict[str, Any] = json.loads(manifest_of(path).read_text(encoding="utf-8"))
-        before = found["of"]
+        content: dict[str, Any] = json.loads(manifest_of(path).read_text(encoding="utf-8"))
+        before = content["of"]
         if not isinstance(before, dict):
             raise TypeError(f"of is {type(before).__name__}")
     except FileNotFoundError:
@@ -64,7 +64,7 @@ def check_manifest(path: Path, identity: Identity) -> dict[str, Any]:
                 f"{path} was made with {name} {old_text}, this is {name} {new_text}. Give another"
                 " --out, or remove the file."
             )
-    return found
+    return content
 
 
 def _before(found: dict[str, Any], name: str) -> tuple[Any, Any]:
@@ -128,11 +128,11 @@ class AnswerFile:
 
     def _note(self, more: Mapping[str, Any]) -> None:
         try:
-            found = json.loads(manifest_of(self.path).read_text(encoding="utf-8"))
+            manifest = json.loads(manifest_of(self.path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            found = {}
+            manifest = {}
         of = {name: list(pair) for name, pair in self.identity.items()}
-        content = found | {"of": of, "answers": self.num} | dict(self.notes) | environment()
+        content = manifest | {"of": of, "answers": self.num} | dict(self.notes) | environment()
         files.write_text(manifest_of(self.path), json.dumps(content | dict(more), indent=1) + "\n")
 
     def _locked(self) -> TextIO:
@@ -232,11 +232,11 @@ class Answering:
         seen: dict[str, float],
     ) -> None:
         pairs = [(p, done[p.id, i]) for p in prompts for i in range(self.num)]
-        found = verdicts(self.grader, pairs)
+        graded = verdicts(self.grader, pairs)
         for number, prompt in enumerate(prompts):
-            own = range(number * self.num, (number + 1) * self.num)
-            file.write([row_of(prompt, [pairs[i][1] for i in own], [found[i] for i in own])])
-        rewards = [one.reward for one in found if one.reward is not None]
+            places = range(number * self.num, (number + 1) * self.num)
+            file.write([row_of(prompt, [pairs[i][1] for i in places], [graded[i] for i in places])])
+        rewards = [one.reward for one in graded if one.reward is not None]
         seen["num"] += len(rewards)
         seen["reward"] += sum(rewards)
 

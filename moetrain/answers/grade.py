@@ -39,25 +39,25 @@ def grade(path: Path, rewards: str, out: Path | None, workers: int, seconds: flo
     if out is not None and out.exists() and out.samefile(path):
         raise DataError(f"--out {out} is the file that is graded. Give another one.")
     grader = Grader(configs, max(1, min(workers, len(items))), seconds)
-    found: list[Verdict] = []
+    results: list[Verdict] = []
     display = CountDisplay("graded", len(items))
     try:
         for window in _windows(items):
-            found += grader.grade_completions(window)
+            results += grader.grade_completions(window)
             for _ in window:
                 display.advance()
     except KeyboardInterrupt:
-        raise DataError(f"stopped after {len(found)} of {len(items)} completions.") from None
+        raise DataError(f"stopped after {len(results)} of {len(items)} completions.") from None
     finally:
         display.close()
         grader.close()
     if out is not None:
-        rows = ({"reward": one.reward, "parts": dict(one.parts)} for one in found)
+        rows = ({"reward": one.reward, "parts": dict(one.parts)} for one in results)
         try:
             write_lines(out, rows)
         except OSError as error:
             raise DataError(f"--out {out} cannot be written: {error.strerror}.") from None
-    _show(path, configs, items, found, grader)
+    _show(path, configs, items, results, grader)
     return 0
 
 
@@ -135,8 +135,8 @@ def _are_messages(value: Any) -> bool:
 def _windows(items: Sequence[Completion]) -> Iterator[list[Completion]]:
     """Completions that are graded together; answers to one prompt stay so."""
     window: list[Completion] = []
-    for _, own in groupby(items, lambda item: item.columns.get("prompt")):
-        window += own
+    for _, group in groupby(items, lambda item: item.columns.get("prompt")):
+        window += group
         if len(window) >= WINDOW:
             yield window
             window = []

@@ -58,17 +58,17 @@ def sample(model: str, prompts: str, out: Path, num: int, overrides: Sequence[st
     }
     SAMPLE.check(keys_given(overrides))
     recipe = answering_recipe(model, out, overrides, sections)
-    found = _prompts(recipe, out)
-    if "rewards" not in keys_given(overrides) and not gradable(recipe.rewards, found):
+    asked = _prompts(recipe, out)
+    if "rewards" not in keys_given(overrides) and not gradable(recipe.rewards, asked):
         recipe = recipe.model_copy(update={"rewards": []})  # somebody wants to read answers
-    elif note := check_columns(recipe.rewards, found):
+    elif note := check_columns(recipe.rewards, asked):
         print(note)
     notes = {"model": model, "data": prompts, "engine": rollout_of(recipe).engine}
-    counts = answer_all(recipe, found, out, num, notes, "answers", rollout_of(recipe).temperature)
+    counts = answer_all(recipe, asked, out, num, notes, "answers", rollout_of(recipe).temperature)
     if counts is None:
         return EXIT_STOPPED
-    said = f"{plural(counts['answers'], 'answer')} to {plural(counts['prompts'], 'prompt')}"
-    print(f"{out}: {said}; {outcome(counts)}")
+    summary = f"{plural(counts['answers'], 'answer')} to {plural(counts['prompts'], 'prompt')}"
+    print(f"{out}: {summary}; {outcome(counts)}")
     return 0
 
 
@@ -103,17 +103,17 @@ def _prompts(recipe: Recipe, out: Path) -> list[Prompt]:
     root = cache_root(recipe.data.cache)
     inputs = [assets.resolve(path, root) for path in recipe.data.train]
     chat = chat_of(recipe)
-    found, rejects, notes = read_prompts(inputs, chat, prompt_room(recipe))
-    if note := describe_repeats(found):
-        print(f"{len(found)} prompts{note}")
-    check_rejects(rejects, len(found) + len(rejects), recipe.data.max_rejected)
+    prompts, rejects, notes = read_prompts(inputs, chat, prompt_room(recipe))
+    if note := describe_repeats(prompts):
+        print(f"{len(prompts)} prompts{note}")
+    check_rejects(rejects, len(prompts) + len(rejects), recipe.data.max_rejected)
     for line in noted(chat.notes(), notes):
         print(line)
     path = out.with_name(out.stem + ".rejected.jsonl")
     write_rejects(path, rejects)
     if rejects:
         print(f"{plural(len(rejects), 'record')} cannot be used, see {path}")
-    return found
+    return prompts
 
 
 def answer_all(
@@ -169,10 +169,10 @@ def _identity(
     drawn = {name: getattr(sampling, name) for name in (*WHOLE, "stop")}
     plain |= {name: value for name, value in drawn.items() if value and value != WHOLE.get(name)}
     adapter = recipe.adapter.path if recipe.adapter else None
-    own = [file_digest(part) for part in sorted(adapter.glob("adapter_*"))] if adapter else []
+    digests = [file_digest(part) for part in sorted(adapter.glob("adapter_*"))] if adapter else []
     named = f"{recipe.model.path} with {adapter}" if adapter else str(recipe.model.path)
     return {
-        "model": ([model_digest(recipe, source), own or None], named),
+        "model": ([model_digest(recipe, source), digests or None], named),
         "prompts": (prompts_key(prompts), f"({len(prompts)} of {', '.join(recipe.data.train)})"),
         "rewards": (rewards, ", ".join(reward.name for reward in recipe.rewards)),
         **{name: (value, str(value)) for name, value in plain.items()},

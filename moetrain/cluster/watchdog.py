@@ -171,5 +171,5 @@ def _state(pid: int) -> str:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return f"process {pid} is gone"
-    found = next((line.split(None, 1)[1] for line in lines if line.startswith("State:")), "?")
-    return f"process {pid} was {found}"
+    state = next((line.split(None, 1)[1] for line in lines if line.startswith("State:")), "?")
+    return f"process {pid} was {state}"

@@ -45,9 +45,9 @@ def _hint(word: str) -> str:
     from moetrain.config.foreign import KEYS, known_here
 
     flag, _, value = word.lstrip("-").partition("=")
-    said = known_here(flag) if word.startswith("--") else ""
+    foreign = known_here(flag) if word.startswith("--") else ""
     key = KEYS.get(flag.replace("-", "_"))
-    return f".{said}" + (f" Settings have no dashes: {key}={value or 'VALUE'}." if key else "")
+    return f".{foreign}" + (f" Settings have no dashes: {key}={value or 'VALUE'}." if key else "")
 
 
 def positive(text: str) -> int:
@@ -60,12 +60,12 @@ def positive(text: str) -> int:
 def share(text: str) -> float:
     """A number from 0 to 1."""
     try:
-        found = float(text)
+        value = float(text)
     except ValueError:
-        found = -1.0
-    if not 0 <= found <= 1:
+        value = -1.0
+    if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
-    return found
+    return value
 
 
 def add_overrides(parser: Parser) -> None:

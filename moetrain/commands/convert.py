@@ -28,12 +28,12 @@ def arguments(parser: Parser) -> None:
     """Declare the arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for action, (line, paths) in CONVERSIONS.items():
-        own = actions.add_parser(action, help=line, description=line)
+        action_parser = actions.add_parser(action, help=line, description=line)
         for path in paths:
-            own.add_argument(path, type=Path)
+            action_parser.add_argument(path, type=Path)
         if action in (*STREAMED, "verify"):
             cores = len(os.sched_getaffinity(0))
-            own.add_argument(
+            action_parser.add_argument(
                 "--workers",
                 type=positive,
                 default=min(cores, 16),
@@ -41,7 +41,7 @@ def arguments(parser: Parser) -> None:
                 help="threads that read and write (default: one a core, 16 at most)",
             )
         if action in MERGING:
-            own.add_argument(
+            action_parser.add_argument(
                 "--adapter",
                 type=Path,
                 metavar="DIR",
@@ -49,32 +49,32 @@ def arguments(parser: Parser) -> None:
                 f" {paths[0]} on the way",
             )
         if action in STREAMED:
-            _add_writing(own, has_dtype=action in ("hf2mcore", "mcore2hf"))
+            _add_writing(action_parser, has_dtype=action in ("hf2mcore", "mcore2hf"))
         if action == "quantize":
-            own.add_argument("--to", required=True, choices=QUANTIZED)
-            own.add_argument(
+            action_parser.add_argument("--to", required=True, choices=QUANTIZED)
+            action_parser.add_argument(
                 "--calibration", type=Path, metavar="FILE", help="a JSONL of text or messages"
             )
         if action == "hf2mcore":
-            own.add_argument(
+            action_parser.add_argument(
                 "--style",
                 choices=["moetrain", "megatron-lm"],
                 default="moetrain",
                 help="megatron-lm: a folder for Megatron-LM's --load",
             )
         if action in ("mcore2hf", "verify"):
-            own.add_argument(
+            action_parser.add_argument(
                 "--hf",
                 type=Path,
                 metavar="CONFIG",
                 help="config.json of a checkpoint of Megatron-LM's, or a folder that has it",
             )
         if action == "verify":
-            _add_logits(own)
+            _add_logits(action_parser)
         if action == "inspect":
-            own.add_argument("--json", action="store_true", help="for programs")
+            action_parser.add_argument("--json", action="store_true", help="for programs")
         if action == "expand":
-            own.add_argument(
+            action_parser.add_argument(
                 "--every",
                 type=positive,
                 default=4,

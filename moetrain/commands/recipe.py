@@ -32,8 +32,8 @@ def run(args: Arguments) -> int:
     alike: dict[tuple[str, str, str], list[Key]] = {}
     for key in keys:
         alike.setdefault((key.text, key.kind, key.default), []).append(key)
-    for own in alike.values():
-        _show_key(own)
+    for options in alike.values():
+        _show_key(options)
     owners = [group.owner for group in around if group.owner]
     if keys and len(around) > 1:  # the neighbours of so many would hide it
         _show("beside", f"`moetrain recipe METHOD`, of {', '.join(owners)}", 9)
@@ -54,9 +54,9 @@ def _sections(groups: "list[Group]") -> None:
         _show_line(key)
     names = dict.fromkeys(group.name for group in groups if group.name != "options")
     for name in names:
-        own = [group for group in groups if group.name == name]
-        owners = ", ".join(group.owner for group in own if group.owner)
-        _show(name, f"one of {owners}" if owners else own[0].text)
+        matching = [group for group in groups if group.name == name]
+        owners = ", ".join(group.owner for group in matching if group.owner)
+        _show(name, f"one of {owners}" if owners else matching[0].text)
     print("\n`moetrain recipe SECTION` lists its keys, `moetrain recipe KEY` explains one.")
 
 

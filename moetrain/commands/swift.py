@@ -11,27 +11,27 @@ def arguments(parser: Parser) -> None:
     """Declare the arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     line = "the recipe of a `megatron sft|pt|rlhf` command"
-    own = actions.add_parser("import", help=line, description=line)
-    own.add_argument(
+    action_parser = actions.add_parser("import", help=line, description=line)
+    action_parser.add_argument(
         "command_text",
         nargs="+",
         metavar="COMMAND",
         help="its text, or a script; - for stdin; with --table folders of scripts",
     )
-    own.add_argument(
+    action_parser.add_argument(
         "--number", type=positive, metavar="N", help="which of several commands of a script"
     )
-    own.add_argument(
+    action_parser.add_argument(
         "--table", action="store_true", help="count what would come of all commands; write nothing"
     )
-    own.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
-    own.add_argument(
+    action_parser.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
+    action_parser.add_argument(
         "--steps", type=positive, metavar="N", help="of the run, to give a warm-up in steps"
     )
     line = "the `megatron` command of a recipe"
-    own = actions.add_parser("export", help=line, description=line)
-    own.add_argument("recipe", type=Path)
-    own.add_argument("overrides", nargs="*", metavar="key=value")
+    action_parser = actions.add_parser("export", help=line, description=line)
+    action_parser.add_argument("recipe", type=Path)
+    action_parser.add_argument("overrides", nargs="*", metavar="key=value")
 
 
 def run(args: Arguments) -> int:

@@ -43,10 +43,11 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
 
     Overrides are the benchmark's keys, and of a recipe model, data, parallel and adapter.
     """
-    own, others = _parted(overrides)
+    bench_settings, others = _parted(overrides)
     EVAL.check(keys_given(others))
-    bench = load_bench(path, own)
-    given = any(o.startswith("data=") for o in own)  # on the command line: from where one stands
+    bench = load_bench(path, bench_settings)
+    # On the command line: from where one stands.
+    given = any(o.startswith("data=") for o in bench_settings)
     data = locate(bench, Path() if given else path.parent)
     sections: dict[str, Any] = {
         "method": "grpo",
@@ -89,7 +90,7 @@ def scored(bench: BenchConfig, rows: Iterable[AnswerRow]) -> dict[str, Score]:
     """Name -> score over the questions. An answer that could not be graded is wrong, or left out
     with `ungraded: leave_out`. DataError when there are no others.
     """
-    found: dict[str, list[float]] = {}
+    by_metric: dict[str, list[float]] = {}
     num_graded = 0
     for row in rows:
         answers = row["answers"][: bench.samples]
@@ -100,13 +101,13 @@ def scored(bench: BenchConfig, rows: Iterable[AnswerRow]) -> dict[str, Score]:
         if not answers:
             continue
         for name, value in _values(bench, answers, row["prompt"].get("opened", "")).items():
-            found.setdefault(name, []).append(value)
+            by_metric.setdefault(name, []).append(value)
     if not num_graded:
         raise DataError(
             f"{bench.name}: no answer was graded. The scorer {bench.scorer.name} gave None for all:"
             " look at its columns (`answer`), or at the faults in the manifest."
         )
-    return {name: _mean(bench, name, values) for name, values in found.items()}
+    return {name: _mean(bench, name, values) for name, values in by_metric.items()}
 
 
 def _values(
@@ -161,12 +162,12 @@ def _content(
 
 def _places(bench: BenchConfig, model: str, out: Path) -> list[Path]:
     """Beside the answers, and in the run that the model is of."""
-    beside = out.with_suffix(".json")
+    scores_file = out.with_suffix(".json")
     run = run_of(model)
     if run is None:
-        return [beside]
-    own = run / "evals" / f"{bench.name}.json"
-    return [beside] if own.resolve() == beside.resolve() else [beside, own]
+        return [scores_file]
+    in_run = run / "evals" / f"{bench.name}.json"
+    return [scores_file] if in_run.resolve() == scores_file.resolve() else [scores_file, in_run]
 
 
 def _show(bench: BenchConfig, scores: Mapping[str, Score], num: int) -> None:

@@ -37,7 +37,7 @@ def read_questions(
     Raises DataError for the first record that cannot be asked: a benchmark that loses questions is
     another benchmark.
     """
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
     ids: dict[str, int] = {}
     for row in (row for source in find_sources([path], held_out=True) for row in read_rows(source)):
         where = f"{row.file}:{row.line}"
@@ -46,20 +46,20 @@ def read_questions(
         if any(row.value.get(key) != value for key, value in bench.where.items()):
             continue
         try:
-            prompt, own = read_prompt(_asked(bench, row.value, where), chat, room)
+            prompt, prompt_notes = read_prompt(_asked(bench, row.value, where), chat, room)
         except FormatError as error:
             raise DataError(f"{where}: {error}.") from None
         if notes is not None:
-            notes.update(own)
+            notes.update(prompt_notes)
         prompt = replace(prompt, source=row.file)
         number = ids[prompt.id] = ids.get(prompt.id, 0) + 1
-        found.append(prompt if number == 1 else replace(prompt, id=f"{prompt.id}{AGAIN}{number}"))
-        if len(found) == bench.limit:
+        prompts.append(prompt if number == 1 else replace(prompt, id=f"{prompt.id}{AGAIN}{number}"))
+        if len(prompts) == bench.limit:
             break
-    if not found:
+    if not prompts:
         only = f" with {bench.where}" if bench.where else ""
         raise DataError(f"{path} has no record{only}. Check `data` and `where` of {bench.name}.")
-    return found
+    return prompts
 
 
 def _asked(bench: BenchConfig, record: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _asked(bench: BenchConfig, record: Mapping[str, Any], where: str) -> dict[st
         ) from None
     messages = [{"role": "system", "content": bench.system}] if bench.system else []
     messages.append({"role": "user", "content": text})
-    own = {name: value for name, value in columns.items() if name != "messages"}
+    others = {name: value for name, value in columns.items() if name != "messages"}
     if bench.answer is not None:
-        own["answer"] = record[bench.answer]
-    return own | {"prompt": messages}
+        others["answer"] = record[bench.answer]
+    return others | {"prompt": messages}

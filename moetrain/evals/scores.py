@@ -59,8 +59,8 @@ def vote_of(text: str) -> str:
     classes whatever the order in which answers come. Numbers are exact, with their unit;
     expressions are told apart as they are written.
     """
-    found = readings(text)
-    return _named(found[0]) if found else ""
+    answers = readings(text)
+    return _named(answers[0]) if answers else ""
 
 
 def _named(one: Reading) -> str:

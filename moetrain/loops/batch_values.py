@@ -70,8 +70,8 @@ def mean_kl(packs: Sequence[Packed], world: World | None) -> tuple[float, int]:
     sums = torch.zeros(2, dtype=torch.float64)
     for pack in packs:
         k1 = divergence(pack.per_token["old_logp"], pack.per_token["ref_logp"], "k1")
-        own = (k1.double() * answer_mask(pack)).sum().cpu()
-        sums += torch.stack([own, (pack.extras["role"] == ANSWER).sum().double().cpu()])
+        total = (k1.double() * answer_mask(pack)).sum().cpu()
+        sums += torch.stack([total, (pack.extras["role"] == ANSWER).sum().double().cpu()])
     sums = _total(sums, world)
     return float(sums[0] / sums[1].clamp_min(1)), int(sums[1])
 
@@ -100,15 +100,17 @@ def whitened(packs: Sequence[Packed], world: World | None) -> list[Packed]:
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for pack in packs:
-        own = pack.per_token["advantage"][answer_mask(pack) > 0].double().cpu()
-        sums += torch.stack([torch.tensor(float(len(own))), own.sum(), own.square().sum()])
+        advantages = pack.per_token["advantage"][answer_mask(pack) > 0].double().cpu()
+        sums += torch.stack(
+            [torch.tensor(float(len(advantages))), advantages.sum(), advantages.square().sum()]
+        )
     if world is not None:
         sums = world.sum(sums, world.dp_group)
     num, mean, square = sums[0].clamp_min(1), sums[1] / sums[0], sums[2] / sums[0]
     scale = (square - mean.square()).clamp_min(0).mul(num / (num - 1).clamp_min(1)).sqrt() + 1e-8
 
     def change(pack: Packed) -> Packed:
-        own = (pack.per_token["advantage"] - float(mean)) / float(scale) * answer_mask(pack)
-        return with_values(pack, {"advantage": own})
+        scaled = (pack.per_token["advantage"] - float(mean)) / float(scale) * answer_mask(pack)
+        return with_values(pack, {"advantage": scaled})
 
     return [change(pack) for pack in packs]

@@ -50,10 +50,10 @@ class Lessons:
         if how == "mask":
             groups, values = _without_cut(batch, values)
         parts: list[list[Packed]] = []
-        for own_groups, own in _split_into_steps(groups, values, method.inner_steps):
+        for own_groups, step_values in _split_into_steps(groups, values, method.inner_steps):
             packs = pack_groups(
                 own_groups,
-                own,
+                step_values,
                 seq_len=recipe.data.seq_len,
                 min_packs=world.dp_size,
                 beyond=how == "bootstrap",
@@ -119,8 +119,8 @@ def _with_rewards(batch: Batch, rewards: Tensor) -> Batch:
 
 
 def _without_routes(pack: Packed) -> Packed:
-    kept = {name: value for name, value in pack.per_token.items() if name != "routes"}
-    return replace(pack, per_token=kept)
+    per_token = {name: value for name, value in pack.per_token.items() if name != "routes"}
+    return replace(pack, per_token=per_token)
 
 
 def _values(recipe: Recipe, online: Online, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -157,9 +157,9 @@ def _without_cut(
         )
     groups: list[Group] = []
     for group in batch.groups:
-        kept = tuple(answer for answer in group.answers if answer.sample.finish != "length")
-        if kept:
-            groups.append(replace(group, answers=kept))
+        answers = tuple(answer for answer in group.answers if answer.sample.finish != "length")
+        if answers:
+            groups.append(replace(group, answers=answers))
     return tuple(groups), {name: value[whole] for name, value in values.items()}
 
 
@@ -175,8 +175,8 @@ def _split_into_steps(
     for part in range(min(num_parts, len(groups))):
         chosen = range(part, len(groups), num_parts)
         items = torch.tensor([i for g in chosen for i in range(starts[g], ends[g])])
-        own = {name: value[items] for name, value in values.items()}
-        parts.append(([groups[g] for g in chosen], own))
+        step_values = {name: value[items] for name, value in values.items()}
+        parts.append(([groups[g] for g in chosen], step_values))
     return parts
 
 
@@ -228,22 +228,22 @@ def summary(batch: Batch, version: int) -> dict[str, Any]:
     rewards, numbers = tensors(batch.groups)
     samples = [answer.sample for answer in batch.answers]
     groups = [rewards[numbers == i] for i in range(len(batch.groups))]
-    compared = [bool((own == own[0]).all()) for own in groups if len(own) > 1]
-    found: dict[str, Any] = {
+    compared = [bool((one == one[0]).all()) for one in groups if len(one) > 1]
+    figures: dict[str, Any] = {
         **means(batch.answers, "reward"),
         "length/mean": sum(len(s.tokens) for s in samples) / len(samples),
         "length/max": float(max(len(s.tokens) for s in samples)),
         "length/truncated": sum(s.finish == "length" for s in samples) / len(samples),
         "groups/graded": float(len(groups)),
-        "groups/std": float(torch.stack([own.mean() for own in groups]).std(correction=0)),
+        "groups/std": float(torch.stack([one.mean() for one in groups]).std(correction=0)),
         "staleness": float(version - min(s.version for s in samples)),
     }
     if compared:  # an answer alone is not compared with another
-        found["groups/no_signal"] = sum(compared) / len(compared)
+        figures["groups/no_signal"] = sum(compared) / len(compared)
     if batch.fault:
-        found["reward/fault"] = batch.fault
-    found |= {f"logged/{name}": value for name, value in batch.metrics.items()}
-    return found | {f"faults/{name}": float(n) for name, n in batch.counts.items()}
+        figures["reward/fault"] = batch.fault
+    figures |= {f"logged/{name}": value for name, value in batch.metrics.items()}
+    return figures | {f"faults/{name}": float(n) for name, n in batch.counts.items()}
 
 
 def readable(batch: Batch) -> Iterator[Answer]:

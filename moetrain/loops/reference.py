@@ -59,16 +59,16 @@ def take_reference(
     """
     recipe, method = data.recipe, data.recipe.method
     reference = method.reference if isinstance(method, ReferencedMethod) else None
-    found = References()
+    references = References()
     if reference not in (None, START, BASE):
-        found = _of_another(data, reference, report)
+        references = _of_another(data, reference, report)
     engine = Engine(recipe, train=train)
     if reference == BASE:
         with engine.as_base():
-            found = _of(engine, data, report)
+            references = _of(engine, data, report)
     if reference == START:
-        found = _of(engine, data, report)
-    return engine, found
+        references = _of(engine, data, report)
+    return engine, references
 
 
 def _of_another(data: RunData, folder: str, report: Callable[[str], None]) -> References:
@@ -87,11 +87,11 @@ def _of_another(data: RunData, folder: str, report: Callable[[str], None]) -> Re
     assert packed is not None, "a method with a reference learns from packed sets"
     check_vocab(packed.stats.vocab, model_vocab(other), f"The tokenizer {tokenizer}")
     engine = Engine(other, train=False)
-    found = _of(engine, data, report)
+    references = _of(engine, data, report)
     del engine
     gc.collect()  # a model is a circle through its hooks
     torch.cuda.empty_cache()
-    return found
+    return references
 
 
 def _of(engine: Engine, data: RunData, report: Callable[[str], None]) -> References:
@@ -133,8 +133,8 @@ def fill(recipe: Recipe) -> int:
         raise DataError(f"method {method.name} has no reference: there is nothing to score.")
     data = RunData(recipe)
     data.prepare()
-    engine, found = take_reference(data, lambda line: None, train=False)
-    for what, path in (("train", found.train), ("held out", found.held_out)):
+    engine, references = take_reference(data, lambda line: None, train=False)
+    for what, path in (("train", references.train), ("held out", references.held_out)):
         if path is not None and engine.world.is_first:
             print(f"{what}: {path.parent}")
     engine.close()
@@ -245,18 +245,18 @@ def keep(folder: Path, table: Tensor, identity: dict[str, Any]) -> None:
 def _check(folder: Path, identity: dict[str, Any]) -> None:
     """DataError when a cache was made with another model, tokenizer or data."""
     try:
-        found = json.loads((folder / "identity.json").read_text())
+        stored = json.loads((folder / "identity.json").read_text())
     except (OSError, ValueError) as error:
         raise DataError(
             f"{folder} holds no reference log-probs ({error}). Leave data.reference out, or remove"
             " it from the cache: they are computed then."
         ) from error
-    for name in identity | found:
-        if found.get(name) != identity.get(name):
+    for name in identity | stored:
+        if stored.get(name) != identity.get(name):
             raise DataError(
-                f"{folder}: these reference log-probs were made with another {name} "
-                f"({found.get(name)}, not {identity.get(name)}). Leave data.reference out, or give "
-                f"those of this run."
+                f"{folder}: these reference log-probs were made with another {name}"
+                f" ({stored.get(name)}, not {identity.get(name)}). Leave data.reference out, or"
+                " give those of this run."
             )
 
 

@@ -97,22 +97,22 @@ def _loop(
         job.checkpoints.tick(engine)
         stopped = batch is None or stop.agreed()
         saves, evaluates = job.due(step, last)
-        found: dict[str, float] = {}
+        held_out: dict[str, float] = {}
         if evaluates and prompts.held_out and not stopped:
-            found = _evaluate(sampler, report, step)
+            held_out = _evaluate(sampler, report, step)
         if state and (stopped or saves):
-            job.save(engine, state, found, lessons.moving)
+            job.save(engine, state, held_out, lessons.moving)
         if not job.goes_on(engine, report, step, last, stopped=stopped):
             break
     return step >= last
 
 
 def _evaluate(sampler: Sampler, report: Reporter, step: int) -> dict[str, float]:
-    found = sampler.evaluate(step)
-    if found:  # a replay answers nothing
-        report.held_out({"step": step, **found})
+    figures = sampler.evaluate(step)
+    if figures:  # a replay answers nothing
+        report.held_out({"step": step, **figures})
         report.answers(step)
-    return found
+    return figures
 
 
 def length(recipe: Recipe, num_prompts: int) -> int:

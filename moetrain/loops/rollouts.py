@@ -155,9 +155,9 @@ class Collector:
         """The batch of `step`, from prompt number `cursor` on; what of it is on disk is taken from
         there.
         """
-        kept = self.store.read(step)
-        if kept is not None:
-            return kept
+        saved = self.store.read(step)
+        if saved is not None:
+            return saved
         done = self.store.finished(step)
         failed = self.grader.num_faults
         seconds = {"sample": 0.0, "score": 0.0}
@@ -226,13 +226,13 @@ class Collector:
     ) -> list[Group]:
         """The groups with at least two graded answers."""
         pairs = [(p, done[p.id, i]) for p in prompts for i in range(self.group_size)]
-        found = verdicts(self.grader, pairs, step, self.num_steps)
-        graded = [_graded(sample, one) for (_, sample), one in zip(pairs, found, strict=True)]
+        results = verdicts(self.grader, pairs, step, self.num_steps)
+        graded = [_graded(sample, one) for (_, sample), one in zip(pairs, results, strict=True)]
         groups: list[Group] = []
         for number, prompt in enumerate(prompts):
-            own = graded[number * self.group_size : (number + 1) * self.group_size]
-            answers = tuple(answer for answer in own if answer is not None)
-            counts["dropped/ungraded"] += len(own) - len(answers)
+            group = graded[number * self.group_size : (number + 1) * self.group_size]
+            answers = tuple(answer for answer in group if answer is not None)
+            counts["dropped/ungraded"] += len(group) - len(answers)
             if len(answers) > min(1, self.group_size - 1):
                 groups.append(Group(prompt, answers))
         return groups
@@ -334,18 +334,18 @@ def means(answers: Sequence[GradedAnswer], prefix: str) -> dict[str, Any]:
     """Mean rewards, and of each part the mean over the answers that it applies to, with their
     numbers. What no answer has is left out: a reward that failed is not a score.
     """
-    found: dict[str, Any] = {f"{prefix}/graded": float(len(answers))}
+    figures: dict[str, Any] = {f"{prefix}/graded": float(len(answers))}
     if answers:
-        mean = found[f"{prefix}/mean"] = fmean(one.reward for one in answers)
+        mean = figures[f"{prefix}/mean"] = fmean(one.reward for one in answers)
         off = [one.reward - mean for one in answers]
-        found[f"{prefix}/std"] = math.sqrt(fmean(x * x for x in off))
+        figures[f"{prefix}/std"] = math.sqrt(fmean(x * x for x in off))
     for name in sorted({name for one in answers for name in one.parts}):
         values = [v for one in answers if (v := one.parts.get(name)) is not None]
         if values:
-            found[f"{prefix}/{name}"] = fmean(values)
+            figures[f"{prefix}/{name}"] = fmean(values)
         if len(values) < len(answers):
-            found[f"{prefix}/{name}/graded"] = float(len(values))
-    return found
+            figures[f"{prefix}/{name}/graded"] = float(len(values))
+    return figures
 
 
 def tensors(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:

@@ -102,9 +102,9 @@ class Replayed:
                 f"rollout.replay={self.store.folder} has no batch of step {step + 1}. Give the"
                 " rollouts folder of a run that came so far."
             )
-        for name, own in self.drawn.items():
+        for name, sampling in self.drawn.items():
             was = batch.drawn_with.get(name)
-            if was not in (None, own):
+            if was not in (None, sampling):
                 raise DataError(
                     f"rollout.replay={self.store.folder} was sampled at {name} {was:g}: set"
                     f" rollout.{name}={was:g}, or every log-prob is compared with another"
@@ -197,10 +197,10 @@ class Driver:
             self._changed.notify_all()
 
     def result(self, step: int) -> Batch:
-        found = self._done.pop(step)
-        if isinstance(found, BaseException):
-            raise found
-        return found
+        batch = self._done.pop(step)
+        if isinstance(batch, BaseException):
+            raise batch
+        return batch
 
     def _work(self) -> None:
         while True:
@@ -209,12 +209,12 @@ class Driver:
                 step = self._asked.pop(0)
                 self._busy = True
             try:
-                found: Batch | BaseException = self.collector.batch(step, self._cursor)
-                self._cursor = found.cursor
+                batch: Batch | BaseException = self.collector.batch(step, self._cursor)
+                self._cursor = batch.cursor
             except BaseException as error:  # raised again by `result`, where it is heard
-                found = error
+                batch = error
             with self._changed:
-                self._done[step] = found
+                self._done[step] = batch
                 self._busy = False
                 self._changed.notify_all()
 
@@ -329,15 +329,15 @@ class Live:
         probe: Probe = self._shared(lambda driver: driver.engine.probe(self._probes))
         distinct = list(dict.fromkeys(probe.sequences))  # servers mostly say the same
         scored = self.engine.logprobs([from_tokens(sequence) for sequence in distinct])
-        ours = {own: logp[:-1].tolist() for own, logp in zip(distinct, scored, strict=True)}
+        ours = {tokens: logp[:-1].tolist() for tokens, logp in zip(distinct, scored, strict=True)}
         return gap_of(probe, [ours[sequence] for sequence in probe.sequences])
 
     def evaluate(self, step: int) -> dict[str, Any]:
         while not self._shared(lambda driver: driver.pause()):
             pass
-        found = self.engine.world.first_slowly(lambda: self._answers(step))
+        figures = self.engine.world.first_slowly(lambda: self._answers(step))
         self._shared(lambda driver: driver.resume())
-        return found
+        return figures
 
     def _answers(self, step: int) -> dict[str, Any]:
         driver = self.driver
@@ -356,14 +356,14 @@ class Live:
             graded = verdicts(driver.grader, answers)
         driver.held_out.write(step, sampling.temperature, answers, graded)
         samples = [sample for _, sample in answers]
-        found = means(with_reward(samples, graded), "eval_reward")
-        found["eval_reward/answers"] = float(len(samples))
+        figures = means(with_reward(samples, graded), "eval_reward")
+        figures["eval_reward/answers"] = float(len(samples))
         logged = driver.grader.take_metrics()
-        found |= {f"eval_logged/{name}": value for name, value in logged.items()}
+        figures |= {f"eval_logged/{name}": value for name, value in logged.items()}
         if driver.grader.num_faults > before:
-            found["eval_reward/fault"] = driver.grader.said
+            figures["eval_reward/fault"] = driver.grader.said
         lengths = [len(sample.tokens) for sample in samples]
-        return found | {"eval_length/mean": sum(lengths) / max(1, len(lengths))} | seconds
+        return figures | {"eval_length/mean": sum(lengths) / max(1, len(lengths))} | seconds
 
     def state_dict(self, batch: Batch) -> dict[str, Any]:
         return {"cursor": batch.cursor, "fingerprint": self.prompts.train.fingerprint}
@@ -377,6 +377,6 @@ class Live:
             assert self.driver is not None, "the first rank drives"
             return ask(self.driver)
 
-        found = self.engine.world.first(asked)
+        result = self.engine.world.first(asked)
         beat()  # a rollout engine that hangs is noticed by its client, not by the launcher
-        return found
+        return result

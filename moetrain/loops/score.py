@@ -57,13 +57,13 @@ def score(model: str, data: Path, out: Path, overrides: Sequence[str] = ()) -> i
 
 def _of_run(model: str) -> tuple[str, dict[str, Any]]:
     """(path of a model, which may be a run's, or of its base; further sections of the recipe)."""
-    found = model_in(model)
-    if is_adapter(Path(found).expanduser()) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    start = model_in(model)
+    if is_adapter(Path(start).expanduser()) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CheckpointError(
-            f"{found} is an adapter's checkpoint, which one process turns into a folder: tools/"
-            f"convert adapter {found} FOLDER, then score the base with adapter.path=FOLDER."
+            f"{start} is an adapter's checkpoint, which one process turns into a folder: tools/"
+            f"convert adapter {start} FOLDER, then score the base with adapter.path=FOLDER."
         )
-    return sections_of(found)
+    return sections_of(start)
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def read_sequences(recipe: Recipe, data: Path) -> "list[array[int]]":
     vocab = read_model(source.hf).heads.vocab
     loaded: Any = None
     rows: list[array[int]] = []
-    for row in (row for found in find_sources([data]) for row in read_rows(found)):
+    for row in (row for data_source in find_sources([data]) for row in read_rows(data_source)):
         where = f"{row.file}:{row.line}"
         if isinstance(row, Reject):
             raise DataError(
@@ -127,7 +127,7 @@ def score_window(engine: Engine, rows: "Sequence[array[int]]") -> "list[array[fl
     bins = list(_bins([len(row) for row in rows]))
     # Packs of like length go to the replicas together, since a round takes as long as its longest.
     mine = bins[world.dp_rank :: world.dp_size]
-    found: dict[int, array[float]] = {}
+    by_row: dict[int, array[float]] = {}
     for number in range(-(-len(bins) // world.dp_size)):
         members = mine[number] if number < len(mine) else []
         packs: list[Packed] = (
@@ -137,10 +137,10 @@ def score_window(engine: Engine, rows: "Sequence[array[int]]") -> "list[array[fl
         if members and world.tp_rank == world.cp_rank == world.pp_rank == 0:
             starts = packs[0].cu_seqlens.tolist()
             for i, start in zip(members, starts, strict=False):
-                found[i] = array("f", logps[0][start : start + len(rows[i]) - 1].tolist())
-    for part in world.to_first(found) or ():
-        found.update(part)
-    return [found.get(i, array("f")) for i in range(len(rows))]
+                by_row[i] = array("f", logps[0][start : start + len(rows[i]) - 1].tolist())
+    for part in world.to_first(by_row) or ():
+        by_row.update(part)
+    return [by_row.get(i, array("f")) for i in range(len(rows))]
 
 
 def _bins(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -24,10 +24,10 @@ def train(recipe: Recipe) -> int:
     checkpoint is saved). Raises MoetrainError (what, why, the way out) with nothing half-written.
     """
     job = Job(recipe)
-    prompts, told = read_sample_prompts(recipe)
+    prompts, notes = read_sample_prompts(recipe)
     data = RunData(recipe)
     prepared = data.prepare()
-    lines = [*prepared.lines, *told]
+    lines = [*prepared.lines, *notes]
     engine, reference = take_reference(data, lines.append)
     rank, size = engine.world.dp_rank, engine.world.dp_size
     loader = data.loader(rank, size, reference.train)
@@ -76,11 +76,11 @@ def _loop(
             job.checkpoints.tick(engine)
             stopped = stop.agreed()
             saves, evaluates = job.due(step, last)
-            found: dict[str, float] = {}
+            figures: dict[str, float] = {}
             if evaluates:
-                found = _evaluate(engine, held_out, asked, report, step)
+                figures = _evaluate(engine, held_out, asked, report, step)
             if saves or stopped:
-                job.save(engine, {"step": step, "loader": loader.state_dict()}, found)
+                job.save(engine, {"step": step, "loader": loader.state_dict()}, figures)
             if not job.goes_on(engine, report, step, last, stopped=stopped):
                 break
     return step >= last
@@ -101,6 +101,6 @@ def _evaluate(
         return {}
     started = time.perf_counter()
     method = METHODS[report.recipe.method.name]
-    found = {f"eval_{k}": v for k, v in engine.evaluate(held_out, method).items()}
-    report.held_out({"step": step, **found, "seconds": time.perf_counter() - started})
-    return found
+    figures = {f"eval_{k}": v for k, v in engine.evaluate(held_out, method).items()}
+    report.held_out({"step": step, **figures, "seconds": time.perf_counter() - started})
+    return figures

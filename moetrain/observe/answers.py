@@ -84,8 +84,8 @@ def _num(number: int, unit: str) -> str:
 
 def steps_of(folder: Path) -> dict[int, Path]:
     """The whole files of a folder of answers, by their steps in order."""
-    found = (path for path in folder.glob("*.jsonl") if path.stem.isdecimal())
-    return dict(sorted((int(path.stem), path) for path in found))
+    paths = (path for path in folder.glob("*.jsonl") if path.stem.isdecimal())
+    return dict(sorted((int(path.stem), path) for path in paths))
 
 
 def read_answers(path: Path) -> list[Answer]:
@@ -94,15 +94,15 @@ def read_answers(path: Path) -> list[Answer]:
     """
     try:
         with path.open("rb") as file:
-            found = [answer for line in file for answer in answers_of(_row(line))]
+            answers = [answer for line in file for answer in answers_of(_row(line))]
     except OSError as error:
         raise MoetrainError(f"{path} cannot be read: {error.strerror}.") from None
-    if not found:
+    if not answers:
         raise MoetrainError(
             f"{path} holds no answers. Give a run's folder, one of its files in {ROLLOUTS}/ or"
             f" {ANSWERS}/, or a file of `moetrain sample`."
         )
-    return [replace(answer, number=number) for number, answer in enumerate(found, 1)]
+    return [replace(answer, number=number) for number, answer in enumerate(answers, 1)]
 
 
 def _row(line: bytes) -> Any:
@@ -138,8 +138,8 @@ def answers_of(row: Any) -> Iterator[Answer]:
 
 
 def _at(row: Any, key: str, kind: type) -> Any:
-    found = cast(Mapping[str, Any], row).get(key) if isinstance(row, dict) else None
-    return found if isinstance(found, kind) else None
+    value = cast(Mapping[str, Any], row).get(key) if isinstance(row, dict) else None
+    return value if isinstance(value, kind) else None
 
 
 def _number(value: Any) -> float | None:
@@ -179,8 +179,8 @@ def picked(answers: Sequence[Answer], best: int, worst: int) -> list[tuple[str, 
         return [("", answer) for answer in answers[: best + worst]]
     top = order[:best]
     low = order[len(top) :][::-1][:worst]
-    found = [(f"best {i}", answer) for i, answer in enumerate(top, 1)]
-    return found + [(f"worst {i}", answer) for i, answer in enumerate(low, 1)]
+    chosen = [(f"best {i}", answer) for i, answer in enumerate(top, 1)]
+    return chosen + [(f"worst {i}", answer) for i, answer in enumerate(low, 1)]
 
 
 def describe_reward(answer: Answer) -> str:

@@ -78,20 +78,20 @@ class Collapse:
         if _REWARD not in row:
             return None
         keys = (_REWARD, _SIGNAL, _KL, _LENGTH, _MISMATCH, "groups/graded")
-        found = {key: row[key] for key in keys if is_number(row.get(key))}
-        self._rows.append({key: float(v) for key, v in found.items() if math.isfinite(v)})
+        figures = {key: row[key] for key in keys if is_number(row.get(key))}
+        self._rows.append({key: float(v) for key, v in figures.items() if math.isfinite(v)})
         if len(self._rows) < WINDOW:
             return None
         self._start = self._start or self._mean(_REWARD)
-        said = [self._signal(), *self._distances()]
-        return " ".join(text for text in said if text) or None
+        warnings = [self._signal(), *self._distances()]
+        return " ".join(text for text in warnings if text) or None
 
     def _signal(self) -> str | None:
-        shares = [own[_SIGNAL] for own in self._rows if 0 <= own.get(_SIGNAL, -1) <= 1]
+        shares = [row[_SIGNAL] for row in self._rows if 0 <= row.get(_SIGNAL, -1) <= 1]
         if len(shares) < WINDOW:
             return None
         share = sum(shares) / WINDOW
-        groups = sum(max(1.0, own.get("groups/graded", 1.0)) for own in self._rows)
+        groups = sum(max(1.0, row.get("groups/graded", 1.0)) for row in self._rows)
         self._first = self._first or (share, groups)
         before, num = self._first
         both = (before * num + share * groups) / (num + groups)
@@ -108,21 +108,21 @@ class Collapse:
         )
 
     def _distances(self) -> list[str | None]:
-        said: list[str | None] = []
+        warnings: list[str | None] = []
         length = self._mean(_LENGTH)
         for key, limit, tokens, text in (
             (_KL, FAR, length, "the policy is {:.2f} nats a token from its reference (kl)"),
             (_MISMATCH, APART, _Mean(1.0, 0.0), "sampler and trainer are {:.2f} nats a token apart"
              " (mismatch/kl)"),
         ):  # fmt: skip
-            own = self._mean(key)
-            if own is None or tokens is None or (key == _KL and self._has_budget):
+            mean = self._mean(key)
+            if mean is None or tokens is None or (key == _KL and self._has_budget):
                 continue
-            a_token = own.value / max(tokens.value, 1.0)
+            a_token = mean.value / max(tokens.value, 1.0)
             if a_token > limit and self._worse(key, a_token):
                 bound = f"mean of {WINDOW} steps; out of bounds above {limit:g}"
-                said.append(f"Collapse: {text.format(a_token)}, {bound}.")
-        return said
+                warnings.append(f"Collapse: {text.format(a_token)}, {bound}.")
+        return warnings
 
     def _far_from_pairs(self, row: Mapping[str, Any]) -> str | None:
         """Of a method of pairs: how far the policy is from its reference on held-out answers."""
@@ -147,17 +147,17 @@ class Collapse:
         if sure is None:
             return None
         mean, (num, half) = row["eval_reward/mean"], sure
-        own = _Evaluation(int(row["step"]), mean, half / Z, training)
-        self._latest.append(own)
-        self._initial = self._initial or own
-        if self._best is None or own.mean >= self._best.mean:
-            self._best = own
+        newest = _Evaluation(int(row["step"]), mean, half / Z, training)
+        self._latest.append(newest)
+        self._initial = self._initial or newest
+        if self._best is None or newest.mean >= self._best.mean:
+            self._best = newest
         for earlier, errors in ((self._best, BELOW_BEST), (self._initial, BELOW_FIRST)):
-            fall = earlier.mean - own.mean
+            fall = earlier.mean - newest.mean
             if self._fell(earlier, errors) and self._worse("held out", fall):
                 return (
                     f"Collapse: the held-out reward has fallen from {earlier.mean:.3f} at step"
-                    f" {earlier.step} to {own.mean:.3f} (of {num} answers) while the training"
+                    f" {earlier.step} to {newest.mean:.3f} (of {num} answers) while the training"
                     " reward rose: the run learns its own prompts, or to please the reward; an"
                     " earlier checkpoint may be better."
                 )
@@ -171,13 +171,14 @@ class Collapse:
         if now.value - then.value <= CLIMB * math.hypot(now.error, then.error):
             return False
         return all(
-            own.step > earlier.step
-            and earlier.mean - own.mean > errors * math.hypot(earlier.error, own.error)
-            for own in self._latest
+            evaluation.step > earlier.step
+            and earlier.mean - evaluation.mean
+            > errors * math.hypot(earlier.error, evaluation.error)
+            for evaluation in self._latest
         )
 
     def _mean(self, key: str) -> _Mean | None:
-        values = [own[key] for own in self._rows if key in own]
+        values = [row[key] for row in self._rows if key in row]
         if len(values) < WINDOW:
             return None
         mean = sum(values) / WINDOW

@@ -27,12 +27,12 @@ class Series:
         """Without what cannot be drawn."""
         if all(map(math.isfinite, self.values)):
             return self
-        kept = Series()
+        finite_points = Series()
         for step, value in zip(self.steps, self.values, strict=True):
             if math.isfinite(value):
-                kept.steps.append(step)
-                kept.values.append(value)
-        return kept
+                finite_points.steps.append(step)
+                finite_points.values.append(value)
+        return finite_points
 
 
 @dataclass
@@ -51,11 +51,11 @@ class Curves:
         self.step = int(row["step"])
         held_out = "loss" not in row
         for key, value in numbers(row).items():
-            own = self.figures.get(key)
-            if own is None:
-                own = self.figures[sys.intern(key)] = Series()
-            own.steps.append(self.step)
-            own.values.append(value)
+            figure = self.figures.get(key)
+            if figure is None:
+                figure = self.figures[sys.intern(key)] = Series()
+            figure.steps.append(self.step)
+            figure.values.append(value)
             if key != "seconds" or not held_out:
                 self._last[sys.intern(key)] = value
         message = row.get("warning") or []

@@ -61,8 +61,8 @@ def interval(row: Mapping[str, Any], name: str) -> tuple[int, float] | None:
     std = row.get(f"{prefix}reward/std" if prefix else "groups/std") if is_mean else None
     if num is None or (is_mean and not is_number(std)):
         return None
-    found = around(row[name], num, std)
-    return None if found is None else (round(num), (found[1] - found[0]) / 2)
+    bounds = around(row[name], num, std)
+    return None if bounds is None else (round(num), (bounds[1] - bounds[0]) / 2)
 
 
 def written(row: Mapping[str, Any], name: str) -> str:

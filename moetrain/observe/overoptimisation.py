@@ -44,8 +44,8 @@ class _Curve:
 
     def add(self, row: Mapping[str, Any]) -> _Point | None:
         """Take a row; the point that it completes, if it does."""
-        found = {n: row.get(self.prefix + n) for n in (_LOGP, _LENGTH, _MARGIN, _KL)}
-        figures = {n: float(v) for n, v in found.items() if is_number(v) and math.isfinite(v)}
+        values = {n: row.get(self.prefix + n) for n in (_LOGP, _LENGTH, _MARGIN, _KL)}
+        figures = {n: float(v) for n, v in values.items() if is_number(v) and math.isfinite(v)}
         if not figures:
             return None
         self.rows.append(figures)
@@ -99,12 +99,12 @@ class Watch:
         if point is None:
             return None
         num_held_out = len(self._held_out.latest)
-        found: list[str | None] = []
+        warnings: list[str | None] = []
         if held_out or num_held_out == 0:
-            found.append(self._kl(point, where))
+            warnings.append(self._kl(point, where))
         if held_out or num_held_out <= FALLS:
-            found.append(self._fall(curve, point, where))
-        return " ".join(text for text in found if text) or None
+            warnings.append(self._fall(curve, point, where))
+        return " ".join(text for text in warnings if text) or None
 
     def _kl(self, point: _Point, where: str) -> str | None:
         budget = self.kl_budget

@@ -21,8 +21,10 @@ def plot_figures(ledgers: Mapping[str, tuple[Path, Sequence[str]]], out: Path) -
     panels: list[list[tuple[str, str, Series, Series]]] = []
     for title, (path, names) in ledgers.items():
         curves = _curves(path, names)
-        found = [(n, curves.get(n, Series()), curves.get(f"eval_{n}", Series())) for n in names]
-        some = [own for own in found if len(own[1]) or len(own[2])] or found[:1]
+        figure_curves = [
+            (n, curves.get(n, Series()), curves.get(f"eval_{n}", Series())) for n in names
+        ]
+        some = [own for own in figure_curves if len(own[1]) or len(own[2])] or figure_curves[:1]
         panels += [[(title, *own) for own in some[i : i + 2]] for i in range(0, len(some), 2)]
     columns = max(map(len, panels), default=1)
     figure = Figure(figsize=(5.2 * columns, 3.4 * max(len(panels), 1)), layout="constrained")
@@ -38,7 +40,7 @@ def _curves(path: Path, names: Sequence[str]) -> dict[str, Series]:
     curves = Curves()
     for row in rows_of(path):
         curves.add({key: value for key, value in row.items() if key in wanted})
-    return {key: own.finite() for key, own in curves.figures.items()}
+    return {key: series.finite() for key, series in curves.figures.items()}
 
 
 def _draw(axes: Any, title: str, name: str, training: Series, held_out: Series) -> None:

@@ -78,7 +78,7 @@ def _data(runs: Sequence[Run], columns: Sequence[Column], title: str) -> dict[st
     points = _within(CURVE_NUMBERS // (3 * max(1, num_curves)), POINTS)
     # As many neighbours in a point for every run: else a short one looks noisier than it is.
     strides = {
-        key: math.ceil(max(len(own.get(key, ())) for own in series) / points)
+        key: math.ceil(max(len(run_series.get(key, ())) for run_series in series) / points)
         for key in keys_of(series)
     }
     grids: dict[tuple[int, ...], int] = {}
@@ -93,10 +93,12 @@ def _data(runs: Sequence[Run], columns: Sequence[Column], title: str) -> dict[st
             "has_settings": bool(run.settings),
             "problems": run.problems,
             "warnings": run.warnings,
-            "curves": {key: _curve(values, strides[key], grids) for key, values in own.items()},
+            "curves": {
+                key: _curve(values, strides[key], grids) for key, values in run_series.items()
+            },
             "heat": _heat(own_layers, heat_columns),
         }
-        for run, own, own_layers in zip(runs, series, layers, strict=True)
+        for run, run_series, own_layers in zip(runs, series, layers, strict=True)
     ]
     return {
         "title": title,
@@ -138,8 +140,8 @@ def _within(value: int, bounds: tuple[int, int]) -> int:
 
 def _select(run: Run, wanted: Callable[[str], bool]) -> dict[str, Series]:
     """Every wanted figure, where it is a number."""
-    found = {key: own.finite() for key, own in run.curves.figures.items() if wanted(key)}
-    return {key: own for key, own in found.items() if len(own)}
+    selected = {key: series.finite() for key, series in run.curves.figures.items() if wanted(key)}
+    return {key: series for key, series in selected.items() if len(series)}
 
 
 def _series(run: Run) -> dict[str, Series]:
@@ -151,9 +153,9 @@ def _layers(run: Run) -> dict[int, Series]:
         match = LAYER.fullmatch(key)
         return match is not None and match[2] == _HEAT
 
-    found = {int(key.split("/")[1].removeprefix("layer")): s
+    layers = {int(key.split("/")[1].removeprefix("layer")): s
              for key, s in _select(run, is_heat).items()}  # fmt: skip
-    return dict(sorted(found.items()))
+    return dict(sorted(layers.items()))
 
 
 def _curve(

@@ -47,7 +47,7 @@ def section(runs: Sequence[Run]) -> str:
         return ""
     most = CHARACTERS // (2 * (BEST + WORST + LONG + CUT) * len(shown))
     most = max(SHORTEST, min(LONGEST, most))
-    parts = [_of_run(*own, most=most, is_open=i == 0) for i, own in enumerate(shown)]
+    parts = [_of_run(*group, most=most, is_open=i == 0) for i, group in enumerate(shown)]
     note = "Of each run's newest evaluation; <code>moetrain show RUN</code> has the others."
     if num_left:
         note += f" {num_left} more runs have answers."
@@ -81,8 +81,8 @@ def chosen(answers: Sequence[Answer]) -> Iterator[tuple[str, Answer]]:
     }
     if not order:  # nobody has graded them
         groups = {"": answers[: BEST + WORST]} | groups
-    for name, own in groups.items():
-        for answer in own:
+    for name, group in groups.items():
+        for answer in group:
             why.setdefault(answer.number, []).append(name)
     by_number = {answer.number: answer for answer in answers}
     for number, names in why.items():

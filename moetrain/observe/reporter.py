@@ -81,12 +81,12 @@ class Reporter:
         """Record a held-out row."""
         self._write(row)
         names = [n for n in self.recipe.method.about if f"eval_{n}" in row]
-        found = [f"{label(n)} {written(row, f'eval_{n}')}" for n in names]
+        texts = [f"{label(n)} {written(row, f'eval_{n}')}" for n in names]
         graded, answers = row.get("eval_reward/graded", 0), row.get("eval_reward/answers", 0)
         if graded < answers:
             note = describe_ungraded(graded, answers, row, "eval_")
-            found.insert(int("eval_reward/mean" in row), note)
-        self.say(f"{self.recipe.method.name} {row['step']}: held-out {', '.join(found)}")
+            texts.insert(int("eval_reward/mean" in row), note)
+        self.say(f"{self.recipe.method.name} {row['step']}: held-out {', '.join(texts)}")
 
     def answers(self, step: int) -> None:
         """Hand a few answers of an evaluation, the best and the worst, to the sinks: as they are in

@@ -98,15 +98,15 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
                 continue  # runs/* holds an earlier report too
             raise MoetrainError(f"{path}: no such folder. Give run folders, or a folder of them.")
         plan = _plan(path if not _is_run(path) else path.parent)
-        found = [path] if _is_run(path) else _runs_in(path, plan)
-        if not found:
+        runs = [path] if _is_run(path) else _runs_in(path, plan)
+        if not runs:
             if len(given) > 1:
                 continue  # as runs/* does, an export or a tokenizer
             raise MoetrainError(
                 f"{path} holds no run (no resolved.yaml, no ledger.jsonl). Give a run_dir, or a"
                 " folder of them such as a sweep's."
             )
-        folders |= {folder.resolve(): plan.get(folder.name, {}) for folder in found}
+        folders |= {folder.resolve(): plan.get(folder.name, {}) for folder in runs}
     if not folders:
         raise MoetrainError(
             f"None of {plural(len(given), 'path')} holds a run (resolved.yaml, ledger.jsonl). Give"
@@ -326,14 +326,14 @@ def _scores(
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             name = str(content["name"])
-            for part, own in content.get("scores", {"": content}).items():
+            for part, score in content.get("scores", {"": content}).items():
                 key = f"{name} {part}".rstrip()
-                scores[key] = float(own["score"])
-                if "interval" in own:
-                    low, high = own["interval"]
+                scores[key] = float(score["score"])
+                if "interval" in score:
+                    low, high = score["interval"]
                     spreads[key] = (float(high) - float(low)) / 2
-                if is_number(own.get("n")):
-                    counts[key] = round(own["n"])
+                if is_number(score.get("n")):
+                    counts[key] = round(score["n"])
         except (
             OSError,
             ValueError,

@@ -60,19 +60,19 @@ def _files(path: Path, step: int | None, folders: Sequence[str]) -> list[tuple[s
             f"{path} is no run's folder. Give one; a file of answers has no --step."
         )
     steps = {name: steps_of(path / name) for name in folders}
-    found: list[tuple[str, Path]] = []
-    for name, own in steps.items():
-        at = step if step is not None else max(own, default=None)
-        if at in own:
-            found.append((f"{TITLES[name]} of step {at}", own[at]))
-    if found:
-        return found
+    files: list[tuple[str, Path]] = []
+    for name, paths in steps.items():
+        at = step if step is not None else max(paths, default=None)
+        if at in paths:
+            files.append((f"{TITLES[name]} of step {at}", paths[at]))
+    if files:
+        return files
     if not any(steps.values()):
         raise MoetrainError(
             f"{path} has no {' and no '.join(TITLES[name] for name in folders)}: runs that sample"
             " have them, and others with train.sample_prompts."
         )
-    there = [f"{TITLES[name]} of {_listed(list(own))}" for name, own in steps.items() if own]
+    there = [f"{TITLES[name]} of {_listed(list(paths))}" for name, paths in steps.items() if paths]
     raise MoetrainError(f"{path} has no answers of step {step}; it has {' and '.join(there)}.")
 
 

@@ -68,8 +68,8 @@ def print_summaries(summaries: Iterable[Summary], console: Console | None = None
         table.add_column(name, overflow="fold")
     lines: list[str] = []
     for s in summaries:
-        found = [name for name in s.first if name in s.training or name in s.held_out]
-        for i, name in enumerate(found or s.first[:1]):
+        names = [name for name in s.first if name in s.training or name in s.held_out]
+        for i, name in enumerate(names or s.first[:1]):
             cells = [_arrow(s.training.get(name)), _arrow(s.held_out.get(name))]
             table.add_row(*map(Text, (s.stage if i == 0 else "", label(name), *cells)))
         table.add_section()

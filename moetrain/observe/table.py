@@ -64,12 +64,12 @@ def columns_of(runs: Sequence[Run]) -> list[Column]:
         Column("steps", "run", [*steps]),
         Column("warnings", "run", [len(r.warnings) or None for r in runs]),
     ]
-    found = _figures(runs)
+    figures = _figures(runs)
     for group in ("evaluation", "held out", "training"):
-        columns += [column for column in found if column.group == group]
+        columns += [column for column in figures if column.group == group]
     columns += _settings(runs)
     for group in ("more", "health"):
-        columns += [column for column in found if column.group == group]
+        columns += [column for column in figures if column.group == group]
     columns.append(Column("best checkpoint", "run", [r.best for r in runs]))
     return [c for c in columns if c.key in ("run", "status", "steps") or any(_given(c.cells))]
 
@@ -110,11 +110,11 @@ def _figures(runs: Sequence[Run]) -> list[Column]:
     names = [key for key in keys_of(finals) if not LAYER.fullmatch(key)]
     places = {name: i for i, name in enumerate(first)}
     for key in sorted(names, key=lambda n: places.get(n.removeprefix("eval_"), len(places))):
-        sure = [interval(own, key) for own in finals]
+        sure = [interval(row, key) for row in finals]
         column = Column(
             key,
             _group(key, first),
-            [own.get(key) for own in finals],
+            [row.get(key) for row in finals],
             _better(key),
             [s and s[1] for s in sure] if any(sure) else [],
             [s and s[0] for s in sure] if any(sure) else [],
@@ -152,7 +152,9 @@ def _comparable(key: str, changed: set[str], runs: Sequence[Run]) -> bool:
     drawn = ("data.eval_share", "train.eval_packs", "rollout.eval_prompts")
     if "seed" in changed and any(r.settings.get(name) for r in runs for name in drawn):
         return False  # each seed has drawn held-out records of its own
-    return not any(own.startswith(by) and own not in _TRAINED_ON for own in changed)
+    return not any(
+        changed_key.startswith(by) and changed_key not in _TRAINED_ON for changed_key in changed
+    )
 
 
 def _group(key: str, first: Sequence[str]) -> str:

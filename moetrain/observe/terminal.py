@@ -43,7 +43,7 @@ def print_runs(
     columns = [c for c in columns if c not in alike]
     widest = max(20, min(CELL_WIDTH, console.width // 3))
     texts = [_texts(column, widest) for column in columns]
-    widths = [max(len(line) for text in own for line in text.split("\n")) + 3 for own in texts]
+    widths = [max(len(line) for text in cells for line in text.split("\n")) + 3 for cells in texts]
     fits = max(2, sum(sum(widths[: i + 1]) < console.width for i in range(len(widths))))
     table = Table()
     for column, text in zip(columns[:fits], texts, strict=False):
@@ -108,8 +108,8 @@ def broken(text: str, width: int) -> str:
 def _pieces(text: str, width: int, marks: tuple[str, ...]) -> list[str]:
     if not marks:
         return [text[i : i + width] for i in range(0, len(text), width)]
-    own = re.findall(rf"[^{marks[0]}]+[{marks[0]}]?|[{marks[0]}]", text, re.DOTALL)
-    parts = (_pieces(one, width, marks[1:]) if len(one) > width else [one] for one in own)
+    pieces = re.findall(rf"[^{marks[0]}]+[{marks[0]}]?|[{marks[0]}]", text, re.DOTALL)
+    parts = (_pieces(one, width, marks[1:]) if len(one) > width else [one] for one in pieces)
     return [part for parts_of in parts for part in parts_of]
 
 

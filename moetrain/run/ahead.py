@@ -13,10 +13,10 @@ def look_ahead(recipe: Recipe) -> list[str]:
     the run would, if all records were looked at: too many are unusable, rewards want columns that
     are not there; of a sample that is a warning.
     """
-    found = previews(recipe)
-    lines = [line for one in found for line in one.lines(recipe.data.seq_len)]
-    lines += lengths(recipe, found)
-    for one in found:
+    previewed = previews(recipe)
+    lines = [line for one in previewed for line in one.lines(recipe.data.seq_len)]
+    lines += lengths(recipe, previewed)
+    for one in previewed:
         lines += _too_many(one, recipe.data.max_rejected)
         if one.prompts:
             lines += _rewards(recipe, one)

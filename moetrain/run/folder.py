@@ -155,9 +155,9 @@ def write_run_files(
     into run_dir.
     """
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
-    own = environment() | {"recipe_hash": recipe_hash(recipe), **parameters}
+    content = environment() | {"recipe_hash": recipe_hash(recipe), **parameters}
     files.write_text(recipe.run_dir / "ranks.json", json.dumps(ranks, indent=1))
-    files.write_text(recipe.run_dir / "environment.json", json.dumps(own, indent=1))
+    files.write_text(recipe.run_dir / "environment.json", json.dumps(content, indent=1))
     files.write_text(recipe.run_dir / "resolved.yaml", dump_recipe(recipe))
 
 

@@ -54,16 +54,16 @@ def missing(recipe: Recipe) -> Iterator[MoetrainError]:
 
 
 def _text(recipe: Recipe) -> Iterator[MoetrainError]:
-    own, template = recipe.model.tokenizer, recipe.data.chat_template
-    if own is None and recipe.model.path is None and recipe.method.learns_from != "corpus":
+    given, template = recipe.model.tokenizer, recipe.data.chat_template
+    if given is None and recipe.model.path is None and recipe.method.learns_from != "corpus":
         yield DataError(
             "A model made from model.hf has no tokenizer: set model.tokenizer (a folder or"
             " builtin:NAME)."
         )
-    if own is not None and not own.startswith(BUILTIN) and not Path(own).is_dir():
-        if not HUB_NAME.fullmatch(own):
+    if given is not None and not given.startswith(BUILTIN) and not Path(given).is_dir():
+        if not HUB_NAME.fullmatch(given):
             yield DataError(
-                f"model.tokenizer={own} is no tokenizer folder. Give a folder, builtin:NAME or a"
+                f"model.tokenizer={given} is no tokenizer folder. Give a folder, builtin:NAME or a"
                 " Hub name (org/name)."
             )
     if template is not None and "{" not in template and not Path(template).is_file():

@@ -133,7 +133,7 @@ class RunLock:
         makes the claim file may do so, and nobody else.
         """
         claim = path.with_name(f"{LEASE}.after-{abandoned.get('token')}")
-        own = path.with_name(f"{LEASE}.{self._me['token']}")
+        part = path.with_name(f"{LEASE}.{self._me['token']}")
         try:
             os.close(os.open(claim, os.O_CREAT | os.O_EXCL, 0o644))
         except FileExistsError:
@@ -147,9 +147,9 @@ class RunLock:
         try:
             if _read(path) != abandoned:
                 return False
-            self._lease = os.open(own, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            self._lease = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
             os.write(self._lease, json.dumps(self._me).encode())
-            os.replace(own, path)
+            os.replace(part, path)
         finally:
             claim.unlink()
         return True

@@ -118,9 +118,9 @@ def propose(wanted: Wanted) -> str:
     if train is not None:
         _check_fit(wanted, recipe, train)
         warnings = [line for line in look_ahead(recipe) if line.startswith("WARNING")]
-    found = _sized(recipe, model, train, on_gpu, answer)
-    found.notes += warnings
-    return text(wanted, found)
+    sized = _sized(recipe, model, train, on_gpu, answer)
+    sized.notes += warnings
+    return text(wanted, sized)
 
 
 def _content(
@@ -166,10 +166,10 @@ def _check_fit(wanted: Wanted, recipe: Recipe, train: Preview) -> None:
         sample = preview(recipe_from(_content(other, False, longest, longest // 2)), "train", FEW)
         if sample is not None and len(sample.rejects) < sample.num_seen / 2:
             fits.append(job)
-    said = f" It fits {' and '.join(fits)}." if fits else ""
+    fit = f" It fits {' and '.join(fits)}." if fits else ""
     raise DataError(
         f"init {wanted.job}: {', '.join(wanted.data)} does not fit: {first.file}:{first.line}:"
-        f" {first.reason}.{said} docs/data.md has the forms that are read."
+        f" {first.reason}.{fit} docs/data.md has the forms that are read."
     )
 
 
@@ -221,8 +221,8 @@ def text(wanted: Wanted, found: Found) -> str:
     """The recipe, with comments."""
     job = JOBS[wanted.job]
     lr = job.adapter_lr if wanted.adapter else job.lr
-    own = Path(wanted.model.removeprefix("builtin:")).name
-    name = re.sub(r"[^\w.+-]+", "-", f"{wanted.job}-{own}")
+    model_name = Path(wanted.model.removeprefix("builtin:")).name
+    name = re.sub(r"[^\w.+-]+", "-", f"{wanted.job}-{model_name}")
     every = max(1, found.steps // 5)
     lines = [
         f"# {job.text}",

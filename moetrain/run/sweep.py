@@ -218,9 +218,11 @@ def run_sweep(sweep: Sweep, argv: Sequence[str]) -> int:
                 continue
             code, message = _run(run, head, children, console)
             if children.asked and code:
-                kept = "saved" if code == 143 else "at its last checkpoint"
-                kept = kept if saved_step(run.recipe.run_dir) else "without a checkpoint yet"
-                print(f"moetrain: interrupted; run {run.name} is {kept}. Go on with:", again)
+                progress = "saved" if code == 143 else "at its last checkpoint"
+                progress = (
+                    progress if saved_step(run.recipe.run_dir) else "without a checkpoint yet"
+                )
+                print(f"moetrain: interrupted; run {run.name} is {progress}. Go on with:", again)
                 return children.exit_code
             num_failed += code != 0
             console.print(f"{head}: {message}", markup=False)
@@ -277,8 +279,8 @@ def _position(folder: Path) -> str:
     row, total = last_row(folder), num_steps(folder)
     if not row:
         return "starting"
-    found = numbers(row)
-    figures = [f"{key} {found[key]:.4f}" for key in ("loss", "eval_loss") if key in found]
+    counts = numbers(row)
+    figures = [f"{key} {counts[key]:.4f}" for key in ("loss", "eval_loss") if key in counts]
     return ", ".join([f"step {row['step']}" + (f"/{total}" if total else ""), *figures])
 
 

@@ -73,19 +73,19 @@ def main(recipe: Path | None, overrides: Sequence[str], world_size: int | None) 
         subject.ranks, subject.meeting = meet(rank, world_size)
     if loaded is not None:
         subject.plan = Planned(loaded, world_size if subject.ranks is None else subject.ranks.job)
-    found = examine(subject)
+    findings = examine(subject)
     if subject.ranks is not None:
-        gathered = subject.ranks.gather(found)
-        found = merged(gathered, subject.ranks.nodes)
+        gathered = subject.ranks.gather(findings)
+        findings = merged(gathered, subject.ranks.nodes)
         subject.ranks.barrier()
     elif rank:
         print(f"moetrain: error: {subject.meeting}. {machine.MEETING}", file=sys.stderr)
         return 2
     if rank:
         return 0  # the first rank speaks for all
-    for name, finding in found.items():
+    for name, finding in findings.items():
         print(line(name, finding))
-    levels = [finding.level for finding in found.values()]
+    levels = [finding.level for finding in findings.values()]
     failures, warnings = levels.count(Level.FAIL), levels.count(Level.WARN)
     seconds = time.monotonic() - started
     bad = f"{plural(failures, 'failure')}, {plural(warnings, 'warning')}"
@@ -119,17 +119,17 @@ def meet(rank: int, world_size: int) -> tuple[Ranks | None, str]:
 def examine(subject: Subject, checks: Sequence[Check] = CHECKS) -> dict[str, Finding]:
     """Every check that is this rank's to make: its name -> what it found."""
     ranks = subject.ranks
-    found: dict[str, Finding] = {}
+    findings: dict[str, Finding] = {}
     for check in checks:
         if check.needs_recipe and subject.plan is None:
-            found[check.name] = skip("no recipe was given")
+            findings[check.name] = skip("no recipe was given")
             continue
         mine = ranks is None or ranks.rank == 0 or check.on == ALL
         if mine or (check.on == NODE and ranks is not None and ranks.leads):
             if ranks is not None and check.on == ALL:
                 ranks.barrier()  # a rank that looked longer than others is waited for
-            found[check.name] = _once(_look(check, subject), found)
-    return found
+            findings[check.name] = _once(_look(check, subject), findings)
+    return findings
 
 
 def _once(finding: Finding, found: Mapping[str, Finding]) -> Finding:

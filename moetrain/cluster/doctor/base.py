@@ -128,11 +128,11 @@ class Ranks:
         self.rank, self.world_size, self.seconds = rank, world_size, seconds
         local = int(os.environ.get("LOCAL_RANK", 0))
         has_gpu = torch.cuda.is_available() and local < torch.cuda.device_count()
-        found = self.gather((node_name(), has_gpu))
-        self.nodes = [node for node, _ in found]
+        gathered = self.gather((node_name(), has_gpu))
+        self.nodes = [node for node, _ in gathered]
         self.device = torch.device("cpu")
         self.backend = "gloo"
-        if all(gpu for _, gpu in found):
+        if all(gpu for _, gpu in gathered):
             self.backend, self.device = "nccl", torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         self.all = dist.new_group(backend=self.backend)

@@ -28,20 +28,20 @@ def shared(subject: Subject) -> Finding:
     probe = folder / f".moetrain-doctor-{uuid.uuid4().hex[:12]}"
     if ranks is not None:
         probe = ranks.gather(probe)[0]
-    found = _write(probe) if first else ok("")
+    finding = _write(probe) if first else ok("")
     try:
         if ranks is None:
-            return found
-        first_level = ranks.gather((found.level, probe.name))[0]
+            return finding
+        first_level = ranks.gather((finding.level, probe.name))[0]
         blind = ranks.gather(None if _sees(probe) else ranks.nodes[ranks.rank])
-        if first_level[0] == found.level.FAIL or not first:
-            return found
+        if first_level[0] == finding.level.FAIL or not first:
+            return finding
         missing = sorted({node for node in blind if node is not None})
         if missing:
             return fail(f"{folder} of {ranks.nodes[0]} is not seen on {', '.join(missing)}",
                         SHARED_REMEDY)  # fmt: skip
         nodes = len(ranks.leaders)
-        return Finding(found.level, f"{found.text}, seen by {nodes} nodes", found.remedy)
+        return Finding(finding.level, f"{finding.text}, seen by {nodes} nodes", finding.remedy)
     finally:
         if first:
             shutil.rmtree(probe, ignore_errors=True)
@@ -215,13 +215,13 @@ def data(subject: Subject) -> Finding:
         return ok(f"{', '.join(given)}: made here")
     if recipe.method.learns_from == "corpus":
         return _corpora(paths)
-    found = previews(recipe)
-    bad = [reject for one in found for reject in one.rejects]
-    num = sum(one.num_seen for one in found)
+    previewed = previews(recipe)
+    bad = [reject for one in previewed for reject in one.rejects]
+    num = sum(one.num_seen for one in previewed)
     usable = f"{num - len(bad)} of {plural(num, 'record')} looked at"
     message = f"{usable} in {plural(len(paths) + len(shown), 'path')} can be used"
     if not bad:
-        return ok("; ".join([message, *lengths(recipe, found)]))
+        return ok("; ".join([message, *lengths(recipe, previewed)]))
     verdict = fail if len(bad) / num > recipe.data.max_rejected else warn
     return verdict(
         f"{message}; {bad[0].file}:{bad[0].line}: {bad[0].reason}",

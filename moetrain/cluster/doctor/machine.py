@@ -50,12 +50,12 @@ class Gpu:
 
 def read_gpus(text: str) -> list[Gpu]:
     """What `nvidia-smi --query-gpu=QUERY --format=csv,noheader,nounits` printed."""
-    found: list[Gpu] = []
+    gpus_here: list[Gpu] = []
     for row in csv.reader(text.splitlines(), skipinitialspace=True):
         if len(row) == 4 and row[1].replace(".", "").isdigit():
             errors = int(row[3]) if row[3].isdigit() else 0  # "[N/A]" without ECC
-            found.append(Gpu(row[0], float(row[1]) / 1024, float(row[2]) / 1024, errors))
-    return found
+            gpus_here.append(Gpu(row[0], float(row[1]) / 1024, float(row[2]) / 1024, errors))
+    return gpus_here
 
 
 def _nvidia_smi() -> str | None:
@@ -80,8 +80,8 @@ def gpus(subject: Subject) -> Finding:
         need, _, name = planned
         message = f"none here; the recipe takes {need:.2f} GiB of each {name} before activations"
         return skip(message) if need <= gpu_gib(name) else fail(message, SMALLER)
-    found = read_gpus(table or "")
-    if not found:
+    present = read_gpus(table or "")
+    if not present:
         return fail(
             "the job was given GPUs, and nvidia-smi does not show them",
             "start the image with --nv; on the node itself the driver is not loaded: report it",
@@ -91,13 +91,13 @@ def gpus(subject: Subject) -> Finding:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         return fail(
-            f"{len(found)} GPUs here, of which torch (CUDA {torch.version.cuda}) sees none",
+            f"{len(present)} GPUs here, of which torch (CUDA {torch.version.cuda}) sees none",
             "start the image with --nv; else the driver is older than this CUDA needs: update it"
             " or take an image of an older one",
         )
     return worst(
-        [*compare(found, count, subject), *too_small(planned, found)],
-        f"{count} x {found[0].name}, {min(gpu.total for gpu in found):.1f} GiB",
+        [*compare(present, count, subject), *too_small(planned, present)],
+        f"{count} x {present[0].name}, {min(gpu.total for gpu in present):.1f} GiB",
     )
 
 
@@ -194,8 +194,10 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     lines = (proc / "meminfo").read_text().splitlines()
     machine = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     limits = [machine / 2**20]
-    own = next((p for p in (proc / "self/cgroup").read_text().splitlines() if p[:3] == "0::"), "")
-    folder = cgroups / own[3:].lstrip("/")
+    cgroup = next(
+        (p for p in (proc / "self/cgroup").read_text().splitlines() if p[:3] == "0::"), ""
+    )
+    folder = cgroups / cgroup[3:].lstrip("/")
     for level in [folder, *folder.parents]:
         if not level.is_relative_to(cgroups):
             break

@@ -39,10 +39,10 @@ def in_node(subject: Subject) -> Finding:
     if min(sizes.values()) < 2:
         return skip(f"{min(sizes.values())} rank on {min(sizes, key=lambda n: sizes[n])}")
     mine = (*bus_bandwidth(ranks, ranks.node, len(ranks.node_ranks)), _local_link(ranks))
-    found = [ranks.gather(mine)[leader] for leader in ranks.leaders]
-    slowest = min(range(len(found)), key=lambda n: found[n][0])
-    reduce, exchange, link = found[slowest]
-    where = f" on {ranks.nodes[ranks.leaders[slowest]]}, the slowest" if len(found) > 1 else ""
+    speeds = [ranks.gather(mine)[leader] for leader in ranks.leaders]
+    slowest = min(range(len(speeds)), key=lambda n: speeds[n][0])
+    reduce, exchange, link = speeds[slowest]
+    where = f" on {ranks.nodes[ranks.leaders[slowest]]}, the slowest" if len(speeds) > 1 else ""
     name, gb_s = link
     message = (
         f"all-reduce {reduce:.1f} GB/s, all-to-all {exchange:.1f} GB/s, {ranks.backend}{where}"

@@ -65,13 +65,13 @@ def wanted(checkout: Path | None = None) -> dict[str, tuple[SpecifierSet, bool]]
         extras = project.get("optional-dependencies", {})
         lines = list(project["dependencies"])
         lines += [f"{line}; extra == '{extra}'" for extra in extras for line in extras[extra]]
-    found: dict[str, tuple[SpecifierSet, bool]] = {}
+    requirements: dict[str, tuple[SpecifierSet, bool]] = {}
     for requirement in map(Requirement, lines):
         name = canonicalize_name(requirement.name)
         is_extra = requirement.marker is not None and "extra" in str(requirement.marker)
         if not is_extra or name in TOGETHER:
-            found[name] = (requirement.specifier, not is_extra)
-    return found
+            requirements[name] = (requirement.specifier, not is_extra)
+    return requirements
 
 
 def fits(version: str, specifier: SpecifierSet) -> bool:
@@ -176,18 +176,18 @@ def differing(by_node: Mapping[str, Versions]) -> list[Finding]:
     """Packages whose version is not the same on every node."""
     nodes = list(by_node)
     first = by_node[nodes[0]]
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for node in nodes[1:]:
         for name in sorted(first.keys() | by_node[node].keys()):
             ours, theirs = first.get(name, "none"), by_node[node].get(name, "none")
             if ours != theirs:
-                found.append(
+                findings.append(
                     fail(
                         f"{name} is {ours} on {nodes[0]} and {theirs} on {node}",
                         "start every node from one image or one environment",
                     )
                 )
-    return found
+    return findings
 
 
 def _cuda(versions: Versions) -> str:
