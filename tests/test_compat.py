@@ -43,6 +43,10 @@ NEEDED = {
         "import inspect; from megatron.core.transformer.torch_norm import WrappedTorchNorm as W;"
         "assert 'not config.sequence_parallel' in inspect.getsource(W)"
     ),
+    "compat_megatron: a head asks for Apex": (
+        "import inspect; from megatron.core.tensor_parallel import ColumnParallelLinear as C;"
+        "assert 'not _grad_accum_fusion_available' in inspect.getsource(C.__init__)"
+    ),
     "compat_megatron: uncompiled": (
         "import sys, megatron.core\nassert 'torch._inductor.compile_fx' in sys.modules"
     ),

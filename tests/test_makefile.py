@@ -1,8 +1,12 @@
 """What make refuses, and what it leaves alone."""
 
+import importlib.util
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,14 +36,15 @@ def test_an_environment_that_is_a_link_is_used_as_it_is(tmp_path: Path) -> None:
     """Neither installed into nor emptied, however old it is; git does not offer it for a commit."""
     for name in ("Makefile", ".gitignore", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "constraints-vllm.txt").touch()
-    for name in (".venv", ".venv-vllm"):
+    for name in ("constraints-vllm.txt", "constraints-te.txt"):
+        (tmp_path / name).touch()
+    for name in (".venv", ".venv-vllm", ".venv-te"):
         python = tmp_path / f"other{name}" / "bin" / "python"
         python.parent.mkdir(parents=True)
         python.write_text(f"#!/bin/sh\necho $0 $* >> {tmp_path}/started\n")
         python.chmod(0o755)
         (tmp_path / name).symlink_to(python.parents[1])
-    done = make(tmp_path, "venv", "vllm-cpu", "system")
+    done = make(tmp_path, "venv", "vllm-cpu", "te-cpu", "system")
     assert done.returncode == 0, done.stderr
     (line,) = (tmp_path / "started").read_text().splitlines()
     assert line.startswith(".venv/bin/python -m pytest -m system")
@@ -47,3 +52,33 @@ def test_an_environment_that_is_a_link_is_used_as_it_is(tmp_path: Path) -> None:
     status = ["git", "-C", tmp_path, "status", "--porcelain"]
     said = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     assert "Makefile" in said and "?? .venv" not in said
+
+
+def test_the_first_minutes_on_a_gpu() -> None:
+    """What does not fit, or has no machine, is unproven; every test that is named exists."""
+    path = ROOT / "tools" / "gpu_first.py"
+    spec = importlib.util.spec_from_file_location("gpu_first", path)
+    assert spec is not None and spec.loader is not None
+    first = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_first"] = first
+    spec.loader.exec_module(first)
+    source = (ROOT / "tests" / "test_gpu.py").read_text()
+    named = [*re.findall(r"def test_\w+", source), "te", "torch"]
+    for check in first.CHECKS:
+        for word in re.findall(r"\w+", "".join(re.findall(r'-k "(.*)"', check.command))):
+            assert word in ("and", "or") or any(word in name for name in named), word
+        for file in re.findall(r"(?:tools|tests|examples)/[\w./]+", check.command):
+            assert (ROOT / file).exists(), file
+
+    assert {found for _, found, *_ in first.table(10, {"GPU"}, None)} == {"unproven: no GPU"}
+    now = [0.0]
+
+    def run(check: Any, left: float) -> str:
+        assert left >= check.seconds
+        now[0] += check.seconds
+        return "shown"
+
+    rows = first.table(10, {"2 GPUs", "vLLM"}, run, lambda: now[0])
+    assert [found for _, found, *_ in rows].count("shown") >= 6 and now[0] <= 600
+    assert rows[0][1:3] == ("shown", 120) and rows[-1][1] == "unproven: no vLLM"
+    assert "unproven: out of time" in {found for _, found, *_ in rows}

@@ -2,6 +2,7 @@
 one is refused with the key to use instead.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from moetrain.config.load import recipe_from
 from moetrain.config.megatron import DOES_NOTHING, FIELDS, SET_HERE, Passed
 from moetrain.config.recipe import Recipe
+from moetrain.engine.layers import block
 from moetrain.errors import ConfigError
+from moetrain.layout.passed import check_backend
+from moetrain.models import read_model
 from moetrain.testing import footprint
 from moetrain.testing.gloo import Workers
 from moetrain.testing.ranks import recipe_for
-from moetrain.testing.tiny import save_model
+from moetrain.testing.tiny import CONFIGS, save_model
 
 DATA = [[3, 14, 15, 92, 65, 35, 89], [79, 32, 38, 46], [26, 43, 38, 32, 79, 50], [1, 2, 3, 4, 5]]
 # A step of two recomputed layers a stage, dense and with experts.
@@ -126,6 +130,38 @@ def test_what_needs_a_gpu_is_refused_without(workers: Workers, model: str, field
         given["moe_token_dispatcher_type"] = "flex"
     with pytest.raises(ConfigError, match=r"needs a GPU|without a GPU|Transformer Engine"):
         workers.run(1, footprint.footprint, model, DATA, PLAIN | {"megatron": given})
+
+
+@pytest.mark.parametrize("wrong", [ImportError("no module"), OSError("libcudnn.so: no"),
+                                   RuntimeError("nvrtc shared object not found.")])  # fmt: skip
+def test_a_transformer_engine_that_does_not_import(
+    monkeypatch: pytest.MonkeyPatch, wrong: Exception
+) -> None:
+    """On a GPU: backend auto goes without it, and te says why in one line."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, *rest: Any) -> None:
+            if name.startswith("transformer_engine"):
+                raise wrong
+
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    gpu = torch.device("cuda", 0)
+    assert block.choose_backend("auto", gpu) == block.choose_backend("torch", gpu) == "torch"
+    with pytest.raises(ConfigError, match=f"does not import here: {wrong}") as caught:
+        block.choose_backend("te", gpu)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="no GPU"):
+        block.choose_backend("te", torch.device("cpu"))
+
+
+def test_fusion_without_a_kernel_for_it() -> None:
+    """On a GPU, the torch backend has Apex's or none."""
+    recipe = recipe_for("-", {}, megatron={"gradient_accumulation_fusion": True})
+    model = read_model(CONFIGS["qwen3_moe"])
+    check_backend(recipe, model, "te", on_gpu=True, fuses=True)
+    with pytest.raises(ConfigError, match="needs Apex's fused_weight_gradient_mlp_cuda"):
+        check_backend(recipe, model, "torch", on_gpu=True, fuses=False)
 
 
 @pytest.mark.gloo

@@ -28,6 +28,18 @@ def install(*, on_gpu: bool) -> None:
     _fail_together()
 
 
+def fuse_without_apex() -> None:
+    """Let a head be made where Transformer Engine's layers add gradients to the buffer inside their
+    matmuls.
+
+    Upstream asks for Apex's kernel as soon as one of its own layers is made. The one that there is
+    beside Transformer Engine's is the head, a weight that no forward of its class multiplies.
+    """
+    import megatron.core.tensor_parallel.layers as layers
+
+    layers._grad_accum_fusion_available = True
+
+
 def _with_torch_adam() -> None:
     """Without Apex and Transformer Engine, Adam is torch's, which keeps a `step` per parameter that
     checkpoints do not hold.

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from moetrain.config.megatron import SET_HERE
 from moetrain.config.recipe import Recipe
-from moetrain.engine.layers import moe
+from moetrain.engine import compat_megatron
+from moetrain.engine.layers import experts, moe
 from moetrain.engine.layers.block import config_fields, layer_specs
 from moetrain.engine.layers.rotary import Rotary
 from moetrain.engine.world import World
@@ -67,7 +68,8 @@ def transformer_config(
     )
     assert owned.keys() <= SET_HERE.keys(), f"megatron_fields.py lacks {owned.keys() - SET_HERE}"
     check_passed(recipe, model)
-    check_backend(recipe, model, backend, on_gpu=kind_of(device) == "cuda")
+    on_gpu, fuses = kind_of(device) == "cuda", backend == "te" or _has_apex()
+    check_backend(recipe, model, backend, on_gpu=on_gpu, fuses=fuses)
     defaults = _default_fields(recipe, model, device, backend)
     try:
         config = TransformerConfig(**owned | defaults | recipe.megatron)
@@ -99,19 +101,24 @@ def _layout_fields(recipe: Recipe, model: Model) -> dict[str, Any]:
     return fields
 
 
+def _has_apex() -> bool:
+    """Its kernel adds a weight's gradient to the fp32 buffer inside the matmul, as Transformer
+    Engine's layers do.
+    """
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def _default_fields(
     recipe: Recipe, model: Model, device: torch.device, backend: str
 ) -> dict[str, Any]:
     """What a recipe's `megatron:` section may change."""
     p, uses_te = recipe.parallel, backend == "te"
-    # Apex's kernel adds a weight's gradient to the fp32 buffer inside the matmul.
-    has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     defaults: dict[str, Any] = dict(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=uses_te,
-        gradient_accumulation_fusion=kind_of(device) == "cuda" and (uses_te or has_apex),
+        gradient_accumulation_fusion=kind_of(device) == "cuda" and (uses_te or _has_apex()),
         overlap_p2p_comm=bool(p.vpp),
         batch_p2p_comm=not p.vpp,
     )
@@ -224,6 +231,8 @@ def build(
     `adapted` when adapters will be put beside their layers.
     """
     plan = world.plan
+    if backend == "te":
+        compat_megatron.fuse_without_apex()
     chunks: list[PackedGPT] = []
     for vp_stage in range(max(plan.vpp, 1)):
         stage = vp_stage if plan.vpp > 1 else None
@@ -243,4 +252,5 @@ def build(
             model=model,
         )
         chunks.append(chunk)
+        experts.mark(chunk)
     return chunks

@@ -71,8 +71,10 @@ def check_passed(recipe: Recipe, model: Model) -> None:
         )
 
 
-def check_backend(recipe: Recipe, model: Model, backend: str, *, on_gpu: bool) -> None:
-    """ConfigError for a field that this backend or machine does not read."""
+def check_backend(recipe: Recipe, model: Model, backend: str, *, on_gpu: bool, fuses: bool) -> None:
+    """ConfigError for a field that this backend or machine does not read; `fuses`: it has a kernel
+    for `gradient_accumulation_fusion`.
+    """
     given = recipe.megatron
     for key in NEEDS_TE:
         if given.get(key) and backend != "te":
@@ -80,6 +82,11 @@ def check_backend(recipe: Recipe, model: Model, backend: str, *, on_gpu: bool) -
     for key in NEEDS_GPU:
         if given.get(key) and not on_gpu:
             raise ConfigError(f"megatron.{key} does nothing without a GPU. Leave it out.")
+    if given.get("gradient_accumulation_fusion") and not fuses:
+        raise ConfigError(
+            "megatron.gradient_accumulation_fusion needs Apex's fused_weight_gradient_mlp_cuda with"
+            " backend torch. Leave it out, or use te."
+        )
     if given.get("moe_token_dispatcher_type") == "flex" and not on_gpu:
         raise ConfigError(
             "megatron.moe_token_dispatcher_type=flex needs a GPU. Use alltoall or allgather."

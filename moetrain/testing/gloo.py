@@ -52,19 +52,25 @@ def _serve(rank: int, pipe: Connection) -> None:
                 pipe.send((False, (None, answer[1][1])))
 
 
-_server = forkserver.ForkServer()
-_server.set_forkserver_preload(["moetrain.testing.preload"])
+def server_of(preload: str) -> forkserver.ForkServer:
+    """One whose processes have imported the module `preload` before they start."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([preload])
+    return server
+
+
+_server = server_of("moetrain.testing.preload")
 
 
 @contextmanager
-def own_server() -> Iterator[None]:
+def own_server(server: forkserver.ForkServer = _server) -> Iterator[None]:
     """Processes start from a server of our own: the one that a process has by default may serve
     others too, who want nothing imported.
     """
     starter: Any = popen_forkserver
     everyones = starter.forkserver
     ours = SimpleNamespace(
-        connect_to_new_process=_server.connect_to_new_process, read_signed=forkserver.read_signed
+        connect_to_new_process=server.connect_to_new_process, read_signed=forkserver.read_signed
     )
     starter.forkserver = ours
     try:
@@ -93,6 +99,8 @@ class Workers:
     returns their answers.
     """
 
+    starts = staticmethod(own_server)  # what is around the start of one
+
     def __init__(self) -> None:
         self.ranks: list[tuple[Any, Connection]] = []
         self._num_runs = 0
@@ -112,7 +120,7 @@ class Workers:
         while len(self.ranks) < world:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(len(self.ranks), theirs), daemon=True)
-            with own_server():
+            with self.starts():
                 process.start()
             theirs.close()  # else the end of the rank would not be heard
             self.ranks.append((process, ours))

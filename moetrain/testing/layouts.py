@@ -131,7 +131,7 @@ def differences(wanted: Found, found: Found, bound: float = 1e-6) -> list[str]:
 
 
 @contextmanager
-def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -141,7 +141,7 @@ def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _replaced(module: str, name: str, value: Any) -> Callable[[], Any]:
-    return lambda: _instead(import_module(module), name, value)
+    return lambda: instead(import_module(module), name, value)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -158,7 +158,7 @@ def _own_counts() -> Iterator[None]:
         tokens = sum(float(batch.valid.sum()) for batch in batches)
         return {name: sum(float(c[name]) for c in own) or 1.0 for name in own[0]}, tokens
 
-    with _instead(objective.Objective, "counts", counts):
+    with instead(objective.Objective, "counts", counts):
         yield
 
 
@@ -171,7 +171,7 @@ def _unreduced_keys() -> Iterator[None]:
     def gather(x: Tensor, group: Any, *, reduce_grad: bool) -> Tensor:
         return context.gather(x, group, reduce_grad=False)
 
-    with _instead(attention, "gather", gather):
+    with instead(attention, "gather", gather):
         yield
 
 
@@ -185,7 +185,7 @@ def _batched_exchange() -> Iterator[None]:
     def changed(*args: Any) -> dict[str, Any]:
         return fields(*args) | {"overlap_p2p_comm": False, "batch_p2p_comm": True}
 
-    with _instead(model, "_default_fields", changed):
+    with instead(model, "_default_fields", changed):
         yield
 
 

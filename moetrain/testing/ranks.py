@@ -184,11 +184,13 @@ def round_trip(model: str, parallel: dict[str, Any]) -> dict[str, Tensor]:
     return weights if engine.world.is_first else {}
 
 
-def mutated_logits(model: str, tokens: Sequence[int], mutation: str) -> tuple[Tensor, bool]:
+def mutated_logits(
+    model: str, tokens: Sequence[int], mutation: str, sections: dict[str, Any] | None = None
+) -> tuple[Tensor, bool]:
     """(logits [t, v], whether the round trip is bit-exact) under a wrong weight table."""
     from moetrain.testing.mutations import DENSE_MUTATIONS, MUTATIONS
 
-    engine = Engine(recipe_for(model, {}), train=False)
+    engine = Engine(recipe_for(model, {}, **(sections or {})), train=False)
     before = {name: w.clone() for name, w in engine.export()}
     wrong = copy(engine.model)
     vars(wrong)["table"] = (MUTATIONS | DENSE_MUTATIONS)[mutation](engine.model.table)

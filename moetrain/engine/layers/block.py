@@ -37,20 +37,25 @@ def choose_backend(wanted: str, device: torch.device) -> str:
     """Resolve `model.backend`: te where Transformer Engine imports on a GPU, torch elsewhere and,
     for either, on meta.
     """
-    if device.type == "meta":
+    if device.type == "meta" or wanted == "torch":
         return "torch"
-    try:
-        import transformer_engine.pytorch  # noqa: F401
+    why = "this machine has no GPU"
+    if device.type == "cuda":
+        try:
+            import transformer_engine.pytorch  # noqa: F401
 
-        has_te = device.type == "cuda"
-    except ImportError:
-        has_te = False
-    if wanted == "te" and not has_te:
+            return "te"
+        # Of its libraries, or those of CUDA, the loader says OSError and itself RuntimeError.
+        except (ImportError, OSError, RuntimeError) as error:
+            why = (
+                f"it does not import here: {str(error).splitlines()[0] if str(error) else error!r}"
+            )
+    if wanted == "te":
         raise ConfigError(
-            "model.backend=te needs a GPU and Transformer Engine. Install the 'te' extra there, "
-            "or use backend=torch."
+            f"model.backend=te needs a GPU and Transformer Engine ({why}). Install the 'te' extra"
+            " there, or use backend=torch."
         )
-    return "te" if has_te and wanted != "torch" else "torch"
+    return "torch"
 
 
 def config_fields(model: Model, backend: str) -> dict[str, Any]:
@@ -144,7 +149,7 @@ def _te_layer(layer: Layer) -> ModuleSpec:
 
 def _te_layer_apart(layer: Layer) -> ModuleSpec:
     """The same with norms outside the linear layers, whose input an adapter reads too, and with our
-    experts, whose weights are one tensor. Not yet run: it takes a GPU.
+    experts, whose weights are one tensor.
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 

@@ -14,6 +14,18 @@ from moetrain.ops.grouped import grouped_linear
 from moetrain.ops.swiglu import weighted_swiglu
 
 
+def mark(chunk: nn.Module) -> None:
+    """Send the gradients of experts through the expert data-parallel group, which is the right one
+    at every EP and ETP, and gives them an optimizer of their own.
+
+    megatron-core 0.19.2 marks Transformer Engine's only where that group is another than the dense
+    one. The checkpoint of one optimizer would not be read where there are two.
+    """
+    for name, param in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            param.allreduce = False  # type: ignore[attr-defined]
+
+
 class _GroupedWeight(nn.Module):
     """Holds one parameter `weight [e, out, in]`, named as Transformer Engine's grouped linear names
     its module.
@@ -21,11 +33,9 @@ class _GroupedWeight(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype):
         super().__init__()
-        weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()))
-        # False sends the gradient through the expert data-parallel group, which is the right one at
-        # every EP and ETP.
-        weight.allreduce = False  # type: ignore[attr-defined]
-        self.weight = weight
+        self.weight = nn.Parameter(
+            torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+        )
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [t, in] sorted by expert, ends [e] int32 where each expert's rows end -> [t, out]."""
