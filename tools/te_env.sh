@@ -46,4 +46,4 @@ nm -D --undefined-only "$own"/transformer_engine/wheel_lib/*.so |
   awk '$2 ~ /^cu[A-Z]/ {sub(/@.*/, "", $2); print "int " $2 "(void) { return 100; }"}' | sort -u >"$dir/libcuda.c"
 gcc -shared -fPIC -Wl,-soname,libcuda.so.1 -o "$dir/lib/libcuda.so.1" "$dir/libcuda.c"
 echo 'import ctypes, sys; ctypes.CDLL(sys.prefix + "/lib/libcuda.so.1", mode=ctypes.RTLD_GLOBAL)' >"$own/moetrain_libcuda.pth"
-"$dir/bin/python" -W ignore -c 'import transformer_engine.pytorch'
+"$dir/bin/python" -W ignore -c 'import torch, transformer_engine.pytorch'
