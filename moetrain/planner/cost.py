@@ -18,6 +18,9 @@ from moetrain.planner.roofline import work_of
 if TYPE_CHECKING:
     from moetrain.planner.trace import Trace
 
+# Tokens of the fullest expert-parallel rank over the mean where nobody balances: fitted on 199.1
+# TFLOP/s of Qwen3-30B-A3B beside 299.4 with forced balance (tools/bench/calibrate.py).
+NATURAL_LOAD = 2.26
 BEFORE = "log-probs"  # the phase of passes without a gradient, in methods that sample
 
 
@@ -56,6 +59,7 @@ class _Stage:
 
     compute: dict[str, float]
     exposed: dict[str, float]
+    hidden: dict[str, float]
     once: dict[str, float]  # gradients and weights of data parallelism, by group
     sent: dict[str, float]  # to the next stage
     launch: float
@@ -77,6 +81,7 @@ def step_seconds(
     num_micro: int | None = None,
     load: float = 1.0,
     fused: bool | None = None,
+    vpp: int | None = None,
 ) -> Seconds:
     """A step of `recipe` on `size` ranks.
 
@@ -86,6 +91,7 @@ def step_seconds(
         num_micro: micro-batches of a step; by default the recipe's.
         load: tokens of the fullest expert-parallel rank over the mean.
         fused: with Transformer Engine's kernels; by default where model.backend is te.
+        vpp: chunks a stage, where the traces are without.
     """
     plan = plan_mesh(recipe.parallel, size)
     m = num_micro or num_micro_batches(recipe, plan)
@@ -95,8 +101,8 @@ def step_seconds(
     # A step fills and drains the pipeline: each stage but the slowest works once while that waits,
     # on one of its vpp chunks.
     fill = sum(stage.seconds for stage in stages) - worst.seconds
-    bubble = fill / plan.vpp
-    hidden = {group: m * s for group, s in worst.sent.items()}
+    bubble = fill / (vpp or plan.vpp)
+    hidden = {group: m * s for group, s in (worst.sent | worst.hidden).items()}
     exposed = {group: m * s for group, s in worst.exposed.items()}
     room = sum(worst.compute.values()) if recipe.train.overlap else 0.0
     for group, seconds in worst.once.items():
@@ -177,12 +183,17 @@ def _stage(
     exposed = _sums()
     once = _sums()
     sent = _sums()
+    hidden = _sums()
     for kind, cost in trace.profile.collectives.items():
         if kind.phase not in ("step", BEFORE):
             continue
         seconds = seconds_of(kind, cost, plan, gpu, top_k=top_k)
         if kind.group == "EXPERT_MODEL_PARALLEL_GROUP":
             seconds *= load
+            if top_k and kind.phase != BEFORE:
+                waited = gpu.dispatch_exposed.value
+                hidden[kind.group] += (1 - waited) * seconds / num
+                seconds *= waited
         if kind.phase == BEFORE:
             before += seconds / num
         elif is_pipeline(kind):
@@ -195,12 +206,12 @@ def _stage(
     if gpu.asynchronous:
         host = launches / num * gpu.launch_us.value / 1e6
         launch = max(0.0, host - sum(compute.values()) - sum(exposed.values()))
-    return _Stage(compute, exposed, once, sent, launch, optimizer, before)
+    return _Stage(compute, exposed, hidden, once, sent, launch, optimizer, before)
 
 
 def _with_sends(stage: _Stage) -> _Stage:
     exposed = stage.exposed | stage.sent
     return _Stage(
-        *(stage.compute, exposed, stage.once, _sums()),
+        *(stage.compute, exposed, stage.hidden, stage.once, _sums()),
         *(stage.launch, stage.optimizer, stage.before),
     )

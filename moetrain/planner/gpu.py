@@ -73,6 +73,9 @@ class Gpu(Section):
         description="of nvlink_gbps that collectives reach, by their names; the first for others"
     )
     network_share: dict[str, Number]
+    dispatch_exposed: Number = Field(
+        description="share of DeepEP's and HybridEP's traffic that is waited for"
+    )
     collective_us: Number = Field(description="that a collective within a node takes at least")
     network_us: Number = Field(description="that one between nodes takes at least")
     launch_us: Number = Field(description="that the host takes for an operation")
