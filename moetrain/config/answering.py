@@ -95,6 +95,6 @@ def keys_given(overrides: Sequence[str]) -> list[str]:
         if not leaves or not isinstance(value, Mapping):
             keys += [name] if name in known else []
         else:
-            own = cast(Mapping[str, Any], value)
-            keys += [f"{name}.{leaf}" for leaf in own if leaf in leaves]
+            section = cast(Mapping[str, Any], value)
+            keys += [f"{name}.{leaf}" for leaf in section if leaf in leaves]
     return keys

@@ -46,10 +46,10 @@ class Key:
     @property
     def text(self) -> str:
         """What it means."""
-        said = self.field.description or ""
+        description = self.field.description or ""
         if any(isinstance(item, MinLen) for item in self.field.metadata):
-            return f"not empty; {said}" if said else "not empty"
-        return said
+            return f"not empty; {description}" if description else "not empty"
+        return description
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,16 @@ def group(name: str, model: type[BaseModel], owner: str = "") -> Group:
 
 def find(key: str) -> tuple[list[Key], list[Group]]:
     """(what a dotted key is, the sections that it is in or names). Raises ConfigError."""
-    found = [one for one in plain_keys() if one.name == key]
+    matches = [one for one in plain_keys() if one.name == key]
     every = list(groups())
-    there = [one for own in every for one in own.keys if one.name == key]
-    named = [own for own in every if key in (own.name, own.owner, f"{own.name}.{own.owner}")]
-    around = [own for own in every if any(one in there for one in own.keys)]
-    if found or there or named:
-        return found + there, around or named
-    known = {*Recipe.model_fields} | {one.name for own in every for one in own.keys}
+    there = [one for group in every for one in group.keys if one.name == key]
+    named = [
+        group for group in every if key in (group.name, group.owner, f"{group.name}.{group.owner}")
+    ]
+    around = [group for group in every if any(one in there for one in group.keys)]
+    if matches or there or named:
+        return matches + there, around or named
+    known = {*Recipe.model_fields} | {one.name for group in every for one in group.keys}
     leaves = sorted(one for one in known if one.rpartition(".")[2] == key.rpartition(".")[2])
     homes = f" Did you mean {' or '.join(repr(home) for home in leaves)}?" if leaves else ""
     hint = known_here(key) or homes or nearest(key, known)

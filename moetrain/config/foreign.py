@@ -234,12 +234,12 @@ def known_here(key: str, value: object = None) -> str:
     name = key.rpartition(".")[2].replace("-", "_").lower()
     if name in NOTHING:
         return f" There is none here: {NOTHING[name]}. Leave it out."
-    own = KEYS.get(name, name)
-    if own.rpartition(".")[2] != name or (name in KEYS and key.count(".") > 1 and key != own):
+    ours = KEYS.get(name, name)
+    if ours.rpartition(".")[2] != name or (name in KEYS and key.count(".") > 1 and key != ours):
         more = f" ({ADVICE[name]})" if name in ADVICE else ""
-        return f" Here it is '{own}'{more}."
+        return f" Here it is '{ours}'{more}."
     below = cast(Mapping[Any, Any], value if isinstance(value, Mapping) else {})
     for inner, one in below.items():
-        if said := known_here(f"{key}.{inner}", one):
-            return said if said.startswith(" Of ") else f" Of {key}.{inner}:{said}"
+        if hint := known_here(f"{key}.{inner}", one):
+            return hint if hint.startswith(" Of ") else f" Of {key}.{inner}:{hint}"
     return ""

@@ -48,8 +48,8 @@ class DrGrpoMethod(ClippedMethod, GroupMethod):
 
     def within(self, max_tokens: int) -> Self:
         """Divided by the longest answer."""
-        found = super().within(max_tokens)
-        return found if found.length else found.model_copy(update={"length": max_tokens})
+        settings = super().within(max_tokens)
+        return settings if settings.length else settings.model_copy(update={"length": max_tokens})
 
 
 class DapoMethod(ClippedMethod, GroupMethod):

@@ -140,8 +140,8 @@ class OnlineMethod(MethodSection):
                 f" than {longest - soft} tokens, and rollout.max_tokens={max_tokens} lets none be"
                 " so long: leave max_length out"
             )
-        found = {"max_length": longest if soft else self.max_length, "soft_length": soft}
-        return self.model_copy(update=found)
+        settings = {"max_length": longest if soft else self.max_length, "soft_length": soft}
+        return self.model_copy(update=settings)
 
     def _idle(self) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
         """(what is needed, whether it is missing, keys that do nothing then)."""

@@ -370,9 +370,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _all_is_read(self, info: ValidationInfo) -> Self:
-        found = dict(unread(self))
+        unused = dict(unread(self))
         if info.context is not None:
-            cast(dict[str, str], info.context).update(found)
-        elif found:
-            raise ValueError(leave_out(found))
+            cast(dict[str, str], info.context).update(unused)
+        elif unused:
+            raise ValueError(leave_out(unused))
         return self

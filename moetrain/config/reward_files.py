@@ -74,10 +74,10 @@ def wanted_columns(reward: RewardConfig) -> tuple[str, ...]:
 def _signature(body: Sequence[ast.stmt], function: str) -> Signature | None:
     """Of a function that stands there as such; None for any other, and for one that is wrapped."""
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [node for node in body if isinstance(node, functions) and node.name == function]
-    if len(found) != 1 or found[0].decorator_list:
+    definitions = [node for node in body if isinstance(node, functions) and node.name == function]
+    if len(definitions) != 1 or definitions[0].decorator_list:
         return None
-    args = found[0].args
+    args = definitions[0].args
     named = [*args.posonlyargs, *args.args]
     required = [arg.arg for arg in named[: len(named) - len(args.defaults)]]
     pairs = zip(args.kwonlyargs, args.kw_defaults, strict=True)

@@ -58,8 +58,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         node = super().compose_scalar_node(anchor)
-        if found := _UNUSABLE.search(node.value):
-            problem = f"a text holds {found[0]!a}, which no path or text can have"
+        if unusable := _UNUSABLE.search(node.value):
+            problem = f"a text holds {unusable[0]!a}, which no path or text can have"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
             raise _too("a number is too long", MAX_DIGITS, "digits", node.start_mark)

@@ -72,8 +72,8 @@ class Checkpoints:
         """The newest published checkpoint. A half-written one has another name and is never seen
         here.
         """
-        found = self.all()
-        return found[-1] if found else None
+        folders = self.all()
+        return folders[-1] if folders else None
 
     def best(self) -> Path | None:
         """The checkpoint with the best held-out metric so far."""
@@ -213,9 +213,9 @@ class Checkpoints:
         Raises CheckpointError when there are checkpoints and none is whole.
         """
         warnings: list[str] = []
-        found = self.all()
+        folders = self.all()
         engine.world.barrier()  # no rank renames one before all have looked
-        for path in reversed(found):
+        for path in reversed(folders):
             problem = damage(path, engine.world)
             if not problem:
                 return engine.restore(path, reference), warnings
@@ -223,7 +223,7 @@ class Checkpoints:
             if engine.world.is_first:
                 with contextlib.suppress(OSError):  # of another name, it is not in the way
                     os.rename(path, path.with_name(f"damaged_{path.name}"))
-        if found:
+        if folders:
             raise CheckpointError(
                 f"{warnings[-1].partition(';')[0]}, and no checkpoint before it is whole. Start a"
                 " new run_dir."

@@ -181,15 +181,15 @@ class Engine:
         if recipe.router.balance == "global":
             with self.monitor.counted(self.world), gathered(self.wrapped):
                 self.run.unscored(batches)
-        kept = self.run(batches, objective.head(counts, known), forward_only=False)
+        outputs = self.run(batches, objective.head(counts, known), forward_only=False)
         self.run.salt = ()
-        totals = objective.totals(kept)
+        totals = objective.totals(outputs)
         step = self.steps_done + 1
         self.optimizer.prepare_grads()
         grad_norm = 0.0
         if self.world.kind != "meta":
             grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
-        objective.check(step, totals["loss"], grad_norm, kept, batches)
+        objective.check(step, totals["loss"], grad_norm, outputs, batches)
         lr = set_rates(self.optimizer, step, recipe.optim, num_steps or recipe.train.steps or 0)
         clip_and_step(self.optimizer, grad_norm, recipe.optim.clip_grad)
         self.steps_done = step
@@ -250,15 +250,15 @@ class Engine:
         def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
             return out.logp.sum(), {"given": torch.stack([vars(out)[name] for name in names])}
 
-        kept = self._forward_only(batches, head)
+        results = self._forward_only(batches, head)
         shape = (len(batches), len(names), batches[0].num_tokens)
         table = torch.zeros(shape, device=self.world.device)
-        if kept:
-            table = torch.stack([row["given"] for row in kept])
-        found = self.world.from_last_stage(table).cpu()
+        if results:
+            table = torch.stack([row["given"] for row in results])
+        rows = self.world.from_last_stage(table).cpu()
         return [
             Out(**dict(zip(names, own, strict=True)))
-            for own in (found[i, :, : pack.num_tokens] for i, pack in enumerate(packs))
+            for own in (rows[i, :, : pack.num_tokens] for i, pack in enumerate(packs))
         ]
 
     def snapshot(self) -> Weights:
@@ -362,11 +362,11 @@ class Engine:
         reference: Weights | None = None,
     ) -> checkpoint.Saving:
         """As `save`, a snapshot beside it, up to a copy in host memory; `finish` does the rest."""
-        kept = self.optimizer if optimizer else None
+        optimizer_state = self.optimizer if optimizer else None
         with gathered(self.wrapped):
             state = state | {"steps_done": self.steps_done, "carried": self.carried}
-            own, aside = contents(self.chunks, self.model, self.adapters, self.world, reference)
-            saving = checkpoint.Saving(folder, own, kept, state, self.world, aside)
+            tensors, aside = contents(self.chunks, self.model, self.adapters, self.world, reference)
+            saving = checkpoint.Saving(folder, tensors, optimizer_state, state, self.world, aside)
         if self.world.is_first:
             self.source.describe(folder, self.recipe, self.side_files)
         return saving
@@ -375,8 +375,8 @@ class Engine:
         """Read what `save` wrote, at this layout or another, and into a snapshot what was saved of
         it; returns its `state`.
         """
-        own, aside = contents(self.chunks, self.model, self.adapters, self.world, reference)
-        loaded, state = checkpoint.restore(folder, own, self.optimizer, self.world, aside)
+        tensors, aside = contents(self.chunks, self.model, self.adapters, self.world, reference)
+        loaded, state = checkpoint.restore(folder, tensors, self.optimizer, self.world, aside)
         fill(self.chunks, loaded, reference)
         if self.optimizer is not None:
             checkpoint.restore_optimizer(self.optimizer, loaded)

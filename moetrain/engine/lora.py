@@ -250,11 +250,11 @@ def _add(module: Any, args: Any, output: Any) -> Any:
     if isinstance(lora, Lora) and lora.magnitude is not None:
         factor = lora.stretch(module.weight).to(total.dtype)
         total = total * factor
-        own = (
+        product = (
             None if bias is not None else module.bias
         )  # in the output already, and not to be stretched; TE has an empty one
-        if own is not None and own.numel():
-            total = total + own * (1 - factor)
+        if product is not None and product.numel():
+            total = total + product * (1 - factor)
     return (total, bias) if is_pair else total
 
 

@@ -16,12 +16,12 @@ def write(folder: Path, known: Files) -> None:
     """Complete `known` with the files of `folder` that it lacks, and write the manifest. Raises
     OSError where what the checkpoint's own index names is not there in full.
     """
-    found = manifest.complete(folder, known)
+    content = manifest.complete(folder, known)
     for part in index_of(folder).storage_data.values():
-        one = found.get(part.relative_path)
+        one = content.get(part.relative_path)
         if one is None or one.size < part.offset + part.length:
             raise OSError(f"{part.relative_path} has fewer bytes than were written")
-    manifest.write(folder, found)
+    manifest.write(folder, content)
 
 
 def damage(folder: Path, world: World) -> str:
@@ -39,13 +39,13 @@ def damage_of_share(folder: Path, rank: int, num_ranks: int) -> str:
     ValueError where state.json cannot be read.
     """
     try:
-        found = Manifest.of(folder)
-        if found is None:
+        written = Manifest.of(folder)
+        if written is None:
             # Checkpoints of earlier versions have none, nor a format.
             state = json.loads((folder / "state.json").read_text())
             return f"no {NAME}" if "format" in state else ""
-        for name in sorted(found.files)[rank::num_ranks]:
-            found.check(folder / name)
+        for name in sorted(written.files)[rank::num_ranks]:
+            written.check(folder / name)
     except MoetrainError as error:
         return str(error).partition(". Copy")[0].removeprefix(f"{folder}/")
     return ""

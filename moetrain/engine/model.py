@@ -216,8 +216,8 @@ class PackedGPT(GPTModel):
         A last stage's own copy of tied embeddings is asked for by a call too: its parameter gather
         is waited for nowhere else.
         """
-        own = self.output_layer()
-        return self.shared_embedding_or_output_weight() if own is None else own
+        weight = self.output_layer()
+        return self.shared_embedding_or_output_weight() if weight is None else weight
 
 
 def build(

@@ -228,16 +228,16 @@ def _blocks(part: Any, matrices: Mapping[Tensor, list[Local]]) -> Iterator[Block
         for param, (start_at, _, bucket_id) in buffer.param_index_map.items():
             bucket = buffer.buckets[bucket_id]
             share = bucket.grad_data.numel() // num_ranks
-            own = buckets[bucket_id]["param_map"].get(param)
+            place = buckets[bucket_id]["param_map"].get(param)
             main = None
-            if own is not None:
+            if place is not None:
                 group, order = part.model_param_group_index_map[param]
                 main = part.optimizer.param_groups[group]["params"][order]
             for local in matrices.get(param, []):
                 first, last = (
                     (start_at - bucket.offset + at) // share for at in (local.start, local.stop - 1)
                 )
-                yield _block(local, main, own, is_cut=first != last)
+                yield _block(local, main, place, is_cut=first != last)
 
 
 def _block(local: Local, main: Tensor | None, own: Any, *, is_cut: bool) -> Block:

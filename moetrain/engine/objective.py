@@ -45,17 +45,17 @@ class Objective:
         anything is computed. A term without anything to count is divided by 1. Where sequences
         are there to estimate from alone, a batch may hold nothing else.
         """
-        own = [self.method.count(batch, self.cfg) for batch in batches]
-        names = sorted(own[0])
-        sums = [sum(float(counts[name]) for counts in own) for name in names]
+        batch_counts = [self.method.count(batch, self.cfg) for batch in batches]
+        names = sorted(batch_counts[0])
+        sums = [sum(float(counts[name]) for counts in batch_counts) for name in names]
         sums.append(sum(float(batch.valid.sum()) for batch in batches))
         table = torch.tensor(sums, dtype=torch.float64)
-        *found, tokens = numbers(self.world.sum(table, self.world.dp_group))
-        if not any(found) and self.method.estimate is None:
+        *totals, tokens = numbers(self.world.sum(table, self.world.dp_group))
+        if not any(totals) and self.method.estimate is None:
             raise DataError(
                 "A global batch has nothing to learn from. Check the loss mask and data.seq_len."
             )
-        return {name: count or 1.0 for name, count in zip(names, found, strict=True)}, tokens
+        return {name: count or 1.0 for name, count in zip(names, totals, strict=True)}, tokens
 
     def head(self, counts: dict[str, float], known: Known) -> Any:
         """A micro-batch's outputs -> (its share of the global loss, sums to report)."""
@@ -64,8 +64,8 @@ class Objective:
             terms, metrics = self.method.loss(out, pack, self.cfg, known)
             assert terms.keys() == counts.keys(), f"{self.method.name}: terms and counts differ"
             loss = torch.stack([terms[name] / counts[name] for name in sorted(terms)]).sum()
-            kept = {name: (total.detach(), n) for name, (total, n) in metrics.items()}
-            return loss, {"loss": loss.detach(), "metrics": kept, "ids": pack.ids}
+            sums = {name: (total.detach(), n) for name, (total, n) in metrics.items()}
+            return loss, {"loss": loss.detach(), "metrics": sums, "ids": pack.ids}
 
         return head
 

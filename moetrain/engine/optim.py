@@ -199,13 +199,13 @@ def _overrides(rates: Mapping[Tensor, Rate]) -> dict[ParamKey, Any]:
     """What Megatron tells groups apart by."""
     result: dict[ParamKey, Any] = {}
     for number, rate in enumerate(sorted(set(rates.values()), key=repr)):
-        own = {id(param) for param, other in rates.items() if other == rate}
+        params = {id(param) for param, other in rates.items() if other == rate}
         fields: dict[str, Any] = {"max_lr": rate.lr, "min_lr": rate.min_lr}
         if rate.weight_decay is not None:
             fields["start_wd"] = rate.weight_decay
         if rate.optimizer is not None:
             fields["stepped_by"] = rate.optimizer
-        is_own = partial(_is_in, own)
+        is_own = partial(_is_in, params)
         result[ParamKey(predicate=ParamPredicate(name=f"rate{number}", fn=is_own))] = fields
     return result
 
@@ -262,8 +262,8 @@ def sharded_state(
     with _counted(optimizer, step), muon.second_moments(_parts(optimizer)):
         state = optimizer.sharded_state_dict(content, is_loading=loading, metadata=metadata)
     parts = _parts(optimizer)
-    for part, own in zip(parts, [state] if len(parts) == 1 else state.values(), strict=True):
-        muon.leave_out_second_moments(part, own["param_state"])
+    for part, part_state in zip(parts, [state] if len(parts) == 1 else state.values(), strict=True):
+        muon.leave_out_second_moments(part, part_state["param_state"])
     return state
 
 

@@ -63,11 +63,11 @@ class CheckedReader(FileSystemReader):
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        found = index_of(Path(self.path))
-        if found.storage_meta is None:
-            found.storage_meta = StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
+        index = index_of(Path(self.path))
+        if index.storage_meta is None:
+            index.storage_meta = StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
 
     def read_data(self, plan: Any, planner: Any) -> Any:
         folder = Path(self.path)
@@ -91,11 +91,11 @@ def install() -> None:
         # Upstream unpickles here, which runs what the bytes say (torch 2.13).
         # A host optimizer's state names its class (Megatron's HybridDeviceOptimizer).
         with torch.serialization.safe_globals([torch.optim.AdamW]):
-            name, found = read_item.dest_index.fqn, torch.load(value, weights_only=True)
+            name, content = read_item.dest_index.fqn, torch.load(value, weights_only=True)
         if self.flatten_state_dict:
-            set_element(self.original_state_dict, self.mappings[name], found)
+            set_element(self.original_state_dict, self.mappings[name], content)
         else:
-            self.state_dict[name] = found
+            self.state_dict[name] = content
 
     any_planner: Any = DefaultLoadPlanner
     any_planner.load_bytes = load_bytes

@@ -36,17 +36,17 @@ def read(content: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
 
 
 def _check_common(folder: Path) -> None:
-    found = Manifest.of(folder)
+    written = Manifest.of(folder)
     index = index_of(folder)
-    if found is None:
+    if written is None:
         say_unchecked(folder)
         return
-    found.all_there()
+    written.all_there()
     manifest.check(folder, COMMON)
     for place, part in index.storage_data.items():
         if place.fqn == COMMON_KEY:
             path = folder / part.relative_path
-            found.check(path, part.offset, part.offset + part.length)
+            written.check(path, part.offset, part.offset + part.length)
 
 
 def _describe(folder: Path, error: BaseException) -> MoetrainError:

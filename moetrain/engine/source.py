@@ -122,12 +122,12 @@ def find_source(model: ModelConfig, scalar_head: bool = False) -> ModelSource:
 
     Raises ConfigError, DataError or DamageError naming what is missing.
     """
-    found = find_model(model)
-    folder = found.folder
+    model_source = find_model(model)
+    folder = model_source.folder
     if folder is None and model.path is not None:
         folder = assets.resolve(model.path)
     tokenizer = locate(model.tokenizer) if model.tokenizer else folder
-    hf = with_scalar_head(found.hf) if scalar_head else found.hf
-    if found.is_megatron:
+    hf = with_scalar_head(model_source.hf) if scalar_head else model_source.hf
+    if model_source.is_megatron:
         return ModelSource(dict(hf), None, folder, tokenizer)
     return ModelSource(dict(hf), folder, None, tokenizer)

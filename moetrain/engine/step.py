@@ -140,10 +140,11 @@ class Runner:
         device = self.world.device
         whole = self._mine(torch.arange(on_host.num_tokens))[places]
         drawn = drawn_of(on_host, whole)
-        own = on_host.extras.get("temperature")
-        if own is None or bool(((own == 1) | (own == 0)).all()):  # 0: nothing of it is scored
+        temperatures = on_host.extras.get("temperature")
+        # 0: nothing of it is scored.
+        if temperatures is None or bool(((temperatures == 1) | (temperatures == 0)).all()):
             return Scored(places.to(device), 1.0, drawn and drawn.to(device))
-        temperature = own[on_host.sequence_ids[whole]].to(device)
+        temperature = temperatures[on_host.sequence_ids[whole]].to(device)
         return Scored(places.to(device), temperature, drawn and drawn.to(device))
 
     def _finish(
@@ -157,8 +158,8 @@ class Runner:
             out = self._value(gpt, hidden)
         else:
             out = self._logp(gpt, hidden, pack, scored)
-        loss, kept = head(out, pack)
-        return loss, torch.ones((), dtype=torch.int, device=loss.device), kept
+        loss, outputs = head(out, pack)
+        return loss, torch.ones((), dtype=torch.int, device=loss.device), outputs
 
     def _value(self, gpt: PackedGPT, hidden: Tensor) -> Out:
         """What a scalar head says at every token; there are no log-probs then."""

@@ -129,17 +129,17 @@ class World:
         """Every rank's value, on every rank. Collective."""
         if self.size == 1 or self.kind == "meta":
             return [value] * self.size
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     def to_first(self, value: T) -> list[T] | None:
         """Every rank's value on the first rank, None on others. Collective."""
         if self.size == 1 or self.kind == "meta":
             return [value] * self.size
-        found: list[Any] | None = [None] * self.size if self.is_first else None
-        dist.gather_object(value, found)
-        return found
+        gathered: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, gathered)
+        return gathered
 
     def share(self, value: T, source: int = 0) -> T:
         """What rank `source` gives, on every rank. Collective."""
@@ -155,16 +155,16 @@ class World:
         """What `do` gives on the first rank, which alone does it; its MoetrainError on every rank.
         Collective.
         """
-        problem, found = None, None
+        problem, result = None, None
         if self.is_first or self.kind == "meta":
             try:
-                found = do()
+                result = do()
             except MoetrainError as error:
                 problem = error
-        problem, found = self.share((problem, found))
+        problem, result = self.share((problem, result))
         if problem is not None:
             raise problem
-        return found  # type: ignore[return-value]
+        return result  # type: ignore[return-value]
 
     def first_slowly(self, do: Callable[[], T]) -> T:
         """As `first`, for what takes minutes and is no collective itself: the other ranks wait in
@@ -184,9 +184,9 @@ class World:
 
     def agree(self, problem: MoetrainError | None) -> None:
         """Raise the first rank's problem on every rank, where any has one. Collective."""
-        for found in self.gather(problem):
-            if found is not None:
-                raise found
+        for each in self.gather(problem):
+            if each is not None:
+                raise each
 
     def together(
         self,
@@ -220,8 +220,8 @@ def join(*, far: bool = False) -> tuple[Kind, torch.device]:
     """Join the process group that RANK and WORLD_SIZE name, one process without them; far: of
     `meeting.join`.
     """
-    own = device.prepare()
-    kind: Kind = "nccl" if own.type == "cuda" else "gloo"
+    device_here = device.prepare()
+    kind: Kind = "nccl" if device_here.type == "cuda" else "gloo"
     if not dist.is_initialized():
         minutes = float(os.environ.get("MOETRAIN_TIMEOUT_MINUTES", 10))
         meeting.join(
@@ -229,10 +229,10 @@ def join(*, far: bool = False) -> tuple[Kind, torch.device]:
             int(os.environ.get("RANK", 0)),
             int(os.environ.get("WORLD_SIZE", 1)),
             datetime.timedelta(minutes=minutes),
-            own if kind == "nccl" else None,
+            device_here if kind == "nccl" else None,
             far=far,
         )
-    return kind, own
+    return kind, device_here
 
 
 def leave() -> None:
@@ -256,8 +256,8 @@ def meta_world(
     `stands_for`. What it changes in torch and Megatron stays changed: a process that has opened one
     trains nothing afterwards.
     """
-    own = compat_meta.install(rank, size, stands_for)
-    return _with_groups("meta", own, parallel, 0)
+    meta_device = compat_meta.install(rank, size, stands_for)
+    return _with_groups("meta", meta_device, parallel, 0)
 
 
 def _with_groups(kind: Kind, own: torch.device, parallel: ParallelConfig, seed: int) -> World:

@@ -44,21 +44,21 @@ def activation_bytes(model: Model, plan: MeshPlan, recipe: Recipe) -> list[int]:
         parallel.last_stage_layers,
     )
     is_whole = train.recompute != "full"
-    kept = round(shares.width * model.hidden / shares.sequence)
+    per_token = round(shares.width * model.hidden / shares.sequence)
     of_layers = [round(layer.activations(shares)) for layer in model.layers]
-    found: list[int] = []
-    for stage, own in enumerate(chunks):
+    totals: list[int] = []
+    for stage, layers in enumerate(chunks):
         ahead = plan.pp - stage - 1
         in_flight = ahead + 1 if plan.vpp == 1 else 2 * ahead + (plan.vpp - 1) * plan.pp + 1
         in_flight = min(in_flight, num * plan.vpp)
-        sizes = [[of_layers[layer] for layer in chunk] for chunk in own]
+        sizes = [[of_layers[layer] for layer in chunk] for chunk in layers]
         largest = max(size for chunk in sizes for size in chunk)
-        held = max(sum(chunk) if is_whole else kept * len(chunk) for chunk in sizes)
+        held = max(sum(chunk) if is_whole else per_token * len(chunk) for chunk in sizes)
         head = 0
         if stage in (0, plan.pp - 1):
             head = round(tokens * model.heads.activations(shares))
         if stage == plan.pp - 1:
             rows = 1 if model.heads.scalar else -(-model.heads.vocab // plan.tp)
             head += 3 * 4 * min(tokens, CHUNK) * rows
-        found.append(tokens * (held * in_flight + largest * (1 if is_whole else 2)) + head)
-    return found
+        totals.append(tokens * (held * in_flight + largest * (1 if is_whole else 2)) + head)
+    return totals

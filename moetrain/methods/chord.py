@@ -48,8 +48,8 @@ def loss(out: Out, batch: Packed, cfg: ChordMethod, known: Known) -> tuple[Terms
 
 def count(batch: Packed, cfg: ChordMethod) -> Terms:
     """Answers, and tokens of demonstrations."""
-    own = counts_of(batch, cfg, BY_ANSWER)
-    return own | {"demonstrations": demonstration_mask(batch).sum()}
+    counts = counts_of(batch, cfg, BY_ANSWER)
+    return counts | {"demonstrations": demonstration_mask(batch).sum()}
 
 
 def demonstration_mask(batch: Packed) -> Tensor:

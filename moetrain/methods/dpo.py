@@ -94,8 +94,8 @@ def carried(known: Known, seen: Mapping[str, float], cfg: DpoMethod) -> dict[str
     if "bco_pair" not in cfg.weights or cfg.reward_shift == "none":
         return {}
     steps = known.get(STEPS, 0.0)
-    own = (seen["rewards/chosen"] + seen["rewards/rejected"]) / 2
-    return {SHIFT: (known.get(SHIFT, 0.0) * steps + own) / (steps + 1), STEPS: steps + 1}
+    mean_reward = (seen["rewards/chosen"] + seen["rewards/rejected"]) / 2
+    return {SHIFT: (known.get(SHIFT, 0.0) * steps + mean_reward) / (steps + 1), STEPS: steps + 1}
 
 
 def also_needs(cfg: DpoMethod) -> frozenset[str]:

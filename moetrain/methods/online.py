@@ -51,8 +51,8 @@ def centred(rewards: Tensor, group: Tensor, cfg: object) -> Tensor:
     """r - mean of its group (Dr. GRPO, arXiv 2503.20783, section 3.1); exactly 0 without signal,
     where what rounding leaves would be divided by a deviation of nothing else.
     """
-    own = rewards - group_mean(rewards, group)
-    return own.masked_fill(without_signal(rewards, group, cfg), 0.0).to(rewards.dtype)
+    centred_rewards = rewards - group_mean(rewards, group)
+    return centred_rewards.masked_fill(without_signal(rewards, group, cfg), 0.0).to(rewards.dtype)
 
 
 def overlong(lengths: Tensor, max_length: int, soft_length: int) -> Tensor:
@@ -105,11 +105,11 @@ def tokens_of(out: Out, batch: Packed, cfg: OnlineMethod, level: Level = "token"
     """Ratios to the policy before the batch's first update (PPO, arXiv 1707.06347, eq. 6)."""
     mask = answer_mask(batch)
     gap = (out.logp - batch.per_token["old_logp"]) * mask
-    own = torch.exp(gap)
+    ratio = torch.exp(gap)
     return Tokens(
         mask=mask,
-        own_ratio=own,
-        ratio=own if level == "token" else whole_ratio(gap, batch, mask, level),
+        own_ratio=ratio,
+        ratio=ratio if level == "token" else whole_ratio(gap, batch, mask, level),
         advantage=batch.per_token["advantage"] * mask,
         weight=correction(batch, cfg, mask),
     )
@@ -255,7 +255,7 @@ def online_metrics(out: Out, batch: Packed, cfg: OnlineMethod, own: Tokens) -> M
     num = own.num
     weight = own.weight.detach()
     drift = torch.expm1(-gap) + gap
-    found: Metrics = {
+    metrics: Metrics = {
         "mismatch/kl": ((drift * own.mask).sum(), num),  # KL(sampler || trainer)
         "mismatch/abs": (gap.abs().sum(), num),
         "mismatch/weight": (weight.sum(), num),
@@ -263,12 +263,12 @@ def online_metrics(out: Out, batch: Packed, cfg: OnlineMethod, own: Tokens) -> M
     }
     if cfg.bounds is not None:
         low, high = cfg.bounds
-        found["clip/low"] = (((own.ratio < low) & (own.advantage < 0)) * own.mask).sum(), num
-        found["clip/high"] = (((own.ratio > high) & (own.advantage > 0)) * own.mask).sum(), num
+        metrics["clip/low"] = (((own.ratio < low) & (own.advantage < 0)) * own.mask).sum(), num
+        metrics["clip/high"] = (((own.ratio > high) & (own.advantage > 0)) * own.mask).sum(), num
     if out.entropy is not None:
-        found["entropy"] = ((out.entropy.detach() * own.mask).sum(), num)
+        metrics["entropy"] = ((out.entropy.detach() * own.mask).sum(), num)
     reference = batch.per_token.get("ref_logp")
     if reference is not None:
         total = (divergence(out.logp.detach(), reference, "k3") * own.mask).sum()
-        found["kl"] = total, (batch.extras["role"] == ANSWER).sum().float()
-    return found
+        metrics["kl"] = total, (batch.extras["role"] == ANSWER).sum().float()
+    return metrics

@@ -71,8 +71,8 @@ def certainty(out: Out, batch: Packed, role: int) -> Tensor:
     of which is what the policy's own tokens have in the mean (WPO, arXiv 2406.11827, eq. 2).
     """
     assert out.log_squares is not None, "the head was not asked for squares"
-    own = answers(Out(logp=(out.logp - out.log_squares).detach()), batch, role)
-    return own.mean.exp()
+    scored = answers(Out(logp=(out.logp - out.log_squares).detach()), batch, role)
+    return scored.mean.exp()
 
 
 def num_of(batch: Packed, *roles: int) -> Tensor:
@@ -105,18 +105,18 @@ def answer_metrics(out: Out, batch: Packed, chosen: Answers, rejected: Answers) 
     """Log-probs and lengths of both answers, entropy over their tokens, and with a reference `kl`
     in nats an answer: how far the policy is from it, `distance` over both answers.
     """
-    found: Metrics = {
+    metrics: Metrics = {
         "logps/chosen": total(chosen.logp),
         "logps/rejected": total(rejected.logp),
         "lengths/chosen": total(chosen.lengths),
         "lengths/rejected": total(rejected.lengths),
     }
     if out.entropy is not None:
-        found["entropy"] = ((out.entropy * batch.loss_mask).sum(), batch.loss_mask.sum())
+        metrics["entropy"] = ((out.entropy * batch.loss_mask).sum(), batch.loss_mask.sum())
     if chosen.ref_logp is not None:
         far = torch.cat([distance(chosen), distance(rejected)])
-        found["kl"] = total(far.detach())
-    return found
+        metrics["kl"] = total(far.detach())
+    return metrics
 
 
 def distance(own: Answers) -> Tensor:

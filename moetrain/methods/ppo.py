@@ -100,8 +100,8 @@ def targets(batch: Packed, cfg: PpoMethod) -> dict[str, Tensor]:
     values = batch.per_token["old_value"]
     goes_on = torch.cat([whole[1:] == whole[:-1], whole.new_zeros(1).bool()])
     beyond = torch.where(goes_on, values.roll(-1), 0.0)[keep]
-    found = gae(rewards, values[keep], ends, cfg.gamma, cfg.lam, beyond)
-    advantage, returns = (own.new_zeros(keep.shape).masked_scatter(keep, own) for own in found)
+    estimates = gae(rewards, values[keep], ends, cfg.gamma, cfg.lam, beyond)
+    advantage, returns = (one.new_zeros(keep.shape).masked_scatter(keep, one) for one in estimates)
     return {"advantage": advantage, "return": returns}
 
 
@@ -113,17 +113,19 @@ def whiten(cfg: PpoMethod) -> bool:
 def loss(out: Out, batch: Packed, cfg: PpoMethod, known: Known) -> tuple[Terms, Metrics]:
     """Each token counts the same."""
     assert out.value is not None
-    own = tokens_of(out, batch, cfg)
-    policy = own.weight * clipped(own.ratio, own.advantage, cfg) * learned(batch, own.mask)
+    tokens = tokens_of(out, batch, cfg)
+    policy = (
+        tokens.weight * clipped(tokens.ratio, tokens.advantage, cfg) * learned(batch, tokens.mask)
+    )
     old, aim = batch.per_token["old_value"], batch.per_token["return"]
     near = old + (out.value - old).clamp(-cfg.value_clip, cfg.value_clip)
-    errors = 0.5 * torch.maximum((out.value - aim).square(), (near - aim).square()) * own.mask
-    metrics = online_metrics(out, batch, cfg, own) | {
-        "value/loss": (errors.detach().sum(), own.num),
-        "value/mean": ((out.value.detach() * own.mask).sum(), own.num),
+    errors = 0.5 * torch.maximum((out.value - aim).square(), (near - aim).square()) * tokens.mask
+    metrics = online_metrics(out, batch, cfg, tokens) | {
+        "value/loss": (errors.detach().sum(), tokens.num),
+        "value/mean": ((out.value.detach() * tokens.mask).sum(), tokens.num),
     }
     terms = {"loss": policy.sum(), "value": cfg.value_weight * errors.sum()}
-    return terms | entropy_bonus(out, batch, cfg, own), metrics
+    return terms | entropy_bonus(out, batch, cfg, tokens), metrics
 
 
 def count(batch: Packed, cfg: PpoMethod) -> Terms:

@@ -18,18 +18,18 @@ def with_rewards(carried: Carried, rewards: Tensor) -> dict[str, float]:
     """The number, mean and sum of squared distances from the mean with these rewards [n] among them
     (Chan, Golub and LeVeque 1983, eq. 2.1).
     """
-    own = rewards.double()
-    if not len(own):
+    exact = rewards.double()
+    if not len(exact):
         return dict(carried)
     num, mean, squares = (carried.get(name, 0.0) for name in (NUM, MEAN, SQUARES))
-    total = num + len(own)
-    apart = float(own.mean()) - mean
-    spread = float((own - own.mean()).square().sum())
+    total = num + len(exact)
+    apart = float(exact.mean()) - mean
+    spread = float((exact - exact.mean()).square().sum())
     return {
         **carried,
         NUM: total,
-        MEAN: mean + apart * len(own) / total,
-        SQUARES: squares + spread + apart**2 * num * len(own) / total,
+        MEAN: mean + apart * len(exact) / total,
+        SQUARES: squares + spread + apart**2 * num * len(exact) / total,
     }
 
 

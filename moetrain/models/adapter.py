@@ -155,7 +155,7 @@ def adapter_table(model: Model, spec: AdapterSpec, *, loaded: bool = False) -> A
     layer; a rank larger than a matrix; DoRA where PEFT has none.
     """
     every = [(rule, _matrices(rule)) for rule in model.table.values()]
-    chosen = _targeted([matrix for _, found in every for matrix in found], spec.target)
+    chosen = _targeted([matrix for _, matrices in every for matrix in matrices], spec.target)
     for matrix in chosen.values():
         if not loaded:
             _check_rank(matrix, spec)
@@ -164,11 +164,11 @@ def adapter_table(model: Model, spec: AdapterSpec, *, loaded: bool = False) -> A
     rules: dict[str, Rule] = {}
     base: dict[str, Rule] = {}
     places: dict[str, Place] = {}
-    for rule, found in every:
-        if not any(matrix.name in chosen for matrix in found):
+    for rule, matrices in every:
+        if not any(matrix.name in chosen for matrix in matrices):
             continue
         for tensors, sharding in _shardings(rule, spec).items():
-            own = _places(found, tensors, spec.rank, chosen)
+            own = _places(matrices, tensors, spec.rank, chosen)
             name = adapter_name(rule.name, tensors)
             saved = f"{rule.module}.{tensors}"
             rules[name] = Rule(name, tuple(own), sharding, rule.layer, rule.expert, saved=saved)
@@ -274,10 +274,10 @@ def _targeted(matrices: list[Matrix], target: tuple[str, ...]) -> dict[str, Matr
         modules.setdefault(matrix.module, []).append(matrix)
     for pattern in target:  # whole names, of which a loaded adapter has hundreds, are looked up
         candidates = modules.get(pattern, matrices)
-        found = {key for matrix in candidates for key in _matched(matrix, pattern)}
-        if not found:
+        targeted = {key for matrix in candidates for key in _matched(matrix, pattern)}
+        if not targeted:
             raise nothing_matches("adapter.target", pattern, modules)
-        keys |= found
+        keys |= targeted
     chosen: dict[str, Matrix] = {}
     for matrix in matrices:
         missing = [key for key in matrix.weights if key not in keys]

@@ -57,10 +57,10 @@ def selected(
     every = [one for several in names.values() for one in several]
     for pattern in patterns:
         match = matcher(pattern)
-        found = [one for one in every if match(one) or match(one.removesuffix(".weight"))]
-        if not found:
+        matches = [one for one in every if match(one) or match(one.removesuffix(".weight"))]
+        if not matches:
             raise nothing_matches(key, pattern, (one.removesuffix(".weight") for one in every))
-        chosen.update(found)
+        chosen.update(matches)
     held: dict[str, list[str]] = {}  # one tensor here -> canonical names
     for name in names:
         held.setdefault(_EXPERT.sub("", name), []).append(name)

@@ -55,28 +55,28 @@ def plain_config(hf: HfConfig) -> dict[str, object]:
 
 def _compressed(config: Mapping[str, object]) -> Quantisation:
     groups = config.get("config_groups")
-    found: set[Quantisation] = set()
+    kinds: set[Quantisation] = set()
     for group in cast(dict[str, object], groups).values() if isinstance(groups, dict) else ():
         weights = cast(dict[str, object], group).get("weights") if isinstance(group, dict) else None
-        said = cast(dict[str, object], weights) if isinstance(weights, dict) else {}
-        is_fp8 = said.get("type") == "float" and said.get("num_bits") == 8
-        if not is_fp8 or said.get("symmetric") is False:
+        settings = cast(dict[str, object], weights) if isinstance(weights, dict) else {}
+        is_fp8 = settings.get("type") == "float" and settings.get("num_bits") == 8
+        if not is_fp8 or settings.get("symmetric") is False:
             raise _refused(config)
-        if said.get("strategy") == "block":
-            found.add(_blocks(said.get("block_structure"), "_scale", config))
-        elif said.get("strategy") in ("tensor", "channel"):
-            found.add(Quantisation("FP8 by tensors or rows", "_scale"))
+        if settings.get("strategy") == "block":
+            kinds.add(_blocks(settings.get("block_structure"), "_scale", config))
+        elif settings.get("strategy") in ("tensor", "channel"):
+            kinds.add(Quantisation("FP8 by tensors or rows", "_scale"))
         else:
             raise _refused(config)
-    if len(found) != 1 or config.get("quantization_status", "compressed") != "compressed":
+    if len(kinds) != 1 or config.get("quantization_status", "compressed") != "compressed":
         raise _refused(config)
-    return found.pop()
+    return kinds.pop()
 
 
 def _modelopt(config: Mapping[str, object]) -> Quantisation:
     inner = config.get("quantization", config)  # as older versions have it
-    said = cast(dict[str, object], inner) if isinstance(inner, dict) else {}
-    algorithm = str(said.get("quant_algo")).upper()
+    settings = cast(dict[str, object], inner) if isinstance(inner, dict) else {}
+    algorithm = str(settings.get("quant_algo")).upper()
     if algorithm in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
         return Quantisation("FP8 by tensors or rows", "_scale")
     if algorithm in ("FP8_PB_WO", "FP8_BLOCK_SCALES"):
@@ -96,9 +96,9 @@ def _blocks(size: object, suffix: str, config: Mapping[str, object]) -> Quantisa
 
 
 def _refused(config: object) -> ConfigError:
-    said = json.dumps(config, default=repr)
-    said = said if len(said) <= 200 else said[:200] + "..."
+    shown = json.dumps(config, default=repr)
+    shown = shown if len(shown) <= 200 else shown[:200] + "..."
     return ConfigError(
-        f"model config: {KEY} = {said} is not read here; allowed: {READ}. Take the checkpoint that"
+        f"model config: {KEY} = {shown} is not read here; allowed: {READ}. Take the checkpoint that"
         f" it was made from."
     )

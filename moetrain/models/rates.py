@@ -87,14 +87,14 @@ def _names(
 
 def _check_effect(recipe: Recipe, trained: Mapping[str, Rule], group_of: Mapping[str, int]) -> None:
     for number, group in enumerate(recipe.optim.groups):
-        own = [trained[name] for name, other in group_of.items() if other == number]
+        rules = [trained[name] for name, other in group_of.items() if other == number]
         key = f"optim.groups[{number}]"
-        if not own:
+        if not rules:
             raise ConfigError(
                 f"{key}: later groups take all that {', '.join(group.match)} matches. Leave the"
                 " group out, or put it behind them."
             )
-        if group.weight_decay is not None and all(len(rule.hf_shapes[0]) == 1 for rule in own):
+        if group.weight_decay is not None and all(len(rule.hf_shapes[0]) == 1 for rule in rules):
             raise ConfigError(
                 f"{key}.weight_decay does nothing: norms and biases have no decay, and"
                 f" {', '.join(group.match)} matches nothing else. Leave it out."

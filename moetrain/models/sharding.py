@@ -81,9 +81,9 @@ class Sharding(ABC):
         pieces = self.pieces(tp_rank, tp_size)
         result: list[Slices] = []
         for part, shape in enumerate(self.hf_shapes()):
-            own = [piece for piece in pieces if piece.part == part]
-            start = own[0].hf_start if own else 0
-            stop = own[-1].hf_start + own[-1].length if own else 0
+            part_pieces = [piece for piece in pieces if piece.part == part]
+            start = part_pieces[0].hf_start if part_pieces else 0
+            stop = part_pieces[-1].hf_start + part_pieces[-1].length if part_pieces else 0
             slices = [slice(0, size) for size in shape]
             slices[self.dim or 0] = slice(start, stop)
             result.append(tuple(slices))
@@ -113,12 +113,12 @@ class Sharding(ABC):
         pieces = self.pieces(tp_rank, tp_size)
         result: list[Tensor] = []
         for part, slices in enumerate(self.parts(tp_rank, tp_size)):
-            own = [piece for piece in pieces if piece.part == part]
-            if len(own) == 1:
-                result.append(local.narrow(dim, own[0].local_start, own[0].length))
+            part_pieces = [piece for piece in pieces if piece.part == part]
+            if len(part_pieces) == 1:
+                result.append(local.narrow(dim, part_pieces[0].local_start, part_pieces[0].length))
                 continue
             tensor = local.new_empty([cut.stop - cut.start for cut in slices])
-            for piece in own:
+            for piece in part_pieces:
                 source = local.narrow(dim, piece.local_start, piece.length)
                 start = piece.hf_start - slices[dim].start
                 tensor.narrow(dim, start, piece.length).copy_(source)

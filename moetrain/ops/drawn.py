@@ -42,8 +42,8 @@ class Drawn:
         if self.penalty is None:
             return None
         before = self._came_before(logits, vocab_start)
-        own = self.penalty.to(logits)[:, None]
-        factor = torch.where(logits > 0, 1 / own, own).masked_fill_(~before, 1.0)
+        penalty = self.penalty.to(logits)[:, None]
+        factor = torch.where(logits > 0, 1 / penalty, penalty).masked_fill_(~before, 1.0)
         logits.mul_(factor)
         return factor
 
@@ -79,12 +79,12 @@ def drawn_of(pack: Packed, places: Tensor) -> Drawn | None:
     """How the distributions of the labels at `places` [m] of a pack differ from the model's: a
     token says in `per_token` what was kept, a sequence its penalty in `extras`. None: they do not.
     """
-    kept = pack.per_token.get("kept")
-    if kept is not None:
-        kept = kept[places]
+    ids = pack.per_token.get("kept")
+    if ids is not None:
+        ids = ids[places]
     own = pack.extras.get("repetition_penalty")
     if own is None or bool(((own == 1) | (own == 0)).all()):  # 0: nothing of it was drawn
-        return Drawn(kept) if kept is not None and bool(kept.any()) else None
+        return Drawn(ids) if ids is not None and bool(ids.any()) else None
     sequence = pack.sequence_ids[places]
     bounds = pack.cu_seqlens.long()
     before = prefixes(pack).long()[sequence]
@@ -94,4 +94,4 @@ def drawn_of(pack: Packed, places: Tensor) -> Drawn | None:
     mine = torch.stack([bounds[sequence], places + 1], 1)
     penalty = own[sequence]
     penalty = torch.where(penalty == 0, 1.0, penalty)
-    return Drawn(kept, penalty, pack.tokens, torch.stack([shared, mine], 1))
+    return Drawn(ids, penalty, pack.tokens, torch.stack([shared, mine], 1))

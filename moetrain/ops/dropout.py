@@ -45,8 +45,8 @@ def token_keys(pack: Packed, salt: Sequence[int]) -> Tensor:
     salted = torch.tensor(0)
     for number in salt:
         salted = _mix64(salted + _spread(number))
-    own = _mix64(pack.tokens * _GOLDEN + pack.position_ids)
-    sums = torch.cat([own.new_zeros(1), own.cumsum(0)])  # of int64, which wraps
+    mixed = _mix64(pack.tokens * _GOLDEN + pack.position_ids)
+    sums = torch.cat([mixed.new_zeros(1), mixed.cumsum(0)])  # of int64, which wraps
     starts, ends = pack.cu_seqlens[:-1].long(), pack.cu_seqlens[1:].long()
     before, totals = -sums[starts], sums[ends] - sums[starts]
     shared = prefixes(pack).long()

@@ -211,24 +211,24 @@ class _TokenLogprobs(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
-        kept, ctx.kept = ctx.kept, None
+        saved, ctx.kept = ctx.kept, None
         for part in _chunks(hidden.shape[0], ctx.chunk) if ctx.num_rows else ():
             inputs, how = hidden[part].to(weight.dtype), ctx.how.part(part)
             factor: Tensor | None = None
-            if kept is None:
+            if saved is None:
                 logits, factor = how.logits(inputs, live)
                 exps = logits.sub_(lse[part, None]).exp_()
                 scale = torch.ones_like(grad_logp[part])
             else:
-                exps, scale = kept
+                exps, scale = saved
             # d logp / d logits = onehot - p, and p = exps * scale
             share = _divided(grad_logp[part], how.divisor)
             rows, here = _local_labels(labels[part], ctx.vocab_start, ctx.num_rows)
             if grads[1] is None:
                 grad = exps.mul_((-share * scale)[:, None])
             else:
-                own = _divided(grads[1][part].float(), how.divisor)
-                grad = _with_entropy(exps.mul_(scale[:, None]), share, own, entropy[part])
+                grad_part = _divided(grads[1][part].float(), how.divisor)
+                grad = _with_entropy(exps.mul_(scale[:, None]), share, grad_part, entropy[part])
             grad.scatter_add_(1, rows[:, None], (share * here)[:, None])
             if factor is not None:
                 grad.mul_(factor)

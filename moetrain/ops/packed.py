@@ -111,8 +111,8 @@ def concat(packs: Sequence[Packed]) -> Packed:
         shifted: list[Tensor] = []
         num_before = 0
         for pack in packs:
-            own = prefixes(pack)
-            shifted.append(torch.where(own < 0, own, own + num_before))
+            parents = prefixes(pack)
+            shifted.append(torch.where(parents < 0, parents, parents + num_before))
             num_before += pack.num_sequences
         prefix = torch.cat(shifted)
     return Packed(
@@ -148,7 +148,7 @@ def select(pack: Packed, keep: Tensor) -> Packed:
     keep[needed[needed >= 0].long()] = True
     tokens = keep[pack.sequence_ids]
     number = keep.cumsum(0, dtype=torch.int32) - 1  # of each sequence among those that stay
-    kept = parents[keep]
+    chosen_parents = parents[keep]
     lengths = pack.cu_seqlens.diff()[keep]
     return Packed(
         tokens=pack.tokens[tokens],
@@ -160,7 +160,9 @@ def select(pack: Packed, keep: Tensor) -> Packed:
         extras={name: value[keep] for name, value in pack.extras.items()},
         per_token={name: value[tokens] for name, value in pack.per_token.items()},
         ids=tuple(pack.ids[i] for i in range(len(pack.ids)) if keep[i]),
-        prefix=None if pack.prefix is None else torch.where(kept < 0, kept, number[kept.long()]),
+        prefix=None
+        if pack.prefix is None
+        else torch.where(chosen_parents < 0, chosen_parents, number[chosen_parents.long()]),
     )
 
 

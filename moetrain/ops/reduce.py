@@ -17,9 +17,9 @@ def largest(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 def side_by_side(rows: Tensor, group: ProcessGroup) -> Tensor:
     """[n, ...] of every rank of the group -> [size n, ...] in their order."""
-    found = rows.new_empty(group.size() * rows.size(0), *rows.shape[1:])
-    dist.all_gather_into_tensor(found, rows.contiguous(), group=group)  # pyright: ignore
-    return found
+    gathered = rows.new_empty(group.size() * rows.size(0), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)  # pyright: ignore
+    return gathered
 
 
 def _reduce(values: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> Tensor:

@@ -32,9 +32,9 @@ def decayed_sums(x: Tensor, decay: Tensor) -> Tensor:
 
 
 def _one_by_one(x: Tensor, decay: Tensor) -> Tensor:
-    found = torch.empty_like(x)
+    out = torch.empty_like(x)
     running = x.new_zeros(())
     for i in range(x.numel() - 1, -1, -1):
         running = x[i] + decay[i] * running
-        found[i] = running
-    return found
+        out[i] = running
+    return out

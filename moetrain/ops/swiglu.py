@@ -31,8 +31,8 @@ class _Weighted(torch.autograd.Function):
         inputs = [x.detach().requires_grad_(i in needed) for i, x in enumerate(ctx.saved_tensors)]
         with torch.enable_grad():
             out = _weighted(*inputs)
-        found = iter(torch.autograd.grad(out, [inputs[i] for i in needed], grad[0]))
-        return tuple(next(found) if i in needed else None for i in range(2))
+        grads = iter(torch.autograd.grad(out, [inputs[i] for i in needed], grad[0]))
+        return tuple(next(grads) if i in needed else None for i in range(2))
 
 
 def weighted_swiglu(x: Tensor, weight: Tensor) -> Tensor:

@@ -44,9 +44,9 @@ def check_engine(recipe: Recipe) -> None:
     keys that the engine would not read: before minutes go into a model.
     """
     _, rollout = recipe.sampling
-    found = dict(unread(recipe, (SERVER_RULE,)))
-    if found:
-        raise RolloutError(f"{leave_out(found)}.")
+    unused = dict(unread(recipe, (SERVER_RULE,)))
+    if unused:
+        raise RolloutError(f"{leave_out(unused)}.")
     if rollout.top_k > MOST_KEPT:
         raise RolloutError(
             f"rollout.top_k={rollout.top_k}: training records the tokens that could be drawn, at"

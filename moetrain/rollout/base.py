@@ -34,7 +34,7 @@ class Sampling:
     @classmethod
     def of(cls, rollout: RolloutConfig, temperature: float, stop_ids: tuple[int, ...]) -> Self:
         """As the section says. At temperature 0 there is nothing to choose from."""
-        own = cls(
+        made = cls(
             rollout.max_tokens,
             temperature,
             repetition_penalty=rollout.repetition_penalty,
@@ -42,8 +42,8 @@ class Sampling:
             stop=tuple(rollout.stop),
         )
         if not temperature:
-            return own
-        return replace(own, top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p)
+            return made
+        return replace(made, top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p)
 
     def to_learn_from(self, *, routes: bool) -> Self:
         """With all that training asks for: what could be drawn is recorded, so it is bounded."""
@@ -82,8 +82,8 @@ class Probe:
         """From given sequences with a log-prob for each token after the first, and the greedy
         answer to each.
         """
-        unknown = [(math.nan,) * (len(own) - 1) for own in given]
-        longer = [(*own, *answer.tokens) for own, answer in zip(given, answers, strict=True)]
+        unknown = [(math.nan,) * (len(made) - 1) for made in given]
+        longer = [(*made, *answer.tokens) for made, answer in zip(given, answers, strict=True)]
         drawn = [(*u, *answer.logprobs) for u, answer in zip(unknown, answers, strict=True)]
         return cls(sequences=(*map(tuple, given), *longer), logprobs=(*map(tuple, scored), *drawn))
 
@@ -155,5 +155,5 @@ def text_of_answer(
 
 def stopped_at(text: str, stop: Sequence[str]) -> int | None:
     """Where the first stop string of a text ends; None where it has none."""
-    ends = [text.find(own) + len(own) for own in stop if own in text]
+    ends = [text.find(word) + len(word) for word in stop if word in text]
     return min(ends, default=None)

@@ -20,7 +20,7 @@ class Deal:
     def __init__(self, requests: Sequence[Request], num_servers: int):
         self.requests = requests
         numbers = range(len(requests))
-        groups = [list(own) for _, own in groupby(numbers, lambda i: requests[i].prompt.id)]
+        groups = [list(group) for _, group in groupby(numbers, lambda i: requests[i].prompt.id)]
         self._share = math.ceil(len(groups) / num_servers)
         self._open = deque(groups)
         self._left = set(numbers)
@@ -45,7 +45,7 @@ class Deal:
         with self._changed:
             left = [number for number in numbers if number in self._left]
             groups = groupby(left, lambda i: self.requests[i].prompt.id)
-            self._open.extendleft([list(own) for _, own in groups][::-1])
+            self._open.extendleft([list(group) for _, group in groups][::-1])
             self._changed.notify_all()
 
     def finish(self, number: int) -> bool:

@@ -128,13 +128,14 @@ class Embedded:
         """Score what is given, and greedy answers to it with the log-probs of drawing them."""
         greedy = Sampling(max_tokens=PROBE_TOKENS, temperature=0.0)
         requests = [
-            Request(Prompt(str(i), tuple(own), {}), 0, 0, greedy) for i, own in enumerate(sequences)
+            Request(Prompt(str(i), tuple(sequence), {}), 0, 0, greedy)
+            for i, sequence in enumerate(sequences)
         ]
-        found: list[Sample] = []
-        self.generate(requests, found.append)
-        found.sort(key=lambda sample: int(sample.prompt_id))
-        scored = [self._score(own) for own in sequences]
-        return Probe.of(sequences, scored, found)
+        samples: list[Sample] = []
+        self.generate(requests, samples.append)
+        samples.sort(key=lambda sample: int(sample.prompt_id))
+        scored = [self._score(sequence) for sequence in sequences]
+        return Probe.of(sequences, scored, samples)
 
     @torch.inference_mode()
     def _score(self, tokens: Sequence[int]) -> list[float]:
@@ -270,5 +271,5 @@ class _Listening:
         for hook in self._hooks:
             hook.remove()
         if self.chosen is not None and self._found:
-            layers = [own.view(*self.shape, -1) for own in self._found]
+            layers = [layer.view(*self.shape, -1) for layer in self._found]
             self.chosen.append(torch.stack(layers, 2))

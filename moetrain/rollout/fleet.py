@@ -68,13 +68,13 @@ class Fleet:
     def generate(self, requests: Sequence[Request], on_sample: Callable[[Sample], None]) -> None:
         """Draw all, on all servers; nothing that has come is drawn again."""
         deal = Deal(requests, len(self.servers))
-        found: queue.SimpleQueue[Sample | BaseException] = queue.SimpleQueue()
+        results: queue.SimpleQueue[Sample | BaseException] = queue.SimpleQueue()
         for server in self.servers:
-            args = (server, deal, found)
+            args = (server, deal, results)
             threading.Thread(target=self._work, args=args, daemon=True, name="rollout").start()
         try:
             for _ in requests:
-                one = found.get()
+                one = results.get()
                 if isinstance(one, BaseException):
                     raise one
                 on_sample(one)

@@ -114,14 +114,14 @@ def env_of(rollout: RolloutConfig, way: str, number: int, *, behind: int) -> dic
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     if way == "ipc":
-        own = visible[:1]
-        return {"CUDA_VISIBLE_DEVICES": own[0], "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+        devices = visible[:1]
+        return {"CUDA_VISIBLE_DEVICES": devices[0], "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     first = behind + number * rollout.tensor_parallel
-    own = visible[first : first + rollout.tensor_parallel]
-    if len(own) < rollout.tensor_parallel:
+    devices = visible[first : first + rollout.tensor_parallel]
+    if len(devices) < rollout.tensor_parallel:
         raise RolloutError(
             f"Server {number} needs {rollout.tensor_parallel} GPUs after the first {first};"
             f" {len(visible)} are visible here. Start fewer ranks or servers, give"
             " rollout.address, or take rollout.push=ipc."
         )
-    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}

@@ -23,8 +23,8 @@ def gap_of(probe: Probe, scored: Sequence[Sequence[float]]) -> float:
     """
     gaps = [
         abs(theirs - ours)
-        for own, trained in zip(probe.logprobs, scored, strict=True)
-        for theirs, ours in zip(own, trained, strict=True)
+        for served, trained in zip(probe.logprobs, scored, strict=True)
+        for theirs, ours in zip(served, trained, strict=True)
         if not math.isnan(theirs)
     ]
     gap = max(gaps, default=math.inf)

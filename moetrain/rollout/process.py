@@ -64,14 +64,14 @@ class ServerProcess:
         launch.folder.mkdir(parents=True, exist_ok=True)
         self._ready = launch.folder / "ready.json"
         self._ready.unlink(missing_ok=True)
-        own = {"model": str(model), "version": version, "ready": str(self._ready)}
+        settings = {"model": str(model), "version": version, "ready": str(self._ready)}
         self.file = launch.folder / "settings.json"
-        self.file.write_text(json.dumps(launch.settings | own))
+        self.file.write_text(json.dumps(launch.settings | settings))
         self._start()
 
     def _start(self) -> None:
-        kept = {k: v for k, v in os.environ.items() if k not in OF_THE_TRAINER}
-        paths = [str(REMOTE), *filter(None, [kept.get("PYTHONPATH")])]
+        environment = {k: v for k, v in os.environ.items() if k not in OF_THE_TRAINER}
+        paths = [str(REMOTE), *filter(None, [environment.get("PYTHONPATH")])]
         defaults = {
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -82,7 +82,7 @@ class ServerProcess:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
         }
-        env = defaults | kept | self.launch.env
+        env = defaults | environment | self.launch.env
         env |= {"PYTHONPATH": os.pathsep.join(paths), TOKEN: self.launch.token}
         with self.launch.log.open("ab") as log:
             words = [self.launch.python, "-m", "moetrain_server", self.file]
@@ -148,16 +148,16 @@ class ServerProcess:
 
 def interpreter(given: Path | None) -> Path:
     """The interpreter that has vLLM. Raises RolloutError."""
-    beside = Path(sys.prefix).parent / ".venv-vllm" / "bin" / "python"
+    neighbour = Path(sys.prefix).parent / ".venv-vllm" / "bin" / "python"
     if given is not None:
         if not os.access(given, os.X_OK):
             raise RolloutError(f"rollout.python={given} is no program. {WAYS}")
         return given
-    if beside.is_file():
-        return beside
+    if neighbour.is_file():
+        return neighbour
     if importlib.util.find_spec("vllm") is None:
         raise RolloutError(
-            f"rollout.engine=vllm, and there is no vLLM: {beside} is missing. {WAYS}"
+            f"rollout.engine=vllm, and there is no vLLM: {neighbour} is missing. {WAYS}"
         )
     return Path(sys.executable)
 

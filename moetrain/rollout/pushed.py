@@ -98,14 +98,14 @@ class Pushed:
 
     def message(self, since: int | None) -> dict[str, Any]:
         """What a server is told that has the weights of push `since` (None: of none of these)."""
-        links = [{"version": own.version, "folder": str(own.folder)} for own in self.links]
+        links = [{"version": link.version, "folder": str(link.folder)} for link in self.links]
         return {"links": links, "since": since, "version": self.version}
 
     def tidy(self) -> None:
         """Remove what no server will read again."""
-        kept = {link.folder for link in self.links}
+        folders = {link.folder for link in self.links}
         for old in self.folder.iterdir() if self.folder.is_dir() else ():
-            if old not in kept:
+            if old not in folders:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _held(self) -> Folders:
@@ -161,14 +161,14 @@ class Pushed:
 
     def _drop_the_outdated(self) -> None:
         """Leave out folders of which every tensor is whole in a later one."""
-        kept: list[Link] = []
+        current: list[Link] = []
         later: set[str] = set()
         for link in reversed(self.links):
             held = names_in(str(link.folder))
-            if not kept or not held.keys() <= later:
-                kept.insert(0, link)
+            if not current or not held.keys() <= later:
+                current.insert(0, link)
             later |= {name for name, whole in held.items() if whole}
-        self.links = kept
+        self.links = current
 
 
 def part_of(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:

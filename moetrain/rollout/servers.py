@@ -88,9 +88,9 @@ class Given:
         message = ""
         while time.monotonic() < deadline:
             try:
-                found = self.client.get("/health", HEALTH_SECONDS)
-                if folder is None or (found["pid"] != self._pid and found["version"] == version):
-                    self._pid, self.running = found["pid"], True
+                health = self.client.get("/health", HEALTH_SECONDS)
+                if folder is None or (health["pid"] != self._pid and health["version"] == version):
+                    self._pid, self.running = health["pid"], True
                     return
                 self.client.post("/reload", {"folder": str(folder), "version": version})
             except ServerLost as lost:

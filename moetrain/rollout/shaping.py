@@ -17,8 +17,10 @@ def shaped(logits: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:
     the k-th stay; of tokens level with the last of top_p the sort decides, as in vLLM.
     """
     if sampling.repetition_penalty != 1:
-        own = torch.tensor(sampling.repetition_penalty)
-        logits = torch.where(seen, torch.where(logits > 0, logits / own, logits * own), logits)
+        penalty = torch.tensor(sampling.repetition_penalty)
+        logits = torch.where(
+            seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits
+        )
     if not sampling.temperature:
         return torch.log_softmax(logits, -1)
     logits = logits / sampling.temperature

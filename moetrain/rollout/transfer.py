@@ -115,15 +115,15 @@ class Nccl:
         import torch
 
         device = torch.cuda.current_device()
-        own: Future[None] = Future()
+        future: Future[None] = Future()
 
         def run() -> None:
             try:
                 torch.cuda.set_device(device)  # threads begin at device 0
                 do()
-                own.set_result(None)
+                future.set_result(None)
             except BaseException as error:
-                own.set_exception(error)
+                future.set_exception(error)
 
         with ThreadPoolExecutor(len(clients)) as pool:
             own_infos = infos if len(infos) == len(clients) else [infos[0]] * len(clients)
@@ -135,7 +135,7 @@ class Nccl:
             for call in calls:
                 call.result()
         try:
-            own.result(self.timeout)
+            future.result(self.timeout)
         except TimeoutError as error:
             raise ServerLost("timeout", f"NCCL did not end within {self.timeout:g} s") from error
 

@@ -47,8 +47,8 @@ class Span(NamedTuple):
 
 def segment_table(pack: Packed) -> Tensor:
     """[2, n+1] int32 on the CPU: cu_seqlens, and the prefix of each sequence (-1: none)."""
-    own = prefixes(pack)
-    return torch.stack([pack.cu_seqlens, torch.cat([own, own.new_full((1,), -1)])]).int()
+    parents = prefixes(pack)
+    return torch.stack([pack.cu_seqlens, torch.cat([parents, parents.new_full((1,), -1)])]).int()
 
 
 def spans(table: list[list[int]], runs: list[tuple[int, int]]) -> list[Span]:
@@ -79,11 +79,11 @@ def _pieces(x: Tensor, ranges: list[tuple[tuple[int, int], ...]]) -> list[Tensor
     )
     number = {place: i for i, place in enumerate(cuts)}
     parts = x.split([end - start for start, end in itertools.pairwise(cuts)])
-    found: list[Tensor] = []
+    pieces: list[Tensor] = []
     for each in ranges:
-        own = [part for a, b in each for part in parts[number[a] : number[b]]]
-        found.append(own[0] if len(own) == 1 else torch.cat(own))
-    return found
+        segment_parts = [part for a, b in each for part in parts[number[a] : number[b]]]
+        pieces.append(segment_parts[0] if len(segment_parts) == 1 else torch.cat(segment_parts))
+    return pieces
 
 
 def _attend_sdpa(

@@ -136,14 +136,14 @@ def _te_layer(layer: Layer) -> ModuleSpec:
         moe_grouped_gemm=experts is not None,
         qk_layernorm=layer.attention.qk_norm,
     )
-    own: Any = spec.submodules
-    heads = own.self_attention.submodules
+    submodules: Any = spec.submodules
+    heads = submodules.self_attention.submodules
     heads.core_attention = attention.PackedAttention
     if layer.attention.output_bias:
         heads.linear_proj = attention.with_bias(heads.linear_proj)
     if experts is not None:
-        upstream: MoESubmodules = own.mlp.keywords["submodules"]
-        own.mlp = moe.spec(replace(upstream, router=PackedRouter))
+        upstream: MoESubmodules = submodules.mlp.keywords["submodules"]
+        submodules.mlp = moe.spec(replace(upstream, router=PackedRouter))
     return spec
 
 
@@ -155,13 +155,13 @@ def _te_layer_apart(layer: Layer) -> ModuleSpec:
 
     spec = _te_layer(layer)
     is_moe = isinstance(layer.mlp, Moe)
-    own: Any = spec.submodules
-    own.input_layernorm = TENorm
-    own.self_attention.submodules.linear_qkv = TEColumnParallelLinear
-    own.pre_mlp_layernorm = TENorm
+    submodules: Any = spec.submodules
+    submodules.input_layernorm = TENorm
+    submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    submodules.pre_mlp_layernorm = TENorm
     if is_moe:
-        ours: MoESubmodules = own.mlp.keywords["submodules"]
-        own.mlp = moe.spec(replace(ours, experts=GroupedExperts))
+        ours: MoESubmodules = submodules.mlp.keywords["submodules"]
+        submodules.mlp = moe.spec(replace(ours, experts=GroupedExperts))
     else:
-        own.mlp.keywords["submodules"].linear_fc1 = TEColumnParallelLinear
+        submodules.mlp.keywords["submodules"].linear_fc1 = TEColumnParallelLinear
     return spec

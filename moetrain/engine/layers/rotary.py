@@ -37,9 +37,9 @@ def frequencies(rope: Rope) -> Tensor:
         case Llama3() as scaling:
             wavelength = 2 * math.pi / inv
             low, high = scaling.low_freq_factor, scaling.high_freq_factor
-            kept = ((scaling.original_max_positions / wavelength - low) / (high - low)).clamp(0, 1)
+            share = ((scaling.original_max_positions / wavelength - low) / (high - low)).clamp(0, 1)
         case Yarn() as scaling:
             first, last = scaling.ramp(rope.theta, rope.head_dim)
             place = torch.arange(rope.head_dim // 2, dtype=torch.float32)
-            kept = 1 - ((place - first) / (last - first)).clamp(0, 1)
-    return (1 - kept) * inv / scaling.factor + kept * inv
+            share = 1 - ((place - first) / (last - first)).clamp(0, 1)
+    return (1 - share) * inv / scaling.factor + share * inv

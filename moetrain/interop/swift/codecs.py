@@ -169,10 +169,10 @@ def _show_truth(value: bool) -> Words:
 
 
 def _mapping(words: Words) -> dict[str, Any]:
-    found = json.loads(_one(words))
-    if not isinstance(found, dict):
+    value = json.loads(_one(words))
+    if not isinstance(value, dict):
         raise ValueError
-    return cast(dict[str, Any], found)
+    return cast(dict[str, Any], value)
 
 
 def _steps(words: Words) -> int | None:
@@ -351,13 +351,13 @@ class Choice(Entry):
     def write(self, writing: Writing) -> None:
         if not self.when(writing.keys):
             return
-        own = {option.value: option for option in self.options if not option.read_only}
+        options = {option.value: option for option in self.options if not option.read_only}
         value = writing.keys.get(self.key)
-        option = own.get(value)
+        option = options.get(value)
         if option is not None:
             writing.covered.add(self.key)
-        elif self.instead in own:
-            option = own[self.instead]
+        elif self.instead in options:
+            option = options[self.instead]
         else:
             return
         for flag, word in (dict(option.marks) | dict(option.along)).items():

@@ -234,9 +234,9 @@ def _given(command: Command, near: Near) -> dict[str, Words]:
 
 def _check_hf(given: Mapping[str, Words]) -> None:
     """Refuse what only `swift` without Megatron knows: it cannot be told what that would mean."""
-    own = [name for name in given if name in _HF_NAMES]
-    if own:
-        mended = ", ".join(f"--{name} -> {_mended(name)}" for name in own)
+    hf_names = [name for name in given if name in _HF_NAMES]
+    if hf_names:
+        mended = ", ".join(f"--{name} -> {_mended(name)}" for name in hf_names)
         raise ConfigError(
             f"of `swift` only the flags that `megatron` has too are read. Write the command as "
             f"`megatron` has it: {mended}"
@@ -303,13 +303,13 @@ def _nested(keys: Keys) -> dict[str, Any]:
     """A recipe's content, sections in the order in which recipes have them."""
     content: dict[str, Any] = {}
     for section in Recipe.model_fields:
-        own = {
+        nested = {
             key.partition(".")[2]: value
             for key, value in keys.items()
             if key.partition(".")[0] == section and value is not None
         }
-        if own:
-            content[section] = own[""] if list(own) == [""] else own
+        if nested:
+            content[section] = nested[""] if list(nested) == [""] else nested
     if list(content.get("method", {})) == ["name"]:
         content["method"] = content["method"]["name"]
     return content
@@ -334,8 +334,10 @@ def _section(section: str, keys: Keys) -> type[BaseModel] | None:
         parts = get_args(get_args(MethodConfig)[0])
     for part in parts:
         if isinstance(part, type) and issubclass(part, BaseModel):
-            own = part.model_fields.get("name")
-            if section != "method" or (own and own.default == keys.get("method.name")):
+            name_field = part.model_fields.get("name")
+            if section != "method" or (
+                name_field and name_field.default == keys.get("method.name")
+            ):
                 return part
     return None
 

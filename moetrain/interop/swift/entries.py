@@ -53,9 +53,9 @@ def renamed(words: Sequence[str], names: Names, *, to: int) -> list[str]:
     """Words of one side of `names` in those of the other (0 or 1). Raises NotCarried for a rest."""
     left, result = list(words), list[str]()
     for row in names:
-        own, other = row[1 - to], row[to]
-        if all(word in left for word in own):
-            left = [word for word in left if word not in own]
+        name, other = row[1 - to], row[to]
+        if all(word in left for word in name):
+            left = [word for word in left if word not in name]
             result += other
     if left:
         known = ", ".join(" ".join(row[1 - to]) for row in names)
@@ -197,11 +197,11 @@ class Reports(Entry):
         if wandb is None:
             return
         writing.flags["report_to"] = ("tensorboard", "wandb") if board else ("wandb",)
-        own = cast(dict[str, Any], wandb)
+        settings = cast(dict[str, Any], wandb)
         for key, flag in (("project", "wandb_project"), ("name", "wandb_exp_name")):
-            if key in own:
-                writing.flags[flag] = (str(own[key]),)
-        for key in sorted({*own} - {"project", "name"}):
+            if key in settings:
+                writing.flags[flag] = (str(settings[key]),)
+        for key in sorted({*settings} - {"project", "name"}):
             writing.notes.append(
                 Note("not carried", f"observe.wandb.{key}", "ms-swift has project and name")
             )

@@ -36,10 +36,10 @@ def hole(text: str) -> str:
 def closing(text: str, at: int, opening: str, closed: str) -> int:
     """Where the bracket that opens at `at` closes. Raises ConfigError where it does not."""
     depth = 0
-    for found in _BRACKETS[opening + closed].finditer(text, at):
-        depth += {opening: 1, closed: -1}.get(found[0], 0)
+    for bracket in _BRACKETS[opening + closed].finditer(text, at):
+        depth += {opening: 1, closed: -1}.get(bracket[0], 0)
         if not depth:
-            return found.start()
+            return bracket.start()
     raise ConfigError(f"a ${text[at]} is not closed; write the value itself")
 
 
@@ -262,7 +262,7 @@ def _changed(value: str, rest: str, expand: Callable[[str], str], whole: str) ->
     pattern = re.compile(fnmatch.translate(expand(rest[len(form) :])[:64]))
     cuts = range(len(value) + 1)
     if form[0] == "#":
-        found = [cut for cut in cuts if pattern.match(value[:cut])]
-        return value[(found[-1] if form == "##" else found[0]) if found else 0 :]
-    found = [cut for cut in cuts if pattern.match(value[cut:])]
-    return value[: (found[0] if form == "%%" else found[-1]) if found else len(value)]
+        matching = [cut for cut in cuts if pattern.match(value[:cut])]
+        return value[(matching[-1] if form == "##" else matching[0]) if matching else 0 :]
+    matching = [cut for cut in cuts if pattern.match(value[cut:])]
+    return value[: (matching[0] if form == "%%" else matching[-1]) if matching else len(value)]

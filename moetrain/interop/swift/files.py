@@ -28,11 +28,11 @@ def read_arguments(near: Near, flag: str, name: str) -> tuple[dict[str, Words], 
     if isinstance(env, Mapping):
         variables = {str(key): str(value) for key, value in cast(Mapping[Any, Any], env).items()}
     for group in _GROUPS:
-        own = given.get(group)
-        if not isinstance(own, Mapping):
+        group_arguments = given.get(group)
+        if not isinstance(group_arguments, Mapping):
             continue
         del given[group]
-        for key, value in cast(Mapping[str, Any], own).items():
+        for key, value in cast(Mapping[str, Any], group_arguments).items():
             if key == "gpus":
                 variables[f"{group}_gpus"] = str(value)
             else:

@@ -95,10 +95,10 @@ class PairLosses(Entry):
     def read(self, reading: Reading) -> None:
         method = reading.keys.get("method.name")
         if method == "dpo":
-            own: dict[str, Codec[Any]] = {"loss_weights": NUMBERS, "ld_alpha": NOT_ONE}
+            codecs: dict[str, Codec[Any]] = {"loss_weights": NUMBERS, "ld_alpha": NOT_ONE}
             if "discopop" in reading.given.get("loss_type", ()):
-                own["discopop_tau"] = NUMBER
-            for flag, kind in own.items():
+                codecs["discopop_tau"] = NUMBER
+            for flag, kind in codecs.items():
                 reading.keys[SWIFT[flag]] = reading.parse(flag, kind)
         names = reading.given.get("loss_type", ())
         if method not in _PLAIN or names in ((), (_PLAIN[method],)):

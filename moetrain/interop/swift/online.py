@@ -213,8 +213,8 @@ class Servers(Entry):
             return
         keys = reading.keys
         args: dict[str, Any] = {}
-        for name, own in _ENGINE_ARGS.items():
-            value = reading.parse(own.flag, own.kind)
+        for name, key in _ENGINE_ARGS.items():
+            value = reading.parse(key.flag, key.kind)
             if value is not None and value is not False:
                 args[name] = value
         more = reading.parse("vllm_engine_kwargs", TEXT)
@@ -252,9 +252,9 @@ class Servers(Entry):
         if writing.keys.get("rollout.engine", "vllm") != "vllm":
             writing.lost("rollout.engine", "ms-swift samples with vLLM")
         args = dict(writing.keys.get("rollout.engine_args") or {})
-        for name, own in _ENGINE_ARGS.items():
+        for name, key in _ENGINE_ARGS.items():
             if name in args:
-                writing.flags[own.flag] = own.kind.show(args.pop(name))
+                writing.flags[key.flag] = key.kind.show(args.pop(name))
         if args:
             writing.flags["vllm_engine_kwargs"] = (json.dumps(args),)
         address = writing.keys.get("rollout.address")

@@ -27,11 +27,11 @@ class Reference(Entry):
             return
         if model is not None:
             reading.note("implied", "ref_model", "there it counts for full training alone")
-        own = keys.get("adapter.path")
-        if adapters and adapters != [own]:
+        adapter = keys.get("adapter.path")
+        if adapters and adapters != [adapter]:
             why = "method.reference is the base, or what the run starts from (--adapters)"
             reading.lost("ref_adapters", why)
-        elif own is not None and not adapters:
+        elif adapter is not None and not adapters:
             keys["method.reference"] = "base"
 
     @staticmethod
@@ -49,9 +49,9 @@ class Reference(Entry):
         writing.covered.add("method.reference")
         if keys.get("method.name") not in REFERENCED:
             return
-        reference, own = keys.get("method.reference", "start"), keys.get("adapter.path")
-        if reference == "start" and own is not None:
-            writing.flags["ref_adapters"] = (str(own),)
+        reference, adapter = keys.get("method.reference", "start"), keys.get("adapter.path")
+        if reference == "start" and adapter is not None:
+            writing.flags["ref_adapters"] = (str(adapter),)
         elif reference not in ("start", "base"):
             if _adapted(keys):
                 writing.lost("method.reference", "ms-swift's is the base, or an adapter on it")

@@ -44,16 +44,16 @@ class RewardFunctions(Entry):
                 else:
                     self._overlong(reading)
                 continue
-            own = name
+            reward = name
             if name == "repetition":
-                own, options = "repetition_penalty", self._repetition(reading)
+                reward, options = "repetition_penalty", self._repetition(reading)
             elif name == "cosine":
                 options = self._cosine(reading)
             elif name not in _SAME:
                 unknown.append(f"{name} {_WHY.get(name, _PLUGIN)}")
                 continue
             plain = not options and weight == 1
-            whole = {"name": own, "weight": weight, "options": options}
+            whole = {"name": reward, "weight": weight, "options": options}
             rewards.append(name if plain else {key: v for key, v in whole.items() if v != {}})
         if reading.keys["method.name"] == "dapo" and _OVERLONG not in names:
             reading.keys["method.soft_length"] = 0  # no penalty, where the recipe has one by itself
@@ -126,7 +126,9 @@ class RewardFunctions(Entry):
                 name = "repetition"
             elif name == "cosine" and options.get("unit") == "tokens":
                 writing.flags["cosine_max_len"] = WHOLE.show(options["max_len"])
-                writing.flags |= {f: NUMBER.show(options[own]) for f, (own, _) in _COSINE.items()}
+                writing.flags |= {
+                    f: NUMBER.show(options[option]) for f, (option, _) in _COSINE.items()
+                }
             elif name not in _SAME or any(options.values()):
                 writing.lost("rewards", f"{name} {_NOT_THERE.get(name, _NEITHER)}")
                 continue

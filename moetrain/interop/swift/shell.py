@@ -92,10 +92,10 @@ def find_commands(text: str, script: str | None = None) -> list[Found]:
         raise ConfigError("the text holds a NUL byte: it is no script")
     if len(text) > MAX_TEXT:
         raise ConfigError(f"the text has {len(text):,} characters; at most {MAX_TEXT:,} are read")
-    found = list(islice(_Reader(text, script).found(), MAX_COMMANDS + 1))
-    if len(found) > MAX_COMMANDS:
+    commands = list(islice(_Reader(text, script).found(), MAX_COMMANDS + 1))
+    if len(commands) > MAX_COMMANDS:
         raise ConfigError(f"the text has more than {MAX_COMMANDS:,} training commands")
-    return found
+    return commands
 
 
 def read_command(text: str, script: str | None = None, number: int | None = None) -> Command:
@@ -103,19 +103,19 @@ def read_command(text: str, script: str | None = None, number: int | None = None
     there is none, or more than one, or a value that only the shell knows.
     """
     every = find_commands(text, script)
-    found = [one for one in every if one.action in ACTIONS]
-    if not found and every:
+    trainings = [one for one in every if one.action in ACTIONS]
+    if not trainings and every:
         raise ConfigError(converts(every[0]))
-    if number is not None and not 1 <= number <= len(found):
-        raise ConfigError(f"--number {number}: the text has {len(found)} training commands")
-    if len(found) != 1 and number is None:
-        what = f"{len(found)} training commands" if found else "no training command"
-        more = ", or --number N for the N-th" if found else ""
+    if number is not None and not 1 <= number <= len(trainings):
+        raise ConfigError(f"--number {number}: the text has {len(trainings)} training commands")
+    if len(trainings) != 1 and number is None:
+        what = f"{len(trainings)} training commands" if trainings else "no training command"
+        more = ", or --number N for the N-th" if trainings else ""
         raise ConfigError(
             f"the text has {what}; give one `megatron sft|pt|rlhf --flag value ...`, as text or as "
             f"a script's path{more}"
         )
-    return found[(number or 1) - 1].command()
+    return trainings[(number or 1) - 1].command()
 
 
 def converts(found: Found) -> str:
@@ -188,13 +188,13 @@ class _Reader:
         return [words for words, _ in _Reader(text, None, self.vars).commands() if words]
 
     def found(self) -> Iterator[Found]:
-        for words, own in self.commands():
+        for words, variables in self.commands():
             for at, word in enumerate(words[:-1]):
                 if PurePath(word).name in PROGRAMS and words[at + 1] in (*ACTIONS, EXPORT):
                     yield Found(
                         tuple(words[at:]),
                         dict(self.vars.values),
-                        frozenset(own),
+                        frozenset(variables),
                         frozenset(self.exported),
                         dict(self.vars.loops),
                         self.folder,
@@ -204,7 +204,7 @@ class _Reader:
 
     def commands(self) -> Iterator[tuple[list[str], set[str]]]:
         """Every simple command's words, and the names that are assigned before them."""
-        words, own = list[str](), set[str]()
+        words, variables = list[str](), set[str]()
         while self.at < len(self.text):
             char = self.text[self.at]
             if self.text.startswith("\\\n", self.at):
@@ -220,18 +220,18 @@ class _Reader:
                     self._skip_documents()
                 if words:
                     self._follow(words)
-                    yield words, own
-                words, own = list[str](), set[str]()
+                    yield words, variables
+                words, variables = list[str](), set[str]()
             elif redirection := _REDIRECTION.match(self.text, self.at):
                 self.at = redirection.end()
                 target = self._word()
                 if redirection[1] == "<<":
                     self.documents.append(("".join(target), redirection[2] == "-"))
             else:
-                self._next(words, own)
+                self._next(words, variables)
         if words:
             self._follow(words)
-            yield words, own
+            yield words, variables
 
     def _next(self, words: list[str], own: set[str]) -> None:
         """Read a word, or an assignment."""

@@ -69,14 +69,14 @@ def survey(folders: Sequence[Path]) -> Survey:
     result = Survey()
     for path, text in _texts(folders):
         try:
-            found = find_commands(text, str(path))
+            commands = find_commands(text, str(path))
         except ConfigError as error:
             result.texts += 1
             result.commands["sft"] += 1  # of whatever kind: it cannot be read
             result.refused[_reason(error)] += 1
             continue
-        result.texts += bool(found)
-        for one in found:
+        result.texts += bool(commands)
+        for one in commands:
             result.commands[one.action] += 1
             if one.action in ACTIONS:
                 _import(result, one, path)

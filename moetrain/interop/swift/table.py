@@ -77,7 +77,7 @@ def method(*names: str) -> Callable[[Keys], bool]:
 
 def _has(leaf: str) -> Callable[[Keys], bool]:
     """Whether the recipe's method has this key."""
-    owners = {name for name, own in SECTIONS.items() if leaf in own.model_fields}
+    owners = {name for name, section in SECTIONS.items() if leaf in section.model_fields}
     return lambda keys: keys.get("method.name") in owners
 
 

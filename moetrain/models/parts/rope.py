@@ -92,12 +92,12 @@ def read_rope(hf: HfConfig, head_dim: int, default_theta: float, max_positions: 
         )
     own = {"rope_theta": next(iter(stated.values()), None)}
     theta = read_float(own, "rope_theta", default_theta)
-    found = {key: _scaling(hf, own, max_positions) for key, own in places.items()}
-    if _disagree(found):
+    scalings = {key: _scaling(hf, own, max_positions) for key, own in places.items()}
+    if _disagree(scalings):
         raise ConfigError(
             f"model config: {_both(places)} differ. Remove rope_scaling, or rope_parameters."
         )
-    scaling = next(iter(found.values()), None)
+    scaling = next(iter(scalings.values()), None)
     if isinstance(scaling, Yarn) and theta <= 1:
         raise ConfigError(f"model config: rope_theta = {theta:g} must be above 1 with yarn")
     return Rope(head_dim, theta, scaling)

@@ -49,8 +49,11 @@ def answer_of(out: Any, *, kept: bool = False) -> dict[str, Any]:
     }
     if kept:
         places = [list(entry) for entry in one.logprobs]
-        ids = [token for own in places for token in own]
-        answer["kept"] = {"sizes": _packed([len(own) for own in places]), "ids": _packed(ids)}
+        ids = [token for place_ids in places for token in place_ids]
+        answer["kept"] = {
+            "sizes": _packed([len(place_ids) for place_ids in places]),
+            "ids": _packed(ids),
+        }
     return answer
 
 
@@ -70,8 +73,8 @@ def keep_what_could_be_drawn() -> None:
 
     def update(self: Any, found: Any) -> None:
         rows = [row > -math.inf for row in found.logprobs]
-        ids = [own[keep] for own, keep in zip(found.logprob_token_ids, rows, strict=True)]
-        logps = [own[keep] for own, keep in zip(found.logprobs, rows, strict=True)]
+        ids = [row_ids[keep] for row_ids, keep in zip(found.logprob_token_ids, rows, strict=True)]
+        logps = [row_ids[keep] for row_ids, keep in zip(found.logprobs, rows, strict=True)]
         original(self, found._replace(logprob_token_ids=ids, logprobs=logps))
 
     LogprobsProcessor._update_sample_logprobs = update

@@ -146,8 +146,10 @@ class Service:
 
     async def probe(self, body: dict[str, Any]) -> Any:
         sequences, num_tokens = body["sequences"], body["num_tokens"]
-        scored = await asyncio.gather(*(self._score(own) for own in sequences))
-        answers = await asyncio.gather(*(self._continue(own, num_tokens) for own in sequences))
+        scored = await asyncio.gather(*(self._score(sequence) for sequence in sequences))
+        answers = await asyncio.gather(
+            *(self._continue(sequence, num_tokens) for sequence in sequences)
+        )
         return {"version": self.version, "scored": scored, "answers": answers}
 
     async def _score(self, tokens: list[int]) -> list[float]:
@@ -275,16 +277,16 @@ def application(service: Service, token: str) -> Guard:
     async def call(handler: Any, request: Request) -> Response:
         try:
             body = await body_of(request, service.most) if request.method == "POST" else {}
-            found = await handler(body | request.path_params)
+            answer = await handler(body | request.path_params)
         except Refused as refusal:
             return JSONResponse({"error": str(refusal)} | refusal.more, refusal.status)
         except (KeyError, TypeError, ValueError) as error:
             return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 400)
         except Exception as error:  # the engine's; the trainer starts the server anew
             return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
-        if hasattr(found, "__aiter__"):
-            return StreamingResponse(found, media_type="application/x-ndjson")
-        return JSONResponse(found)
+        if hasattr(answer, "__aiter__"):
+            return StreamingResponse(answer, media_type="application/x-ndjson")
+        return JSONResponse(answer)
 
     posts = {
         "/generate": service.generate,

@@ -42,7 +42,7 @@ class Folders:
 
     def schema(self) -> dict[str, list[int]]:
         """Name -> shape."""
-        return {n: list(own[0].get_slice(n).get_shape()) for n, own in self._files.items()}
+        return {n: list(parts[0].get_slice(n).get_shape()) for n, parts in self._files.items()}
 
     def to_load(self, new: Iterable[str]) -> list[str]:
         """What vLLM is given when the folders `new` have changed: their tensors, and those that it
@@ -79,7 +79,7 @@ def unseen(push: dict[str, Any], held: int | None) -> list[str]:
     all, where the trainer does not know them by that number.
     """
     build_on = held is not None and held == push["since"]
-    return [own["folder"] for own in push["links"] if not build_on or own["version"] > held]
+    return [link["folder"] for link in push["links"] if not build_on or link["version"] > held]
 
 
 def loaded_with(name: str) -> str:

@@ -83,11 +83,11 @@ class Worker:
         """
         import torch
 
-        found = [key for key in self._routes or {} if key.startswith(request + "-")]
-        if not found:
+        keys = [key for key in self._routes or {} if key.startswith(request + "-")]
+        if not keys:
             return None
         assert self._routes is not None
-        layers = self._routes.pop(found[0])
+        layers = self._routes.pop(keys[0])
         rows = []
         for layer in sorted(layers):
             end = max(start + len(ids) for start, ids in layers[layer])
@@ -108,8 +108,8 @@ class Worker:
         for row, request in enumerate(batch.req_ids):
             if request.startswith(WITH_ROUTES):
                 first = int(batch.num_computed_tokens_cpu[row])
-                own = ids[int(starts[row]) : int(starts[row + 1])].int().clone()
-                self._routes.setdefault(request, {}).setdefault(layer, []).append((first, own))
+                row_ids = ids[int(starts[row]) : int(starts[row + 1])].int().clone()
+                self._routes.setdefault(request, {}).setdefault(layer, []).append((first, row_ids))
 
 
 def packed(routes: Any) -> dict[str, Any]:
