@@ -6,24 +6,10 @@ import torch
 from torch import Tensor
 
 
-def segment_lengths(cu_seqlens: Tensor, device: torch.device | None = None) -> Tensor:
-    """`[n]` int64 tokens of each sequence, on `device` (default: where cu_seqlens is)."""
-    return cu_seqlens.diff().to(device=device, dtype=torch.int64)
-
-
-def segment_ids(cu_seqlens: Tensor, device: torch.device | None = None) -> Tensor:
-    """`[t]` int64 index of the sequence that each token belongs to."""
-    lengths = segment_lengths(cu_seqlens)
-    return torch.repeat_interleave(
-        torch.arange(lengths.numel(), device=lengths.device), lengths
-    ).to(device)
-
-
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sum of `[t]` floating values over each sequence: `[n]`, same dtype, 0 for an empty one.
     Differentiable and deterministic.
     """
     assert values.dim() == 1 and values.numel() == int(cu_seqlens[-1])
-    return torch.segment_reduce(
-        values, "sum", lengths=segment_lengths(cu_seqlens, values.device), initial=0.0
-    )
+    lengths = cu_seqlens.diff().to(device=values.device, dtype=torch.int64)
+    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0)

@@ -32,11 +32,7 @@ LANGUAGES = {
         ("cpp", "c++", "cc", "cxx"),
         "main.cpp",
         "c++",
-        compile=(
-            "/bin/sh",
-            "-c",
-            "g++ -DONLINE_JUDGE -O2 -std=c++17 -pipe main.cpp -o main >&2 && cat main",
-        ),
+        compile=("/bin/sh", "-c", f"{_COMPILE} main.cpp -o main >&2 && cat main"),
         run=("./main",),
     ),
 }

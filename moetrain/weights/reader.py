@@ -164,28 +164,3 @@ class Joined:
 
     def read(self, name: str, slices: Slices) -> Tensor:
         return self._of(name).read(name, slices)
-
-
-class Aliased:
-    """The tensors of `base`, some of them under a second name too."""
-
-    def __init__(self, base: Reader, names: Mapping[str, str]):
-        self.base, self.aliases = base, names
-
-    def __str__(self) -> str:
-        return str(self.base)
-
-    def _own(self, name: str) -> str:
-        return self.aliases.get(name, name)
-
-    def names(self) -> Collection[str]:
-        return {*self.base.names(), *self.aliases}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.base.shape(self._own(name))
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.base.dtype(self._own(name))
-
-    def read(self, name: str, slices: Slices) -> Tensor:
-        return self.base.read(self._own(name), slices)
