@@ -253,14 +253,6 @@ def multi_tensor_l2norm(
     return norms.norm()[None], norms if per_tensor else norms[:0]
 
 
-def multi_tensor_scale(
-    chunk_size: int, noop_flag: Tensor, tensor_lists: Sequence[Tensors], scale: float
-) -> None:
-    """The first list times `scale` into the second."""
-    for source, target in zip(*tensor_lists, strict=True):
-        target.copy_(source.float() * scale)
-
-
 # name -> stand-in
 KERNELS: dict[str, Callable[..., Any]] = {
     function.__name__: function
@@ -274,7 +266,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
         multi_tensor_adam,
         multi_tensor_adam_param_remainder,
         multi_tensor_l2norm,
-        multi_tensor_scale,
     )
 }
 called: set[str] = set()  # of KERNELS, in this process

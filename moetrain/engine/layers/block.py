@@ -47,9 +47,7 @@ def choose_backend(wanted: str, device: torch.device) -> str:
             return "te"
         # Of its libraries, or those of CUDA, the loader says OSError and itself RuntimeError.
         except (ImportError, OSError, RuntimeError) as error:
-            why = (
-                f"it does not import here: {str(error).splitlines()[0] if str(error) else error!r}"
-            )
+            why = f"it does not import here: {(str(error) or repr(error)).splitlines()[0]}"
     if wanted == "te":
         raise ConfigError(
             f"model.backend=te needs a GPU and Transformer Engine ({why}). Install the 'te' extra"
