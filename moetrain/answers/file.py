@@ -28,7 +28,7 @@ from moetrain.run.folder import environment
 WINDOW = 512  # answers that are drawn together, while those before them are graded
 AnswerRow = dict[str, Any]
 Identity = Mapping[str, tuple[Any, str]]
-"""What answers are of, by what a user calls it: (what must be equal, how it is told)."""
+"""What answers are of, by what a user calls it: (what must be equal, how it is reported)."""
 
 
 def manifest_of(path: Path) -> Path:

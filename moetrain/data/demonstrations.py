@@ -34,5 +34,5 @@ def prepare_demonstrations(recipe: Recipe) -> tuple[list[str], list[Reject]]:
     assert data is not None, "fine-tuning reads no corpus"
     rejects = data.rejects()
     check_rejects(rejects, data.stats.num_records, recipe.data.max_rejected)
-    # What the template does to any record is said of the prompts already.
+    # What the template does to any record was reported for the prompts already.
     return [describe_set("demonstrations", data, own), *noted((), data.stats.notes)], rejects

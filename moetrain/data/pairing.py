@@ -150,10 +150,10 @@ def pairs(asked: Sequence[AnsweredPrompt], choice: Choice) -> Chosen:
             continue
         surest = sorted(wrong, key=lambda a: -a.confidence)[: choice.per_prompt]
         slots += [Slot(one, rank, answer) for rank, answer in enumerate(surest)]
-    kept, left_out, per_source = _selected(slots, choice)
+    chosen_slots, left_out, per_source = _selected(slots, choice)
     records: list[dict[str, Any]] = []
     tilt = 0  # tokens by which chosen answers are longer in all
-    for slot in kept:
+    for slot in chosen_slots:
         best = min(_right(slot.asked, choice), key=_mismatch(slot.answer, tilt))
         tilt += best.length - slot.answer.length
         records.append(_pair(slot, best))
@@ -182,14 +182,14 @@ def right_answers(asked: Sequence[AnsweredPrompt], choice: Choice) -> Chosen:
         middle = median(answer.length for answer in right)
         best = sorted(right, key=lambda a: abs(a.length - middle))[: choice.per_prompt]
         slots += [Slot(one, rank, answer) for rank, answer in enumerate(best)]
-    kept, left_out, per_source = _selected(slots, choice)
+    chosen_slots, left_out, per_source = _selected(slots, choice)
     records = [
         {
             "messages": [*slot.asked.messages, _turn(slot.answer)],
             **slot.asked.given,
             **_summary(slot.asked),
         }
-        for slot in kept
+        for slot in chosen_slots
     ]
     return Chosen(records, reasons, left_out, per_source)
 
@@ -235,9 +235,9 @@ def _selected(slots: list[Slot], choice: Choice) -> tuple[list[Slot], Counter[st
         most = min(most, choice.num or most)
         wanted = [min(n, round(most * share)) for n, share in zip(wanted, shares, strict=True)]
     left_out["more than the shares or the number asked for"] += total - sum(wanted)
-    kept = [slot for part, n in zip(own, wanted, strict=True) for slot in part[:n]]
-    rng.shuffle(kept)
-    return kept, left_out, wanted
+    chosen_slots = [slot for part, n in zip(own, wanted, strict=True) for slot in part[:n]]
+    rng.shuffle(chosen_slots)
+    return chosen_slots, left_out, wanted
 
 
 def _evened(slots: list[Slot], balance: float) -> list[Slot]:
@@ -247,12 +247,12 @@ def _evened(slots: list[Slot], balance: float) -> list[Slot]:
         return slots
     most = balance * len(slots) / len(sizes)
     taken: Counter[int] = Counter()
-    kept: list[Slot] = []
+    chosen_slots: list[Slot] = []
     for slot in slots:
         taken[slot.asked.bin] += 1
         if taken[slot.asked.bin] <= most:
-            kept.append(slot)
-    return kept
+            chosen_slots.append(slot)
+    return chosen_slots
 
 
 def _turn(answer: Candidate) -> dict[str, str]:

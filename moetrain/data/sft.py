@@ -23,14 +23,14 @@ def _group(sequences: list[list[Encoded]], extras: Extras, spec: Spec) -> tuple[
         )
     part = slice(-spec.seq_len, None) if spec.too_long == "keep_end" else slice(spec.seq_len)
     cut = [Encoded(s.tokens[part], s.mask[part]) for s in own]
-    kept = [s for s in cut if s.mask[1:].any()]
-    if not kept:
+    learned = [s for s in cut if s.mask[1:].any()]
+    if not learned:
         if longest > spec.seq_len:
             raise FormatError(
                 f"{longest} tokens: no part of the answer is within data.seq_len {spec.seq_len}"
             )
         raise FormatError("no token to learn from")
-    return tuple(Group((s,), truncated=longest > spec.seq_len) for s in kept)
+    return tuple(Group((s,), truncated=longest > spec.seq_len) for s in learned)
 
 
 CHAT = SetKind(name="sft", unit="sequences", read=_read, group=_group)

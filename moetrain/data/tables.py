@@ -106,10 +106,10 @@ def _object(kind: Any) -> Mend:
     valueless = frozenset(field.name for field in fields if str(field.type) == "null")
 
     def mend(value: Any) -> Any:
-        kept = without_added_nulls(value, valueless)
+        value_without = without_added_nulls(value, valueless)
         return {
             key: menders[key](item) if item is not None and key in menders else item
-            for key, item in kept.items()
+            for key, item in value_without.items()
         }
 
     return mend

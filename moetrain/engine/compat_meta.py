@@ -75,7 +75,7 @@ def _mend_torch() -> None:
 
 
 class FusedNorm(torch.autograd.Function):
-    """What CUDA's kernel keeps: its input and a number a row; meta's makes copies in fp32."""
+    """What CUDA's kernel keeps: its input and one number per row; meta's makes copies in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

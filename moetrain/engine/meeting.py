@@ -1,4 +1,4 @@
-"""Where ranks meet. torch's store takes orders from whoever reaches it, without a password: so it
+"""Where ranks meet. torch's store obeys anyone who reaches it, without a password: so it
 listens where the ranks are, and nowhere else.
 """
 

@@ -191,7 +191,7 @@ def second_moments(parts: Sequence[Any]) -> Iterator[None]:
 
 
 def leave_out_second_moments(part: Any, state: dict[int, dict[str, Any]]) -> None:
-    """Nothing of them is written or read. `state` has a row a parameter, in the buffers' order."""
+    """They are neither written nor read. `state` has a row for each parameter, in buffer order."""
     if not isinstance(part.optimizer, MuonSteps):
         return
     params = (param for buffer in part.buffers for param in buffer.param_index_map)

@@ -122,7 +122,7 @@ def gathered(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """All weights are whole in here: outside, an overlapped parameter gather may still be due.
 
     With overlap, the gather after an optimizer step is left to the hooks of the next training
-    forward; whoever reads weights in between, or runs another forward, would see old ones.
+    forward; reading weights in between, or running another forward, would see old ones.
     """
     overlapped = [w for w in wrapped if w.ddp_config.overlap_param_gather]
     for model in overlapped:

@@ -356,7 +356,7 @@ def tensors(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
 
 
 def seed_of(seed: int, prompt_id: str, index: int) -> int:
-    """A seed for one answer, the same whoever samples it and when."""
+    """A seed for one answer, the same on every engine and at every time."""
     digest = hashlib.sha256(f"{seed} {prompt_id} {index}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
 

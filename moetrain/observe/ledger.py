@@ -85,5 +85,5 @@ class Ledger:
 
     def close(self) -> None:
         """Close the file; the ledger takes no more rows."""
-        with contextlib.suppress(OSError):  # a row that a full disk has refused was told of
+        with contextlib.suppress(OSError):  # rows that a full disk refused were reported already
             self._file.close()

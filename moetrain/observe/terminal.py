@@ -80,7 +80,7 @@ def _about(runs: Sequence[Run], alike: Sequence[Column]) -> str:
 
 
 def _texts(column: Column, widest: int) -> list[str]:
-    """The head and the cells, in lines. What all are shares of is said in the head."""
+    """The head and the cells, in lines. The head has the unit that all cells share."""
     nums = {num for num in column.nums if num is not None}
     head = broken(column.key, HEAD_WIDTH) + (f"\nof {min(nums):,}" if len(nums) == 1 else "")
     texts: list[str] = []

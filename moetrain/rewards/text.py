@@ -24,10 +24,10 @@ def format(
     <think>…</think><answer>…</answer> (or matches `pattern`).
     """
     wanted = THINKING if pattern is None else re.compile(pattern, re.DOTALL)
-    begun = opened or [""] * len(completions)
+    openings = opened or [""] * len(completions)
     return [
         float(wanted.fullmatch(start + text_of(text)) is not None)
-        for start, text in zip(begun, completions, strict=True)
+        for start, text in zip(openings, completions, strict=True)
     ]
 
 
@@ -48,8 +48,8 @@ def tag_count(
     if newlines:
         marks = [f"\n{mark}\n" for mark in marks]
         marks[0], marks[-1] = marks[0][1:], marks[-1][:-1]
-    begun = opened or [""] * len(completions)
-    wholes = [start + text_of(text) for start, text in zip(begun, completions, strict=True)]
+    openings = opened or [""] * len(completions)
+    wholes = [start + text_of(text) for start, text in zip(openings, completions, strict=True)]
     return [sum(whole.count(mark) == 1 for mark in marks) / len(marks) for whole in wholes]
 
 

@@ -91,7 +91,7 @@ MONEY = re.compile(  # before a number
 UNSURE = "?"  # before a word that no table has: it has to stand on both sides
 SINGLE = frozenset("m g s l L h N J W V A K".split())  # letters that a variable could be, too
 
-# Words with which something else is said than what is counted.
+# Words that say something else than what is counted.
 _NO_UNITS = frozenset(
     """is are was were be not no or and to than then of plus minus times divided over more less most
     least at exactly approximately about around if mod modulo log ln exp sqrt sin cos tan cot sec

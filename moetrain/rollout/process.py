@@ -105,7 +105,7 @@ class ServerProcess:
         return self._process.poll() is not None
 
     def wanted(self) -> tuple[Path, int | None]:
-        """The folder and version that it shall be started with next; /reload may have said so."""
+        """The folder and version to start it with next; /reload may have changed them."""
         settings = json.loads(self.file.read_text())
         return Path(settings["model"]), settings["version"]
 

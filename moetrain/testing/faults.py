@@ -33,8 +33,8 @@ class _LeavesOut(Embedded):
     def push(
         self, weights: Iterable[tuple[str, Tensor]], version: int, since: int | None = None
     ) -> dict[str, float]:
-        kept = ((n, w) for n, w in weights if since is None or n != LEFT_OUT)
-        return super().push(kept, version, since)
+        sent = ((n, w) for n, w in weights if since is None or n != LEFT_OUT)
+        return super().push(sent, version, since)
 
 
 class _OnAnotherBase(Embedded):

@@ -130,8 +130,8 @@ def logits_of(engine: Any, tokens: Sequence[int]) -> Any:
         chunk.eval()
     batches = micro_batches([from_tokens(tokens)], 1, engine.world)
     with torch.no_grad():
-        kept = runner(batches, None, forward_only=True)  # type: ignore[arg-type]
-    return kept[0]["logits"][: len(tokens), : engine.model.heads.vocab] if kept else None
+        results = runner(batches, None, forward_only=True)  # type: ignore[arg-type]
+    return results[0]["logits"][: len(tokens), : engine.model.heads.vocab] if results else None
 
 
 def losses(

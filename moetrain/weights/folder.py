@@ -80,7 +80,7 @@ def _check_named(folder: Path, read: str) -> None:
     try:
         named = json.loads(read_text(folder / CONFIG))[NAMED]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return  # whoever reads config.json says what is wrong with it
+        return  # the reader of config.json reports what is wrong with it
     if named not in (None, read):
         raise WeightsError(
             f"{folder}: {CONFIG} says {NAMED}={named!r}, which transformers reads in place of"

@@ -2,7 +2,7 @@
 
 Variables and their forms (`${A:-b}`, `${A##*/}`, `${A[@]}`), `$((1 + 2))`, and of commands in
 `$(...)` pwd, cd, echo, basename and dirname. What only a shell could know is a
-hole: it stands in the value between two HOLEs, and whoever needs the value refuses it.
+hole: it stands in the value between two HOLEs, and what needs the value refuses it.
 """
 
 import fnmatch

@@ -33,7 +33,7 @@ _LOOPS = ("for", "while", "until", "select")
 class Command:
     """`megatron rlhf --beta 0.1` with the variables that were set before it.
 
-    `open` names the variables whose value hangs on the environment of whoever starts the script,
+    `open` names the variables whose value hangs on the environment in which the script is started,
     `files` are the words before the first flag, `folder` where a `cd` before it went, `repeated`
     whether it stands in a loop.
     """

@@ -10,7 +10,7 @@ vLLM 0.32.
     POST /push                   {links, since, version}: serve the weights of folders, each with
                                  its version (moetrain_weights); `since` is what is served now
     POST /transfer/{step}        init, start, update, finish: vLLM's own weight transfer
-    POST /reload                 {folder, version}: end; whoever watches starts it from there
+    POST /reload                 {folder, version}: end; the trainer starts it again from there
     POST /sleep, /wake           give the GPU's memory back, take it again
 """
 
@@ -303,7 +303,7 @@ def application(service: Service, token: str) -> Guard:
 
 
 def follow_parent() -> None:
-    """End, with all processes of this session, when whoever holds the other end of stdin ends."""
+    """End, with all processes of this session, when the process at the other end of stdin ends."""
 
     def watch() -> None:
         while sys.stdin.buffer.read(4096):
@@ -356,7 +356,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 def main() -> None:
     file = Path(sys.argv[1])
     settings = json.loads(file.read_text())
-    token = os.environ.pop(TOKEN, "")  # processes started from here shall not find it
+    token = os.environ.pop(TOKEN, "")  # kept from processes that are started from here
     if not token:
         raise SystemExit(f"no token: set {TOKEN}")
     follow_parent()
