@@ -17,7 +17,7 @@ from tests.test_parity import LAYOUTS, reference_gradients, sequences
 
 Tiny = Callable[[str], tuple[str, Any]]
 
-# Triton's interpreter takes seconds for each of the permutation's kernels: one case has them.
+# Triton's interpreter takes seconds for each of the permutation's kernels: one test has them.
 PLAIN = {"megatron": {"moe_permute_fusion": False}}
 CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     # name: (family, world, layout, other sections)
@@ -49,14 +49,17 @@ def test_equal_transformers(te_workers: Workers, tiny: Tiny, case: str) -> None:
         assert (grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-12, name
 
 
-def test_the_fused_permutation(te_workers: Workers, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["one", "tp2-sp", "ep2", "tp2-ep2", "cp2"])
+def test_the_fused_permutation(te_workers: Workers, tmp_path: Path, layout: str) -> None:
     """Its kernels are Triton's, run by Triton's interpreter: nothing stands in."""
     from moetrain.testing.tiny import save_model
 
     model = save_model("qwen3_moe", tmp_path, num_hidden_layers=1)
+    world, parallel = LAYOUTS[layout]
     data = [s[:7] for s in sequences()[:2]]
     loss, wanted = reference_gradients(model, data)
-    (found,) = te_workers.run(1, te_ranks.values, str(tmp_path), {}, data, data[0], {})
+    arguments = (str(tmp_path), parallel, data, data[0], {})
+    found = te_workers.run(world, te_ranks.values, *arguments)[0]
     assert found.loss == pytest.approx(loss, rel=1e-5)
     for name, grad in found.gradients.items():
         assert (grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-12, name
