@@ -453,6 +453,10 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "x is no LoRA tensor",
     ),
     "empty": (lambda f: _tensors(f, lambda t: t.clear()), "holds no tensors"),
+    "no number": (
+        lambda f: _tensors(f, lambda t: t[Q.format("B")].__setitem__((3, 1), torch.nan)),
+        "q_proj.weight has values that are not finite",
+    ),
     "which parameter": (
         lambda f: (
             _edit(f, target_parameters=None),

@@ -381,18 +381,22 @@ def test_an_index_with_names_that_no_file_has(tmp_path: Path, name: str) -> None
         ("lora_alpha", 10**400),
         ("rank_pattern", {"(": 4}),
         ("rank_pattern", {"(a+)+$": 4}),
+        ("rank_pattern", {"(?i)q_proj": 4}),  # PEFT puts something before it
+        ("alpha_pattern", {"[[a]": 4}),  # a warning beside the error
         ("rank_pattern", [1]),
         ("alpha_pattern", {"q_proj": float("-inf")}),
         ("target_parameters", 5),
         ("target_parameters", ["a", 1]),
     ],
 )
-def test_an_adapter_config_that_lies(tmp_path: Path, key: str, value: Any) -> None:
+def test_an_adapter_config_that_lies(
+    tmp_path: Path, key: str, value: Any, recwarn: pytest.WarningsRecorder
+) -> None:
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16, key: value}))
     with pytest.raises(WeightsError, match="not a LoRA config") as caught:
         read_config(path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not recwarn.list
 
 
 @pytest.mark.parametrize(

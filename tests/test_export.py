@@ -129,6 +129,10 @@ def test_an_adapters_checkpoint_is_sampled_written_and_merged(
     for words in ((best, tmp_path / "merged0"), (tmp_path / "merged1", best)):
         assert cli.main(["convert", "verify", *map(str, words)]) == 0
     assert cli.main(["convert", "verify", str(adapted), str(second_base)]) == 1
+    capsys.readouterr()
+    assert cli.main(["convert", "inspect", str(adapted), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"] == 90 and found["adapter"] == {"base": str(second_base)}
     more = ["--adapter", str(tmp_path / "peft0")]
     assert cli.main(["convert", "verify", str(best), str(second_base), *more]) == 2
     assert "has an adapter already" in capsys.readouterr().err

@@ -96,3 +96,14 @@ def test_an_export_is_looked_at_before_the_run(tmp_path: Path) -> None:
         said = RunData(recipe(tmp_path, data=data, model=model)).prepare().lines
         assert len(said) == lines
     assert said[1].startswith("note: ") and said[1].endswith(f"export with --tokenizer {plain}")
+
+
+def test_a_tokenizer_without_a_token_for_what_is_unknown(tmp_path: Path) -> None:
+    """tokenizers raises a bare Exception at the first text."""
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+    )
+    with pytest.raises(DataError, match=r"cannot encode every text.*unk_token") as caught:
+        tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)

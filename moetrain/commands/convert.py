@@ -158,7 +158,7 @@ def run(args: Arguments) -> int:
     if args.action == "inspect":
         from moetrain.weights.inspect import inspect
 
-        return inspect(*paths, as_json=args.json)
+        return inspect(_of_run(args.folder), as_json=args.json)
     if args.action == "verify":
         return _verify(args)
     from moetrain.weights import convert, derived
@@ -173,7 +173,7 @@ def run(args: Arguments) -> int:
     if args.action == "hf2mcore":
         return convert.hf2mcore(paths[0], paths[1], replace(options, style=args.style), adapter)
     if args.action == "mcore2hf":
-        return convert.mcore2hf(paths[0], paths[1], options, args.hf, adapter)
+        return convert.mcore2hf(_of_run(paths[0]), paths[1], options, args.hf, adapter)
     from moetrain.weights.quantise import quantize
 
     return quantize(paths[0], paths[1], args.to, args.calibration, options, adapter)
@@ -207,21 +207,32 @@ def _verify(args: Arguments) -> int:
     return convert.verify(a, b, workers=args.workers, config=args.hf, adapters=adapters)
 
 
-def _weights(path: Path) -> tuple[Path, Path | None]:
-    """(folder of a model, the adapter to merge into it): of a run without an export its last
-    checkpoint, of an adapter's checkpoint the base and the adapter.
-    """
-    from moetrain.models.lookup import HF, NOTE, checkpoint_at, read_mapping
+def _of_run(path: Path) -> Path:
+    """The last checkpoint of a run that has no export; anything else as it is."""
+    from moetrain.models.lookup import HF, checkpoint_at
 
     path = checkpoint_at(path)
-    is_run = (path / "resolved.yaml").is_file() and not (path / "hf" / HF).is_file()
-    note = path / NOTE
-    if not is_run and not (note.is_file() and "adapter_of" in read_mapping(note)):
-        return path, None
-    from moetrain.engine.on_disk import model_in, sections_of
+    if not (path / "resolved.yaml").is_file() or (path / "hf" / HF).is_file():
+        return path
+    from moetrain.engine.on_disk import latest
 
-    base, sections = sections_of(model_in(str(path)))
-    return Path(base), Path(sections["adapter"]["path"]) if sections else None
+    return latest(path)
+
+
+def _weights(path: Path) -> tuple[Path, Path | None]:
+    """(folder of a model, the adapter to merge into it): of an adapter's checkpoint its base and
+    itself as a PEFT folder.
+    """
+    from moetrain.models.lookup import NOTE, read_mapping
+
+    path = _of_run(path)
+    note = path / NOTE
+    if not note.is_file() or "adapter_of" not in read_mapping(note):
+        return path, None
+    from moetrain.engine.on_disk import sections_of
+
+    base, sections = sections_of(str(path))
+    return Path(base), Path(sections["adapter"]["path"])
 
 
 def _peft(folder: Path) -> Path:

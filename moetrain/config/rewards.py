@@ -44,7 +44,7 @@ class FormatOptions(Section):
     def _compiles(cls, value: str | None) -> str | None:
         try:
             re.compile(value or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"is not a regular expression: {error}") from None
         return value
 
@@ -208,7 +208,7 @@ class JudgeOptions(Section):
     def _usable(self) -> "JudgeOptions":
         try:
             groups = re.compile(self.pattern).groups
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"pattern is not a regular expression: {error}") from None
         if groups != 1:
             raise ValueError("pattern must have one group, which is the number")

@@ -39,7 +39,13 @@ def check_read_as_written(loaded: Any, folder: Path) -> None:
 
 
 def _problem(loaded: Any, folder: Path) -> DataError | None:
-    text = difference(loaded, folder)
+    try:
+        text = difference(loaded, folder)
+    except Exception as error:  # tokenizers has no type of its own
+        return DataError(
+            f"The tokenizer in {folder} cannot encode every text: {error}. Restore its"
+            f" tokenizer.json, or give it an unk_token that is in its vocabulary."
+        )
     if text is None:
         return None
     cut = loaded(text, add_special_tokens=False)["input_ids"]

@@ -87,4 +87,9 @@ class Merged:
         if spec.dora:
             magnitude = self._whole(stem + SUFFIX["lora_magnitude"])[rows]
             w *= (magnitude / w.norm(dim=1))[:, None]
-        return w.to(dtype)[:, slices[1]]
+        w = w.to(dtype)
+        if not w.isfinite().all():
+            raise WeightsError(
+                f"{self}: {name} has values that are not finite. Give an earlier adapter."
+            )
+        return w[:, slices[1]]

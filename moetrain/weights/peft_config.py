@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,12 +129,18 @@ def _alpha(value: Any) -> float:
 def _pattern(text: str) -> str:
     """A pattern of PEFT's that is soon matched: of two repetitions at most, and of no group."""
     if len(re.findall(r"(?<!\()[*+?{]", text)) > 2 or re.search(r"\)[*+?{]", text):
-        raise ValueError(f"a pattern that repeats too much, {text}")
+        raise ValueError(f"a pattern that repeats too much, {text[:60]}")
     try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{text} is no pattern ({error})") from None
+        with warnings.catch_warnings(action="error"):  # of sets in sets
+            re.compile(_ending_in(text))
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        raise ValueError(f"{text[:60]} is no pattern ({error})") from None
     return text
+
+
+def _ending_in(pattern: str) -> str:
+    """What PEFT makes of a pattern."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def rank_of(config: PeftConfig, module: str) -> int:
@@ -150,6 +157,6 @@ def scale_of(config: PeftConfig, module: str, rank: int) -> float:
 def _by_pattern[T](patterns: Mapping[str, T], module: str, default: T) -> T:
     """The value of the first pattern that the name ends in, as PEFT has it."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_ending_in(pattern), module):
             return value
     return default

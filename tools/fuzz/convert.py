@@ -38,6 +38,13 @@ SIDES = {
     "special_tokens_map.json": {"eos_token": "<e>"},
     "tokenizer.json": {"version": "1.0", "model": {"type": "WordLevel", "vocab": {}}},
 }
+TOKENIZER = {
+    "tokenizer.json": {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {"<e>": 3, "a": 4}, "unk_token": "<e>"},
+    },
+}  # fmt: skip
 HF, MEGATRON = ("plain", "single", "sharded"), ("mcore", "columns", "megatron-lm")
 
 
@@ -83,6 +90,8 @@ def build(folder: Path) -> Place:
             convert.hf2mcore(place.whole(name), place.result(name))
         for name in MEGATRON:
             convert.mcore2hf(place.whole(name), place.result(name))
+    for name, sides in zip(wholes.ADAPTERS, ({}, SIDES | TOKENIZER), strict=True):
+        wholes.peft_folder(place.whole(name), SIZES, sides)
     return place
 
 
@@ -105,13 +114,13 @@ def run(bench: Any, made: tuple[str, int]) -> str:
     what = damages.KINDS[kind].change(rng, inner)
     checked = damages.after(rng, inner, kind)
     told = f"{name}, {checked}: {what}"
-    before = _state(place.folder)
-    inspected = _command("inspect", source, *["--json"] * rng.randrange(2))
+    before = state(place.folder)
+    inspected = command("inspect", source, *["--json"] * rng.randrange(2))
     assert inspected in (0, 2), told
-    verified = _command("verify", source, place.whole("plain"))
+    verified = command("verify", source, place.whole("plain"))
     assert verified in (0, 1, 2), told
     code = _converted(place, name, source, rng)
-    assert _state(place.folder) == before, f"{told}: something else was written"
+    assert state(place.folder) == before, f"{told}: something else was written"
     if code == 0:
         _check(place, name, source, checked, told)
     return "used" if code == 0 else "refused"
@@ -124,7 +133,7 @@ def _converted(place: Place, name: str, source: Path, rng: random.Random) -> int
     more: list[str] = []
     if name == "megatron-lm" and not (source / "release" / "moetrain.json").is_file():
         more = ["--hf", str(place.whole("plain"))]
-    code = _command(action, source, out, "--workers", str(rng.choice((1, 3))), *more)
+    code = command(action, source, out, "--workers", str(rng.choice((1, 3))), *more)
     assert code in (0, 2), code
     left = sorted(path.name for path in place.work.iterdir())
     assert left == (["in", "out"] if code == 0 else ["in"]), left
@@ -137,7 +146,7 @@ def _check(place: Place, name: str, source: Path, checked: str, told: str) -> No
     if checked == "damaged manifest":  # maybe of what a conversion has no use for
         assert wholes.weights(out) == wholes.weights(place.result(name)), told
         return
-    assert _command("verify", out, source, "--workers", "1") == 0, f"{told}: another result"
+    assert command("verify", out, source, "--workers", "1") == 0, f"{told}: another result"
     wanted, found = (wholes.weights(p) for p in (place.result(name), out))
     if checked == "stale manifest":
         assert found == wanted, f"{told}: values that the manifest does not know"
@@ -161,10 +170,10 @@ def run_journal(bench: Any, made: tuple[str, int]) -> str:
     action = "hf2mcore" if name == "single" else "mcore2hf"
     unfinished.kill(rng, action, place.whole(name), out)
     what = unfinished.change_part(rng, part, place.folder / "secret")
-    before = _state(place.folder)
-    code = _command(action, place.whole(name), out, "--resume")
+    before = state(place.folder)
+    code = command(action, place.whole(name), out, "--resume")
     told = f"{name}, {what}"
-    assert code in (0, 2) and _state(place.folder) == before, f"{told}: {code}"
+    assert code in (0, 2) and state(place.folder) == before, f"{told}: {code}"
     assert out.exists() == (code == 0), told
     if code == 2:
         return "refused"
@@ -172,7 +181,7 @@ def run_journal(bench: Any, made: tuple[str, int]) -> str:
     wanted, found = (wholes.content(p) for p in (place.result(name), out))
     if wanted != found:
         assert what == "other bytes", f"{told}: another result"
-        assert _command("verify", out, place.whole("plain")) == 2, f"{told}: looks whole"
+        assert command("verify", out, place.whole("plain")) == 2, f"{told}: looks whole"
         return "damaged and seen"
     return "used"
 
@@ -199,7 +208,7 @@ def run_flip(bench: Any, made: tuple[str, int]) -> str:
     return f"refused in {path.suffix or path.name}"
 
 
-def _command(*words: object) -> int:
+def command(*words: object) -> int:
     return _said(*words)[0]
 
 
@@ -226,7 +235,7 @@ def _said(*words: object) -> tuple[int, str]:
     return code, said
 
 
-def _state(folder: Path) -> Mapping[str, tuple[int, int]]:
+def state(folder: Path) -> Mapping[str, tuple[int, int]]:
     """What there is beside results."""
     return dict(_files(folder))
 

@@ -43,10 +43,10 @@ def _numbers(rng: random.Random, value: Any) -> None:
 
 def _json(rng: random.Random, path: Path) -> str:
     """Another JSON file."""
-    return _changed(rng, json.loads(path.read_bytes()), path.write_bytes, path.name)
+    return changed(rng, json.loads(path.read_bytes()), path.write_bytes, path.name)
 
 
-def _changed(
+def changed(
     rng: random.Random, value: Any, write: Callable[[bytes], Any], name: str, rest: bytes = b""
 ) -> str:
     for _ in range(rng.randrange(1, 4)):
@@ -106,7 +106,7 @@ def change_header(rng: random.Random, folder: Path) -> str:
             write(dumped(header))
             return f"{name!r} of no bytes"
         case _:
-            return _changed(rng, header, write, path.name)
+            return changed(rng, header, write, path.name)
 
 
 def change_index(rng: random.Random, folder: Path) -> str:
@@ -149,7 +149,7 @@ def change_config(rng: random.Random, folder: Path) -> str:
         return f"{key} = {config[key]!r}"
     if rng.random() < 0.2:
         config["quantization_config"] = {"quant_method": rng.choice(("fp8", "mxfp4", "awq", 1, []))}
-    return _changed(rng, config, lambda raw: _put(path, value, raw), "config")
+    return changed(rng, config, lambda raw: _put(path, value, raw), "config")
 
 
 def _put(path: Path, value: Any, raw: bytes) -> None:

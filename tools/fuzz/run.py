@@ -54,6 +54,8 @@ def work(args: argparse.Namespace) -> None:
     """In a process of its own: a range's inputs; a line of JSON for each fault, counts last."""
     from targets import TARGETS, Bench
 
+    # What is tested may print.
+    lines, sys.stdout = sys.stdout, open(os.devnull, "w", encoding="utf-8")
     chosen = {name: TARGETS[name] for name in args.only}
     names, weights = list(chosen), [target.weight for target in chosen.values()]
     with open(args.progress, "r+b") as file, tempfile.TemporaryDirectory() as folder:
@@ -71,18 +73,20 @@ def work(args: argparse.Namespace) -> None:
             outcome, fault = one(chosen[name], bench, rng)
             counts[f"{name} {outcome}"] += 1
             if fault:
-                print(json.dumps({"number": number, "target": name} | fault), flush=True)
+                print(
+                    json.dumps({"number": number, "target": name} | fault), file=lines, flush=True
+                )
             if number % 10 == 0:  # a worker that is ended leaves what it has counted
-                print(json.dumps({"counts": counts}), flush=True)
+                print(json.dumps({"counts": counts}), file=lines, flush=True)
                 counts.clear()
             if number % 200 == 0:
                 size = settled()
                 if size - first > MEGABYTES:
                     told = f"{size - first:.0f} MB that inputs left behind, from {first:.0f} MB"
                     fault = {"number": number, "target": name, "kind": "leak", "told": told}
-                    print(json.dumps(fault | {"input": ""}), flush=True)
+                    print(json.dumps(fault | {"input": ""}), file=lines, flush=True)
                     first = size
-        print(json.dumps({"counts": counts}), flush=True)
+        print(json.dumps({"counts": counts}), file=lines, flush=True)
 
 
 def one(target: Any, bench: Any, rng: random.Random) -> tuple[str, dict[str, Any] | None]:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import adapters
 import convert
 import files
 import folders
@@ -329,5 +330,8 @@ TARGETS: dict[str, Target] = {
     "indexes": Target(5, files.make_index, files.run_index),
     "tables": Target(6, files.make_table, files.run_table),
     "saved": Target(3, files.make_saved, files.run_saved),
-    **{name: Target(*own) for name, own in {**folders.FOLDERS, **convert.CONVERSIONS}.items()},
+    **{
+        name: Target(*own)
+        for name, own in {**folders.FOLDERS, **convert.CONVERSIONS, **adapters.ADAPTERS}.items()
+    },
 }

@@ -26,6 +26,29 @@ def plain_folder(folder: Path, config: Mapping[str, Any], sides: Mapping[str, An
         (folder / name).write_text(json.dumps(content))
 
 
+ADAPTERS = ("adapter", "adapter with a tokenizer")
+
+
+def peft_folder(folder: Path, config: Mapping[str, Any], sides: Mapping[str, Any]) -> None:
+    """An adapter of attention and experts of that model."""
+    import torch
+
+    from moetrain import manifest
+    from moetrain.models import read_model
+    from moetrain.models.adapter import AdapterSpec, adapter_table
+    from moetrain.weights.adapter_init import table_shapes
+    from moetrain.weights.peft_writer import write_peft
+
+    table = adapter_table(read_model(dict(config)), AdapterSpec(2, 4))
+    chance = torch.Generator().manual_seed(0)
+    shapes = table_shapes(table).items()
+    write_peft([(n, torch.randn(s, generator=chance)) for n, s in shapes], folder, table, "base")
+    for name, content in sides.items():
+        (folder / name).write_text(json.dumps(content))
+    (folder / manifest.NAME).unlink()
+    manifest.write(folder, manifest.complete(folder, {}))
+
+
 def cut_columns(source: Path, folder: Path) -> None:
     """A copy of a checkpoint in which each matrix lies in two halves of its columns, as tensor
     parallel ranks write it.
