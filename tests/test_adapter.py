@@ -363,7 +363,10 @@ def test_an_adapter_is_merged_on_the_way(
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     assert convert("verify", mcore, plain) == 0
+    capsys.readouterr()
     assert convert("verify", other, mcore, "--adapter", folder) == 0
+    said = capsys.readouterr().out
+    assert f"{other} with {folder} in it and {mcore} hold the same weights" in said
     assert convert("verify", other, plain, "--adapter", folder, "--logits", "8") == 0
     assert "differ by up to 0;" in capsys.readouterr().out
     assert convert("verify", base, plain) == 1

@@ -163,7 +163,11 @@ def verify(
     counted = f"{num} difference{'s' if num > 1 else ''}"
     if most is not None and num > most:
         counted += f"; the first {most} are shown, verify without --logits lists all"
-    print(counted if num else f"{a} and {b} hold the same weights")
+    sides = (
+        f"{path} with {adapter} in it" if adapter else f"{path}"
+        for path, adapter in zip((a, b), adapters, strict=True)
+    )
+    print(counted if num else f"{' and '.join(sides)} hold the same weights")
     return 1 if num else 0
 
 
