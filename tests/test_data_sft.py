@@ -2,6 +2,9 @@
 
 import json
 import math
+import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,9 @@ import pytest
 import torch
 from data_helpers import chat, questions, recipe, tokenizer_folder, write_jsonl
 
-from moetrain.data import sft, tokenizer
+from moetrain.data import sft, tokenizer, workers
 from moetrain.data.chat import ChatOptions
-from moetrain.data.encode import Spec
+from moetrain.data.encode import Encoder, Spec
 from moetrain.data.loader import Loader, RunData
 from moetrain.data.parsing import parse_json
 from moetrain.data.rejects import Reject
@@ -280,6 +283,23 @@ def test_the_cache_is_by_content(tmp_path: Path) -> None:
     write_jsonl(path, questions(63))
     assert build(sft.CHAT, spec(path), root) != first
     assert not list(root.glob("sft/.*.tmp-*"))
+
+
+def test_workers_need_no_torch(tmp_path: Path) -> None:
+    """A worker gets the tokenizer that is loaded: to load one, transformers imports torch."""
+    path = write_jsonl(tmp_path / "a.jsonl", questions())
+    encoder = Encoder(sft.CHAT, spec(path))
+    expected = encoder(rows(path))[0].groups[0].sequences[0].tokens.tolist()
+    code = (
+        "import pickle, sys; encode, rows = pickle.load(sys.stdin.buffer); found = encode(rows);"
+        "print('torch' in sys.modules, found[0].groups[0].sequences[0].tokens.tolist())"
+    )
+    sent = pickle.dumps((encoder, rows(path)))
+    done = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True)
+    assert done.stdout.decode() == f"False {expected}\n", done.stderr.decode()
+    cores = workers.num_cores()
+    sizes = (0, workers.EACH - 1, 2 * workers.EACH, 1 << 40)
+    assert [workers.worth(size) for size in sizes] == [0, 0, min(2, cores), min(8, cores)]
 
 
 @pytest.mark.slow

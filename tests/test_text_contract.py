@@ -5,6 +5,7 @@ The right text of a turn is written down here for each template, from what is pu
 
 import itertools
 import json
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -696,6 +697,9 @@ def test_the_quick_way_is_taken_where_places_agree(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(chat_module, "MANY", 2)
     assert chat.encode(own)[0].tokens.tolist() == chat._slowly(own)[0].tokens.tolist()
     assert chat._spans is not None
+    sent = pickle.loads(pickle.dumps(chat))  # as worker processes get it
+    monkeypatch.setattr(Chat, "_slowly", None)
+    assert sent.encode(own)[0].tokens.tolist() == chat.encode(own)[0].tokens.tolist()
     trimming = tokenizer.load(folder("qwen3"))  # GPT-2's: a blank before a word is not its place
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     assert byte_spans.of(trimming) is None

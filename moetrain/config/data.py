@@ -104,8 +104,11 @@ class DataConfig(Section):
         description="a record whose own words have a control token such as <|im_end|>: keep it as"
         " that token, escape it (its letters), or reject the record",
     )
-    num_workers: int = Field(
-        default=0, ge=0, description="processes that tokenize records; 0: none but this one"
+    num_workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="processes that tokenize records; 0: none but this one; not set: one for each"
+        " 16 MB of the files, as many as there are cores, at most 8",
     )
 
     @field_validator("chat_template_kwargs")

@@ -2,6 +2,7 @@
 byte-level the bytes of its tokens are those of the text, so that their lengths are the places.
 """
 
+import contextlib
 from collections.abc import Sequence
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrain.data import same_tokens, text_tokenizer
-from moetrain.data.text_tokenizer import Fast, Ids
+from moetrain.data.text_tokenizer import Fast, Ids, TextTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 Places = NDArray[np.int64]
 CHECKED = 300  # texts, of which the places are compared
+SAME = "the same places"
 
 
 class ByteSpans:
@@ -72,6 +74,18 @@ def of(tokenizer: "PreTrainedTokenizerFast") -> ByteSpans | None:
     if isinstance(read, str):
         return None
     made = ByteSpans(Fast(read))
+    known = same_tokens.verdict(read, "places", CHECKED)
+    with contextlib.suppress(OSError):
+        return made if known.read_text(encoding="utf-8") == SAME else None
+    same = _same_places(tokenizer, read, made)
+    text_tokenizer.remember(known, SAME if same else "other places")
+    return made if same else None
+
+
+def _same_places(
+    tokenizer: "PreTrainedTokenizerFast", read: TextTokenizer, made: ByteSpans
+) -> bool:
+    """Whether tokens of some texts lie where the tokenizer says."""
     for text in islice(same_tokens.special_cases(read), CHECKED):
         right: Any = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -79,8 +93,8 @@ def of(tokenizer: "PreTrainedTokenizerFast") -> ByteSpans | None:
         (ids,) = made.ids([text])
         ends = made.ends(text, ids)
         if ends is not None and not _same(text, right["offset_mapping"], ids, ends, made):
-            return None
-    return made
+            return False
+    return True
 
 
 def _same(text: str, offsets: list[Span], ids: Ids, ends: Places, made: ByteSpans) -> bool:

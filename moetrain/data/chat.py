@@ -121,7 +121,7 @@ class Chat:
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         self.template = Template(text, specials, added, kwargs)
         self._special_tokens: How = special_tokens
-        self._num_chars = 0  # that were tokenised
+        self._num_chars = 0  # that were tokenised, or will be
         self._spans: ByteSpans | None = None
 
     @cached_property
@@ -179,7 +179,7 @@ class Chat:
         """
         messages, kwargs, _ = self.controls.guard(messages, kwargs)
         messages = self._with_system(messages)
-        text, _ = self.template.render(
+        text = self.template.text_of(
             [self._spoken(message) for message in messages], add_generation_prompt=True, **kwargs
         )
         self._asked(messages, text)
@@ -303,10 +303,14 @@ class Chat:
     def _byte_spans(self, marked: list[Marked]) -> ByteSpans | None:
         """What is faster than the tokenizer, once there is text enough to be worth comparing."""
         if self._num_chars < MANY:
-            self._num_chars += sum(len(m.text) for m in marked)
-            if self._num_chars >= MANY:
-                self._spans = byte_spans.of(self.tokenizer)
+            self.expect(sum(len(m.text) for m in marked))
         return self._spans
+
+    def expect(self, num_chars: int) -> None:
+        """That many characters are to be tokenised, more than those before."""
+        is_new, self._num_chars = self._num_chars < MANY, self._num_chars + num_chars
+        if is_new and self._num_chars >= MANY:
+            self._spans = byte_spans.of(self.tokenizer)
 
     def _quickly(self, marked: list[Marked], spans: ByteSpans) -> list[Encoded]:
         """The same as by `encode`'s slower way."""

@@ -44,7 +44,7 @@ class TrainedTurn:
         return self._thoughtful(spans, empty_thoughts)
 
     def _render(self, *turns: Message, **kwargs: Any) -> str:
-        return self.template.render([*self.before, *turns], **kwargs, **self.kwargs)[0]
+        return self.template.text_of([*self.before, *turns], **kwargs, **self.kwargs)
 
     def _words(self) -> Message:
         """The turn with words in place of what it says."""

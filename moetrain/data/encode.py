@@ -36,7 +36,7 @@ class Spec:
     model_vocab: int | None = None
     held_out: bool = False  # of inputs that are folders with splits
     selection: Selection | None = None  # None: every record
-    num_workers: int = 0  # decides how fast, not what
+    num_workers: int | None = 0  # decides how fast, not what; None: as many as it is worth
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,12 @@ class SetKind:
 
 
 class Encoder:
-    """Records to tokens; picklable, so that each worker process loads its own tokenizer."""
+    """Records to tokens. Worker processes get the tokenizer as it is: to find out how to load one,
+    transformers 5.19 imports torch, which takes five seconds of processor time and 300 MB.
+    """
 
     def __init__(self, kind: SetKind, spec: Spec, keep_texts: bool = False) -> None:
         self.kind, self.spec, self.keep_texts = kind, spec, keep_texts
-
-    def __getstate__(self) -> tuple[SetKind, Spec, bool]:
-        return self.kind, self.spec, self.keep_texts
-
-    def __setstate__(self, state: tuple[SetKind, Spec, bool]) -> None:
-        self.kind, self.spec, self.keep_texts = state
 
     @cached_property
     def chat(self) -> Chat:

@@ -5,8 +5,6 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 POLL_SECONDS = 0.25
@@ -37,6 +35,12 @@ class _Watch:
         self._limits: dict[int, _Limit] = {}  # by thread
         self._notified: set[int] = set()
         self.thread: threading.Thread | None = None
+        # Stays open: it is read at every text, and opening it takes eight times as long.
+        self._statm = open("/proc/self/statm", "rb", buffering=0)
+
+    def writable_memory(self) -> int:
+        """What RLIMIT_DATA counts: bytes of this process that it may write to, used or not."""
+        return int(os.pread(self._statm.fileno(), 200, 0).split()[5]) * PAGE
 
     def begin(self, seconds: float, memory: int) -> None:
         own = threading.get_ident()
@@ -69,7 +73,7 @@ class _Watch:
 
     def _is_full(self, limit: _Limit) -> bool:
         try:
-            return _writable_memory() > limit.memory
+            return self.writable_memory() > limit.memory
         except MemoryError:  # the kernel's limit is for this thread too
             return True
 
@@ -81,11 +85,11 @@ def _raise_in(thread: int, kind: type[Exception] | None) -> None:
 
 
 _watch = _Watch()
-os.register_at_fork(after_in_child=_watch.__init__)  # its lock may be held at a fork
+# Its lock may be held at a fork, and its file is about the parent.
+os.register_at_fork(after_in_child=_watch.__init__)
 
 
-@contextmanager
-def limited(seconds: float, room: int) -> Iterator[None]:
+class limited:
     """Raises OverTime within the block once this thread has worked for `seconds` in it: between two
     steps of Python, so that no single call of C is cut short. Not within another limit.
 
@@ -93,26 +97,28 @@ def limited(seconds: float, room: int) -> Iterator[None]:
     the kernel gives no more, a single call of C included; others could be starting processes, which
     would keep such a limit, so that beside them it is looked at now and then.
     """
-    most = _writable_memory() + room
-    alone = all(one in (threading.current_thread(), _watch.thread) for one in threading.enumerate())
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    _watch.begin(seconds, most)
-    try:
+
+    def __init__(self, seconds: float, room: int) -> None:
+        self._seconds, self._room = seconds, room
+
+    def __enter__(self) -> None:
+        most = _watch.writable_memory() + self._room
+        threads = (threading.current_thread(), _watch.thread)
+        self._alone = all(one in threads for one in threading.enumerate())
+        self._before = resource.getrlimit(resource.RLIMIT_DATA)
+        _watch.begin(self._seconds, most)
+        if self._alone:
+            soft, hard = self._before
+            soft = most if soft == resource.RLIM_INFINITY else min(most, soft)
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         try:
-            if alone:
-                soft = most if before[0] == resource.RLIM_INFINITY else min(most, before[0])
-                resource.setrlimit(resource.RLIMIT_DATA, (soft, before[1]))
-            yield
-        except MemoryError as error:
-            raise OverMemory from error
-        finally:
             _watch.end()  # until it returns, the exception may come
-    finally:
-        if alone:
-            resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def _writable_memory() -> int:
-    """What RLIMIT_DATA counts: bytes of this process's own that it may write to, used or not."""
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[5]) * PAGE
+        finally:
+            if self._alone:
+                resource.setrlimit(resource.RLIMIT_DATA, self._before)
+        if isinstance(error, MemoryError):
+            raise OverMemory from error

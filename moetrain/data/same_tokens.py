@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from itertools import batched, islice
+from pathlib import Path
 
 import numpy as np
 
@@ -26,10 +27,10 @@ def compared(tokenizer: TextTokenizer, sample: Sequence[str] = ()) -> TextTokeni
     one go to `tokenizers`.
     """
     try:
-        version = metadata.version(FAST)
+        metadata.version(FAST)
     except metadata.PackageNotFoundError:
         return "gigatoken is not installed"
-    known = note([asdict(tokenizer), SLOW, f"{FAST} {version}", SEED, MIXED])
+    known = verdict(tokenizer, "tokens", MIXED)
     found: list[str | None] | None = None
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(known.read_text(encoding="utf-8"))
@@ -39,6 +40,11 @@ def compared(tokenizer: TextTokenizer, sample: Sequence[str] = ()) -> TextTokeni
     why, apart = found
     made = replace(tokenizer, apart=apart or "")
     return why or (_difference(made, sample) if sample else None) or made
+
+
+def verdict(tokenizer: TextTokenizer, what: str, num: int) -> Path:
+    """Where it is remembered what `num` texts have shown, with these versions of packages."""
+    return note([asdict(tokenizer), what, num, SEED, "transformers", SLOW, FAST])
 
 
 def _looked_at(tokenizer: TextTokenizer) -> tuple[str | None, str]:

@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 from moetrain.data import packing, tokenizer
 from moetrain.data.cache import build_once, digest_files, key_of
 from moetrain.data.encode import Encoder, Group, Result, SetKind, Spec
+from moetrain.data.pieces import total_bytes
 from moetrain.data.rejects import Reject, read_rejects, write_rejects
 from moetrain.data.selection import rows_of
 from moetrain.data.sources import find_sources
 from moetrain.data.template import template_text
 from moetrain.data.tokenizer_files import tokenizer_files
-from moetrain.data.workers import in_order
+from moetrain.data.workers import in_order, worth
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed, concat, pack_one, pad_to
 
@@ -89,9 +90,13 @@ def build(kind: SetKind, spec: Spec, root: Path) -> Path:
 
 def _results(spec: Spec, encoder: Encoder) -> Iterator[Result]:
     """Encode every record, in input order whatever the number of workers."""
+    sources = find_sources(spec.inputs, held_out=spec.held_out)
+    num_bytes = total_bytes(sources)
+    encoder.chat.expect(num_bytes)
+    num_workers = worth(num_bytes) if spec.num_workers is None else spec.num_workers
     rows = rows_of(spec.inputs, spec.selection, held_out=spec.held_out)
     chunks = batched(rows, CHUNK)
-    for results in in_order(encoder, chunks, spec.num_workers, "data.num_workers"):
+    for results in in_order(encoder, chunks, num_workers, "data.num_workers"):
         yield from results
 
 

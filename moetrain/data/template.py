@@ -93,6 +93,15 @@ class Template:
 
         FormatError when the template refuses.
         """
+        return self._run(messages, kwargs, self.has_marks)
+
+    def text_of(self, messages: Sequence[Message], /, **kwargs: Any) -> str:
+        """The text alone, which takes half the time where the template has marks."""
+        return self._run(messages, kwargs, False)[0]
+
+    def _run(
+        self, messages: Sequence[Message], kwargs: Mapping[str, Any], with_marks: bool
+    ) -> tuple[str, list[Span]]:
         from transformers.utils import chat_template_utils
 
         # Its annotations say less than it takes and returns (transformers 5.19).
@@ -102,7 +111,7 @@ class Template:
                 texts, marks = render(
                     conversations=[list(messages)],
                     chat_template=self.text,
-                    return_assistant_tokens_mask=self.has_marks,
+                    return_assistant_tokens_mask=with_marks,
                     **{**self._specials, **self.kwargs, **kwargs},
                 )
         except OverTime as error:
@@ -114,7 +123,7 @@ class Template:
         except Exception as error:  # a template is a program: it raises what it likes
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FormatError(f"the chat template refuses it: {reason}") from error
-        return str(texts[0]), list(marks[0]) if self.has_marks else []
+        return str(texts[0]), list(marks[0]) if with_marks else []
 
     def speaks(self, message: Message) -> Message:
         """An assistant's message as this template takes it: the thought where it looks for one,
@@ -148,7 +157,7 @@ class Template:
     def _tries(self, *turns: Message, **kwargs: Any) -> str:
         """What comes out after a question, or nothing where the template refuses."""
         try:
-            return self.render([{"role": "user", "content": QUESTION}, *turns], **kwargs)[0]
+            return self.text_of([{"role": "user", "content": QUESTION}, *turns], **kwargs)
         except FormatError:
             return ""
 
@@ -192,7 +201,7 @@ class Template:
     def _tries_first(self, role: str) -> str:
         messages = [{"role": role, "content": CONTENT}, {"role": "user", "content": QUESTION}]
         try:
-            return self.render(messages)[0]
+            return self.text_of(messages)
         except FormatError:
             return ""
 

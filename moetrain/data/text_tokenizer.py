@@ -127,6 +127,9 @@ class Fast(Engine):
         self._tokenizer, self._made, self._before = tokenizer, None, 0
         self._apart = re.compile(tokenizer.apart or r"(?!)")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tokenizer": self._tokenizer, "_made": None, "_before": 0, "_apart": self._apart}
+
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         if self._made is not None and _anonymous() - self._before > RECYCLE:
             self._made = None
@@ -184,7 +187,8 @@ def note(content: list[Any]) -> Path:
     """Where something is remembered that depends on this content and on the versions of packages
     that it names.
     """
-    named = [f"{c} {metadata.version(c)}" if c in ("transformers", SLOW) else c for c in content]
+    packages = ("transformers", SLOW, FAST)
+    named = [f"{c} {metadata.version(c)}" if c in packages else c for c in content]
     return cache_root() / "tokenizers" / f"{key_of([VERSION, named])}.txt"
 
 

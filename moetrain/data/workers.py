@@ -12,6 +12,7 @@ from typing import Any
 from moetrain.errors import MoetrainError
 from moetrain.parent import die_with
 
+MOST, EACH = 8, 1 << 24  # processes that nobody asked for, and bytes that one is worth starting for
 AHEAD = 2  # things that wait for each process, so that memory does not grow with the input
 _work: Callable[[Any], Any] | None = None
 
@@ -21,11 +22,16 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def worth(num_bytes: int) -> int:
+    """Processes for so many bytes of text."""
+    return min(num_cores(), MOST, num_bytes // EACH)
+
+
 def in_order[T, R](
     work: Callable[[T], R], items: Iterable[T], num_workers: int, option: str
 ) -> Iterator[R]:
     """`work` of each item: here with fewer than two workers, else in as many processes. Each gets
-    its own copy of `work` once and keeps it, with whatever that loads at its first call.
+    its own copy of `work` once and keeps it, with what that has loaded or loads at its first call.
 
     `option` names what sets the number of workers. MoetrainError when one of them is killed.
     """

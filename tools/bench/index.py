@@ -31,19 +31,23 @@ ROOT = Path(__file__).parents[2]
 BEFORE = "f0694ec"  # the last commit with one process and tokenizers alone
 MAIN = "from moetrain.cli import main; raise SystemExit(main())"
 SFT = """
-import json, sys, time
+import json, resource, sys, time
 from pathlib import Path
-from moetrain.data import assets, sets, sft
-from moetrain.data.encode import Encoder, Spec
-folder, source = Path(sys.argv[1]), sys.argv[2]
+
+def cpu():
+    own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in own)
+
 if __name__ == "__main__":
+    from moetrain.data import assets, sets, sft
+    from moetrain.data.encode import Encoder, Spec
+    folder, source = Path(sys.argv[1]), sys.argv[2]
     spec = Spec((source,), folder, 8192, "truncate", 0, num_workers=int(sys.argv[4]))
-    encoder = Encoder(sft.CHAT, spec)
-    encoder.chat.encode([])
-    started = time.perf_counter()
+    Encoder(sft.CHAT, spec).chat.encode([])
+    started, before = time.perf_counter(), cpu()
     made = sets.PackedSet(sets.build(sft.CHAT, spec, Path(sys.argv[3])))
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "print": made.sequences_fingerprint}))
+    print(json.dumps({"seconds": [seconds, cpu() - before], "print": made.sequences_fingerprint}))
 """
 TOKENS = """
 import json, sys, time
@@ -59,7 +63,8 @@ encoder.chat.encode(texts[:1])
 started = time.process_time()
 for part in batched(texts, 256):
     encoder.chat.encode(list(part))
-print(json.dumps({"seconds": time.process_time() - started, "print": len(texts)}))
+seconds = time.process_time() - started
+print(json.dumps({"seconds": [seconds, seconds], "print": len(texts)}))
 """
 
 
@@ -256,7 +261,7 @@ def instructions(args: argparse.Namespace, work: Path) -> None:
     conversations(path, args.sft)
     old, size = earlier(work, args.before), path.stat().st_size / 1e6
     (work / "sft.py").write_text(SFT)
-    found: dict[tuple[str, str], list[tuple[float, object]]] = {}
+    found: dict[tuple[str, str], list[tuple[tuple[float, float], object]]] = {}
     for number in range(args.rounds):
         for name, source in ((f"before ({args.before})", old), ("now", ROOT)):
             count = "0" if source == old else str(args.workers)
@@ -266,11 +271,11 @@ def instructions(args: argparse.Namespace, work: Path) -> None:
                 said = json.loads(run(own, source).said.splitlines()[-1])
                 found.setdefault((what, name), []).append((said["seconds"], said["print"]))
             shutil.rmtree(cache)
-    print(f"{size:.0f} MB of conversations; packs with {args.workers} processes, tokens in CPU s\n")
-    print("| what | side | s | MB/s |\n|" + " --- |" * 4)
+    print(f"{size:.0f} MB of conversations, packs now with {args.workers} processes\n")
+    print("| what | side | s | CPU s | MB per CPU s |\n|" + " --- |" * 5)
     for (what, name), ran in found.items():
-        seconds = median([s for s, _ in ran])
-        print(f"| {what} | {name} | {seconds:.2f} | {size / seconds:.1f} |")
+        seconds, cpu = (median([own[i] for own, _ in ran]) for i in (0, 1))
+        print(f"| {what} | {name} | {seconds:.2f} | {cpu:.2f} | {size / cpu:.1f} |")
     prints = {(what, p) for (what, _), ran in found.items() for _, p in ran}
     print(f"\nthe same sequences: {len(prints) == 2}")
 

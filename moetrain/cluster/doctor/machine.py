@@ -21,7 +21,11 @@ from moetrain.cluster.doctor.base import (
     warn,
     worst,
 )
-from moetrain.errors import plural
+from moetrain.config.data import DataConfig
+from moetrain.data.pieces import total_bytes
+from moetrain.data.sources import find_sources
+from moetrain.data.workers import worth
+from moetrain.errors import DataError, plural
 from moetrain.layout.activations import activation_bytes
 from moetrain.layout.memory import static_bytes
 from moetrain.layout.mesh import plan_mesh
@@ -30,7 +34,7 @@ from moetrain.planner.gpu import gpu_gib
 # Of one rank on the host, in GiB: what Python, torch and Megatron take (1 on a CPU), and CUDA's
 # context with NCCL's buffers beside them.
 RANK_GIB = {"cpu": 1.0, "cuda": 4.0}
-WORKER_GIB = 0.7  # of a process of data.num_workers
+WORKER_GIB = 0.5  # of a process of data.num_workers
 SHM_GIB = 1.0  # of /dev/shm that NCCL and vLLM want of a node
 OPEN_FILES = 1024  # and 4 a rank of the job: gloo and NCCL keep sockets between all of them
 # Slurm sets these where it gave GPUs to the job.
@@ -256,7 +260,17 @@ def needed_memory(subject: Subject) -> float:
     reference = worst_stage.weights if keeps_reference else 0
     device = "cuda" if given_gpus(os.environ) else "cpu"
     each = RANK_GIB[device] + (offloaded + saved + reference) / GIB
-    return ranks * each + recipe.data.num_workers * WORKER_GIB
+    return ranks * each + tokenizing(recipe.data) * WORKER_GIB
+
+
+def tokenizing(data: DataConfig) -> int:
+    """Processes that tokenize the records of a run."""
+    if data.num_workers is not None:
+        return data.num_workers
+    try:
+        return worth(total_bytes(find_sources(data.train)))
+    except (DataError, OSError):  # which is not about memory
+        return 0
 
 
 def ports(subject: Subject) -> Finding:

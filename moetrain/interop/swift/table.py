@@ -243,7 +243,7 @@ _DATA: tuple[Entry, ...] = (
         ),
         defaults={"train_dataloader_shuffle": "true", "dataset_shuffle": "true"},
     ),
-    Same("dataset_num_proc", WHOLE, default=0),
+    Same("dataset_num_proc", WHOLE),
 )
 
 _TRAINING: tuple[Entry, ...] = (
