@@ -224,7 +224,7 @@ def made_by_peft(base: Path, folder: Path, **fields: Any) -> Any:
 
 MADE: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": list(ATTENTION)},
-    "q and v": {"target_modules": ["q_proj", "v_proj"]},
+    "q and v": {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1},
     "experts": {
         "target_modules": ["o_proj"],
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -260,6 +260,7 @@ def test_pefts_own_folder_is_read(tmp_path: Path, case: str) -> None:
 
     model, reader = reader_of(config_in(base), base)
     found = PeftReader(folder, model, reader)
+    assert found.spec.dropout == MADE[case].get("lora_dropout", 0.0)
     local = shards(found.table, found)
     for name in found.names():
         assert found.dtype(name) == torch.float32
@@ -532,6 +533,9 @@ def test_targets_in_pefts_words(
     table = small_table("lora", *target)
     assert targets(table) == (modules, parameters)
     assert config_of(table, "base")["target_modules"] == modules
+    # PEFT 0.20 opens no adapter of parameters that has dropout.
+    dropping = replace(table, spec=replace(table.spec, dropout=0.1))
+    assert config_of(dropping, "base")["lora_dropout"] == (0.0 if parameters else 0.1)
 
 
 def test_all_linear_leaves_router_and_head_alone() -> None:
@@ -546,6 +550,7 @@ def test_a_folder_says_what_it_is() -> None:
         AdapterConfig.model_validate({"path": "a", "rank": 8})
     config = AdapterConfig.model_validate({"path": "a"})
     assert AdapterConfig.model_validate(config.model_dump()) == config  # as in resolved.yaml
+    assert config.dropout is None and AdapterConfig().dropout == 0  # with a path it is the folder's
 
 
 def test_only_targeted_parts_are_live() -> None:

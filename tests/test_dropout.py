@@ -99,21 +99,34 @@ CASES: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
 }
 
 
+DORA = ADAPTER | {"type": "dora", "target": ["q_proj", "v_proj", "o_proj"]}
+SOME = {name: CASES[name] for name in ("recompute", "tp2-sp")}
+
+
 @pytest.mark.gloo
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
-def test_masks_are_the_same_at_every_layout(workers: Workers, tiny: Tiny, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "adapter", "cases"),
+    [
+        ("qwen3_moe", ADAPTER, CASES),
+        ("qwen2_moe", ADAPTER, {"tp2-etp2-ep2": CASES["tp2-etp2-ep2"]}),
+        ("qwen3_moe", DORA, SOME),
+    ],
+    ids=["qwen3_moe", "qwen2_moe", "dora"],
+)
+def test_masks_are_the_same_at_every_layout(
+    workers: Workers, tiny: Tiny, family: str, adapter: dict[str, Any], cases: dict[str, Any]
+) -> None:
     folder, _ = tiny(family)
 
     def step(world: int, parallel: dict[str, Any], packs: int, sections: dict[str, Any]) -> Any:
-        given = {"adapter": ADAPTER} | sections
+        given = {"adapter": adapter} | sections
         return workers.run(
             world, ranks.adapter_gradients, folder, parallel, sequences(), packs, given
         )[0]
 
     loss, norm, wanted, _, _ = step(1, {}, 2, {})
-    without = step(1, {}, 2, {"adapter": ADAPTER | {"dropout": 0.0}})
+    without = step(1, {}, 2, {"adapter": adapter | {"dropout": 0.0}})
     assert abs(loss - without[0]) > 1e-3
-    cases = CASES if family == "qwen3_moe" else {"tp2-etp2-ep2": CASES["tp2-etp2-ep2"]}
     for case, arguments in cases.items():
         own_loss, own_norm, grads, _, _ = step(*arguments)
         assert own_loss == pytest.approx(loss, rel=1e-5), case
@@ -137,18 +150,22 @@ class Masked(torch.nn.Module):
 
 
 @pytest.mark.gloo
-def test_with_the_same_masks_peft_has_the_same_gradients(workers: Workers, tiny: Tiny) -> None:
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_with_the_same_masks_peft_has_the_same_gradients(
+    workers: Workers, tiny: Tiny, kind: str
+) -> None:
     from peft import LoraConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
     folder, _ = tiny("qwen3_moe")
     target = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    adapter = {"rank": 4, "alpha": 8, "target": target, "dropout": 0.4}
+    adapter = {"type": kind, "rank": 4, "alpha": 8, "target": target, "dropout": 0.4}
     loss, _, grads, values, _ = workers.run(
         1, ranks.adapter_gradients, folder, {}, sequences(), 2, {"adapter": adapter}
     )[0]
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=target, lora_dropout=0.4)
+    config.use_dora = kind == "dora"
     model = PeftModel(plain, config).train()
     for name, module in model.named_modules():
         if hasattr(module, "lora_dropout"):
@@ -198,7 +215,6 @@ def test_only_training_drops_and_a_resumed_run_drops_the_same(
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"adapter": {"dropout": 0.1, "type": "dora"}}, r"adapter\.dropout: DoRA takes none"),
     ({"adapter": {"dropout": 1.0}}, r"adapter\.dropout"),
     ({"adapter": {"dropout": 0.1}, "train": {"steps": 1, "recompute": "selective"},
       "megatron": {"recompute_modules": ["mlp"]}}, "recompute_modules: mlp is computed again"),

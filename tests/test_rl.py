@@ -260,6 +260,12 @@ def odd(prompts, completions, answer, question=None, **kw):
 
 def failing(completions, **kw):
     raise ValueError("no luck")
+
+def late(completions, **kw):
+    with open(__file__ + ".asked", "a") as file:
+        asked = file.tell()
+        file.write("." * len(completions))
+    return [None if asked < 32 else float(len(text) % 2) for text in completions]
 """
 
 
@@ -286,11 +292,26 @@ def test_a_reward_that_failed_is_no_score(tmp_path: Path) -> None:
     failing = [f"rewards=[{tmp_path}/own.py:failing]", "train.steps=1"]
     process = start(tmp_path / "failing", *failing, nproc=1)
     out, err = process.communicate(timeout=240)
-    assert process.returncode == 2 and "no prompt kept two graded answers" in err
+    wanted = "Step 1: no prompt kept two graded answers in 3 batches one after the other"
+    assert process.returncode == 2 and wanted in err
     (held_out,) = rows(tmp_path / "failing", whole=True)
     assert held_out["eval_reward/graded"] == 0 and "eval_reward/mean" not in held_out
     assert "held-out 0 of 4 answers graded (the last fault: failing: ValueError: no luck)" in out
     assert "0.0000" not in out
+
+
+def test_batches_without_a_grade_are_left_out(tmp_path: Path) -> None:
+    """The prompts after them are taken, and a run ends in good order when there are no more."""
+    (tmp_path / "own.py").write_text(SOMETIMES)
+    settings = ["train.steps=null", "train.epochs=1", "data.take=[20]", "data.eval=[]"]
+    settings += [f"rewards=[{tmp_path}/own.py:late]", "rollout.reward_workers=1"]
+    train(tmp_path / "run", *settings, nproc=1)
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found] == [1, 2, 3]  # 20 prompts are five batches
+    assert [row.get("faults/dropped/batches") for row in found] == [2, None, None]
+    assert found[0]["faults/dropped/ungraded"] == 32 and found[0]["reward/graded"] == 16
+    assert (tmp_path / "run" / "hf").is_dir()
+    assert "00000003" in {path.name[-8:] for path in (tmp_path / "run" / "checkpoints").iterdir()}
 
 
 def test_a_push_that_does_not_arrive_stops_the_run(workers: Workers, tmp_path: Path) -> None:

@@ -202,12 +202,12 @@ class AdapterConfig(Section):
     path: Folder | None = Field(
         default=None, description="PEFT folder to go on from; it says rank, alpha, type and target"
     )
-    dropout: float = Field(
-        default=0.0,
+    dropout: float | None = Field(
+        default=None,
         ge=0,
         lt=1,
         description="share of the numbers that A sees which are 0 in a training step (PEFT's"
-        " lora_dropout); its masks are the same at every layout",
+        " lora_dropout); its masks are the same at every layout; not set: 0, or path's",
     )
     loraplus_lr_ratio: float = Field(
         default=1.0,
@@ -215,6 +215,13 @@ class AdapterConfig(Section):
         description="LoRA+ (arXiv 2402.12354): B, and DoRA's norms, learn at this times A's rate;"
         " 16 there",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _new_ones_have_none(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("path") is None and value.get("dropout") is None:
+            return value | {"dropout": 0.0}
+        return value
 
     @model_validator(mode="after")
     def _folder_says(self) -> Self:
@@ -225,8 +232,6 @@ class AdapterConfig(Section):
             raise ValueError(
                 f"adapter.path says what adapter.{given[0]} is; leave adapter.{given[0]} out"
             )
-        if self.dropout and self.type == "dora":
-            raise ValueError("adapter.dropout: DoRA takes none here. Leave it out")
         return self
 
 

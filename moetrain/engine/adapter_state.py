@@ -5,6 +5,7 @@ Only what is trained is saved: the base is read again from where it came.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,7 +33,10 @@ def adapter_of(recipe: Recipe, model: Model, base: Reader) -> AdapterTable | Non
     if config is None:
         return None
     if config.path is not None:
-        return PeftReader(config.path, model, base).table
+        table = PeftReader(config.path, model, base).table
+        if config.dropout is not None:
+            table = replace(table, spec=replace(table.spec, dropout=config.dropout))
+        return table
     return adapter_table(model, AdapterSpec.of(config))
 
 

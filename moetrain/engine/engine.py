@@ -38,6 +38,7 @@ from moetrain.engine.source import ModelSource, model_of
 from moetrain.engine.step import Runner, StepResult, micro_batches
 from moetrain.engine.world import World, open_world
 from moetrain.layout.mesh import check_layout
+from moetrain.layout.passed import check_dropout
 from moetrain.methods.base import Known, Method, Out
 from moetrain.models import Rule, read_model
 from moetrain.models.adapter import AdapterTable, trained_table
@@ -137,8 +138,10 @@ class Engine:
 
     def _attach(self, adapters: AdapterTable | None) -> None:
         self.adapters = adapters
-        if adapters is not None and (config := self.recipe.adapter) is not None:
-            attach(self.chunks, adapters, self.world, config.dropout)
+        if adapters is not None:
+            if adapters.spec.dropout:  # which a folder may say
+                check_dropout(self.recipe)
+            attach(self.chunks, adapters, self.world)
 
     def load_adapter(self, reader: Reader) -> None:
         """Fill the adapters from `reader`, which has the tensors of `self.adapters`."""
@@ -176,7 +179,7 @@ class Engine:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
-        drops = recipe.adapter is not None and recipe.adapter.dropout > 0
+        drops = self.adapters is not None and self.adapters.spec.dropout > 0
         self.run.salt = (recipe.seed, self.steps_done + 1) if drops else ()
         if recipe.router.balance == "global":
             with self.monitor.counted(self.world), gathered(self.wrapped):

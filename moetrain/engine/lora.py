@@ -25,7 +25,6 @@ from torch.distributed import ProcessGroup
 from moetrain.engine.dropout import Draws, Dropout, number_of
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.world import World
-from moetrain.errors import ConfigError
 from moetrain.models import Rule
 from moetrain.models.adapter import AdapterSpec, AdapterTable, adapter_name, row_parts
 from moetrain.ops.grouped import grouped_linear
@@ -80,7 +79,11 @@ class Lora(nn.Module):
 
     def dropped(self, x: Tensor) -> Tensor:
         """x as A sees it: in training with dropout, where there is one."""
-        return x if self.dropout is None or not self.training else self.dropout(x)
+        return self.dropout(x) if self.dropout is not None and self.training else x
+
+    @property
+    def drops(self) -> bool:
+        return self.dropout is not None and self.training
 
     def middle(self, a: Tensor) -> Tensor:
         """What happens to A x between the two matrices: communication of r numbers per token."""
@@ -246,26 +249,27 @@ def _add(module: Any, args: Any, output: Any) -> Any:
     if is_pair:
         output, bias = output
     lora = module.lora
-    total = output + lora(*args).to(output.dtype)
+    added = lora(*args).to(output.dtype)
     if isinstance(lora, Lora) and lora.magnitude is not None:
-        factor = lora.stretch(module.weight).to(total.dtype)
-        total = total * factor
-        product = (
-            None if bias is not None else module.bias
-        )  # in the output already, and not to be stretched; TE has an empty one
-        if product is not None and product.numel():
-            total = total + product * (1 - factor)
+        factor = lora.stretch(module.weight).to(output.dtype)
+        whole = output  # W x, of which DoRA changes the length
+        if lora.drops:  # as PEFT has it, the length of what A sees is changed alone
+            whole = module.forward(lora.dropped(args[0]), *args[1:])
+            whole = whole[0] if is_pair else whole
+        # In the output already, and not to be stretched; TE has an empty one.
+        inner = None if bias is not None else module.bias
+        if inner is not None and inner.numel():
+            whole = whole - inner
+        added = added * factor + whole * (factor - 1)
+    total = output + added
     return (total, bias) if is_pair else total
 
 
-def attach(
-    chunks: list[PackedGPT], adapters: AdapterTable, world: World, dropout: float = 0.0
-) -> None:
+def attach(chunks: list[PackedGPT], adapters: AdapterTable, world: World) -> None:
     """Put an adapter beside every targeted weight of this rank, zero until it is loaded, and freeze
     all else.
     """
-    if dropout and adapters.spec.dora:
-        raise ConfigError("adapter.dropout: DoRA takes none here. Leave it out.")
+    dropout = adapters.spec.dropout
     for chunk in chunks:
         for name, param in chunk.named_parameters():
             # A new head is trained with its adapter.

@@ -17,16 +17,7 @@ def check_passed(recipe: Recipe, model: Model) -> None:
     if not model.moe and recipe.router != RouterConfig():
         raise ConfigError("router: this model has no experts. Leave the section out.")
     if recipe.adapter is not None and recipe.adapter.dropout:
-        if "mlp" in given.get("recompute_modules", ()):
-            raise ConfigError(
-                "megatron.recompute_modules: mlp is computed again without its layer, which"
-                " adapter.dropout needs. Use train.recompute=full."
-            )
-        if given.get("moe_token_dispatcher_type") == "flex":
-            raise ConfigError(
-                "megatron.moe_token_dispatcher_type=flex cannot carry what adapter.dropout needs."
-                " Use alltoall or allgather."
-            )
+        check_dropout(recipe)
     reads = {
         "recompute_method": (train.recompute == "full", "train.recompute=full"),
         "recompute_num_layers": (train.recompute == "full", "train.recompute=full"),
@@ -68,6 +59,21 @@ def check_passed(recipe: Recipe, model: Model) -> None:
         raise ConfigError(
             "megatron.recompute_modules: every layer of this model has experts, and mlp is a dense"
             " layer's. Use train.recompute=full."
+        )
+
+
+def check_dropout(recipe: Recipe) -> None:
+    """ConfigError for what does not go with dropout before an adapter."""
+    given = recipe.megatron
+    if "mlp" in given.get("recompute_modules", ()):
+        raise ConfigError(
+            "megatron.recompute_modules: mlp is computed again without its layer, which"
+            " adapter.dropout needs. Use train.recompute=full."
+        )
+    if given.get("moe_token_dispatcher_type") == "flex":
+        raise ConfigError(
+            "megatron.moe_token_dispatcher_type=flex cannot carry what adapter.dropout needs."
+            " Use alltoall or allgather."
         )
 
 

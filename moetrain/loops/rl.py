@@ -73,10 +73,15 @@ def _loop(
     state: dict[str, Any] = {}
     if step == 0 and prompts.held_out:
         _evaluate(sampler, report, step)
+    num_prompts = prompts_read(recipe, len(prompts.train.prompts))
+    saves, evaluates = True, True  # what `step` has had
+    held_out: dict[str, float] = {}
     while step < last:
         started = time.perf_counter()
         batch = sampler.take(step + 1)
-        if batch is not None:
+        is_over = batch is not None and num_prompts is not None and batch.cursor >= num_prompts
+        if batch is not None and batch.groups:
+            saves, evaluates, held_out = False, False, {}
             seconds = dict(batch.seconds)
             with timed(seconds, "train"):
                 parts = lessons.packs(batch)
@@ -96,8 +101,10 @@ def _loop(
             state["lessons"] = lessons.carried
         job.checkpoints.tick(engine)
         stopped = batch is None or stop.agreed()
-        saves, evaluates = job.due(step, last)
-        held_out: dict[str, float] = {}
+        if is_over:
+            last = step
+        due = job.due(step, last)
+        saves, evaluates = due[0] and not saves, due[1] and not evaluates
         if evaluates and prompts.held_out and not stopped:
             held_out = _evaluate(sampler, report, step)
         if state and (stopped or saves):

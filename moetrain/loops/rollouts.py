@@ -9,8 +9,7 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -19,10 +18,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from moetrain import files
 from moetrain.config.rollout import RolloutConfig
 from moetrain.data.groups import GradedAnswer, Group
-from moetrain.data.prompts import PromptOrder
 from moetrain.data.samples import Prompt, Sample, read_as, write_lines
 from moetrain.errors import DataError
 from moetrain.rewards import Completion, Grader, Verdict
@@ -131,125 +128,6 @@ def _group(row: dict[str, Any]) -> Group:
     return Group(prompt, tuple(answers))
 
 
-@dataclass
-class Collector:
-    """Makes batches, on the one process that drives the rollout engine."""
-
-    engine: RolloutEngine
-    grader: Grader
-    prompts: PromptOrder
-    store: Store
-    sampling: Sampling
-    drawn: Mapping[str, float]  # what the recipe says of it
-    num_prompts: int
-    group_size: int
-    seed: int
-    drops: Drops | None = None
-    rounds: int = 1  # of sampling for one step, at most, where groups without signal are dropped
-    num_steps: int = 0  # of the run, for rewards that ask
-    limit: int | None = None  # prompts of the stream that there are, where epochs are counted
-    # Faults that a batch has counted; those of the push before it are among them.
-    _reported: Counter[str] = field(default_factory=Counter[str])
-
-    def batch(self, step: int, cursor: int) -> Batch:
-        """The batch of `step`, from prompt number `cursor` on; what of it is on disk is taken from
-        there.
-        """
-        saved = self.store.read(step)
-        if saved is not None:
-            return saved
-        done = self.store.finished(step)
-        failed = self.grader.num_faults
-        seconds = {"sample": 0.0, "score": 0.0}
-        counts: Counter[str] = Counter()
-        groups: list[Group] = []
-        spare: list[Group] = []  # without signal; better than an empty step
-        for _ in range(self.rounds):
-            wanted = self.num_prompts - len(groups)
-            if self.limit is not None:
-                wanted = min(wanted, self.limit - cursor)
-            prompts = self.prompts.take(cursor, wanted)
-            cursor += len(prompts)
-            with timed(seconds, "sample"):
-                self._sample(step, prompts, done)
-            with timed(seconds, "score"):
-                graded = self._grade(step, prompts, done, counts)
-            useful, useless = self._parted(graded)
-            groups += useful
-            spare += useless
-            counts["dropped/no_signal"] += len(useless)
-            if len(groups) >= self.num_prompts:
-                break
-        faults = self.engine.counts + self.grader.counts
-        counts += faults - self._reported
-        self._reported = faults
-        missing = self.num_prompts - len(groups)
-        metrics = self.grader.take_metrics()
-        fault = self.grader.said if self.grader.num_faults > failed else ""
-        groups += spare[:missing]
-        batch = Batch(
-            step,
-            tuple(groups),
-            cursor,
-            seconds,
-            dict(counts),
-            metrics,
-            fault,
-            self.drawn["temperature"],
-            {name: value for name, value in self.drawn.items() if name != "temperature"},
-        )
-        if not batch.groups:
-            raise DataError(
-                f"Step {step}: no prompt kept two graded answers. The rewards gave None for the"
-                " rest; look at their columns, or raise rollout.group_size."
-                + f" The last fault: {self.grader.said}"
-                * bool(self.grader.said)
-            )
-        self.store.write(batch)
-        return batch
-
-    def _sample(
-        self, step: int, prompts: Sequence[Prompt], done: dict[tuple[str, int], Sample]
-    ) -> None:
-        with files.named(self.store.folder), self.store.open(step, done.values()) as file:
-            draw(
-                *(self.engine, prompts, self.group_size, self.sampling, self.seed, done, file),
-                whole_batches=True,
-            )
-
-    def _grade(
-        self,
-        step: int,
-        prompts: Sequence[Prompt],
-        done: dict[tuple[str, int], Sample],
-        counts: Counter[str],
-    ) -> list[Group]:
-        """The groups with at least two graded answers."""
-        pairs = [(p, done[p.id, i]) for p in prompts for i in range(self.group_size)]
-        results = verdicts(self.grader, pairs, step, self.num_steps)
-        graded = [_graded(sample, one) for (_, sample), one in zip(pairs, results, strict=True)]
-        groups: list[Group] = []
-        for number, prompt in enumerate(prompts):
-            group = graded[number * self.group_size : (number + 1) * self.group_size]
-            answers = tuple(answer for answer in group if answer is not None)
-            counts["dropped/ungraded"] += len(group) - len(answers)
-            if len(answers) > min(1, self.group_size - 1):
-                groups.append(Group(prompt, answers))
-        return groups
-
-    def _parted(self, groups: list[Group]) -> tuple[list[Group], list[Group]]:
-        """(groups to learn from, groups without signal)."""
-        if self.drops is None or not groups:
-            return groups, []
-        rewards, numbers = tensors(groups)
-        dropped = self.drops(rewards, numbers)
-        useless = {int(n) for n in numbers[dropped]}
-        return (
-            [group for i, group in enumerate(groups) if i not in useless],
-            [group for i, group in enumerate(groups) if i in useless],
-        )
-
-
 def draw(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
@@ -296,11 +174,11 @@ def draw(
 
 def with_reward(samples: Sequence[Sample], found: Sequence[Verdict]) -> list[GradedAnswer]:
     """The answers that the rewards have graded."""
-    graded = map(_graded, samples, found)
+    graded = map(graded_by, samples, found)
     return [one for one in graded if one is not None]
 
 
-def _graded(sample: Sample, found: Verdict) -> GradedAnswer | None:
+def graded_by(sample: Sample, found: Verdict) -> GradedAnswer | None:
     """An answer with its reward; None where the rewards have none to give."""
     if found.reward is None:
         return None

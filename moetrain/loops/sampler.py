@@ -18,10 +18,10 @@ from moetrain.data.samples import Sample
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
 from moetrain.errors import DataError, RolloutError
+from moetrain.loops.collector import Collector
 from moetrain.loops.held_out import Answers, exhaust
 from moetrain.loops.rollouts import (
     Batch,
-    Collector,
     Store,
     drawn_with,
     means,
@@ -161,6 +161,7 @@ class Driver:
             group_size=rollout.group_size,
             seed=recipe.seed,
             drops=None if drops is None else lambda r, g: drops(r, g, method),
+            leaves_cut=online.truncated(method) == "mask",
             rounds=method.rounds,
             limit=prompts_read(recipe, len(prompts.train.prompts)),
         )

@@ -42,6 +42,7 @@ class AdapterSpec:
     rslora: bool = False
     dora: bool = False
     init: Literal["lora", "olora", "pissa"] = "lora"
+    dropout: float = 0.0  # before A, in training
 
     @property
     def scale(self) -> float:
@@ -63,6 +64,7 @@ class AdapterSpec:
             rslora=config.type == "rslora",
             dora=config.type == "dora",
             init=config.type if config.type in ("olora", "pissa") else "lora",
+            dropout=config.dropout or 0.0,
         )
 
 

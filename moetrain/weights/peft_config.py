@@ -43,6 +43,7 @@ class PeftConfig:
     rslora: bool
     dora: bool
     init: Literal["lora", "olora", "pissa"]
+    dropout: float
     scalar_head: bool  # saved beside the adapter, for transformers' sequence classification
     parameters: Collection[str]  # target_parameters
 
@@ -101,6 +102,7 @@ def read_config(path: Path) -> PeftConfig:
             rslora=bool(content.get("use_rslora")),
             dora=bool(content.get("use_dora")),
             init=first if first in ("olora", "pissa") else "lora",
+            dropout=_share(content.get("lora_dropout") or 0.0),
             scalar_head=content.get("task_type") == "SEQ_CLS",
             parameters=_names(content.get("target_parameters") or ()),
         )
@@ -123,6 +125,12 @@ def _rank(value: Any) -> int:
 def _alpha(value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < 1e9:  # NaN is not, either
         raise ValueError(f"a lora_alpha of {value}")
+    return float(value)
+
+
+def _share(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise ValueError(f"a lora_dropout of {value}")
     return float(value)
 
 

@@ -56,6 +56,7 @@ class PeftReader:
             rslora=config.rslora,
             dora=config.dora,
             init=config.init,
+            dropout=config.dropout,
         )
         self.table = adapter_table(model, self.spec, loaded=True)
         self._shapes = table_shapes(self.table)

@@ -113,7 +113,8 @@ def config_of(table: AdapterTable, base_name: str) -> dict[str, Any]:
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": 0.0,
+        # PEFT 0.20 opens no adapter of parameters that has dropout.
+        "lora_dropout": 0.0 if parameters else spec.dropout,
         "target_modules": modules,
         "target_parameters": parameters or None,
         "use_rslora": spec.rslora,

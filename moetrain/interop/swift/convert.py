@@ -33,7 +33,6 @@ from moetrain.interop.swift.near import Near
 from moetrain.interop.swift.notes import (
     CHANGES,
     NO_FLAG,
-    WHY_FLAGS,
     WHY_KEYS,
     implied,
     why_not,
@@ -271,10 +270,6 @@ def _left_over(command: Command, reading: Reading) -> None:
     if command.repeated:
         why = "the command stands in a loop, and a recipe is one run"
         notes.append(Note("changed", "loop", why))
-    if reading.keys.get("adapter.type") == "dora" and "lora_dropout" not in reading.given:
-        notes.append(
-            Note("not carried", "lora_dropout (0.05 by default)", WHY_FLAGS["lora_dropout"])
-        )
     if "max_length" not in reading.given:
         why = "ms-swift takes the model's longest without it, the recipe data.seq_len's default"
         notes.append(Note("changed", "max_length", why))

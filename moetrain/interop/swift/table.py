@@ -165,12 +165,7 @@ _ADAPTER: tuple[Entry, ...] = (
         when=_new_adapter,
         always=True,
     ),
-    Same(
-        "lora_dropout",
-        NUMBER,
-        default=0.05,
-        when=lambda keys: has_adapter(keys) and keys.get("adapter.type") != "dora",
-    ),
+    Same("lora_dropout", NUMBER, default=0.05, when=_new_adapter),
     Same("lorap_lr_ratio", NUMBER, default=1.0, when=has_adapter),
     Same("trainable_parameters_regex", TRAINED, along={"freeze_parameters_ratio": "1"}),
     Choice(
