@@ -174,7 +174,9 @@ def test_with_the_same_masks_peft_has_the_same_gradients(
             stem = f"decoder.layers.{layer}.self_attention.{own}.weight"
             module.lora_dropout = torch.nn.ModuleDict({"default": Masked(stem)})
     known = {
-        name.removeprefix("base_model.model.").replace(".default", ""): param
+        name.removeprefix("base_model.model.")
+        .replace(".default", "")
+        .replace("vector.weight", "vector"): param
         for name, param in model.named_parameters()
         if param.requires_grad
     }

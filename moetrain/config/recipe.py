@@ -206,6 +206,7 @@ class AdapterConfig(Section):
         default=None,
         ge=0,
         lt=1,
+        validate_default=True,
         description="share of the numbers that A sees which are 0 in a training step (PEFT's"
         " lora_dropout); its masks are the same at every layout; not set: 0, or path's",
     )
@@ -216,12 +217,10 @@ class AdapterConfig(Section):
         " 16 there",
     )
 
-    @model_validator(mode="before")
+    @field_validator("dropout")
     @classmethod
-    def _new_ones_have_none(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("path") is None and value.get("dropout") is None:
-            return value | {"dropout": 0.0}
-        return value
+    def _of_a_new_one(cls, value: float | None, info: ValidationInfo) -> float | None:
+        return value if info.data.get("path") is not None else value or 0.0
 
     @model_validator(mode="after")
     def _folder_says(self) -> Self:
