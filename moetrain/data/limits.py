@@ -5,6 +5,8 @@ import os
 import resource
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 POLL_SECONDS = 0.25
@@ -89,7 +91,8 @@ _watch = _Watch()
 os.register_at_fork(after_in_child=_watch.__init__)
 
 
-class limited:
+@contextmanager
+def limited(seconds: float, room: int) -> Iterator[None]:
     """Raises OverTime within the block once this thread has worked for `seconds` in it: between two
     steps of Python, so that no single call of C is cut short. Not within another limit.
 
@@ -97,28 +100,20 @@ class limited:
     the kernel gives no more, a single call of C included; others could be starting processes, which
     would keep such a limit, so that beside them it is looked at now and then.
     """
-
-    def __init__(self, seconds: float, room: int) -> None:
-        self._seconds, self._room = seconds, room
-
-    def __enter__(self) -> None:
-        most = _watch.writable_memory() + self._room
-        threads = (threading.current_thread(), _watch.thread)
-        self._alone = all(one in threads for one in threading.enumerate())
-        self._before = resource.getrlimit(resource.RLIMIT_DATA)
-        _watch.begin(self._seconds, most)
-        if self._alone:
-            soft, hard = self._before
-            soft = most if soft == resource.RLIM_INFINITY else min(most, soft)
-            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
+    most = _watch.writable_memory() + room
+    alone = all(one in (threading.current_thread(), _watch.thread) for one in threading.enumerate())
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    _watch.begin(seconds, most)
+    try:
         try:
-            _watch.end()  # until it returns, the exception may come
-        finally:
-            if self._alone:
-                resource.setrlimit(resource.RLIMIT_DATA, self._before)
-        if isinstance(error, MemoryError):
+            if alone:
+                soft = most if before[0] == resource.RLIM_INFINITY else min(most, before[0])
+                resource.setrlimit(resource.RLIMIT_DATA, (soft, before[1]))
+            yield
+        except MemoryError as error:
             raise OverMemory from error
+        finally:
+            _watch.end()  # until it returns, the exception may come
+    finally:
+        if alone:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
