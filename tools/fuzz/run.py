@@ -154,6 +154,7 @@ def _watch_one(
                 ended = {"kind": kind, "told": stderr.read()}
         finally:
             process.kill()
+            process.wait()  # it writes where this process reads
             stdout.seek(0)
             _add(report, stdout)
     if ended is None:
@@ -164,7 +165,12 @@ def _watch_one(
 
 def _add(report: Report, lines: Iterable[str]) -> None:
     for line in lines:
-        found = json.loads(line)
+        try:
+            found = json.loads(line)
+        except ValueError:
+            told = {"kind": "printed", "told": line[:SHOWN], "input": repr(line)}
+            report.faults.append({"number": -1, "target": "?"} | told)
+            continue
         if "counts" in found:
             report.counts.update(found["counts"])
         else:
