@@ -54,8 +54,9 @@ def work(args: argparse.Namespace) -> None:
     """In a process of its own: a range's inputs; a line of JSON for each fault, counts last."""
     from targets import TARGETS, Bench
 
-    # What is tested may print.
-    lines, sys.stdout = sys.stdout, open(os.devnull, "w", encoding="utf-8")
+    # What is tested may print, tokenizers past sys.stdout too.
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     chosen = {name: TARGETS[name] for name in args.only}
     names, weights = list(chosen), [target.weight for target in chosen.values()]
     with open(args.progress, "r+b") as file, tempfile.TemporaryDirectory() as folder:
