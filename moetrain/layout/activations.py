@@ -30,6 +30,15 @@ def num_micro_batches(recipe: Recipe, plan: MeshPlan) -> int:
     return max(1, recipe.train.global_batch // (plan.dp * recipe.train.micro_batch))
 
 
+def in_flight(plan: MeshPlan, stage: int, num: int) -> int:
+    """Passes through a chunk of a stage that wait for their backward pass at once, where a step has
+    `num` micro-batches.
+    """
+    ahead = plan.pp - stage - 1
+    most = ahead + 1 if plan.vpp == 1 else 2 * ahead + (plan.vpp - 1) * plan.pp + 1
+    return min(most, num * plan.vpp)
+
+
 def activation_bytes(model: Model, plan: MeshPlan, recipe: Recipe) -> list[int]:
     """The bound for a GPU of each stage, in bytes."""
     parallel, train = recipe.parallel, recipe.train
@@ -48,9 +57,6 @@ def activation_bytes(model: Model, plan: MeshPlan, recipe: Recipe) -> list[int]:
     of_layers = [round(layer.activations(shares)) for layer in model.layers]
     totals: list[int] = []
     for stage, layers in enumerate(chunks):
-        ahead = plan.pp - stage - 1
-        in_flight = ahead + 1 if plan.vpp == 1 else 2 * ahead + (plan.vpp - 1) * plan.pp + 1
-        in_flight = min(in_flight, num * plan.vpp)
         sizes = [[of_layers[layer] for layer in chunk] for chunk in layers]
         largest = max(size for chunk in sizes for size in chunk)
         held = max(sum(chunk) if is_whole else per_token * len(chunk) for chunk in sizes)
@@ -60,5 +66,6 @@ def activation_bytes(model: Model, plan: MeshPlan, recipe: Recipe) -> list[int]:
         if stage == plan.pp - 1:
             rows = 1 if model.heads.scalar else -(-model.heads.vocab // plan.tp)
             head += 3 * 4 * min(tokens, CHUNK) * rows
-        totals.append(tokens * (held * in_flight + largest * (1 if is_whole else 2)) + head)
+        held = held * in_flight(plan, stage, num) + largest * (1 if is_whole else 2)
+        totals.append(tokens * held + head)
     return totals

@@ -27,7 +27,7 @@ from moetrain.planner.cost import step_seconds
 from moetrain.planner.gpu import Gpu, known_gpus
 from moetrain.planner.measure import Clock
 from moetrain.planner.packs import pack_of
-from moetrain.planner.trace import Trace, watched_step
+from moetrain.planner.trace import Trace, watched_engine, watched_step
 from moetrain.planner.watch import Watch
 
 SMALL, LARGE = 2**10, 2**22  # bytes of messages
@@ -219,7 +219,9 @@ def _launch(gpu: Gpu, world: World) -> float:
     recipe = _recipe()
     packs = [pack_of(recipe)] * 2
     watch = Watch(world.device)
-    engine = watched_step(recipe, world, packs, watch)
+    with watch:
+        engine = watched_engine(recipe, world, watch)
+        watched_step(engine, packs, watch)
     trace = Trace(world.rank, world.pp_rank, 0, len(packs), watch.profile)
     method = METHODS[recipe.method.name]
     found: list[float] = []

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_map
 
-from moetrain.planner.watch import Watch
+from moetrain.planner.watch import Watch, tensors_in
 
 _NAME = "_values_on_host"  # the attribute of a tensor on meta that has its values on the host
 
@@ -23,9 +23,10 @@ class MetaWatch(Watch):
 
     def __init__(self) -> None:
         super().__init__(torch.device("meta"))
+        self._results: dict[Any, Any] = {}  # of operations on shapes, which layers repeat
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
         on_meta = [x for x in tensors if x.is_meta]
         if not tensors:
             return func(*args, **kwargs)
@@ -38,10 +39,28 @@ class MetaWatch(Watch):
             return 1.0 if known is None else known.item()
         if all(not x.is_meta or values_of(x) is not None for x in tensors):
             return _with_values(func, args, kwargs)
-        result = func(*_by_numbers(func, args), **kwargs)
-        if func._schema.is_mutable and values_of(on_meta[0]) is not None:
-            delattr(on_meta[0], _NAME)  # something unknown was written into it
-        return result
+        if func._schema.is_mutable:
+            result = func(*_by_numbers(func, args), **kwargs)
+            if values_of(on_meta[0]) is not None:
+                delattr(on_meta[0], _NAME)  # something unknown was written into it
+            return result
+        args = _by_numbers(func, args)
+        if func.is_view or func.namespace != "aten":
+            return func(*args, **kwargs)
+        return self._as_before(func, args, kwargs)
+
+    def _as_before(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A new tensor of the shape that this operation gave on such shapes: many of torch's own
+        rules for shapes are Python, and slow.
+        """
+        key = (func, _shapes(args), _shapes(kwargs))
+        if key not in self._results:
+            result = func(*args, **kwargs)
+            self._results[key] = tree_map(
+                lambda x: _like(x) if isinstance(x, Tensor) else x, result
+            )
+            return result
+        return tree_map(lambda x: _like(x) if isinstance(x, Tensor) else x, self._results[key])
 
     def flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
         """Of sequences as long as they are: without values torch takes all for the longest."""
@@ -80,15 +99,30 @@ def _with_values(func: Any, args: Any, kwargs: Any) -> Any:
     if func.is_view or func._schema.is_mutable:
         result = func(*args, **kwargs)
     else:
-        result = tree_map(lambda x: _like(x) if isinstance(x, Tensor) else x, on_host)
-    for made, value in zip(tree_iter(result), tree_iter(on_host), strict=True):
-        if isinstance(made, Tensor) and made.is_meta:
+        result = _alike(on_host)
+    for made, value in zip(tensors_in(result), tensors_in(on_host), strict=True):
+        if made.is_meta:
             setattr(made, _NAME, value)
     return result
 
 
 def _here(kwargs: Any) -> dict[str, Any]:
     return {"device": torch.device("cpu")} if kwargs.get("device") is not None else {}
+
+
+def _shapes(value: Any) -> Any:
+    """What an operation's result has its shape from, as a key."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple(map(_shapes, value))
+    if isinstance(value, dict):
+        return tuple((name, _shapes(x)) for name, x in value.items())
+    return type(value), value
+
+
+def _alike(result: Any) -> Any:
+    return tree_map(lambda x: _like(x) if isinstance(x, Tensor) else x, result)
 
 
 def _like(x: Tensor) -> Tensor:

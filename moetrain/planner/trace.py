@@ -1,4 +1,4 @@
-"""One training step of any rank of any layout, without values and without a GPU: the engine itself
+"""Training steps of any rank of any layout, without values and without a GPU: the engine itself
 runs on the meta device and is watched.
 """
 
@@ -8,17 +8,20 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from moetrain.config.recipe import Recipe
+from moetrain.config.recipe import ModelConfig, Recipe
 from moetrain.engine import Engine
 from moetrain.engine.optim import start_state
 from moetrain.engine.step import Runner
 from moetrain.engine.world import World, meta_world
 from moetrain.layout.activations import num_micro_batches
 from moetrain.methods import METHODS
+from moetrain.models.lookup import find_model
 from moetrain.ops.packed import Packed
 from moetrain.planner.packs import pack_of
 from moetrain.planner.shapes import MetaWatch
 from moetrain.planner.watch import Profile, Watch
+
+Kernels = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def trace(
     recipe: Recipe,
     rank: int,
     size: int,
-    stands_for: Literal["cpu", "cuda"] = "cuda",
+    stands_for: Kernels = "cuda",
     packs: Sequence[Packed] | None = None,
 ) -> Trace:
     """Rank `rank` of `size` takes a step with the kernels of a device that meta `stands_for`.
@@ -52,29 +55,61 @@ def trace(
     if packs is None:
         num = num_micro_batches(recipe, world.plan) * recipe.train.micro_batch
         packs = [pack_of(recipe)] * num
+    return _traces(recipe, world, [packs])[0]
+
+
+def trace_steps(
+    recipe: Recipe, rank: int, size: int, stands_for: Kernels, nums: Sequence[int]
+) -> list[Trace]:
+    """As `trace`, one engine taking a step of each of these numbers of micro-batches."""
+    world = meta_world(recipe.parallel, rank, size, stands_for)
+    pack = pack_of(recipe)
+    return _traces(recipe, world, [[pack] * (num * recipe.train.micro_batch) for num in nums])
+
+
+def without_weights(recipe: Recipe) -> Recipe:
+    """The recipe with its model's config in place of the folder, which need not be here."""
+    given = recipe.model
+    model = ModelConfig(
+        hf=dict(find_model(given, dry=True).hf),
+        dtype=given.dtype,
+        backend=given.backend,
+        init="random",
+    )
+    return recipe.model_copy(update={"model": model})
+
+
+def _traces(recipe: Recipe, world: World, steps: Sequence[Sequence[Packed]]) -> list[Trace]:
+    recipe = without_weights(recipe)
     watch = MetaWatch()
-    engine = watched_step(recipe, world, packs, watch)
-    held = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
-    num = len(packs) // recipe.train.micro_batch
-    return Trace(rank, world.pp_rank, held, num, watch.profile)
-
-
-def watched_step(recipe: Recipe, world: World, packs: Sequence[Packed], watch: Watch) -> Engine:
-    """Build an engine and take a step that is not the first, so that the optimizer's moments are
-    there; with the passes that come before it in methods that sample.
-    """
+    found: list[Trace] = []
     with watch:
-        with watch.phase("build"):
-            engine = Engine(recipe, world)
-        start_state(engine.optimizer)
-        _label_state(engine, watch)
-        if recipe.method.samples:
-            with watch.phase("log-probs"):
-                engine.outputs(packs)
-        engine.run = _Watched(engine.run.models, world, engine.model, watch=watch)
-        with watch.phase("step"):
-            engine.step(packs, METHODS[recipe.method.name])
+        engine = watched_engine(recipe, world, watch)
+        num_params = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
+        for packs in steps:
+            watched_step(engine, packs, watch)
+            num = len(packs) // recipe.train.micro_batch
+            found.append(Trace(world.rank, world.pp_rank, num_params, num, watch.start_over()))
+    return found
+
+
+def watched_engine(recipe: Recipe, world: World, watch: Watch) -> Engine:
+    """One that has taken steps before: the optimizer's moments are there."""
+    with watch.phase("build"):
+        engine = Engine(recipe, world)
+    start_state(engine.optimizer)
+    _label_state(engine, watch)
+    engine.run = _Watched(engine.run.models, world, engine.model, watch=watch)
     return engine
+
+
+def watched_step(engine: Engine, packs: Sequence[Packed], watch: Watch) -> None:
+    """A step, with the passes that come before it in methods that sample."""
+    if engine.recipe.method.samples:
+        with watch.phase("log-probs"):
+            engine.outputs(packs)
+    with watch.phase("step"):
+        engine.step(packs, METHODS[engine.recipe.method.name])
 
 
 @dataclass

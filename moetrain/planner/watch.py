@@ -22,7 +22,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from moetrain.planner.allocator import Allocator
@@ -49,6 +48,7 @@ _ATTENTION = {
 }
 # torch 2.13 counts F.grouped_mm's operations nowhere.
 _GROUPED = torch.ops.aten._grouped_mm
+_COUNTED = (*_ATTENTION, _GROUPED)  # here
 # What they write they do not read first.
 _WRITE_ONLY = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}
 _VARIANTS = r"(_into)?(_tensor)?(_base|_coalesced)?$"  # of one collective
@@ -85,18 +85,39 @@ class Collective:
     ranks: int
 
 
+@dataclass(frozen=True)
+class Moment:
+    """When something of a category is made, in a phase."""
+
+    phase: str
+    category: str
+
+
 @dataclass
 class Profile:
     """What was counted. Bytes are those of floating-point tensors on the device."""
 
-    now: Counter[str] = field(default_factory=Counter[str])  # category -> bytes
-    total: int = 0
-    peak: int = 0
     reserved: int = 0  # what torch's allocator takes of a GPU for them, with what lies between
-    at_peak: dict[str, int] = field(default_factory=dict[str, int])
-    peaks: Counter[str] = field(default_factory=Counter[str])  # phase -> most bytes in it
+    most: dict[Moment, dict[str, int]] = field(default_factory=dict[Moment, dict[str, int]])
+    """Category -> bytes, when most was held then."""
     ops: dict[Op, Cost] = field(default_factory=dict[Op, Cost])
     collectives: dict[Collective, Cost] = field(default_factory=dict[Collective, Cost])
+
+    def peaks(self) -> dict[str, int]:
+        """Phase -> most bytes in it."""
+        found: dict[str, int] = {}
+        for moment, held in self.most.items():
+            found[moment.phase] = max(found.get(moment.phase, 0), sum(held.values()))
+        return found
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """Category -> bytes, when most was held."""
+        return max(self.most.values(), key=lambda held: sum(held.values()))
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks().values())
 
 
 class Watch(TorchDispatchMode):
@@ -106,6 +127,9 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.device = device.type
         self.profile = Profile()
+        self._now: Counter[str] = Counter()  # category -> bytes
+        self._total = 0
+        self._most: Counter[Moment] = Counter()  # bytes in all
         self._phase = "build"
         self._parts: list[str] = []  # of the modules whose forward pass runs
         self._passes = False
@@ -132,11 +156,17 @@ class Watch(TorchDispatchMode):
             handle.remove()
         super().__exit__(*error)
 
+    def start_over(self) -> Profile:
+        """What was counted so far; from now on it is counted anew, and what is held stays held."""
+        before, self.profile = self.profile, Profile()
+        self._most.clear()
+        return before
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Inside it, what happens counts as this phase."""
         before, self._phase = self._phase, name
-        self.profile.peaks[name] = max(self.profile.peaks[name], self.profile.total)
+        self._at(OUTSIDE)
         try:
             yield
         finally:
@@ -160,8 +190,8 @@ class Watch(TorchDispatchMode):
             if key in self._held:
                 size, old, block = self._held[key]
                 self._held[key] = size, category, block
-                self.profile.now[old] -= size
-                self.profile.now[category] += size
+                self._now[old] -= size
+                self._now[category] += size
 
     def _enters(self, module: nn.Module, args: Any) -> None:
         own = PARTS.get(type(module).__name__)
@@ -191,8 +221,7 @@ class Watch(TorchDispatchMode):
             return result
         if func.is_view:
             return result
-        outputs = [x for x in tree_iter(result) if isinstance(x, Tensor)]
-        outputs = [x for x in outputs if x.device.type == self.device]
+        outputs = [x for x in tensors_in(result) if x.device.type == self.device]
         for output in outputs:
             self._track(output)
         if outputs or func._schema.is_mutable:
@@ -214,8 +243,7 @@ class Watch(TorchDispatchMode):
             # row meets one matrix.
             rows, columns = args[0].shape[-2:]
             return 2 * rows * columns * args[1].size(-1)
-        formula = flop_registry.get(name)
-        return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+        return int(flop_registry[name](*args, **kwargs, out_val=result))
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -234,18 +262,22 @@ class Watch(TorchDispatchMode):
         self._add(category, -size)
 
     def _add(self, category: str, size: int) -> None:
-        profile = self.profile
-        profile.now[category] += size
-        profile.total += size
-        profile.peaks[self._phase] = max(profile.peaks[self._phase], profile.total)
-        if profile.total > profile.peak:
-            profile.peak = profile.total
-            profile.at_peak = {name: num for name, num in profile.now.items() if num}
+        self._now[category] += size
+        self._total += size
+        if size > 0:
+            self._at(category)
+
+    def _at(self, category: str) -> None:
+        """Something of this category has been made."""
+        moment = Moment(self._phase, category)
+        if self._total > self._most[moment]:
+            self._most[moment] = self._total
+            self.profile.most[moment] = {name: num for name, num in self._now.items() if num}
 
     def _record_op(
         self, func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]
     ) -> None:
-        inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = [*tensors_in(args), *tensors_in(kwargs)]
         if not outputs:  # only written into what was given, as fused optimizers do
             outputs = [x for x in inputs if x.device.type == self.device][:1]
             if not outputs:
@@ -257,20 +289,32 @@ class Watch(TorchDispatchMode):
         cost = self.profile.ops.setdefault(op, Cost())
         cost.times += 1
         cost.num_bytes += _traffic(func, args, kwargs, result)
-        cost.flops += self.flops(func, args, kwargs, result)
+        if func._overloadpacket in _COUNTED or func._overloadpacket in flop_registry:
+            cost.flops += self.flops(func, args, kwargs, result)
 
     def _record_collective(self, func: Any, args: Any) -> None:
         group = next(x for x in args if isinstance(x, torch.ScriptObject) and _is_group(x))
         own = torch.distributed.ProcessGroup.unbox(group)
         name = re.sub(_VARIANTS, "", func._schema.name.removeprefix("c10d::").strip("_"))
-        sizes = [
-            sum(x.numel() * x.element_size() for x in tree_iter(arg) if isinstance(x, Tensor))
-            for arg in args[:2]
-        ]
+        sizes = [sum(x.nbytes for x in tensors_in([arg])) for arg in args[:2]]
         kind = Collective(self._phase, name, own.group_desc, own.size())
         cost = self.profile.collectives.setdefault(kind, Cost())
         cost.times += 1
         cost.num_bytes += max(sizes)
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Among the arguments or results of an operation: torch's own walk over trees takes half of the
+    time of a trace.
+    """
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from tensors_in(value)
 
 
 def _is_group(value: torch.ScriptObject) -> bool:
@@ -284,9 +328,9 @@ def _traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     total = 0
     for place, value in (*enumerate(args), *kwargs.items()):
         times = 1 if place not in written else 1 + reads
-        total += times * sum(_stored(x) for x in tree_iter(value) if isinstance(x, Tensor))
+        total += times * sum(map(_stored, tensors_in(value)))
     if is_new:
-        total += sum(_stored(x) for x in tree_iter(result) if isinstance(x, Tensor))
+        total += sum(map(_stored, tensors_in(result)))
     return total
 
 

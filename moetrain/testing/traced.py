@@ -9,8 +9,9 @@ import torch
 from moetrain.config.recipe import Recipe
 from moetrain.engine.world import open_world
 from moetrain.ops.packed import Packed
+from moetrain.planner.extend import trace_fast
 from moetrain.planner.packs import pack_of
-from moetrain.planner.trace import trace, watched_step
+from moetrain.planner.trace import trace, trace_steps, watched_engine, watched_step
 from moetrain.planner.watch import Profile, Watch
 from moetrain.testing.ranks import recipe_for
 from moetrain.testing.tiny import CONFIGS
@@ -45,7 +46,7 @@ def _summary(profile: Profile) -> dict[str, Any]:
         if kind.phase == "step" and ("TENSOR" in kind.group or "EXPERT" in kind.group)
     }
     return {
-        "peaks": dict(profile.peaks),
+        "peaks": profile.peaks(),
         "at_peak": profile.at_peak,
         "sent": bytes_sent,
         "flops": sum(cost.flops for cost in profile.ops.values()),
@@ -59,7 +60,8 @@ def measured(cases: Sequence[Case]) -> list[dict[str, Any]]:
         recipe = _recipe(case)
         world = open_world(recipe.parallel, 1)
         watch = Watch(world.device)
-        watched_step(recipe, world, _packs(recipe), watch)
+        with watch:
+            watched_step(watched_engine(recipe, world, watch), _packs(recipe), watch)
         found.append(_summary(watch.profile))
     return found
 
@@ -70,3 +72,22 @@ def predicted(
     """Of rank `rank`, without."""
     recipes = [_recipe(case) for case in cases]
     return [_summary(trace(r, rank, size, stands_for, _packs(r)).profile) for r in recipes]
+
+
+def extended(cases: Sequence[tuple[dict[str, Any], dict[str, Any], int, int, int]]) -> list[Any]:
+    """[case][first and last rank]: what small steps say of a large one, and a whole trace of it.
+    Of parallel, other sections, ranks, layers and micro-batches; all layers are alike.
+    """
+    found: list[Any] = []
+    for parallel, sections, size, layers, num in cases:
+        hf = HF | {"mlp_only_layers": [], "num_hidden_layers": layers}
+        model = {"path": None, "hf": hf, "dtype": "bf16", "init": "random"}
+        recipe = recipe_for("-", parallel, **{"model": model} | sections)
+        ways = [
+            (trace_fast(recipe, rank, size, num), trace_steps(recipe, rank, size, "cuda", [num])[0])
+            for rank in (0, size - 1)
+        ]
+        found.append(
+            [[_summary(t.profile) | {"params": t.num_params} for t in each] for each in ways]
+        )
+    return found

@@ -1,0 +1,48 @@
+"""What small steps say of a rank of a large one is what a whole trace of it says."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+ROLLOUT = {
+    "rollout": {"prompts_per_step": 4, "group_size": 4, "max_tokens": 12},
+    "rewards": [{"name": "accuracy"}],
+}
+LORA = {"adapter": {"rank": 4, "target": ["all-linear"]}, "train": {"recompute": "full"}}
+CASES: list[tuple[dict[str, Any], dict[str, Any], int, int, int]] = [
+    # parallel, other sections, ranks, layers, micro-batches
+    ({"ep": 2}, {}, 2, 5, 4),
+    ({"tp": 2, "pp": 2, "ep": 4}, {"method": {"name": "dpo"}} | LORA, 8, 9, 5),
+    ({"pp": 4, "cp": 2}, {"train": {"recompute": "full"}}, 8, 22, 7),
+    ({"pp": 2, "vpp": 2}, {"method": {"name": "simpo"}}, 4, 12, 6),
+    ({"tp": 2}, {"method": {"name": "grpo", "beta": 0.1}} | ROLLOUT, 2, 4, 3),
+]
+SMALL = 8192  # bytes of counters that grow with the step
+
+
+@pytest.fixture(scope="module")
+def both() -> list[list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """[case][first and last rank]: (from small steps, whole)."""
+    script = "import json, sys\nfrom moetrain.testing.traced import extended\n"
+    script += "print(json.dumps(extended(json.loads(sys.argv[1]))))"
+    command = [sys.executable, "-W", "ignore", "-c", script, json.dumps(CASES)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_from_small_steps(case: int, both: list[list[tuple[Any, Any]]]) -> None:
+    for fast, whole in both[case]:
+        for phase in whole["peaks"].keys() - {"build"}:
+            assert abs(fast["peaks"][phase] - whole["peaks"][phase]) <= SMALL
+        assert fast["at_peak"].keys() >= {"weights", "gradients", "optimizer"}
+        for category, held in whole["at_peak"].items():
+            assert abs(fast["at_peak"].get(category, 0) - held) <= SMALL, category
+        assert fast["flops"] == whole["flops"] > 0
+        assert fast["params"] == whole["params"]
+        for kind, sent in whole["sent"].items():
+            assert abs(fast["sent"][kind] - sent) <= SMALL, kind
