@@ -7,6 +7,8 @@ time, three times. Routing is taken as balanced: an expert-parallel rank with mo
 tokens needs more.
 """
 
+from collections.abc import Sequence
+
 from moetrain.config.recipe import Recipe
 from moetrain.layout.mesh import MeshPlan, stage_layers
 from moetrain.models import Model
@@ -39,8 +41,18 @@ def in_flight(plan: MeshPlan, stage: int, num: int) -> int:
     return min(most, num * plan.vpp)
 
 
-def activation_bytes(model: Model, plan: MeshPlan, recipe: Recipe) -> list[int]:
-    """The bound for a GPU of each stage, in bytes."""
+def of_layers(model: Model, shares: Shares) -> list[int]:
+    """Bytes that each layer keeps of a token, at most."""
+    return [round(layer.activations(shares)) for layer in model.layers]
+
+
+def activation_bytes(
+    model: Model, plan: MeshPlan, recipe: Recipe, sizes: Sequence[int] | None = None
+) -> list[int]:
+    """The bound for a GPU of each stage, in bytes.
+
+    sizes: what `of_layers` gives, where it is known.
+    """
     parallel, train = recipe.parallel, recipe.train
     shares = shares_of(plan, recipe)
     tokens = -(-recipe.data.seq_len * train.micro_batch // plan.cp)
@@ -54,12 +66,12 @@ def activation_bytes(model: Model, plan: MeshPlan, recipe: Recipe) -> list[int]:
     )
     is_whole = train.recompute != "full"
     per_token = round(shares.width * model.hidden / shares.sequence)
-    of_layers = [round(layer.activations(shares)) for layer in model.layers]
+    by_layer = of_layers(model, shares) if sizes is None else sizes
     totals: list[int] = []
     for stage, layers in enumerate(chunks):
-        sizes = [[of_layers[layer] for layer in chunk] for chunk in layers]
-        largest = max(size for chunk in sizes for size in chunk)
-        held = max(sum(chunk) if is_whole else per_token * len(chunk) for chunk in sizes)
+        kept = [[by_layer[layer] for layer in chunk] for chunk in layers]
+        largest = max(size for chunk in kept for size in chunk)
+        held = max(sum(chunk) if is_whole else per_token * len(chunk) for chunk in kept)
         head = 0
         if stage in (0, plan.pp - 1):
             head = round(tokens * model.heads.activations(shares))

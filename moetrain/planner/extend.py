@@ -11,12 +11,12 @@ the four numbers. tests/test_plan.py holds them against whole traces.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from moetrain.config.recipe import Recipe
-from moetrain.layout.activations import in_flight, num_micro_batches
+from moetrain.layout.activations import in_flight
 from moetrain.layout.mesh import MeshPlan, plan_mesh, stage_layers
 from moetrain.models import Model, read_model
+from moetrain.planner.steps import micro_batches, with_layers
 from moetrain.planner.trace import Kernels, Trace, trace_steps, without_weights
 from moetrain.planner.watch import Cost, Profile
 
@@ -55,12 +55,12 @@ def trace_fast(
     recipe = without_weights(recipe)
     assert recipe.model.hf is not None
     model, plan = read_model(recipe.model.hf), plan_mesh(recipe.parallel, size)
-    num = num or num_micro_batches(recipe, plan)
+    num = num or micro_batches(recipe, plan)
     own = _own_layers(recipe, model, plan, rank)
     unit = plan.pp if plan.vpp > 1 else 1  # micro-batches come in groups where stages interleave
     nums = (unit, 2 * unit)
     few, more = LAYERS if plan.vpp == 1 else LAYERS_OF_CHUNK
-    small = [_with_layers(recipe, model, layers * plan.pp * plan.vpp) for layers in (few, more)]
+    small = [with_layers(recipe, model, layers * plan.pp * plan.vpp) for layers in (few, more)]
     if None in small or own <= more or num <= nums[1]:
         return trace_steps(recipe, rank, size, stands_for, [num])[0]
     steps = [step for each in small if each is not None
@@ -89,20 +89,6 @@ def _own_layers(recipe: Recipe, model: Model, plan: MeshPlan, rank: int) -> floa
     )
     stage = rank * plan.pp // plan.world_size
     return sum(map(len, stages[stage])) / plan.vpp
-
-
-def _with_layers(recipe: Recipe, model: Model, num: int) -> Recipe | None:
-    """With a model of fewer layers; None where they are not alike."""
-    if any(layer != model.layers[0] for layer in model.layers):
-        return None
-    hf: dict[str, Any] = {
-        name: value[:num] if isinstance(value, list) and len(value) == model.num_layers else value
-        for name, value in (recipe.model.hf or {}).items()
-    }
-    smaller = recipe.model.model_copy(update={"hf": hf | {"num_hidden_layers": num}})
-    even = {"first_stage_layers": None, "last_stage_layers": None}
-    parallel = recipe.parallel.model_copy(update=even)
-    return recipe.model_copy(update={"model": smaller, "parallel": parallel})
 
 
 def _extended(steps: Sequence[Trace], grid: _Grid) -> Profile:

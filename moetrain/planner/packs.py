@@ -10,8 +10,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.methods import METHODS
 from moetrain.methods.pairs import CHOSEN, MISMATCHED, REJECTED
 from moetrain.ops.packed import ANSWER, Packed, concat, pack_one
-
-PROMPT = 0.25  # of a pack, where there are answers: the prompt's share
+from moetrain.planner.steps import PROMPT, answers_of_a_pack
 
 
 def pack_of(recipe: Recipe) -> Packed:
@@ -68,8 +67,7 @@ def _rollouts(recipe: Recipe, size: int) -> Packed:
     cfg, rollout = recipe.sampling
     method = METHODS[recipe.method.name]
     assert method.online is not None
-    num = max(1, min(rollout.group_size, int(size * (1 - PROMPT)) // rollout.max_tokens))
-    pack = _answers(size, (ANSWER,) * num, shared=True)
+    pack = _answers(size, (ANSWER,) * answers_of_a_pack(recipe), shared=True)
     zeros = torch.zeros(pack.num_sequences)
     extras = {"advantage": zeros, "reward": zeros, "temperature": zeros + rollout.temperature}
     if method.online.shares is not None:

@@ -54,13 +54,13 @@ class MetaWatch(Watch):
         rules for shapes are Python, and slow.
         """
         key = (func, _shapes(args), _shapes(kwargs))
-        if key not in self._results:
-            result = func(*args, **kwargs)
-            self._results[key] = tree_map(
-                lambda x: _like(x) if isinstance(x, Tensor) else x, result
-            )
-            return result
-        return tree_map(lambda x: _like(x) if isinstance(x, Tensor) else x, self._results[key])
+        if key in self._results:
+            return _alike(self._results[key])
+        result = func(*args, **kwargs)
+        given = {x.untyped_storage()._cdata for x in (*tensors_in(args), *tensors_in(kwargs))}
+        if not any(x.untyped_storage()._cdata in given for x in tensors_in(result)):
+            self._results[key] = _alike(result)  # _unsafe_view, for one, makes nothing
+        return result
 
     def flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
         """Of sequences as long as they are: without values torch takes all for the longest."""

@@ -1,0 +1,51 @@
+"""`moetrain plan`: what a step holds and takes on GPUs that are not here, and the best layout."""
+
+from pathlib import Path
+
+from moetrain.commands.common import Arguments, Command, Parser, add_overrides, positive
+
+
+def arguments(parser: Parser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument(
+        "--gpus", type=positive, metavar="N", help="default: as the recipe's cluster says"
+    )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="a known GPU, or FILE.yaml; default: cluster.gpu"
+    )
+    parser.add_argument(
+        "--goal",
+        choices=["speed", "memory"],
+        default="speed",
+        help="the fastest layout that fits, or the one that holds least (default: speed)",
+    )
+    parser.add_argument(
+        "--as-is", action="store_true", help="predict the recipe's own layout, search none"
+    )
+    parser.add_argument(
+        "--routing",
+        default="balanced",
+        metavar="balanced|natural|X",
+        help="tokens of the fullest expert-parallel rank over the mean (default: balanced, 1)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--write", type=Path, metavar="R.yaml", help="write the recipe with the best layout"
+    )
+    parser.add_argument(
+        "--sbatch",
+        action="store_true",
+        help="print the Slurm script of the recipe that --write wrote",
+    )
+    add_overrides(parser)
+
+
+def run(args: Arguments) -> int:
+    """Run it; the exit code."""
+    from moetrain.planner.plan import plan
+
+    return plan(args)
+
+
+COMMAND = Command("predict a step on GPUs that are not here, and find the layout", arguments, run)

@@ -1,0 +1,139 @@
+"""What a layout holds and takes, by closed forms: too rough to promise, good enough to leave out
+what a trace need not look at. A search scales them by what its traces say. Imports no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from moetrain.config.recipe import ParallelConfig, Recipe
+from moetrain.layout.activations import activation_bytes, of_layers, shares_of
+from moetrain.layout.memory import static_bytes
+from moetrain.layout.mesh import MeshPlan, plan_mesh
+from moetrain.models import Model, Rule, read_model
+from moetrain.models.parts.base import Shares
+from moetrain.planner.gpu import Gpu, pick
+from moetrain.planner.steps import micro_batches, with_layers
+from moetrain.run.dry_run import trained
+
+NUM_GROUPS = 8  # with traffic of their own: NCCL keeps buffers for each
+
+
+@dataclass(frozen=True)
+class Rough:
+    """An estimate."""
+
+    bytes: float  # of the fullest GPU
+    seconds: float
+
+
+class Closed:
+    """Estimates for one model, recipe and GPU, at any layout."""
+
+    def __init__(self, recipe: Recipe, model: Model, gpu: Gpu):
+        self.model, self.gpu = model, gpu
+        self._small = [_learning(recipe, model, num) for num in (2, 4)]
+        self._static: dict[tuple[ParallelConfig, int], tuple[float, ...]] = {}
+        self._layers: dict[Shares, list[int]] = {}
+
+    def rough(self, recipe: Recipe, size: int) -> Rough:
+        """Of a step of the recipe on `size` ranks."""
+        model, gpu = self.model, self.gpu
+        plan = plan_mesh(recipe.parallel, size)
+        key = (recipe.parallel, size)
+        if key not in self._static:
+            self._static[key] = self._static_bytes(recipe, plan)
+        shares = shares_of(plan, recipe)
+        if shares not in self._layers:
+            self._layers[shares] = of_layers(model, shares)
+        more = activation_bytes(model, plan, recipe, self._layers[shares])
+        held = max(s + a for s, a in zip(self._static[key], more, strict=True))
+        return Rough(held + gpu.fixed_bytes(NUM_GROUPS), _passes(recipe, model, plan, gpu))
+
+    def _static_bytes(self, recipe: Recipe, plan: MeshPlan) -> tuple[float, ...]:
+        """Of each stage: from two and four layers on two stages, where layers are alike."""
+        few, more = self._small
+        if few is None or more is None:
+            stages = static_bytes(self.model, plan, recipe, trained(recipe, self.model))
+            return tuple(s.total for s in stages)
+        even = {"first_stage_layers": None, "last_stage_layers": None}
+        parallel = recipe.parallel.model_copy(update=even)
+        recipe = recipe.model_copy(update={"parallel": parallel})
+        num = min(plan.pp, 2)
+        small = replace(plan, pp=num, vpp=1)
+        low, high = (
+            [s.total for s in static_bytes(model, small, recipe, learns)]
+            for model, learns in (few, more)
+        )
+        layers = -(-self.model.num_layers // plan.pp)
+        own = [a + (layers - 2 / num) * (b - a) / (2 / num) for a, b in zip(low, high, strict=True)]
+        return (own[0],) * (plan.pp - num + 1) + tuple(own[1:])
+
+
+type Learning = tuple[Model, Mapping[str, Rule]]
+"""A model, and its table of what is trained."""
+
+
+def _learning(recipe: Recipe, model: Model, num: int) -> Learning | None:
+    small = with_layers(recipe, model, num)
+    if small is None or small.model.hf is None or model.num_layers <= num:
+        return None
+    fewer = read_model(small.model.hf, value_head=recipe.method.value_head)
+    return fewer, trained(small, fewer)
+
+
+def _passes(recipe: Recipe, model: Model, plan: MeshPlan, gpu: Gpu) -> float:
+    """Of all micro-batches through the pipeline."""
+    num = micro_batches(recipe, plan)
+    layers = -(-model.num_layers // plan.pp)
+    each = layers * _layer(recipe, model, plan, gpu) + _head(recipe, model, plan, gpu)
+    return each * (num + (plan.pp - 1) / plan.vpp)
+
+
+def _rounds(recipe: Recipe) -> float:
+    """Forward passes that a micro-batch costs: a backward pass is two, one where weights are
+    frozen.
+    """
+    backward = 1.0 if recipe.adapter is not None else 2.0
+    return (
+        1
+        + backward
+        + (recipe.train.recompute == "full")
+        + 0.1 * (recipe.train.recompute == "selective")
+    )
+
+
+def _layer(recipe: Recipe, model: Model, plan: MeshPlan, gpu: Gpu) -> float:
+    """Seconds of a layer for a micro-batch, there and back."""
+    layer, size = model.layers[-1], recipe.data.seq_len
+    tokens = size * recipe.train.micro_batch // plan.cp
+    pairs = tokens * size // 2
+    peak = gpu.peak(recipe.model.dtype)
+    width = 4 if recipe.model.dtype == "fp32" else 2
+    gemm = pick(gpu.gemm, recipe.model.dtype).at(max(1, min(tokens // plan.tp, model.hidden)))
+    seconds = layer.attention.flops(tokens, pairs) / plan.tp / (peak * gemm)
+    share = gemm
+    if model.moe is not None:
+        top_k = model.moe.experts.top_k
+        rows = max(1, tokens * top_k * plan.ep // (plan.tp * model.num_experts))
+        share = pick(gpu.grouped, recipe.model.dtype).at(rows)
+        sent = tokens / plan.tp * top_k * model.hidden * width * (plan.ep - 1) / plan.ep
+        seconds += 2 * sent / _rate(gpu, plan, plan.etp * plan.ep)
+    seconds += layer.mlp.flops(tokens, pairs) / plan.tp / (peak * share)
+    values = tokens * model.hidden * width
+    seconds += 4 * values * (plan.tp - 1) / plan.tp / _rate(gpu, plan, plan.tp)
+    # Norms, rotations, routing and copies read and write the tokens' values about twenty times.
+    seconds += 20 * values / plan.tp / (gpu.memory_gbps.value * 1e9)
+    return seconds * _rounds(recipe)
+
+
+def _rate(gpu: Gpu, plan: MeshPlan, ranks: int) -> float:
+    """Bytes a second between so many ranks that lie next to each other."""
+    near = ranks <= round(gpu.gpus_per_node.value)
+    return (gpu.nvlink_gbps.value if near else gpu.network_gbps.value) * 0.7e9
+
+
+def _head(recipe: Recipe, model: Model, plan: MeshPlan, gpu: Gpu) -> float:
+    """Of the last stage: logits, made again in the backward pass."""
+    tokens = recipe.data.seq_len * recipe.train.micro_batch // plan.cp
+    flops = model.heads.flops(tokens, 0) / plan.tp
+    return flops * (_rounds(recipe) + 1) / (gpu.peak(recipe.model.dtype) * 0.5)

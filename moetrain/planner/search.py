@@ -1,0 +1,213 @@
+"""The layout of a recipe on so many GPUs: all that divide, by closed forms; the best few traced, as
+whole as a run is; and the closed forms scaled by what the traces say, until none that is left
+promises more than the best.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Literal
+
+from moetrain.config.recipe import Recipe
+from moetrain.errors import MoetrainError
+from moetrain.layout.memory import GIB
+from moetrain.layout.mesh import plan_mesh
+from moetrain.models import Model, read_model
+from moetrain.planner.candidates import candidates
+from moetrain.planner.closed import NUM_GROUPS, Closed, Rough
+from moetrain.planner.cost import Seconds, step_seconds
+from moetrain.planner.extend import trace_fast
+from moetrain.planner.gpu import Gpu
+from moetrain.planner.steps import micro_batches
+from moetrain.planner.trace import Trace, without_weights
+
+Goal = Literal["speed", "memory"]
+ROUNDS = 3  # of traces, at most
+ROUND = 6  # layouts that are traced in one
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A layout, with what it holds and takes."""
+
+    recipe: Recipe
+    peak_gib: float  # of the fullest GPU: tensors, what lies between them, CUDA and NCCL
+    memory: dict[str, float]  # category -> GiB
+    step_s: float
+    fits: bool
+    seconds: Seconds
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to: the traced layouts that fit first, the best of them first."""
+
+    layouts: list[Planned]
+    considered: int
+    seconds: float
+
+    @property
+    def best(self) -> Planned:
+        return self.layouts[0]
+
+
+@dataclass
+class Search:
+    """One recipe on `size` GPUs.
+
+    load: tokens of the fullest expert-parallel rank over the mean.
+    """
+
+    recipe: Recipe
+    size: int
+    gpu: Gpu
+    goal: Goal = "speed"
+    load: float = 1.0
+    model: Model = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recipe = without_weights(self.recipe)
+        assert self.recipe.model.hf is not None
+        self.model = read_model(self.recipe.model.hf, value_head=self.recipe.method.value_head)
+
+    def as_is(self) -> Found:
+        """The recipe's own layout."""
+        start = time.monotonic()
+        with _tracers() as run:
+            (found,) = self._traced([self.recipe], run)
+        return Found([found], 1, time.monotonic() - start)
+
+    def best(self, say: Callable[[str], None]) -> Found:
+        """Of all layouts. Raises MoetrainError where none divides."""
+        start = time.monotonic()
+        closed = Closed(self.recipe, self.model, self.gpu)
+        rough = [
+            (recipe, closed.rough(recipe, self.size))
+            for recipe in candidates(self.recipe, self.model, self.size)
+        ]
+        if not rough:
+            raise MoetrainError(
+                f"no layout of {self.size} GPUs divides this model, its batch of"
+                f" {self.recipe.train.global_batch} packs and data.seq_len="
+                f"{self.recipe.data.seq_len}. Give another --gpus or train.global_batch."
+            )
+        say(f"{len(rough)} layouts divide; tracing the best")
+        done: dict[int, Planned] = {}
+        with _tracers() as run:
+            for _ in range(ROUNDS):
+                chosen = self._next(rough, done)
+                if not chosen:
+                    break
+                recipes = [rough[i][0] for i in chosen]
+                done |= dict(zip(chosen, self._traced(recipes, run), strict=True))
+                say(f"{len(done)} traced")
+        layouts = sorted(done.values(), key=self._key)
+        return Found(layouts, len(rough), time.monotonic() - start)
+
+    def _key(self, planned: Planned) -> tuple[bool, float]:
+        value = planned.step_s if self.goal == "speed" else planned.peak_gib
+        return not planned.fits, value if planned.fits else planned.peak_gib
+
+    def _next(self, rough: Sequence[tuple[Recipe, Rough]], done: dict[int, Planned]) -> list[int]:
+        """The most promising that are not traced yet, of each kind of layout, by estimates scaled
+        as the traces of their kind say.
+        """
+        limit = self.gpu.memory_gib.value * GIB
+        scales = {
+            kind: _Scale.of([(done[i], rough[i][1]) for i in done if _kind(rough[i][0]) == kind])
+            for kind in {_kind(recipe) for recipe, _ in rough}
+        }
+        best = min((self._key(p) for p in done.values()), default=(True, float("inf")))
+        first: dict[Kind, tuple[tuple[bool, float], int]] = {}
+        for i, (recipe, estimate) in enumerate(rough):
+            scale = scales[_kind(recipe)]
+            size = estimate.bytes * scale.bytes
+            fits = size <= limit
+            value = estimate.seconds * scale.seconds if self.goal == "speed" else size
+            promise = not fits, value if fits else size / GIB
+            if i not in done and promise < min(best, first.get(_kind(recipe), (best, 0))[0]):
+                first[_kind(recipe)] = promise, i
+        return [i for _, i in sorted(first.values())[:ROUND]]
+
+    def _traced(self, recipes: Sequence[Recipe], run: ProcessPoolExecutor) -> list[Planned]:
+        wanted = [
+            [run.submit(_trace, recipe, rank, self.size) for rank in self._ranks(recipe)]
+            for recipe in recipes
+        ]
+        return [
+            self._planned(recipe, [each.result() for each in traces])
+            for recipe, traces in zip(recipes, wanted, strict=True)
+        ]
+
+    def _ranks(self, recipe: Recipe) -> list[int]:
+        """One of the first stage, and one of the last."""
+        pp = recipe.parallel.pp
+        return [0] if pp == 1 else [0, (pp - 1) * self.size // pp]
+
+    def _planned(self, recipe: Recipe, traces: Sequence[Trace]) -> Planned:
+        plan = plan_mesh(recipe.parallel, self.size)
+        num = micro_batches(recipe, plan)
+        fused = recipe.model.backend != "torch" and self.gpu.asynchronous
+        seconds = step_seconds(
+            *(recipe, self.size, traces, self.gpu, self.model),
+            num_micro=num,
+            load=self.load,
+            fused=fused,
+        )
+        fullest = max(traces, key=lambda t: t.profile.reserved)
+        held = {name: size / GIB for name, size in fullest.profile.at_peak.items()}
+        held["between tensors"] = fullest.profile.reserved / GIB - sum(held.values())
+        held["CUDA and NCCL"] = self.gpu.fixed_bytes(NUM_GROUPS) / GIB
+        peak = sum(held.values())
+        fits = peak <= self.gpu.memory_gib.value
+        return Planned(recipe, peak, held, seconds.total, fits, seconds)
+
+
+def _trace(recipe: Recipe, rank: int, size: int) -> Trace:
+    return trace_fast(recipe, rank, size)
+
+
+type Kind = tuple[int, bool, bool]
+
+
+def _kind(recipe: Recipe) -> Kind:
+    """Layouts whose estimates are wrong in the same way."""
+    p = recipe.parallel
+    return p.pp, p.ep > 1, p.tp > 1
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What traces say over what closed forms say. Those of memory are bounds, so that less is
+    expected where nothing is known.
+    """
+
+    seconds: float = 1.0
+    bytes: float = 0.8
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Planned, Rough]]) -> "_Scale":
+        if not pairs:
+            return cls()
+        return cls(
+            median(planned.step_s / estimate.seconds for planned, estimate in pairs),
+            median(planned.peak_gib * GIB / estimate.bytes for planned, estimate in pairs),
+        )
+
+
+@contextmanager
+def _tracers() -> Iterator[ProcessPoolExecutor]:
+    """Processes that trace: a process that has traced trains nothing afterwards."""
+    context = multiprocessing.get_context("spawn")
+    num = min(len(os.sched_getaffinity(0)), 8)
+    with ProcessPoolExecutor(num, mp_context=context) as run:
+        try:
+            yield run
+        except BaseException:
+            run.shutdown(wait=False, cancel_futures=True)
+            raise
