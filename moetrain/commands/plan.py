@@ -43,9 +43,13 @@ def arguments(parser: Parser) -> None:
 
 def run(args: Arguments) -> int:
     """Run it; the exit code."""
-    from moetrain.planner.plan import plan
+    from moetrain.cluster import submit
+    from moetrain.run.plan import plan
 
-    return plan(args)
+    code = plan(args)
+    if code == 0 and args.sbatch:
+        print(submit.script_of(args.write, (), None, "24:00:00"), end="")
+    return code
 
 
 COMMAND = Command("predict a step on GPUs that are not here, and find the layout", arguments, run)

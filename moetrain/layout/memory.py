@@ -10,7 +10,8 @@ from math import prod
 from moetrain.config.recipe import Recipe
 from moetrain.layout.mesh import MeshPlan, stage_layers
 from moetrain.models import Model, Rule
-from moetrain.models.rates import by_muon
+from moetrain.models.adapter import AdapterSpec, adapter_table, trained_table
+from moetrain.models.rates import by_muon, own_rates
 
 GIB = 2**30
 _BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
@@ -29,6 +30,20 @@ class StageBytes:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer
+
+
+def trained(recipe: Recipe, model: Model) -> Mapping[str, Rule]:
+    """The weight table of what the recipe trains. Raises ConfigError for patterns that match
+    nothing, those of optim.groups too.
+    """
+    adapters = None
+    if recipe.adapter is not None:  # what one that is there already is, its folder says
+        loaded = recipe.adapter.path is not None
+        adapters = adapter_table(model, AdapterSpec.of(recipe.adapter), loaded=loaded)
+    table = trained_table(model, recipe.trainable, adapters)
+    if recipe.adapter is None or recipe.adapter.path is None:
+        own_rates(recipe, table, adapters)
+    return table
 
 
 def static_bytes(

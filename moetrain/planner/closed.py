@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 
 from moetrain.config.recipe import ParallelConfig, Recipe
 from moetrain.layout.activations import activation_bytes, of_layers, shares_of
-from moetrain.layout.memory import static_bytes
+from moetrain.layout.memory import static_bytes, trained
 from moetrain.layout.mesh import MeshPlan, plan_mesh
 from moetrain.models import Model, Rule, read_model
 from moetrain.models.parts.base import Shares
 from moetrain.planner.gpu import Gpu, pick
 from moetrain.planner.steps import micro_batches, with_layers
-from moetrain.run.dry_run import trained
 
 NUM_GROUPS = 8  # with traffic of their own: NCCL keeps buffers for each
 

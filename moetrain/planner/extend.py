@@ -1,11 +1,12 @@
 """A large step from small ones: what a rank holds and does grows evenly with its layers and with
 its micro-batches, so that steps of few of both say what one of many does.
 
-    f(L, M) = a + b L + c M + d L M
+    bytes = a + b layers + c passes + d passes layers of a chunk
 
-for the bytes at each moment of a step, by category, where M are the micro-batches in flight, and
-for each kind of operation and communication, where M are those of the step. Four small steps give
-the four numbers. tests/test_plan.py holds them against whole traces.
+at each moment of a step and for each category, where passes are those through a chunk that wait for
+their backward pass; and for each kind of operation and communication the same with the step's
+micro-batches as passes. Four small steps give the four numbers, without interleaved stages, which
+the formula puts in. tests/test_plan_extend.py holds them against whole traces.
 """
 
 from collections import Counter
@@ -21,64 +22,108 @@ from moetrain.planner.trace import Kernels, Trace, trace_steps, without_weights
 from moetrain.planner.watch import Cost, Profile
 
 LAYERS = (2, 3)  # of a stage, in the small steps
-LAYERS_OF_CHUNK = (1, 2)  # where a stage has several
+PASSES = (1, 2)  # micro-batches of theirs
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """Where the step stands among the small ones: 0 at the first, 1 at the second."""
+class _Line:
+    """The four numbers."""
+
+    base: float
+    layer: float
+    each: float  # pass
+    both: float
+
+    @classmethod
+    def through(cls, f: Sequence[float]) -> "_Line":
+        """Of values at (layers, passes) (2, 1), (2, 2), (3, 1), (3, 2)."""
+        layers, passes = LAYERS[0], PASSES[0]
+        both = f[3] - f[2] - f[1] + f[0]
+        layer, each = f[2] - f[0] - both * passes, f[1] - f[0] - both * layers
+        return cls(
+            f[0] - layer * layers - each * passes - both * layers * passes, layer, each, both
+        )
+
+    def at(self, layers: float, of_chunk: float, passes: float) -> float:
+        return self.base + self.layer * layers + passes * (self.each + self.both * of_chunk)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The large one, of one rank."""
 
     layers: float
-    held: float  # micro-batches in flight
-    done: float  # micro-batches of the step
+    of_chunk: float
+    held: int  # passes at once
+    done: int  # micro-batches
+    vpp: int
 
-    def bytes_of(self, small: Sequence[int]) -> int:
-        return max(0, round(_bilinear(small, self.layers, self.held)))
+    def bytes_of(self, here: Sequence[int], first: Sequence[int]) -> int:
+        """here: of this rank's small steps; first: of the first stage's, where a second pass waits
+        beside the first.
+        """
+        line = _Line.through(first)
+        if here is first:
+            return max(0, round(line.at(self.layers, self.of_chunk, self.held)))
+        # The last stage holds one pass at once; its second step shows what one after another adds.
+        own = _Line.through((here[1], here[1], here[3], here[3]))
+        more = (self.held - 1) * (line.each + line.both * self.of_chunk)
+        more -= line.both * (self.layers - self.of_chunk)  # a pass goes through a chunk of them
+        return max(0, round(own.at(self.layers, self.of_chunk, 1) + more))
 
     def count(self, small: Sequence[int]) -> int:
-        return max(0, round(_bilinear(small, self.layers, self.done)))
-
-
-def _bilinear(f: Sequence[int], x: float, y: float) -> float:
-    """`f` at (0, 0), (0, 1), (1, 0), (1, 1)."""
-    return f[0] + x * (f[2] - f[0]) + y * (f[1] - f[0]) + x * y * (f[3] - f[2] - f[1] + f[0])
+        return max(0, round(_Line.through(small).at(self.layers, self.layers, self.done)))
 
 
 def trace_fast(
-    recipe: Recipe, rank: int, size: int, num: int | None = None, stands_for: Kernels = "cuda"
-) -> Trace:
-    """As `trace`, from small steps where the model's layers are alike, else whole.
+    recipe: Recipe,
+    ranks: Sequence[int],
+    size: int,
+    num: int | None = None,
+    stands_for: Kernels = "cuda",
+) -> list[Trace]:
+    """As `trace`, of each of these ranks, from small steps where the model's layers are alike, else
+    whole.
 
     Args:
-        num: micro-batches of this data-parallel rank in a step; by default as the recipe says.
+        num: micro-batches of a data-parallel rank in a step; by default as the recipe says.
     """
     recipe = without_weights(recipe)
     assert recipe.model.hf is not None
     model, plan = read_model(recipe.model.hf), plan_mesh(recipe.parallel, size)
     num = num or micro_batches(recipe, plan)
-    own = _own_layers(recipe, model, plan, rank)
-    unit = plan.pp if plan.vpp > 1 else 1  # micro-batches come in groups where stages interleave
-    nums = (unit, 2 * unit)
-    few, more = LAYERS if plan.vpp == 1 else LAYERS_OF_CHUNK
-    small = [with_layers(recipe, model, layers * plan.pp * plan.vpp) for layers in (few, more)]
-    if None in small or own <= more or num <= nums[1]:
-        return trace_steps(recipe, rank, size, stands_for, [num])[0]
-    steps = [step for each in small if each is not None
-             for step in trace_steps(each, rank, size, stands_for, nums)]  # fmt: skip
-    flying = [in_flight(plan, steps[0].stage, m) for m in (*nums, num)]
-    risen = flying[1] - flying[0]  # 0: the second step shows what one after another adds
-    grid = _Grid(
-        (own - few) / (more - few),
-        (flying[2] - flying[0]) / risen if risen else 1.0,
-        (num - nums[0]) / (nums[1] - nums[0]),
-    )
-    params = round(_bilinear([step.num_params for step in steps], grid.layers, 0))
-    profile = _extended(steps, grid)
-    return replace(steps[0], num_params=params, num_micro_batches=num, profile=profile)
+    plain = recipe.parallel.model_copy(update={"vpp": None})
+    plain_recipe = recipe.model_copy(update={"parallel": plain})
+    small = [with_layers(plain_recipe, model, layers * plan.pp) for layers in LAYERS]
+    steps: dict[int, list[Trace]] = {}
+
+    def steps_of(rank: int) -> list[Trace]:
+        if rank not in steps:
+            steps[rank] = []
+            for each in filter(None, small):
+                steps[rank] += trace_steps(each, rank, size, stands_for, PASSES)
+        return steps[rank]
+
+    found: list[Trace] = []
+    for rank in ranks:
+        layers = _layers(recipe, model, plan, rank)
+        if None in small or layers <= LAYERS[1] or (num <= PASSES[1] and plan.vpp == 1):
+            found += trace_steps(recipe, rank, size, stands_for, [num])
+            continue
+        here = steps_of(rank)
+        stage = here[0].stage
+        held = in_flight(plan, stage, num)
+        is_last = stage == plan.pp - 1
+        first = steps_of(0) if is_last and held > 1 else here
+        step = _Step(layers, layers / plan.vpp, held, num, plan.vpp)
+        params = _Line.through([each.num_params for each in here]).at(layers, 0, 0)
+        profile = _extended(here, first, step, alone=is_last)
+        found.append(Trace(rank, stage, round(params), num, profile))
+    return found
 
 
-def _own_layers(recipe: Recipe, model: Model, plan: MeshPlan, rank: int) -> float:
-    """Layers of a chunk of this rank's stage."""
+def _layers(recipe: Recipe, model: Model, plan: MeshPlan, rank: int) -> int:
+    """Of this rank's stage."""
     parallel = recipe.parallel
     stages = stage_layers(
         model.num_layers,
@@ -88,26 +133,38 @@ def _own_layers(recipe: Recipe, model: Model, plan: MeshPlan, rank: int) -> floa
         parallel.last_stage_layers,
     )
     stage = rank * plan.pp // plan.world_size
-    return sum(map(len, stages[stage])) / plan.vpp
+    return sum(map(len, stages[stage]))
 
 
-def _extended(steps: Sequence[Trace], grid: _Grid) -> Profile:
-    profiles = [step.profile for step in steps]
-    found = Profile(reserved=grid.bytes_of([p.reserved for p in profiles]))
+def _extended(
+    here: Sequence[Trace], first: Sequence[Trace], step: _Step, *, alone: bool
+) -> Profile:
+    """alone: it holds one pass at once in the small steps."""
+    profiles = [each.profile for each in here]
+    others = [each.profile for each in first]
+
+    def size(values: Callable[[Profile], int]) -> int:
+        own = [values(p) for p in profiles]
+        return step.bytes_of(own, [values(p) for p in others] if alone else own)
+
+    found = Profile(reserved=size(lambda p: p.reserved))
     moments = {moment: None for p in profiles for moment in p.most if moment.phase != "build"}
     for moment in moments:
-        held = [p.most.get(moment, {}) for p in profiles]
-        names = {name: None for each in held for name in each}
+        names = {name: None for p in profiles for name in p.most.get(moment, {})}
         found.most[moment] = {
-            name: grid.bytes_of([each.get(name, 0) for each in held]) for name in names
+            name: size(lambda p, m=moment, n=name: p.most.get(m, {}).get(n, 0)) for name in names
         }
-    found.ops = _costs([p.ops for p in profiles], grid, lambda op: replace(op, shapes=()))
-    found.collectives = _costs([p.collectives for p in profiles], grid, lambda kind: kind)
+    found.ops = _costs([p.ops for p in profiles], step, lambda op: replace(op, shapes=()))
+    found.collectives = _costs([p.collectives for p in profiles], step, lambda kind: kind)
+    for kind, cost in found.collectives.items():
+        if kind.name in ("send", "recv"):  # once a chunk
+            cost.times *= step.vpp
+            cost.num_bytes *= step.vpp
     return found
 
 
 def _costs[K](
-    small: Sequence[Mapping[K, Cost]], grid: _Grid, merge: Callable[[K], K]
+    small: Sequence[Mapping[K, Cost]], step: _Step, merge: Callable[[K], K]
 ) -> dict[K, Cost]:
     """What all steps do extends by itself; what has other shapes in each (an optimizer's buffers,
     which are as long as the stage) together.
@@ -124,5 +181,7 @@ def _costs[K](
     found: dict[K, Cost] = {}
     for kind in kinds:
         each = [total.get(kind, Counter[str]()) for total in sums]
-        found[kind] = Cost(**{name: grid.count([c[name] for c in each]) for name in vars(Cost())})
+        cost = Cost(**{name: step.count([c[name] for c in each]) for name in vars(Cost())})
+        if cost.flops or cost.num_bytes:
+            found[kind] = replace(cost, times=max(1, cost.times))
     return found

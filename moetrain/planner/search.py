@@ -135,13 +135,10 @@ class Search:
         return [i for _, i in sorted(first.values())[:ROUND]]
 
     def _traced(self, recipes: Sequence[Recipe], run: ProcessPoolExecutor) -> list[Planned]:
-        wanted = [
-            [run.submit(_trace, recipe, rank, self.size) for rank in self._ranks(recipe)]
-            for recipe in recipes
-        ]
+        wanted = [run.submit(trace_fast, r, self._ranks(r), self.size) for r in recipes]
         return [
-            self._planned(recipe, [each.result() for each in traces])
-            for recipe, traces in zip(recipes, wanted, strict=True)
+            self._planned(recipe, each.result())
+            for recipe, each in zip(recipes, wanted, strict=True)
         ]
 
     def _ranks(self, recipe: Recipe) -> list[int]:
@@ -161,15 +158,11 @@ class Search:
         )
         fullest = max(traces, key=lambda t: t.profile.reserved)
         held = {name: size / GIB for name, size in fullest.profile.at_peak.items()}
-        held["between tensors"] = fullest.profile.reserved / GIB - sum(held.values())
+        held["between tensors"] = max(0.0, fullest.profile.reserved / GIB - sum(held.values()))
         held["CUDA and NCCL"] = self.gpu.fixed_bytes(NUM_GROUPS) / GIB
         peak = sum(held.values())
         fits = peak <= self.gpu.memory_gib.value
         return Planned(recipe, peak, held, seconds.total, fits, seconds)
-
-
-def _trace(recipe: Recipe, rank: int, size: int) -> Trace:
-    return trace_fast(recipe, rank, size)
 
 
 type Kind = tuple[int, bool, bool]

@@ -56,7 +56,9 @@ class MetaWatch(Watch):
         key = (func, _shapes(args), _shapes(kwargs))
         if key in self._results:
             return _alike(self._results[key])
-        result = func(*args, **kwargs)
+        result = _in_bf16(func, args, kwargs)
+        if result is None:
+            result = func(*args, **kwargs)
         given = {x.untyped_storage()._cdata for x in (*tensors_in(args), *tensors_in(kwargs))}
         if not any(x.untyped_storage()._cdata in given for x in tensors_in(result)):
             self._results[key] = _alike(result)  # _unsafe_view, for one, makes nothing
@@ -108,6 +110,22 @@ def _with_values(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _here(kwargs: Any) -> dict[str, Any]:
     return {"device": torch.device("cpu")} if kwargs.get("device") is not None else {}
+
+
+def _in_bf16(func: Any, args: Any, kwargs: Any) -> Any:
+    """torch 2.13's meta kernel of grouped products takes bf16 alone, unlike those of CPU and CUDA:
+    a product of other numbers, by the shape of one in bf16. None for other operations.
+    """
+    dtype = args[0].dtype if func is torch.ops.aten._grouped_mm.default else torch.bfloat16
+    if dtype == torch.bfloat16:
+        return None
+
+    def as_bf16(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dtype != dtype:
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=torch.bfloat16, device="meta")
+
+    return func(*map(as_bf16, args), **kwargs).to(dtype)
 
 
 def _shapes(value: Any) -> Any:

@@ -2,7 +2,6 @@
 per GPU.
 """
 
-from collections.abc import Mapping
 from math import lcm
 
 from moetrain.config.load import dump_recipe
@@ -10,13 +9,11 @@ from moetrain.config.recipe import Recipe
 from moetrain.config.reward_files import check_reward_files
 from moetrain.errors import ConfigError, plural
 from moetrain.layout.activations import activation_bytes
-from moetrain.layout.memory import GIB, static_bytes
+from moetrain.layout.memory import GIB, static_bytes, trained
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table
 from moetrain.layout.passed import check_passed
-from moetrain.models import Model, Rule, read_model, with_scalar_head
-from moetrain.models.adapter import AdapterSpec, adapter_table, trained_table
+from moetrain.models import Model, read_model, with_scalar_head
 from moetrain.models.lookup import find_model
-from moetrain.models.rates import own_rates
 from moetrain.planner.gpu import gpu_gib
 
 MAX_RANKS_SHOWN = 64
@@ -71,20 +68,6 @@ def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> Model:
     trained(recipe, model)
     check_reward_files(recipe.rewards)
     return model
-
-
-def trained(recipe: Recipe, model: Model) -> Mapping[str, Rule]:
-    """The weight table of what the recipe trains. Raises ConfigError for patterns that match
-    nothing, those of optim.groups too.
-    """
-    adapters = None
-    if recipe.adapter is not None:  # what one that is there already is, its folder says
-        loaded = recipe.adapter.path is not None
-        adapters = adapter_table(model, AdapterSpec.of(recipe.adapter), loaded=loaded)
-    table = trained_table(model, recipe.trainable, adapters)
-    if recipe.adapter is None or recipe.adapter.path is None:
-        own_rates(recipe, table, adapters)
-    return table
 
 
 def _work(model: Model, seq_len: int) -> str:

@@ -83,10 +83,9 @@ def extended(cases: Sequence[tuple[dict[str, Any], dict[str, Any], int, int, int
         hf = HF | {"mlp_only_layers": [], "num_hidden_layers": layers}
         model = {"path": None, "hf": hf, "dtype": "bf16", "init": "random"}
         recipe = recipe_for("-", parallel, **{"model": model} | sections)
-        ways = [
-            (trace_fast(recipe, rank, size, num), trace_steps(recipe, rank, size, "cuda", [num])[0])
-            for rank in (0, size - 1)
-        ]
+        ranks = (0, size - 1)
+        whole = [trace_steps(recipe, rank, size, "cuda", [num])[0] for rank in ranks]
+        ways = zip(trace_fast(recipe, ranks, size, num), whole, strict=True)
         found.append(
             [[_summary(t.profile) | {"params": t.num_params} for t in each] for each in ways]
         )

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moetrain.config.recipe import Recipe
+from moetrain.layout import memory
 from moetrain.models import Model, Rule
 from moetrain.run import dry_run
 
@@ -93,7 +94,7 @@ class Planned:
     @cached_property
     def learns(self) -> Mapping[str, Rule]:
         """The table of what is trained: a checkpoint holds its optimizer state."""
-        return dry_run.trained(self.recipe, self.model)
+        return memory.trained(self.recipe, self.model)
 
 
 @dataclass

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moetrain import files
-from moetrain.cluster import submit
 from moetrain.config.load import dump_recipe, load_recipe
 from moetrain.config.recipe import Recipe
-from moetrain.errors import ConfigError, MoetrainError
+from moetrain.errors import ConfigError, MoetrainError, plural
 from moetrain.planner.cost import NATURAL_LOAD
 from moetrain.planner.gpu import Gpu, find_gpu
 from moetrain.planner.search import Found, Planned, Search
@@ -40,9 +39,6 @@ def plan(args: Namespace) -> int:
         return MoetrainError.exit_code
     if args.write is not None:
         _write(args.write, recipe, found.best, size)
-        if args.sbatch:
-            nodes = -(-size // recipe.cluster.gpus_per_node)
-            print(submit.script_of(args.write, (), nodes, "24:00:00"), end="")
     return 0
 
 
@@ -125,8 +121,9 @@ def _cells(planned: Planned) -> list[str]:
 
 def _in_words(found: Found, gpu: Gpu, size: int) -> list[str]:
     best, limit = found.best, gpu.memory_gib.value
+    considered = plural(found.considered, "layout")
     lines = [
-        f"{found.considered} layouts of {size} {gpu.name} considered, {len(found.layouts)} traced,"
+        f"{considered} of {size} {gpu.name} considered, {len(found.layouts)} traced,"
         f" {found.seconds:.0f} s."
     ]
     if not best.fits:
