@@ -274,8 +274,17 @@ def _begin(new_session: bool, preexec_fn: Any, pass_fds: Any, std: tuple[int, in
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     stay = {0, 1, 2, tracker._fd, server._forkserver_alive_fd, *pass_fds}
     for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd not in stay:
+        # A module may have a file about this process open (`data/limits.py`): a new program would
+        # import it anew.
+        if fd not in stay and not _is_about_process(fd):
             try:
                 os.close(fd)
             except OSError:  # of the listing itself
                 pass
+
+
+def _is_about_process(fd: int) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").startswith("/proc/")
+    except OSError:  # that of the listing, closed already
+        return False
