@@ -107,7 +107,8 @@ def test_a_replay_gives_the_same_losses_without_an_engine(whole: Path, tmp_path:
 
 
 def test_a_run_that_is_shortened_below_its_checkpoint_has_finished() -> None:
-    nothing: Any = SimpleNamespace(recipe=load_recipe(RECIPE), held_out=[])
+    train = SimpleNamespace(prompts=[])
+    nothing: Any = SimpleNamespace(recipe=load_recipe(RECIPE), held_out=[], train=train)
     assert rl._loop(*[nothing] * 7, step=5, last=4)
 
 

@@ -5,6 +5,7 @@ promises more than the best.
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +20,7 @@ from moetrain.layout.memory import GIB
 from moetrain.layout.mesh import plan_mesh
 from moetrain.models import Model, read_model
 from moetrain.planner.candidates import candidates
-from moetrain.planner.closed import NUM_GROUPS, Closed, Rough
+from moetrain.planner.closed import Closed, Rough
 from moetrain.planner.cost import Seconds, step_seconds
 from moetrain.planner.extend import trace_fast
 from moetrain.planner.gpu import Gpu
@@ -103,8 +104,8 @@ class Search:
                 chosen = self._next(rough, done)
                 if not chosen:
                     break
-                recipes = [rough[i][0] for i in chosen]
-                done |= dict(zip(chosen, self._traced(recipes, run), strict=True))
+                traced = self._traced([rough[i][0] for i in chosen], run)
+                done |= dict(zip(chosen, traced, strict=True))
                 say(f"{len(done)} traced")
         layouts = sorted(done.values(), key=self._key)
         return Found(layouts, len(rough), time.monotonic() - start)
@@ -159,7 +160,8 @@ class Search:
         fullest = max(traces, key=lambda t: t.profile.reserved)
         held = {name: size / GIB for name, size in fullest.profile.at_peak.items()}
         held["between tensors"] = max(0.0, fullest.profile.reserved / GIB - sum(held.values()))
-        held["CUDA and NCCL"] = self.gpu.fixed_bytes(NUM_GROUPS) / GIB
+        groups = {kind.group for kind in fullest.profile.collectives if kind.ranks > 1}
+        held["CUDA and NCCL"] = self.gpu.fixed_bytes(len(groups)) / GIB
         peak = sum(held.values())
         fits = peak <= self.gpu.memory_gib.value
         return Planned(recipe, peak, held, seconds.total, fits, seconds)
@@ -195,10 +197,13 @@ class _Scale:
 
 @contextmanager
 def _tracers() -> Iterator[ProcessPoolExecutor]:
-    """Processes that trace: a process that has traced trains nothing afterwards."""
+    """Processes that trace: a process that has traced trains nothing afterwards. An interrupt of
+    the terminal ends them without a word.
+    """
     context = multiprocessing.get_context("spawn")
     num = min(len(os.sched_getaffinity(0)), 8)
-    with ProcessPoolExecutor(num, mp_context=context) as run:
+    on_interrupt = (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(num, context, signal.signal, on_interrupt) as run:
         try:
             yield run
         except BaseException:

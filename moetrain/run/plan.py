@@ -20,7 +20,7 @@ AXES = ("tp", "cp", "pp", "vpp", "ep", "etp")
 
 
 def plan(args: Namespace) -> int:
-    """The exit code: 1 where nothing fits."""
+    """The exit code: that of a mistake where nothing fits."""
     if args.sbatch and args.write is None:
         raise ConfigError(
             "--sbatch prints the job of the recipe that is written. Give --write too."
