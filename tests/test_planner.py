@@ -13,9 +13,19 @@ from moetrain.layout.mesh import plan_mesh
 from moetrain.models import read_model
 from moetrain.planner.candidates import candidates
 from moetrain.planner.closed import Closed
+from moetrain.planner.fewer_layers import with_layers
 from moetrain.planner.gpu import find_gpu
+from moetrain.testing.tiny import CONFIGS as TINY
 
 SFT = "examples/sft_tiny.yaml"
+CONTENT: dict[str, Any] = {
+    "run_dir": "none",
+    "model": {"hf": MODELS["qwen3-moe-tiny"], "dtype": "bf16"},
+    "method": {"name": "pretrain"},
+    "data": {"train": ["none"], "seq_len": 8192},
+    "train": {"steps": 1, "global_batch": 16},
+}
+DENSE = ("model.path=null", f"model.hf={json.dumps(TINY['llama'])}")
 GPUS = ("--gpus", "2", "--gpu", "H100-80GB")
 
 
@@ -41,6 +51,7 @@ def test_a_plan_is_written_and_loads(capsys: pytest.CaptureFixture[str], tmp_pat
     recipe = load_recipe(path, ())
     parallel = {axis: getattr(recipe.parallel, axis) or 1 for axis in best["parallel"]}
     assert parallel == best["parallel"] and recipe.cluster.world_size == 2
+    assert recipe.cluster.gpu == "H100-80GB"
     assert recipe.train.recompute == best["train"]["recompute"]
 
 
@@ -56,6 +67,9 @@ def test_a_layout_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
         ((SFT, "--gpu", "H100"), "--gpu H100 is not known. Did you mean 'H100-80GB'"),
         ((SFT, *GPUS, "--routing", "wild"), "give balanced, natural, or"),
         ((SFT, *GPUS, "--sbatch"), "Give --write too"),
+        ((SFT, *GPUS, "--sbatch", "--json", "--write", "x.yaml"), "both print"),
+        ((SFT, *GPUS, "--as-is", "--goal", "memory"), "Leave one out"),
+        ((SFT, *GPUS, "--routing", "2", *DENSE), "this model has no experts"),
         ((SFT, "--gpus", "3", "--as-is", "parallel.tp=2"), "Use 2 or 4 ranks"),
         ((SFT, "--gpus", "7", "train.global_batch=8"), "no layout of 7 GPUs divides"),
         (("none.yaml", *GPUS), "none.yaml"),
@@ -70,19 +84,38 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     gpu = tmp_path / "small.yaml"
     gpu.write_text("name: small\nlike: H100-80GB\nmemory_gib: {value: 0.1, source: a test}\n")
     code, out, _ = plan(capsys, SFT, "--gpus", "1", "--gpu", str(gpu))
-    assert code == 2 and "NOTHING FITS: the leanest layout found needs" in out
+    assert code == 2 and "NOTHING FITS: the leanest layout needs" in out
+
+
+LAYERS_APART = [
+    {"trainable": ["layers.3"]},
+    {"adapter": {"target": ["model.layers.3.*"]}},
+    {"adapter": {"path": "earlier"}},
+    {"optim": {"groups": [{"match": ["layers.3"], "lr_scale": 2}]}},
+    {"train": {"steps": 1, "recompute": "full"}, "megatron": {"recompute_num_layers": 1}},
+]
+
+
+@pytest.mark.parametrize("sections", LAYERS_APART)
+def test_layers_that_are_treated_apart_are_traced_whole(sections: dict[str, Any]) -> None:
+    """What some layers alone have, a model of fewer layers does not say."""
+    model = read_model(MODELS["qwen3-moe-tiny"])
+    assert with_layers(recipe_from(CONTENT), model, 2) is not None
+    assert with_layers(recipe_from(CONTENT | sections), model, 2) is None
+
+
+def test_no_candidate_that_the_run_refuses() -> None:
+    """megatron-core gives wrong gradients with batch_p2p_comm where two stages interleave."""
+    sections = {"megatron": {"batch_p2p_comm": True, "overlap_p2p_comm": False}}
+    recipe = recipe_from(CONTENT | sections | {"parallel": {"pp": 4, "vpp": 2}})
+    model = read_model(MODELS["qwen3-moe-tiny"] | {"num_hidden_layers": 8})
+    found = {(c.parallel.pp, c.parallel.vpp or 1) for c in candidates(recipe, model, 8)}
+    assert found == {(4, 2)}
 
 
 def test_candidates_are_what_the_run_takes() -> None:
     """Each has whole micro-batches, and its closed forms are above zero."""
-    content = {
-        "run_dir": "none",
-        "model": {"hf": MODELS["qwen3-moe-tiny"], "dtype": "bf16"},
-        "method": {"name": "pretrain"},
-        "data": {"train": ["none"], "seq_len": 8192},
-        "train": {"steps": 1, "global_batch": 16},
-    }
-    recipe = recipe_from(content)
+    recipe = recipe_from(CONTENT)
     model = read_model(MODELS["qwen3-moe-tiny"])
     found = list(candidates(recipe, model, 8))
     closed = Closed(recipe, model, find_gpu("H100-80GB"))

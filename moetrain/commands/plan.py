@@ -17,7 +17,6 @@ def arguments(parser: Parser) -> None:
     parser.add_argument(
         "--goal",
         choices=["speed", "memory"],
-        default="speed",
         help="the fastest layout that fits, or the one that holds least (default: speed)",
     )
     parser.add_argument(

@@ -14,6 +14,7 @@ from moetrain.layout.mesh import MeshPlan, stage_layers
 from moetrain.models import Model
 from moetrain.models.parts.base import Shares
 
+PROMPT = 0.25  # of a pack, where there are answers: the prompt's share
 CHUNK = 1024  # tokens whose logits exist at a time (`ops/logprob.py`)
 
 
@@ -23,13 +24,24 @@ def shares_of(plan: MeshPlan, recipe: Recipe) -> Shares:
     return Shares(plan.tp, plan.etp, sequence, 4 if recipe.model.dtype == "fp32" else 2)
 
 
-def num_micro_batches(recipe: Recipe, plan: MeshPlan) -> int:
-    """Of a data-parallel rank in a step; how many packs answers make is not known before: as many
-    as fill the pipeline.
+def answers_of_a_pack(recipe: Recipe) -> int:
+    """Answers of rollout.max_tokens that a pack has room for behind their prompt, where a method
+    samples them.
     """
+    _, rollout = recipe.sampling
+    room = int(recipe.data.seq_len * (1 - PROMPT))
+    return max(1, min(rollout.group_size, room // rollout.max_tokens))
+
+
+def num_micro_batches(recipe: Recipe, plan: MeshPlan) -> int:
+    """Of a data-parallel rank in a step; sampled answers are taken to be as long as they may be."""
+    packs = recipe.train.global_batch
     if recipe.method.samples:
-        return plan.pp
-    return max(1, recipe.train.global_batch // (plan.dp * recipe.train.micro_batch))
+        _, rollout = recipe.sampling
+        answers = rollout.prompts_per_step * rollout.group_size
+        packs = -(-answers // answers_of_a_pack(recipe))
+        packs = -(-packs // plan.dp) * plan.dp
+    return max(1, packs // (plan.dp * recipe.train.micro_batch))
 
 
 def in_flight(plan: MeshPlan, stage: int, num: int) -> int:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, cast
 from moetrain.config.builtin import MODELS, published, quantised_name
 from moetrain.errors import ConfigError
 from moetrain.manifest import read_text
+from moetrain.models import Model, read_model, with_scalar_head
 from moetrain.models.quantisation import plain_config
 
 if TYPE_CHECKING:
-    from moetrain.config.recipe import ModelConfig  # which takes 0.2 s to import
+    from moetrain.config.recipe import ModelConfig, Recipe  # which take 0.2 s to import
 
 NOTE, HF = "moetrain.json", "config.json"
 BUILTIN = "builtin:"
@@ -59,6 +60,14 @@ def find_model(model: "ModelConfig", *, dry: bool = False) -> FoundModel:
         )
     hf, is_megatron = config_of(folder)
     return FoundModel(hf, folder, is_megatron)
+
+
+def model_of(recipe: "Recipe", *, dry: bool = False) -> Model:
+    """The model that a recipe trains, with the head of its method. Raises as `find_model`."""
+    hf = find_model(recipe.model, dry=dry).hf
+    if recipe.method.scalar_head:
+        hf = with_scalar_head(hf)
+    return read_model(hf, value_head=recipe.method.value_head)
 
 
 def has_config(model: "ModelConfig") -> bool:

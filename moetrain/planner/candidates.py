@@ -2,13 +2,16 @@
 what a node and a step make sensible. Imports no torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from math import lcm
 
+from moetrain.config.load import recipe_from
 from moetrain.config.recipe import ParallelConfig, Recipe
 from moetrain.errors import MoetrainError
 from moetrain.layout.mesh import check_layout, plan_mesh
+from moetrain.layout.passed import check_passed
 from moetrain.models import Model
 
 VPP = (1, 2, 4)
@@ -29,28 +32,39 @@ def candidates(recipe: Recipe, model: Model, size: int) -> Iterator[Recipe]:
             if plan.vpp > 1 and (recipe.method.samples or num % plan.pp):
                 continue  # Megatron interleaves whole groups of pp micro-batches
             changed = train.model_copy(update={"micro_batch": micro, "recompute": recompute})
-            yield recipe.model_copy(update={"parallel": parallel, "train": changed})
+            candidate = recipe.model_copy(update={"parallel": parallel, "train": changed})
+            if _is_taken(partial(check_passed, candidate, model)):
+                yield candidate
 
 
 def layouts(recipe: Recipe, model: Model, size: int) -> Iterator[ParallelConfig]:
     """Every `parallel` section that divides."""
     node = min(recipe.cluster.gpus_per_node, size)
     most_cp = max(1, recipe.data.seq_len // LEAST_TOKENS)
-    experts = model.num_experts if model.moe is not None else 1
     for tp, cp, pp in product(_divisors(node), _divisors(size), _divisors(size)):
         if tp * cp * pp > size or cp > most_cp or pp > model.num_layers:
             continue
-        for etp, ep, vpp in product(sorted({1, tp}), _divisors(experts), VPP):
+        for etp, ep, vpp in product(sorted({1, tp}), _divisors(max(1, model.num_experts)), VPP):
             if (vpp > 1 and pp == 1) or vpp * pp > model.num_layers:
                 continue
-            if size % lcm(tp * cp * pp, etp * ep * pp) or (etp > 1 and ep == 1 == experts):
+            if size % lcm(tp * cp * pp, etp * ep * pp):
                 continue
             parallel = ParallelConfig(tp=tp, cp=cp, pp=pp, etp=etp, ep=ep, vpp=vpp)
-            try:
-                check_layout(model, parallel, recipe.data.seq_len)
-            except MoetrainError:
-                continue
-            yield parallel
+            content = recipe.model_dump(mode="json") | {"parallel": parallel.model_dump()}
+            if _is_taken(
+                partial(check_layout, model, parallel, recipe.data.seq_len),
+                partial(recipe_from, content),
+            ):
+                yield parallel
+
+
+def _is_taken(*checks: Callable[[], object]) -> bool:
+    try:
+        for check in checks:
+            check()
+    except MoetrainError:
+        return False
+    return True
 
 
 def _divisors(n: int) -> list[int]:

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moetrain.config.recipe import ParallelConfig, Recipe
-from moetrain.layout.activations import activation_bytes, of_layers, shares_of
+from moetrain.layout.activations import activation_bytes, num_micro_batches, of_layers, shares_of
 from moetrain.layout.memory import static_bytes, trained
 from moetrain.layout.mesh import MeshPlan, plan_mesh
-from moetrain.models import Model, Rule, read_model
+from moetrain.models import Model, Rule
+from moetrain.models.lookup import model_of
 from moetrain.models.parts.base import Shares
+from moetrain.planner.fewer_layers import with_layers
 from moetrain.planner.gpu import Gpu, pick
-from moetrain.planner.steps import micro_batches, with_layers
 
 NUM_GROUPS = 8  # with traffic of their own: NCCL keeps buffers for each
 
@@ -54,9 +55,6 @@ class Closed:
         if few is None or more is None:
             stages = static_bytes(self.model, plan, recipe, trained(recipe, self.model))
             return tuple(s.total for s in stages)
-        even = {"first_stage_layers": None, "last_stage_layers": None}
-        parallel = recipe.parallel.model_copy(update=even)
-        recipe = recipe.model_copy(update={"parallel": parallel})
         num = min(plan.pp, 2)
         small = replace(plan, pp=num, vpp=1)
         low, high = (
@@ -64,8 +62,9 @@ class Closed:
             for model, learns in (few, more)
         )
         layers = -(-self.model.num_layers // plan.pp)
-        own = [a + (layers - 2 / num) * (b - a) / (2 / num) for a, b in zip(low, high, strict=True)]
-        return (own[0],) * (plan.pp - num + 1) + tuple(own[1:])
+        fewest = 2 / num  # layers of a stage in the smaller one
+        held = [a + (layers / fewest - 1) * (b - a) for a, b in zip(low, high, strict=True)]
+        return (held[0],) * (plan.pp - num + 1) + tuple(held[1:])
 
 
 type Learning = tuple[Model, Mapping[str, Rule]]
@@ -74,15 +73,15 @@ type Learning = tuple[Model, Mapping[str, Rule]]
 
 def _learning(recipe: Recipe, model: Model, num: int) -> Learning | None:
     small = with_layers(recipe, model, num)
-    if small is None or small.model.hf is None or model.num_layers <= num:
+    if small is None or model.num_layers <= num:
         return None
-    fewer = read_model(small.model.hf, value_head=recipe.method.value_head)
+    fewer = model_of(small)
     return fewer, trained(small, fewer)
 
 
 def _passes(recipe: Recipe, model: Model, plan: MeshPlan, gpu: Gpu) -> float:
     """Of all micro-batches through the pipeline."""
-    num = micro_batches(recipe, plan)
+    num = num_micro_batches(recipe, plan)
     layers = -(-model.num_layers // plan.pp)
     each = layers * _layer(recipe, model, plan, gpu) + _head(recipe, model, plan, gpu)
     return each * (num + (plan.pp - 1) / plan.vpp)
@@ -116,16 +115,16 @@ def _layer(recipe: Recipe, model: Model, plan: MeshPlan, gpu: Gpu) -> float:
         rows = max(1, tokens * top_k * plan.ep // (plan.tp * model.num_experts))
         share = pick(gpu.grouped, recipe.model.dtype).at(rows)
         sent = tokens / plan.tp * top_k * model.hidden * width * (plan.ep - 1) / plan.ep
-        seconds += 2 * sent / _rate(gpu, plan, plan.etp * plan.ep)
+        seconds += 2 * sent / _rate(gpu, plan.etp * plan.ep)
     seconds += layer.mlp.flops(tokens, pairs) / plan.tp / (peak * share)
     values = tokens * model.hidden * width
-    seconds += 4 * values * (plan.tp - 1) / plan.tp / _rate(gpu, plan, plan.tp)
+    seconds += 4 * values * (plan.tp - 1) / plan.tp / _rate(gpu, plan.tp)
     # Norms, rotations, routing and copies read and write the tokens' values about twenty times.
     seconds += 20 * values / plan.tp / (gpu.memory_gbps.value * 1e9)
     return seconds * _rounds(recipe)
 
 
-def _rate(gpu: Gpu, plan: MeshPlan, ranks: int) -> float:
+def _rate(gpu: Gpu, ranks: int) -> float:
     """Bytes a second between so many ranks that lie next to each other."""
     near = ranks <= round(gpu.gpus_per_node.value)
     return (gpu.nvlink_gbps.value if near else gpu.network_gbps.value) * 0.7e9

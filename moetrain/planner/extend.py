@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moetrain.config.recipe import Recipe
-from moetrain.layout.activations import in_flight
+from moetrain.layout.activations import in_flight, num_micro_batches
 from moetrain.layout.mesh import MeshPlan, plan_mesh, stage_layers
-from moetrain.models import Model, read_model
-from moetrain.planner.steps import micro_batches, with_layers
+from moetrain.models import Model
+from moetrain.models.lookup import model_of
+from moetrain.planner.fewer_layers import with_layers
 from moetrain.planner.trace import Kernels, Trace, trace_steps, without_weights
 from moetrain.planner.watch import Cost, Profile
 
@@ -66,10 +67,10 @@ class _Step:
         if here is first:
             return max(0, round(line.at(self.layers, self.of_chunk, self.held)))
         # The last stage holds one pass at once; its second step shows what one after another adds.
-        own = _Line.through((here[1], here[1], here[3], here[3]))
+        alone = _Line.through((here[1], here[1], here[3], here[3]))
         more = (self.held - 1) * (line.each + line.both * self.of_chunk)
         more -= line.both * (self.layers - self.of_chunk)  # a pass goes through a chunk of them
-        return max(0, round(own.at(self.layers, self.of_chunk, 1) + more))
+        return max(0, round(alone.at(self.layers, self.of_chunk, 1) + more))
 
     def count(self, small: Sequence[int]) -> int:
         return max(0, round(_Line.through(small).at(self.layers, self.layers, self.done)))
@@ -89,9 +90,8 @@ def trace_fast(
         num: micro-batches of a data-parallel rank in a step; by default as the recipe says.
     """
     recipe = without_weights(recipe)
-    assert recipe.model.hf is not None
-    model, plan = read_model(recipe.model.hf), plan_mesh(recipe.parallel, size)
-    num = num or micro_batches(recipe, plan)
+    model, plan = model_of(recipe), plan_mesh(recipe.parallel, size)
+    num = num or num_micro_batches(recipe, plan)
     plain = recipe.parallel.model_copy(update={"vpp": None})
     plain_recipe = recipe.model_copy(update={"parallel": plain})
     small = [with_layers(plain_recipe, model, layers * plan.pp) for layers in LAYERS]
@@ -104,11 +104,11 @@ def trace_fast(
                 steps[rank] += trace_steps(each, rank, size, stands_for, PASSES)
         return steps[rank]
 
-    found: list[Trace] = []
+    traces: list[Trace] = []
     for rank in ranks:
         layers = _layers(recipe, model, plan, rank)
         if None in small or layers <= LAYERS[1] or (num <= PASSES[1] and plan.vpp == 1):
-            found += trace_steps(recipe, rank, size, stands_for, [num])
+            traces += trace_steps(recipe, rank, size, stands_for, [num])
             continue
         here = steps_of(rank)
         stage = here[0].stage
@@ -118,8 +118,8 @@ def trace_fast(
         step = _Step(layers, layers / plan.vpp, held, num, plan.vpp)
         params = _Line.through([each.num_params for each in here]).at(layers, 0, 0)
         profile = _extended(here, first, step, alone=is_last)
-        found.append(Trace(rank, stage, round(params), num, profile))
-    return found
+        traces.append(Trace(rank, stage, round(params), num, profile))
+    return traces
 
 
 def _layers(recipe: Recipe, model: Model, plan: MeshPlan, rank: int) -> int:

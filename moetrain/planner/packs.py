@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from moetrain.config.recipe import Recipe
+from moetrain.layout.activations import PROMPT, answers_of_a_pack
 from moetrain.methods import METHODS
 from moetrain.methods.pairs import CHOSEN, MISMATCHED, REJECTED
 from moetrain.ops.packed import ANSWER, Packed, concat, pack_one
-from moetrain.planner.steps import PROMPT, answers_of_a_pack
 
 
 def pack_of(recipe: Recipe) -> Packed:

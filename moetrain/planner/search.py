@@ -16,15 +16,16 @@ from typing import Literal
 
 from moetrain.config.recipe import Recipe
 from moetrain.errors import MoetrainError
+from moetrain.layout.activations import num_micro_batches
 from moetrain.layout.memory import GIB
 from moetrain.layout.mesh import plan_mesh
-from moetrain.models import Model, read_model
+from moetrain.models import Model
+from moetrain.models.lookup import model_of
 from moetrain.planner.candidates import candidates
 from moetrain.planner.closed import Closed, Rough
 from moetrain.planner.cost import Seconds, step_seconds
 from moetrain.planner.extend import trace_fast
 from moetrain.planner.gpu import Gpu
-from moetrain.planner.steps import micro_batches
 from moetrain.planner.trace import Trace, without_weights
 
 Goal = Literal["speed", "memory"]
@@ -45,7 +46,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search came to: the traced layouts that fit first, the best of them first."""
 
     layouts: list[Planned]
@@ -73,17 +74,16 @@ class Search:
 
     def __post_init__(self) -> None:
         self.recipe = without_weights(self.recipe)
-        assert self.recipe.model.hf is not None
-        self.model = read_model(self.recipe.model.hf, value_head=self.recipe.method.value_head)
+        self.model = model_of(self.recipe)
 
-    def as_is(self) -> Found:
+    def as_is(self) -> SearchResult:
         """The recipe's own layout."""
         start = time.monotonic()
         with _tracers() as run:
-            (found,) = self._traced([self.recipe], run)
-        return Found([found], 1, time.monotonic() - start)
+            layouts = self._traced([self.recipe], run)
+        return SearchResult(layouts, 1, time.monotonic() - start)
 
-    def best(self, say: Callable[[str], None]) -> Found:
+    def best(self, report: Callable[[str], None]) -> SearchResult:
         """Of all layouts. Raises MoetrainError where none divides."""
         start = time.monotonic()
         closed = Closed(self.recipe, self.model, self.gpu)
@@ -97,7 +97,7 @@ class Search:
                 f" {self.recipe.train.global_batch} packs and data.seq_len="
                 f"{self.recipe.data.seq_len}. Give another --gpus or train.global_batch."
             )
-        say(f"{len(rough)} layouts divide; tracing the best")
+        report(f"{len(rough)} layouts divide; tracing the best")
         done: dict[int, Planned] = {}
         with _tracers() as run:
             for _ in range(ROUNDS):
@@ -106,9 +106,9 @@ class Search:
                     break
                 traced = self._traced([rough[i][0] for i in chosen], run)
                 done |= dict(zip(chosen, traced, strict=True))
-                say(f"{len(done)} traced")
+                report(f"{len(done)} traced")
         layouts = sorted(done.values(), key=self._key)
-        return Found(layouts, len(rough), time.monotonic() - start)
+        return SearchResult(layouts, len(rough), time.monotonic() - start)
 
     def _key(self, planned: Planned) -> tuple[bool, float]:
         value = planned.step_s if self.goal == "speed" else planned.peak_gib
@@ -149,7 +149,7 @@ class Search:
 
     def _planned(self, recipe: Recipe, traces: Sequence[Trace]) -> Planned:
         plan = plan_mesh(recipe.parallel, self.size)
-        num = micro_batches(recipe, plan)
+        num = num_micro_batches(recipe, plan)
         fused = recipe.model.backend != "torch" and self.gpu.asynchronous
         seconds = step_seconds(
             *(recipe, self.size, traces, self.gpu, self.model),

@@ -12,8 +12,8 @@ from moetrain.layout.activations import activation_bytes
 from moetrain.layout.memory import GIB, static_bytes, trained
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table
 from moetrain.layout.passed import check_passed
-from moetrain.models import Model, read_model, with_scalar_head
-from moetrain.models.lookup import find_model
+from moetrain.models import Model
+from moetrain.models.lookup import model_of
 from moetrain.planner.gpu import gpu_gib
 
 MAX_RANKS_SHOWN = 64
@@ -35,10 +35,7 @@ def world_size(recipe: Recipe, num_procs: int | None) -> int:
 
 def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> Model:
     """Everything about model and layout that can be refused before a process is started."""
-    hf = find_model(recipe.model, dry=dry).hf
-    if recipe.method.scalar_head:
-        hf = with_scalar_head(hf)
-    model = read_model(hf, value_head=recipe.method.value_head)
+    model = model_of(recipe, dry=dry)
     plan = plan_mesh(recipe.parallel, num_ranks)
     check_layout(model, recipe.parallel, recipe.data.seq_len * recipe.train.micro_batch)
     if not recipe.method.samples and recipe.train.global_batch % plan.dp:

@@ -3,7 +3,6 @@
 import json
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from moetrain import files
@@ -12,7 +11,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError, MoetrainError, plural
 from moetrain.planner.cost import NATURAL_LOAD
 from moetrain.planner.gpu import Gpu, find_gpu
-from moetrain.planner.search import Found, Planned, Search
+from moetrain.planner.search import Planned, Search, SearchResult
 from moetrain.run.dry_run import check, world_size
 
 SHOWN = 8
@@ -21,25 +20,38 @@ AXES = ("tp", "cp", "pp", "vpp", "ep", "etp")
 
 def plan(args: Namespace) -> int:
     """The exit code: that of a mistake where nothing fits."""
+    _check_options(args)
+    recipe = load_recipe(args.recipe, args.overrides)
+    gpu_name = args.gpu or recipe.cluster.gpu
+    gpu = find_gpu(gpu_name, "--gpu" if args.gpu else "cluster.gpu")
+    size = args.gpus or world_size(recipe, None)
+    search = Search(recipe, size, gpu, args.goal or "speed", _load(args.routing))
+    if search.load > 1 and search.model.moe is None:
+        raise ConfigError(f"--routing {args.routing}: this model has no experts. Leave it out.")
+    if args.as_is:
+        check(recipe, size, dry=True)
+        result = search.as_is()
+    else:
+        result = search.best(lambda line: print(f"# {line}", file=sys.stderr, flush=True))
+    planned = _with_layout(recipe, result.best, gpu_name, size)
+    check(planned, size, dry=True)
+    print(json.dumps(as_json(result)) if args.json else as_text(result, gpu, size))
+    if not result.best.fits:
+        return MoetrainError.exit_code
+    if args.write is not None:
+        files.write_text(args.write, dump_recipe(planned))
+    return 0
+
+
+def _check_options(args: Namespace) -> None:
     if args.sbatch and args.write is None:
         raise ConfigError(
             "--sbatch prints the job of the recipe that is written. Give --write too."
         )
-    recipe = load_recipe(args.recipe, args.overrides)
-    gpu = find_gpu(args.gpu or recipe.cluster.gpu, "--gpu" if args.gpu else "cluster.gpu")
-    size = args.gpus or world_size(recipe, None)
-    search = Search(recipe, size, gpu, args.goal, _load(args.routing))
-    if args.as_is:
-        check(recipe, size, dry=True)
-        found = search.as_is()
-    else:
-        found = search.best(lambda line: print(f"# {line}", file=sys.stderr, flush=True))
-    print(json.dumps(as_json(found)) if args.json else as_text(found, gpu, size))
-    if not found.best.fits:
-        return MoetrainError.exit_code
-    if args.write is not None:
-        _write(args.write, recipe, found.best, size)
-    return 0
+    if args.sbatch and args.json:
+        raise ConfigError("--sbatch and --json both print. Give one of them.")
+    if args.as_is and args.goal is not None:
+        raise ConfigError("--goal chooses among layouts, and --as-is looks at one. Leave one out.")
 
 
 def _load(routing: str) -> float:
@@ -67,13 +79,13 @@ def changes(planned: Planned) -> dict[str, dict[str, Any]]:
     }
 
 
-def as_json(found: Found) -> dict[str, Any]:
+def as_json(result: SearchResult) -> dict[str, Any]:
     """As docs/planning.md says."""
     return {
-        "layouts": [_row(planned) for planned in found.layouts],
-        "best": 0 if found.best.fits else None,
-        "considered": found.considered,
-        "seconds": round(found.seconds, 2),
+        "layouts": [_row(planned) for planned in result.layouts],
+        "best": 0 if result.best.fits else None,
+        "considered": result.considered,
+        "seconds": round(result.seconds, 2),
     }
 
 
@@ -92,16 +104,16 @@ def _row(planned: Planned) -> dict[str, Any]:
     }
 
 
-def as_text(found: Found, gpu: Gpu, size: int) -> str:
+def as_text(result: SearchResult, gpu: Gpu, size: int) -> str:
     """A table, and what it says in words."""
     head = [*AXES, "micro", "recompute", "GiB", "s/step", "tok/s/GPU", "TFLOP/s", "bubble", "comm"]
-    rows = [head, *(_cells(planned) for planned in found.layouts[:SHOWN])]
+    rows = [head, *(_cells(planned) for planned in result.layouts[:SHOWN])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
-    lines += ["", *_in_words(found, gpu, size)]
+    lines += ["", *_in_words(result, gpu, size)]
     return "\n".join(lines)
 
 
@@ -119,16 +131,16 @@ def _cells(planned: Planned) -> list[str]:
     ]
 
 
-def _in_words(found: Found, gpu: Gpu, size: int) -> list[str]:
-    best, limit = found.best, gpu.memory_gib.value
-    considered = plural(found.considered, "layout")
+def _in_words(result: SearchResult, gpu: Gpu, size: int) -> list[str]:
+    best, limit = result.best, gpu.memory_gib.value
+    considered = plural(result.considered, "layout")
     lines = [
-        f"{considered} of {size} {gpu.name} considered, {len(found.layouts)} traced,"
-        f" {found.seconds:.0f} s."
+        f"{considered} of {size} {gpu.name} considered, {len(result.layouts)} traced,"
+        f" {result.seconds:.0f} s."
     ]
     if not best.fits:
         lines.append(
-            f"NOTHING FITS: the leanest layout found needs {best.peak_gib:.1f} GiB of a GPU with"
+            f"NOTHING FITS: the leanest layout needs {best.peak_gib:.1f} GiB of a GPU with"
             f" {limit:.1f} (! above). More GPUs, optim.offload=1, an adapter, or a smaller"
             " data.seq_len would help."
         )
@@ -137,7 +149,7 @@ def _in_words(found: Found, gpu: Gpu, size: int) -> list[str]:
     held = ", ".join(f"{name} {gib:.1f}" for name, gib in biggest)
     lines.append(f"Best: {_words(best)}: {best.peak_gib:.1f} of {limit:.1f} GiB ({held}).")
     lines.append(f"Its time: {_where(best)}.")
-    others = [p for p in found.layouts[1:] if p.fits]
+    others = [p for p in result.layouts[1:] if p.fits]
     if others:
         lines.append(f"Next: {_words(others[0])}, {_why(best, others[0])}.")
     return lines
@@ -177,15 +189,14 @@ def _why(best: Planned, other: Planned) -> str:
     return f"{other.step_s - best.step_s:.2f} s slower, most of it {name}"
 
 
-def _write(path: Path, recipe: Recipe, best: Planned, size: int) -> None:
+def _with_layout(recipe: Recipe, best: Planned, gpu: str, size: int) -> Recipe:
+    """The recipe for that layout on `size` of these GPUs."""
     nodes, rest = divmod(size, recipe.cluster.gpus_per_node)
-    cluster = {"world_size": size} if rest else {"nodes": nodes}
-    parallel, train = best.recipe.parallel, best.recipe.train
-    written = recipe.model_copy(
+    machines = {"nodes": None if rest else nodes, "world_size": size if rest else None}
+    return recipe.model_copy(
         update={
-            "parallel": parallel,
-            "train": train,
-            "cluster": recipe.cluster.model_copy(update=cluster),
+            "parallel": best.recipe.parallel,
+            "train": best.recipe.train,
+            "cluster": recipe.cluster.model_copy(update=machines | {"gpu": gpu}),
         }
     )
-    files.write_text(path, dump_recipe(written))

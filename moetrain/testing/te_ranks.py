@@ -66,31 +66,23 @@ def _engine(backend: str, model: str, parallel: dict[str, Any], sections: dict[s
         engine_module.choose_backend = before
 
 
-def saved(
+def last_losses(
     backend: str,
     parallel: dict[str, Any],
     model: str,
     steps: Sequence[Lists],
     folder: Path,
     sections: dict[str, Any],
+    from_checkpoint: bool,
 ) -> list[float]:
-    """The losses of the last two of four steps, before which a checkpoint is made."""
+    """The losses of the last two of four steps, after the first two and a checkpoint of them, or
+    from that checkpoint.
+    """
     engine = _engine(backend, model, parallel, sections)
-    for sequences in steps[:2]:
-        engine.step(_mine(engine, sequences), METHODS["sft"])
-    engine.save(folder, {})
-    return [engine.step(_mine(engine, s), METHODS["sft"]).loss for s in steps[2:]]
-
-
-def resumed(
-    backend: str,
-    parallel: dict[str, Any],
-    model: str,
-    steps: Sequence[Lists],
-    folder: Path,
-    sections: dict[str, Any],
-) -> list[float]:
-    """The same losses from the checkpoint."""
-    engine = _engine(backend, model, parallel, sections)
-    engine.restore(folder)
+    if from_checkpoint:
+        engine.restore(folder)
+    else:
+        for sequences in steps[:2]:
+            engine.step(_mine(engine, sequences), METHODS["sft"])
+        engine.save(folder, {})
     return [engine.step(_mine(engine, s), METHODS["sft"]).loss for s in steps[2:]]
