@@ -72,6 +72,7 @@ SHOWN_BY: dict[str, str] = {
     **{f"rollout.{key}": "test_drawn" for key in ("top_p", "top_k", "min_p", "stop")},
     "rollout.repetition_penalty": "test_drawn",
     "rollout.token_file": "test_settings_runs",
+    **{f"rollout.{key}": "test_environments" for key in ("environment", "tools")},
     "data.cache": "test_settings_runs",
     "data.demonstrations": "test_settings_runs",
     "observe.progress": "test_settings_runs",
@@ -299,6 +300,9 @@ GIVEN: dict[str, Any] = {
     "rollout.host": "0.0.0.0", "rollout.gpu_memory": 0.5, "rollout.max_queue": 4,
     "rollout.engine_args": {"a": 1}, "rollout.push": "file", "rollout.timeout": 3.0,
     "rollout.start_timeout": 3.0,
+    "rollout.environment_options": {"low": 2}, "rollout.call_format": "xml",
+    "rollout.max_turns": 2, "rollout.reply_chars": 9, "rollout.environment_workers": 1,
+    "rollout.environment_seconds": 1.0,
 }  # fmt: skip
 
 

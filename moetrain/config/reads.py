@@ -19,6 +19,9 @@ SERVERS = (
     "python address token_file num_servers tensor_parallel host gpu_memory max_queue engine_args"
     " push timeout start_timeout"
 ).split()
+TURNS = (
+    "environment_options call_format max_turns reply_chars environment_workers environment_seconds"
+).split()
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,11 @@ RULES = (
         ("train.sample_tokens",),
         lambda r: r.train.sample_prompts is not None,
         "it is the length of answers to train.sample_prompts",
+    ),
+    Rule(
+        tuple(f"rollout.{name}" for name in TURNS),
+        lambda r: r.rollout is None or r.rollout.environment != "single",
+        "rollout.environment=single replies nothing",
     ),
     Rule(
         ("model.init_std",),

@@ -3,12 +3,13 @@ read, not run.
 """
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moetrain.config.rewards import RewardConfig
-from moetrain.errors import ConfigError, nearest
+from moetrain.config.user_files import check_named, parsed_file, split_name
+from moetrain.errors import ConfigError
 
 # What every function is given that asks for it (`rewards/user_functions.py`).
 GIVEN = frozenset(
@@ -25,29 +26,15 @@ def check_reward_files(rewards: Sequence[RewardConfig]) -> None:
 
 def check_reward_file(name: str) -> None:
     """Of FILE.py:FUNCTION. Raises ConfigError."""
-    file, _, function = name.rpartition(":")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"rewards: {name}: {path} is not a file. Check the path.")
-    try:
-        tree = ast.parse(path.read_bytes(), str(path))
-    except (SyntaxError, ValueError) as error:  # a ValueError for NUL bytes
-        message = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"rewards: {path} cannot be run: {type(error).__name__}: {message}"
-        ) from error
-    takes = _signature(tree.body, function)
+    body = parsed_file(name, "rewards")
+    path, function = split_name(name)
+    takes = _signature(body, function)
     if takes is not None and not (takes.is_open or takes.names & {"completions", "completion_ids"}):
         raise ConfigError(
             f"rewards: {function} of {path} takes no `completions`, so it sees no answer: a reward"
             " is FUNCTION(completions, **columns)."
         )
-    names = list(_names(tree.body))
-    if function not in names and "*" not in names:
-        raise ConfigError(
-            f"rewards: {path} has no function {function}.{nearest(function, names)} It has"
-            f" {', '.join(names) or 'none'}."
-        )
+    check_named(name, "rewards", "function")
 
 
 @dataclass(frozen=True)
@@ -84,29 +71,3 @@ def _signature(body: Sequence[ast.stmt], function: str) -> Signature | None:
     required += [arg.arg for arg, default in pairs if default is None]
     names = frozenset(arg.arg for arg in (*named, *args.kwonlyargs))
     return Signature(names, tuple(required), args.kwarg is not None)
-
-
-def _names(body: Sequence[ast.stmt]) -> Iterator[str]:
-    """What statements of a module give names to; "*" for names that only running it would tell."""
-    for node in body:
-        match node:
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                yield node.name
-            case ast.Import() | ast.ImportFrom():
-                for one in node.names:
-                    yield one.asname or one.name.partition(".")[0]
-            case ast.Assign() | ast.AnnAssign():
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                for target in targets:
-                    for part in ast.walk(target):
-                        if isinstance(part, ast.Name):
-                            yield part.id
-            case ast.If() | ast.Try() | ast.With() | ast.For() | ast.While() | ast.TryStar():
-                for name in ("body", "orelse", "finalbody"):
-                    yield from _names(getattr(node, name, []))
-                for handler in getattr(node, "handlers", []):
-                    yield from _names(handler.body)
-            case ast.Expr(value=ast.Call(func=ast.Name(id="exec" | "globals" | "setattr"))):
-                yield "*"
-            case _:
-                pass

@@ -128,8 +128,40 @@ class RolloutConfig(Section):
         default=10.0, gt=0, description="that an answer's grading may take"
     )
 
+    environment: str = Field(
+        default="single",
+        description="what replies to the model's turns: single (nothing), tools, python, search,"
+        " game, or FILE.py:CLASS",
+    )
+    environment_options: dict[str, Any] = Field(
+        default={}, description="arguments of the environment, as it names them"
+    )
+    tools: list[Text] = Field(
+        default=[], description="FILE.py:FUNCTION of each tool that environment: tools offers"
+    )
+    call_format: Literal["auto", "json", "xml", "glm", "llama", "deepseek", "harmony"] = Field(
+        default="auto",
+        description="how the model writes a tool call; auto: as the chat template writes one",
+    )
+    max_turns: Count = Field(
+        default=8, description="of the model in a trajectory; the last gets no reply"
+    )
+    reply_chars: Count = Field(
+        default=8192, description="of a reply's message; what is longer is cut, and says so"
+    )
+    environment_workers: Count = Field(default=2, description="processes that reply")
+    environment_seconds: float = Field(
+        default=30.0, gt=0, description="that a reply may take; a trajectory without one is a fault"
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.tools and self.environment != "tools":
+            raise ValueError(
+                f"rollout.tools are offered by rollout.environment=tools, not {self.environment}"
+            )
+        if self.environment == "tools" and not self.tools:
+            raise ValueError("rollout.environment=tools needs rollout.tools: [FILE.py:FUNCTION]")
         if self.replay is not None and self.steps_off:
             raise ValueError("rollout.replay reads what is there; leave rollout.steps_off out")
         if self.push == "ipc" and self.address:

@@ -2,18 +2,19 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, groupby
 from multiprocessing.connection import wait
 from statistics import fmean
 from typing import Any
 
 from moetrain.config.rewards import RewardConfig
-from moetrain.rewards.base import Completion, Grade, Shape, Verdict
+from moetrain.rewards.base import Completion, Grade, RewardKind, Shape, Verdict
 from moetrain.rewards.find import REWARDS
 from moetrain.rewards.functions import FUNCTIONS
-from moetrain.rewards.pool import Pool
+from moetrain.rewards.pool import Pool, Work
 from moetrain.rewards.services import SERVICES
 from moetrain.rewards.user_functions import user_function_kind
 
@@ -42,13 +43,13 @@ class Grader:
         self.metrics: dict[str, list[float]] = {}  # what functions have logged, to be taken
         shape_of_recipe = Shape(num_workers, 1, deadline_s)
         functions = [config for config in configs if config.name in REWARDS]
-        self._pools = [Pool(FUNCTIONS, functions, shape_of_recipe)] if functions else []
+        self._pools = [_pool(FUNCTIONS, functions, shape_of_recipe)] if functions else []
         try:
             for config in configs:
                 if config.name not in REWARDS:
                     kind = SERVICES.get(config.name) or user_function_kind(config.batch_size)
                     shape = kind.shape(config.options, shape_of_recipe)
-                    self._pools.append(Pool(kind, [config], shape))
+                    self._pools.append(_pool(kind, [config], shape))
             for pool in self._pools:
                 pool.wait_ready()
         except BaseException:
@@ -118,6 +119,33 @@ class Grader:
         for pool in self._pools:
             pool.close()
         self._pools = []
+
+
+def _pool(
+    kind: RewardKind, configs: Sequence[RewardConfig], shape: Shape
+) -> Pool[Completion, Grade]:
+    labels = [config.label for config in configs]
+    work = Work(
+        f"rewards: {', '.join(labels)}",
+        partial(_grading, kind, tuple(configs)),
+        partial(_failed, tuple(labels)),
+        _prompt_of if shape.is_grouped else None,
+    )
+    return Pool(work, shape)
+
+
+def _grading(
+    kind: RewardKind, configs: Sequence[RewardConfig]
+) -> Callable[[Sequence[Completion]], Iterator[tuple[int, Grade]]]:
+    return kind.make(configs).grade
+
+
+def _failed(labels: Sequence[str], fault: str) -> Grade:
+    return Grade(dict.fromkeys(labels), fault)
+
+
+def _prompt_of(completion: Completion) -> Any:
+    return completion.columns.get("prompt")
 
 
 def _with_lengths(completions: Sequence[Completion]) -> list[Completion]:

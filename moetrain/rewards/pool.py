@@ -1,5 +1,5 @@
-"""Processes that grade: warm, watched, and replaced when one hangs or dies. What happens to one
-completion costs no other.
+"""Processes that grade, and that reply: warm, watched, and replaced when one hangs or dies. What
+happens to one thing that they work on costs no other.
 """
 
 import multiprocessing
@@ -8,32 +8,46 @@ import resource
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import batched, groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from moetrain.config.rewards import RewardConfig
 from moetrain.errors import ConfigError, MoetrainError
-from moetrain.rewards.base import Completion, Grade, RewardKind, Shape
+from moetrain.rewards.base import Shape
 from moetrain.rewards.keeper import kept
 
 LARGEST_FILE = 1 << 30  # bytes that a worker may write to one file
-Batch = tuple[Completion, ...]
 
 
-class Pool:
-    """The processes of one kind, and the completions that wait for them."""
-
-    def __init__(self, kind: RewardKind, configs: Sequence[RewardConfig], shape: Shape):
-        self.kind, self.configs, self.shape = kind, tuple(configs), shape
-        self._queue: deque[Batch] = deque()
-        self._workers = [self._started() for _ in range(shape.num_workers)]
+class Numbered(Protocol):
+    """Something to work on."""
 
     @property
-    def labels(self) -> list[str]:
-        return [config.label for config in self.configs]
+    def number(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Work[T: Numbered, A]:
+    """What processes do. All of it is pickled."""
+
+    name: str  # for messages: "rewards: accuracy"
+    # Runs in a process, once: (number, answer) of each thing of a batch. MoetrainError where it
+    # cannot be had.
+    make: Callable[[], Callable[[Sequence[T]], Iterator[tuple[int, A]]]]
+    failed: Callable[[str], A]  # the answer to what a process hung on ("timeout") or died of
+    group: Callable[[T], Any] | None = None  # what things of one batch have in common
+
+
+class Pool[T: Numbered, A]:
+    """The processes of one kind, and the things that wait for them."""
+
+    def __init__(self, work: Work[T, A], shape: Shape):
+        self.work, self.shape = work, shape
+        self._queue: deque[tuple[T, ...]] = deque()
+        self._workers = [self._started() for _ in range(shape.num_workers)]
 
     @property
     def pipes(self) -> list[Connection]:
@@ -46,36 +60,32 @@ class Pool:
         return min((w.deadline for w in self._workers if w.is_busy), default=float("inf"))
 
     def wait_ready(self) -> None:
-        """Raises ConfigError when a reward cannot be had."""
+        """Raises ConfigError when the work cannot be had."""
         for worker in self._workers:
             if not worker.pipe.poll(max(0.0, worker.deadline - time.monotonic())):
                 raise ConfigError(
-                    f"rewards: {', '.join(self.labels)} was not ready after"
+                    f"{self.work.name} was not ready after"
                     f" {self.shape.start_seconds:g} s. Look at what it does when it is loaded."
                 )
             try:
                 worker.receive()
             except EOFError:
                 raise ConfigError(
-                    f"rewards: {', '.join(self.labels)}: its process ended as it was loaded."
+                    f"{self.work.name}: its process ended as it was loaded."
                 ) from None
 
-    def ask(self, completions: Sequence[Completion]) -> None:
-        """Put completions in the queue."""
-        for _, own in groupby(completions, self._group):
+    def ask(self, things: Sequence[T]) -> None:
+        """Put things in the queue."""
+        for _, own in groupby(things, self.work.group or (lambda _: None)):
             self._queue.extend(batched(own, self.shape.batch))
 
-    def _group(self, completion: Completion) -> Any:
-        """What completions of one batch have in common."""
-        return completion.columns.get("prompt") if self.shape.is_grouped else None
-
     def send(self) -> None:
-        """Give waiting completions to workers without any."""
+        """Give waiting things to workers without any."""
         for worker in self._workers:
             if not worker.is_busy and self._queue:
                 worker.send(self._queue.popleft())
 
-    def answers(self) -> Iterator[tuple[int, Grade]]:
+    def answers(self) -> Iterator[tuple[int, A]]:
         """What is there by now; what is late or dead is replaced."""
         for place, worker in enumerate(self._workers):
             if not worker.is_busy:
@@ -94,16 +104,16 @@ class Pool:
                 self._workers[place] = self._started()
                 yield from self._blamed(left, fault)
 
-    def _blamed(self, completions: Batch, fault: str) -> Iterator[tuple[int, Grade]]:
-        """One completion is to blame; of several, one: halves are tried again until it is alone."""
-        if len(completions) == 1:
-            yield completions[0].number, Grade(dict.fromkeys(self.labels), fault)
+    def _blamed(self, things: tuple[T, ...], fault: str) -> Iterator[tuple[int, A]]:
+        """One thing is to blame; of several, one: halves are tried again until it is alone."""
+        if len(things) == 1:
+            yield things[0].number, self.work.failed(fault)
         else:
-            middle = len(completions) // 2
-            self._queue.extendleft((completions[middle:], completions[:middle]))
+            middle = len(things) // 2
+            self._queue.extendleft((things[middle:], things[:middle]))
 
-    def _started(self) -> "_Worker":
-        return _Worker(self.kind, self.configs, self.shape)
+    def _started(self) -> "_Worker[T, A]":
+        return _Worker(self.work, self.shape)
 
     def close(self) -> None:
         """End all workers, and what they have started."""
@@ -115,22 +125,22 @@ class Pool:
         self._queue.clear()
 
 
-class _Worker:
-    """One process and the completions in its hands."""
+class _Worker[T: Numbered, A]:
+    """One process and the things in its hands."""
 
-    def __init__(self, kind: RewardKind, configs: tuple[RewardConfig, ...], shape: Shape):
+    def __init__(self, work: Work[T, A], shape: Shape):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", __name__])  # imported once for all of them
         self.pipe, theirs = context.Pipe()
         self._leash, tied = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, tied, kind, configs, dict(os.environ)), daemon=True
+            target=_serve, args=(theirs, tied, work, dict(os.environ)), daemon=True
         )
         self._process.start()
         theirs.close()
         tied.close()
         self._shape = shape
-        self._left: dict[int, Completion] = {}
+        self._left: dict[int, T] = {}
         self._is_ready = False
         self._since = time.monotonic()
 
@@ -139,7 +149,7 @@ class _Worker:
         return bool(self._left)
 
     @property
-    def left(self) -> Batch:
+    def left(self) -> tuple[T, ...]:
         """What it has not answered."""
         return tuple(self._left.values())
 
@@ -148,8 +158,8 @@ class _Worker:
         limit = self._shape.seconds if self._is_ready else self._shape.start_seconds
         return self._since + limit
 
-    def send(self, completions: Batch) -> None:
-        self._left = {completion.number: completion for completion in completions}
+    def send(self, things: tuple[T, ...]) -> None:
+        self._left = {thing.number: thing for thing in things}
         if self._is_ready:
             self._begin()
 
@@ -161,8 +171,8 @@ class _Worker:
         except OSError:
             pass  # it has died: the next look at the pipe says so
 
-    def receive(self) -> Iterator[tuple[int, Grade]]:
-        """The next message. ConfigError when it says that the reward cannot be had."""
+    def receive(self) -> Iterator[tuple[int, A]]:
+        """The next message. ConfigError when it says that the work cannot be had."""
         message: Any = self.pipe.recv()
         self._since = time.monotonic()
         if isinstance(message, MoetrainError):
@@ -197,8 +207,7 @@ class _Worker:
 def _serve(
     pipe: Connection,
     leash: Connection,
-    kind: RewardKind,
-    configs: tuple[RewardConfig, ...],
+    work: Work[Any, Any],
     environment: Mapping[str, str],
 ) -> None:
     """In a worker: what it is handed, batch after batch, in the main thread, since math-verify and
@@ -207,27 +216,26 @@ def _serve(
     os.environ.clear()  # the fork server's, as it was when it was started
     os.environ.update(environment)
 
-    def work() -> None:
+    def run() -> None:
         _restrict()
         try:
-            service = kind.make(configs)
+            answers = work.make()
         except Exception as error:  # a user's own code, models and drivers: told to the trainer
             if not isinstance(error, MoetrainError):
-                labels = ", ".join(config.label for config in configs)
                 message = str(error).partition("\n")[0]
-                error = ConfigError(f"rewards: {labels}: {type(error).__name__}: {message}")
+                error = ConfigError(f"{work.name}: {type(error).__name__}: {message}")
             pipe.send(error)
             return
         pipe.send("ready")
         while True:
             try:
-                completions = pipe.recv()
+                things = pipe.recv()
             except EOFError:
                 return
-            for answer in service.grade(completions):
+            for answer in answers(things):
                 pipe.send(answer)
 
-    kept(work, leash.fileno())
+    kept(run, leash.fileno())
 
 
 def _restrict() -> None:

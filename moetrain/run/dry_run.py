@@ -7,6 +7,7 @@ from math import lcm
 from moetrain.config.load import dump_recipe
 from moetrain.config.recipe import Recipe
 from moetrain.config.reward_files import check_reward_files
+from moetrain.environments import check_environment
 from moetrain.errors import ConfigError, plural
 from moetrain.layout.activations import activation_bytes
 from moetrain.layout.memory import GIB, static_bytes, trained
@@ -64,6 +65,7 @@ def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> Model:
     check_passed(recipe, model)
     trained(recipe, model)
     check_reward_files(recipe.rewards)
+    check_environment(recipe)
     return model
 
 
