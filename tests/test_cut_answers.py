@@ -13,9 +13,10 @@ from moetrain.config.load import recipe_from
 from moetrain.config.method import MethodConfig
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Prompt, Sample
+from moetrain.data.trajectories import Trajectory
 from moetrain.errors import ConfigError, DataError
 from moetrain.loops.learn import _without_cut, summary
-from moetrain.loops.rollouts import Batch
+from moetrain.loops.store import Batch
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed, concat
 from moetrain.testing import ranks
@@ -29,7 +30,10 @@ def group(*finishes: Literal["stop", "length"]) -> Group:
     prompt = Prompt("p", (5, 6, 7), {})
     answers = [
         GradedAnswer(
-            Sample("p", i, (10 + i, 20, 21, 22), (-1.0, -0.5, -2.0, -0.1), "", how, 0), 3.0 + i
+            Trajectory.of(
+                Sample("p", i, (10 + i, 20, 21, 22), (-1.0, -0.5, -2.0, -0.1), "", how, 0)
+            ),
+            3.0 + i,
         )
         for i, how in enumerate(finishes)
     ]
@@ -42,7 +46,7 @@ def prepared(how: str, found: Group, **more: Any) -> tuple[Packed, Any]:
     online = METHODS["ppo"].online
     assert online is not None and online.shape is not None
     rewards = torch.tensor([answer.reward for answer in found.answers])
-    cut = torch.tensor([answer.sample.finish == "length" for answer in found.answers])
+    cut = torch.tensor([answer.trajectory.is_cut for answer in found.answers])
     rewards = online.shape(rewards, torch.full_like(rewards, 4.0), cut, cfg)
     packs = pack_groups(
         [found], {"reward": rewards}, seq_len=99, min_packs=1, beyond=how == "bootstrap"
@@ -91,7 +95,7 @@ def test_or_is_left_out() -> None:
     batch = Batch(3, (group("length", "stop"), group("length", "length"), group("stop")), 9)
     values = {"reward": torch.arange(5.0)}
     groups, kept = _without_cut(batch, values)
-    assert [[a.sample.index for a in own.answers] for own in groups] == [[1], [0]]
+    assert [[a.trajectory.index for a in own.answers] for own in groups] == [[1], [0]]
     assert kept["reward"].tolist() == [1.0, 4.0]
     with pytest.raises(DataError, match=r"Step 4: rollout.max_tokens cut every answer"):
         _without_cut(Batch(4, (group("length"),), 1), {"reward": torch.zeros(1)})

@@ -15,6 +15,7 @@ from torch import Tensor
 from moetrain.config.rollout import MOST_KEPT, RolloutConfig
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Kept, Prompt, Sample
+from moetrain.data.trajectories import Trajectory
 from moetrain.errors import DataError
 from moetrain.ops.drawn import Drawn, drawn_of
 from moetrain.ops.logprob import token_logprobs
@@ -119,7 +120,7 @@ def test_log_probs_of_what_was_drawn_from(what: str, chunk: int) -> None:
         sets = [[token, (token + 3) % V, 11][: 1 + (i + n) % 3] for n, token in enumerate(tokens)]
         kept = None if what == "penalty" or i == 3 else Kept.of(sets)
         one = Sample("p", i, tokens, (-1.0,) * len(tokens), "", "stop", 0, kept=kept)
-        answers.append(GradedAnswer(one, 1.0))
+        answers.append(GradedAnswer(Trajectory.of(one), 1.0))
     prompt = (6, 2, 7)
     values = {"temperature": torch.full((4,), 0.7)}
     if what != "kept":
@@ -187,14 +188,14 @@ def test_what_was_kept_is_written_and_read() -> None:
 
 def test_rollouts_say_how_they_were_drawn(tmp_path: Path) -> None:
     """And are learned from that way alone; those of before, from the whole distribution."""
-    from moetrain.loops.rollouts import Batch, Store, drawn_with
     from moetrain.loops.sampler import Replayed
+    from moetrain.loops.store import Batch, Store, drawn_with
 
     def replayed(**settings: Any) -> None:
         prompts: Any = None  # of which a start reads nothing
         Replayed(Store(tmp_path), prompts, drawn_with(RolloutConfig(**settings))).start(0, 1, {})
 
-    answer = GradedAnswer(Sample("p", 0, (5,), (-0.1,), "t", "stop", 0), 1.0)
+    answer = GradedAnswer(Trajectory.of(Sample("p", 0, (5,), (-0.1,), "t", "stop", 0)), 1.0)
     advised: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
     how = drawn_with(RolloutConfig(**advised))
     groups = (Group(Prompt("p", (1, 2), {}), (answer,)),)

@@ -16,11 +16,13 @@ from torch import Tensor
 from moetrain.config.method import MethodConfig
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Kept, Prompt, Sample
+from moetrain.data.trajectories import Trajectory
 from moetrain.loops.demonstrations import with_fields_of
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed, concat, from_tokens, pack_one
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
+from moetrain.testing.rollouts import sample_of
 
 pytestmark = pytest.mark.gloo
 Tiny = Callable[[str], tuple[str, Any]]
@@ -73,7 +75,7 @@ def groups(model: Any) -> list[Group]:
                 own = scored(model, prompt, tokens, 1.0).tolist()
             logprobs = tuple(x + rng.uniform(-0.6, 0.6) for x in own)
             sample = Sample(f"p{p}", index, tokens, logprobs, "", "stop", 0)
-            answers.append(GradedAnswer(sample, rng.uniform(-1, 1)))
+            answers.append(GradedAnswer(Trajectory.of(sample), rng.uniform(-1, 1)))
         made.append(Group(Prompt(f"p{p}", prompt, {}), tuple(answers)))
     return made
 
@@ -86,8 +88,9 @@ def kept_of(answer: tuple[int, ...]) -> list[list[int]]:
 
 def cut(group: Group) -> Group:
     answers = (
-        replace(a, sample=replace(a.sample, kept=Kept.of(kept_of(a.sample.tokens))))
+        replace(a, trajectory=Trajectory.of(replace(one, kept=Kept.of(kept_of(one.tokens)))))
         for a in group.answers
+        for one in [sample_of(a.trajectory)]
     )
     return replace(group, answers=tuple(answers))
 
@@ -142,7 +145,7 @@ def packs_of(found: list[Group], method: str, *, seq_len: int, min_packs: int) -
     if online.shares is not None:
         values["share"] = torch.full_like(rewards, 1 - SHARE)
     packs = pack_groups(found, values, seq_len=seq_len, min_packs=min_packs)
-    samples = [a.sample for g in found for a in g.answers]
+    samples = [sample_of(a.trajectory) for g in found for a in g.answers]
     for pack in packs:
         old = torch.zeros(pack.num_tokens)
         for n in range(pack.num_sequences):
@@ -189,7 +192,7 @@ def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[
     num_tokens = 0
     for group in found:
         for answer in group.answers:
-            sample, advantage = answer.sample, next(advantages)
+            sample, advantage = sample_of(answer.trajectory), next(advantages)
             temperature = TEMPERATURES.get(method, 1.0)
             every = distributions(model, group.prompt.tokens, sample.tokens, temperature, method)
             logp = every.gather(1, torch.tensor(sample.tokens)[:, None])[:, 0]
@@ -288,7 +291,7 @@ def ppo_packs(found: list[Group], method: str, *, seq_len: int, min_packs: int) 
     online = METHODS["ppo"].online
     assert online is not None
     rewards = torch.tensor([a.reward for g in found for a in g.answers])
-    samples = [a.sample for g in found for a in g.answers]
+    samples = [sample_of(a.trajectory) for g in found for a in g.answers]
     packs = pack_groups(found, {"reward": rewards}, seq_len=seq_len, min_packs=min_packs)
     for pack in packs:
         old, value = torch.zeros(pack.num_tokens), torch.zeros(pack.num_tokens)
@@ -313,7 +316,9 @@ def test_cut_answers_are_left_out_after_they_have_counted(
     folder, _ = tiny("qwen3_moe")
     ends: list[tuple[float, Any]] = [(1.0, "stop"), (0.0, "stop"), (0.5, "length")]
     answers = [
-        GradedAnswer(Sample("p", i, (7,) * (i + 2), (-1.0,) * (i + 2), "", finish, 0), reward)
+        GradedAnswer(
+            Trajectory.of(Sample("p", i, (7,) * (i + 2), (-1.0,) * (i + 2), "", finish, 0)), reward
+        )
         for i, (reward, finish) in enumerate(ends)
     ]
     group = Group(Prompt("p", (3, 4), {}), tuple(answers))

@@ -14,10 +14,12 @@ import pytest
 from data_helpers import answers_shown
 
 from moetrain.config.load import load_recipe
+from moetrain.data.trajectories import to_json
 from moetrain.loops import rl
 from moetrain.testing import command, faults
 from moetrain.testing.command import Started
 from moetrain.testing.gloo import Workers
+from moetrain.testing.rollouts import batch_of
 from moetrain.weights.compare import compare
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +82,7 @@ def test_what_a_step_says(whole: Path) -> None:
     held_out = [row for row in rows(whole) if "eval_reward/mean" in row]
     assert [row["step"] for row in held_out] == [0, 2, 4]
     files = sorted(path.name for path in (whole / "rollouts").iterdir())
-    assert files == [f"{i:08d}.jsonl" for i in range(1, 5)]
+    assert files == [f"{i:08d}.{kind}" for i in range(1, 5) for kind in ("jsonl", "safetensors")]
 
 
 def test_the_answers_of_every_evaluation_are_kept(whole: Path) -> None:
@@ -95,7 +97,8 @@ def test_the_answers_of_every_evaluation_are_kept(whole: Path) -> None:
         answers = [answer for group in groups for answer in group["answers"]]
         assert sum(a["reward"] for a in answers) / 4 == pytest.approx(row["eval_reward/mean"])
         assert groups[0].keys() == json.loads(rollouts[1]).keys()
-        assert answers[0].keys() == json.loads(rollouts[1])["answers"][0].keys()
+        short = json.loads(rollouts[1])["answers"][0]  # log-probs are in the file beside it
+        assert answers[0].keys() - {"logprobs"} == short.keys()
     assert answers_shown(whole) == {"held_out": [0, 2, 4], "rollouts": [1, 2, 3, 4]}
 
 
@@ -126,8 +129,8 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     # the kill came between the third and the fourth.
     batch = run_dir / "rollouts" / "00000003.jsonl"
     if batch.exists():
-        groups = [json.loads(line) for line in batch.read_text().splitlines()[1:]]
-        answers = [json.dumps(answer) + "\n" for group in groups for answer in group["answers"]]
+        made = [answer.trajectory for answer in batch_of(run_dir, 3).answers]
+        answers = [json.dumps(to_json(one)) + "\n" for one in made]
         batch.unlink()
     else:
         answers = part.read_text().splitlines(keepends=True)

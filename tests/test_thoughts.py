@@ -14,6 +14,7 @@ from moetrain.data import tokenizer as tokenizers
 from moetrain.data.chat import Chat
 from moetrain.data.prompts import read_prompt, read_prompts
 from moetrain.data.samples import Prompt, Sample
+from moetrain.data.trajectories import Trajectory
 from moetrain.loops.rollouts import verdicts
 from moetrain.rewards import Grader
 from moetrain.rollout.base import Request, Sampling, text_of_answer
@@ -94,8 +95,8 @@ def test_an_engine_says_what_was_drawn(marked: Path, tmp_path: Path) -> None:
 
 
 def test_an_answer_is_graded_behind_the_thought_that_its_prompt_began() -> None:
-    def sample(text: str) -> Sample:
-        return Sample("p", 0, (1,), (0.0,), text, "stop", 0)
+    def sample(text: str) -> Trajectory:
+        return Trajectory.of(Sample("p", 0, (1,), (0.0,), text, "stop", 0))
 
     prompt = Prompt("p", (1,), {"answer": "42", "prompt": []}, opened="<think>\n")
     configs = [RewardConfig(name=name) for name in ("accuracy", "format", "exact")]

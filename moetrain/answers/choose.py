@@ -23,8 +23,7 @@ LARGEST = 3.4028234663852886e38  # a float32's
 OF_AN_ANSWER: dict[str, tuple[type, ...]] = {
     "text": (str,),
     "finish": (str,),
-    "tokens": (list,),
-    "logprobs": (list,),
+    "tokens": (list, int),
     "parts": (dict,),
     "reward": (int, float, type(None)),
 }
@@ -136,7 +135,11 @@ def _wrong(row: AnswerRow) -> str:
             if not all(isinstance(answer[name], kinds) for answer in answers):
                 return f"an answer's {name} is of another type"
         rewards = [n for a in answers for n in (*a["parts"].values(), a["reward"]) if n is not None]
-        logprobs = [n for answer in answers for n in answer["logprobs"]]
+        logprobs = [
+            n
+            for answer in answers
+            for n in ([answer["logp"]] if "logp" in answer else answer["logprobs"])
+        ]
         if not all(isinstance(n, int | float) and abs(n) <= LARGEST for n in rewards + logprobs):
             return "a log-prob or reward is no number"
     except (LookupError, TypeError, AttributeError) as error:

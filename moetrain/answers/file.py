@@ -17,9 +17,11 @@ from typing import Any, TextIO
 
 from moetrain import files
 from moetrain.data.cache import key_of
-from moetrain.data.samples import Prompt, Sample, read_as, read_lines, write_lines
+from moetrain.data.samples import Prompt, read_as, read_lines, write_lines
+from moetrain.data.trajectories import Trajectory, from_json, to_json
 from moetrain.errors import DataError
-from moetrain.loops.rollouts import draw, row_of, verdicts
+from moetrain.loops.rollouts import draw, verdicts
+from moetrain.loops.store import readable, row_of
 from moetrain.observe.progress import CountDisplay
 from moetrain.rewards import Grader
 from moetrain.rollout.base import RolloutEngine, Sampling
@@ -84,7 +86,7 @@ class AnswerFile:
             path.parent.mkdir(parents=True)
         self.path, self.identity, self.num, self.notes = path, identity, num, notes
         self.finished: set[str] = set()  # prompts
-        self.waiting: dict[tuple[str, int], Sample] = {}
+        self.waiting: dict[tuple[str, int], Trajectory] = {}
         self._lock: TextIO | None = None
         self._file: TextIO | None = None
 
@@ -102,12 +104,12 @@ class AnswerFile:
         self._file.close()
         self._lock.close()
 
-    def partial(self, number: int, samples: Iterable[Sample]) -> TextIO:
+    def partial(self, number: int, done: Iterable[Trajectory]) -> TextIO:
         """The file for a window's answers, those that are there already in it. A window may take
         the place of the second last one.
         """
         path = self._partial(str(number % 2))
-        write_lines(path, (sample.to_json() for sample in samples))
+        write_lines(path, map(to_json, done))
         return path.open("a", encoding="utf-8")
 
     def write(self, rows: Iterable[AnswerRow]) -> None:
@@ -153,30 +155,30 @@ class AnswerFile:
     def _resume(self) -> None:
         """Take up what an earlier start left: whole prompts stay, other answers wait."""
         cut = self.path.exists() and not _ends_with_newline(self.path)
-        for name, samples in read_as(self.path, self._taken):
-            if samples is None:
+        for name, made in read_as(self.path, self._taken):
+            if made is None:
                 self.finished.add(name)
             else:
-                self._wait(samples)
+                self._wait(made)
         for path in self._partials():
-            self._wait(read_as(path, Sample.from_json))
+            self._wait(read_as(path, from_json))
         if self.waiting:
-            write_lines(self._partial(""), (s.to_json() for s in self.waiting.values()))
+            write_lines(self._partial(""), map(to_json, self.waiting.values()))
         if self.waiting or cut:
             write_lines(self.path, (row for row in read_lines(self.path) if self._is_whole(row)))
 
-    def _taken(self, row: AnswerRow) -> tuple[str, list[Sample] | None]:
+    def _taken(self, row: AnswerRow) -> tuple[str, list[Trajectory] | None]:
         """(a prompt's id, its answers where some are still missing)."""
-        samples = [Sample.from_json(answer) for answer in row["answers"]]
+        made = [from_json(answer) for answer in row["answers"]]
         name = row["prompt"]["id"]
         if not isinstance(name, str):
             raise TypeError(f"the prompt's id is {type(name).__name__}")
-        return name, None if self._is_whole(row) else samples
+        return name, None if self._is_whole(row) else made
 
-    def _wait(self, samples: Iterable[Sample]) -> None:
-        for sample in samples:
-            if sample.prompt_id not in self.finished:
-                self.waiting[sample.prompt_id, sample.index] = sample
+    def _wait(self, made: Iterable[Trajectory]) -> None:
+        for one in made:
+            if one.prompt_id not in self.finished:
+                self.waiting[one.prompt_id, one.index] = one
 
     def _is_whole(self, row: AnswerRow) -> bool:
         """Enough answers, all of them graded as far as they can be."""
@@ -227,7 +229,7 @@ class Answering:
     def _grade(
         self,
         prompts: Sequence[Prompt],
-        done: Mapping[tuple[str, int], Sample],
+        done: Mapping[tuple[str, int], Trajectory],
         file: AnswerFile,
         seen: dict[str, float],
     ) -> None:
@@ -235,7 +237,8 @@ class Answering:
         graded = verdicts(self.grader, pairs)
         for number, prompt in enumerate(prompts):
             places = range(number * self.num, (number + 1) * self.num)
-            file.write([row_of(prompt, [pairs[i][1] for i in places], [graded[i] for i in places])])
+            made = readable([pairs[i][1] for i in places])
+            file.write([row_of(prompt, made, [graded[i] for i in places])])
         rewards = [one.reward for one in graded if one.reward is not None]
         seen["num"] += len(rewards)
         seen["reward"] += sum(rewards)

@@ -34,7 +34,7 @@ from moetrain.engine.on_disk import (
 )
 from moetrain.engine.source import ModelSource, find_source
 from moetrain.errors import plural
-from moetrain.loops.rollouts import WHOLE
+from moetrain.loops.store import WHOLE
 from moetrain.models import read_model
 from moetrain.rewards import Grader, check_columns, gradable
 from moetrain.rollout import open_engine

@@ -4,7 +4,7 @@ Legend: t tokens of a pack, n sequences of it. An answer's sequence is the promp
 all of the answer but its last, so that its labels are the answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain.data.samples import Prompt, Sample
+from moetrain.data.samples import Prompt
+from moetrain.data.trajectories import Segment, Trajectory
 from moetrain.errors import DataError
 from moetrain.ops.packed import ANSWER, Packed, blank, concat, pack_one
 
 
 @dataclass(frozen=True)
 class GradedAnswer:
-    """An answer, its reward and the parts that the reward is made of (None: not applicable)."""
+    """A trajectory, its reward and the parts that the reward is made of (None: not applicable)."""
 
-    sample: Sample
+    trajectory: Trajectory
     reward: float
     parts: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what rewards have logged
@@ -51,25 +52,17 @@ def pack_groups(
             for the value of what would have followed.
 
     `extras` also has role and item (the answer's number), `per_token` rollout_logp, and
-    routes and kept (ids from 1 of what could be drawn) where they were recorded. Where there are
-    fewer answers than packs, some are blank.
+    routes and kept (ids from 1 of what could be drawn) where they were recorded. What the model
+    wrote is scored, replies are not. Each segment of a trajectory is a sequence with its values.
+    Where there are fewer sequences than packs, some are blank.
     Raises DataError when a prompt and one answer do not fit.
     """
-    width = max((_width(a.sample) for group in groups for a in group.answers), default=0)
-    how = _How(values, beyond, width)
-    units: list[Packed] = []
-    item = 0
-    for group in groups:
-        numbers = range(item, item + len(group.answers))
-        item += len(group.answers)
-        units += _units(group, numbers, how, seq_len)
+    pieces = list(_pieces(groups, beyond))
+    width = max((_width(piece.segment) for group in pieces for piece in group), default=0)
+    how = _How(values, width)
+    units = [unit for group in pieces for unit in _units(group, how, seq_len)]
     if len(units) < min_packs:
-        units = [
-            unit
-            for group, first in zip(groups, _firsts(groups), strict=True)
-            for i in range(len(group.answers))
-            for unit in [_unit(group, [first + i], first, how)]
-        ]
+        units = [_unit([piece], how) for group in pieces for piece in group]
     units += [_blank(units[0])] * (min_packs - len(units))
     return [concat(own) for own in _fill_packs(units, seq_len, min_packs)]
 
@@ -79,19 +72,50 @@ class _How:
     """What all sequences of a batch have alike."""
 
     values: Mapping[str, Tensor]  # [answers]
-    beyond: bool
     width: int  # tokens that could be drawn, at most at one place; 0: nothing was left out
 
 
-def _width(sample: Sample) -> int:
-    return 0 if sample.kept is None else int(sample.kept.sizes.max(initial=0))
+@dataclass(frozen=True)
+class _Piece:
+    """A segment, and what stood before it."""
+
+    context: Tensor  # [c] int64, the last of it the first input
+    prompt_id: str
+    segment: Segment
+    id: str
+    item: int  # the number of its answer
+    beyond: bool  # with a place behind the last token
+
+    @property
+    def num_tokens(self) -> int:
+        """Besides the context."""
+        return len(self.segment.tokens) + self.beyond
 
 
-def _firsts(groups: Sequence[Group]) -> list[int]:
-    firsts = [0]
+def _pieces(groups: Sequence[Group], beyond: bool) -> Iterator[list[_Piece]]:
+    """Those with one context together, in the order of the answers."""
+    item = 0
     for group in groups:
-        firsts.append(firsts[-1] + len(group.answers))
-    return firsts[:-1]
+        prompt = torch.tensor(group.prompt.tokens)
+        shared: list[_Piece] = []
+        alone: list[_Piece] = []
+        for answer in group.answers:
+            one = answer.trajectory
+            for number, segment in enumerate(one.segments):
+                is_last = number == len(one.segments) - 1
+                context, place = prompt, shared
+                if segment.context is not None:
+                    context, place = torch.from_numpy(segment.context.astype(np.int64)), alone
+                name = f"{group.prompt.id}:{one.index}" + f".{number}" * bool(number)
+                cut = beyond and is_last and one.is_cut
+                place.append(_Piece(context, group.prompt.id, segment, name, item, cut))
+            item += 1
+        yield shared
+        yield from ([piece] for piece in alone)
+
+
+def _width(segment: Segment) -> int:
+    return 0 if segment.kept is None else int(segment.kept.sizes.max(initial=0))
 
 
 def _blank(like: Packed) -> Packed:
@@ -100,83 +124,84 @@ def _blank(like: Packed) -> Packed:
     return replace(one, extras=one.extras | {"item": torch.full((1,), -1)})
 
 
-def _units(group: Group, numbers: range, how: _How, seq_len: int) -> list[Packed]:
-    """The group as one unit, or as several where its answers do not fit one pack."""
-    parts: list[list[int]] = [[]]
-    used = prompt = len(group.prompt.tokens) - 1
-    for number, answer in zip(numbers, group.answers, strict=True):
-        size = len(answer.sample.tokens) + (how.beyond and answer.sample.finish == "length")
-        if prompt + size > seq_len:
+def _units(pieces: Sequence[_Piece], how: _How, seq_len: int) -> list[Packed]:
+    """Pieces of one context as one unit, or as several where they do not fit one pack."""
+    parts: list[list[_Piece]] = [[]]
+    used = context = pieces[0].context.numel() - 1
+    for piece in pieces:
+        size = piece.num_tokens
+        if context + size > seq_len:
             raise DataError(
-                f"An answer of {size} tokens to a prompt of {prompt + 1} does not fit"
+                f"An answer of {size} tokens to a prompt of {context + 1} does not fit"
                 f" data.seq_len={seq_len}. Raise it, or lower rollout.max_tokens."
             )
         if used + size > seq_len:
             parts.append([])
-            used = prompt
-        parts[-1].append(number)
+            used = context
+        parts[-1].append(piece)
         used += size
-    return [_unit(group, part, numbers.start, how) for part in parts]
+    return [_unit(part, how) for part in parts]
 
 
-def _unit(group: Group, numbers: Sequence[int], first: int, how: _How) -> Packed:
-    """The prompt once and the answers with these numbers."""
-    prompt = torch.tensor(group.prompt.tokens)
-    shared = prompt.numel() - 1
-    chosen = [group.answers[number - first].sample for number in numbers]
-    answers = [_answer(group.prompt, sample, how) for sample in chosen]
+def _unit(pieces: Sequence[_Piece], how: _How) -> Packed:
+    """The context once and these pieces after it."""
+    first, numbers = pieces[0], [piece.item for piece in pieces]
+    shared = first.context.numel() - 1
+    answers = [_answer(piece, how) for piece in pieces]
     parts = [replace(part, position_ids=part.position_ids + shared) for part in answers]
     if shared:
         zeros = torch.zeros(shared)
-        own = {"rollout_logp": zeros} | _routes(chosen[0], 0, shared)
+        own = {"rollout_logp": zeros} | _routes(first.segment, 0, shared)
         if how.width:
             own["kept"] = torch.zeros(shared, how.width, dtype=torch.int32)
-        parts.insert(0, pack_one(prompt[:-1], zeros, zeros, id=group.prompt.id, per_token=own))
+        context = first.context[:-1]
+        parts.insert(0, pack_one(context, zeros, zeros, id=first.prompt_id, per_token=own))
     pack = concat(parts)
     num_before = len(parts) - len(answers)
     extras = {
         "role": torch.tensor([0] * num_before + [ANSWER] * len(answers)),
-        "item": torch.tensor([-1] * num_before + list(numbers)),
+        "item": torch.tensor([-1] * num_before + numbers),
     }
     for name, value in how.values.items():
-        extras[name] = torch.cat([value.new_zeros(num_before), value[list(numbers)]])
+        extras[name] = torch.cat([value.new_zeros(num_before), value[numbers]])
     prefix = torch.zeros(len(parts), dtype=torch.int32)
     prefix[0] = -1
     return replace(pack, extras=extras, prefix=prefix if shared else None)
 
 
-def _answer(prompt: Prompt, sample: Sample, how: _How) -> Packed:
-    labels = torch.tensor(sample.tokens)
-    tokens = torch.cat([torch.tensor(prompt.tokens[-1:]), labels[:-1]])
-    own = {"rollout_logp": torch.tensor(sample.logprobs)}
-    own |= _routes(sample, len(prompt.tokens) - 1, None)
+def _answer(piece: _Piece, how: _How) -> Packed:
+    segment = piece.segment
+    labels = torch.from_numpy(segment.tokens.astype(np.int64))
+    tokens = torch.cat([piece.context[-1:], labels[:-1]])
+    own = {"rollout_logp": torch.from_numpy(segment.logprobs.astype(np.float32))}
+    own |= _routes(segment, piece.context.numel() - 1, None)
     if how.width:
-        own["kept"] = _kept(sample, how.width)
-    mask = torch.ones(labels.numel())
-    if how.beyond and sample.finish == "length":
+        own["kept"] = _kept(segment, how.width)
+    mask = torch.from_numpy(segment.written.astype(np.float32))
+    if piece.beyond:
         tokens = torch.cat([tokens, labels[-1:]])
         labels, mask = (torch.cat([x, x.new_zeros(1)]) for x in (labels, mask))
         # No routes were recorded there: the router chooses by itself.
         own = {name: torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for name, x in own.items()}
-    return pack_one(tokens, labels, mask, id=f"{prompt.id}:{sample.index}", per_token=own)
+    return pack_one(tokens, labels, mask, id=piece.id, per_token=own)
 
 
-def _kept(sample: Sample, width: int) -> Tensor:
+def _kept(segment: Segment, width: int) -> Tensor:
     """[answer, width] int32: ids of what could be drawn, counted from 1; the rest is 0."""
-    found = torch.zeros(len(sample.tokens), width, dtype=torch.int32)
-    if sample.kept is not None:
-        sizes = torch.from_numpy(sample.kept.sizes).long()
+    found = torch.zeros(len(segment.tokens), width, dtype=torch.int32)
+    if segment.kept is not None:
+        sizes = torch.from_numpy(segment.kept.sizes.astype(np.int64))
         rows = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         columns = torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[rows]
-        found[rows, columns] = torch.from_numpy(sample.kept.ids) + 1
+        found[rows, columns] = torch.from_numpy(segment.kept.ids.astype(np.int32)) + 1
     return found
 
 
-def _routes(sample: Sample, start: int, end: int | None) -> dict[str, Tensor]:
+def _routes(segment: Segment, start: int, end: int | None) -> dict[str, Tensor]:
     """The sampler's choices of experts, counted from 1, at positions [start, end)."""
-    if sample.routes is None:
+    if segment.routes is None:
         return {}
-    return {"routes": torch.from_numpy(sample.routes[start:end].astype(np.int16)) + 1}
+    return {"routes": torch.from_numpy(segment.routes[start:end].astype(np.int16)) + 1}
 
 
 def _fill_packs(units: Sequence[Packed], seq_len: int, min_packs: int) -> list[list[Packed]]:

@@ -124,14 +124,21 @@ def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[A
             usable = usable and (choice.cut or content["finish"] == "stop")
             if usable and plain(text) not in seen:
                 seen.add(plain(text))
-                num = len(content["tokens"])
+                num = num_tokens(content)
                 asked.answers.append(Candidate(text, reward, confidence(content), num))
     return list(found.values())
 
 
 def confidence(answer: dict[str, Any]) -> float:
     """Mean log-prob a token, under the distribution that it was drawn from."""
-    return sum(answer["logprobs"]) / max(1, len(answer["logprobs"]))
+    logp = answer["logp"] if "logp" in answer else sum(answer["logprobs"])
+    return logp / max(1, num_tokens(answer))
+
+
+def num_tokens(answer: dict[str, Any]) -> int:
+    """Of an answer, which has them as a list, or in a run's rollouts their number."""
+    tokens = answer["tokens"]
+    return tokens if isinstance(tokens, int) else len(tokens)
 
 
 def plain(text: str) -> str:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from moetrain import files
 from moetrain.data.groups import Group
 from moetrain.data.prompts import PromptOrder
-from moetrain.data.samples import Prompt, Sample
+from moetrain.data.samples import Prompt
+from moetrain.data.trajectories import Trajectory
 from moetrain.errors import DataError
-from moetrain.loops.rollouts import Batch, Drops, Store, draw, graded_by, tensors, timed, verdicts
+from moetrain.loops.rollouts import Drops, draw, graded_by, tensors, timed, verdicts
+from moetrain.loops.store import Batch, Store
 from moetrain.rewards import Grader
 from moetrain.rollout.base import RolloutEngine, Sampling
 
@@ -84,7 +86,7 @@ class Collector:
         self,
         step: int,
         cursor: int,
-        done: dict[tuple[str, int], Sample],
+        done: dict[tuple[str, int], Trajectory],
         seconds: dict[str, float],
         counts: Counter[str],
     ) -> tuple[list[Group], int]:
@@ -109,7 +111,7 @@ class Collector:
                 break
         groups += spare[: self.num_prompts - len(groups)]
         if self.leaves_cut and all(
-            answer.sample.finish == "length" for group in groups for answer in group.answers
+            answer.trajectory.is_cut for group in groups for answer in group.answers
         ):
             return [], cursor
         return groups, cursor
@@ -126,7 +128,7 @@ class Collector:
         )
 
     def _sample(
-        self, step: int, prompts: Sequence[Prompt], done: dict[tuple[str, int], Sample]
+        self, step: int, prompts: Sequence[Prompt], done: dict[tuple[str, int], Trajectory]
     ) -> None:
         with files.named(self.store.folder), self.store.open(step, done.values()) as file:
             draw(
@@ -138,13 +140,13 @@ class Collector:
         self,
         step: int,
         prompts: Sequence[Prompt],
-        done: dict[tuple[str, int], Sample],
+        done: dict[tuple[str, int], Trajectory],
         counts: Counter[str],
     ) -> list[Group]:
         """The groups with at least two graded answers."""
         pairs = [(p, done[p.id, i]) for p in prompts for i in range(self.group_size)]
         results = verdicts(self.grader, pairs, step, self.num_steps)
-        graded = [graded_by(sample, one) for (_, sample), one in zip(pairs, results, strict=True)]
+        graded = [graded_by(made, one) for (_, made), one in zip(pairs, results, strict=True)]
         groups: list[Group] = []
         for number, prompt in enumerate(prompts):
             group = graded[number * self.group_size : (number + 1) * self.group_size]

@@ -9,9 +9,10 @@ from typing import Any
 from moetrain.config.recipe import Recipe
 from moetrain.data.run_tokenizer import chat_of, tokenizer_of
 from moetrain.data.samples import Prompt, Sample, write_lines
+from moetrain.data.trajectories import Trajectory
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
-from moetrain.loops.rollouts import row_of
+from moetrain.loops.store import readable, row_of
 from moetrain.rewards import Verdict
 from moetrain.rollout.base import Request, Sampling
 from moetrain.rollout.embedded import Embedded
@@ -37,13 +38,13 @@ class Answers:
         self,
         step: int,
         temperature: float,
-        answers: Sequence[tuple[Prompt, Sample]],
+        answers: Sequence[tuple[Prompt, Trajectory]],
         graded: Sequence[Verdict],
     ) -> None:
         """Keep the answers of an evaluation, and of the earlier ones as many as KEPT_BYTES hold."""
         pairs = zip(answers, graded, strict=True)
         head: dict[str, Any] = {"step": step, "temperature": temperature}
-        rows = (row_of(prompt, [sample], [one]) for (prompt, sample), one in pairs)
+        rows = (row_of(prompt, readable([made]), [one]) for (prompt, made), one in pairs)
         write_lines(self.folder / f"{step:08d}.jsonl", [head, *rows])
         total = 0
         for number, path in enumerate(reversed(self._files())):
@@ -86,7 +87,7 @@ class SamplePrompts:
             requests = [Request(prompt, 0, 0, self.sampling) for prompt in self.prompts]
             drawn: dict[str, Sample] = {}
             models[0].generate(requests, lambda sample: drawn.update({sample.prompt_id: sample}))
-            answers = [(prompt, drawn[prompt.id]) for prompt in self.prompts]
+            answers = [(prompt, Trajectory.of(drawn[prompt.id])) for prompt in self.prompts]
             self.kept.write(step, 0.0, answers, [Verdict(None, {})] * len(answers))
 
         if not world.is_first:

@@ -14,7 +14,8 @@ from moetrain.engine.snapshot import Weights, mixed
 from moetrain.errors import DataError
 from moetrain.loops.batch_values import mean_kl, with_targets, with_values
 from moetrain.loops.demonstrations import Demonstrations
-from moetrain.loops.rollouts import Batch, means, tensors
+from moetrain.loops.rollouts import means, tensors
+from moetrain.loops.store import Batch
 from moetrain.methods import METHODS
 from moetrain.methods.base import Online
 from moetrain.methods.running import MEAN, WEIGHT
@@ -79,7 +80,7 @@ class Lessons:
         if running is None:
             return recipe, batch
         rewards, _ = tensors(batch.groups)
-        cut = torch.tensor([answer.sample.finish == "length" for answer in batch.answers])
+        cut = torch.tensor([answer.trajectory.is_cut for answer in batch.answers])
         rescaled, self.carried = running.rescale(rewards, cut, self.carried, recipe.method)
         method = running.adapted(recipe.method, self.carried)
         return recipe.model_copy(update={"method": method}), _with_rewards(batch, rescaled)
@@ -128,10 +129,10 @@ def _values(recipe: Recipe, online: Online, batch: Batch) -> tuple[dict[str, Ten
     the weight where there is one; and the group of each [answers].
     """
     rewards, numbers = tensors(batch.groups)
-    samples = [answer.sample for answer in batch.answers]
+    made = [answer.trajectory for answer in batch.answers]
     if online.shape is not None:
-        lengths = torch.tensor([float(len(sample.tokens)) for sample in samples])
-        truncated = torch.tensor([sample.finish == "length" for sample in samples])
+        lengths = torch.tensor([float(one.num_tokens) for one in made])
+        truncated = torch.tensor([one.is_cut for one in made])
         rewards = online.shape(rewards, lengths, truncated, recipe.method)
     _, rollout = recipe.sampling
     values = {"reward": rewards, "advantage": online.advantages(rewards, numbers, recipe.method)}
@@ -149,7 +150,7 @@ def _without_cut(
     batch: Batch, values: Mapping[str, Tensor]
 ) -> tuple[tuple[Group, ...], dict[str, Tensor]]:
     """The groups and the values of their answers, without answers that were cut."""
-    whole = torch.tensor([answer.sample.finish != "length" for answer in batch.answers])
+    whole = torch.tensor([not answer.trajectory.is_cut for answer in batch.answers])
     if not whole.any():
         raise DataError(
             f"Step {batch.step}: rollout.max_tokens cut every answer, and method.truncated=mask"
@@ -157,7 +158,7 @@ def _without_cut(
         )
     groups: list[Group] = []
     for group in batch.groups:
-        answers = tuple(answer for answer in group.answers if answer.sample.finish != "length")
+        answers = tuple(answer for answer in group.answers if not answer.trajectory.is_cut)
         if answers:
             groups.append(replace(group, answers=answers))
     return tuple(groups), {name: value[whole] for name, value in values.items()}
@@ -226,17 +227,17 @@ def totals(results: Sequence[StepResult]) -> StepResult:
 def summary(batch: Batch, version: int) -> dict[str, Any]:
     """What there is to see in a batch that weights number `version` learn from."""
     rewards, numbers = tensors(batch.groups)
-    samples = [answer.sample for answer in batch.answers]
+    made = [answer.trajectory for answer in batch.answers]
     groups = [rewards[numbers == i] for i in range(len(batch.groups))]
     compared = [bool((one == one[0]).all()) for one in groups if len(one) > 1]
     figures: dict[str, Any] = {
         **means(batch.answers, "reward"),
-        "length/mean": sum(len(s.tokens) for s in samples) / len(samples),
-        "length/max": float(max(len(s.tokens) for s in samples)),
-        "length/truncated": sum(s.finish == "length" for s in samples) / len(samples),
+        "length/mean": sum(one.num_tokens for one in made) / len(made),
+        "length/max": float(max(one.num_tokens for one in made)),
+        "length/truncated": sum(one.is_cut for one in made) / len(made),
         "groups/graded": float(len(groups)),
         "groups/std": float(torch.stack([one.mean() for one in groups]).std(correction=0)),
-        "staleness": float(version - min(s.version for s in samples)),
+        "staleness": float(version - min(one.version for one in made)),
     }
     if compared:  # an answer alone is not compared with another
         figures["groups/no_signal"] = sum(compared) / len(compared)
@@ -255,10 +256,10 @@ def readable(batch: Batch) -> Iterator[Answer]:
             number=number,
             prompt=asked,
             columns=columns,
-            text=graded.sample.text,
+            text=graded.trajectory.text,
             reward=graded.reward,
             parts=graded.parts,
-            tokens=len(graded.sample.tokens),
-            finish=graded.sample.finish,
+            tokens=graded.trajectory.num_tokens,
+            finish=graded.trajectory.finish,
             fault="",
         )

@@ -15,21 +15,14 @@ from moetrain.config.recipe import Recipe
 from moetrain.data.prompts import PromptSet, prompts_read
 from moetrain.data.run_tokenizer import chat_of, tokenizer_of
 from moetrain.data.samples import Sample
+from moetrain.data.trajectories import Trajectory
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
 from moetrain.errors import DataError, RolloutError
 from moetrain.loops.collector import Collector
 from moetrain.loops.held_out import Answers, exhaust
-from moetrain.loops.rollouts import (
-    Batch,
-    Store,
-    drawn_with,
-    means,
-    seed_of,
-    timed,
-    verdicts,
-    with_reward,
-)
+from moetrain.loops.rollouts import means, seed_of, timed, verdicts, with_reward
+from moetrain.loops.store import Batch, Store, drawn_with
 from moetrain.methods import METHODS
 from moetrain.ops.packed import from_tokens
 from moetrain.pulse import beat
@@ -353,17 +346,17 @@ class Live:
                 requests, lambda sample: drawn.update({sample.prompt_id: sample})
             )
             before = driver.grader.num_faults
-            answers = [(prompt, drawn[name]) for name, prompt in prompts.items()]
+            answers = [(prompt, Trajectory.of(drawn[name])) for name, prompt in prompts.items()]
             graded = verdicts(driver.grader, answers)
         driver.held_out.write(step, sampling.temperature, answers, graded)
-        samples = [sample for _, sample in answers]
-        figures = means(with_reward(samples, graded), "eval_reward")
-        figures["eval_reward/answers"] = float(len(samples))
+        made = [one for _, one in answers]
+        figures = means(with_reward(made, graded), "eval_reward")
+        figures["eval_reward/answers"] = float(len(made))
         logged = driver.grader.take_metrics()
         figures |= {f"eval_logged/{name}": value for name, value in logged.items()}
         if driver.grader.num_faults > before:
             figures["eval_reward/fault"] = driver.grader.said
-        lengths = [len(sample.tokens) for sample in samples]
+        lengths = [one.num_tokens for one in made]
         return figures | {"eval_length/mean": sum(lengths) / max(1, len(lengths))} | seconds
 
     def state_dict(self, batch: Batch) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def answers_of(row: Any) -> Iterator[Answer]:
             text=text,
             reward=_number(one.get("reward")),
             parts={str(name): _number(value) for name, value in parts.items()},
-            tokens=len(_at(one, "tokens", list) or ()),
+            tokens=_at(one, "tokens", int) or len(_at(one, "tokens", list) or ()),
             finish=_at(one, "finish", str) or "",
             fault=_at(one, "fault", str) or "",
         )

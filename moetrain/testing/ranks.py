@@ -20,7 +20,7 @@ from moetrain.engine.world import ROUND, open_world
 from moetrain.errors import DataError
 from moetrain.loops.demonstrations import open_demonstrations
 from moetrain.loops.learn import Lessons
-from moetrain.loops.rollouts import Batch
+from moetrain.loops.store import Batch
 from moetrain.methods import METHODS
 from moetrain.models.adapter import AdapterTable
 from moetrain.ops.packed import ANSWER, Packed, concat, from_tokens

@@ -21,14 +21,16 @@ from transformers import AutoModelForCausalLM
 
 from moetrain.config.load import load_recipe
 from moetrain.data.assets import resolve
-from moetrain.data.samples import Sample, read_lines
+from moetrain.data.samples import Sample
 from moetrain.data.tokenizer import load
+from moetrain.data.trajectories import from_json
 from moetrain.rollout.base import Sampling, stopped_at
 from moetrain.rollout.client import Client
 from moetrain.rollout.shaping import shaped
 from moetrain.testing import command, faults, ranks
 from moetrain.testing.command import Started
 from moetrain.testing.gloo import Workers
+from moetrain.testing.rollouts import batch_of, sample_of
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "grpo_tiny.yaml"
@@ -253,10 +255,9 @@ def test_every_method_at_every_temperature(
 
 def drawn_in(run_dir: Path, step: int) -> Iterator[tuple[list[int], Sample]]:
     """(prompt, answer) of a step's rollouts."""
-    _, *rows = read_lines(run_dir / "rollouts" / f"{step:08d}.jsonl")
-    for row in rows:
-        for answer in row["answers"]:
-            yield row["prompt"]["tokens"], Sample.from_json(answer)
+    for group in batch_of(run_dir, step).groups:
+        for answer in group.answers:
+            yield list(group.prompt.tokens), sample_of(answer.trajectory)
 
 
 def compared(prompt: list[int], sample: Sample, model: Any, sampling: Sampling) -> float:
@@ -385,16 +386,11 @@ def test_killed_stopped_and_full(tmp_path: Path) -> None:
     assert all(row["faults/server/queue_full"] >= 1 for row in rows)
     assert all(row["push/logprob_gap"] <= 1e-3 for row in rows)
     for step, lines in kept.items():
-        text = (run_dir / "rollouts" / f"{step:08d}.jsonl").read_text()
-        _, *groups = map(json.loads, text.splitlines())
-        final = {
-            (answer["prompt_id"], answer["index"]): answer["tokens"]
-            for group in groups
-            for answer in group["answers"]
-        }
+        made = [answer.trajectory for answer in batch_of(run_dir, step).answers]
+        final = {(one.prompt_id, one.index): one.tokens for one in made}
         assert len(final) == 16
-        for answer in map(json.loads, lines):
-            assert final[answer["prompt_id"], answer["index"]] == answer["tokens"]
+        for one in map(from_json, map(json.loads, lines)):
+            assert final[one.prompt_id, one.index] == one.tokens
 
 
 def broken_python(folder: Path, change: Callable[[str], str]) -> Path:

@@ -120,7 +120,7 @@ def make_samples(rng: random.Random) -> Files:
 def run_samples(bench: "Bench", made: Files) -> str:
     """As `sample` and `eval` go on with them, and a run with its rollouts."""
     from moetrain.answers.file import AnswerFile
-    from moetrain.loops.rollouts import Store
+    from moetrain.loops.store import Store
 
     folder = _fresh(bench, "samples")
     _laid(folder, made)

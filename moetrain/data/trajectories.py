@@ -1,0 +1,282 @@
+"""What came of one prompt: turns of the model, with what answered them in between.
+
+Legend: t tokens of a segment, l MoE layers, k experts of a token.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetrain.data.messages import Message
+from moetrain.data.samples import Kept, Sample, decode_routes
+
+Author = Literal["model", "reply"]
+# How a trajectory ended: by the model and with the environment's consent, at a limit of tokens, at
+# rollout.max_turns, or by a fault of its environment; "open" where it goes on.
+Finish = Literal["stop", "length", "turns", "timeout", "crash", "error", "open"]
+FAULTS = ("timeout", "crash", "error")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side wrote in a row."""
+
+    author: Author
+    num_tokens: int
+    text: str  # the model's as in `Sample`; a reply's as it stands in the context
+    finish: str = ""  # of the model's: "stop" or "length"
+    version: int = 0  # of the weights that wrote it; of a reply: of those that were served
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Turns that the model saw one behind the other. What it wrote is never tokenised anew."""
+
+    turns: tuple[Turn, ...]
+    tokens: NDArray[np.int32]  # [t] of all turns
+    logprobs: NDArray[np.float32]  # [t] as drawn; 0 in replies
+    # What stood before: the prompt (None), or the conversation as its template rewrote it.
+    context: NDArray[np.int32] | None = None
+    # [context + t - 1, l, k]: the router's choices, where asked for
+    routes: NDArray[Any] | None = None
+    kept: Kept | None = None  # what could be drawn, where the sampler left something out
+
+    @classmethod
+    def of(cls, sample: Sample, context: NDArray[np.int32] | None = None) -> Self:
+        """A turn as an engine drew it."""
+        num = len(sample.tokens)
+        return cls(
+            (Turn("model", num, sample.text, sample.finish, sample.version),),
+            np.array(sample.tokens, np.int32),
+            np.array(sample.logprobs, np.float32),
+            context,
+            sample.routes,
+            sample.kept,
+        )
+
+    @cached_property
+    def written(self) -> NDArray[np.bool_]:
+        """[t]: this token is the model's."""
+        return np.repeat(
+            np.array([turn.author == "model" for turn in self.turns], np.bool_),
+            [turn.num_tokens for turn in self.turns],
+        )
+
+    def answered(self, tokens: Sequence[int], text: str) -> Self:
+        """With a reply behind it."""
+        num, last = len(tokens), self.turns[-1]
+        kept = self.kept
+        if kept is not None:
+            kept = Kept(np.concatenate([kept.sizes, np.zeros(num, np.int32)]), kept.ids)
+        return replace(
+            self,
+            turns=(*self.turns, Turn("reply", num, text, version=last.version)),
+            tokens=np.concatenate([self.tokens, np.array(tokens, np.int32)]),
+            logprobs=np.concatenate([self.logprobs, np.zeros(num, np.float32)]),
+            kept=kept,
+        )
+
+    def continued(self, sample: Sample) -> Self:
+        """With a further turn of the model, whose request held all of this as its prompt."""
+        more, kept = Segment.of(sample), self.kept
+        if kept is not None and more.kept is not None:
+            kept = Kept(*map(np.concatenate, zip(kept, more.kept, strict=True)))
+        return replace(
+            self,
+            turns=self.turns + more.turns,
+            tokens=np.concatenate([self.tokens, more.tokens]),
+            logprobs=np.concatenate([self.logprobs, more.logprobs]),
+            routes=more.routes,  # the whole context passed the router again
+            kept=kept,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """All turns to one prompt. Where the template rewrites earlier turns (it drops their thoughts,
+    say), a new segment begins with what the model then saw.
+    """
+
+    prompt_id: str
+    index: int  # which answer to its prompt
+    segments: tuple[Segment, ...]
+    finish: Finish
+    messages: tuple[Message, ...] = ()  # after the prompt's, where an environment replied
+    counts: Mapping[str, float] | None = None  # of the environment: calls of tools, ...
+    detail: str = ""  # of a fault
+
+    @classmethod
+    def of(cls, sample: Sample) -> Self:
+        """An answer of one turn."""
+        return cls(sample.prompt_id, sample.index, (Segment.of(sample),), sample.finish)
+
+    @property
+    def turns(self) -> list[Turn]:
+        """All turns in order."""
+        return [turn for segment in self.segments for turn in segment.turns]
+
+    @property
+    def written(self) -> list[Turn]:
+        """The model's."""
+        return [turn for turn in self.turns if turn.author == "model"]
+
+    @property
+    def text(self) -> str:
+        """What the model said last."""
+        return self.written[-1].text
+
+    @property
+    def num_tokens(self) -> int:
+        """That the model wrote."""
+        return sum(turn.num_tokens for turn in self.written)
+
+    @property
+    def num_replies(self) -> int:
+        """Tokens that it did not write."""
+        return sum(turn.num_tokens for turn in self.turns) - self.num_tokens
+
+    @property
+    def logp(self) -> float:
+        """The sum of the log-probs of what it wrote."""
+        return float(sum(one.logprobs.sum(dtype=np.float64) for one in self.segments))
+
+    @property
+    def version(self) -> int:
+        """Of the oldest weights that wrote a turn."""
+        return min(turn.version for turn in self.written)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a limit of tokens ended it."""
+        return self.finish == "length"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one turn of the model, which ended it."""
+        turns = self.turns
+        return len(turns) == 1 and turns[0].finish == self.finish and not self.messages
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of the model's turns, one behind the other."""
+        return [int(n) for one in self.segments for n in one.tokens[one.written]]
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Aligned with `tokens`."""
+        return [float(x) for one in self.segments for x in one.logprobs[one.written]]
+
+
+# As JSON
+
+
+def as_row(one: Trajectory) -> dict[str, Any]:
+    """Without its arrays: what can be read, and how much there is of each turn."""
+    row = {
+        "prompt_id": one.prompt_id,
+        "index": one.index,
+        "text": one.text,
+        "finish": one.finish,
+        "version": one.version,
+        "tokens": one.num_tokens,
+        "logp": one.logp,
+    }
+    if not one.is_plain:
+        row["messages"] = list(one.messages)
+        row["segments"] = [[vars(turn) for turn in segment.turns] for segment in one.segments]
+    if one.counts:
+        row["counts"] = dict(one.counts)
+    return row | ({"detail": one.detail} if one.detail else {})
+
+
+def to_json(one: Trajectory, *, readable: bool = False) -> dict[str, Any]:
+    """Whole, arrays as base64; `readable`: as an answer of one turn is given to people, tokens and
+    log-probs as lists.
+    """
+    arrays = [_arrays(segment) for segment in one.segments]
+    if readable and one.is_plain:
+        return (
+            as_row(one)
+            | {"tokens": one.tokens}
+            | {"logprobs": one.logprobs}
+            | {name: value for name, value in arrays[0].items() if name in ("kept", "routes")}
+        )
+    return as_row(one) | {"arrays": arrays}
+
+
+def _arrays(segment: Segment) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "tokens": _packed(segment.tokens, "<i4"),
+        "logprobs": _packed(segment.logprobs, "<f4"),
+    }
+    if segment.context is not None:
+        content["context"] = _packed(segment.context, "<i4")
+    if segment.kept is not None:
+        content["kept"] = segment.kept.to_json()
+    if segment.routes is not None:
+        packed = _packed(segment.routes, "<i2")
+        content["routes"] = {"shape": segment.routes.shape, "int16": packed}
+    return content
+
+
+def _packed(values: NDArray[Any], dtype: str) -> str:
+    return base64.b64encode(values.astype(dtype).tobytes()).decode()
+
+
+def from_json(content: dict[str, Any]) -> Trajectory:
+    """What `to_json` gave, in either form. Raises LookupError, TypeError or ValueError on something
+    else, which `read_as` says with its line.
+    """
+    if "arrays" not in content:
+        return Trajectory.of(Sample.from_json(content))
+    return assembled(content, [_from_arrays(one) for one in content["arrays"]])
+
+
+def assembled(row: Mapping[str, Any], parts: Sequence[Segment]) -> Trajectory:
+    """A trajectory of `as_row` and its segments, whose turns are not known yet. Raises as
+    `from_json`.
+    """
+    for name, kind in (("prompt_id", str), ("index", int), ("text", str), ("finish", str)):
+        if not isinstance(row[name], kind):
+            raise TypeError(f"{name} is {type(row[name]).__name__}")
+    if "segments" in row:
+        turns = [tuple(Turn(**turn) for turn in segment) for segment in row["segments"]]
+    else:
+        finish = "length" if row["finish"] == "length" else "stop"
+        turns = [(Turn("model", int(row["tokens"]), row["text"], finish, int(row["version"])),)]
+    segments: list[Segment] = []
+    for own, part in zip(turns, parts, strict=True):
+        num = sum(turn.num_tokens for turn in own)
+        if not num == len(part.tokens) == len(part.logprobs):
+            raise ValueError(f"turns of {num} tokens, and {len(part.tokens)} of them")
+        if part.kept is not None and len(part.kept.sizes) != num:
+            raise ValueError(f"kept has {len(part.kept.sizes)} places")
+        segments.append(replace(part, turns=own))
+    return Trajectory(
+        row["prompt_id"],
+        row["index"],
+        tuple(segments),
+        cast(Finish, row["finish"]),
+        tuple(row.get("messages", ())),
+        row.get("counts"),
+        row.get("detail", ""),
+    )
+
+
+def _from_arrays(content: Mapping[str, Any]) -> Segment:
+    def flat(name: str, dtype: str) -> NDArray[Any]:
+        return np.frombuffer(base64.b64decode(content[name], validate=True), dtype)
+
+    return Segment(
+        (),
+        flat("tokens", "<i4").astype(np.int32),
+        flat("logprobs", "<f4").astype(np.float32),
+        flat("context", "<i4").astype(np.int32) if "context" in content else None,
+        decode_routes(content["routes"]) if "routes" in content else None,
+        Kept.from_json(content["kept"]) if "kept" in content else None,
+    )

@@ -1,0 +1,183 @@
+"""Batches of graded trajectories on disk, where a killed run and a replay find them.
+
+`<run_dir>/rollouts` holds two files per step: `00000012.jsonl`, a head, then one line per prompt
+with what is to be read of its trajectories, and `00000012.safetensors` with their tokens,
+log-probs, router's choices and what could be drawn. While a step is being made there is
+`00000012.partial.jsonl`: each trajectory as it ends, so that a killed run loses none.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from moetrain import files
+from moetrain.config.rollout import RolloutConfig
+from moetrain.data.groups import GradedAnswer, Group
+from moetrain.data.samples import Kept, Prompt, put_lines, read_as, write_lines
+from moetrain.data.trajectories import Segment, Trajectory, as_row, assembled, from_json, to_json
+from moetrain.errors import DataError
+from moetrain.loops.columns import read_columns, write_columns
+from moetrain.rewards import Verdict
+
+SCHEMA = 2  # of a batch's files; 1: all in one JSONL, answers of one turn
+WHOLE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # all may be drawn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step learns from."""
+
+    step: int
+    groups: tuple[Group, ...]
+    cursor: int  # prompts of the stream that are used up after it
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    counts: dict[str, int] = field(default_factory=dict[str, int])  # dropped answers, faults, ...
+    metrics: dict[str, float] = field(default_factory=dict[str, float])  # that rewards have logged
+    fault: str = ""  # why the last answer that a reward failed on has none
+    temperature: float | None = None  # its answers were sampled at; None: written by 0.1
+    sampling: dict[str, float] = field(default_factory=dict[str, float])  # the rest; {}: before 0.2
+
+    @property
+    def drawn_with(self) -> dict[str, float | None]:
+        """How its answers were sampled; until 0.2 from the whole distribution."""
+        return {"temperature": self.temperature, **WHOLE, **self.sampling}
+
+    @property
+    def answers(self) -> list[GradedAnswer]:
+        return [answer for group in self.groups for answer in group.answers]
+
+
+def drawn_with(rollout: RolloutConfig) -> dict[str, float]:
+    """What of a recipe says from which distribution answers are drawn and how they are scored."""
+    return {name: getattr(rollout, name) for name in ("temperature", *WHOLE)}
+
+
+class Store:
+    """The folder of a run's rollouts."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def read(self, step: int) -> Batch | None:
+        """The whole batch of a step, if it is there. Raises DataError."""
+        path = self._path(step)
+        rows = read_as(path, dict[str, Any])
+        head = next(rows, None)
+        if head is None:
+            return None
+        schema, crc = head.pop("schema", 1), head.pop("crc", 0)
+        if schema not in (1, SCHEMA):
+            raise DataError(
+                f"{path} was written by a later moetrain (schema {schema}; this one reads up to"
+                f" {SCHEMA}). Go on with that one, or give another run_dir."
+            )
+        columns = read_columns(path.with_suffix(".safetensors"), crc) if schema > 1 else None
+        segments = None if columns is None else _segments(columns)
+        groups = list(read_as(path, lambda row: _group(row, segments) if "prompt" in row else row))
+        try:
+            return Batch(step, tuple(groups[1:]), **head)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise DataError(
+                f"{path} is not as it was written ({error}). Remove the file."
+            ) from error
+
+    def write(self, batch: Batch) -> None:
+        """Keep a whole batch; its parts are no longer needed."""
+        names = ("cursor", "seconds", "counts", "metrics", "fault", "temperature", "sampling")
+        head = {name: getattr(batch, name) for name in names} | {"schema": SCHEMA}
+        path = self._path(batch.step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.publish(path.with_suffix(".safetensors"), path) as (numbers, lines):
+            parts = [one for answer in batch.answers for one in answer.trajectory.segments]
+            head["crc"] = write_columns(numbers, _columns(parts))
+            put_lines(lines, [head, *map(_row, batch.groups)])
+        self._partial(batch.step).unlink(missing_ok=True)
+
+    def finished(self, step: int) -> dict[tuple[str, int], Trajectory]:
+        """The trajectories of a batch that a kill interrupted, by prompt and index; one that went
+        on for several turns as far as it came.
+        """
+        found = read_as(self._partial(step), from_json)
+        return {(one.prompt_id, one.index): one for one in found}
+
+    def open(self, step: int, done: Iterable[Trajectory]) -> TextIO:
+        """The file to append a batch's trajectories to, with those that are there already."""
+        write_lines(self._partial(step), map(to_json, done))
+        return self._partial(step).open("a", encoding="utf-8")
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:08d}.jsonl"
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f"{step:08d}.partial.jsonl"
+
+
+def _columns(parts: Sequence[Segment]) -> dict[str, Any]:
+    routes = [one.routes for one in parts]
+    most = max((int(one.max(initial=0)) for one in routes if one is not None), default=0)
+    kept = [one.kept for one in parts]
+    return {
+        "tokens": ([one.tokens for one in parts], np.int32),
+        "logprobs": ([one.logprobs for one in parts], np.float32),
+        "context": ([one.context for one in parts], np.int32),
+        "routes": (routes, np.uint8 if most < 256 else np.int16),
+        "kept/sizes": ([None if one is None else one.sizes for one in kept], np.int32),
+        "kept/ids": ([None if one is None else one.ids for one in kept], np.int32),
+    }
+
+
+def _segments(columns: Mapping[str, Sequence[Any]]) -> Iterator[Segment]:
+    """In the order in which they were written, without their turns."""
+    num = max(map(len, columns.values()), default=0)
+    every = {
+        name: columns.get(name, [None] * num)
+        for name in ("tokens", "logprobs", "context", "routes", "kept/sizes", "kept/ids")
+    }
+    for tokens, logprobs, context, routes, sizes, ids in zip(*every.values(), strict=True):
+        kept = None if sizes is None else Kept(sizes, ids)
+        yield Segment((), tokens, logprobs, context, routes, kept)
+
+
+def row_of(
+    prompt: Prompt, made: Sequence[Mapping[str, Any]], graded: Sequence[Verdict]
+) -> dict[str, Any]:
+    """A prompt with its trajectories, each as `as_row` or `to_json` gave it, as a line of JSON."""
+    answers = [
+        dict(row)
+        | {"reward": one.reward, "parts": dict(one.parts)}
+        | ({"fault": one.fault} if one.fault else {})
+        | ({"extra": dict(one.extra)} if one.extra else {})
+        for row, one in zip(made, graded, strict=True)
+    ]
+    return {"prompt": asdict(prompt), "answers": answers}
+
+
+def readable(made: Sequence[Trajectory]) -> list[dict[str, Any]]:
+    """What `row_of` takes, whole."""
+    return [to_json(one, readable=True) for one in made]
+
+
+def _row(group: Group) -> dict[str, Any]:
+    graded = [Verdict(one.reward, one.parts, None, one.extra) for one in group.answers]
+    return row_of(group.prompt, [as_row(one.trajectory) for one in group.answers], graded)
+
+
+def _group(row: dict[str, Any], segments: Iterator[Segment] | None) -> Group:
+    """segments: where the arrays of the answers come from; None: they are in the row."""
+
+    def trajectory(answer: dict[str, Any]) -> Trajectory:
+        if segments is None:
+            return from_json(answer)
+        num = len(answer.get("segments", [0]))
+        own = [one for _, one in zip(range(num), segments, strict=False)]
+        return assembled(answer, own)
+
+    prompt = Prompt(**row["prompt"] | {"tokens": tuple(row["prompt"]["tokens"])})
+    answers = (
+        GradedAnswer(trajectory(a), a["reward"], a["parts"], a.get("extra", {}))
+        for a in row["answers"]
+    )
+    return Group(prompt, tuple(answers))

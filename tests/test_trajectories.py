@@ -1,0 +1,167 @@
+"""Trajectories: what of them is learned, and what of them is on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moetrain.data.groups import GradedAnswer, Group, pack_groups
+from moetrain.data.samples import Kept, Prompt, Sample
+from moetrain.data.trajectories import Finish, Segment, Trajectory, from_json, to_json
+from moetrain.errors import DataError
+from moetrain.loops.store import Batch, Store
+
+PROMPT = Prompt("p", (1, 2, 3), {"prompt": [{"role": "user", "content": "q"}]})
+ENDS: list[Finish] = ["stop", "length", "turns"]
+
+
+def drawn(rng: np.random.Generator, index: int, *, before: int, rich: bool) -> Sample:
+    """A turn of the model behind `before` tokens."""
+    tokens = tuple(int(n) for n in rng.integers(4, 90, rng.integers(1, 6)))
+    return Sample(
+        "p",
+        index,
+        tokens,
+        tuple(float(x) for x in -rng.random(len(tokens))),
+        f"said {tokens}",
+        "stop",
+        int(rng.integers(0, 3)),
+        rng.integers(0, 200, (before + len(tokens) - 1, 2, 2)).astype(np.int16) if rich else None,
+        Kept.of([[n, n + 1][: 1 + i % 2] for i, n in enumerate(tokens)]) if rich else None,
+    )
+
+
+@st.composite
+def trajectories(draw: st.DrawFn, *, index: int = 0, rich: bool | None = None) -> Trajectory:
+    """Of several turns, some of them behind a conversation that a template has rewritten."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    rich = draw(st.booleans()) if rich is None else rich
+    before = len(PROMPT.tokens)
+    segment = Segment.of(drawn(rng, index, before=before, rich=rich))
+    done: list[Segment] = []
+    for rewrites in draw(st.lists(st.booleans(), max_size=3)):
+        if rewrites:
+            done.append(segment)
+            context = rng.integers(4, 90, 7).astype(np.int32)
+            segment = Segment.of(drawn(rng, index, before=7, rich=rich), context)
+            before = 7
+        else:
+            reply = tuple(int(n) for n in rng.integers(90, 99, rng.integers(1, 5)))
+            segment = segment.answered(reply, "a reply")
+            place = before + len(segment.tokens)
+            segment = segment.continued(drawn(rng, index, before=place, rich=rich))
+    plain = not done and len(segment.turns) == 1
+    messages: Any = () if plain else ({"role": "tool", "content": "a reply"},)
+    return Trajectory("p", index, (*done, segment), draw(st.sampled_from(ENDS)), messages)
+
+
+def batch_of(made: list[Trajectory]) -> Batch:
+    """A step's batch of one group."""
+    return Batch(7, (Group(PROMPT, tuple(GradedAnswer(one, 1.0) for one in made)),), 1)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two optional arrays hold the same."""
+    return a is b if a is None or b is None else np.array_equal(a, b)
+
+
+def assert_equal(one: Trajectory, other: Trajectory) -> None:
+    """In everything."""
+    assert (one.prompt_id, one.index, one.finish) == (other.prompt_id, other.index, other.finish)
+    assert one.turns == other.turns and list(one.messages) == list(other.messages)
+    for a, b in zip(one.segments, other.segments, strict=True):
+        assert same(a.tokens, b.tokens) and same(a.logprobs, b.logprobs)
+        assert same(a.context, b.context) and same(a.routes, b.routes)
+        for x, y in zip(a.kept or (), b.kept or (), strict=True):
+            assert same(x, y)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(trajectories(rich=True), min_size=1, max_size=4), st.booleans())
+def test_what_is_learned_is_what_the_model_wrote(made: list[Trajectory], beyond: bool) -> None:
+    """With the log-prob that it was drawn with and what could be drawn; replies are context."""
+    made = [Trajectory("p", i, one.segments, one.finish) for i, one in enumerate(made)]
+    group = batch_of(made).groups
+    packs = pack_groups(group, {}, seq_len=64, min_packs=2, beyond=beyond)
+    learned: dict[int, list[tuple[int, float]]] = {i: [] for i in range(len(made))}
+    for pack in packs:
+        for n in range(pack.num_sequences):
+            start, end = pack.cu_seqlens[n : n + 2].tolist()
+            item, mask = int(pack.extras["item"][n]), pack.loss_mask[start:end] > 0
+            if item < 0:
+                assert not mask.any()
+                continue
+            labels = pack.labels[start:end][mask].tolist()
+            drawn_at = pack.per_token["rollout_logp"][start:end]
+            assert not drawn_at[~mask].any()
+            assert (pack.per_token["kept"][start:end][mask][:, 0] > 0).all()
+            assert not pack.per_token["kept"][start:end][~mask].any()
+            learned[item] += zip(labels, drawn_at[mask].tolist(), strict=True)
+            # What comes before each learned token is what the model saw: the tokens are its own.
+            if int(pack.prefix[n]) < 0 if pack.prefix is not None else True:
+                continue
+            own = pack.tokens[start:end]
+            assert own[1:].tolist() == pack.labels[start : end - 1].tolist()
+    for item, one in enumerate(made):
+        assert sorted(learned[item]) == sorted(zip(one.tokens, one.logprobs, strict=True))
+
+
+@settings(deadline=None, max_examples=40)
+@given(trajectories())
+def test_a_trajectory_is_read_as_it_was_written(one: Trajectory) -> None:
+    for readable in (False, True):
+        text = json.dumps(to_json(one, readable=readable))
+        assert_equal(one, from_json(json.loads(text)))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(trajectories(rich=True), min_size=1, max_size=4))
+def test_a_batch_is_read_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, made: list[Trajectory]
+) -> None:
+    store = Store(tmp_path_factory.mktemp("rollouts"))
+    store.write(batch_of(made))
+    again = store.read(7)
+    assert again is not None and again.cursor == 1
+    for one, other in zip(made, again.answers, strict=True):
+        assert_equal(one, other.trajectory)
+
+
+def plain() -> Trajectory:
+    return Trajectory.of(Sample("p", 0, (5, 6), (-0.5, -0.25), "hi", "stop", 2))
+
+
+def test_numbers_are_beside_the_text_that_people_read(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(batch_of([plain()]))
+    _, row = (tmp_path / "00000007.jsonl").read_text().splitlines()
+    (answer,) = json.loads(row)["answers"]
+    assert (answer["text"], answer["tokens"], answer["logp"]) == ("hi", 2, -0.75)
+    numbers = tmp_path / "00000007.safetensors"
+    content = bytearray(numbers.read_bytes())
+    content[-3] ^= 4
+    numbers.write_bytes(content)
+    with pytest.raises(DataError, match=r"safetensors has other bytes than were written\. Remove"):
+        store.read(7)
+    numbers.unlink()
+    with pytest.raises(DataError, match=r"is missing; it has the numbers of 00000007\.jsonl"):
+        store.read(7)
+
+
+def test_rollouts_of_other_versions(tmp_path: Path) -> None:
+    """Those of before have everything in one file and are read; later ones are refused."""
+    prompt = {"id": "p", "tokens": [1, 2], "columns": {}}
+    old = {"prompt_id": "p", "index": 0, "tokens": [5], "logprobs": [-0.5], "text": "hi"}
+    old |= {"finish": "stop", "version": 0, "reward": 1.0, "parts": {}}
+    rows = [{"cursor": 1, "temperature": 1.0}, {"prompt": prompt, "answers": [old]}]
+    path = tmp_path / "00000003.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batch = Store(tmp_path).read(3)
+    assert batch is not None and batch.answers[0].trajectory.tokens == [5]
+    path.write_text(json.dumps(rows[0] | {"schema": 9}) + "\n")
+    with pytest.raises(DataError, match=r"by a later moetrain \(schema 9; .*give another run_dir"):
+        Store(tmp_path).read(3)
