@@ -4,12 +4,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from torch import Tensor
 
 from moetrain.config.rollout import MOST_KEPT, RolloutConfig
 from moetrain.data.samples import Prompt, Sample
+
+if TYPE_CHECKING:
+    from moetrain.rollout.later import Later
 
 PROBE_TOKENS = 8  # greedy tokens that follow each probe
 
@@ -98,8 +101,15 @@ class RolloutEngine(Protocol):
         """The version that a push of what moved since can build on; None: it needs everything."""
         ...
 
-    def generate(self, requests: Sequence[Request], on_sample: Callable[[Sample], None]) -> None:
-        """Draw all; `on_sample` as each one ends, in any order."""
+    def generate(
+        self,
+        requests: Sequence[Request],
+        on_sample: Callable[[Sample], None],
+        later: "Later | None" = None,
+    ) -> None:
+        """Draw all, and what comes `later`; `on_sample` as each one ends, in any order, one at a
+        time.
+        """
         ...
 
     def batches(self, requests: Sequence[Request]) -> Iterable[Sequence[Request]]:

@@ -17,22 +17,38 @@ class Deal:
     since its keys and values are then computed once.
     """
 
-    def __init__(self, requests: Sequence[Request], num_servers: int):
-        self.requests = requests
+    def __init__(
+        self, requests: Sequence[Request], num_servers: int, *, more_may_come: bool = False
+    ):
+        self.requests = list(requests)
         numbers = range(len(requests))
         groups = [list(group) for _, group in groupby(numbers, lambda i: requests[i].prompt.id)]
-        self._share = math.ceil(len(groups) / num_servers)
+        self._share = max(1, math.ceil(len(groups) / num_servers))
         self._open = deque(groups)
         self._left = set(numbers)
         self._over = False
+        self._more_may_come = more_may_come  # it ends when it is told to
+        self._num_idle = 0  # threads that wait for something to do
         self._changed = threading.Condition(threading.RLock())
+
+    def add(self, requests: Sequence[Request]) -> bool:
+        """Further requests; whether a thread waits that takes them."""
+        with self._changed:
+            first = len(self.requests)
+            self.requests += requests
+            self._left.update(range(first, len(self.requests)))
+            self._open.extend([number] for number in range(first, len(self.requests)))
+            self._changed.notify_all()
+            return self._num_idle > 0
 
     def take(self, room: int | None = None) -> list[int]:
         """A server's next requests, at most `room`; waits while others hold all that is left. Empty
         at the end.
         """
         with self._changed:
+            self._num_idle += 1
             self._changed.wait_for(lambda: self._over or bool(self._open))
+            self._num_idle -= 1
             if self._over:
                 return []
             taken = [self._open.popleft() for _ in range(min(self._share, len(self._open)))]
@@ -53,7 +69,7 @@ class Deal:
         with self._changed:
             first = number in self._left
             self._left.discard(number)
-            if not self._left:
+            if not self._left and not self._more_may_come:
                 self.end()
             return first
 

@@ -32,6 +32,7 @@ from moetrain.rollout.base import (
     stopped_at,
     text_of_answer,
 )
+from moetrain.rollout.later import Later
 from moetrain.rollout.shaping import shaped
 
 BATCH = 64  # answers drawn together
@@ -53,15 +54,28 @@ class Embedded:
         self.version = -1
         self._tensors: dict[str, Tensor] = {}  # of the last push, by Hugging Face name
 
-    def generate(self, requests: Sequence[Request], on_sample: Callable[[Sample], None]) -> None:
-        """Draw all, batch by batch."""
-        for together in self.batches(requests):
-            for sample in self._draw(together):
-                on_sample(sample)
+    def generate(
+        self,
+        requests: Sequence[Request],
+        on_sample: Callable[[Sample], None],
+        later: Later | None = None,
+    ) -> None:
+        """Draw all, batch by batch; then the next turns of all of them, so that what is drawn
+        together does not depend on how fast replies come.
+        """
+        while requests:
+            for together in self.batches(requests):
+                for sample in self._draw(together):
+                    on_sample(sample)
+            requests = [] if later is None else later.take_round()
 
     def batches(self, requests: Sequence[Request]) -> Iterable[Sequence[Request]]:
-        """Those with prompts of like length together."""
-        return batched(sorted(requests, key=lambda r: len(r.prompt.tokens)), BATCH)
+        """Those that are drawn one way, with prompts of like length together."""
+        ways: dict[Sampling, list[Request]] = {}
+        for request in requests:
+            ways.setdefault(request.sampling, []).append(request)
+        for own in ways.values():
+            yield from batched(sorted(own, key=lambda r: len(r.prompt.tokens)), BATCH)
 
     @torch.inference_mode()
     def _draw(self, requests: Sequence[Request]) -> list[Sample]:

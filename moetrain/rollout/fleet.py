@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from moetrain.errors import RolloutError
 from moetrain.rollout.base import PROBE_TOKENS, Probe, Request, text_of_answer
 from moetrain.rollout.client import QueueFull, ServerLost
 from moetrain.rollout.dealing import Deal, as_json
+from moetrain.rollout.later import Later
 from moetrain.rollout.pushed import Pushed
 from moetrain.rollout.servers import Server
 from moetrain.rollout.transfer import Transfer
@@ -58,6 +60,8 @@ class Fleet:
         self._from_folder = False  # the next push starts the servers from files
         self._closed = False
         self._lock = threading.Lock()
+        self._starts: Counter[int] = Counter()  # of each server, by its identity
+        self._locks = {id(server): threading.Lock() for server in servers}
 
     # Sampling
 
@@ -65,19 +69,40 @@ class Fleet:
         """Servers batch as requests come: each is drawn by itself."""
         return ((request,) for request in requests)
 
-    def generate(self, requests: Sequence[Request], on_sample: Callable[[Sample], None]) -> None:
-        """Draw all, on all servers; nothing that has come is drawn again."""
-        deal = Deal(requests, len(self.servers))
-        results: queue.SimpleQueue[Sample | BaseException] = queue.SimpleQueue()
-        for server in self.servers:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        on_sample: Callable[[Sample], None],
+        later: Later | None = None,
+    ) -> None:
+        """Draw all, on all servers; nothing that has come is drawn again. What comes later is drawn
+        beside the rest, by a thread more where all are busy.
+        """
+        deal = Deal(requests, len(self.servers), more_may_come=later is not None)
+        results: queue.SimpleQueue[Sample | BaseException | None] = queue.SimpleQueue()
+
+        def begin(server: Server) -> None:
             args = (server, deal, results)
             threading.Thread(target=self._work, args=args, daemon=True, name="rollout").start()
+
+        for server in self.servers:
+            begin(server)
+        next_server = cycle(self.servers)
+        if later is not None:
+            later.listener = lambda: results.put(None)
+        num_open = len(requests)
         try:
-            for _ in requests:
+            while num_open or (later is not None and later.is_open):
                 one = results.get()
                 if isinstance(one, BaseException):
                     raise one
-                on_sample(one)
+                if one is not None:
+                    num_open -= 1
+                    on_sample(one)
+                elif later is not None and (more := later.take()):
+                    num_open += len(more)
+                    if not deal.add(more):
+                        begin(next(next_server))
         finally:
             deal.end()
 
@@ -88,6 +113,7 @@ class Fleet:
         try:
             while numbers := deal.take(room):
                 room = None
+                start = self._starts[id(server)]
                 try:
                     self._draw(server, deal, numbers, found)
                 except QueueFull as full:
@@ -95,14 +121,13 @@ class Fleet:
                     room = full.room or None
                     time.sleep(0 if room else FULL_SECONDS)
                 except ServerLost as lost:
-                    self._count(lost.fault)
                     losses += 1
                     if losses > MAX_LOSSES:
                         raise RolloutError(
                             f"A rollout server was lost {losses} times in one batch; the last time:"
                             f" {lost}. What was sampled is on disk; start again to go on."
                         ) from lost
-                    self._recover(server)
+                    self._recover(server, lost, start)
         except BaseException as error:
             if not self._closed:
                 found.put(error)
@@ -151,8 +176,17 @@ class Fleet:
             kept=Kept.from_json(answer["kept"]) if sampling.kept else None,
         )
 
-    def _recover(self, server: Server) -> None:
-        """Start a lost server again with the weights of now."""
+    def _recover(self, server: Server, lost: ServerLost, start: int) -> None:
+        """Start a server that was lost after its start number `start` again, with the weights of
+        now. Of several threads that it was lost to, one does.
+        """
+        with self._locks[id(server)]:
+            if self._starts[id(server)] == start:
+                self._count(lost.fault)
+                self._restart(server)
+                self._starts[id(server)] += 1
+
+    def _restart(self, server: Server) -> None:
         if self._closed:
             raise RolloutError("The rollout servers were closed.")
         if self.pushed.version != self.version:
@@ -266,8 +300,7 @@ class Fleet:
             try:
                 return server.client.post("/probe", body)
             except ServerLost as lost:  # since the push
-                self._count(lost.fault)
-                self._recover(server)
+                self._recover(server, lost, self._starts[id(server)])
         raise RolloutError(f"A rollout server was lost {MAX_LOSSES} times while it was probed.")
 
     def sleep(self) -> None:
