@@ -178,12 +178,13 @@ class Chat:
         record says.
         """
         messages, kwargs, _ = self.controls.guard(messages, kwargs)
-        messages = self._with_system(messages)
-        text = self.template.text_of(
-            [self._spoken(message) for message in messages], add_generation_prompt=True, **kwargs
-        )
+        text = self.template.text_of(self.spoken(messages), add_generation_prompt=True, **kwargs)
         self._asked(messages, text)
         return text
+
+    def spoken(self, messages: list[Message]) -> list[Message]:
+        """Messages that `controls` has guarded, as the template takes them."""
+        return [self._spoken(message) for message in self._with_system(messages)]
 
     def prompt_notes(self, messages: list[Message], text: str, /, **kwargs: Any) -> tuple[str, ...]:
         """What of a prompt the template does not render."""
@@ -267,7 +268,7 @@ class Chat:
         if any(message.strip() not in text for message in systems):
             found.append("the chat template does not render the system message")
         offered = kwargs.get("tools")
-        names = [_name_of(tool) for tool in offered] if isinstance(offered, list) else []
+        names = [name_of(tool) for tool in offered] if isinstance(offered, list) else []
         names = [name for name in names if isinstance(name, str)]
         # A call's name stands in the text also where the tool does not.
         if names and not (self.template.reads.tools and all(name in text for name in names)):
@@ -370,7 +371,7 @@ def _num_chars(value: Any) -> int:
     return sum(map(_num_chars, value)) if isinstance(value, list) else 0
 
 
-def _name_of(tool: Any) -> Any:
+def name_of(tool: Any) -> Any:
     """Of a tool on offer, in OpenAI's form or bare; a template may have been given anything."""
     own = tool.get("function", tool) if isinstance(tool, Mapping) else None
     return own.get("name") if isinstance(own, Mapping) else None

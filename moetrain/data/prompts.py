@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.data import assets
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.cache import cache_root
-from moetrain.data.chat import Chat
+from moetrain.data.chat import Chat, name_of
 from moetrain.data.demonstrations import prepare_demonstrations
 from moetrain.data.formats import (
     SWITCHES,
@@ -55,6 +55,33 @@ class Found(NamedTuple):
     notes: Counter[str]  # on what of a record is not rendered, and of how many
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What an environment adds to prompts: the tools on offer, and what it says first."""
+
+    tools: tuple[Mapping[str, Any], ...] = ()
+    # To a record's columns, `prompt` its messages. FormatError where it cannot begin.
+    opening: Callable[[Mapping[str, Any]], list[Message]] | None = None
+    has_turns: bool = False  # it replies, which takes messages
+
+    def kwargs_of(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What the chat template is given for a record. A record's own `tools` choose, by their
+        names, among those of the environment. FormatError where one is not there.
+        """
+        kwargs = template_kwargs_of(record)
+        if not self.has_turns or not (self.tools or kwargs.get("tools")):
+            return kwargs
+        known = {str(name_of(tool)): tool for tool in self.tools}
+        given = [str(name_of(tool)) for tool in kwargs.get("tools", ())]
+        names = given or list(known)
+        lacking = [name for name in names if name not in known]
+        if lacking:
+            raise FormatError(
+                f"tools has {', '.join(lacking)}, and the environment {', '.join(known) or 'none'}"
+            )
+        return kwargs | {"tools": [known[name] for name in names]}
+
+
 def read_prompts(
     inputs: Iterable[str | Path],
     chat: Chat,
@@ -62,6 +89,7 @@ def read_prompts(
     *,
     held_out: bool = False,
     selection: Selection | None = None,
+    scene: Scene | None = None,
 ) -> Found:
     """Every record of the inputs as a prompt.
 
@@ -77,7 +105,7 @@ def read_prompts(
             found.rejects.append(row)
             continue
         try:
-            prompt, notes = read_prompt(row.value, chat, max_tokens)
+            prompt, notes = read_prompt(row.value, chat, max_tokens, scene)
         except FormatError as error:
             found.rejects.append(Reject(row.file, row.line, str(error)))
             continue
@@ -100,19 +128,27 @@ def describe_repeats(prompts: Iterable[Prompt]) -> str:
 
 
 def read_prompt(
-    record: Mapping[str, Any], chat: Chat, max_tokens: int | None = None
+    record: Mapping[str, Any],
+    chat: Chat,
+    max_tokens: int | None = None,
+    scene: Scene | None = None,
 ) -> tuple[Prompt, tuple[str, ...]]:
     """(the prompt, notes on what of it is not rendered). Raises FormatError with the reason."""
+    scene = scene or Scene()
     key = _key(record)
     columns = {name: value for name, value in record.items() if name not in KEYS}
     if (texts := templated(record, "prompt")) is not None:
         (text,), notes = texts, ()
+        if scene.has_turns:
+            raise FormatError("it is templated already, and the environment replies to messages")
         if max_tokens is not None:
             chat.refuse_long(max_tokens, text)
         columns["prompt"] = text
     else:
         messages = to_prompt(record)
-        kwargs = template_kwargs_of(record)
+        if scene.opening is not None:
+            messages = [*messages, *scene.opening(columns | {"prompt": messages})]
+        kwargs = scene.kwargs_of(record)
         if max_tokens is not None:
             chat.refuse_long(max_tokens, messages, kwargs)
         text = chat.prompt(messages, **kwargs)
@@ -203,7 +239,7 @@ class PromptSet:
     lines: list[str]
 
 
-def prepare_prompts(recipe: Recipe) -> PromptSet:
+def prepare_prompts(recipe: Recipe, scene: Scene | None = None) -> PromptSet:
     """Read data.train and data.eval as prompts; writes <run_dir>/rejected.jsonl as `prepare` does.
 
     Raises DataError: no usable record, too many rejected, a tokenizer larger than the model's.
@@ -220,7 +256,7 @@ def prepare_prompts(recipe: Recipe) -> PromptSet:
 
     def read(paths: Sequence[str], held_out: bool, selection: Selection | None = None) -> Found:
         inputs = [assets.resolve(path, root) for path in paths]
-        return read_prompts(inputs, chat, room, held_out=held_out, selection=selection)
+        return read_prompts(inputs, chat, room, held_out=held_out, selection=selection, scene=scene)
 
     selection = Selection.of(recipe)
     train = read(recipe.data.train, False, selection)

@@ -198,6 +198,22 @@ class Template:
         tried = (self._tries(_calls(arguments, content, number)) for content in (None, ""))
         return next((text for text in tried if ARGUMENT in text), "")
 
+    @cached_property
+    def called(self) -> str:
+        """A turn that calls f(k=ARGUMENT) and says nothing else, as the model would write it (where
+        the prompt for one is another, with how a turn begins); "" where calls are not rendered.
+        """
+        arguments: Any = {"k": ARGUMENT} if self.reads.mapping else json.dumps({"k": ARGUMENT})
+        text, prompt = self._calls_of(arguments), self._tries(add_generation_prompt=True)
+        turn = text.removeprefix(prompt)
+        if turn == text:  # such as a thought that is begun for answers alone
+            turn = text[shared(text, self._tries()) :]
+        end = self.end_of(turn)
+        if end is not None:
+            turn = turn[:end].rstrip()
+            turn = turn.removesuffix(next((t for t in self.ends.tokens if turn.endswith(t)), ""))
+        return turn
+
     def _tries_first(self, role: str) -> str:
         messages = [{"role": role, "content": CONTENT}, {"role": "user", "content": QUESTION}]
         try:

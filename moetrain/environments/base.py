@@ -21,6 +21,9 @@ class Environment(Protocol):
     (`environments/calls.py`): `content`, `reasoning_content`, `tool_calls` and `malformed`, what is
     wrong with calls that could not be read. A reply is messages of the roles user, tool and system.
     One with `is_error: True` is counted as a failure of a tool; the model sees its content.
+
+    A record is its columns, as rewards have them: `prompt` holds the messages before the model's
+    first turn (at a reset, those of the record alone).
     """
 
     @property

@@ -9,14 +9,19 @@ from moetrain.config.rollout import RolloutConfig
 from moetrain.config.user_files import check_named
 from moetrain.environments.base import Environment
 from moetrain.environments.game import Game
+from moetrain.environments.python import Python
+from moetrain.environments.search import Search
 from moetrain.environments.single import Single
+from moetrain.environments.tools import Tools
 from moetrain.errors import ConfigError, nearest
 from moetrain.rewards.own_files import load_named
 
 ENVIRONMENTS: dict[str, Callable[..., Environment]] = {
     "single": Single,
+    "tools": Tools,
+    "python": Python,
+    "search": Search,
     "game": Game,
-    "tools": Single,
 }
 
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

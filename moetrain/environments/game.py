@@ -12,9 +12,9 @@ _NUMBER = re.compile(r"-?\d+")
 
 
 class Game:
-    """A number of [low, high] is to be guessed: the record's `number`, or one that its prompt
-    decides. Each turn's last number is the guess; the reply is "higher" or "lower", and the game
-    ends when it is right.
+    """A number of [low, high] is to be guessed: the record's `number`, or one that its first
+    message decides. Each turn's last number is the guess; the reply is "higher" or "lower", and the
+    game ends when it is right.
     """
 
     tools: Sequence[Tool] = ()
@@ -44,6 +44,5 @@ class Game:
         given = record.get("number")
         if isinstance(given, int):
             return given
-        return self.low + zlib.crc32(repr(record.get("prompt")).encode()) % (
-            self.high - self.low + 1
-        )
+        first = repr(list(record.get("prompt") or "")[:1])
+        return self.low + zlib.crc32(first.encode()) % (self.high - self.low + 1)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from moetrain.config.rollout import RolloutConfig
 from moetrain.data.messages import FormatError, Message
+from moetrain.data.prompts import Scene
 from moetrain.environments.base import Environment, Fault, Reply, Silent, Tool
 from moetrain.environments.find import check_names, open_environment
 from moetrain.environments.replies import read_replies
@@ -73,6 +74,9 @@ class EnvironmentService:
             self.close()
             raise
         self.tools, self._is_silent = told.tools, told.is_silent
+        # What prompts have of it, for `data/prompts.py`.
+        opening = None if told.is_silent else self.reset
+        self.scene = Scene(told.tools, opening, rollout.environment != "single")
 
     def ask(self, key: Hashable, record: Mapping[str, Any], messages: Sequence[Message]) -> None:
         """Ask for the reply to the last of `messages`, the model's turn; `key` is told with it."""

@@ -1,0 +1,304 @@
+"""How models write tool calls in their text. Each reader takes what was said behind the thought,
+and tells calls from content. What looks like a call and cannot be read stays in the content, with a
+line that says what is wrong with it.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moetrain.data.messages import shown
+
+Types = Mapping[str, Mapping[str, Any]]
+"""Tool -> its parameters' JSON schemas, by name: formats that write a text and a number alike are
+read by them.
+"""
+
+
+class Malformed(ValueError):
+    """What is wrong with a call, for the model."""
+
+
+@dataclass
+class Found:
+    """What a turn says."""
+
+    content: str = ""
+    calls: list[tuple[str, dict[str, Any]]] = field(
+        default_factory=list[tuple[str, dict[str, Any]]]
+    )
+    malformed: list[str] = field(default_factory=list[str])
+    thought: str = ""
+
+
+Reader = Callable[[str, Types], Found]
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+# A model writes line breaks into texts as they are.
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)
+
+
+def _object(text: str, place: int, what: str) -> tuple[dict[str, Any], int]:
+    """(the JSON object at a place, where it ends)."""
+    at = len(text) - len(text[place:].lstrip())
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise Malformed(f"{what} is not JSON: {reason}") from error
+    if not isinstance(value, dict):
+        raise Malformed(f"{what} is {shown(value)}, not a JSON object")
+    return value, end
+
+
+def _named(value: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name and arguments that a JSON object says."""
+    name = value.get("name")
+    if not isinstance(name, str) or not name:
+        raise Malformed('a tool call has no "name"')
+    given = value.get("arguments", value.get("parameters"))
+    if isinstance(given, str):
+        given, _ = _object(given, 0, f"the arguments of {name}")
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise Malformed(f"the arguments of {name} are {shown(given)}, not a JSON object")
+    return name, given
+
+
+Parse = Callable[[str, int], tuple[list[tuple[str, dict[str, Any]]], int]]
+"""(text, place) -> (the calls that begin there, where they end). Raises Malformed."""
+
+
+def _scan(text: str, begin: re.Pattern[str], ends: Sequence[str], parse: Parse) -> Found:
+    """Calls wherever `begin` is, the rest as content; a malformed one goes up to the next of `ends`
+    or of `begin`.
+    """
+    found, kept, place = Found(), list[str](), 0
+    while match := begin.search(text, place):
+        kept.append(text[place : match.start()])
+        try:
+            calls, place = parse(text, match.end())
+            found.calls += calls
+        except Malformed as error:
+            found.malformed.append(str(error))
+            place = _end_of(text, match, begin, ends)
+            kept.append(text[match.start() : place])
+    found.content = "".join([*kept, text[place:]]).strip()
+    return found
+
+
+def _end_of(text: str, match: re.Match[str], begin: re.Pattern[str], ends: Sequence[str]) -> int:
+    place = len(text)
+    for end in ends:
+        if (at := text.find(end, match.end())) >= 0:
+            place = min(place, at + len(end))
+    following = begin.search(text, match.end())
+    return min(place, following.start()) if following else place
+
+
+# Hermes, Qwen 2.5 and 3: <tool_call>{"name": …, "arguments": {…}}</tool_call>
+
+
+def read_json(text: str, types: Types) -> Found:
+    return _scan(text, re.compile("<tool_call>"), ["</tool_call>"], _json_call)
+
+
+def _json_call(text: str, place: int) -> tuple[list[tuple[str, dict[str, Any]]], int]:
+    value, end = _object(text, place, "a tool call")
+    closed = re.compile(r"\s*</tool_call>").match(text, end)
+    if closed is None and text[end:].strip():
+        raise Malformed("a tool call has more than one JSON object, or no </tool_call>")
+    return [_named(value)], closed.end() if closed else len(text)
+
+
+# Qwen3-Coder, Qwen 3.5, Nemotron 3: <tool_call><function=f><parameter=a>…</parameter></function>
+
+_XML_PARAMETER = re.compile(
+    r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|</function>))", re.DOTALL
+)
+
+
+def read_xml(text: str, types: Types) -> Found:
+    # The outer mark is left out by models at times.
+    begin = re.compile(r"<tool_call>\s*<function=|<tool_call>|<function=")
+
+    def parse(text: str, place: int) -> tuple[list[tuple[str, dict[str, Any]]], int]:
+        name = re.compile(r"([^>\n<]+)>").match(text, place)
+        if name is None or not text[:place].endswith("<function="):
+            raise Malformed("a tool call is not <function=NAME> … </function>")
+        arguments: dict[str, Any] = {}
+        place = name.end()
+        own = types.get(name[1].strip(), {})
+        while match := _XML_PARAMETER.match(text, place):
+            key = match[1].strip()
+            arguments[key], place = _value(match[2], own.get(key)), match.end()
+        end = re.compile(r"\s*</function>(?:\s*</tool_call>)?").match(text, place)
+        if end is None:
+            raise Malformed(f"the call of {name[1]} is not closed by </parameter> and </function>")
+        return [(name[1].strip(), arguments)], end.end()
+
+    return _scan(text, begin, ["</tool_call>", "</function>"], parse)
+
+
+# GLM 4.5: <tool_call>f <arg_key>a</arg_key> <arg_value>…</arg_value> </tool_call>
+
+_GLM_ARGUMENT = re.compile(
+    r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|</tool_call>))",
+    re.DOTALL,
+)
+
+
+def read_glm(text: str, types: Types) -> Found:
+    def parse(text: str, place: int) -> tuple[list[tuple[str, dict[str, Any]]], int]:
+        name = re.compile(r"\s*([^\s<]+)").match(text, place)
+        if name is None:
+            raise Malformed("a tool call does not begin with the name of a tool")
+        arguments: dict[str, Any] = {}
+        place = name.end()
+        own = types.get(name[1], {})
+        while match := _GLM_ARGUMENT.match(text, place):
+            key = match[1].strip()
+            arguments[key], place = _value(match[2], own.get(key)), match.end()
+        end = re.compile(r"\s*</tool_call>").match(text, place)
+        if end is None:
+            raise Malformed(
+                f"the call of {name[1]} is not pairs of <arg_key> and <arg_value> and </tool_call>"
+            )
+        return [(name[1], arguments)], end.end()
+
+    return _scan(text, re.compile("<tool_call>"), ["</tool_call>"], parse)
+
+
+# Llama 3: {"name": …, "parameters": {…}}, and nothing else
+
+PYTHON_TAG = "<|python_tag|>"
+
+
+def read_llama(text: str, types: Types) -> Found:
+    marked = text.lstrip().startswith(PYTHON_TAG)
+    own = text.strip().removeprefix(PYTHON_TAG)
+    if not marked and not re.match(r'\s*\{\s*"(?:name|type|parameters|arguments)"', own):
+        return Found(text.strip())
+    found, place = Found(), 0
+    try:
+        while own[place:].strip():
+            value, place = _object(own, place, "a tool call")
+            found.calls.append(_named(value))
+            place += len(own[place:]) - len(own[place:].lstrip(" \n;"))
+    except Malformed as error:
+        return Found(text.strip(), malformed=[str(error)])
+    return found
+
+
+# DeepSeek V3 (a kind, and arguments in a block of code) and V3.1 (neither)
+
+_D = {
+    name: f"<\uff5c{name}\uff5c>".replace(" ", "\u2581")
+    for name in (
+        "tool calls begin",
+        "tool calls end",
+        "tool call begin",
+        "tool call end",
+        "tool sep",
+    )
+}
+_FENCED = re.compile(r"([^\n]+)\n```json\n")
+
+
+def read_deepseek(text: str, types: Types) -> Found:
+    def parse(text: str, place: int) -> tuple[list[tuple[str, dict[str, Any]]], int]:
+        at = text.find(_D["tool sep"], place)
+        if at < 0:
+            raise Malformed(f"a tool call has no {_D['tool sep']}")
+        name, place = text[place:at].strip(), at + len(_D["tool sep"])
+        if fenced := _FENCED.match(text, place):
+            name, place = fenced[1].strip(), fenced.end()
+        arguments, place = _object(text, place, f"the arguments of {name}")
+        end = re.compile(rf"\s*(?:```)?\s*{re.escape(_D['tool call end'])}").match(text, place)
+        if end is None:
+            raise Malformed(f"the call of {name} has no {_D['tool call end']} behind its arguments")
+        return [(name, arguments)], end.end()
+
+    begin, end = re.escape(_D["tool call begin"]), _D["tool call end"]
+    found = _scan(text, re.compile(begin), [end], parse)
+    for mark in ("tool calls begin", "tool calls end"):
+        found.content = found.content.replace(_D[mark], "").strip()
+    return found
+
+
+# gpt-oss: messages in channels
+
+_HEADER = re.compile(
+    r"(?:<\|start\|>assistant)?((?:(?!<\|start\|>|<\|message\|>).)*)<\|message\|>", re.S
+)
+_BODY = re.compile(r"(.*?)(?:<\|(?:end|call|return)\|>|\Z)", re.DOTALL)
+_TO = re.compile(r"to=([^\s<]+)")
+_CHANNEL = re.compile(r"<\|channel\|>(\w+)")
+
+
+def read_harmony(text: str, types: Types) -> Found:
+    found, contents, thoughts, place = Found(), list[str](), list[str](), 0
+    while header := _HEADER.match(text, place):
+        body = _BODY.match(text, header.end())
+        assert body is not None
+        place = body.end()
+        to, channel = _TO.search(header[1]), _CHANNEL.search(header[1])
+        if to is None:
+            is_thought = channel is not None and channel[1] == "analysis"
+            (thoughts if is_thought else contents).append(body[1])
+            continue
+        name = to[1].removeprefix("functions.")
+        try:
+            arguments, end = _object(body[1], 0, f"the arguments of {name}")
+            if body[1][end:].strip():
+                raise Malformed(f"the arguments of {name} are more than one JSON object")
+            found.calls.append((name, arguments))
+        except Malformed as error:
+            found.malformed.append(str(error))
+            contents.append(body[1])
+    contents.append(text[place:])
+    found.content = "\n".join(own for own in contents if own.strip()).strip()
+    found.thought = "\n".join(thoughts).strip()
+    return found
+
+
+def _value(text: str, schema: Mapping[str, Any] | None) -> Any:
+    """What a parameter's text says, by its type; without one, JSON where it is some."""
+    kinds = _kinds(schema or {})
+    if kinds == {"string"}:
+        return text
+    if "string" in kinds:
+        return None if kinds & {"null"} and text.strip() in ("null", "None") else text
+    try:
+        return _DECODER.decode(text.strip())
+    except (ValueError, RecursionError):
+        # Templates write Python's names for them.
+        return {"True": True, "False": False, "None": None}.get(text.strip(), text)
+
+
+def _kinds(schema: Mapping[str, Any]) -> set[str]:
+    own = schema.get("type")
+    found = {own} if isinstance(own, str) else set(own) if isinstance(own, list) else set[str]()
+    for other in schema.get("anyOf") or ():
+        found |= _kinds(other)
+    if schema.get("nullable"):
+        found.add("null")
+    if all(isinstance(one, str) for one in schema.get("enum") or [0]):
+        found.add("string")
+    return found
+
+
+READERS: dict[str, Reader] = {
+    "xml": read_xml,
+    "glm": read_glm,
+    "json": read_json,
+    "deepseek": read_deepseek,
+    "harmony": read_harmony,
+    "llama": read_llama,
+}
