@@ -20,7 +20,7 @@ from moetrain.data import tokenizer as tokenizers
 from moetrain.data.byte_spans import ByteSpans
 from moetrain.data.contract import TrainedTurn, appears_in
 from moetrain.data.controls import Controls, How, cut
-from moetrain.data.formats import Conversation
+from moetrain.data.formats import Conversation, name_of
 from moetrain.data.messages import FormatError, Message, shown, split_thought
 from moetrain.data.template import Span, Template, template_text
 from moetrain.errors import DataError
@@ -369,12 +369,6 @@ def _num_chars(value: Any) -> int:
     if isinstance(value, Mapping):
         return sum(len(str(key)) + _num_chars(item) for key, item in value.items())
     return sum(map(_num_chars, value)) if isinstance(value, list) else 0
-
-
-def name_of(tool: Any) -> Any:
-    """Of a tool on offer, in OpenAI's form or bare; a template may have been given anything."""
-    own = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    return own.get("name") if isinstance(own, Mapping) else None
 
 
 def _masked(ids: list[int], offsets: list[Span], spans: Sequence[Span]) -> Encoded:

@@ -223,6 +223,12 @@ def template_kwargs_of(record: Record) -> dict[str, Any]:
     return {**kwargs, **({"tools": tools} if tools else {})}
 
 
+def name_of(tool: Any) -> Any:
+    """Of a tool on offer, in OpenAI's form or bare; a template may have been given anything."""
+    own = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    return own.get("name") if isinstance(own, Mapping) else None
+
+
 def _tool(value: Any, where: str) -> Any:
     """A tool with its function and that one's parameters as objects: `datasets` writes those of
     uneven keys as texts of JSON.

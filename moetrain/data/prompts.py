@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.data import assets
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.cache import cache_root
-from moetrain.data.chat import Chat, name_of
+from moetrain.data.chat import Chat
 from moetrain.data.demonstrations import prepare_demonstrations
 from moetrain.data.formats import (
     SWITCHES,
@@ -27,7 +27,6 @@ from moetrain.data.formats import (
     alpaca_prompt,
     filled,
     sharegpt,
-    template_kwargs_of,
     templated,
     unread_fields,
     with_system,
@@ -36,6 +35,7 @@ from moetrain.data.messages import FormatError, Message, listed, read_messages
 from moetrain.data.rejects import Reject, check_rejects, noted, write_rejects
 from moetrain.data.run_tokenizer import chat_of, model_vocab, tokenizer_notes, tokenizer_of
 from moetrain.data.samples import Prompt
+from moetrain.data.scene import Scene
 from moetrain.data.selection import Selection, rows_of
 from moetrain.data.thoughts import opened_by
 from moetrain.errors import DataError, plural
@@ -53,33 +53,6 @@ class Found(NamedTuple):
     prompts: list[Prompt]  # the usable ones, in the order of the files
     rejects: list[Reject]
     notes: Counter[str]  # on what of a record is not rendered, and of how many
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What an environment adds to prompts: the tools on offer, and what it says first."""
-
-    tools: tuple[Mapping[str, Any], ...] = ()
-    # To a record's columns, `prompt` its messages. FormatError where it cannot begin.
-    opening: Callable[[Mapping[str, Any]], list[Message]] | None = None
-    has_turns: bool = False  # it replies, which takes messages
-
-    def kwargs_of(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What the chat template is given for a record. A record's own `tools` choose, by their
-        names, among those of the environment. FormatError where one is not there.
-        """
-        kwargs = template_kwargs_of(record)
-        if not self.has_turns or not (self.tools or kwargs.get("tools")):
-            return kwargs
-        known = {str(name_of(tool)): tool for tool in self.tools}
-        given = [str(name_of(tool)) for tool in kwargs.get("tools", ())]
-        names = given or list(known)
-        lacking = [name for name in names if name not in known]
-        if lacking:
-            raise FormatError(
-                f"tools has {', '.join(lacking)}, and the environment {', '.join(known) or 'none'}"
-            )
-        return kwargs | {"tools": [known[name] for name in names]}
 
 
 def read_prompts(

@@ -49,6 +49,10 @@ class Silent:
         return []
 
 
+class Unable(Exception):
+    """The environment itself cannot, whatever was called: a fault, of which no model is told."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """What an environment said to a turn, or what became of it."""

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from moetrain.environments.base import Tool
+from moetrain.environments.base import Tool, Unable
 from moetrain.environments.toolbox import Toolbox
-from moetrain.rewards.programs import Broken
 from moetrain.rewards.sandbox import MB, Limits, Sandbox
 
 MOST = 16 * MB  # bytes of output that a program may write; of it a reply has rollout.reply_chars
@@ -71,7 +70,7 @@ class Python(Toolbox):
             limits=self._limits,
         )
         if ran.end == "broken":
-            raise Broken(f"the sandbox: {ran.said}")
+            raise Unable(f"the sandbox: {ran.said}")
         out = ran.out.decode(errors="replace")
         if ran.end == "timeout":
             raise ProgramError(f"it ran for over {self._limits.seconds:g} s. {out}")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from moetrain.config.rollout import RolloutConfig
 from moetrain.data.messages import FormatError, Message
-from moetrain.data.prompts import Scene
+from moetrain.data.scene import Scene
 from moetrain.environments.base import Environment, Fault, Reply, Silent, Tool
 from moetrain.environments.find import check_names, open_environment
 from moetrain.environments.replies import read_replies

@@ -8,9 +8,8 @@ from typing import Any
 from pydantic import ValidationError, validate_call
 
 from moetrain.data.messages import Message, shown
-from moetrain.environments.base import Silent, Tool
+from moetrain.environments.base import Silent, Tool, Unable
 from moetrain.errors import nearest
-from moetrain.rewards.programs import Broken
 
 LONGEST = 2000  # characters of an error
 
@@ -56,7 +55,7 @@ class Toolbox(Silent):
                 f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()
             )
             return failure(f"Error: the arguments of {name}: {wrong}") | about
-        except Broken:  # a fault: it says nothing about what was called
+        except Unable:
             raise
         except Exception as error:  # a user's own code, which may fail in any way
             return failure(f"Error: {type(error).__name__}: {error}") | about
