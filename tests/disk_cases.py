@@ -174,7 +174,7 @@ OTHERS = {
     "convert quantize": "its rows go through the writer of convert merge and convert expand",
     "launch": "prints, or hands a script to sbatch",
     "bench": "measures for a minute, and then writes one file at once, as init does",
-    "plan": "writes one recipe at once at its end, as init does",
+    "plan": "writes one recipe and one picture, each at once, as init does",
     "doctor": "tries each disk and says what it found in its table",
     "requeue": "prints its verdict, which is to stop where the run's folder cannot be written",
     "serve": "starts a vLLM server; its log and files are those of a run's, and it needs vLLM",

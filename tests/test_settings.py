@@ -84,6 +84,7 @@ SHOWN_BY: dict[str, str] = {
     "megatron": "test_megatron_fields",
     "rollout.engine": "test_settings_runs",
     "cluster.hang_seconds": "system.test_slurm",
+    "cluster.prediction": "test_fit",
     "rollout.reward_workers": "system.test_slurm",
 }
 # These decide how fast, not what; or have one value.
@@ -265,7 +266,8 @@ def test_a_key_of_the_plan(over: dict[str, Any], beside: dict[str, Any]) -> None
 
 def test_the_gpu_is_what_a_dry_run_warns_about() -> None:
     big = HF | {"hidden_size": 8192, "vocab_size": 600_000}
-    warned = ["WARNING" in plan(laid({"model": {"hf": big}, "cluster": {"gpu": gpu}}))
+    none = {"prediction": "none"}
+    warned = ["WARNING" in plan(laid({"model": {"hf": big}, "cluster": {"gpu": gpu} | none}))
               for gpu in ("A100-40GB", "B200-180GB")]  # fmt: skip
     assert warned == [True, False]
 

@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import moetrain
 from moetrain.config.load import load_recipe
 from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError, MoetrainError
+from moetrain.planner.fit import check_fits
 from moetrain.run.dry_run import check
 
 REPO = Path(moetrain.__file__).resolve().parents[1]
@@ -71,7 +73,10 @@ def script_of(
         if not dry_run and shutil.which("sbatch") is None:
             raise MoetrainError(NO_SLURM)
         raise ConfigError(f"{path} says no cluster.nodes. Give --nodes.")
-    check(recipe, nodes * cluster.gpus_per_node, dry=True)
+    size = nodes * cluster.gpus_per_node
+    line = check_fits(recipe, check(recipe, size, dry=True), size)
+    if line is not None and line.startswith("WARNING"):
+        print(f"moetrain: {line}", file=sys.stderr)
     common = REPO / "slurm" / "common.sh"
     if not common.is_file():
         raise ConfigError(f"{common} is not there. Install moetrain from its repository.")

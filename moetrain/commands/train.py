@@ -1,5 +1,6 @@
 """`moetrain train`: train by a recipe."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from moetrain.commands.common import Arguments, Command, Parser, add_ranks
 
 if TYPE_CHECKING:
     from moetrain.config.recipe import Recipe
+    from moetrain.models import Model
 
 
 def arguments(parser: Parser) -> None:
@@ -36,8 +38,9 @@ def run(args: Arguments) -> int:
         _dry_run(recipe, args.nproc)
         return 0
     world_size = launch.joined(args.nproc) or (args.nproc or 1) * launch.num_nodes(args.nproc)
-    check(recipe, world_size)  # mistakes show before any process starts
+    model = check(recipe, world_size)  # mistakes show before any process starts
     check_inputs(recipe)
+    _fits(recipe, model, world_size)
     quiet = recipe.cluster.hang_seconds
     if recipe.rollout is not None:  # the other ranks wait in one collective while a server starts
         quiet += recipe.rollout.start_timeout
@@ -77,22 +80,52 @@ def _recorded(run_dir: Path, *, is_rank: bool) -> Iterator[Arguments]:
             record_end(run_dir, end.code, good)
 
 
+def _fits(recipe: "Recipe", model: "Model", size: int) -> None:
+    """Refuse, or warn of, a recipe that does not fit the GPUs that it names, where this machine has
+    some; whoever starts ranks does it for them.
+    """
+    import sys
+
+    from moetrain.planner.fit import check_fits, is_predicted
+    from moetrain.planner.gpu import find_gpu
+    from moetrain.pulse import PULSE
+    from moetrain.run.prediction import has_gpus
+
+    is_other = PULSE in os.environ or os.environ.get("RANK", "0") != "0"
+    if is_other or not is_predicted(recipe):
+        return
+    if find_gpu(recipe.cluster.gpu_name, "cluster.gpu").asynchronous != has_gpus():
+        return
+    line = check_fits(recipe, model, size)
+    if line is not None and line.startswith("WARNING"):
+        print(f"moetrain: {line}", file=sys.stderr)
+
+
 def _dry_run(recipe: "Recipe", num_procs: int | None) -> None:
-    from moetrain.run.dry_run import dry_run
+    from moetrain.models.lookup import model_of
+    from moetrain.planner.fit import check_fits
+    from moetrain.run.dry_run import dry_run, world_size
     from moetrain.run.inputs import check_inputs, has_own_data, is_planned, missing
 
+    size = world_size(recipe, num_procs)
     text = dry_run(recipe, num_procs)
+    model = model_of(recipe, dry=True)
     if is_planned(recipe):  # on another machine than the run's
-        print(text, *(f"# NOT HERE: {error}" for error in missing(recipe)), sep="\n")
+        print(text, *(f"# NOT HERE: {error}" for error in missing(recipe)), sep="\n", flush=True)
+    else:
+        check_inputs(recipe)
+        print(text, flush=True)
+    line = check_fits(recipe, model, size)
+    if line is not None:
+        print(f"# {line}")
+    if is_planned(recipe):
         return
-    check_inputs(recipe)
-    print(text, flush=True)
     if has_own_data(recipe):
         from moetrain.run.ahead import look_ahead
 
         lines = look_ahead(recipe)
         print(*(f"# {line}" for line in lines), sep="\n")
-        if any(line.startswith("WARNING") for line in lines):
+        if any(line.startswith("WARNING") for line in [*lines, line or ""]):
             return
     print("# nothing was found that would stop this run")
 

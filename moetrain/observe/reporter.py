@@ -13,6 +13,7 @@ from moetrain.observe.figures import label, written
 from moetrain.observe.ledger import Ledger, rows_of
 from moetrain.observe.overoptimisation import Watch
 from moetrain.observe.plot import plot_figures
+from moetrain.observe.predicted import Gap
 from moetrain.observe.progress import ProgressDisplay
 from moetrain.observe.sinks import open_sinks
 from moetrain.observe.summary import print_summaries, summarise
@@ -36,10 +37,20 @@ class Reporter:
     Args:
         num_steps: the run's last step; `step`: the one it continues from.
         speaks: whether this rank is the one that writes.
+        predicted: figures that every training row gets beside its own (`predicted/...`).
     """
 
-    def __init__(self, recipe: Recipe, num_steps: int, step: int, *, speaks: bool):
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_steps: int,
+        step: int,
+        *,
+        speaks: bool,
+        predicted: Mapping[str, float] | None = None,
+    ):
         self.recipe, self.speaks = recipe, speaks
+        self._predicted = predicted or {}
         self._num_steps = num_steps
         self._warned = -math.inf
         self._open = ExitStack()
@@ -47,7 +58,7 @@ class Reporter:
             return
         self._ledger = Ledger(recipe.run_dir / "ledger.jsonl", step)
         limit = recipe.method.kl_limit
-        self._watches = (Watch(limit), Collapse(limit))
+        self._watches = (Watch(limit), Collapse(limit), Gap())
         for row in rows_of(recipe.run_dir / "ledger.jsonl"):
             self._warning(row)
         self._open.callback(self._ledger.close)
@@ -68,7 +79,7 @@ class Reporter:
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Record a training row."""
-        self._write(row)
+        self._write({**row, **self._predicted})
         if self.speaks and self._progress:
             self._progress.step(row)
             lost = row.get("faults/dropped/ungraded", 0)

@@ -158,7 +158,7 @@ def _comparable(key: str, changed: set[str], runs: Sequence[Run]) -> bool:
 
 
 def _group(key: str, first: Sequence[str]) -> str:
-    if key in _HEALTH or key.startswith("router/"):
+    if key in _HEALTH or key.startswith(("router/", "predicted/")):
         return "health"
     if key.removeprefix("eval_") not in first:
         return "more"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from math import lcm
+from typing import Any
 
 from moetrain.config.load import recipe_from
 from moetrain.config.recipe import ParallelConfig, Recipe
@@ -17,6 +18,8 @@ from moetrain.models import Model
 VPP = (1, 2, 4)
 MICRO_BATCH = (1, 2, 4)
 RECOMPUTE = ("none", "selective", "full")
+AXES = ("tp", "cp", "pp", "vpp", "ep", "etp")
+STAGES = ("first_stage_layers", "last_stage_layers")
 LEAST_TOKENS = 4096  # of a sequence on a rank: context parallelism is not for less
 
 
@@ -56,6 +59,22 @@ def layouts(recipe: Recipe, model: Model, size: int) -> Iterator[ParallelConfig]
                 partial(recipe_from, content),
             ):
                 yield parallel
+                if pp > 1 and vpp == 1 and (last := shorter_last(model, recipe, pp)):
+                    yield parallel.model_copy(update={"last_stage_layers": last})
+
+
+def shorter_last(model: Model, recipe: Recipe, pp: int) -> int | None:
+    """Layers of the last of `pp` stages so that it takes as long with its head as the others; None
+    where that is what it has anyway.
+    """
+    tokens = recipe.data.seq_len
+    pairs = tokens * tokens // 2
+    layer = model.layers[-1]
+    head = model.heads.flops(tokens, 0) / (
+        layer.attention.flops(tokens, pairs) + layer.mlp.flops(tokens, pairs)
+    )
+    last = round((model.num_layers - head * (pp - 1)) / pp)
+    return last if 0 < last < model.num_layers // pp else None
 
 
 def _is_taken(*checks: Callable[[], object]) -> bool:
@@ -69,3 +88,21 @@ def _is_taken(*checks: Callable[[], object]) -> bool:
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def changed(recipe: Recipe, other: Recipe) -> dict[str, Any]:
+    """Keys of a layout that `other` has otherwise -> its values, as a command line takes them."""
+    found: dict[str, Any] = {}
+    for axis in AXES:
+        before, now = (getattr(r.parallel, axis) or 1 for r in (recipe, other))
+        if before != now:
+            found[f"parallel.{axis}"] = now
+    for name in STAGES:
+        before, now = (getattr(r.parallel, name) for r in (recipe, other))
+        if before != now:
+            found[f"parallel.{name}"] = "null" if now is None else now
+    for name in ("micro_batch", "recompute"):
+        before, now = (getattr(r.train, name) for r in (recipe, other))
+        if before != now:
+            found[f"train.{name}"] = now
+    return found

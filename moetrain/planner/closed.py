@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from moetrain.config.recipe import ParallelConfig, Recipe
 from moetrain.layout.activations import activation_bytes, num_micro_batches, of_layers, shares_of
 from moetrain.layout.memory import static_bytes, trained
-from moetrain.layout.mesh import MeshPlan, plan_mesh
+from moetrain.layout.mesh import MeshPlan, plan_mesh, stage_layers
 from moetrain.models import Model, Rule
 from moetrain.models.lookup import model_of
 from moetrain.models.parts.base import Shares
@@ -47,7 +47,7 @@ class Closed:
             self._layers[shares] = of_layers(model, shares)
         more = activation_bytes(model, plan, recipe, self._layers[shares])
         held = max(s + a for s, a in zip(self._static[key], more, strict=True))
-        return Rough(held + gpu.fixed_bytes(NUM_GROUPS), _passes(recipe, model, plan, gpu))
+        return Rough(held + fixed(gpu, size), _passes(recipe, model, plan, gpu))
 
     def _static_bytes(self, recipe: Recipe, plan: MeshPlan) -> tuple[float, ...]:
         """Of each stage: from two and four layers on two stages, where layers are alike."""
@@ -61,10 +61,18 @@ class Closed:
             [s.total for s in static_bytes(model, small, recipe, learns)]
             for model, learns in (few, more)
         )
-        layers = -(-self.model.num_layers // plan.pp)
         fewest = 2 / num  # layers of a stage in the smaller one
-        held = [a + (layers / fewest - 1) * (b - a) for a, b in zip(low, high, strict=True)]
-        return (held[0],) * (plan.pp - num + 1) + tuple(held[1:])
+        kinds = list(zip(low, high, strict=True))  # of the first stage and the last
+        return tuple(
+            a + (layers / fewest - 1) * (b - a)
+            for i, layers in enumerate(_stages(recipe, self.model, plan))
+            for a, b in [kinds[-1] if i == plan.pp - 1 else kinds[0]]
+        )
+
+
+def fixed(gpu: Gpu, size: int) -> int:
+    """Bytes of a GPU that are no tensors, where `size` of them work together."""
+    return gpu.fixed_bytes(NUM_GROUPS if size > 1 else 0)
 
 
 type Learning = tuple[Model, Mapping[str, Rule]]
@@ -79,12 +87,22 @@ def _learning(recipe: Recipe, model: Model, num: int) -> Learning | None:
     return fewer, trained(small, fewer)
 
 
+def _stages(recipe: Recipe, model: Model, plan: MeshPlan) -> list[int]:
+    """Layers of each stage."""
+    parallel = recipe.parallel
+    ends = (parallel.first_stage_layers, parallel.last_stage_layers)
+    stages = stage_layers(model.num_layers, plan.pp, plan.vpp, *ends)
+    return [sum(map(len, chunks)) for chunks in stages]
+
+
 def _passes(recipe: Recipe, model: Model, plan: MeshPlan, gpu: Gpu) -> float:
     """Of all micro-batches through the pipeline."""
     num = num_micro_batches(recipe, plan)
-    layers = -(-model.num_layers // plan.pp)
-    each = layers * _layer(recipe, model, plan, gpu) + _head(recipe, model, plan, gpu)
-    return each * (num + (plan.pp - 1) / plan.vpp)
+    layer = _layer(recipe, model, plan, gpu)
+    stages = [layers * layer for layers in _stages(recipe, model, plan)]
+    stages[-1] += _head(recipe, model, plan, gpu)
+    slowest = max(stages)
+    return slowest * num + (sum(stages) - slowest) / plan.vpp
 
 
 def _rounds(recipe: Recipe) -> float:

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
@@ -21,16 +21,18 @@ from moetrain.layout.memory import GIB
 from moetrain.layout.mesh import plan_mesh
 from moetrain.models import Model
 from moetrain.models.lookup import model_of
-from moetrain.planner.candidates import candidates
+from moetrain.planner.candidates import candidates, changed
 from moetrain.planner.closed import Closed, Rough
 from moetrain.planner.cost import Seconds, step_seconds
 from moetrain.planner.extend import trace_fast
 from moetrain.planner.gpu import Gpu
-from moetrain.planner.trace import Trace, without_weights
+from moetrain.planner.trace import Trace, timeline, without_weights
 
 Goal = Literal["speed", "memory"]
 ROUNDS = 3  # of traces, at most
 ROUND = 6  # layouts that are traced in one
+NEAR = 8  # that are traced in search of the nearest that fits
+LEAN = 0.8  # of the formula's bound on bytes: what a layout may turn out to hold
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Planned:
 
     recipe: Recipe
     peak_gib: float  # of the fullest GPU: tensors, what lies between them, CUDA and NCCL
+    fullest: int  # rank
+    first_rank_gib: float  # of tensors on rank 0: what its ledger has as memory_gib
     memory: dict[str, float]  # category -> GiB
     step_s: float
     fits: bool
@@ -63,6 +67,7 @@ class Search:
     """One recipe on `size` GPUs.
 
     load: tokens of the fullest expert-parallel rank over the mean.
+    pool: what `tracers` gives, to share it with other searches.
     """
 
     recipe: Recipe
@@ -70,16 +75,20 @@ class Search:
     gpu: Gpu
     goal: Goal = "speed"
     load: float = 1.0
+    pool: ProcessPoolExecutor | None = None
     model: Model = field(init=False)
 
     def __post_init__(self) -> None:
         self.recipe = without_weights(self.recipe)
         self.model = model_of(self.recipe)
 
+    def _tracers(self) -> AbstractContextManager[ProcessPoolExecutor]:
+        return tracers() if self.pool is None else nullcontext(self.pool)
+
     def as_is(self) -> SearchResult:
         """The recipe's own layout."""
         start = time.monotonic()
-        with _tracers() as run:
+        with self._tracers() as run:
             layouts = self._traced([self.recipe], run)
         return SearchResult(layouts, 1, time.monotonic() - start)
 
@@ -99,7 +108,7 @@ class Search:
             )
         report(f"{len(rough)} layouts divide; tracing the best")
         done: dict[int, Planned] = {}
-        with _tracers() as run:
+        with self._tracers() as run:
             for _ in range(ROUNDS):
                 chosen = self._next(rough, done)
                 if not chosen:
@@ -109,6 +118,39 @@ class Search:
                 report(f"{len(done)} traced")
         layouts = sorted(done.values(), key=self._key)
         return SearchResult(layouts, len(rough), time.monotonic() - start)
+
+    def traced(self, recipes: Sequence[Recipe]) -> list[Planned]:
+        """These layouts, as they are."""
+        with self._tracers() as run:
+            return self._traced(recipes, run)
+
+    def timeline(self, planned: Planned) -> list[dict[str, int]]:
+        """What the fullest rank holds over a step: category -> bytes. Traced whole."""
+        with self._tracers() as run:
+            return run.submit(timeline, planned.recipe, planned.fullest, self.size).result()
+
+    def nearest(self) -> Planned | None:
+        """The layout that fits with the fewest keys changed; of those, what the formulas are surest
+        of and find fastest. None where none of the first few fits.
+        """
+        closed = Closed(self.recipe, self.model, self.gpu)
+        limit = self.gpu.memory_gib.value * GIB
+        near: list[tuple[int, bool, float, int]] = []
+        found = list(candidates(self.recipe, self.model, self.size))
+        for i, recipe in enumerate(found):
+            rough = closed.rough(recipe, self.size)
+            num = len(changed(self.recipe, recipe))
+            if num and rough.bytes * LEAN <= limit:
+                near.append((num, rough.bytes > limit, rough.seconds, i))
+        near = sorted(near)[:NEAR]
+        at_once = _num_tracers()
+        with self._tracers() as run:
+            for start in range(0, len(near), at_once):
+                some = [found[i] for *_, i in near[start : start + at_once]]
+                fitting = [planned for planned in self._traced(some, run) if planned.fits]
+                if fitting:
+                    return fitting[0]
+        return None
 
     def _key(self, planned: Planned) -> tuple[bool, float]:
         value = planned.step_s if self.goal == "speed" else planned.peak_gib
@@ -164,7 +206,8 @@ class Search:
         held["CUDA and NCCL"] = self.gpu.fixed_bytes(len(groups)) / GIB
         peak = sum(held.values())
         fits = peak <= self.gpu.memory_gib.value
-        return Planned(recipe, peak, held, seconds.total, fits, seconds)
+        first = traces[0].profile.peak / GIB
+        return Planned(recipe, peak, fullest.rank, first, held, seconds.total, fits, seconds)
 
 
 type Kind = tuple[int, bool, bool]
@@ -183,7 +226,7 @@ class _Scale:
     """
 
     seconds: float = 1.0
-    bytes: float = 0.8
+    bytes: float = LEAN
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[Planned, Rough]]) -> "_Scale":
@@ -195,15 +238,18 @@ class _Scale:
         )
 
 
+def _num_tracers() -> int:
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
 @contextmanager
-def _tracers() -> Iterator[ProcessPoolExecutor]:
+def tracers() -> Iterator[ProcessPoolExecutor]:
     """Processes that trace: a process that has traced trains nothing afterwards. An interrupt of
     the terminal ends them without a word.
     """
     context = multiprocessing.get_context("spawn")
-    num = min(len(os.sched_getaffinity(0)), 8)
     on_interrupt = (signal.SIGINT, signal.SIG_DFL)
-    with ProcessPoolExecutor(num, context, signal.signal, on_interrupt) as run:
+    with ProcessPoolExecutor(_num_tracers(), context, signal.signal, on_interrupt) as run:
         try:
             yield run
         except BaseException:

@@ -21,8 +21,8 @@ def values_of(tensor: Tensor) -> Tensor | None:
 class MetaWatch(Watch):
     """A watch over the meta device."""
 
-    def __init__(self) -> None:
-        super().__init__(torch.device("meta"))
+    def __init__(self, *, timeline: bool = False) -> None:
+        super().__init__(torch.device("meta"), timeline=timeline)
         self._results: dict[Any, Any] = {}  # of operations on shapes, which layers repeat
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:

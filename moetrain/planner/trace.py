@@ -67,6 +67,14 @@ def trace_steps(
     return _traces(recipe, world, [[pack] * (num * recipe.train.micro_batch) for num in nums])
 
 
+def timeline(recipe: Recipe, rank: int, size: int) -> list[dict[str, int]]:
+    """What the rank holds over a whole step: category -> bytes."""
+    world = meta_world(recipe.parallel, rank, size, "cuda")
+    num = num_micro_batches(recipe, world.plan) * recipe.train.micro_batch
+    watch = MetaWatch(timeline=True)
+    return _traces(recipe, world, [[pack_of(recipe)] * num], watch)[0].profile.timeline
+
+
 def without_weights(recipe: Recipe) -> Recipe:
     """The recipe with its model's config in place of the folder, which need not be here."""
     given = recipe.model
@@ -79,9 +87,14 @@ def without_weights(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def _traces(recipe: Recipe, world: World, steps: Sequence[Sequence[Packed]]) -> list[Trace]:
+def _traces(
+    recipe: Recipe,
+    world: World,
+    steps: Sequence[Sequence[Packed]],
+    watch: MetaWatch | None = None,
+) -> list[Trace]:
     recipe = without_weights(recipe)
-    watch = MetaWatch()
+    watch = watch or MetaWatch()
     found: list[Trace] = []
     with watch:
         engine = watched_engine(recipe, world, watch)

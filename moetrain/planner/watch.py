@@ -52,6 +52,7 @@ _COUNTED = (*_ATTENTION, _GROUPED)  # here
 # What they write they do not read first.
 _WRITE_ONLY = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}
 _VARIANTS = r"(_into)?(_tensor)?(_base|_coalesced)?$"  # of one collective
+POINTS = 2048  # of a timeline, at most twice as many while it is made
 OUTSIDE = "head"  # in a forward pass, of no module: the log-probs and the loss
 
 
@@ -102,6 +103,8 @@ class Profile:
     """Category -> bytes, when most was held then."""
     ops: dict[Op, Cost] = field(default_factory=dict[Op, Cost])
     collectives: dict[Collective, Cost] = field(default_factory=dict[Collective, Cost])
+    timeline: list[dict[str, int]] = field(default_factory=list[dict[str, int]])
+    """Category -> bytes after each allocation, thinned to the fuller ones, where it is wanted."""
 
     def peaks(self) -> dict[str, int]:
         """Phase -> most bytes in it."""
@@ -123,9 +126,10 @@ class Profile:
 class Watch(TorchDispatchMode):
     """Counts what is made on `device` inside of it."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *, timeline: bool = False):
         super().__init__()
         self.device = device.type
+        self._wants_timeline = timeline
         self.profile = Profile()
         self._now: Counter[str] = Counter()  # category -> bytes
         self._total = 0
@@ -266,6 +270,10 @@ class Watch(TorchDispatchMode):
         self._total += size
         if size > 0:
             self._at(category)
+            if self._wants_timeline and self._phase != "build":
+                self.profile.timeline.append({name: num for name, num in self._now.items() if num})
+                if len(self.profile.timeline) > 2 * POINTS:
+                    self.profile.timeline = thinned(self.profile.timeline)
 
     def _at(self, category: str) -> None:
         """Something of this category has been made."""
@@ -301,6 +309,12 @@ class Watch(TorchDispatchMode):
         cost = self.profile.collectives.setdefault(kind, Cost())
         cost.times += 1
         cost.num_bytes += max(sizes)
+
+
+def thinned(points: Sequence[dict[str, int]]) -> list[dict[str, int]]:
+    """Of two neighbours the fuller one."""
+    pairs = (points[i : i + 2] for i in range(0, len(points), 2))
+    return [max(pair, key=lambda held: sum(held.values())) for pair in pairs]
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from moetrain.layout.mesh import check_layout, plan_mesh, rank_table
 from moetrain.layout.passed import check_passed
 from moetrain.models import Model
 from moetrain.models.lookup import model_of
+from moetrain.planner.fit import is_predicted
 from moetrain.planner.gpu import gpu_gib
 
 MAX_RANKS_SHOWN = 64
@@ -115,22 +116,24 @@ def dry_run(recipe: Recipe, num_procs: int | None) -> str:
         f"GPU, before activations:"
     )
     lines.append("stage  params(B)  weights  gradients  optimizer    total")
-    limit = gpu_gib(recipe.cluster.gpu)
+    limit = gpu_gib(recipe.cluster.gpu_name)
     for s in stages:
         lines.append(
             f"{s.stage:>5}  {s.num_params / 1e9:>9.3f}  {s.weights / unit:>7.2f}  "
             f"{s.gradients / unit:>9.2f}  {s.optimizer / unit:>9.2f}  {s.total / unit:>7.2f}"
         )
+    if is_predicted(recipe):  # `check_fits` says more
+        return "\n".join(lines)
     if worst.total / GIB <= limit < totals[fullest] / GIB:
         lines.append(
             f"WARNING: stage {fullest} may need {totals[fullest] / GIB:.1f} GiB with activations,"
-            f" and a {recipe.cluster.gpu} has {limit:.1f}. If it does not fit, set"
+            f" and a {recipe.cluster.gpu_name} has {limit:.1f}. If it does not fit, set"
             " train.recompute=full, a smaller data.seq_len, or parallel.cp."
         )
     if worst.total / GIB > limit:
         lines.append(
             f"WARNING: stage {worst.stage} needs {worst.total / GIB:.1f} GiB before activations "
-            f"and a {recipe.cluster.gpu} "
+            f"and a {recipe.cluster.gpu_name} "
             f"has {limit:.1f}. Use more ranks, more ep or pp, or optim.offload."
         )
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from moetrain.run.folder import (
     write_run_files,
 )
 from moetrain.run.lock import RunLock
+from moetrain.run.prediction import Prediction, has_gpus
 from moetrain.run.starts import record_start
 from moetrain.run.stop import EXIT_STOPPED
 
@@ -41,6 +42,10 @@ class Job:
             self._lock.take()
         self._earlier = check_recipe(recipe)
         self._damaged: list[str] = []
+        self._prediction: Prediction | None = None
+        if self.is_first:
+            size = int(os.environ.get("WORLD_SIZE", 1))
+            self._prediction = Prediction(recipe, size, on_gpu=has_gpus())
         self.checkpoints = Checkpoints(
             recipe.run_dir,
             keep=recipe.checkpoint.keep,
@@ -110,7 +115,12 @@ class Job:
             self._lock.take()
             write_run_files(recipe, rank_table(engine.world.plan), {"num_steps": num_steps})
             lines = [*lines, record_start(recipe.run_dir, step, self._damaged), *self._damaged]
-        report = Reporter(recipe, num_steps, step, speaks=engine.world.is_first)
+        predicted: dict[str, float] = {}
+        if self._prediction is not None:
+            predicted = self._prediction.figures(on_gpu=engine.world.kind == "nccl")
+            lines = [*lines, *self._prediction.lines(predicted)]
+        speaks = engine.world.is_first
+        report = Reporter(recipe, num_steps, step, speaks=speaks, predicted=predicted)
         for line in lines:
             report.say(line)
         return report

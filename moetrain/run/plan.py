@@ -1,46 +1,163 @@
-"""`moetrain plan`: the search's answer as a table, as JSON, as a recipe and as a job."""
+"""`moetrain plan`: a search for each length that is asked for; its answer as a table, as JSON, as a
+recipe, as a job and as a chart.
+"""
 
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moetrain import files
 from moetrain.config.load import dump_recipe, load_recipe
 from moetrain.config.recipe import Recipe
-from moetrain.errors import ConfigError, MoetrainError, plural
+from moetrain.errors import ConfigError, MoetrainError
+from moetrain.models import read_model
+from moetrain.models.lookup import find_model
 from moetrain.planner.cost import NATURAL_LOAD
 from moetrain.planner.gpu import Gpu, find_gpu
-from moetrain.planner.search import Planned, Search, SearchResult
+from moetrain.planner.longest import at_length, longest
+from moetrain.planner.rl_step import RlStep, Sampled, with_answers
+from moetrain.planner.rollout import Lengths, has_servers, server_nodes
+from moetrain.planner.search import Planned, Search, SearchResult, tracers
 from moetrain.run.dry_run import check, world_size
+from moetrain.run.plan_chart import write_chart
+from moetrain.run.plan_text import as_json, as_text
 
-SHOWN = 8
-AXES = ("tp", "cp", "pp", "vpp", "ep", "etp")
+
+@dataclass(frozen=True)
+class _Answer:
+    """Of one length. `size`: GPUs that train."""
+
+    recipe: Recipe
+    size: int
+    search: Search
+    result: SearchResult
+    sampled: Sampled | None = None
 
 
 def plan(args: Namespace) -> int:
     """The exit code: that of a mistake where nothing fits."""
     _check_options(args)
+    with tracers() as args.pool:
+        return _plan(args)
+
+
+def _plan(args: Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
-    gpu_name = args.gpu or recipe.cluster.gpu
+    gpu_name = args.gpu or recipe.cluster.gpu_name
     gpu = find_gpu(gpu_name, "--gpu" if args.gpu else "cluster.gpu")
-    size = args.gpus or world_size(recipe, None)
-    search = Search(recipe, size, gpu, args.goal or "speed", _load(args.routing))
+    answers: list[_Answer] = []
+    for seq_len in args.seq or [recipe.data.seq_len]:
+        given = recipe if seq_len == recipe.data.seq_len else at_length(recipe, seq_len)
+        answer = _answer(args, given, gpu)
+        answers.append(answer)
+        best = _with_layout(answer.recipe, answer.result.best, gpu_name, answer.size)
+        check(best, answer.size, dry=True)
+        if not args.json:
+            title = [f"data.seq_len={answer.recipe.data.seq_len}"] * (
+                len(args.seq) > 1 or args.goal == "longest"
+            )
+            print(*title, as_text(answer.result, gpu, answer.size, answer.sampled), sep="\n")
+    if args.json:
+        print(json.dumps(_json(answers, several=len(args.seq) > 1)))
+    if args.chart is not None:
+        last = answers[-1]
+        write_chart(last.search, last.result.best, args.chart)
+    if not all(answer.result.best.fits for answer in answers):
+        return MoetrainError.exit_code
+    if args.write is not None:
+        files.write_text(args.write, dump_recipe(best))
+    return 0
+
+
+def _json(answers: Sequence[_Answer], *, several: bool) -> dict[str, Any]:
+    rows = [
+        {"seq_len": answer.recipe.data.seq_len} | as_json(answer.result, answer.sampled)
+        for answer in answers
+    ]
+    return {"lengths": rows} if several else rows[0]
+
+
+def _answer(args: Namespace, recipe: Recipe, gpu: Gpu) -> _Answer:
+    if not has_servers(recipe):
+        if args.answer_tokens is not None:
+            raise ConfigError("--answer-tokens is of answers that vLLM samples. Leave it out.")
+        return _searched(args, recipe, gpu, recipe, world_size(recipe, args.gpus))
+    _, rollout = recipe.sampling
+    if (args.answer_tokens or 0) > rollout.max_tokens:
+        raise ConfigError(
+            f"--answer-tokens {args.answer_tokens} is the mean, and rollout.max_tokens="
+            f"{rollout.max_tokens} the most. Give less."
+        )
+    lengths = Lengths.of(recipe, args.answer_tokens)
+    answer = _with_servers(args, recipe, gpu, lengths)
+    sampled = answer.sampled
+    assert sampled is not None
+    may_share = not args.as_is and not rollout.address and rollout.push != "ipc"
+    if may_share and sampled.better is not None and answer.result.best.fits:
+        servers = sampled.better.servers
+        _report(f"rollout.num_servers={servers} looks faster; a search with it")
+        args.gpus = sampled.better.trainers + servers * recipe.cluster.gpus_per_node
+        shared = rollout.model_copy(update={"num_servers": servers})
+        other = _with_servers(
+            args, recipe.model_copy(update={"rollout": shared}), gpu, lengths, answer.recipe
+        )
+        assert other.sampled is not None
+        if other.result.best.fits and other.sampled.split.step_s < sampled.split.step_s:
+            return other
+    return answer
+
+
+def _with_servers(
+    args: Namespace, recipe: Recipe, gpu: Gpu, lengths: Lengths, at: Recipe | None = None
+) -> _Answer:
+    """at: has the data.seq_len that a search before this one has come to."""
+    if at is not None:
+        recipe = at_length(recipe, at.data.seq_len)
+    traced = with_answers(recipe, lengths)
+    served = read_model(find_model(recipe.model, dry=True).hf)  # adapters are merged into it
+    step = RlStep(traced, served, gpu, lengths)
+    answer = _searched(args, recipe, gpu, traced, _trainers(args, recipe), again=at is not None)
+    servers = max(1, server_nodes(recipe))
+    sampled = step.whole(answer.result.best, answer.size, servers)
+    return replace(answer, sampled=sampled)
+
+
+def _searched(
+    args: Namespace, recipe: Recipe, gpu: Gpu, traced: Recipe, size: int, *, again: bool = False
+) -> _Answer:
+    """traced: the recipe as it is traced; again: at the length that was found before."""
+    goal = "speed" if args.goal in (None, "longest") else args.goal
+    search = Search(traced, size, gpu, goal, _load(args.routing), args.pool)
     if search.load > 1 and search.model.moe is None:
         raise ConfigError(f"--routing {args.routing}: this model has no experts. Leave it out.")
     if args.as_is:
         check(recipe, size, dry=True)
-        result = search.as_is()
-    else:
-        result = search.best(lambda line: print(f"# {line}", file=sys.stderr, flush=True))
-    planned = _with_layout(recipe, result.best, gpu_name, size)
-    check(planned, size, dry=True)
-    print(json.dumps(as_json(result)) if args.json else as_text(result, gpu, size))
-    if not result.best.fits:
-        return MoetrainError.exit_code
-    if args.write is not None:
-        files.write_text(args.write, dump_recipe(planned))
-    return 0
+        return _Answer(recipe, size, search, search.as_is())
+    if args.goal == "longest" and not again:
+        search = longest(search, _report)
+        recipe = at_length(recipe, search.recipe.data.seq_len)
+    return _Answer(recipe, size, search, search.best(_report))
+
+
+def _report(line: str) -> None:
+    print(f"# {line}", file=sys.stderr, flush=True)
+
+
+def _trainers(args: Namespace, recipe: Recipe) -> int:
+    """GPUs that train: --gpus counts the servers' nodes too."""
+    if args.gpus is None:
+        return world_size(recipe, None)
+    servers = server_nodes(recipe) * recipe.cluster.gpus_per_node
+    if args.gpus <= servers:
+        raise ConfigError(
+            f"--gpus {args.gpus}: rollout.num_servers={server_nodes(recipe)} take a node of"
+            f" {recipe.cluster.gpus_per_node} each, and none is left to train. Give more, or fewer"
+            " servers."
+        )
+    return args.gpus - servers
 
 
 def _check_options(args: Namespace) -> None:
@@ -52,6 +169,12 @@ def _check_options(args: Namespace) -> None:
         raise ConfigError("--sbatch and --json both print. Give one of them.")
     if args.as_is and args.goal is not None:
         raise ConfigError("--goal chooses among layouts, and --as-is looks at one. Leave one out.")
+    if args.seq and args.goal == "longest":
+        raise ConfigError(
+            "--goal longest looks for the length, and --seq gives some. Leave one out."
+        )
+    if len(args.seq) > 1 and (args.write or args.chart):
+        raise ConfigError("--write and --chart are of one length. Give one to --seq.")
 
 
 def _load(routing: str) -> float:
@@ -68,125 +191,6 @@ def _load(routing: str) -> float:
             " expert-parallel rank over the mean, such as 1.5."
         )
     return load
-
-
-def changes(planned: Planned) -> dict[str, dict[str, Any]]:
-    """The keys of the recipe that make the layout."""
-    parallel, train = planned.recipe.parallel, planned.recipe.train
-    return {
-        "parallel": {axis: getattr(parallel, axis) or 1 for axis in AXES},
-        "train": {"micro_batch": train.micro_batch, "recompute": train.recompute},
-    }
-
-
-def as_json(result: SearchResult) -> dict[str, Any]:
-    """As docs/planning.md says."""
-    return {
-        "layouts": [_row(planned) for planned in result.layouts],
-        "best": 0 if result.best.fits else None,
-        "considered": result.considered,
-        "seconds": round(result.seconds, 2),
-    }
-
-
-def _row(planned: Planned) -> dict[str, Any]:
-    seconds = planned.seconds
-    return changes(planned) | {
-        "peak_gib": round(planned.peak_gib, 3),
-        "memory": {name: round(gib, 3) for name, gib in planned.memory.items()},
-        "step_s": planned.step_s,
-        "tokens_per_s": seconds.tokens_per_s,
-        "tflops_per_gpu": seconds.tflops,
-        "bubble": seconds.bubble_share,
-        "exposed_comm_s": seconds.exposed_s,
-        "fits": planned.fits,
-        "traced": True,
-    }
-
-
-def as_text(result: SearchResult, gpu: Gpu, size: int) -> str:
-    """A table, and what it says in words."""
-    head = [*AXES, "micro", "recompute", "GiB", "s/step", "tok/s/GPU", "TFLOP/s", "bubble", "comm"]
-    rows = [head, *(_cells(planned) for planned in result.layouts[:SHOWN])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
-    lines += ["", *_in_words(result, gpu, size)]
-    return "\n".join(lines)
-
-
-def _cells(planned: Planned) -> list[str]:
-    seconds, layout = planned.seconds, changes(planned)
-    return [
-        *(str(layout["parallel"][axis]) for axis in AXES),
-        *(str(value) for value in layout["train"].values()),
-        f"{planned.peak_gib:.1f}" + ("" if planned.fits else "!"),
-        f"{planned.step_s:.2f}",
-        f"{seconds.tokens_per_s:.0f}",
-        f"{seconds.tflops:.0f}",
-        f"{seconds.bubble_share:.0%}",
-        f"{seconds.exposed_s / planned.step_s:.0%}",
-    ]
-
-
-def _in_words(result: SearchResult, gpu: Gpu, size: int) -> list[str]:
-    best, limit = result.best, gpu.memory_gib.value
-    considered = plural(result.considered, "layout")
-    lines = [
-        f"{considered} of {size} {gpu.name} considered, {len(result.layouts)} traced,"
-        f" {result.seconds:.0f} s."
-    ]
-    if not best.fits:
-        lines.append(
-            f"NOTHING FITS: the leanest layout needs {best.peak_gib:.1f} GiB of a GPU with"
-            f" {limit:.1f} (! above). More GPUs, optim.offload=1, an adapter, or a smaller"
-            " data.seq_len would help."
-        )
-        return lines
-    biggest = sorted(best.memory.items(), key=lambda item: -item[1])[:4]
-    held = ", ".join(f"{name} {gib:.1f}" for name, gib in biggest)
-    lines.append(f"Best: {_words(best)}: {best.peak_gib:.1f} of {limit:.1f} GiB ({held}).")
-    lines.append(f"Its time: {_where(best)}.")
-    others = [p for p in result.layouts[1:] if p.fits]
-    if others:
-        lines.append(f"Next: {_words(others[0])}, {_why(best, others[0])}.")
-    return lines
-
-
-def _words(planned: Planned) -> str:
-    layout = changes(planned)
-    axes = " ".join(f"{axis}={n}" for axis, n in layout["parallel"].items() if n > 1) or "no split"
-    return " ".join([axes, *(f"{name}={value}" for name, value in layout["train"].items())])
-
-
-def _shares(planned: Planned) -> dict[str, float]:
-    seconds = planned.seconds
-    return {
-        "computation": sum(seconds.compute.values()),
-        "waiting for communication": seconds.exposed_s,
-        "the pipeline's bubble": seconds.bubble,
-        "waiting for the host": seconds.launch,
-        "the optimizer": seconds.optimizer,
-        "log-probs before the step": seconds.before,
-    }
-
-
-def _where(planned: Planned) -> str:
-    shares = sorted(_shares(planned).items(), key=lambda item: -item[1])
-    return ", ".join(
-        f"{s / planned.step_s:.0%} {name}" for name, s in shares if s > 0.01 * planned.step_s
-    )
-
-
-def _why(best: Planned, other: Planned) -> str:
-    """What the other loses by, in seconds."""
-    if other.step_s <= best.step_s:
-        return f"holds {other.peak_gib - best.peak_gib:.1f} GiB more"
-    ours, theirs = _shares(best), _shares(other)
-    name = max(ours, key=lambda name: theirs[name] - ours[name])
-    return f"{other.step_s - best.step_s:.2f} s slower, most of it {name}"
 
 
 def _with_layout(recipe: Recipe, best: Planned, gpu: str, size: int) -> Recipe:

@@ -44,6 +44,7 @@ CHECKS = (
     Check("versions", versions.check, ALL),
     Check("image", image.check, FIRST),
     Check("layout", job.layout, FIRST, needs_recipe=True),
+    Check("step", job.step, FIRST, needs_recipe=True),
     Check("inputs", files.inputs, NODE, needs_recipe=True),
     Check("model", files.model, NODE, needs_recipe=True),
     Check("gpus", machine.gpus, NODE),

@@ -1,8 +1,9 @@
-"""The recipe: what its layout divides into."""
+"""The recipe: what its layout divides into, and whether that fits."""
 
-from moetrain.cluster.doctor.base import Finding, Subject, fail, ok
+from moetrain.cluster.doctor.base import Finding, Subject, fail, ok, skip, warn
 from moetrain.errors import plural
 from moetrain.layout.mesh import plan_mesh
+from moetrain.planner.fit import check_fits
 from moetrain.run import dry_run
 
 
@@ -30,3 +31,17 @@ def layout(subject: Subject) -> Finding:
             "start as many, or override cluster.nodes",
         )
     return ok(f"{plural(plan.num_ranks, 'rank')}: {axes or 'nothing is split'}")
+
+
+def step(subject: Subject) -> Finding:
+    """Whether a step fits the GPUs that the recipe names, as it is predicted."""
+    plan = subject.plan
+    assert plan is not None
+    if subject.ranks is not None:  # they would wait for a trace
+        return skip("looked at before the ranks are started")
+    line = check_fits(plan.recipe, plan.model, plan.num_ranks)
+    if line is None:
+        return skip("nothing is predicted: cluster.gpu is not given, or cluster.prediction=none")
+    if line.startswith("WARNING"):
+        return warn(line.removeprefix("WARNING: "), "cluster.prediction=warn goes on anyway")
+    return ok(line)

@@ -144,7 +144,7 @@ def compare(found: list[Gpu], visible: int, subject: Subject) -> list[Finding]:
             )
         )
     if subject.plan is not None:
-        name = subject.recipe.cluster.gpu
+        name = subject.recipe.cluster.gpu_name
         smallest = min(gpu.total for gpu in found)
         if smallest < 0.97 * gpu_gib(name):
             findings.append(
@@ -167,7 +167,7 @@ def _planned_bytes(subject: Subject) -> tuple[float, float, str]:
     static = [s.total for s in static_bytes(plan.model, mesh, plan.recipe, plan.learns)]
     more = activation_bytes(plan.model, mesh, plan.recipe)
     most = max(map(sum, zip(static, more, strict=True)))
-    return max(static) / GIB, most / GIB, plan.recipe.cluster.gpu
+    return max(static) / GIB, most / GIB, plan.recipe.cluster.gpu_name
 
 
 def too_small(planned: tuple[float, float, str], found: list[Gpu]) -> list[Finding]:
