@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from moetrain.config.load import recipe_from
 from moetrain.config.rollout import RolloutConfig
-from moetrain.environments import EnvironmentService, Reply, check_environment, check_names
+from moetrain.environments import EnvironmentService, Reply, check_names
 from moetrain.errors import ConfigError, MoetrainError
 
 RECORD: dict[str, Any] = {"prompt": "play", "number": 50}
@@ -173,14 +172,3 @@ def test_an_environment_that_cannot_be_made_is_refused() -> None:
         EnvironmentService(
             RolloutConfig(environment="game", environment_options={"low": 9, "high": 2})
         )
-
-
-def test_no_loop_has_turns_yet() -> None:
-    content: dict[str, Any] = {
-        "run_dir": "runs/x", "model": {"path": "builtin:qwen3-moe-tiny"}, "method": "grpo",
-        "data": {"train": ["a.jsonl"], "seq_len": 512}, "rewards": ["accuracy"],
-        "train": {"steps": 1}, "rollout": {"environment": "game"},
-    }  # fmt: skip
-    with pytest.raises(ConfigError, match="no training loop has turns yet"):
-        check_environment(recipe_from(content))
-    check_environment(recipe_from(content | {"rollout": {}}))

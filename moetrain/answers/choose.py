@@ -112,6 +112,11 @@ def _rows(files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, AnswerRow]]:
                         f"{path}:{number} is no prompt with answers; its keys are"
                         f" {', '.join(row)} ({wrong}). Give what `moetrain sample` wrote."
                     )
+                if any(len(answer.get("messages", ())) > 1 for answer in row["answers"]):
+                    raise DataError(
+                        f"{path}:{number} has answers of several turns; pairs and instruction data"
+                        " are made of single ones. Sample with rollout.environment=single."
+                    )
                 has_rows = True
                 yield source, row
             if not has_rows:

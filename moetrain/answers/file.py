@@ -20,11 +20,10 @@ from moetrain.data.cache import key_of
 from moetrain.data.samples import Prompt, read_as, read_lines, write_lines
 from moetrain.data.trajectories import Trajectory, from_json, to_json
 from moetrain.errors import DataError
-from moetrain.loops.rollouts import draw, verdicts
+from moetrain.loops.rollouts import Drawing, journal, verdicts
 from moetrain.loops.store import readable, row_of
 from moetrain.observe.progress import CountDisplay
 from moetrain.rewards import Grader
-from moetrain.rollout.base import RolloutEngine, Sampling
 from moetrain.run.folder import environment
 
 WINDOW = 512  # answers that are drawn together, while those before them are graded
@@ -190,11 +189,9 @@ class AnswerFile:
 class Answering:
     """How answers are drawn and graded."""
 
-    engine: RolloutEngine
+    drawing: Drawing
     grader: Grader
-    sampling: Sampling
     num: int
-    seed: int
 
     def run(self, prompts: Sequence[Prompt], file: AnswerFile, name: str) -> None:
         """Fill `file` with answers to `prompts`; the file holds what is finished at any moment."""
@@ -216,8 +213,8 @@ class Answering:
                     ids = {prompt.id for prompt in window}
                     done = {key: s for key, s in file.waiting.items() if key[0] in ids}
                     with file.partial(number, done.values()) as part:
-                        engine, how = self.engine, self.sampling
-                        draw(engine, window, self.num, how, self.seed, done, part, told)
+                        keep = journal(part, frozenset(done), told)
+                        self.drawing.draw(window, self.num, done, keep)
                     if graded is not None:
                         graded.result()
                     graded = pool.submit(self._grade, window, done, file, seen)

@@ -34,6 +34,8 @@ from moetrain.engine.on_disk import (
 )
 from moetrain.engine.source import ModelSource, find_source
 from moetrain.errors import plural
+from moetrain.loops.dialogues import begun, open_dialogues
+from moetrain.loops.rollouts import Drawing
 from moetrain.loops.store import WHOLE
 from moetrain.models import read_model
 from moetrain.rewards import Grader, check_columns, gradable
@@ -131,7 +133,8 @@ def answer_all(
     rollout = rollout_of(recipe)
     source = find_source(recipe.model)
     folder = tokenizer_of(recipe)
-    stops = stop_ids(chat_of(recipe), source.hf)
+    chat = chat_of(recipe)
+    stops = stop_ids(chat, source.hf)
     sampling = Sampling.of(rollout, temperature, stops)
     identity = _identity(recipe, source, prompts, sampling)
     try:
@@ -145,7 +148,10 @@ def answer_all(
                 engine = open_engine(recipe, source.hf, folder)
                 stack.callback(engine.close)
                 engine.push(weights_of(recipe, source), 0)
-                Answering(engine, grader, sampling, num, recipe.seed).run(prompts, file, name)
+                dialogues = open_dialogues(recipe, chat, stops, stack)
+                drawing = Drawing(engine, sampling, recipe.seed, dialogues)
+                asked = begun(prompts, dialogues)
+                Answering(drawing, grader, num).run(asked, file, name)
                 if grader.said:
                     print(f"the last fault of a reward: {grader.said}")
             counts = counted(file.rows())
@@ -168,6 +174,10 @@ def _identity(
     }
     drawn = {name: getattr(sampling, name) for name in (*WHOLE, "stop")}
     plain |= {name: value for name, value in drawn.items() if value and value != WHOLE.get(name)}
+    rollout = rollout_of(recipe)
+    if rollout.environment != "single":
+        names = ("environment", "environment_options", "tools", "max_turns", "reply_chars")
+        plain |= {name: getattr(rollout, name) for name in names}
     adapter = recipe.adapter.path if recipe.adapter else None
     digests = [file_digest(part) for part in sorted(adapter.glob("adapter_*"))] if adapter else []
     named = f"{recipe.model.path} with {adapter}" if adapter else str(recipe.model.path)

@@ -27,6 +27,7 @@ from moetrain.data.formats import (
     alpaca_prompt,
     filled,
     sharegpt,
+    template_kwargs_of,
     templated,
     unread_fields,
     with_system,
@@ -35,7 +36,6 @@ from moetrain.data.messages import FormatError, Message, listed, read_messages
 from moetrain.data.rejects import Reject, check_rejects, noted, write_rejects
 from moetrain.data.run_tokenizer import chat_of, model_vocab, tokenizer_notes, tokenizer_of
 from moetrain.data.samples import Prompt
-from moetrain.data.scene import Scene
 from moetrain.data.selection import Selection, rows_of
 from moetrain.data.thoughts import opened_by
 from moetrain.errors import DataError, plural
@@ -62,7 +62,6 @@ def read_prompts(
     *,
     held_out: bool = False,
     selection: Selection | None = None,
-    scene: Scene | None = None,
 ) -> Found:
     """Every record of the inputs as a prompt.
 
@@ -78,7 +77,7 @@ def read_prompts(
             found.rejects.append(row)
             continue
         try:
-            prompt, notes = read_prompt(row.value, chat, max_tokens, scene)
+            prompt, notes = read_prompt(row.value, chat, max_tokens)
         except FormatError as error:
             found.rejects.append(Reject(row.file, row.line, str(error)))
             continue
@@ -104,24 +103,18 @@ def read_prompt(
     record: Mapping[str, Any],
     chat: Chat,
     max_tokens: int | None = None,
-    scene: Scene | None = None,
 ) -> tuple[Prompt, tuple[str, ...]]:
     """(the prompt, notes on what of it is not rendered). Raises FormatError with the reason."""
-    scene = scene or Scene()
     key = _key(record)
     columns = {name: value for name, value in record.items() if name not in KEYS}
     if (texts := templated(record, "prompt")) is not None:
         (text,), notes = texts, ()
-        if scene.has_turns:
-            raise FormatError("it is templated already, and the environment replies to messages")
         if max_tokens is not None:
             chat.refuse_long(max_tokens, text)
         columns["prompt"] = text
     else:
         messages = to_prompt(record)
-        if scene.opening is not None:
-            messages = [*messages, *scene.opening(columns | {"prompt": messages})]
-        kwargs = scene.kwargs_of(record)
+        kwargs = template_kwargs_of(record)
         if max_tokens is not None:
             chat.refuse_long(max_tokens, messages, kwargs)
         text = chat.prompt(messages, **kwargs)
@@ -191,6 +184,10 @@ class PromptOrder:
         ids = "".join(prompt.id for prompt in prompts)
         self.fingerprint = hashlib.sha256(f"{ids} {seed} {shuffle}".encode()).hexdigest()[:16]
 
+    def as_given(self, prompts: Sequence[Prompt]) -> "PromptOrder":
+        """The same stream of the same prompts in other words, as an environment begins them."""
+        return PromptOrder(prompts, self.seed, self.shuffle)
+
     def take(self, start: int, num: int) -> list[Prompt]:
         """Numbers [start, start + num) of the stream."""
         return [self._at(*divmod(i, len(self.prompts))) for i in range(start, start + num)]
@@ -212,7 +209,7 @@ class PromptSet:
     lines: list[str]
 
 
-def prepare_prompts(recipe: Recipe, scene: Scene | None = None) -> PromptSet:
+def prepare_prompts(recipe: Recipe) -> PromptSet:
     """Read data.train and data.eval as prompts; writes <run_dir>/rejected.jsonl as `prepare` does.
 
     Raises DataError: no usable record, too many rejected, a tokenizer larger than the model's.
@@ -229,7 +226,7 @@ def prepare_prompts(recipe: Recipe, scene: Scene | None = None) -> PromptSet:
 
     def read(paths: Sequence[str], held_out: bool, selection: Selection | None = None) -> Found:
         inputs = [assets.resolve(path, root) for path in paths]
-        return read_prompts(inputs, chat, room, held_out=held_out, selection=selection, scene=scene)
+        return read_prompts(inputs, chat, room, held_out=held_out, selection=selection)
 
     selection = Selection.of(recipe)
     train = read(recipe.data.train, False, selection)

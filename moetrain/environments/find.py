@@ -32,11 +32,6 @@ def check_environment(recipe: Recipe) -> None:
     if recipe.rollout is None:
         return
     check_names(recipe.rollout)
-    if recipe.rollout.environment != "single":
-        raise ConfigError(
-            f"rollout.environment={recipe.rollout.environment}: no training loop has turns yet."
-            " Leave it out."
-        )
 
 
 def check_names(rollout: RolloutConfig) -> None:

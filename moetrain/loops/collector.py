@@ -8,12 +8,19 @@ from moetrain import files
 from moetrain.data.groups import Group
 from moetrain.data.prompts import PromptOrder
 from moetrain.data.samples import Prompt
-from moetrain.data.trajectories import Trajectory
+from moetrain.data.trajectories import FAULTS, Trajectory
 from moetrain.errors import DataError
-from moetrain.loops.rollouts import Drops, draw, graded_by, tensors, timed, verdicts
+from moetrain.loops.rollouts import (
+    Drawing,
+    Drops,
+    graded_by,
+    journal,
+    tensors,
+    timed,
+    verdicts,
+)
 from moetrain.loops.store import Batch, Store
 from moetrain.rewards import Grader
-from moetrain.rollout.base import RolloutEngine, Sampling
 
 EMPTY = 3  # batches in a row that nothing can be learned from, before a run ends
 
@@ -22,15 +29,13 @@ EMPTY = 3  # batches in a row that nothing can be learned from, before a run end
 class Collector:
     """Makes batches, on the one process that drives the rollout engine."""
 
-    engine: RolloutEngine
+    drawing: Drawing
     grader: Grader
     prompts: PromptOrder
     store: Store
-    sampling: Sampling
     drawn: Mapping[str, float]  # what the recipe says of it
     num_prompts: int
     group_size: int
-    seed: int
     drops: Drops | None = None
     leaves_cut: bool = False  # whether answers that were cut are not learned from
     rounds: int = 1  # of sampling for one step, at most, where groups without signal are dropped
@@ -59,7 +64,7 @@ class Collector:
                 break
         if not groups and (step == 1 or not self._is_over(cursor)):
             raise DataError(self._nothing(step, counts["dropped/batches"]))
-        faults = self.engine.counts + self.grader.counts
+        faults = self.drawing.engine.counts + self.grader.counts
         counts += faults - self._reported
         self._reported = faults
         metrics = self.grader.take_metrics()
@@ -131,10 +136,8 @@ class Collector:
         self, step: int, prompts: Sequence[Prompt], done: dict[tuple[str, int], Trajectory]
     ) -> None:
         with files.named(self.store.folder), self.store.open(step, done.values()) as file:
-            draw(
-                *(self.engine, prompts, self.group_size, self.sampling, self.seed, done, file),
-                whole_batches=True,
-            )
+            keep = journal(file, ())
+            self.drawing.draw(prompts, self.group_size, done, keep, whole_batches=True)
 
     def _grade(
         self,
@@ -145,6 +148,7 @@ class Collector:
     ) -> list[Group]:
         """The groups with at least two graded answers."""
         pairs = [(p, done[p.id, i]) for p in prompts for i in range(self.group_size)]
+        counts.update(f"environment/{one.finish}" for _, one in pairs if one.finish in FAULTS)
         results = verdicts(self.grader, pairs, step, self.num_steps)
         graded = [graded_by(made, one) for (_, made), one in zip(pairs, results, strict=True)]
         groups: list[Group] = []

@@ -14,12 +14,12 @@ from moetrain.engine.snapshot import Weights, mixed
 from moetrain.errors import DataError
 from moetrain.loops.batch_values import mean_kl, with_targets, with_values
 from moetrain.loops.demonstrations import Demonstrations
-from moetrain.loops.rollouts import means, tensors
+from moetrain.loops.rollouts import means, tensors, turn_figures
 from moetrain.loops.store import Batch
 from moetrain.methods import METHODS
 from moetrain.methods.base import Online
 from moetrain.methods.running import MEAN, WEIGHT
-from moetrain.observe.answers import Answer, parted
+from moetrain.observe.answers import Answer, parted, said_in
 from moetrain.ops.packed import Packed
 
 SHOWN = (MEAN, WEIGHT)
@@ -232,6 +232,7 @@ def summary(batch: Batch, version: int) -> dict[str, Any]:
     compared = [bool((one == one[0]).all()) for one in groups if len(one) > 1]
     figures: dict[str, Any] = {
         **means(batch.answers, "reward"),
+        **turn_figures(made),
         "length/mean": sum(one.num_tokens for one in made) / len(made),
         "length/max": float(max(one.num_tokens for one in made)),
         "length/truncated": sum(one.is_cut for one in made) / len(made),
@@ -256,7 +257,7 @@ def readable(batch: Batch) -> Iterator[Answer]:
             number=number,
             prompt=asked,
             columns=columns,
-            text=graded.trajectory.text,
+            text=said_in(graded.trajectory.text, graded.trajectory.messages),
             reward=graded.reward,
             parts=graded.parts,
             tokens=graded.trajectory.num_tokens,

@@ -7,6 +7,7 @@ from typing import Any
 from moetrain.config.recipe import Recipe
 from moetrain.data.prompts import PromptSet, prepare_prompts, prompts_read
 from moetrain.engine import Engine
+from moetrain.environments import check_environment
 from moetrain.loops.demonstrations import open_demonstrations
 from moetrain.loops.learn import Lessons, readable, summary, totals
 from moetrain.loops.rollouts import timed
@@ -32,6 +33,7 @@ def train(recipe: Recipe) -> int:
     if job.is_first:
         check_engine(recipe)
         check_user_functions(recipe.rewards)
+        check_environment(recipe)
     prompts = prepare_prompts(recipe)
     note = check_columns(recipe.rewards, [*prompts.train.prompts, *prompts.held_out])
     lines = [*prompts.lines, *([note] if note else [])]

@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TextIO
 
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 
 from moetrain.data.groups import GradedAnswer, Group
-from moetrain.data.samples import Prompt, Sample
-from moetrain.data.trajectories import Trajectory, to_json
+from moetrain.data.samples import Prompt
+from moetrain.data.trajectories import FAULTS, Trajectory, to_json
+from moetrain.loops.dialogues import Dialogues, Turns, opened_at_last
 from moetrain.rewards import Completion, Grader, Verdict
 from moetrain.rollout.base import Request, RolloutEngine, Sampling
 
@@ -21,48 +24,78 @@ Drops = Callable[[Tensor, Tensor], Tensor]
 """(rewards [n], group [n]) -> [n] bool: answers of groups that teach nothing."""
 
 
-def draw(
-    engine: RolloutEngine,
-    prompts: Sequence[Prompt],
-    num: int,
-    sampling: Sampling,
-    seed: int,
-    done: dict[tuple[str, int], Trajectory],
-    file: TextIO,
-    told: Callable[[], None] = lambda: None,
-    *,
-    whole_batches: bool = False,
-) -> None:
-    """`num` answers to each prompt, but for those that are `done`. Each is in `done` and on disk,
-    at the end of `file`, as it ends; then `told` hears of it.
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn."""
 
-    whole_batches: those of the engine's batches that are not done as a whole are drawn again, so
-    that a run that was killed goes on with the same bits.
+    engine: RolloutEngine
+    sampling: Sampling
+    seed: int
+    dialogues: Dialogues | None = None  # None: an answer is one turn
+
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        num: int,
+        done: dict[tuple[str, int], Trajectory],
+        keep: Callable[[Trajectory], None],
+        *,
+        whole_batches: bool = False,
+    ) -> None:
+        """`num` trajectories for each prompt, but for those that are `done`; one that is open there
+        goes on. `keep` takes each as it ends, and after every turn while it is open; then it is in
+        `done`.
+
+        whole_batches: those of the engine's batches that are not done as a whole are drawn again,
+        so that a run that was killed goes on with the same bits.
+        """
+        every = [
+            Request(prompt, index, seed_of(self.seed, prompt.id, index), self.sampling)
+            for prompt in prompts
+            for index in range(num)
+        ]
+        batches = self.engine.batches(every) if whole_batches else ((one,) for one in every)
+        requests: list[Request] = []
+        resumed: list[Trajectory] = []
+        for batch in batches:
+            found = [done.get((one.prompt.id, one.index)) for one in batch]
+            if len(batch) == 1 and found[0] is not None and found[0].finish == "open":
+                resumed.append(found[0])
+            elif any(one is None or one.finish == "open" for one in found):
+                requests += batch
+
+        def kept(one: Trajectory) -> None:
+            done[one.prompt_id, one.index] = one
+            keep(one)
+
+        if self.dialogues is None:
+            if requests:
+                self.engine.generate(requests, lambda sample: kept(Trajectory.of(sample)))
+        elif requests or resumed:
+            by_id = {prompt.id: prompt for prompt in prompts}
+            with Turns(self.dialogues, by_id, self.sampling, self._seed_of_turn, kept) as turns:
+                for one in resumed:
+                    turns.resume(one)
+                self.engine.generate(requests, turns.drawn, turns.later)
+
+    def _seed_of_turn(self, prompt_id: str, index: int, turn: int) -> int:
+        return seed_of(self.seed, f"{prompt_id}/{turn}", index)
+
+
+def journal(
+    file: TextIO, known: Collection[tuple[str, int]], told: Callable[[], None] = lambda: None
+) -> Callable[[Trajectory], None]:
+    """Writes each trajectory that a draw keeps at the end of `file`; of those that have ended and
+    were not `known`, `told` hears.
     """
-    known = set(done)
-    every = [
-        Request(prompt, index, seed_of(seed, prompt.id, index), sampling)
-        for prompt in prompts
-        for index in range(num)
-    ]
-    batches = engine.batches(every) if whole_batches else ((one,) for one in every)
-    requests = [
-        request
-        for batch in batches
-        if any((one.prompt.id, one.index) not in known for one in batch)
-        for request in batch
-    ]
 
-    def keep(sample: Sample) -> None:
-        key = sample.prompt_id, sample.index
-        done[key] = Trajectory.of(sample)
-        file.write(json.dumps(to_json(done[key]), ensure_ascii=False) + "\n")
+    def keep(one: Trajectory) -> None:
+        file.write(json.dumps(to_json(one), ensure_ascii=False) + "\n")
         file.flush()
-        if key not in known:
+        if one.finish != "open" and (one.prompt_id, one.index) not in known:
             told()
 
-    if requests:
-        engine.generate(requests, keep)
+    return keep
 
 
 def with_reward(made: Sequence[Trajectory], found: Sequence[Verdict]) -> list[GradedAnswer]:
@@ -81,24 +114,28 @@ def graded_by(one: Trajectory, found: Verdict) -> GradedAnswer | None:
 def verdicts(
     grader: Grader, pairs: Sequence[tuple[Prompt, Trajectory]], step: int = 0, last: int = 0
 ) -> list[Verdict]:
-    """What the rewards say of each answer, from its text and its prompt's columns, at a step of a
-    run that has `last` of them.
+    """What the rewards say of each trajectory, from its text and its prompt's columns, at a step of
+    a run that has `last` of them. One that a fault of its environment ended has no reward.
     """
-    return grader.grade_completions(
-        [
-            Completion(
-                number,
-                one.text,
-                prompt.columns,
-                opened=prompt.opened,
-                is_text=prompt.is_text,
-                tokens=tuple(one.tokens),
-                step=step,
-                last=last,
-            )
-            for number, (prompt, one) in enumerate(pairs)
-        ]
-    )
+    whole = [(prompt, one) for prompt, one in pairs if one.finish not in FAULTS]
+    completions = [
+        Completion(
+            number,
+            one.text,
+            prompt.columns,
+            opened=opened_at_last(prompt, one),
+            is_text=prompt.is_text,
+            tokens=tuple(one.tokens),
+            messages=one.messages if len(one.messages) > 1 else (),
+            step=step,
+            last=last,
+        )
+        for number, (prompt, one) in enumerate(whole)
+    ]
+    ready = iter(grader.grade_completions(completions))
+    return [
+        Verdict(None, {}, one.finish) if one.finish in FAULTS else next(ready) for _, one in pairs
+    ]
 
 
 def means(answers: Sequence[GradedAnswer], prefix: str) -> dict[str, Any]:
@@ -117,6 +154,25 @@ def means(answers: Sequence[GradedAnswer], prefix: str) -> dict[str, Any]:
         if len(values) < len(answers):
             figures[f"{prefix}/{name}/graded"] = float(len(values))
     return figures
+
+
+def turn_figures(made: Sequence[Trajectory]) -> dict[str, float]:
+    """Turns of the model, tools that it called and tokens of replies; nothing where every answer
+    was one turn of no environment.
+    """
+    if all(one.is_plain for one in made):
+        return {}
+    counts = Counter[str]()
+    for one in made:
+        counts.update({name: int(number) for name, number in (one.counts or {}).items()})
+    return {
+        "turns/mean": fmean(len(one.written) for one in made),
+        "turns/most": float(max(len(one.written) for one in made)),
+        "turns/limit": fmean(one.finish == "turns" for one in made),
+        "tools/calls": float(counts["tools/calls"]),
+        "tools/errors": float(counts["tools/errors"]),
+        "tokens/replies": float(sum(one.num_replies for one in made)),
+    }
 
 
 def tensors(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:

@@ -14,21 +14,21 @@ from typing import Any, Protocol, TypeVar
 from moetrain.config.recipe import Recipe
 from moetrain.data.prompts import PromptSet, prompts_read
 from moetrain.data.run_tokenizer import chat_of, tokenizer_of
-from moetrain.data.samples import Sample
 from moetrain.data.trajectories import Trajectory
 from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
 from moetrain.errors import DataError, RolloutError
 from moetrain.loops.collector import Collector
+from moetrain.loops.dialogues import begun, open_dialogues
 from moetrain.loops.held_out import Answers, exhaust
-from moetrain.loops.rollouts import means, seed_of, timed, verdicts, with_reward
+from moetrain.loops.rollouts import Drawing, means, timed, turn_figures, verdicts, with_reward
 from moetrain.loops.store import Batch, Store, drawn_with
 from moetrain.methods import METHODS
 from moetrain.ops.packed import from_tokens
 from moetrain.pulse import beat
 from moetrain.rewards import Grader
 from moetrain.rollout import open_engine
-from moetrain.rollout.base import Probe, Request, RolloutEngine, Sampling
+from moetrain.rollout.base import Probe, RolloutEngine, Sampling
 from moetrain.rollout.parity import gap_of, tolerance_of
 from moetrain.run.stop import StopSignal
 from moetrain.weights.sent import Sent
@@ -137,22 +137,23 @@ class Driver:
         stack.callback(self.engine.close)
         self.grader = Grader(recipe.rewards, rollout.reward_workers, rollout.reward_seconds)
         stack.callback(self.grader.close)
-        self.stop_ids = stop_ids(chat_of(recipe), engine.source.hf)
-        drawn = Sampling.of(rollout, rollout.temperature, self.stop_ids)
-        self.sampling = drawn.to_learn_from(routes=rollout.routing_replay)
+        chat = chat_of(recipe)
+        self.stop_ids = stop_ids(chat, engine.source.hf)
+        self.dialogues = open_dialogues(recipe, chat, self.stop_ids, stack)
+        sampling = Sampling.of(rollout, rollout.temperature, self.stop_ids)
+        sampling = sampling.to_learn_from(routes=rollout.routing_replay)
+        self.prompts = begun(prompts.held_out, self.dialogues)
         online = METHODS[recipe.method.name].online
         assert online is not None
         drops = online.drops
         self.collector = Collector(
-            engine=self.engine,
+            drawing=Drawing(self.engine, sampling, recipe.seed, self.dialogues),
             grader=self.grader,
-            prompts=prompts.train,
+            prompts=prompts.train.as_given(begun(prompts.train.prompts, self.dialogues)),
             store=self.store,
-            sampling=self.sampling,
             drawn=drawn_with(rollout),
             num_prompts=rollout.prompts_per_step,
             group_size=rollout.group_size,
-            seed=recipe.seed,
             drops=None if drops is None else lambda r, g: drops(r, g, method),
             leaves_cut=online.truncated(method) == "mask",
             rounds=method.rounds,
@@ -337,16 +338,13 @@ class Live:
         driver = self.driver
         assert driver is not None, "the first rank drives"
         seconds: dict[str, float] = {}
-        prompts = {prompt.id: prompt for prompt in self.prompts.held_out}
         sampling = Sampling.of(self.rollout, self.rollout.eval_temperature, driver.stop_ids)
-        requests = [Request(p, 0, seed_of(0, p.id, 0), sampling) for p in prompts.values()]
-        drawn: dict[str, Sample] = {}
+        drawing = Drawing(driver.engine, sampling, 0, driver.dialogues)
+        drawn: dict[tuple[str, int], Trajectory] = {}
         with timed(seconds, "seconds"):
-            driver.engine.generate(
-                requests, lambda sample: drawn.update({sample.prompt_id: sample})
-            )
+            drawing.draw(driver.prompts, 1, drawn, lambda one: None)
             before = driver.grader.num_faults
-            answers = [(prompt, Trajectory.of(drawn[name])) for name, prompt in prompts.items()]
+            answers = [(prompt, drawn[prompt.id, 0]) for prompt in driver.prompts]
             graded = verdicts(driver.grader, answers)
         driver.held_out.write(step, sampling.temperature, answers, graded)
         made = [one for _, one in answers]
@@ -356,6 +354,7 @@ class Live:
         figures |= {f"eval_logged/{name}": value for name, value in logged.items()}
         if driver.grader.num_faults > before:
             figures["eval_reward/fault"] = driver.grader.said
+        figures |= {f"eval_{name}": value for name, value in turn_figures(made).items()}
         lengths = [one.num_tokens for one in made]
         return figures | {"eval_length/mean": sum(lengths) / max(1, len(lengths))} | seconds
 

@@ -26,7 +26,7 @@ class Answer:
     number: int  # of the answers in its file, from 1
     prompt: str  # the messages, a role before each
     columns: Mapping[str, Any]  # the record's other fields
-    text: str
+    text: str  # of several turns, the messages
     reward: float | None
     parts: Mapping[str, float | None]
     tokens: int
@@ -128,7 +128,7 @@ def answers_of(row: Any) -> Iterator[Answer]:
             number=0,
             prompt=asked,
             columns=rest,
-            text=text,
+            text=said_in(text, _at(one, "messages", list) or ()),
             reward=_number(one.get("reward")),
             parts={str(name): _number(value) for name, value in parts.items()},
             tokens=_at(one, "tokens", int) or len(_at(one, "tokens", list) or ()),
@@ -152,6 +152,11 @@ def parted(columns: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return _messages(columns.get("prompt")), rest
 
 
+def said_in(text: str, messages: Sequence[Any]) -> str:
+    """An answer as text: what the model said last, or all messages where there are several."""
+    return _messages(list(messages)) if len(messages) > 1 else text
+
+
 def _messages(prompt: Any) -> str:
     if not isinstance(prompt, list):
         return prompt if isinstance(prompt, str) else ""
@@ -160,7 +165,10 @@ def _messages(prompt: Any) -> str:
         content = message.get("content") if isinstance(message, dict) else message
         role = _at(message, "role", str) or "?"
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-        lines.append(f"{role}: {text}")
+        thought = _at(message, "reasoning_content", str)
+        calls = [json.dumps(c, ensure_ascii=False) for c in _at(message, "tool_calls", list) or ()]
+        parts = [f"<think>{thought}</think>"] * bool(thought) + [text] * bool(text) + calls
+        lines.append(f"{role}: " + "\n".join(parts))
     return "\n".join(lines)
 
 

@@ -26,6 +26,8 @@ class Completion:
     opened: str = ""  # the thought that the prompt has begun, such as "<think>\n"
     is_text: bool = False  # the record's prompt is text
     tokens: tuple[int, ...] | None = None  # where it was sampled
+    # All that came after the prompt, where an environment replied; `text` is the last of it.
+    messages: tuple[Mapping[str, Any], ...] = ()
     group_lengths: tuple[int, int] = (0, 0)  # of the prompt's answers, in characters: least, most
     step: int = 0  # of the run, and its last one
     last: int = 0

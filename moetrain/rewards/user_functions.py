@@ -151,7 +151,11 @@ def prompt_of(completion: Completion) -> Any:
 
 
 def completion_of(completion: Completion) -> Any:
-    """An assistant's message in a list, where the prompt is messages; else text."""
+    """An assistant's message in a list, where the prompt is messages, and with those before it
+    where an environment replied; else text.
+    """
+    if completion.messages:
+        return [dict(message) for message in completion.messages]
     if completion.is_text or isinstance(completion.columns.get("prompt", ""), str):
         return completion.text
     return [{"role": "assistant", "content": completion.text}]

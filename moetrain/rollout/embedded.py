@@ -63,6 +63,8 @@ class Embedded:
         """Draw all, batch by batch; then the next turns of all of them, so that what is drawn
         together does not depend on how fast replies come.
         """
+        if not requests and later is not None:
+            requests = later.take_round()
         while requests:
             for together in self.batches(requests):
                 for sample in self._draw(together):

@@ -1,0 +1,277 @@
+"""Trajectories of several turns: what the model says goes to the environment, and the model goes on
+from its reply, by token ids.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetrain.config.recipe import Recipe
+from moetrain.data.chat import Chat
+from moetrain.data.continuation import Continuation, Continuer
+from moetrain.data.formats import TEMPLATED
+from moetrain.data.messages import FormatError, Message
+from moetrain.data.samples import Prompt, Sample
+from moetrain.data.thoughts import opened_by
+from moetrain.data.trajectories import Segment, Trajectory
+from moetrain.environments.base import Reply
+from moetrain.environments.calls import TurnReader, check_format, format_of
+from moetrain.environments.service import EnvironmentService
+from moetrain.errors import DataError
+from moetrain.rollout.base import Request, Sampling
+from moetrain.rollout.later import Later
+
+POLL_SECONDS = 0.5  # after which a draw that has ended is noticed
+Key = tuple[str, int]  # a prompt's id, which answer to it
+
+
+@dataclass(frozen=True)
+class Dialogues:
+    """What all draws of a run have alike."""
+
+    service: EnvironmentService
+    chat: Chat
+    stop_ids: tuple[int, ...]
+    reader: TurnReader
+    max_turns: int  # of the model
+    max_length: int  # tokens of a sequence, whoever wrote them
+    max_prompt: int  # tokens of a prompt, so that a turn has room
+
+    def begun(self, prompt: Prompt) -> Prompt:
+        """The prompt with the environment's tools and what it says at first. Raises DataError."""
+        try:
+            if prompt.columns.get(TEMPLATED):
+                raise FormatError("it is templated, and an environment replies to messages")
+            messages = [*messages_of(prompt), *self.service.reset(prompt.columns)]
+            text = self.chat.prompt(messages, **self._kwargs(prompt))
+            tokens = tuple(self.chat.ids(text))
+            if len(tokens) > self.max_prompt:
+                raise FormatError(
+                    f"with the environment's tools the prompt has {len(tokens)} tokens, of"
+                    f" {self.max_prompt} that there are for it (data.seq_len, rollout.max_tokens)"
+                )
+        except FormatError as error:
+            raise DataError(f"{prompt.source}: a prompt for the environment: {error}.") from None
+        columns = prompt.columns | {"prompt": messages}
+        return replace(prompt, tokens=tokens, columns=columns, opened=opened_by(text))
+
+    def after(self, prompt: Prompt, one: Trajectory, reply: Sequence[Message]) -> Continuation:
+        """How an open trajectory goes on. Raises FormatError where the template cannot say it."""
+        continuer = Continuer(self.chat, self.stop_ids, **self._kwargs(prompt))
+        segment, last = one.segments[-1], one.turns[-1]
+        return continuer.after(
+            [*messages_of(prompt), *one.messages[:-1]],
+            one.messages[-1],
+            last.text,
+            segment.tokens[-last.num_tokens :].tolist(),
+            reply,
+        )
+
+    def _kwargs(self, prompt: Prompt) -> dict[str, Any]:
+        return self.service.scene.kwargs_of(prompt.columns)
+
+
+def open_dialogues(
+    recipe: Recipe, chat: Chat, stop_ids: tuple[int, ...], stack: ExitStack
+) -> Dialogues | None:
+    """The recipe's environment, which ends with `stack`; None where an answer is one turn. Raises
+    ConfigError.
+    """
+    rollout = recipe.rollout
+    if rollout is None or rollout.environment == "single":
+        return None
+    service = EnvironmentService(rollout)
+    stack.callback(service.close)
+    check_format(chat.template, rollout.call_format, service.tools)
+    reader = TurnReader(format_of(chat.template, rollout.call_format), service.tools)
+    length = recipe.data.seq_len
+    return Dialogues(
+        service,
+        chat,
+        stop_ids,
+        reader,
+        rollout.max_turns,
+        length,
+        length - rollout.max_tokens,
+    )
+
+
+def begun(prompts: Sequence[Prompt], dialogues: Dialogues | None) -> list[Prompt]:
+    """The prompts as they are given to the model. Raises DataError."""
+    return [prompt if dialogues is None else dialogues.begun(prompt) for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A trajectory whose next turn is being drawn."""
+
+    trajectory: Trajectory
+    context: NDArray[np.int32] | None  # what the model sees, where the template rewrote it
+    opened: str  # the thought that is begun for it
+
+
+@dataclass
+class Turns:
+    """One draw's trajectories between the engine and the environment; a context, which the draw is
+    inside of.
+
+    Args:
+        prompts: by their ids.
+        seed_of: (prompt, index, turn) -> the seed of a turn after the first.
+        keep: takes each trajectory after every turn of the model; its finish is "open" until it
+            ends. Called by one thread at a time.
+    """
+
+    dialogues: Dialogues
+    prompts: Mapping[str, Prompt]
+    sampling: Sampling
+    seed_of: Callable[[str, int, int], int]
+    keep: Callable[[Trajectory], None]
+    later: Later = field(default_factory=Later)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.RLock()
+        self._asked: dict[Key, Trajectory] = {}  # that the environment has to reply to
+        self._waiting: dict[Key, _Waiting] = {}
+        self._is_over = False
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="replies")
+
+    def __enter__(self) -> "Turns":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._is_over = True
+        self._thread.join()
+
+    def resume(self, one: Trajectory) -> None:
+        """Go on with one that a kill interrupted after a turn of the model."""
+        self.later.ask()
+        self._ask(one)
+
+    def drawn(self, sample: Sample) -> None:
+        """Take a turn of the model."""
+        key = sample.prompt_id, sample.index
+        with self._lock:
+            one = self._with_turn(self._waiting.pop(key, None), sample)
+            if sample.finish == "length":
+                self.keep(replace(one, finish="length"))
+                return
+            self.keep(one)
+            self.later.ask()
+            self._ask(one)
+
+    def _with_turn(self, before: _Waiting | None, sample: Sample) -> Trajectory:
+        """The trajectory with a turn more, open."""
+        prompt = self.prompts[sample.prompt_id]
+        if before is None:
+            one, segments = Trajectory.of(sample), (Segment.of(sample),)
+        else:
+            one = before.trajectory
+            segments = one.segments
+            if before.context is None:
+                segments = (*segments[:-1], segments[-1].continued(sample))
+            else:
+                segments = (*segments, Segment.of(sample, before.context))
+        num_calls = sum(len(message.get("tool_calls") or ()) for message in one.messages)
+        said = self.dialogues.reader.read(
+            sample.text, prompt.opened if before is None else before.opened, num_calls
+        )
+        return replace(one, segments=segments, messages=(*one.messages, said), finish="open")
+
+    def _ask(self, one: Trajectory) -> None:
+        key = one.prompt_id, one.index
+        prompt = self.prompts[one.prompt_id]
+        with self._lock:
+            self._asked[key] = one
+        said = [*messages_of(prompt), *one.messages]
+        self.dialogues.service.ask((key, len(one.written)), prompt.columns, said)
+
+    def _listen(self) -> None:
+        """The thread of replies."""
+        try:
+            while not self._is_over:
+                for asked, reply in self.dialogues.service.answers(POLL_SECONDS):
+                    key, turn = cast(tuple[Key, int], asked)
+                    with self._lock:
+                        one = self._asked.get(key)
+                        if one is not None and len(one.written) == turn:  # not of an earlier draw
+                            del self._asked[key]
+                            self.later.settle(self._replied(one, reply))
+        except BaseException as error:  # raised again by the engine's draw
+            self.later.fail(error)
+
+    def _replied(self, one: Trajectory, reply: Reply) -> Request | None:
+        """What is drawn next; None where the trajectory has ended, and is kept."""
+        one = replace(one, counts=dict(Counter(one.counts or {}) + Counter(reply.counts)))
+        if reply.fault:
+            self.keep(replace(one, finish=reply.fault, detail=reply.detail))
+        elif reply.messages is None:
+            self.keep(replace(one, finish="stop"))
+        elif len(one.written) >= self.dialogues.max_turns:
+            self.keep(replace(one, finish="turns"))
+        else:
+            try:
+                request = self._next(one, reply.messages)
+            except FormatError as error:
+                self.keep(replace(one, finish="error", detail=str(error)))
+                return None
+            if request is not None:
+                return request
+            self.keep(replace(one, finish="length"))
+        return None
+
+    def _next(self, one: Trajectory, reply: Sequence[Message]) -> Request | None:
+        """The request for the turn behind a reply; None where there is no room for it. Raises
+        FormatError.
+        """
+        prompt, segments = self.prompts[one.prompt_id], one.segments
+        found = self.dialogues.after(prompt, one, reply)
+        context: NDArray[np.int32] | None = None
+        if found.whole is not None:
+            context = np.array(found.whole, np.int32)
+            seen = list(found.whole)
+        else:
+            assert found.tokens is not None, "what is not rewritten goes on"
+            text = self.dialogues.chat.tokenizer.decode(list(found.tokens))
+            last = segments[-1].answered(found.tokens, str(text))
+            before = prompt.tokens if last.context is None else last.context.tolist()
+            seen, segments = [*before, *last.tokens.tolist()], (*segments[:-1], last)
+        room = self.dialogues.max_length - len(seen)
+        if room < 1:
+            return None
+        turn, counts = len(one.written), Counter(one.counts or {})
+        counts["tools/errors"] += found.num_refused
+        going_on = replace(
+            one,
+            segments=segments,
+            messages=(*one.messages[:-1], *found.messages),
+            counts=dict(+counts),
+        )
+        self._waiting[one.prompt_id, one.index] = _Waiting(going_on, context, found.opened)
+        return Request(
+            replace(prompt, tokens=tuple(seen)),
+            one.index,
+            self.seed_of(one.prompt_id, one.index, turn),
+            replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room)),
+        )
+
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    """The messages of a prompt's record."""
+    asked: Any = prompt.columns["prompt"]
+    return [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
+
+
+def opened_at_last(prompt: Prompt, one: Trajectory) -> str:
+    """The thought that was begun for the model's last turn."""
+    before = one.segments[-1].turns[:-1]
+    if before:
+        return opened_by(before[-1].text)
+    return prompt.opened

@@ -1,0 +1,223 @@
+"""Turns between a model and an environment, with the real engine for small models and real
+processes: what is drawn, what becomes of faults, and how a killed draw goes on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from moetrain.config.builtin import MODELS
+from moetrain.config.rollout import RolloutConfig
+from moetrain.data import tokenizer as tokenizers
+from moetrain.data.assets import resolve
+from moetrain.data.chat import Chat
+from moetrain.data.prompts import read_prompt
+from moetrain.data.samples import Prompt
+from moetrain.data.trajectories import Trajectory, from_json, to_json
+from moetrain.data.turns import stop_ids
+from moetrain.environments.calls import TurnReader
+from moetrain.environments.service import EnvironmentService
+from moetrain.errors import DataError
+from moetrain.loops.dialogues import Dialogues, begun
+from moetrain.loops.rollouts import Drawing
+from moetrain.rollout.base import Sampling
+from moetrain.rollout.embedded import Embedded
+
+# Forgets what the model thought in earlier turns, as Qwen3's does behind a user's message.
+FORGETS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] if"
+    " m.role == 'assistant' else m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ENVIRONMENT = """
+import os
+import time
+
+
+class Rude:
+    '''Says back how often it has been spoken to; what a record asks for happens in turn two.'''
+
+    tools = ()
+
+    def reset(self, record):
+        return []
+
+    def reply(self, record, messages):
+        turns = sum(message["role"] == "assistant" for message in messages)
+        what = record["what"]
+        if turns == 2 and what == "hangs":
+            time.sleep(100)
+        if turns == 2 and what == "dies":
+            os._exit(3)
+        if turns == 2 and what == "raises":
+            raise ValueError("no such luck")
+        if turns == 3 and what != "goes on":
+            return None
+        return [{"role": "user", "content": f"that was {turns}" * (99 if what == "talks" else 1)}]
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for which the marks of a thought are special tokens."""
+    made: Any = AutoTokenizer.from_pretrained(resolve("builtin:stdlib-tokenizer"))
+    made.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    folder = tmp_path_factory.mktemp("marked")
+    made.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer: Path) -> Embedded:
+    """A random model that thinks now and then."""
+    size = len(AutoTokenizer.from_pretrained(tokenizer))
+    hf = dict(MODELS["qwen3-moe-tiny"]) | {"vocab_size": size}
+    torch.manual_seed(0)
+    made: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**cast(Any, hf)))
+    found = Embedded(hf, tokenizer)
+    with torch.no_grad():
+        marks = ("<think>", "</think>")
+        made.lm_head.weight[[found.tokenizer.convert_tokens_to_ids(m) for m in marks]] *= 30
+    found.push(made.state_dict().items(), 0)
+    return found
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnvironmentService]:
+    own = tmp_path_factory.mktemp("environment") / "rude.py"
+    own.write_text(ENVIRONMENT)
+    found = EnvironmentService(
+        RolloutConfig(environment=f"{own}:Rude", environment_seconds=2.0, environment_workers=2)
+    )
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer: Path) -> Chat:
+    return Chat(tokenizers.load(tokenizer))
+
+
+def dialogues_of(service: EnvironmentService, chat: Chat, **more: Any) -> Dialogues:
+    stops = stop_ids(chat, {})
+    made = Dialogues(service, chat, stops, TurnReader(None), 4, 200, 100)
+    return replace(made, **more)
+
+
+def drawn(
+    engine: Embedded,
+    dialogues: Dialogues,
+    whats: list[str],
+    done: dict[tuple[str, int], Trajectory] | None = None,
+    num: int = 3,
+    stop: tuple[str, ...] = tuple("eaio"),
+) -> tuple[dict[tuple[str, int], Trajectory], list[Trajectory], list[Prompt]]:
+    """(trajectories, all that was kept on the way, prompts): `num` for a prompt of each kind."""
+    records = [{"prompt": f"Speak {what}.", "what": what} for what in whats]
+    prompts = [read_prompt(record, dialogues.chat)[0] for record in records]
+    prompts = begun(prompts, dialogues)
+    sampling = Sampling(30, stop_ids=dialogues.stop_ids, stop=stop)
+    done, kept = {} if done is None else done, list[Trajectory]()
+    Drawing(engine, sampling, 7, dialogues).draw(prompts, num, done, kept.append)
+    return done, kept, prompts
+
+
+def asked(prompts: list[Prompt], one: Trajectory) -> str:
+    """What its prompt's record asked for."""
+    return next(p.columns["what"] for p in prompts if p.id == one.prompt_id)
+
+
+def test_every_turn_is_what_the_model_saw_and_wrote(
+    engine: Embedded, service: EnvironmentService, chat: Chat
+) -> None:
+    """The ids are those of the whole conversation as the template renders it, and the log-probs
+    those of the model behind them; three turns, then the environment is done.
+    """
+    dialogues = dialogues_of(service, chat)
+    done, kept, prompts = drawn(engine, dialogues, ["well"], num=6)
+    ended = [one for one in done.values() if one.finish == "stop"]
+    assert len(ended) >= 3 and len(kept) > len(done)
+    for one in ended:
+        (segment,), (prompt,) = one.segments, prompts
+        assert [turn.author for turn in one.turns] == ["model", "reply"] * 2 + ["model"]
+        assert len(one.messages) == 5 and one.messages[1]["content"] == "that was 1"
+        whole = [*prompt.tokens, *segment.tokens.tolist()]
+        text = dialogues.chat.tokenizer.decode(whole)
+        for message in one.messages[1::2]:
+            assert f"<|im_start|>user\n{message['content']}<|im_end|>\n" in text
+        assert text.count("<|im_start|>assistant\n") == 3
+        logits = engine.model(torch.tensor([whole])).logits[0].float()
+        logp = torch.log_softmax(logits, -1)[len(prompt.tokens) - 1 : -1]
+        ours = logp.gather(1, torch.tensor(segment.tokens)[:, None].long())[:, 0]
+        mask = torch.from_numpy(segment.written)
+        gap = (ours - torch.from_numpy(segment.logprobs))[mask].abs().max()
+        assert gap < 1e-4 and not segment.logprobs[~segment.written].any()
+
+
+def test_a_fault_costs_one_trajectory(
+    engine: Embedded, service: EnvironmentService, chat: Chat
+) -> None:
+    """Each has the name of its ending, and no other is the worse for it."""
+    dialogues = dialogues_of(service, chat)
+    whats = ["well", "hangs", "dies", "raises", "goes on", "talks"]
+    done, _, prompts = drawn(engine, dialogues, whats)
+    endings = {what: "stop" for what in whats} | {
+        "hangs": "timeout",
+        "dies": "crash",
+        "raises": "error",
+        "goes on": "turns",
+        "talks": "length",
+    }
+    found: dict[str, set[str]] = {what: set() for what in whats}
+    for one in done.values():
+        cut = any(turn.finish == "length" for turn in one.turns)
+        found[asked(prompts, one)].add("cut" if cut else one.finish)
+    for what, ways in found.items():
+        assert endings[what] in ways and ways <= {endings[what], "cut"}
+    (raised,) = {one.detail for one in done.values() if one.finish == "error"}
+    assert "no such luck" in raised
+
+
+def test_a_killed_draw_goes_on_where_it_was(
+    engine: Embedded, service: EnvironmentService, chat: Chat
+) -> None:
+    """From the last turn that is on disk: nothing is drawn twice."""
+    dialogues = dialogues_of(service, chat)
+    whole, kept, _ = drawn(engine, dialogues, ["well"], num=4)
+    journal = [from_json(to_json(one)) for one in kept]
+    firsts = {(one.prompt_id, one.index): one for one in journal if len(one.written) == 1}
+    assert sum(one.finish == "open" for one in firsts.values()) >= 2
+    done = dict(firsts)
+    again, later, _ = drawn(engine, dialogues, ["well"], done, num=4)
+    assert all(len(one.written) > 1 for one in later)
+    for key, one in whole.items():
+        assert again[key].tokens == one.tokens and again[key].finish == one.finish
+
+
+def test_where_the_template_forgets_thoughts_a_segment_begins(
+    engine: Embedded, service: EnvironmentService, chat: Chat
+) -> None:
+    """With the conversation as the model then sees it; what was sampled stays as it was."""
+    dialogues = dialogues_of(service, Chat(chat.tokenizer, FORGETS), max_turns=3)
+    done, _, prompts = drawn(engine, dialogues, ["goes on"], num=24, stop=("</think>",))
+    split = [one for one in done.values() if len(one.segments) > 1]
+    assert split, [(one.finish, one.detail, one.written[0].text) for one in done.values()]
+    for one in split:
+        for before, segment in zip(one.segments, one.segments[1:], strict=False):
+            assert segment.context is not None and "</think>" in before.turns[-1].text
+            text = dialogues.chat.tokenizer.decode(segment.context.tolist())
+            assert "</think>" not in text and text.endswith("<|im_start|>assistant\n")
+            assert text.startswith(dialogues.chat.tokenizer.decode(list(prompts[0].tokens))[:-22])
+
+
+def test_a_prompt_that_the_environment_makes_too_long_is_named(
+    service: EnvironmentService, chat: Chat
+) -> None:
+    prompt, _ = read_prompt({"prompt": "word " * 40, "what": "well"}, chat)
+    with pytest.raises(DataError, match=r"the prompt has \d+ tokens, of 30 that there are for it"):
+        begun([prompt], dialogues_of(service, chat, max_prompt=30))
