@@ -12,7 +12,7 @@ from moetrain.layout.mesh import MeshPlan, plan_mesh, stage_layers
 from moetrain.models import Model, Rule
 from moetrain.models.lookup import model_of
 from moetrain.models.parts.base import Shares
-from moetrain.planner.fewer_layers import with_layers
+from moetrain.planner.fewer_layers import evenly, with_layers
 from moetrain.planner.gpu import Gpu, pick
 
 NUM_GROUPS = 8  # with traffic of their own: NCCL keeps buffers for each
@@ -57,8 +57,9 @@ class Closed:
             return tuple(s.total for s in stages)
         num = min(plan.pp, 2)
         small = replace(plan, pp=num, vpp=1)
+        even = evenly(recipe)
         low, high = (
-            [s.total for s in static_bytes(model, small, recipe, learns)]
+            [s.total for s in static_bytes(model, small, even, learns)]
             for model, learns in (few, more)
         )
         fewest = 2 / num  # layers of a stage in the smaller one

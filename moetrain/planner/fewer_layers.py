@@ -18,9 +18,14 @@ def with_layers(recipe: Recipe, model: Model, num: int) -> Recipe | None:
         for name, value in (recipe.model.hf or {}).items()
     }
     smaller = recipe.model.model_copy(update={"hf": hf | {"num_hidden_layers": num}})
+    return evenly(recipe.model_copy(update={"model": smaller}))
+
+
+def evenly(recipe: Recipe) -> Recipe:
+    """The recipe without lengths of its first and last stage."""
     even = {"first_stage_layers": None, "last_stage_layers": None}
     parallel = recipe.parallel.model_copy(update=even)
-    return recipe.model_copy(update={"model": smaller, "parallel": parallel})
+    return recipe.model_copy(update={"parallel": parallel})
 
 
 def _tells_layers_apart(recipe: Recipe) -> bool:
