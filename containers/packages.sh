@@ -20,10 +20,11 @@ packages_of() {
       grep -vE "$tools|$nvidia" "$checkout/constraints.txt"
       grep -E '^nvidia-(cuda-runtime|cuda-cupti|cufile)==' "$checkout/constraints.txt"
       ;;
-    # torch and what belongs to it are NVIDIA's own build, in the base image.
+    # torch and what belongs to it are NVIDIA's own build, in the base image. What ms-swift asks for in another version than
+    # ours (trl, which tests alone import) has that one.
     gpu)
-      grep -vE "$tools|$nvidia|^(torch|triton)==" "$checkout/constraints.txt"
       cat "$checkout/containers/gpu.txt"
+      grep -vE "$tools|$nvidia|^(torch|triton)==" "$checkout/constraints.txt" | not_in "$checkout/containers/gpu.txt"
       ;;
     # vLLM's own, and of ours what it does not name. Servers read no data, and datasets wants an older
     # fsspec and huggingface-hub than vLLM has.

@@ -15,9 +15,9 @@ from moetrain.testing.gloo import Workers
 LONGEST = (
     "composed", "rl", "settings_runs", "trace", "kill", "docs", "disks", "temperature", "fuzz",
     "cut_answers", "transport", "parity", "rewards", "rewards_run", "data_sft", "offline_runs",
-    "online_engine", "megatron_lm", "megatron_fields", "methods_engine", "lora", "reference_start",
-    "data_sets", "data_preference", "quickstart", "code", "meeting", "services", "supervised",
-    "muon", "sandbox", "bad_runs", "doctor", "doctor_ranks", "export", "sweep",
+    "fake_cuda", "online_engine", "megatron_lm", "megatron_fields", "methods_engine", "lora",
+    "reference_start", "data_sets", "data_preference", "quickstart", "code", "meeting", "services",
+    "supervised", "muon", "sandbox", "bad_runs", "doctor", "doctor_ranks", "export", "sweep",
 )  # fmt: skip
 
 

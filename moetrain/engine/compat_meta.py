@@ -22,17 +22,22 @@ def install(rank: int, size: int, stands_for: str) -> torch.device:
     """Be rank `rank` of `size`: torch's fake process group, whose collectives move nothing. The
     meta device takes the kernels of `stands_for`: cpu or cuda.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     meta_is(stands_for)
     compat_torch.install(META)
     compat_megatron.install(on_gpu=False)
+    be_alone(rank, size)
+    _mend_torch()
+    return META
+
+
+def be_alone(rank: int, size: int) -> None:
+    """Be rank `rank` of `size` without the others, and without values."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    _mend_torch()
     _mend_megatron()
-    return META
 
 
 def _mend_torch() -> None:

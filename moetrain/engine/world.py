@@ -246,7 +246,7 @@ def open_world(parallel: ParallelConfig, seed: int, *, far: bool = False) -> Wor
     """`join`, and make Megatron's groups for `parallel`. Raises LayoutError when the layout does
     not divide the ranks.
     """
-    return _with_groups(*join(far=far), parallel, seed)
+    return with_groups(*join(far=far), parallel, seed)
 
 
 def meta_world(
@@ -257,10 +257,11 @@ def meta_world(
     trains nothing afterwards.
     """
     meta_device = compat_meta.install(rank, size, stands_for)
-    return _with_groups("meta", meta_device, parallel, 0)
+    return with_groups("meta", meta_device, parallel, 0)
 
 
-def _with_groups(kind: Kind, own: torch.device, parallel: ParallelConfig, seed: int) -> World:
+def with_groups(kind: Kind, own: torch.device, parallel: ParallelConfig, seed: int) -> World:
+    """The world of a process group that is there, with Megatron's groups for `parallel`."""
     plan = plan_mesh(parallel, dist.get_world_size())
     ps = parallel_state
     if ps.model_parallel_is_initialized():

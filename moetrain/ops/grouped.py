@@ -3,10 +3,6 @@
 Legend: t rows sorted by expert, e experts, k and n the weight's columns and rows. All local.
 """
 
-from itertools import pairwise
-from typing import Any, cast
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,9 +21,11 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         # data-parallel buckets wait for every weight's.
         return x @ weight[0].T
     n, k = weight.shape[1:]
-    size = x.element_size()
-    if n * size % ROW_BYTES == 0 and k * size % ROW_BYTES == 0:
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    # Rows that the kernel cannot read, as small experts split over tensor ranks have: one by one.
-    bounds: list[int] = [0, *cast(Any, ends).tolist()]
-    return torch.cat([x[a:b] @ weight[i].T for i, (a, b) in enumerate(pairwise(bounds))])
+    unit = ROW_BYTES // x.element_size()
+    # Small experts split over tensor ranks and adapters of a low rank have rows that the kernel
+    # cannot read: they are made longer with zeros.
+    if rest := -k % unit:
+        x, weight = F.pad(x, (0, rest)), F.pad(weight, (0, rest))
+    if rest := -n % unit:
+        weight = F.pad(weight, (0, 0, 0, rest))
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)[:, :n]

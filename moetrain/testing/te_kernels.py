@@ -70,7 +70,7 @@ def generic_gemm(
     elif bias is not None:
         found = found + bias.float()
     if out is None:
-        out = torch.empty(found.shape, dtype=dtype)
+        out = torch.empty(found.shape, dtype=dtype, device=found.device)
     else:
         assert output_dtype is None or out.dtype == dtype, (out.dtype, dtype)
     _put(out, found, accumulate)
@@ -121,8 +121,9 @@ def rmsnorm_fwd(
     assert x.dim() == 2 and x.is_contiguous() and quantizer is None
     scale = torch.rsqrt(x.float().square().mean(-1) + eps)
     found = x.float() * scale[:, None] * (weight.float() + zero_centered_gamma)
-    out = torch.empty(x.shape, dtype=_torch_dtype(otype)) if ln_out is None else ln_out
-    return [out.copy_(found), None, scale]
+    if ln_out is None:
+        ln_out = torch.empty(x.shape, dtype=_torch_dtype(otype), device=x.device)
+    return [ln_out.copy_(found), None, scale]
 
 
 def rmsnorm_bwd(
@@ -296,9 +297,9 @@ def _counted(name: str) -> Callable[..., Any]:
     return kernel
 
 
-def install() -> None:
+def install(*, on_cpu: bool = True) -> None:
     """Import Transformer Engine and put KERNELS in the place of its own. TRITON_INTERPRET=1 has to
-    be set before.
+    be set before. `on_cpu`: there is no GPU, and tensors are on the CPU for all that.
     """
     import transformer_engine.pytorch  # noqa: F401
 
@@ -312,7 +313,8 @@ def install() -> None:
                 if isinstance(value, BuiltinFunctionType) and value in instead:
                     setattr(module, key, _counted(instead[value]))
     _interpret_triton()
-    _say_that_there_is_cuda()
+    if on_cpu:
+        _say_that_there_is_cuda()
 
 
 def _interpret_triton() -> None:

@@ -30,6 +30,8 @@ from moetrain.models.parts.rope import Rope
 from moetrain.ops.kinds import kind_of
 from moetrain.ops.packed import Packed, prefixes
 
+FLASH_HEAD = 256  # the largest head of flash attention
+
 
 class Span(NamedTuple):
     """Queries [start, end) of the local tokens against ranges of the pack's keys, in order; the
@@ -124,9 +126,14 @@ def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], scale: float | None
 ) -> Tensor:
     """The same by torch's variable-length flash attention: one kernel for the pack (CUDA, bf16 and
-    fp16).
+    fp16), which takes heads of a multiple of 8 numbers, and no more than FLASH_HEAD.
     """
     from torch.nn.attention.varlen import varlen_attn
+
+    size = q.size(-1)
+    if rest := -size % 8:
+        q, k, v = (F.pad(x, (0, rest)) for x in (q, k, v))
+        scale = size**-0.5 if scale is None else scale
 
     if not all(piece.keys == ((piece.start, piece.end),) for piece in pieces):
         # Context parallel, or shared prompts: spans share keys.
@@ -154,7 +161,12 @@ def _attend_varlen(
         **grouped,
     )
     assert isinstance(out, Tensor)  # a pair only where asked for
-    return out
+    return out[..., :size]
+
+
+def _takes_flash(q: Tensor) -> bool:
+    is_half = q.dtype in (torch.bfloat16, torch.float16)
+    return kind_of(q) == "cuda" and is_half and q.size(-1) <= FLASH_HEAD
 
 
 class PackedAttention(nn.Module):
@@ -183,8 +195,8 @@ class PackedAttention(nn.Module):
         v = gather(value.squeeze(1), self.cp_group, reduce_grad=True)
         runs = local_runs(k.size(0), self.cp_group.rank(), self.cp_group.size())
         pieces = spans(attention_mask.tolist(), runs)
-        flash = kind_of(q) == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
-        out = (_attend_varlen if flash else _attend_sdpa)(q, k, v, pieces, self.scale)
+        attend = _attend_varlen if _takes_flash(q) else _attend_sdpa
+        out = attend(q, k, v, pieces, self.scale)
         return out.flatten(1).unsqueeze(1)
 
 
