@@ -219,5 +219,5 @@ def test_a_prompt_that_the_environment_makes_too_long_is_named(
     service: EnvironmentService, chat: Chat
 ) -> None:
     prompt, _ = read_prompt({"prompt": "word " * 40, "what": "well"}, chat)
-    with pytest.raises(DataError, match=r"the prompt has \d+ tokens, of 30 that there are for it"):
+    with pytest.raises(DataError, match=r"has \d+ tokens with what the environment says, of 30"):
         begun([prompt], dialogues_of(service, chat, max_prompt=30))

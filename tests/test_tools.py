@@ -220,7 +220,8 @@ def test_prompts_offer_the_environments_tools() -> None:
     scene = Scene(TOOLS, None, True)
 
     def text(record: dict[str, Any], scene: Scene | None) -> str:
-        prompt, _ = read_prompt(record, chat, None, scene)
+        prompt, _ = read_prompt(record, chat)
+        prompt = prompt if scene is None else scene.begin(prompt, chat)
         return str(chat.tokenizer.decode(prompt.tokens))
 
     record: dict[str, Any] = {"prompt": "2 + 2?"}
@@ -237,7 +238,8 @@ def test_prompts_offer_the_environments_tools() -> None:
 
 def test_an_environment_speaks_before_the_model() -> None:
     with opened(environment="game") as service:
-        prompt, _ = read_prompt({"prompt": "Play."}, chat_of("qwen3"), None, service.scene)
+        chat = chat_of("qwen3")
+        prompt = service.scene.begin(read_prompt({"prompt": "Play."}, chat)[0], chat)
         assert [m["content"] for m in prompt.columns["prompt"]] == [
             "Play.", "Guess my number. It is between 1 and 100.",
         ]  # fmt: skip
@@ -248,7 +250,7 @@ def test_a_trajectory_from_text_to_text(file: Path) -> None:
     chat = chat_of("qwen3")
     vocab = chat.tokenizer.get_vocab()
     with opened(environment="tools", tools=[f"{file}:multiply"]) as service:
-        prompt, _ = read_prompt({"prompt": "17 * 23?"}, chat, None, service.scene)
+        prompt = service.scene.begin(read_prompt({"prompt": "17 * 23?"}, chat)[0], chat)
         kwargs = service.scene.kwargs_of(prompt.columns)
         continuer = Continuer(chat, stop_ids(chat, {}), **kwargs)
         reader = TurnReader.of(chat.template, service.tools)

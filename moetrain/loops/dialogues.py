@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from moetrain.config.recipe import Recipe
 from moetrain.data.chat import Chat
 from moetrain.data.continuation import Continuation, Continuer
-from moetrain.data.formats import TEMPLATED
 from moetrain.data.messages import FormatError, Message
 from moetrain.data.samples import Prompt, Sample
+from moetrain.data.scene import messages_of
 from moetrain.data.thoughts import opened_by
 from moetrain.data.trajectories import Segment, Trajectory
 from moetrain.environments.base import Reply
@@ -46,20 +46,11 @@ class Dialogues:
     def begun(self, prompt: Prompt) -> Prompt:
         """The prompt with the environment's tools and what it says at first. Raises DataError."""
         try:
-            if prompt.columns.get(TEMPLATED):
-                raise FormatError("it is templated, and an environment replies to messages")
-            messages = [*messages_of(prompt), *self.service.reset(prompt.columns)]
-            text = self.chat.prompt(messages, **self._kwargs(prompt))
-            tokens = tuple(self.chat.ids(text))
-            if len(tokens) > self.max_prompt:
-                raise FormatError(
-                    f"with the environment's tools the prompt has {len(tokens)} tokens, of"
-                    f" {self.max_prompt} that there are for it (data.seq_len, rollout.max_tokens)"
-                )
+            return self.service.scene.begin(prompt, self.chat, self.max_prompt)
         except FormatError as error:
-            raise DataError(f"{prompt.source}: a prompt for the environment: {error}.") from None
-        columns = prompt.columns | {"prompt": messages}
-        return replace(prompt, tokens=tokens, columns=columns, opened=opened_by(text))
+            raise DataError(
+                f"{prompt.source}: {error}. Raise data.seq_len, or leave it out."
+            ) from None
 
     def after(self, prompt: Prompt, one: Trajectory, reply: Sequence[Message]) -> Continuation:
         """How an open trajectory goes on. Raises FormatError where the template cannot say it."""
@@ -261,12 +252,6 @@ class Turns:
             self.seed_of(one.prompt_id, one.index, turn),
             replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room)),
         )
-
-
-def messages_of(prompt: Prompt) -> list[Message]:
-    """The messages of a prompt's record."""
-    asked: Any = prompt.columns["prompt"]
-    return [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
 
 
 def opened_at_last(prompt: Prompt, one: Trajectory) -> str:
