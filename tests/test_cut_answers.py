@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from moetrain.data.samples import Prompt, Sample
 from moetrain.data.trajectories import Trajectory
 from moetrain.errors import ConfigError, DataError
 from moetrain.loops.learn import _without_cut, summary
+from moetrain.loops.outline import Outline, outline_of
 from moetrain.loops.store import Batch
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed, concat
@@ -38,6 +40,12 @@ def group(*finishes: Literal["stop", "length"]) -> Group:
         for i, how in enumerate(finishes)
     ]
     return Group(prompt, tuple(answers))
+
+
+def given(step: int, *groups: Group) -> Outline:
+    """A batch as the first rank has it."""
+    batch = Batch(step, groups, 9)
+    return replace(outline_of(batch), batch=batch)
 
 
 def prepared(how: str, found: Group, **more: Any) -> tuple[Packed, Any]:
@@ -92,13 +100,13 @@ def test_otherwise_it_ends_with_its_grade() -> None:
 
 
 def test_or_is_left_out() -> None:
-    batch = Batch(3, (group("length", "stop"), group("length", "length"), group("stop")), 9)
+    batch = given(3, group("length", "stop"), group("length", "length"), group("stop"))
     values = {"reward": torch.arange(5.0)}
     groups, kept = _without_cut(batch, values)
     assert [[a.trajectory.index for a in own.answers] for own in groups] == [[1], [0]]
     assert kept["reward"].tolist() == [1.0, 4.0]
     with pytest.raises(DataError, match=r"Step 4: rollout.max_tokens cut every answer"):
-        _without_cut(Batch(4, (group("length"),), 1), {"reward": torch.zeros(1)})
+        _without_cut(given(4, group("length")), {"reward": torch.zeros(1)})
 
 
 def test_fewer_answers_than_packs() -> None:
@@ -171,8 +179,8 @@ def test_a_group_of_one_teaches_nothing(method: str) -> None:
 def test_an_answer_alone_has_no_group_to_lack_signal() -> None:
     """All of them have then, and every run was warned of it."""
     alone, pair = group("stop"), group("stop", "stop")
-    assert "groups/no_signal" not in summary(Batch(1, (alone, alone), 0), 0)
-    assert summary(Batch(1, (alone, pair), 0), 0)["groups/no_signal"] == 0
+    assert "groups/no_signal" not in summary(given(1, alone, alone), 0)
+    assert summary(given(1, alone, pair), 0)["groups/no_signal"] == 0
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])

@@ -188,12 +188,11 @@ def test_what_was_kept_is_written_and_read() -> None:
 
 def test_rollouts_say_how_they_were_drawn(tmp_path: Path) -> None:
     """And are learned from that way alone; those of before, from the whole distribution."""
-    from moetrain.loops.sampler import Replayed
+    from moetrain.loops.replayed import check_drawn
     from moetrain.loops.store import Batch, Store, drawn_with
 
     def replayed(**settings: Any) -> None:
-        prompts: Any = None  # of which a start reads nothing
-        Replayed(Store(tmp_path), prompts, drawn_with(RolloutConfig(**settings))).start(0, 1, {})
+        check_drawn(Store(tmp_path), 1, drawn_with(RolloutConfig(**settings)))
 
     answer = GradedAnswer(Trajectory.of(Sample("p", 0, (5,), (-0.1,), "t", "stop", 0)), 1.0)
     advised: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}

@@ -7,7 +7,7 @@ Legend: t tokens of a micro-batch, c = t/cp local tokens, v_local this tensor ra
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moetrain.engine.context import gather, take_local
 from moetrain.engine.layers.attention import segment_table
-from moetrain.engine.layers.router import sequence_table
+from moetrain.engine.layers.router import routers, sequence_table
 from moetrain.engine.model import PackedGPT
 from moetrain.engine.world import World
 from moetrain.methods.base import Out
@@ -27,6 +27,7 @@ from moetrain.ops.drawn import Drawn, drawn_of
 from moetrain.ops.dropout import token_keys
 from moetrain.ops.logprob import token_logprobs
 from moetrain.ops.packed import Packed, blank, concat, pad_to
+from moetrain.ops.routes import unpack_routes
 from moetrain.pulse import beat
 
 # What a method makes of one micro-batch: (what to differentiate, what to keep). Runs on the last
@@ -116,7 +117,6 @@ class Runner:
         scored = self._scored(on_host)
         pack = on_host.to(self.world.device)
         ids = pack.sequence_ids.to(self.world.device).masked_fill(~pack.valid, -1)
-        routes = pack.per_token.get("routes")
         keys = None
         if self.salt:
             keys = self._mine(token_keys(on_host, self.salt).to(self.world.device))
@@ -124,7 +124,7 @@ class Runner:
             self._mine(ids),
             pack.num_sequences,
             keys,
-            None if routes is None else self._mine(routes),
+            self._routes(pack, model),
         )
         hidden = model(
             self._mine(pack.tokens), self._mine(pack.position_ids), segment_table(pack), sequences
@@ -133,6 +133,34 @@ class Runner:
 
     def _mine(self, x: Tensor) -> Tensor:
         return take_local(x, self.world.cp_rank, self.world.plan.cp)
+
+    def _routes(self, pack: Packed, model: Any) -> Tensor | None:
+        """[c, l, k] the choices for the MoE layers of this chunk, where the pack has some: those of
+        all layers, or of this rank's alone.
+        """
+        routes = pack.per_token.get("routes")
+        if routes is None:
+            return None
+        first, of_rank, num = next(
+            place for one, place in zip(self.models, self._routed, strict=True) if one is model
+        )
+        if routes.size(1) != sum(self.model.moe_layers):
+            first = of_rank
+        return unpack_routes(self._mine(routes[:, first : first + num]), self.model.num_experts)
+
+    @cached_property
+    def _routed(self) -> list[tuple[int, int, int]]:
+        """Of each chunk: how many MoE layers the model has before it, how many of those this rank,
+        and how many it has itself.
+        """
+        places: list[tuple[int, int, int]] = []
+        of_rank = 0
+        for chunk in self.models:
+            own = routers(chunk)
+            before = sum(self.model.moe_layers[: own[0].layer_number - 1]) if own else 0
+            places.append((before, of_rank, len(own)))
+            of_rank += len(own)
+        return places
 
     def _scored(self, on_host: Packed) -> Scored:
         """A sequence says its temperature in extras; others have 1."""

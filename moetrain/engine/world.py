@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config.recipe import ParallelConfig
-from moetrain.engine import compat_meta, device, meeting
+from moetrain.engine import compat_meta, device, meeting, scatter
 from moetrain.errors import MoetrainError
 from moetrain.layout.mesh import MeshPlan, plan_mesh
 from moetrain.ops.reduce import add_up, largest
@@ -52,6 +53,7 @@ class World:
     tp_group: ProcessGroup
     etp_group: ProcessGroup
     cp_group: ProcessGroup
+    tp_cp_group: ProcessGroup
     pp_group: ProcessGroup
     dp_group: ProcessGroup
 
@@ -148,6 +150,36 @@ class World:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=source, device=self.device)
         return box[0]
+
+    def scatter(self, part: Callable[[int, int], T]) -> T:
+        """What `part` (data-parallel rank, stage) gives on the first rank, on the ranks of that
+        replica and stage; its tensors lie on the host. The first rank alone calls it, for one
+        target after the other, and has one part at a time beside its own. Collective.
+        """
+        if self.size == 1 or self.kind == "meta":
+            return part(self.dp_rank, self.pp_rank)
+        if not self.is_first:
+            return scatter.receive(partial(self._carry, self.dp_rank, self.pp_rank), self.device)
+        own = part(self.dp_rank, self.pp_rank)
+        if self.tp_cp_group.size() > 1:
+            scatter.send(own, partial(self._carry, self.dp_rank, self.pp_rank), self.device)
+        for stage in range(self.plan.pp):
+            for replica in range(self.dp_size):
+                if (replica, stage) != (self.dp_rank, self.pp_rank):
+                    carry = partial(self._carry, replica, stage)
+                    scatter.send(part(replica, stage), carry, self.device)
+        return own
+
+    def _carry(self, replica: int, stage: int, values: Tensor) -> Tensor:
+        """From the first rank to one of the target's, and from there to its tensor and context
+        ranks. Of these and the first.
+        """
+        leader = self.plan.tp * self.plan.cp * (replica + self.dp_size * stage)
+        self.transfer(values, 0, leader)
+        is_mine = (replica, stage) == (self.dp_rank, self.pp_rank)
+        if is_mine and self.tp_cp_group.size() > 1:
+            dist.broadcast(values, group_src=0, group=self.tp_cp_group)
+        return values
 
     # Agreement
 
@@ -292,6 +324,7 @@ def with_groups(kind: Kind, own: torch.device, parallel: ParallelConfig, seed: i
         tp_group=ps.get_tensor_model_parallel_group(),
         etp_group=ps.get_expert_tensor_parallel_group(),
         cp_group=ps.get_context_parallel_group(),
+        tp_cp_group=ps.get_tensor_and_context_parallel_group(),
         pp_group=ps.get_pipeline_model_parallel_group(),
         dp_group=ps.get_data_parallel_group(),
     )

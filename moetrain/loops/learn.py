@@ -14,10 +14,11 @@ from moetrain.engine.snapshot import Weights, mixed
 from moetrain.errors import DataError
 from moetrain.loops.batch_values import mean_kl, with_targets, with_values
 from moetrain.loops.demonstrations import Demonstrations
-from moetrain.loops.rollouts import means, tensors, turn_figures
-from moetrain.loops.store import Batch
+from moetrain.loops.outline import Outline
+from moetrain.loops.parts import Packs, Parts
+from moetrain.loops.rollouts import means, turn_figures
 from moetrain.methods import METHODS
-from moetrain.methods.base import Online
+from moetrain.methods.base import Online, Out
 from moetrain.methods.running import MEAN, WEIGHT
 from moetrain.observe.answers import Answer, parted, said_in
 from moetrain.ops.packed import Packed
@@ -35,55 +36,48 @@ class Lessons:
     demonstrations: Demonstrations
     carried: dict[str, float] = field(default_factory=dict[str, float])  # from batch to batch
 
-    def packs(self, batch: Batch) -> list[list[Packed]]:
+    def packs(self, given: Outline) -> list[list[Packed]]:
         """This data-parallel rank's packs of each optimizer step, with all that the method asks
-        for. Collective.
+        for; of choices of experts those for the layers of this stage. Collective.
         """
         online = METHODS[self.recipe.method.name].online
         assert online is not None
-        recipe, batch = self._as_it_stands(online, batch)
+        recipe, given = self._as_it_stands(online, given)
         world = self.engine.world
-        method, rollout = recipe.sampling
-        values, numbers = _values(recipe, online, batch)
-        rewards = values["reward"]  # of all answers, those that are left out below too
-        how = online.truncated(recipe.method)
-        groups = batch.groups
-        if how == "mask":
-            groups, values = _without_cut(batch, values)
-        parts: list[list[Packed]] = []
-        for own_groups, step_values in _split_into_steps(groups, values, method.inner_steps):
-            packs = pack_groups(
-                own_groups,
-                step_values,
-                seq_len=recipe.data.seq_len,
-                min_packs=world.dp_size,
-                beyond=how == "bootstrap",
-            )
-            parts.append(packs[world.dp_rank :: world.dp_size])
+        method, _ = recipe.sampling
+        values = answer_values(recipe, online, given)
+        parts = self._dealt(recipe, given, values)
         flat = [pack for part in parts for pack in part]
-        if not rollout.routing_replay:  # rollouts of a run that had it hold the choices
-            flat = [_without_routes(pack) for pack in flat]
         flat = _completed(recipe, self.engine, flat, self.reference)
         if online.running is not None and self.reference is not None:
             self.carried = online.running.steer(self.carried, *mean_kl(flat, world), method)
-        ready = iter(with_targets(flat, online, method, rewards, numbers, world))
+        # Rewards of all answers, those that were left out too.
+        ready = iter(with_targets(flat, online, method, values["reward"], given.group, world))
         # Old log-probs stay those before the first pass.
         whole = [[next(ready) for _ in part] for part in parts] * method.num_iterations
-        share = online.shares(batch.step, recipe.method)[1] if online.shares else 0.0
+        share = online.shares(given.step, recipe.method)[1] if online.shares else 0.0
         return [part + self.demonstrations.next(part[0], share) for part in whole]
 
-    def _as_it_stands(self, online: Online, batch: Batch) -> tuple[Recipe, Batch]:
+    def _as_it_stands(self, online: Online, given: Outline) -> tuple[Recipe, Outline]:
         """The recipe with what the batches before have made of it, and this batch with its rewards
         rescaled by all of them.
         """
         recipe, running = self.recipe, online.running
         if running is None:
-            return recipe, batch
-        rewards, _ = tensors(batch.groups)
-        cut = torch.tensor([answer.trajectory.is_cut for answer in batch.answers])
-        rescaled, self.carried = running.rescale(rewards, cut, self.carried, recipe.method)
+            return recipe, given
+        rewards, self.carried = running.rescale(
+            given.rewards, given.cut, self.carried, recipe.method
+        )
         method = running.adapted(recipe.method, self.carried)
-        return recipe.model_copy(update={"method": method}), _with_rewards(batch, rescaled)
+        return recipe.model_copy(update={"method": method}), replace(given, rewards=rewards.float())
+
+    def _dealt(self, recipe: Recipe, given: Outline, values: Mapping[str, Tensor]) -> Packs:
+        """This rank's part of the packs, which the first rank makes. Collective."""
+        world = self.engine.world
+        made: Packs = []
+        world.first(lambda: made.extend(all_packs(recipe, given, values, world.dp_size)))
+        parts = Parts.of(recipe, self.engine.model, world.dp_size)
+        return world.scatter(lambda replica, stage: parts.of_rank(made, replica, stage))
 
     @property
     def shown(self) -> dict[str, float]:
@@ -107,61 +101,68 @@ class Lessons:
         return self.reference if method.ref_model_sync_steps else None
 
 
-def _with_rewards(batch: Batch, rewards: Tensor) -> Batch:
-    """The batch with other rewards of its answers."""
-    ready = iter(rewards.tolist())
-    groups = (
-        replace(
-            group, answers=tuple(replace(answer, reward=next(ready)) for answer in group.answers)
-        )
-        for group in batch.groups
-    )
-    return replace(batch, groups=tuple(groups))
-
-
-def _without_routes(pack: Packed) -> Packed:
-    per_token = {name: value for name, value in pack.per_token.items() if name != "routes"}
-    return replace(pack, per_token=per_token)
-
-
-def _values(recipe: Recipe, online: Online, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+def answer_values(recipe: Recipe, online: Online, given: Outline) -> dict[str, Tensor]:
     """[answers] fp32 each: the shaped reward, the advantage, the place among the batch's answers,
-    the weight where there is one; and the group of each [answers].
+    the weight where there is one.
     """
-    rewards, numbers = tensors(batch.groups)
-    made = [answer.trajectory for answer in batch.answers]
+    rewards = given.rewards
     if online.shape is not None:
-        lengths = torch.tensor([float(one.num_tokens) for one in made])
-        truncated = torch.tensor([one.is_cut for one in made])
-        rewards = online.shape(rewards, lengths, truncated, recipe.method)
+        rewards = online.shape(rewards, given.lengths.float(), given.cut, recipe.method)
     _, rollout = recipe.sampling
-    values = {"reward": rewards, "advantage": online.advantages(rewards, numbers, recipe.method)}
+    advantages = online.advantages(rewards, given.group, recipe.method)
+    values = {"reward": rewards, "advantage": advantages}
     values["place"] = torch.arange(len(rewards), dtype=torch.float32)
     # What is learned from is scored as it was drawn; all else, the proof of a push included, at 1.
     values["temperature"] = torch.full_like(rewards, rollout.temperature)
     if rollout.repetition_penalty != 1:
         values["repetition_penalty"] = torch.full_like(rewards, rollout.repetition_penalty)
     if online.shares is not None:
-        values["share"] = torch.full_like(rewards, online.shares(batch.step, recipe.method)[0])
-    return values, numbers
+        values["share"] = torch.full_like(rewards, online.shares(given.step, recipe.method)[0])
+    return values
+
+
+def all_packs(
+    recipe: Recipe, given: Outline, values: Mapping[str, Tensor], num_replicas: int
+) -> Packs:
+    """A batch as packs, where its answers are. Raises DataError."""
+    assert given.batch is not None
+    method, _ = recipe.sampling
+    online = METHODS[recipe.method.name].online
+    assert online is not None
+    how = online.truncated(recipe.method)
+    groups = given.batch.groups
+    if how == "mask":
+        groups, values = _without_cut(given, values)
+    return [
+        pack_groups(
+            own_groups,
+            step_values,
+            seq_len=recipe.data.seq_len,
+            min_packs=num_replicas,
+            beyond=how == "bootstrap",
+        )
+        for own_groups, step_values in _split_into_steps(groups, values, method.inner_steps)
+    ]
 
 
 def _without_cut(
-    batch: Batch, values: Mapping[str, Tensor]
+    given: Outline, values: Mapping[str, Tensor]
 ) -> tuple[tuple[Group, ...], dict[str, Tensor]]:
     """The groups and the values of their answers, without answers that were cut."""
-    whole = torch.tensor([not answer.trajectory.is_cut for answer in batch.answers])
+    assert given.batch is not None
+    whole = ~given.cut
     if not whole.any():
         raise DataError(
-            f"Step {batch.step}: rollout.max_tokens cut every answer, and method.truncated=mask"
+            f"Step {given.step}: rollout.max_tokens cut every answer, and method.truncated=mask"
             " leaves them out. Raise it, or take method.truncated=bootstrap or reward."
         )
-    groups: list[Group] = []
-    for group in batch.groups:
-        answers = tuple(answer for answer in group.answers if not answer.trajectory.is_cut)
-        if answers:
-            groups.append(replace(group, answers=answers))
-    return tuple(groups), {name: value[whole] for name, value in values.items()}
+    stays = iter(whole.tolist())
+    kept = [
+        replace(group, answers=tuple(answer for answer in group.answers if next(stays)))
+        for group in given.batch.groups
+    ]
+    groups = tuple(group for group in kept if group.answers)
+    return groups, {name: value[whole] for name, value in values.items()}
 
 
 def _split_into_steps(
@@ -189,10 +190,17 @@ def _completed(
     """
     method, _ = recipe.sampling
     before = engine.outputs(packs, with_entropy=method.top_entropy_quantile < 1)
-    others = [None] * len(packs)
+    others: Sequence[Tensor | None] = [None] * len(packs)
     if reference is not None:
         with engine.as_before(reference):
             others = engine.logprobs(packs)
+    return with_known(packs, before, others)
+
+
+def with_known(
+    packs: Sequence[Packed], before: Sequence[Out], others: Sequence[Tensor | None]
+) -> list[Packed]:
+    """Packs with what the model said of each before the first step, and the reference."""
     done: list[Packed] = []
     for pack, out, other in zip(packs, before, others, strict=True):
         known = {
@@ -224,21 +232,25 @@ def totals(results: Sequence[StepResult]) -> StepResult:
     )
 
 
-def summary(batch: Batch, version: int) -> dict[str, Any]:
-    """What there is to see in a batch that weights number `version` learn from."""
-    rewards, numbers = tensors(batch.groups)
-    made = [answer.trajectory for answer in batch.answers]
-    groups = [rewards[numbers == i] for i in range(len(batch.groups))]
+def summary(given: Outline, version: int) -> dict[str, Any]:
+    """What there is to see in a batch that weights number `version` learn from, where its answers
+    are; elsewhere nothing.
+    """
+    batch = given.batch
+    if batch is None:
+        return {}
+    num = len(given.rewards)
+    groups = [given.rewards[given.group == i] for i in range(given.num_groups)]
     compared = [bool((one == one[0]).all()) for one in groups if len(one) > 1]
     figures: dict[str, Any] = {
         **means(batch.answers, "reward"),
-        **turn_figures(made),
-        "length/mean": sum(one.num_tokens for one in made) / len(made),
-        "length/max": float(max(one.num_tokens for one in made)),
-        "length/truncated": sum(one.is_cut for one in made) / len(made),
+        **turn_figures([answer.trajectory for answer in batch.answers]),
+        "length/mean": int(given.lengths.sum()) / num,
+        "length/max": float(given.lengths.max()),
+        "length/truncated": int(given.cut.sum()) / num,
         "groups/graded": float(len(groups)),
         "groups/std": float(torch.stack([one.mean() for one in groups]).std(correction=0)),
-        "staleness": float(version - min(one.version for one in made)),
+        "staleness": float(version - given.oldest),
     }
     if compared:  # an answer alone is not compared with another
         figures["groups/no_signal"] = sum(compared) / len(compared)
@@ -248,9 +260,10 @@ def summary(batch: Batch, version: int) -> dict[str, Any]:
     return figures | {f"faults/{name}": float(n) for name, n in batch.counts.items()}
 
 
-def readable(batch: Batch) -> Iterator[Answer]:
-    """A batch's answers for people."""
-    pairs = [(group.prompt, answer) for group in batch.groups for answer in group.answers]
+def readable(given: Outline) -> Iterator[Answer]:
+    """A batch's answers for people, where they are."""
+    groups = () if given.batch is None else given.batch.groups
+    pairs = [(group.prompt, answer) for group in groups for answer in group.answers]
     for number, (prompt, graded) in enumerate(pairs, 1):
         asked, columns = parted(prompt.columns)
         yield Answer(

@@ -80,13 +80,13 @@ def _loop(
     held_out: dict[str, float] = {}
     while step < last:
         started = time.perf_counter()
-        batch = sampler.take(step + 1)
-        is_over = batch is not None and num_prompts is not None and batch.cursor >= num_prompts
-        if batch is not None and batch.groups:
+        given = sampler.take(step + 1)
+        is_over = given is not None and num_prompts is not None and given.cursor >= num_prompts
+        if given is not None and given.num_groups:
             saves, evaluates, held_out = False, False, {}
-            seconds = dict(batch.seconds)
+            seconds = dict(given.seconds)
             with timed(seconds, "train"):
-                parts = lessons.packs(batch)
+                parts = lessons.packs(given)
                 # A batch may have fewer parts: groups without signal are left out.
                 num_steps = last * recipe.sampling[0].steps_of_batch
                 results = [engine.step(packs, method, num_steps) for packs in parts]
@@ -95,14 +95,14 @@ def _loop(
             with timed(seconds, "push"):
                 proof = sampler.push(step)
             row = step_row(step, totals(results), time.perf_counter() - started)
-            row |= summary(batch, step - 1) | lessons.shown | proof
+            row |= summary(given, step - 1) | lessons.shown | proof
             report.step(row | {f"seconds/{name}": value for name, value in seconds.items()})
-            report.rollouts(step, readable(batch))
-            state = {"step": step, "prompts": sampler.state_dict(batch)}
+            report.rollouts(step, readable(given))
+            state = {"step": step, "prompts": sampler.state_dict(given)}
             state["demonstrations"] = lessons.demonstrations.state_dict()
             state["lessons"] = lessons.carried
         job.checkpoints.tick(engine)
-        stopped = batch is None or stop.agreed()
+        stopped = given is None or stop.agreed()
         if is_over:
             last = step
         due = job.due(step, last)

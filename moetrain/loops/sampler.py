@@ -7,7 +7,7 @@ while the others, and its own main thread, wait in short rounds in which a signa
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -21,6 +21,8 @@ from moetrain.errors import DataError, RolloutError
 from moetrain.loops.collector import Collector
 from moetrain.loops.dialogues import begun, open_dialogues
 from moetrain.loops.held_out import Answers, exhaust
+from moetrain.loops.outline import Outline, outlined
+from moetrain.loops.replayed import Replayed
 from moetrain.loops.rollouts import Drawing, means, timed, turn_figures, verdicts, with_reward
 from moetrain.loops.store import Batch, Store, drawn_with
 from moetrain.methods import METHODS
@@ -46,8 +48,10 @@ class Sampler(Protocol):
         """Go on after `step` of a run of `last` steps, with what `state_dict` gave."""
         ...
 
-    def take(self, step: int) -> Batch | None:
-        """The batch that `step` learns from; None when the run was told to stop."""
+    def take(self, step: int) -> Outline | None:
+        """The batch that `step` learns from, its answers on the first rank; None when the run was
+        told to stop.
+        """
         ...
 
     def push(self, step: int) -> dict[str, float]:
@@ -58,8 +62,8 @@ class Sampler(Protocol):
         """Rewards of answers to the held-out prompts, and of how many answers; a fault's words."""
         ...
 
-    def state_dict(self, batch: Batch) -> dict[str, Any]:
-        """The place in the stream of prompts after `batch`."""
+    def state_dict(self, given: Outline) -> dict[str, Any]:
+        """The place in the stream of prompts after this batch."""
         ...
 
 
@@ -70,57 +74,13 @@ def open_sampler(
     """The recipe's sampler: a rollout engine, or `rollout.replay`."""
     _, rollout = recipe.sampling
     if rollout.replay is not None:
-        yield Replayed(Store(rollout.replay), prompts, drawn_with(rollout))
+        yield Replayed(Store(rollout.replay), prompts, drawn_with(rollout), engine.world)
         return
     with ExitStack() as stack:
         driver = None
         if engine.world.is_first:
             driver = Driver(recipe, engine, prompts, stack)
         yield Live(recipe, engine, prompts, stop, driver)
-
-
-class Replayed:
-    """Rollouts of an earlier run, without an engine: the same batches, the same losses.
-
-    drawn: how the recipe scores answers; it has to be as they were sampled.
-    """
-
-    def __init__(self, store: Store, prompts: PromptSet, drawn: Mapping[str, float]):
-        self.store, self.prompts, self.drawn = store, prompts, drawn
-
-    def start(self, step: int, last: int, state: dict[str, Any]) -> None:
-        batch = self.store.read(step + 1)
-        if batch is None:
-            raise DataError(
-                f"rollout.replay={self.store.folder} has no batch of step {step + 1}. Give the"
-                " rollouts folder of a run that came so far."
-            )
-        for name, sampling in self.drawn.items():
-            was = batch.drawn_with.get(name)
-            if was not in (None, sampling):
-                raise DataError(
-                    f"rollout.replay={self.store.folder} was sampled at {name} {was:g}: set"
-                    f" rollout.{name}={was:g}, or every log-prob is compared with another"
-                    " distribution's."
-                )
-
-    def take(self, step: int) -> Batch | None:
-        batch = self.store.read(step)
-        if batch is None:
-            raise DataError(
-                f"rollout.replay={self.store.folder} ends before step {step}. Set"
-                f" train.steps={step - 1}, or leave rollout.replay out."
-            )
-        return batch
-
-    def push(self, step: int) -> dict[str, float]:
-        return {}
-
-    def evaluate(self, step: int) -> dict[str, Any]:
-        return {}
-
-    def state_dict(self, batch: Batch) -> dict[str, Any]:
-        return {"cursor": batch.cursor, "fingerprint": self.prompts.train.fingerprint}
 
 
 class Driver:
@@ -250,7 +210,7 @@ class Live:
             self.driver.held_out.go_on(step)
         self.push(step)
 
-    def take(self, step: int) -> Batch | None:
+    def take(self, step: int) -> Outline | None:
         while self._asked < min(step + self.rollout.steps_off, self._last):
             self._asked += 1
             if self.driver is not None:
@@ -258,10 +218,11 @@ class Live:
         while not self._shared(lambda driver: driver.wait(step)):
             if self.stop.agreed():
                 return None
-        batch = self._shared(lambda driver: driver.result(step))
+        driver = self.driver
+        given = outlined(lambda: _driving(driver).result(step), self.engine.world.first)
         if not self.rollout.steps_off:  # training has the device to itself
             self._shared(lambda driver: driver.engine.sleep())
-        return batch
+        return given
 
     def push(self, step: int) -> dict[str, float]:
         """Prove that the rollout engine serves these weights; else once more from a fresh start.
@@ -335,8 +296,7 @@ class Live:
         return figures
 
     def _answers(self, step: int) -> dict[str, Any]:
-        driver = self.driver
-        assert driver is not None, "the first rank drives"
+        driver = _driving(self.driver)
         seconds: dict[str, float] = {}
         sampling = Sampling.of(self.rollout, self.rollout.eval_temperature, driver.stop_ids)
         drawing = Drawing(driver.engine, sampling, 0, driver.dialogues)
@@ -358,18 +318,19 @@ class Live:
         lengths = [one.num_tokens for one in made]
         return figures | {"eval_length/mean": sum(lengths) / max(1, len(lengths))} | seconds
 
-    def state_dict(self, batch: Batch) -> dict[str, Any]:
-        return {"cursor": batch.cursor, "fingerprint": self.prompts.train.fingerprint}
+    def state_dict(self, given: Outline) -> dict[str, Any]:
+        return {"cursor": given.cursor, "fingerprint": self.prompts.train.fingerprint}
 
     # Between the driver and the other ranks
 
     def _shared(self, ask: Callable[[Driver], T]) -> T:
         """What the driver answers, on every rank; what it raises, too."""
 
-        def asked() -> T:
-            assert self.driver is not None, "the first rank drives"
-            return ask(self.driver)
-
-        result = self.engine.world.first(asked)
+        result = self.engine.world.first(lambda: ask(_driving(self.driver)))
         beat()  # a rollout engine that hangs is noticed by its client, not by the launcher
         return result
+
+
+def _driving(driver: Driver | None) -> Driver:
+    assert driver is not None, "the first rank drives"
+    return driver

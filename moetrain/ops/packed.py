@@ -100,8 +100,10 @@ def from_tokens(tokens: Sequence[int], *, id: str = "") -> Packed:
 
 def concat(packs: Sequence[Packed]) -> Packed:
     """Lay packs end to end; [t] is the sum of theirs. All must have the same extras and
-    values per token.
+    values per token. One alone stays as it is.
     """
+    if len(packs) == 1:
+        return packs[0]
     starts = [0]
     for pack in packs:
         starts.append(starts[-1] + pack.num_tokens)

@@ -10,6 +10,7 @@ from moetrain.config.reward_files import check_reward_files
 from moetrain.environments import check_environment
 from moetrain.errors import ConfigError, plural
 from moetrain.layout.activations import activation_bytes
+from moetrain.layout.batch import batch_bytes, describe
 from moetrain.layout.memory import GIB, static_bytes, trained
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table
 from moetrain.layout.passed import check_passed
@@ -111,6 +112,8 @@ def dry_run(recipe: Recipe, num_procs: int | None) -> str:
         f" {totals[fullest] / unit:.2f} {name} where routing is balanced"
         f" ({most[fullest] / unit:.2f} of it; a bound by formula, see layout/activations.py)."
     )
+    if recipe.method.samples:
+        lines.append(describe(batch_bytes(recipe, model, plan)))
     lines.append(
         f"# {model.architecture}, {total / 1e9:.3f} B parameters{part}. Static {name} per "
         f"GPU, before activations:"

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moetrain.engine.world import ROUND, open_world
 from moetrain.errors import DataError
 from moetrain.loops.demonstrations import open_demonstrations
 from moetrain.loops.learn import Lessons
+from moetrain.loops.outline import outline_of
 from moetrain.loops.store import Batch
 from moetrain.methods import METHODS
 from moetrain.models.adapter import AdapterTable
@@ -376,7 +378,9 @@ def lessons(
     engine = Engine(recipe_for(model, parallel, **sections), train=False)
     made = Lessons(engine.recipe, engine, None, open_demonstrations(engine.recipe, engine.world))
     found: dict[int, float] = {}
-    for pack in (pack for part in made.packs(Batch(1, tuple(groups), 0)) for pack in part):
+    batch = Batch(1, tuple(groups), 0)
+    given = replace(outline_of(batch), batch=batch)
+    for pack in (pack for part in made.packs(given) for pack in part):
         for n in range(pack.num_sequences):
             start, end = pack.cu_seqlens[n : n + 2].tolist()
             own = pack.loss_mask[start:end] > 0

@@ -85,8 +85,8 @@ class PackedMoE(MoELayer):
         self.router.routes = None
         if table.size(0) > 2:
             k = self.config.moe_router_topk
-            before = sum(self.config.moe_layer_freq[: self.layer_number - 1])  # MoE layers
-            self.router.routes = table[2 + before * k : 2 + (before + 1) * k].T
+            before = self.router.place * k
+            self.router.routes = table[2 + before : 2 + before + k].T
         return super().forward(hidden_states, intermediate_tensors=intermediate_tensors)
 
     def preprocess(

@@ -136,6 +136,7 @@ class PackedRouter(TopKRouter):
     sequence_ids: Tensor  # [t/cp] int64: the sequence of each token, -1 in the padding tail
     num_sequences: int
     routes: Tensor | None = None  # [t/cp, k] int64: choices to replay, experts from 1
+    place: int  # among the routers of its model chunk
 
     def gating(self, input: Tensor) -> Tensor:
         """[c, 1, h] -> logits [c, 1, E] fp32, with the adapter's part where there is one."""
@@ -215,19 +216,23 @@ class PackedRouter(TopKRouter):
 
 
 def watch(chunks: Sequence[nn.Module], monitor: RouterMonitor) -> None:
-    """Give the routers of a model what they share."""
+    """Give the routers of a model what they share, and their place in their chunk."""
     for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, PackedRouter):
-                module.monitor = monitor
+        for place, router in enumerate(routers(chunk)):
+            router.monitor, router.place = monitor, place
+
+
+def routers(chunk: nn.Module) -> list[PackedRouter]:
+    """Of a model chunk, in the order of its layers."""
+    return [module for module in chunk.modules() if isinstance(module, PackedRouter)]
 
 
 def sequence_table(
     ids: Tensor, num_sequences: int, keys: Tensor | None = None, routes: Tensor | None = None
 ) -> Tensor:
     """[n, 2, t/cp] int64 for Megatron's `padding_mask`: the sequence of each token (-1 in the
-    tail), and the keys [t/cp] of its dropout. With routes [t/cp, l, k] of the l MoE layers (experts
-    from 1, 0 where the router chooses), [n, 2 + l k, t/cp].
+    tail), and the keys [t/cp] of its dropout. With routes [t/cp, l, k] of the l MoE layers of a
+    chunk (experts from 1, 0 where the router chooses), [n, 2 + l k, t/cp].
 
     n is the pack's number of sequences, the same on context ranks that see different ones. It is a
     size, of a dimension that is repeated without memory, because reading a value would make the

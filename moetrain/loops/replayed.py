@@ -1,0 +1,63 @@
+"""A step's graded answers out of a folder of earlier rollouts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moetrain.data.prompts import PromptSet
+from moetrain.engine.world import World
+from moetrain.errors import DataError
+from moetrain.loops.outline import Outline, outlined
+from moetrain.loops.store import Batch, Store
+
+
+def check_drawn(store: Store, step: int, drawn: Mapping[str, float]) -> None:
+    """Raise DataError unless the batch of `step` is there, and was sampled as `drawn` says."""
+    batch = store.read(step)
+    if batch is None:
+        raise DataError(
+            f"rollout.replay={store.folder} has no batch of step {step}. Give the"
+            " rollouts folder of a run that came so far."
+        )
+    for name, sampling in drawn.items():
+        was = batch.drawn_with.get(name)
+        if was not in (None, sampling):
+            raise DataError(
+                f"rollout.replay={store.folder} was sampled at {name} {was:g}: set"
+                f" rollout.{name}={was:g}, or every log-prob is compared with another"
+                " distribution's."
+            )
+
+
+class Replayed:
+    """Rollouts of an earlier run, without an engine: the same batches, the same losses. The first
+    rank alone reads them.
+
+    drawn: how the recipe scores answers; it has to be as they were sampled.
+    """
+
+    def __init__(self, store: Store, prompts: PromptSet, drawn: Mapping[str, float], world: World):
+        self.store, self.prompts, self.drawn, self.world = store, prompts, drawn, world
+
+    def start(self, step: int, last: int, state: dict[str, Any]) -> None:
+        self.world.first(lambda: check_drawn(self.store, step + 1, self.drawn))
+
+    def take(self, step: int) -> Outline | None:
+        def read() -> Batch:
+            batch = self.store.read(step)
+            if batch is None:
+                raise DataError(
+                    f"rollout.replay={self.store.folder} ends before step {step}. Set"
+                    f" train.steps={step - 1}, or leave rollout.replay out."
+                )
+            return batch
+
+        return outlined(read, self.world.first)
+
+    def push(self, step: int) -> dict[str, float]:
+        return {}
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        return {}
+
+    def state_dict(self, given: Outline) -> dict[str, Any]:
+        return {"cursor": given.cursor, "fingerprint": self.prompts.train.fingerprint}
