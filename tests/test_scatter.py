@@ -3,6 +3,7 @@
 import random
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -17,7 +18,7 @@ from moetrain.config.load import recipe_from
 from moetrain.config.recipe import ParallelConfig
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Kept, Prompt, Sample
-from moetrain.data.trajectories import Trajectory
+from moetrain.data.trajectories import Trajectory, narrow
 from moetrain.engine import scatter
 from moetrain.errors import DataError
 from moetrain.layout.batch import batch_bytes, routed_layers
@@ -111,6 +112,36 @@ def test_choices_come_out_of_their_bytes(num: int, k: int, rng: random.Random) -
     assert pack_routes(packed, num) is packed
 
 
+@pytest.mark.parametrize("num", [200, 256, 300])
+def test_packs_have_the_choices_that_were_made(num: int) -> None:
+    rng = np.random.default_rng(0)
+    group = groups([3], 2)[0]
+    made: list[GradedAnswer] = []
+    chosen: list[Any] = []
+    for answer in group.answers:
+        (segment,) = answer.trajectory.segments
+        assert segment.routes is not None
+        routes = rng.integers(0, num - 1, segment.routes.shape)
+        routes[..., 0] = num - 1  # the last, in every layer
+        routes[:2] = 5  # the prompt's, which stand once
+        chosen.append(routes[2:])
+        segment = replace(segment, routes=narrow(routes.astype(np.int16)))
+        made.append(replace(answer, trajectory=replace(answer.trajectory, segments=(segment,))))
+    group = replace(group, answers=tuple(made))
+
+    def packed(num_experts: int) -> Tensor:
+        options: Any = {"seq_len": 40, "min_packs": 1, "num_experts": num_experts}
+        return pack_groups([group], {}, **options)[0].per_token["routes"]
+
+    routes = packed(num)
+    assert (routes.dtype == torch.uint8) == (num <= 256)
+    wanted = torch.from_numpy(np.concatenate([np.full((2, LAYERS, K), 5), *chosen]))
+    assert torch.equal(unpack_routes(routes, num).long(), wanted + 1)
+    assert torch.equal(packed(0).long(), wanted + 1)
+    with pytest.raises(DataError, match=f"chose expert {num - 1}, and the model has {num - 1}"):
+        packed(num - 1)
+
+
 # Of parts
 
 SPLITS: list[dict[str, int]] = [
@@ -202,7 +233,7 @@ def test_a_dry_run_says_the_bytes_of_a_batch(
     online = METHODS["grpo"].online
     assert online is not None
     held = scattered.held(Batch(1, tuple(found), 0))
-    packs = all_packs(recipe, held, answer_values(recipe, online, known), dp)
+    packs = all_packs(recipe, held, answer_values(recipe, online, known), dp, EXPERTS)
     parts = Parts.of(recipe, model, dp)
     said = batch_bytes(recipe, model, plan, prompt=5)
     assert said.packs == bytes_of(packs)

@@ -4,6 +4,7 @@ Legend: t tokens of a pack, n sequences of it. An answer's sequence is the promp
 all of the answer but its last, so that its labels are the answer.
 """
 
+import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ from moetrain.data.samples import Prompt
 from moetrain.data.trajectories import Segment, Trajectory
 from moetrain.errors import DataError
 from moetrain.ops.packed import ANSWER, Packed, blank, concat, pack_one
+from moetrain.ops.routes import in_bytes
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def pack_groups(
     seq_len: int,
     min_packs: int,
     beyond: bool = False,
+    num_experts: int = 0,
 ) -> list[Packed]:
     """Packs of at most `seq_len` tokens, at least `min_packs` of them, as even as they come.
 
@@ -50,21 +53,29 @@ def pack_groups(
         values: name -> [answers], a number for each answer in the order of the groups: extras.
         beyond: an answer that was cut ends with its last token, which is not scored there: a place
             for the value of what would have followed.
+        num_experts: of the model, which choices are packed for as `ops/routes.py` has them; 0: as
+            int16.
 
     `extras` also has role and item (the answer's number), `per_token` rollout_logp, and
     routes and kept (ids from 1 of what could be drawn) where they were recorded. What the model
     wrote is scored, replies are not. Each segment of a trajectory is a sequence with its values.
     Where there are fewer sequences than packs, some are blank.
-    Raises DataError when a prompt and one answer do not fit.
+    Raises DataError when a prompt and one answer do not fit, and for experts that are not there.
     """
     pieces = list(_pieces(groups, beyond))
     width = max((_width(piece.segment) for group in pieces for piece in group), default=0)
-    how = _How(values, width)
+    how = _How(values, width, num_experts)
     units = [unit for group in pieces for unit in _units(group, how, seq_len)]
     if len(units) < min_packs:
         units = [_unit([piece], how) for group in pieces for piece in group]
     units += [_blank(units[0])] * (min_packs - len(units))
-    return [concat(own) for own in _fill_packs(units, seq_len, min_packs)]
+    bins = _fill_packs(units, seq_len, min_packs)
+    del units
+    bins.reverse()
+    packs: list[Packed] = []
+    while bins:  # whose units are gone once they are in a pack
+        packs.append(concat(bins.pop()))
+    return packs
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,7 @@ class _How:
 
     values: Mapping[str, Tensor]  # [answers]
     width: int  # tokens that could be drawn, at most at one place; 0: nothing was left out
+    num_experts: int
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,7 @@ def _unit(pieces: Sequence[_Piece], how: _How) -> Packed:
     parts = [replace(part, position_ids=part.position_ids + shared) for part in answers]
     if shared:
         zeros = torch.zeros(shared)
-        own = {"rollout_logp": zeros} | _routes(first.segment, 0, shared)
+        own = {"rollout_logp": zeros} | _routes(first.segment, 0, shared, how)
         if how.width:
             own["kept"] = torch.zeros(shared, how.width, dtype=torch.int32)
         context = first.context[:-1]
@@ -174,7 +186,7 @@ def _answer(piece: _Piece, how: _How) -> Packed:
     labels = torch.from_numpy(segment.tokens.astype(np.int64))
     tokens = torch.cat([piece.context[-1:], labels[:-1]])
     own = {"rollout_logp": torch.from_numpy(segment.logprobs.astype(np.float32))}
-    own |= _routes(segment, piece.context.numel() - 1, None)
+    own |= _routes(segment, piece.context.numel() - 1, None, how)
     if how.width:
         own["kept"] = _kept(segment, how.width)
     mask = torch.from_numpy(segment.written.astype(np.float32))
@@ -197,11 +209,21 @@ def _kept(segment: Segment, width: int) -> Tensor:
     return found
 
 
-def _routes(segment: Segment, start: int, end: int | None) -> dict[str, Tensor]:
+def _routes(segment: Segment, start: int, end: int | None, how: _How) -> dict[str, Tensor]:
     """The sampler's choices of experts, counted from 1, at positions [start, end)."""
     if segment.routes is None:
         return {}
-    return {"routes": torch.from_numpy(segment.routes[start:end].astype(np.int16)) + 1}
+    chosen = segment.routes[start:end]
+    if how.num_experts and chosen.max(initial=0) >= how.num_experts:
+        raise DataError(
+            f"An answer's router chose expert {chosen.max()}, and the model has {how.num_experts}"
+            " of them: it was sampled from another one. Leave rollout.routing_replay out, or give"
+            " rollouts of this model."
+        )
+    is_byte = how.num_experts and in_bytes(how.num_experts, chosen.shape[-1])
+    # In a byte the number after 255 is 0, as `ops/routes.py` writes the last of 256 experts.
+    kind = np.uint8 if is_byte else np.int16
+    return {"routes": torch.from_numpy(np.add(chosen, 1, dtype=kind, casting="unsafe"))}
 
 
 def _fill_packs(units: Sequence[Packed], seq_len: int, min_packs: int) -> list[list[Packed]]:
@@ -211,11 +233,11 @@ def _fill_packs(units: Sequence[Packed], seq_len: int, min_packs: int) -> list[l
     order = sorted(range(len(units)), key=lambda i: -units[i].num_tokens)
     while True:
         bins: list[list[int]] = [[] for _ in range(num)]
-        sizes = [0] * num
+        lightest = [(0, number) for number in range(num)]  # a heap of (tokens, pack)
         for i in order:
-            lightest = sizes.index(min(sizes))
-            bins[lightest].append(i)
-            sizes[lightest] += units[i].num_tokens
-        if max(sizes) <= seq_len:
+            size, number = lightest[0]
+            bins[number].append(i)
+            heapq.heapreplace(lightest, (size + units[i].num_tokens, number))
+        if max(lightest)[0] <= seq_len:
             return [[units[i] for i in sorted(own)] for own in bins if own]
         num += 1

@@ -22,6 +22,13 @@ Finish = Literal["stop", "length", "turns", "timeout", "crash", "error", "open"]
 FAULTS = ("timeout", "crash", "error")
 
 
+def narrow(routes: NDArray[Any] | None) -> NDArray[Any] | None:
+    """Choices in a byte each, where they fit: they are most of a batch."""
+    if routes is None or routes.dtype == np.uint8 or not routes.size:
+        return routes
+    return routes.astype(np.uint8) if 0 <= routes.min() and routes.max() < 256 else routes
+
+
 @dataclass(frozen=True)
 class Turn:
     """What one side wrote in a row."""
@@ -55,7 +62,7 @@ class Segment:
             np.array(sample.tokens, np.int32),
             np.array(sample.logprobs, np.float32),
             context,
-            sample.routes,
+            narrow(sample.routes),
             sample.kept,
         )
 
@@ -277,6 +284,6 @@ def _from_arrays(content: Mapping[str, Any]) -> Segment:
         flat("tokens", "<i4").astype(np.int32),
         flat("logprobs", "<f4").astype(np.float32),
         flat("context", "<i4").astype(np.int32) if "context" in content else None,
-        decode_routes(content["routes"]) if "routes" in content else None,
+        narrow(decode_routes(content["routes"])) if "routes" in content else None,
         Kept.from_json(content["kept"]) if "kept" in content else None,
     )

@@ -19,7 +19,6 @@ PLAIN, SAMPLED = 8 + 8 + 8 + 4 + 1, 4
 # Of a sequence: its end and its prefix (4 each), its role and the number of its answer (8 each),
 # reward, advantage, place and temperature (4 each).
 SEQUENCE = 4 + 4 + 8 + 8 + 4 * 4
-RECORDED = 2  # a choice of an expert, where it was recorded; a stage gets it in 1 where E <= 256
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def _routed(model: Model, parallel: ParallelConfig) -> list[list[list[int]]]:
 
 
 def choice_bytes(model: Model) -> int:
-    """Of a choice as a stage gets it, as `ops/routes.py` has it."""
+    """Of the number of an expert, as `ops/routes.py` has it."""
     moe = model.moe
     if moe is None:
         return 0
@@ -108,7 +107,8 @@ def batch_bytes(
     method, rollout = recipe.sampling
     whole, replica = batch_sizes(recipe, plan.dp, prompt)
     k = 0 if model.moe is None or not rollout.routing_replay else model.moe.experts.top_k
-    recorded = RECORDED * k * sum(model.moe_layers)
+    choice = choice_bytes(model) * k
+    recorded = choice * sum(model.moe_layers)
     kept = 4 * most_kept(rollout)
     sequence = (
         SEQUENCE + 4 * (rollout.repetition_penalty != 1) + 4 * (recipe.method.name == "chord")
@@ -120,7 +120,7 @@ def batch_bytes(
     shares: list[int] = []
     on_gpu: list[int] = []
     for stage, chunks in enumerate(_routed(model, recipe.parallel)):
-        own = PLAIN + SAMPLED + choice_bytes(model) * k * sum(map(len, chunks))
+        own = PLAIN + SAMPLED + choice * sum(map(len, chunks))
         own += kept * (stage == plan.pp - 1)
         shares.append(replica.bytes(own, sequence))
         # Each token's sequence, its key and its choices for a chunk, as 8 bytes each.

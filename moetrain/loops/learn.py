@@ -75,8 +75,9 @@ class Lessons:
         """This rank's part of the packs, which the first rank makes. Collective."""
         world = self.engine.world
         made: Packs = []
-        world.first(lambda: made.extend(all_packs(recipe, given, values, world.dp_size)))
-        parts = Parts.of(recipe, self.engine.model, world.dp_size)
+        num, model = world.dp_size, self.engine.model
+        world.first(lambda: made.extend(all_packs(recipe, given, values, num, model.num_experts)))
+        parts = Parts.of(recipe, model, num)
         return world.scatter(lambda replica, stage: parts.of_rank(made, replica, stage))
 
     @property
@@ -122,7 +123,11 @@ def answer_values(recipe: Recipe, online: Online, given: Outline) -> dict[str, T
 
 
 def all_packs(
-    recipe: Recipe, given: Outline, values: Mapping[str, Tensor], num_replicas: int
+    recipe: Recipe,
+    given: Outline,
+    values: Mapping[str, Tensor],
+    num_replicas: int,
+    num_experts: int,
 ) -> Packs:
     """A batch as packs, where its answers are. Raises DataError."""
     assert given.batch is not None
@@ -140,6 +145,7 @@ def all_packs(
             seq_len=recipe.data.seq_len,
             min_packs=num_replicas,
             beyond=how == "bootstrap",
+            num_experts=num_experts,
         )
         for own_groups, step_values in _split_into_steps(groups, values, method.inner_steps)
     ]

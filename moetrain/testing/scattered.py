@@ -76,7 +76,7 @@ class Everywhere(Lessons):
 
     def _dealt(self, recipe: Recipe, given: Outline, values: Mapping[str, Tensor]) -> Packs:
         world = self.engine.world
-        self.made = all_packs(recipe, given, values, world.dp_size)
+        self.made = all_packs(recipe, given, values, world.dp_size, 0)  # 2 bytes a choice
         return [packs[world.dp_rank :: world.dp_size] for packs in self.made]
 
 

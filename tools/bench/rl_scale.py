@@ -87,17 +87,19 @@ def anonymous() -> int:
     raise OSError("/proc/self/status has no RssAnon")
 
 
-def batch_of(recipe: Recipe, num_prompts: int, routes: bool) -> Batch:
+def batch_of(recipe: Recipe, args: argparse.Namespace) -> Batch:
     """Answers as a rollout engine would give them."""
     rng = np.random.default_rng(0)
     _, rollout = recipe.sampling
     groups: list[Group] = []
-    for p in range(num_prompts):
-        prompt = Prompt(f"p{p}", tuple(rng.integers(0, 150_000, rng.integers(100, 600))), {})
+    for p in range(args.prompts):
+        prompt = Prompt(
+            f"p{p}", tuple(rng.integers(0, 150_000, rng.integers(100, 600)).tolist()), {}
+        )
         answers: list[GradedAnswer] = []
         for index in range(rollout.group_size):
             drawn = int(rng.lognormal(np.log(MEDIAN), SPREAD)) + 1
-            size = min(drawn, rollout.max_tokens)
+            size = rollout.max_tokens if args.longest else min(drawn, rollout.max_tokens)
             shape = (len(prompt.tokens) + size - 1, 94, 8)
             sample = Sample(
                 prompt.id,
@@ -107,11 +109,11 @@ def batch_of(recipe: Recipe, num_prompts: int, routes: bool) -> Batch:
                 "word" * size,
                 "length" if drawn > size else "stop",
                 0,
-                rng.integers(0, 128, shape, dtype=np.int16) if routes else None,
+                rng.integers(0, 128, shape, dtype=np.int16) if args.routes else None,
             )
             answers.append(GradedAnswer(Trajectory.of(sample), float(rng.integers(0, 2)), {}))
         groups.append(Group(prompt, tuple(answers)))
-    return Batch(1, tuple(groups), num_prompts, temperature=1.0)
+    return Batch(1, tuple(groups), args.prompts, temperature=1.0)
 
 
 def sent(parts: Parts, steps: Packs, replica: int, stage: int) -> int:
@@ -150,13 +152,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="with 16 answers each")
     parser.add_argument("--routes", action="store_true", help="with choices of experts")
     parser.add_argument("--ranks", type=int, default=32)
+    parser.add_argument("--longest", action="store_true", help="all answers of 12,288 tokens")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     recipe = load_recipe(EXAMPLE, [f"rollout.routing_replay={str(args.routes).lower()}"])
     model, plan = read_model(HF), plan_mesh(recipe.parallel, args.ranks)
     clock = Clock(profiled=args.profile)
-    batch = clock.phase("(make answers)", partial(batch_of, recipe, args.prompts, args.routes))
+    batch = clock.phase("(make answers)", partial(batch_of, recipe, args))
     clock.peak = 0
     known = clock.phase("outline", partial(outline_of, batch))
     print(f"{len(known.lengths)} answers, {int(known.lengths.sum())} tokens")
@@ -164,7 +168,7 @@ def main() -> None:
     assert online is not None
     values = answer_values(recipe, online, known)
     given = replace(known, batch=batch)
-    packs = clock.phase("pack", partial(all_packs, recipe, given, values, plan.dp))
+    packs = clock.phase("pack", partial(all_packs, recipe, given, values, plan.dp, 128))
     parts = Parts.of(recipe, model, plan.dp)
     targets = [(replica, stage) for stage in range(plan.pp) for replica in range(plan.dp)]
     shares = clock.phase("split", lambda: [sent(parts, packs, *target) for target in targets])
