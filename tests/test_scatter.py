@@ -20,16 +20,20 @@ from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Kept, Prompt, Sample
 from moetrain.data.trajectories import Trajectory, narrow
 from moetrain.engine import scatter
+from moetrain.engine.layers.router import sequence_table
 from moetrain.errors import DataError
+from moetrain.layout.activations import in_flight, num_micro_batches
 from moetrain.layout.batch import batch_bytes, routed_layers
 from moetrain.layout.mesh import plan_mesh
-from moetrain.loops.learn import all_packs, answer_values
+from moetrain.loops.batch_values import with_targets
+from moetrain.loops.learn import all_packs, answer_values, with_known
 from moetrain.loops.outline import outline_of
 from moetrain.loops.parts import Parts
 from moetrain.loops.store import Batch
 from moetrain.methods import METHODS
+from moetrain.methods.base import Out
 from moetrain.models import read_model
-from moetrain.ops.packed import concat
+from moetrain.ops.packed import concat, pad_to
 from moetrain.ops.routes import in_bytes, pack_routes, unpack_routes
 from moetrain.testing import scattered
 from moetrain.testing.gloo import Workers
@@ -249,6 +253,18 @@ def test_a_dry_run_says_the_bytes_of_a_batch(
         assert said.answers == measured + 16 * 10 * 8 * ("top_k" in changes)
     bound = batch_bytes(recipe, model, plan)  # behind prompts of a quarter of a pack
     assert bound.driver > said.driver and bound.on_gpu == said.on_gpu
+    for stage, num_bytes in enumerate(said.on_gpu):
+        pack = parts.of_rank(packs, 0, stage)[0][0]
+        (pack,) = with_known([pack], [Out(torch.zeros(pack.num_tokens))], [None])
+        (pack,) = with_targets([pack], online, recipe.method, known.rewards, known.group, None)
+        pack = pad_to(pack, recipe.data.seq_len)
+        routes = pack.per_token.get("routes")
+        if routes is not None:
+            routes = routes[:, : routes.size(1) // parallel.get("vpp", 1)]
+        table = sequence_table(pack.sequence_ids, 1, None, routes)
+        of_tokens = [x.nbytes for x in tensors_of(pack).values() if len(x) == pack.num_tokens]
+        flight = in_flight(plan, stage, num_micro_batches(recipe, plan))
+        assert num_bytes == (sum(of_tokens) + table.nbytes) * flight
 
 
 # Of ranks

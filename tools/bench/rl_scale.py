@@ -68,12 +68,16 @@ class Clock:
 
     def phase[T](self, name: str, do: Callable[[], T]) -> T:
         profile = cProfile.Profile()
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         out = profile.runcall(do) if self.profiled else do()
-        self.seconds[name] = time.perf_counter() - started
+        self.seconds[name], used = time.perf_counter() - started, time.process_time() - used
         held = (anonymous() - self.start) / 1e6
         peak = (self.peak - self.start) / 1e6
-        print(f"{name:34} {self.seconds[name]:8.2f} s {held:8.0f} MB, peak {peak:.0f}", flush=True)
+        print(
+            f"{name:34} {self.seconds[name]:7.2f} s, {used:7.2f} of CPU, {held:7.0f} MB, peak"
+            f" {peak:.0f}",
+            flush=True,
+        )
         if self.profiled:
             pstats.Stats(profile).sort_stats("tottime").print_stats(8)
         return out
@@ -161,7 +165,7 @@ def main() -> None:
     model, plan = read_model(HF), plan_mesh(recipe.parallel, args.ranks)
     clock = Clock(profiled=args.profile)
     batch = clock.phase("(make answers)", partial(batch_of, recipe, args))
-    clock.peak = 0
+    clock.peak = anonymous()
     known = clock.phase("outline", partial(outline_of, batch))
     print(f"{len(known.lengths)} answers, {int(known.lengths.sum())} tokens")
     online = METHODS[recipe.method.name].online
