@@ -222,7 +222,7 @@ def test_prompts_offer_the_environments_tools() -> None:
     def text(record: dict[str, Any], scene: Scene | None) -> str:
         prompt, _ = read_prompt(record, chat)
         prompt = prompt if scene is None else scene.begin(prompt, chat)
-        return str(chat.tokenizer.decode(prompt.tokens))
+        return str(chat.tokenizer.decode(list(prompt.tokens)))
 
     record: dict[str, Any] = {"prompt": "2 + 2?"}
     both = text(record, scene)
@@ -278,12 +278,33 @@ def test_a_trajectory_from_text_to_text(file: Path) -> None:
     assert whole + "\n" == rendered and learned < len(tokens)
 
 
-def test_a_service_leaves_no_process(file: Path) -> None:
-    with opened(environment="tools", tools=[f"{file}:strange"]) as service:
-        service.ask("hang", RECORD, turn(("strange", {"what": "hang"})))
-        assert service.answers(0.3) == []
-        started = time.monotonic()
-    assert time.monotonic() - started < 10 and service.answers(0.0) == []
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children]
-    assert not any(b"own.py" in name for name in names)
+def test_a_service_leaves_no_process(tmp_path: Path) -> None:
+    seconds = f"9999{os.getpid()}"
+    (tmp_path / "own.py").write_text(
+        "import subprocess, time\nclass Own:\n    tools = []\n"
+        "    def reset(self, record):\n        return []\n"
+        "    def reply(self, record, messages):\n"
+        f"        subprocess.Popen(['sleep', '{seconds}'], start_new_session=True)\n"
+        "        time.sleep(600)\n"
+    )
+    mark = f"sleep\0{seconds}".encode()
+    with opened(environment=f"{tmp_path}/own.py:Own", environment_workers=1) as service:
+        service.ask("hang", RECORD, turn())
+        end = time.monotonic() + 20
+        while not _runs(mark) and time.monotonic() < end:
+            assert service.answers(0.1) == []
+        assert _runs(mark)
+    end = time.monotonic() + 20
+    while _runs(mark) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not _runs(mark)
+
+
+def _runs(mark: bytes) -> bool:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mark in path.read_bytes():
+                return True
+        except OSError:
+            pass
+    return False

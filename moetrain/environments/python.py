@@ -59,7 +59,7 @@ class Python(Toolbox):
         python: str | None = None,
         read: Sequence[str] = (),
     ):
-        super().__init__({"python": self._run}, [TOOL])
+        super().__init__({"python": self._run}, lambda: [TOOL])
         self._limits = Limits(seconds, memory_mb * MB, MOST)
         self._sandbox = Sandbox(sandbox, read, python)
 

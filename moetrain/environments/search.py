@@ -36,7 +36,7 @@ class Search(Toolbox):
         self._index = bm25s.BM25()
         tokens = bm25s.tokenize([text for _, text in self.passages], show_progress=False)
         self._index.index(tokens, show_progress=False)
-        super().__init__({"search": self._search}, [_tool()])
+        super().__init__({"search": self._search}, lambda: [_tool()])
 
     def _search(self, query: str) -> str:
         tokens = self._bm25s.tokenize([query], show_progress=False)

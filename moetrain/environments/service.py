@@ -18,7 +18,7 @@ from moetrain.data.scene import Scene
 from moetrain.environments.base import Environment, Fault, Reply, Silent, Tool
 from moetrain.environments.find import check_names, open_environment
 from moetrain.environments.replies import read_replies
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, MoetrainError
 from moetrain.rewards.base import Shape
 from moetrain.rewards.pool import Pool, Work
 
@@ -61,7 +61,10 @@ class EnvironmentService:
         self._wake_read, self._wake_write = os.pipe()
         self._is_closed = False
         work = Work[Question, Told](
-            f"rollout.environment={rollout.environment}", partial(_serving, rollout), _failed
+            f"rollout.environment={rollout.environment}",
+            partial(_serving, rollout),
+            _failed,
+            more=_more,
         )
         shape = Shape(rollout.environment_workers, 1, rollout.environment_seconds, START_SECONDS)
         self._pool = Pool(work, shape)
@@ -69,7 +72,7 @@ class EnvironmentService:
             self._pool.wait_ready()
             told = self._only(Question(-1, "tools", {}))
             if told.reply.fault:
-                raise ConfigError(f"{work.name}: its tools: {told.reply.detail}")
+                raise ConfigError(f"{work.name}: {told.reply.detail or told.reply.fault}")
         except BaseException:
             self.close()
             raise
@@ -164,6 +167,10 @@ def _failed(fault: str) -> Told:
     return Told(Reply(fault=known[fault]))
 
 
+def _more(question: Question) -> float:
+    return START_SECONDS if question.what == "tools" else 0.0
+
+
 def _serving(
     rollout: RolloutConfig,
 ) -> Callable[[Sequence[Question]], Iterator[tuple[int, Told]]]:
@@ -187,7 +194,7 @@ def _told(environment: Environment, question: Question, most: int) -> Told:
             said = environment.reply(question.record, question.messages)
         called = question.messages[-1] if question.messages else {}
         return Told(read_replies(said, called, most))
-    except FormatError as error:
+    except (FormatError, MoetrainError) as error:
         return Told(Reply(fault="error", detail=str(error)))
     except Exception as error:
         return Told(Reply(fault="error", detail=f"{type(error).__name__}: {error}"[:300]))

@@ -2,7 +2,8 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError, validate_call
@@ -22,12 +23,20 @@ class Toolbox(Silent):
     Args:
         functions: tool -> function. It is called with the arguments that the model gave, as its
             annotations have them ("3" for an int is 3).
-        tools: what the chat template says of them.
+        describe: makes what the chat template says of them, for who asks for it.
     """
 
-    def __init__(self, functions: Mapping[str, Callable[..., Any]], tools: Sequence[Tool]):
-        self.tools = tuple(tools)
+    def __init__(
+        self,
+        functions: Mapping[str, Callable[..., Any]],
+        describe: Callable[[], Iterable[Tool]],
+    ):
+        self._describe = cache(lambda: tuple(describe()))
         self._functions = {name: _checked(function) for name, function in functions.items()}
+
+    @property
+    def tools(self) -> Sequence[Tool]:
+        return self._describe()
 
     def reply(
         self, record: Mapping[str, Any], messages: Sequence[Message]

@@ -29,7 +29,8 @@ class Tools(Toolbox):
             if path not in files:
                 files[path] = load_file(path, WHERE)
             found[own] = named_in(files[path], own, WHERE, "function")
-        super().__init__(found, [schema_of(one, own) for own, one in found.items()])
+        # One process is asked, and the others do without transformers.
+        super().__init__(found, lambda: [schema_of(one, own) for own, one in found.items()])
 
 
 def schema_of(function: Callable[..., Any], name: str) -> Tool:

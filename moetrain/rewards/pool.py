@@ -39,6 +39,7 @@ class Work[T: Numbered, A]:
     make: Callable[[], Callable[[Sequence[T]], Iterator[tuple[int, A]]]]
     failed: Callable[[str], A]  # the answer to what a process hung on ("timeout") or died of
     group: Callable[[T], Any] | None = None  # what things of one batch have in common
+    more: Callable[[T], float] | None = None  # seconds that a thing may take beyond the shape's
 
 
 class Pool[T: Numbered, A]:
@@ -139,7 +140,7 @@ class _Worker[T: Numbered, A]:
         self._process.start()
         theirs.close()
         tied.close()
-        self._shape = shape
+        self._work, self._shape, self._more = work, shape, 0.0
         self._left: dict[int, T] = {}
         self._is_ready = False
         self._since = time.monotonic()
@@ -155,11 +156,13 @@ class _Worker[T: Numbered, A]:
 
     @property
     def deadline(self) -> float:
-        limit = self._shape.seconds if self._is_ready else self._shape.start_seconds
-        return self._since + limit
+        if not self._is_ready:
+            return self._since + self._shape.start_seconds
+        return self._since + self._shape.seconds + self._more
 
     def send(self, things: tuple[T, ...]) -> None:
         self._left = {thing.number: thing for thing in things}
+        self._more = max(map(self._work.more, things)) if self._work.more else 0.0
         if self._is_ready:
             self._begin()
 
