@@ -393,6 +393,52 @@ def test_killed_stopped_and_full(tmp_path: Path) -> None:
             assert final[one.prompt_id, one.index] == one.tokens
 
 
+SPEAKER = """
+import time
+
+
+class Speaker:
+    tools = ()
+
+    def reset(self, record):
+        return []
+
+    def reply(self, record, messages):
+        turns = sum(message["role"] == "assistant" for message in messages)
+        time.sleep(0.3)
+        return None if turns == 3 else [{"role": "user", "content": f"{turns} heard, go on"}]
+"""
+
+
+def test_turns_go_on_by_tokens_and_after_a_kill(served: Served, tmp_path: Path) -> None:
+    """Three turns beside other trajectories' turns, their routes recorded: what is learned is what
+    was drawn, and a killed run goes on from the turns that had come.
+    """
+    run_dir, own = tmp_path / "run", tmp_path / "speaker.py"
+    own.write_text(SPEAKER)
+    words = (f"rollout.environment={own}:Speaker", "rollout.stop=[e,a,i]", "data.eval=[]")
+    words += ("data.seq_len=256", "rollout.routing_replay=true", *served.words)
+    process = moetrain("train", f"run_dir={run_dir}", *words)
+    partial = run_dir / "rollouts" / "00000001.partial.jsonl"
+    wait_for(lambda: partial.is_file() and partial.read_text().count("\n") > 20, process)
+    process.kill()
+    process.communicate()
+    lines = partial.read_text().splitlines()[:-1]
+    before = {(one.prompt_id, one.index): one for one in map(from_json, map(json.loads, lines))}
+    assert any(one.finish == "open" for one in before.values())
+    train(run_dir, *words, nproc=1)
+    for row in steps(run_dir):
+        assert row["mismatch/abs"] <= 1e-4 and row["push/logprob_gap"] <= 1e-3
+        assert row["turns/most"] == 3 and row["tokens/replies"] > 0
+    for answer in batch_of(run_dir, 1).answers:
+        one = answer.trajectory
+        (segment,) = one.segments
+        assert one.finish in ("stop", "length") and segment.routes is not None
+        known = before.get((one.prompt_id, one.index))
+        if known is not None:
+            assert one.tokens[: len(known.tokens)] == known.tokens
+
+
 def broken_python(folder: Path, change: Callable[[str], str]) -> Path:
     """An interpreter that finds another moetrain_worker first."""
     folder.mkdir()

@@ -132,10 +132,10 @@ class Service:
         return answer
 
     async def _routes_of(self, out: Any, name: str) -> dict[str, Any]:
-        if self.on_cpu:
-            found = await self.engine.collective_rpc("take_routes", args=(name,))
-            return next(routes for routes in found if routes is not None)
         length = len(out.prompt_token_ids) + len(out.outputs[0].token_ids) - 1
+        if self.on_cpu:
+            found = await self.engine.collective_rpc("take_routes", args=(name, length))
+            return next(routes for routes in found if routes is not None)
         return packed(out.outputs[0].routed_experts[:length, self.layers])
 
     async def _last(self, tokens: list[int], params: Any, name: str) -> Any:

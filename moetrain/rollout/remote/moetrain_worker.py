@@ -77,9 +77,9 @@ class Worker:
         for runner in self._runners():
             runner.router.set_capture_fn(partial(self._record, runner.layer_id))
 
-    def take_routes(self, request: str) -> dict[str, Any] | None:
-        """[tokens, MoE layers, experts of a token] of a request, packed; forgotten here. None
-        where it was not seen.
+    def take_routes(self, request: str, length: int) -> dict[str, Any] | None:
+        """[length, MoE layers, experts of a token] of a request's first tokens, packed; forgotten
+        here. None where it was not seen. Behind a stop string vLLM has drawn on.
         """
         import torch
 
@@ -95,7 +95,7 @@ class Worker:
             for start, ids in layers[layer]:
                 chosen[start : start + len(ids)] = ids
             rows.append(chosen)
-        return packed(torch.stack(rows, 1).numpy())
+        return packed(torch.stack(rows, 1)[:length].numpy())
 
     def _runners(self) -> list[Any]:
         from vllm.model_executor.layers.fused_moe.layer import MoERunner
