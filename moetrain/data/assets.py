@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moetrain import manifest
-from moetrain.data import checkable, indexing, tokenizer, tokenizer_training
+from moetrain.data import checkable, indexing, products, tokenizer, tokenizer_training
 from moetrain.data.cache import build_once, cache_root, key_of
 from moetrain.errors import DataError, nearest
 
@@ -181,6 +181,18 @@ def _pairs_to_learn() -> list[dict[str, object]]:
     return checkable.pairs(10000, seed=3, avoid=checkable.questions(_held_out_pairs()))
 
 
+def _held_out_products() -> list[dict[str, object]]:
+    return products.prompts(products.pairs(64, seed=9))
+
+
+def _products_to_try() -> list[dict[str, object]]:
+    return products.prompts(products.pairs(1000, 10, avoid=frozenset(products.pairs(64, 9))))
+
+
+def _worked_products() -> list[dict[str, object]]:
+    return products.worked(products.pairs(4000, 11, avoid=frozenset(products.pairs(64, 9))))
+
+
 def _model(name: str, hf: dict[str, object], root: Path) -> Path:
     """A Hugging Face folder with random weights of this configuration and the stdlib tokenizer."""
 
@@ -235,4 +247,7 @@ ASSETS: dict[str, Callable[[Path], Path]] = {
     "checkable-labels-eval": lambda root: _records(
         root, "checkable-labels-eval", lambda: checkable.labels(_held_out_pairs(), seed=6)
     ),
+    "products": lambda root: _records(root, "products", _products_to_try),
+    "products-eval": lambda root: _records(root, "products-eval", _held_out_products),
+    "products-worked": lambda root: _records(root, "products-worked", _worked_products),
 }

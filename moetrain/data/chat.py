@@ -130,6 +130,12 @@ class Chat:
         return Controls(self.tokenizer, self.template, self._special_tokens)
 
     @cached_property
+    def own_words(self) -> Controls:
+        """The same of what the model said: no reason to refuse it."""
+        how = "keep" if self._special_tokens == "keep" else "escape"
+        return Controls(self.tokenizer, self.template, how)
+
+    @cached_property
     def _longest(self) -> int:
         """Characters of the longest token."""
         return max(LONG_TOKEN, *map(len, self.tokenizer.get_vocab()))

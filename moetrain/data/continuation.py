@@ -12,7 +12,6 @@ from typing import Any
 
 from moetrain.data.chat import Chat
 from moetrain.data.contract import appears_in
-from moetrain.data.controls import Controls, How
 from moetrain.data.messages import FormatError, Message
 from moetrain.data.thoughts import opened_by
 
@@ -49,9 +48,6 @@ class Continuer:
     def __init__(self, chat: Chat, stop_ids: Collection[int], **kwargs: Any):
         self.chat, self.stop_ids = chat, frozenset(stop_ids)
         _, self.kwargs, _ = chat.controls.guard([], kwargs)
-        how: How = "keep" if chat.controls.how == "keep" else "escape"
-        # A control token that the model wrote among its words is no reason to end its trajectory.
-        self._lenient = Controls(chat.tokenizer, chat.template, how)
 
     def after(
         self,
@@ -105,7 +101,7 @@ class Continuer:
         for message in messages:
             own = {key: value for key, value in message.items() if key != "malformed"}
             is_model = message["role"] == "assistant"
-            controls = self._lenient if is_model else self.chat.controls
+            controls = self.chat.own_words if is_model else self.chat.controls
             found += controls.guard([own], {})[0]
         return found
 
@@ -151,13 +147,14 @@ class Continuer:
         """(the tokens behind the sampled ones, what else stopped the turn)."""
         if found.behind is None:
             return None, ""
-        tokenizer = self.chat.tokenizer
-        vocab, last = tokenizer.get_vocab(), tokens[-1] if tokens else None
-        if found.mark not in vocab and text.rstrip().endswith(found.mark):
+        tokenizer, last = self.chat.tokenizer, tokens[-1] if tokens else None
+        number = tokenizer.convert_tokens_to_ids(found.mark)
+        is_token = number is not None and tokenizer.convert_ids_to_tokens(number) == found.mark
+        if not is_token and text.rstrip().endswith(found.mark):
             return tuple(self.chat.ids(found.behind.removeprefix(found.mark))), ""
         # With the mark, since some tokenizers put a blank in front of a text.
         ids = self.chat.ids(found.behind)
-        if last is not None and last == vocab.get(found.mark):
+        if is_token and last == number:
             assert ids[0] == last
             return tuple(ids[1:]), ""
         stopped_at = last in self.stop_ids and tokenizer.convert_ids_to_tokens(last)
