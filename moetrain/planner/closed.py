@@ -34,6 +34,7 @@ class Closed:
         self._small = [_learning(recipe, model, num) for num in (2, 4)]
         self._static: dict[tuple[ParallelConfig, int], tuple[float, ...]] = {}
         self._layers: dict[Shares, list[int]] = {}
+        self._kinds: dict[tuple[int, ...], list[tuple[float, float]]] = {}
 
     def rough(self, recipe: Recipe, size: int) -> Rough:
         """Of a step of the recipe on `size` ranks."""
@@ -51,24 +52,29 @@ class Closed:
 
     def _static_bytes(self, recipe: Recipe, plan: MeshPlan) -> tuple[float, ...]:
         """Of each stage: from two and four layers on two stages, where layers are alike."""
-        few, more = self._small
-        if few is None or more is None:
+        if None in self._small:
             stages = static_bytes(self.model, plan, recipe, trained(recipe, self.model))
             return tuple(s.total for s in stages)
-        num = min(plan.pp, 2)
-        small = replace(plan, pp=num, vpp=1)
-        even = evenly(recipe)
-        low, high = (
-            [s.total for s in static_bytes(model, small, even, learns)]
-            for model, learns in (few, more)
-        )
-        fewest = 2 / num  # layers of a stage in the smaller one
-        kinds = list(zip(low, high, strict=True))  # of the first stage and the last
+        fewest = 2 / min(plan.pp, 2)  # layers of a stage in the smaller one
+        kinds = self._of_few(recipe, plan)
         return tuple(
             a + (layers / fewest - 1) * (b - a)
             for i, layers in enumerate(_stages(recipe, self.model, plan))
             for a, b in [kinds[-1] if i == plan.pp - 1 else kinds[0]]
         )
+
+    def _of_few(self, recipe: Recipe, plan: MeshPlan) -> list[tuple[float, float]]:
+        """Of the first and the last of two stages, or of the only one: (fewer layers, more)."""
+        small = replace(plan, pp=min(plan.pp, 2), vpp=1)
+        key = (small.tp, small.etp, small.ep, small.dp * small.cp, small.edp, small.pp)
+        if key not in self._kinds:
+            low, high = (
+                [float(s.total) for s in static_bytes(each[0], small, evenly(recipe), each[1])]
+                for each in self._small
+                if each is not None
+            )
+            self._kinds[key] = list(zip(low, high, strict=True))
+        return self._kinds[key]
 
 
 def fixed(gpu: Gpu, size: int) -> int:

@@ -2,15 +2,12 @@
 and serve. Imports no torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moetrain.config.recipe import Recipe
-from moetrain.errors import MoetrainError
-from moetrain.layout.activations import num_micro_batches
 from moetrain.layout.memory import GIB
-from moetrain.layout.mesh import plan_mesh
 from moetrain.models import Model
 from moetrain.planner.gpu import Gpu, pick
 from moetrain.planner.rollout import Decoder, Lengths, Server, server_of
@@ -54,7 +51,7 @@ class Sampled:
     lengths: Lengths
     concurrent: int  # answers at once on a server
     split: Split
-    splits: list[Split]  # all that the layout divides into; the trainers' seconds scaled
+    splits: list[Split]  # all; the trainers' seconds of the others are estimates
     colocated: Split | None  # every node trains, then serves
     steps_off: int
     tokens: float  # of a step's answers
@@ -112,48 +109,52 @@ class RlStep:
         _, rollout = self.recipe.sampling
         return Split(size, servers, phases, phases.step(rollout.steps_off))
 
-    def splits(self, planned: "Planned", size: int, total: int) -> Iterator[Split]:
-        """All ways to share `total` GPUs, node by node, that the layout divides into; the trainers'
-        seconds are those of `planned` on `size`, by their number of micro-batches.
+    def splits(self, own: Split, trainers: Callable[[int], float | None]) -> Iterator[Split]:
+        """All ways to share the GPUs of `own`, node by node.
+
+        trainers: as `Search.estimate`.
         """
+        total = own.trainers + own.servers * self.node
         for servers in range(1, total // self.node):
-            found = self._scaled(planned, size, total - servers * self.node, servers)
-            if found is not None:
-                yield found
+            size = total - servers * self.node
+            if size == own.trainers:
+                yield own
+            elif (seconds := trainers(size)) is not None:
+                yield self._scaled(own, size, servers, seconds)
 
     def _scaled(
-        self, planned: "Planned", size: int, trainers: int, servers: int, *, here: bool = False
-    ) -> Split | None:
-        recipe = planned.recipe
-        try:
-            plan, before = plan_mesh(recipe.parallel, trainers), plan_mesh(recipe.parallel, size)
-        except MoetrainError:
-            return None
-        fill = (plan.pp - 1) / plan.vpp
-        num, num_before = (num_micro_batches(recipe, p) for p in (plan, before))
-        scale = (num + fill) / (num_before + fill)
-        seconds = planned.seconds
+        self, own: Split, size: int, servers: int, seconds: float, *, here: bool = False
+    ) -> Split:
+        """With trainers that take so many seconds, in the same parts."""
+        before = own.phases
+        scale = seconds / (before.log_probs + before.train)
         phases = Phases(
-            self.sample(servers), seconds.before * scale, (seconds.total - seconds.before) * scale,
+            self.sample(servers), before.log_probs * scale, before.train * scale,
             self.push(here=here),
         )  # fmt: skip
-        return self._split(trainers, servers, phases)
+        return self._split(size, servers, phases)
 
-    def whole(self, planned: "Planned", size: int, servers: int) -> Sampled:
-        """All there is to say of `planned` on `size` GPUs beside so many servers."""
+    def whole(
+        self, planned: "Planned", size: int, servers: int, trainers: Callable[[int], float | None]
+    ) -> Sampled:
+        """All there is to say of `planned` on `size` GPUs beside so many servers.
+
+        trainers: as `Search.estimate`.
+        """
         _, rollout = self.recipe.sampling
+        own = self.of(planned, size, servers)
         total = size + servers * self.node
-        splits = list(self.splits(planned, size, total))
-        together = self._scaled(planned, size, total, total // self.node, here=True)
-        if together is not None:  # what serves does not train meanwhile
+        together = None
+        if (seconds := trainers(total)) is not None:  # what serves does not train meanwhile
+            together = self._scaled(own, total, total // self.node, seconds, here=True)
             together = replace(together, step_s=together.phases.step(0))
         tokens = rollout.prompts_per_step * rollout.group_size * self.lengths.answer
         return Sampled(
             self.server,
             self.lengths,
             self.server.concurrent(self.lengths),
-            self.of(planned, size, servers),
-            splits,
+            own,
+            list(self.splits(own, trainers)),
             together,
             rollout.steps_off,
             tokens,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import median
 from typing import Literal
 
@@ -82,6 +83,10 @@ class Search:
         self.recipe = without_weights(self.recipe)
         self.model = model_of(self.recipe)
 
+    @cached_property
+    def _closed(self) -> Closed:
+        return Closed(self.recipe, self.model, self.gpu)
+
     def _tracers(self) -> AbstractContextManager[ProcessPoolExecutor]:
         return tracers() if self.pool is None else nullcontext(self.pool)
 
@@ -95,7 +100,7 @@ class Search:
     def best(self, report: Callable[[str], None]) -> SearchResult:
         """Of all layouts. Raises MoetrainError where none divides."""
         start = time.monotonic()
-        closed = Closed(self.recipe, self.model, self.gpu)
+        closed = self._closed
         rough = [
             (recipe, closed.rough(recipe, self.size))
             for recipe in candidates(self.recipe, self.model, self.size)
@@ -124,6 +129,20 @@ class Search:
         with self._tracers() as run:
             return self._traced(recipes, run)
 
+    def estimate(self, planned: Planned, size: int) -> float | None:
+        """Seconds of a step on so many GPUs, of the layout that the formulas find fastest of those
+        that should fit, by what they said of `planned`; None where none does.
+        """
+        closed = self._closed
+        limit = self.gpu.memory_gib.value * GIB
+        found = [
+            rough.seconds
+            for recipe in candidates(self.recipe, self.model, size)
+            if (rough := closed.rough(recipe, size)).bytes * LEAN <= limit
+        ]
+        scale = planned.step_s / closed.rough(planned.recipe, self.size).seconds
+        return min(found) * scale if found else None
+
     def timeline(self, planned: Planned) -> list[dict[str, int]]:
         """What the fullest rank holds over a step: category -> bytes. Traced whole."""
         with self._tracers() as run:
@@ -133,7 +152,7 @@ class Search:
         """The layout that fits with the fewest keys changed; of those, what the formulas are surest
         of and find fastest. None where none of the first few fits.
         """
-        closed = Closed(self.recipe, self.model, self.gpu)
+        closed = self._closed
         limit = self.gpu.memory_gib.value * GIB
         near: list[tuple[int, bool, float, int]] = []
         found = list(candidates(self.recipe, self.model, self.size))

@@ -121,7 +121,8 @@ def _with_servers(
     step = RlStep(traced, served, gpu, lengths)
     answer = _searched(args, recipe, gpu, traced, _trainers(args, recipe), again=at is not None)
     servers = max(1, server_nodes(recipe))
-    sampled = step.whole(answer.result.best, answer.size, servers)
+    search, best = answer.search, answer.result.best
+    sampled = step.whole(best, answer.size, servers, lambda size: search.estimate(best, size))
     return replace(answer, sampled=sampled)
 
 

@@ -184,7 +184,7 @@ def _sides(split: Split) -> str:
 
 
 def _splits(found: Sampled) -> list[str]:
-    """A table; the trainers' seconds of all but the planned split are scaled."""
+    """A table."""
     head = ["trainers", "servers", "sample", "log-probs", "train", "push", "s/step"]
     rows = [head]
     others = [split for split in found.splits if split.servers != found.split.servers]
@@ -198,4 +198,4 @@ def _splits(found: Sampled) -> list[str]:
     ]
     off = found.steps_off
     how = f"rollout.steps_off={off}: sampled beside learning" if off else "one after the other"
-    return [*lines, f"* as planned; {how}."]
+    return [*lines, f"* as planned, the others by formula; {how}."]
