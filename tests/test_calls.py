@@ -152,7 +152,8 @@ CUT = {
              + "9" * 5000 + "}}</tool_call>"],
     "xml": ["<tool_call>f</tool_call>", "<function=f>\n<parameter=k>\n1\n</function>"],
     "glm": ["<tool_call></tool_call>", "<tool_call>f<arg_key>k</arg_key></tool_call>"],
-    "llama": ['{"name": "f", "parameters": {"k"', "<|python_tag|>print(1)", '{"name": 3}'],
+    "llama": ['{"name": "f", "parameters": {"k"', "<|python_tag|>print(1)",
+              '{"name": 3, "parameters": {}}'],
     "deepseek": [f"{CALLS}{CALL}f", f"{CALL}f{SEP}x"],
     "harmony": ["<|channel|>commentary to=functions.f <|constrain|>json<|message|>{k"],
 }  # fmt: skip
@@ -196,6 +197,11 @@ def test_any_text_is_read(kind: str, text: str) -> None:
     assert isinstance(found["content"], str)
     for call in found.get("tool_calls", []):
         assert call["function"]["name"] and isinstance(call["function"]["arguments"], dict)
+
+
+def test_json_that_is_an_answer_is_no_call() -> None:
+    found = TurnReader("llama", []).read('{"name": "Bob", "age": 3}')
+    assert found == {"role": "assistant", "content": '{"name": "Bob", "age": 3}'}
 
 
 def test_values_without_a_type_are_json_where_they_are_some() -> None:

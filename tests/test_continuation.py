@@ -81,7 +81,8 @@ def test_the_tokens_are_the_templates(name: str, data: st.DataObject) -> None:
     """Of three turns, with calls and results where the template has them, users' words where not:
     unless the template rewrites, what was sampled and what was added is the whole rendering.
     """
-    played = Played(name)
+    offered = EVERY[name].calls and EVERY[name].tools and data.draw(st.booleans())
+    played = Played(name, **({"tools": TOOLS} if offered else {}))
     for _ in range(3):
         turn: Message = {"role": "assistant", "content": "so " + data.draw(TEXTS) + "."}
         reply = [{"role": "user", "content": "now " + data.draw(TEXTS) + "?"}]

@@ -131,6 +131,18 @@ def test_threads_ask_while_one_waits() -> None:
         assert service.answers(None) == []  # nothing is asked
 
 
+def test_a_slow_reply_holds_no_other(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    with opened(environment=f"{tmp_path}/own.py:Strange") as service:
+        for what in ("hang", *["bytes"] * 20):
+            service.ask(what, RECORD, said(what))
+        quick: list[Any] = []
+        end = time.monotonic() + 20
+        while len(quick) < 20 and time.monotonic() < end:
+            quick += service.answers(5.0)
+        assert len(quick) == 20 and service.num_waiting == 1
+
+
 def test_single_replies_nothing() -> None:
     with opened() as service:
         assert service.reset(RECORD) == [] and service.tools == ()

@@ -189,6 +189,8 @@ def read_llama(text: str, types: Types) -> Found:
     try:
         while own[place:].strip():
             value, place = _object(own, place, "a tool call")
+            if not marked and not value.keys() & {"parameters", "arguments"}:
+                return Found(text.strip())  # JSON that is an answer
             found.calls.append(_named(value))
             place += len(own[place:]) - len(own[place:].lstrip(" \n;"))
     except Malformed as error:
