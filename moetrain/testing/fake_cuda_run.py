@@ -2,8 +2,8 @@
 `fake_cuda.environment` gives, reads cases and writes what came of them, both JSON.
 
 A case is {"recipe": path, "overrides": [...], "rank": n, "mutation": of MUTATIONS}, and what came
-of it {"problem": "" or what a GPU would refuse, "seen": operations of REFUSES, "params": of the
-rank}. With --te the kernels of Transformer Engine are stood in.
+of it {"problem": "" or what a GPU would refuse, "seen": the backend and operations of
+REFUSES, "params": of the rank}. With --te the kernels of Transformer Engine are stood in.
 """
 
 import json
@@ -76,6 +76,7 @@ def step(recipe: Recipe, rank: int) -> int:
     num = plan.pp if plan.vpp > 1 else 1
     with FAKE:
         engine = Engine(recipe, world)
+        FAKE.seen.add(f"backend {engine.backend}")
         packs = [pack] * (num * recipe.train.micro_batch)
         if recipe.method.samples:
             engine.outputs(packs)
