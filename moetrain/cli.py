@@ -28,6 +28,7 @@ from moetrain.commands import (
     swift,
     tokenizer,
     train,
+    watch,
 )
 from moetrain.commands.common import Command, parse
 from moetrain.errors import MoetrainError
@@ -53,6 +54,7 @@ COMMANDS: dict[str, Command] = {
     "requeue": requeue.COMMAND,
     "report": report.COMMAND,
     "show": show.COMMAND,
+    "watch": watch.COMMAND,
     "swift": swift.COMMAND,
     "doctor": doctor.COMMAND,
     "bench": bench.COMMAND,

@@ -166,6 +166,7 @@ CASES: dict[str, Case] = {
 # What leaves nothing on a disk that is the user's.
 OTHERS = {
     "show": "prints",
+    "watch": "prints",
     "recipe": "prints",
     "data show": "prints; its cache is the one of train",
     "swift export": "prints",

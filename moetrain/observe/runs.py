@@ -97,8 +97,8 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
             if path.is_file() and len(given) > 1:
                 continue  # runs/* holds an earlier report too
             raise MoetrainError(f"{path}: no such folder. Give run folders, or a folder of them.")
-        plan = _plan(path if not _is_run(path) else path.parent)
-        runs = [path] if _is_run(path) else _runs_in(path, plan)
+        plan = _plan(path if not is_run(path) else path.parent)
+        runs = [path] if is_run(path) else _runs_in(path, plan)
         if not runs:
             if len(given) > 1:
                 continue  # as runs/* does, an export or a tokenizer
@@ -119,13 +119,14 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
     ]
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Whether it has anything that a run leaves."""
     return any((folder / mark).exists() for mark in _MARKS)
 
 
 def _runs_in(folder: Path, plan: Mapping[str, Any]) -> list[Path]:
     planned = [folder / name for name in plan]
-    others = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
+    others = sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
     return planned + [path for path in others if path not in planned]
 
 
@@ -190,7 +191,7 @@ def read_run(folder: Path, name: str, planned: Mapping[str, Any] | None = None) 
         path=folder,
         status=_status(folder, curves.step, total, problems),
         curves=curves,
-        settings=_settings(folder / "resolved.yaml", problems),
+        settings=settings_of(folder / "resolved.yaml", problems),
         planned=dict(planned or {}),
         best=_best(folder / "checkpoints" / "best.json", problems),
         scores=scores,
@@ -224,7 +225,7 @@ def _curves(path: Path, problems: list[str]) -> Curves:
 
 
 def _status(folder: Path, step: int, total: int | None, problems: list[str]) -> str:
-    if _is_locked(folder):
+    if is_locked(folder):
         return "running"
     if total is not None and step >= total:
         return "finished"
@@ -234,12 +235,12 @@ def _status(folder: Path, step: int, total: int | None, problems: list[str]) -> 
         return "failed"
     if step:
         return "stopped" if total is not None else "unknown length"
-    if not any((folder / mark).exists() for mark in _MARKS[:-1]) and _is_run(folder):
+    if not any((folder / mark).exists() for mark in _MARKS[:-1]) and is_run(folder):
         return "scores only"
-    return "no steps" if _is_run(folder) else "not started"
+    return "no steps" if is_run(folder) else "not started"
 
 
-def _is_locked(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a job holds the run (run/folder.py's lock)."""
     try:
         with (folder / ".lock").open("rb") as file:
@@ -263,7 +264,8 @@ def _failure(log: Path) -> str | None:
     return lines[-1] if any(line.startswith("Traceback") for line in lines) else None
 
 
-def _settings(path: Path, problems: list[str]) -> dict[str, Any]:
+def settings_of(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The dotted keys of a resolved.yaml; {} with a problem noted where it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
         try:
