@@ -21,7 +21,7 @@ from moetrain.data.scene import messages_of
 from moetrain.data.thoughts import opened_by
 from moetrain.data.trajectories import Segment, Trajectory
 from moetrain.environments.base import Reply
-from moetrain.environments.calls import TurnReader, check_format, format_of
+from moetrain.environments.calls import TurnReader, check_format
 from moetrain.environments.service import EnvironmentService
 from moetrain.errors import DataError
 from moetrain.rollout.base import Request, Sampling
@@ -80,7 +80,7 @@ def open_dialogues(
     service = EnvironmentService(rollout)
     stack.callback(service.close)
     check_format(chat.template, rollout.call_format, service.tools)
-    reader = TurnReader(format_of(chat.template, rollout.call_format), service.tools)
+    reader = TurnReader.of(chat.template, service.tools, rollout.call_format)
     length = recipe.data.seq_len
     return Dialogues(
         service,
