@@ -155,7 +155,7 @@ def test_grpo(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0, err
     (row,) = (line.split() for line in out.splitlines() if re.match(r" *8 +1\* ", line))
     *phases, step = map(float, row[2:])
-    assert len(phases) == 4 and sum(phases) == pytest.approx(step, abs=0.3)
+    assert len(phases) == 4 and sum(phases) == pytest.approx(step, abs=2.5)
     assert "answers of 1000 tokens in the mean" in out and "Colocated" in out
 
 

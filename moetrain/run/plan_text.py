@@ -167,16 +167,20 @@ def _rollouts(found: Sampled, gpu: Gpu) -> list[str]:
     ]
     if found.better is not None:
         lines.append(
-            f"{_sides(found.better)} would take {found.better.step_s:.3g} s a step instead of"
-            f" {found.split.step_s:.3g}."
+            f"{_sides(found.better)} would take {_seconds(found.better.step_s)} s a step instead of"
+            f" {_seconds(found.split.step_s)}."
         )
     if found.colocated is not None:
         lines.append(
             "Colocated, were it here (rollout.push=ipc is for one GPU): all"
             f" {found.colocated.trainers} GPUs train and then serve,"
-            f" {found.colocated.step_s:.3g} s a step."
+            f" {_seconds(found.colocated.step_s)} s a step."
         )
     return lines
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _sides(split: Split) -> str:
@@ -192,7 +196,7 @@ def _splits(found: Sampled) -> list[str]:
         mark = "*" if split is found.split else ""
         values = [*vars(split.phases).values(), split.step_s]
         numbers = [str(split.trainers), str(split.servers) + mark]
-        rows.append([*numbers, *(f"{value:.1f}" for value in values)])
+        rows.append([*numbers, *(_seconds(value) for value in values)])
     lines = [
         "  ".join(c.rjust(max(len(h), 8)) for c, h in zip(row, head, strict=True)) for row in rows
     ]
