@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from moetrain.config.answering import BENCH
 from moetrain.config.load import explain, read_content
-from moetrain.config.rewards import Reward
+from moetrain.config.rewards import Reward, RewardConfig
 from moetrain.config.rollout import CUTS, RolloutConfig
 from moetrain.config.section import Section
 from moetrain.errors import ConfigError
@@ -35,6 +35,10 @@ class BenchConfig(Section):
     )
     system: str | None = Field(default=None, description="a system message before it")
     scorer: Reward = Field(description="a reward: accuracy, exact, judge, code, FILE.py:FUNCTION")
+    rewards: list[Reward] = Field(
+        default_factory=list[RewardConfig],
+        description="other rewards of each answer, by which --best-of ranks",
+    )
     right: float = Field(default=1.0, description="least score of a right answer")
     ungraded: Literal["wrong", "leave_out"] = Field(
         default="wrong",
@@ -53,6 +57,23 @@ class BenchConfig(Section):
     rollout: RolloutConfig = Field(
         default=RolloutConfig(), description="who answers; eval_temperature is the temperature"
     )
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> Self:
+        labels = [self.scorer.label]
+        for reward in self.rewards:
+            if reward.label in labels:
+                raise ValueError(
+                    f"scorer and rewards: two are called {reward.label!r}: give one of them another"
+                    " label"
+                )
+            if reward.weight != 1.0:
+                raise ValueError(
+                    f"rewards: the weight of {reward.label} does nothing, since rewards here rank"
+                    " answers one by one: leave it out"
+                )
+            labels.append(reward.label)
+        return self
 
     @model_validator(mode="after")
     def _enough(self) -> Self:

@@ -22,13 +22,16 @@ from moetrain.answers.sample import (
 )
 from moetrain.config.answering import EVAL, keys_given
 from moetrain.config.bench import BenchConfig, load_bench
+from moetrain.config.rewards import RewardConfig
 from moetrain.data.rejects import noted
 from moetrain.data.run_tokenizer import chat_of
 from moetrain.data.samples import read_lines
 from moetrain.engine.on_disk import run_of
-from moetrain.errors import DataError
+from moetrain.errors import ConfigError, DataError
+from moetrain.evals.best_of import BestOf, best_of, content_of, ranking_reward, show
 from moetrain.evals.questions import locate, read_questions
 from moetrain.evals.scores import Score, majority, mean_of, pass_at_k, share, vote_of
+from moetrain.observe.plot import plot_samples
 from moetrain.rewards import check_columns
 from moetrain.rewards.accuracy import final, said
 from moetrain.run.folder import environment
@@ -37,15 +40,26 @@ from moetrain.run.stop import EXIT_STOPPED
 OF_THE_RECIPE = ("model.", "data.", "parallel.", "adapter.")  # overrides
 
 
-def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -> int:
+def evaluate(
+    model: str,
+    path: Path,
+    out: Path,
+    overrides: Sequence[str] = (),
+    num_best: int | None = None,
+    by: str | None = None,
+) -> int:
     """Answer the benchmark at `path` with `model` into `out` and write the scores beside it, and
-    into the run's `evals` where the model is a run's. Returns the exit code.
+    into the run's `evals` where the model is a run's; of the best of `num_best` answers as well, as
+    the reward `by` ranks them. Returns the exit code.
 
     Overrides are the benchmark's keys, and of a recipe model, data, parallel and adapter.
     """
     bench_settings, others = _parted(overrides)
     EVAL.check(keys_given(others))
     bench = load_bench(path, bench_settings)
+    if by is not None and num_best is None:
+        raise ConfigError(f"--by {by} says how --best-of ranks. Give --best-of N too.")
+    best = BestOf(num_best, ranking_reward(bench, num_best, by)) if num_best else None
     # On the command line: from where one stands.
     given = any(o.startswith("data=") for o in bench_settings)
     data = locate(bench, Path() if given else path.parent)
@@ -56,12 +70,12 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
         "rollout": bench.rollout.model_dump(
             mode="json", exclude_unset=True, exclude={"eval_temperature"}
         ),
-        "rewards": [bench.scorer.model_dump(mode="json")],
+        "rewards": [one.model_dump(mode="json") for one in _rewards(bench)],
     }
     recipe = answering_recipe(model, out, others, sections)
     chat, dropped = chat_of(recipe), Counter[str]()
     prompts = read_questions(bench, data, chat, prompt_room(recipe), dropped)
-    note = check_columns([bench.scorer], prompts)
+    note = check_columns(_rewards(bench), prompts)
     for line in [*noted(chat.notes(), dropped), *([note] if note else [])]:
         print(line)
     notes = {"model": model, "bench": bench.model_dump(mode="json")}
@@ -70,12 +84,21 @@ def evaluate(model: str, path: Path, out: Path, overrides: Sequence[str] = ()) -
     if counts is None:
         return EXIT_STOPPED
     wanted = {prompt.id for prompt in prompts}
-    scores = scored(bench, (row for row in read_lines(out) if row["prompt"]["id"] in wanted))
+    rows = (row for row in read_lines(out) if row["prompt"]["id"] in wanted)
+    scores = scored(bench, rows, best)
     content = _content(bench, model, out, scores, len(prompts), dict(counts))
+    curves = _curves(bench, best) if best is not None else {}
+    if best is not None:
+        content["best_of"] = content_of(best, curves)
     for place in _places(bench, model, out):
         files.write_text(place, json.dumps(content, indent=1) + "\n")
         print(f"{bench.name}: {place}")
     _show(bench, scores, len(prompts))
+    if best is not None:
+        show(f"{bench.name}: score against samples", curves, Console(highlight=False))
+        picture = out.with_suffix(".best_of.png")
+        plot_samples(bench.name, {n: _points(own) for n, own in curves.items()}, picture)
+        print(f"{bench.name}: {picture}")
     print(f"{counts['answers']} answers in {out}: {outcome(counts)}")
     return 0
 
@@ -86,50 +109,85 @@ def _parted(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return [o for o in overrides if o not in others], others
 
 
-def scored(bench: BenchConfig, rows: Iterable[AnswerRow]) -> dict[str, Score]:
+def _rewards(bench: BenchConfig) -> list[RewardConfig]:
+    """All that an answer is given to; what ranks has no part in the score."""
+    return [bench.scorer, *(one.model_copy(update={"weight": 0.0}) for one in bench.rewards)]
+
+
+def _grade(bench: BenchConfig, answer: Mapping[str, Any]) -> float | None:
+    """The scorer's alone: where what ranks failed, the answer has no reward, but a grade."""
+    if not bench.rewards:
+        return answer["reward"]
+    grade = answer["parts"].get(bench.scorer.label)
+    return None if grade is None else bench.scorer.weight * grade
+
+
+def scored(
+    bench: BenchConfig, rows: Iterable[AnswerRow], best: BestOf | None = None
+) -> dict[str, Score]:
     """Name -> score over the questions. An answer that could not be graded is wrong, or left out
-    with `ungraded: leave_out`. DataError when there are no others.
+    with `ungraded: leave_out`. DataError when there are no others. `best` is told each question.
     """
     by_metric: dict[str, list[float]] = {}
     num_graded = 0
     for row in rows:
         answers = row["answers"][: bench.samples]
         if bench.ungraded == "leave_out":
-            answers = [answer for answer in row["answers"] if answer["reward"] is not None]
+            answers = [one for one in row["answers"] if _grade(bench, one) is not None]
             answers = answers[: bench.samples]
-        num_graded += sum(answer["reward"] is not None for answer in answers)
+        num_graded += sum(_grade(bench, answer) is not None for answer in answers)
         if not answers:
             continue
-        for name, value in _values(bench, answers, row["prompt"].get("opened", "")).items():
+        for name, value in _values(bench, answers, row["prompt"].get("opened", ""), best).items():
             by_metric.setdefault(name, []).append(value)
     if not num_graded:
         raise DataError(
             f"{bench.name}: no answer was graded. The scorer {bench.scorer.name} gave None for all:"
             " look at its columns (`answer`), or at the faults in the manifest."
         )
-    return {name: _mean(bench, name, values) for name, values in by_metric.items()}
+    return {name: _mean(bench, values) for name, values in by_metric.items()}
 
 
 def _values(
-    bench: BenchConfig, answers: Sequence[Mapping[str, Any]], opened: str
+    bench: BenchConfig, answers: Sequence[Mapping[str, Any]], opened: str, best: BestOf | None
 ) -> dict[str, float]:
-    """The scores of one question; without a reward an answer has none of them."""
-    rewards = [answer["reward"] for answer in answers]
+    """The scores of one question; without a grade an answer has none of them."""
+    grades = [_grade(bench, answer) for answer in answers]
+    right = [grade is not None and grade >= bench.right for grade in grades]
+    num, votes, values = len(right), None, dict[str, float]()
     if not bench.pass_at:
-        return {"score": fmean(reward or 0.0 for reward in rewards)}
-    right = [reward is not None and reward >= bench.right for reward in rewards]
-    num = len(right)
-    values = {f"pass@{k}": pass_at_k(num, sum(right), k) for k in bench.pass_at if k <= num}
-    if bench.vote and bench.samples > 1:
-        votes = [vote_of(final(said(answer["text"], opened))) for answer in answers]
-        values[f"maj@{bench.samples}"] = majority(votes, right)
+        worth = [grade or 0.0 for grade in grades]
+        values["score"] = fmean(worth)
+    else:
+        worth = [float(one) for one in right]
+        values |= {f"pass@{k}": pass_at_k(num, sum(right), k) for k in bench.pass_at if k <= num}
+        if bench.vote and bench.samples > 1:
+            votes = [vote_of(final(said(answer["text"], opened))) for answer in answers]
+            values[f"maj@{bench.samples}"] = majority(votes, right)
+    if best is not None:
+        ranks = [answer["parts"].get(best.by) for answer in answers]
+        best.add(ranks, worth, right if bench.pass_at else None, votes)
+        if best.num <= num:
+            values[f"best@{best.num}"] = best_of(ranks, worth, best.num)
     return values
 
 
-def _mean(bench: BenchConfig, name: str, values: Sequence[float]) -> Score:
+def _curves(bench: BenchConfig, best: BestOf) -> dict[str, dict[int, Score]]:
+    """Name -> samples -> score."""
+    return {
+        name: {k: _mean(bench, values) for k, values in own.items()}
+        for name, own in best.values.items()
+    }
+
+
+def _points(curve: Mapping[int, Score]) -> dict[int, tuple[float, float, float]]:
+    return {k: (score.low, score.value, score.high) for k, score in curve.items()}
+
+
+def _mean(bench: BenchConfig, values: Sequence[float]) -> Score:
     bounded = all(0 <= value <= 1 for value in values)
     score = share(values) if bounded else mean_of(values)
-    if name != "score" or bench.scale is None:
+    if bench.pass_at or bench.scale is None:
         return score
     low, high = bench.scale
     value, least, most = (low + (high - low) * x for x in (score.value, score.low, score.high))

@@ -1,5 +1,6 @@
 """Curves of a run as a picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,30 @@ def plot_figures(ledgers: Mapping[str, tuple[Path, Sequence[str]]], out: Path) -
     for line, own in enumerate(panels):
         for i, panel in enumerate(own):
             _draw(figure.add_subplot(len(panels), columns, line * columns + i + 1), *panel)
+    with files.publish(out) as (part,):
+        figure.savefig(part, dpi=130, format="png")
+
+
+def plot_samples(
+    title: str, curves: Mapping[str, Mapping[int, tuple[float, float, float]]], out: Path
+) -> None:
+    """Write a PNG of scores against samples: for each name, samples -> (low, score, high)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        counts = sorted(points)
+        low, middle, high = zip(*(points[k] for k in counts), strict=True)
+        (line,) = axes.plot(counts, middle, "o-", markersize=3, label=name)
+        if all(map(math.isfinite, (*low, *high))):
+            axes.fill_between(counts, low, high, alpha=0.15, color=line.get_color())
+    ticks = sorted({k for points in curves.values() for k in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.set(title=title, xlabel="samples", ylabel="score")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
     with files.publish(out) as (part,):
         figure.savefig(part, dpi=130, format="png")
 
