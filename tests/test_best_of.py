@@ -93,6 +93,14 @@ def test_the_grade_is_the_scorers_whatever_ranks() -> None:
     assert [len(own) for own in left_out.values["best by length"].values()] == [2, 2, 1]
 
 
+def test_a_reward_that_ranks_nothing_is_told() -> None:
+    best = BestOf(2, "length")
+    with pytest.raises(MoetrainError, match="no answer was ranked"):
+        scored(bench(), [row(("4", 1.0, None), ("5", 0.0, None))], best)
+    scored(bench(), [row(("4", 1.0, 0.5), ("5", 0.0, None))], some := BestOf(2, "length"))
+    assert (some.num_unranked, some.num_answers) == (1, 2)
+
+
 def test_a_mean_score_is_told_on_its_scale() -> None:
     config = bench(pass_at=[], scale=[1, 5], vote=False)
     rows = [row(("x", 0.5, 1.0), ("y", 1.0, 2.0), ("z", 0.0, 0.0), ("z", 0.0, 0.0))] * 2
@@ -134,9 +142,9 @@ def test_a_table_and_a_picture(
     own = tmp_path / "own.py"
     own.write_text(
         "def even(completions, **columns):\n"
-        "    return [float(len(c) % 2 == 0) for c in completions]\n"
+        "    return [float(len(c[0]['content']) % 2 == 0) for c in completions]\n"
         "def long(completions, **columns):\n"
-        "    return [float(len(c)) for c in completions]\n"
+        "    return [float(len(c[0]['content'])) for c in completions]\n"
     )
     out = tmp_path / "own.jsonl"
     command = ["eval", "builtin:qwen3-moe-tiny", str(ROOT / "examples/evals/checkable.yaml")]

@@ -32,6 +32,8 @@ class BestOf:
 
     num: int
     by: str
+    num_answers: int = 0
+    num_unranked: int = 0
     values: dict[str, dict[int, list[float]]] = field(
         default_factory=dict[str, dict[int, list[float]]]
     )
@@ -46,6 +48,8 @@ class BestOf:
         """A question's answers: what ranks them, what they are worth, which are right (None: the
         benchmark asks for a mean), and what they say (None: no vote).
         """
+        self.num_answers += len(ranks)
+        self.num_unranked += sum(rank is None for rank in ranks)
         for k in (k for k in counts_to(self.num) if k <= len(scores)):
             self._put(f"best by {self.by}", k, best_of(ranks, scores, k))
             if right is not None:

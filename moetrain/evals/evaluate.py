@@ -63,16 +63,7 @@ def evaluate(
     # On the command line: from where one stands.
     given = any(o.startswith("data=") for o in bench_settings)
     data = locate(bench, Path() if given else path.parent)
-    sections: dict[str, Any] = {
-        "method": "grpo",
-        "seed": bench.seed,
-        "data": {"train": [str(data)]},
-        "rollout": bench.rollout.model_dump(
-            mode="json", exclude_unset=True, exclude={"eval_temperature"}
-        ),
-        "rewards": [one.model_dump(mode="json") for one in _rewards(bench)],
-    }
-    recipe = answering_recipe(model, out, others, sections)
+    recipe = answering_recipe(model, out, others, _sections(bench, data))
     chat, dropped = chat_of(recipe), Counter[str]()
     prompts = read_questions(bench, data, chat, prompt_room(recipe), dropped)
     note = check_columns(_rewards(bench), prompts)
@@ -95,12 +86,22 @@ def evaluate(
         print(f"{bench.name}: {place}")
     _show(bench, scores, len(prompts))
     if best is not None:
-        show(f"{bench.name}: score against samples", curves, Console(highlight=False))
-        picture = out.with_suffix(".best_of.png")
-        plot_samples(bench.name, {n: _points(own) for n, own in curves.items()}, picture)
-        print(f"{bench.name}: {picture}")
+        _show_best(bench, best, curves, out)
     print(f"{counts['answers']} answers in {out}: {outcome(counts)}")
     return 0
+
+
+def _sections(bench: BenchConfig, data: Path) -> dict[str, Any]:
+    """Of a recipe."""
+    return {
+        "method": "grpo",
+        "seed": bench.seed,
+        "data": {"train": [str(data)]},
+        "rollout": bench.rollout.model_dump(
+            mode="json", exclude_unset=True, exclude={"eval_temperature"}
+        ),
+        "rewards": [one.model_dump(mode="json") for one in _rewards(bench)],
+    }
 
 
 def _parted(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -145,6 +146,11 @@ def scored(
             f"{bench.name}: no answer was graded. The scorer {bench.scorer.name} gave None for all:"
             " look at its columns (`answer`), or at the faults in the manifest."
         )
+    if best is not None and best.num_unranked == best.num_answers:
+        raise DataError(
+            f"{bench.name}: no answer was ranked. The reward {best.by} gave None for all: look at"
+            " its columns, or at the faults in the manifest."
+        )
     return {name: _mean(bench, values) for name, values in by_metric.items()}
 
 
@@ -178,6 +184,20 @@ def _curves(bench: BenchConfig, best: BestOf) -> dict[str, dict[int, Score]]:
         name: {k: _mean(bench, values) for k, values in own.items()}
         for name, own in best.values.items()
     }
+
+
+def _show_best(
+    bench: BenchConfig, best: BestOf, curves: Mapping[str, Mapping[int, Score]], out: Path
+) -> None:
+    """A table, and a picture beside the answers."""
+    show(f"{bench.name}: score against samples", curves, Console(highlight=False))
+    if best.num_unranked:
+        print(
+            f"{best.by} ranked no {best.num_unranked} of {best.num_answers} answers: they are last"
+        )
+    picture = out.with_suffix(".best_of.png")
+    plot_samples(bench.name, {name: _points(own) for name, own in curves.items()}, picture)
+    print(f"{bench.name}: {picture}")
 
 
 def _points(curve: Mapping[int, Score]) -> dict[int, tuple[float, float, float]]:
