@@ -192,9 +192,7 @@ def _show_best(
     """A table, and a picture beside the answers."""
     show(f"{bench.name}: score against samples", curves, Console(highlight=False))
     if best.num_unranked:
-        print(
-            f"{best.by} ranked no {best.num_unranked} of {best.num_answers} answers: they are last"
-        )
+        print(f"{best.by} gave {best.num_unranked} of {best.num_answers} answers no rank: last")
     picture = out.with_suffix(".best_of.png")
     plot_samples(bench.name, {name: _points(own) for name, own in curves.items()}, picture)
     print(f"{bench.name}: {picture}")
