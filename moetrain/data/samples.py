@@ -151,7 +151,7 @@ def read_as[T](path: Path, make: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     for number, row in enumerate(read_lines(path), 1):
         try:
             yield make(row)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(
                 f"{path}:{number} is not as it was written ({type(error).__name__}: {error})."
                 " Remove the line, or the file."
