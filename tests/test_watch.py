@@ -294,6 +294,7 @@ def test_in_a_terminal_until_it_is_interrupted(tmp_path: Path) -> None:
     append(run, {"step": 1, "loss": 1.0})
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells ignore it in what they put aside
         words = [sys.executable, "-m", "moetrain", "watch", str(run), "--every", "0.1"]
         os.execve(sys.executable, words, os.environ | {"TERM": "xterm"})
     termios.tcsetwinsize(terminal, (24, 80))
