@@ -43,11 +43,11 @@ venv: $(STAMP)
 quickstart: $(STAMP)
 	$(BIN)/moetrain quickstart
 
-# One thread a process: the tests start up to four ranks on two cores. They wait for each other half of the time, so two files run
-# at once, the longest first (tests/conftest.py). A worker that dies ends the run with the name of its test: pytest-xdist 3.8 would
+# One thread a process: the tests start up to four ranks on two cores. They wait for each other half of the time, so three files run
+# at once (8 GB together), the longest first (tests/conftest.py). A worker that dies ends the run with the name of its test: pytest-xdist 3.8 would
 # start another, and with `--dist loadfile` then wait for ever for the rest of the dead one's file.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
 
 check: $(STAMP) files docs
 	$(BIN)/ruff check .

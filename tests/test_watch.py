@@ -199,6 +199,7 @@ def test_the_newest_answers_with_their_verdicts(tmp_path: Path) -> None:
     best = answer("5320", 1.0, messages=turns)
     file = run / "rollouts" / "00000009.jsonl"
     batch(file, answer("middle", 0.5), answer("9", 0.0, finish="length"), best, lost)
+    watch._rest = 0.0  # pyright: ignore[reportPrivateUsage]
     text = shown(watch)
     assert "rollouts of step 9" in text and "old" not in text and "middle" not in text
     assert "best 1  reward 1 (exact 1)  3 tokens" in text
