@@ -30,7 +30,7 @@ environment() {
     install "$1" "$2"
 }
 
-# No dependencies are followed: the list is complete, and `complete` says if it is not.
+# No dependencies are followed: the list is complete, and `check_packages` says if it is not.
 install() {
     if [ -f /wheelhouse/requirements.txt ]; then
         "$1/bin/pip" install --quiet --no-deps --no-index --find-links /wheelhouse --requirement "$2"
@@ -66,8 +66,8 @@ install_git() {
     rm -rf "/tmp/$name"
 }
 
-# complete FOLDER [PACKAGE ...]: but for what these packages ask for.
-complete() {
+# check_packages FOLDER [PACKAGE ...]: but for what these packages ask for.
+check_packages() {
     folder=$1
     shift
     "$folder/bin/python" "$source_dir/containers/complete.py" "$@" || die "the lists of packages lack what is said above"
