@@ -2,6 +2,7 @@
 seconds.
 """
 
+import gc
 import multiprocessing
 import os
 import time
@@ -29,6 +30,7 @@ def _serve(rank: int, pipe: Connection) -> None:
     device.prepare()
     from moetrain.engine.world import leave
 
+    gc.freeze()  # what is imported stays, and is not looked through again
     while True:
         job = pipe.recv()
         if job is None:
@@ -50,6 +52,9 @@ def _serve(rank: int, pipe: Connection) -> None:
                 pipe.send(answer)
             except Exception:  # an exception that does not pickle
                 pipe.send((False, (None, answer[1][1])))
+        # An engine is a circle, and what it holds of a world is 18 threads of gloo and more.
+        del answer, job, function, args
+        gc.collect()
 
 
 def server_of(preload: str) -> forkserver.ForkServer:
