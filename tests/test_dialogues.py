@@ -11,19 +11,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from moetrain.answers.file import AnswerFile
 from moetrain.config.builtin import MODELS
 from moetrain.config.rollout import RolloutConfig
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.assets import resolve
 from moetrain.data.chat import Chat
 from moetrain.data.prompts import read_prompt
-from moetrain.data.samples import Prompt
+from moetrain.data.samples import Prompt, Sample
 from moetrain.data.trajectories import Trajectory, from_json, to_json
 from moetrain.data.turns import stop_ids
 from moetrain.environments.calls import TurnReader
 from moetrain.environments.service import EnvironmentService
 from moetrain.errors import DataError
-from moetrain.loops.dialogues import Dialogues, begun
+from moetrain.loops.dialogues import Dialogues, with_environment
 from moetrain.loops.rollouts import Drawing
 from moetrain.rollout.base import Sampling
 from moetrain.rollout.embedded import Embedded
@@ -120,7 +121,7 @@ def drawn(
     """(trajectories, all that was kept on the way, prompts): `num` for a prompt of each kind."""
     records = [{"prompt": f"Speak {what}.", "what": what} for what in whats]
     prompts = [read_prompt(record, dialogues.chat)[0] for record in records]
-    prompts = begun(prompts, dialogues)
+    prompts = with_environment(prompts, dialogues)
     sampling = Sampling(30, stop_ids=dialogues.stop_ids, stop=stop)
     done, kept = {} if done is None else done, list[Trajectory]()
     Drawing(engine, sampling, 7, dialogues).draw(prompts, num, done, kept.append)
@@ -143,20 +144,20 @@ def test_every_turn_is_what_the_model_saw_and_wrote(
     ended = [one for one in done.values() if one.finish == "stop"]
     assert len(ended) >= 3 and len(kept) > len(done)
     for one in ended:
-        (segment,), (prompt,) = one.segments, prompts
+        (branch,), (prompt,) = one.branches, prompts
         assert [turn.author for turn in one.turns] == ["model", "reply"] * 2 + ["model"]
         assert len(one.messages) == 5 and one.messages[1]["content"] == "that was 1"
-        whole = [*prompt.tokens, *segment.tokens.tolist()]
+        whole = [*prompt.tokens, *branch.tokens.tolist()]
         text = str(dialogues.chat.tokenizer.decode(whole))
         for message in one.messages[1::2]:
             assert f"<|im_start|>user\n{message['content']}<|im_end|>\n" in text
         assert text.count("<|im_start|>assistant\n") == 3
         logits = engine.model(torch.tensor([whole])).logits[0].float()
         logp = torch.log_softmax(logits, -1)[len(prompt.tokens) - 1 : -1]
-        ours = logp.gather(1, torch.tensor(segment.tokens)[:, None].long())[:, 0]
-        mask = torch.from_numpy(segment.written)
-        gap = (ours - torch.from_numpy(segment.logprobs))[mask].abs().max()
-        assert gap < 1e-4 and not segment.logprobs[~segment.written].any()
+        ours = logp.gather(1, torch.tensor(branch.tokens)[:, None].long())[:, 0]
+        mask = torch.from_numpy(branch.written)
+        gap = (ours - torch.from_numpy(branch.logprobs))[mask].abs().max()
+        assert gap < 1e-4 and not branch.logprobs[~branch.written].any()
 
 
 def test_a_fault_costs_one_trajectory(
@@ -199,18 +200,32 @@ def test_a_killed_draw_goes_on_where_it_was(
         assert again[key].tokens == one.tokens and again[key].finish == one.finish
 
 
+def test_sample_draws_again_what_a_fault_took(tmp_path: Path) -> None:
+    """And goes on with what is open; what has ended stays."""
+    ways: list[Any] = ["stop", "timeout", "open", "length"]
+    made = [
+        replace(Trajectory.of(Sample("p", i, (5,), (-0.5,), "t", "stop", 0)), finish=how)
+        for i, how in enumerate(ways)
+    ]
+    with AnswerFile(tmp_path / "a.jsonl", {}, 4, {}) as file:
+        file.partial(0, made).close()
+    with AnswerFile(tmp_path / "a.jsonl", {}, 4, {}) as file:
+        found = {key[1]: one.finish for key, one in file.waiting.items()}
+    assert found == {0: "stop", 2: "open", 3: "length"}
+
+
 def test_where_the_template_forgets_thoughts_a_segment_begins(
     engine: Embedded, service: EnvironmentService, chat: Chat
 ) -> None:
     """With the conversation as the model then sees it; what was sampled stays as it was."""
     dialogues = dialogues_of(service, Chat(chat.tokenizer, FORGETS), max_turns=3)
     done, _, prompts = drawn(engine, dialogues, ["goes on"], num=24, stop=("</think>",))
-    split = [one for one in done.values() if len(one.segments) > 1]
+    split = [one for one in done.values() if len(one.branches) > 1]
     assert split, [(one.finish, one.detail, one.written[0].text) for one in done.values()]
     for one in split:
-        for before, segment in zip(one.segments, one.segments[1:], strict=False):
-            assert segment.context is not None and "</think>" in before.turns[-1].text
-            text = str(dialogues.chat.tokenizer.decode(segment.context.tolist()))
+        for before, branch in zip(one.branches, one.branches[1:], strict=False):
+            assert branch.context is not None and "</think>" in before.turns[-1].text
+            text = str(dialogues.chat.tokenizer.decode(branch.context.tolist()))
             assert "</think>" not in text and text.endswith("<|im_start|>assistant\n")
             prompt = str(dialogues.chat.tokenizer.decode(list(prompts[0].tokens)))
             assert text.startswith(prompt[:-22])
@@ -221,4 +236,4 @@ def test_a_prompt_that_the_environment_makes_too_long_is_named(
 ) -> None:
     prompt, _ = read_prompt({"prompt": "word " * 40, "what": "well"}, chat)
     with pytest.raises(DataError, match=r"has \d+ tokens with what the environment says, of 30"):
-        begun([prompt], dialogues_of(service, chat, max_prompt=30))
+        with_environment([prompt], dialogues_of(service, chat, max_prompt=30))

@@ -15,7 +15,7 @@ from torch import Tensor
 from moetrain.config.rollout import MOST_KEPT, RolloutConfig
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Kept, Prompt, Sample
-from moetrain.data.trajectories import Trajectory
+from moetrain.data.trajectories import Trajectory, to_json
 from moetrain.errors import DataError
 from moetrain.ops.drawn import Drawn, drawn_of
 from moetrain.ops.logprob import token_logprobs
@@ -174,16 +174,20 @@ def test_a_rank_that_has_none_of_what_was_kept() -> None:
 # On disk
 
 
+def as_json(sample: Sample) -> dict[str, Any]:
+    return to_json(Trajectory.of(sample), readable=True)
+
+
 def test_what_was_kept_is_written_and_read() -> None:
     kept = Kept.of([[5, 70_000], [3], np.array([1, 2, 4], np.int32)])
     sample = Sample("p", 0, (5, 3, 2), (-0.1, 0.0, -0.2), "t", "stop", 0, kept=kept)
-    again = Sample.from_json(json.loads(json.dumps(sample.to_json())))
+    again = Sample.from_json(json.loads(json.dumps(as_json(sample))))
     assert again.kept is not None
     assert [x.tolist() for x in again.kept] == [[2, 1, 3], [5, 70_000, 3, 1, 2, 4]]
-    before = dataclasses.replace(sample, kept=None).to_json()
+    before = as_json(dataclasses.replace(sample, kept=None))
     assert "kept" not in before and Sample.from_json(before).kept is None
     with pytest.raises(ValueError, match="kept has 3 places"):
-        Sample.from_json(sample.to_json() | {"tokens": [5, 3], "logprobs": [0.0, 0.0]})
+        Sample.from_json(as_json(sample) | {"tokens": [5, 3], "logprobs": [0.0, 0.0]})
 
 
 def test_rollouts_say_how_they_were_drawn(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moetrain.config.load import recipe_from
 from moetrain.config.rollout import RolloutConfig
 from moetrain.environments import EnvironmentService, Reply, check_names
 from moetrain.errors import ConfigError, MoetrainError
@@ -184,3 +185,20 @@ def test_an_environment_that_cannot_be_made_is_refused() -> None:
         EnvironmentService(
             RolloutConfig(environment="game", environment_options={"low": 9, "high": 2})
         )
+
+
+def test_limits_of_an_answer_are_those_of_all_its_turns() -> None:
+    """What follows from rollout.max_tokens, of one turn; data.seq_len holds all of them."""
+    cases = [("single", 2048, 100), ("game", 2048, 300), ("game", 256, 256)]
+    for environment, seq_len, most in cases:
+        rollout: dict[str, Any] = {"environment": environment, "max_tokens": 100}
+        rollout |= {} if environment == "single" else {"max_turns": 3}
+        content: dict[str, Any] = {
+            "run_dir": "runs/x", "model": {"path": "builtin:qwen3-moe-tiny"},
+            "data": {"train": ["a.jsonl"], "seq_len": seq_len}, "rewards": ["accuracy"],
+            "train": {"steps": 1}, "rollout": rollout,
+        }  # fmt: skip
+        dapo: Any = recipe_from(content | {"method": "dapo"}).method
+        assert (dapo.max_length, dapo.soft_length) == (most, most // 5)
+        dr_grpo: Any = recipe_from(content | {"method": "dr_grpo"}).method
+        assert dr_grpo.length == most

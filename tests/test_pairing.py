@@ -237,6 +237,17 @@ def test_prompts_that_are_templated_already_are_counted(
     assert "nothing to write" in capsys.readouterr().err
 
 
+def test_answers_of_several_turns_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their last words alone would be an answer that nobody gave to the prompt."""
+    turns = [{"role": role, "content": "x"} for role in ("assistant", "tool", "assistant")]
+    one = row("q", answer("1", 1.0, messages=turns), answer("2", 0.0, messages=turns[:1]))
+    source = written(tmp_path / "s.jsonl", one)
+    assert cli.main(["pairs", str(source), "--out", str(tmp_path / "o.jsonl")]) == 2
+    assert "s.jsonl:1 has answers of several turns; pairs" in capsys.readouterr().err
+
+
 def test_other_files_are_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = written(tmp_path / "s.jsonl", {"question": "q"})
     assert cli.main(["pairs", str(source), "--out", str(tmp_path / "o.jsonl")]) == 2

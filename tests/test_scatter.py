@@ -123,14 +123,14 @@ def test_packs_have_the_choices_that_were_made(num: int) -> None:
     made: list[GradedAnswer] = []
     chosen: list[Any] = []
     for answer in group.answers:
-        (segment,) = answer.trajectory.segments
-        assert segment.routes is not None
-        routes = rng.integers(0, num - 1, segment.routes.shape)
+        (branch,) = answer.trajectory.branches
+        assert branch.routes is not None
+        routes = rng.integers(0, num - 1, branch.routes.shape)
         routes[..., 0] = num - 1  # the last, in every layer
         routes[:2] = 5  # the prompt's, which stand once
         chosen.append(routes[2:])
-        segment = replace(segment, routes=narrow(routes.astype(np.int16)))
-        made.append(replace(answer, trajectory=replace(answer.trajectory, segments=(segment,))))
+        branch = replace(branch, routes=narrow(routes.astype(np.int16)))
+        made.append(replace(answer, trajectory=replace(answer.trajectory, branches=(branch,))))
     group = replace(group, answers=tuple(made))
 
     def packed(num_experts: int) -> Tensor:
@@ -247,8 +247,8 @@ def test_a_dry_run_says_the_bytes_of_a_batch(
     ]
     assert list(said.shares) == [max(own) for own in shares]
     if replayed:
-        segments = [a.trajectory.segments[0] for group in found for a in group.answers]
-        arrays = [x for s in segments for x in (s.tokens, s.logprobs, s.routes)]
+        branches = [a.trajectory.branches[0] for group in found for a in group.answers]
+        arrays = [x for s in branches for x in (s.tokens, s.logprobs, s.routes)]
         measured = sum(x.nbytes for x in arrays if x is not None)
         assert said.answers == measured + 16 * 10 * 8 * ("top_k" in changes)
     bound = batch_bytes(recipe, model, plan)  # behind prompts of a quarter of a pack

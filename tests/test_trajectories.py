@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Kept, Prompt, Sample
-from moetrain.data.trajectories import Finish, Segment, Trajectory, from_json, to_json
+from moetrain.data.trajectories import Branch, Finish, Trajectory, from_json, to_json
 from moetrain.errors import DataError
 from moetrain.loops.store import Batch, Store
 
@@ -41,22 +41,22 @@ def trajectories(draw: st.DrawFn, *, index: int = 0, rich: bool | None = None) -
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     rich = draw(st.booleans()) if rich is None else rich
     before = len(PROMPT.tokens)
-    segment = Segment.of(drawn(rng, index, before=before, rich=rich))
-    done: list[Segment] = []
+    branch = Branch.of(drawn(rng, index, before=before, rich=rich))
+    done: list[Branch] = []
     for rewrites in draw(st.lists(st.booleans(), max_size=3)):
         if rewrites:
-            done.append(segment)
+            done.append(branch)
             context = rng.integers(4, 90, 7).astype(np.int32)
-            segment = Segment.of(drawn(rng, index, before=7, rich=rich), context)
+            branch = Branch.of(drawn(rng, index, before=7, rich=rich), context)
             before = 7
         else:
             reply = tuple(int(n) for n in rng.integers(90, 99, rng.integers(1, 5)))
-            segment = segment.answered(reply, "a reply")
-            place = before + len(segment.tokens)
-            segment = segment.continued(drawn(rng, index, before=place, rich=rich))
-    plain = not done and len(segment.turns) == 1
+            branch = branch.with_reply(reply, "a reply")
+            place = before + len(branch.tokens)
+            branch = branch.with_turn(drawn(rng, index, before=place, rich=rich))
+    plain = not done and len(branch.turns) == 1
     messages: Any = () if plain else ({"role": "tool", "content": "a reply"},)
-    return Trajectory("p", index, (*done, segment), draw(st.sampled_from(ENDS)), messages)
+    return Trajectory("p", index, (*done, branch), draw(st.sampled_from(ENDS)), messages)
 
 
 def batch_of(made: list[Trajectory]) -> Batch:
@@ -73,7 +73,7 @@ def assert_equal(one: Trajectory, other: Trajectory) -> None:
     """In everything."""
     assert (one.prompt_id, one.index, one.finish) == (other.prompt_id, other.index, other.finish)
     assert one.turns == other.turns and list(one.messages) == list(other.messages)
-    for a, b in zip(one.segments, other.segments, strict=True):
+    for a, b in zip(one.branches, other.branches, strict=True):
         assert same(a.tokens, b.tokens) and same(a.logprobs, b.logprobs)
         assert same(a.context, b.context) and same(a.routes, b.routes)
         for x, y in zip(a.kept or (), b.kept or (), strict=True):
@@ -84,7 +84,7 @@ def assert_equal(one: Trajectory, other: Trajectory) -> None:
 @given(st.lists(trajectories(rich=True), min_size=1, max_size=4), st.booleans())
 def test_what_is_learned_is_what_the_model_wrote(made: list[Trajectory], beyond: bool) -> None:
     """With the log-prob that it was drawn with and what could be drawn; replies are context."""
-    made = [Trajectory("p", i, one.segments, one.finish) for i, one in enumerate(made)]
+    made = [Trajectory("p", i, one.branches, one.finish) for i, one in enumerate(made)]
     group = batch_of(made).groups
     packs = pack_groups(group, {}, seq_len=64, min_packs=2, beyond=beyond)
     learned: dict[int, list[tuple[int, float]]] = {i: [] for i in range(len(made))}

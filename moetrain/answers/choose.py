@@ -112,7 +112,7 @@ def _rows(files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, AnswerRow]]:
                         f"{path}:{number} is no prompt with answers; its keys are"
                         f" {', '.join(row)} ({wrong}). Give what `moetrain sample` wrote."
                     )
-                if any(len(answer.get("messages", ())) > 1 for answer in row["answers"]):
+                if any(map(_has_turns, row["answers"])):
                     raise DataError(
                         f"{path}:{number} has answers of several turns; pairs and instruction data"
                         " are made of single ones. Sample with rollout.environment=single."
@@ -122,6 +122,11 @@ def _rows(files: Sequence[Sequence[Path]]) -> Iterator[tuple[int, AnswerRow]]:
             if not has_rows:
                 raise DataError(f"{path} holds no whole prompt yet.")
     display.close()
+
+
+def _has_turns(answer: AnswerRow) -> bool:
+    messages = answer.get("messages")
+    return isinstance(messages, list) and len(messages) > 1
 
 
 def _wrong(row: AnswerRow) -> str:

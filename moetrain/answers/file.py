@@ -175,8 +175,8 @@ class AnswerFile:
         return name, None if self._is_whole(row) else made
 
     def _wait(self, made: Iterable[Trajectory]) -> None:
-        for one in made:
-            if one.prompt_id not in self.finished:
+        for one in made:  # one that was lost is drawn again, as one whose reward failed is graded
+            if one.prompt_id not in self.finished and not one.is_lost:
                 self.waiting[one.prompt_id, one.index] = one
 
     def _is_whole(self, row: AnswerRow) -> bool:
@@ -198,7 +198,7 @@ class Answering:
         todo = [prompt for prompt in prompts if prompt.id not in file.finished]
         total, missing = len(prompts) * self.num, len(todo) * self.num
         mine = {prompt.id for prompt in todo}
-        known = sum(key[0] in mine for key in file.waiting)
+        known = sum(key[0] in mine and not one.is_open for key, one in file.waiting.items())
         display = CountDisplay(name, total, total - missing + known)
         seen = {"num": 0.0, "reward": 0.0}
 
@@ -213,7 +213,8 @@ class Answering:
                     ids = {prompt.id for prompt in window}
                     done = {key: s for key, s in file.waiting.items() if key[0] in ids}
                     with file.partial(number, done.values()) as part:
-                        keep = journal(part, frozenset(done), told)
+                        ended = {key for key, one in done.items() if not one.is_open}
+                        keep = journal(part, ended, told)
                         self.drawing.draw(window, self.num, done, keep)
                     if graded is not None:
                         graded.result()

@@ -34,7 +34,7 @@ from moetrain.engine.on_disk import (
 )
 from moetrain.engine.source import ModelSource, find_source
 from moetrain.errors import plural
-from moetrain.loops.dialogues import begun, open_dialogues
+from moetrain.loops.dialogues import open_dialogues, with_environment
 from moetrain.loops.rollouts import Drawing
 from moetrain.loops.store import WHOLE
 from moetrain.models import read_model
@@ -150,7 +150,7 @@ def answer_all(
                 engine.push(weights_of(recipe, source), 0)
                 dialogues = open_dialogues(recipe, chat, stops, stack)
                 drawing = Drawing(engine, sampling, recipe.seed, dialogues)
-                asked = begun(prompts, dialogues)
+                asked = with_environment(prompts, dialogues)
                 Answering(drawing, grader, num).run(asked, file, name)
                 if grader.said:
                     print(f"the last fault of a reward: {grader.said}")

@@ -43,13 +43,16 @@ class DrGrpoMethod(ClippedMethod, GroupMethod):
     scale_rewards: Scale = Field(default="none", description=SCALE)
     length: Count | None = Field(
         default=None,
-        description="what all answers' sums are divided by; default: rollout.max_tokens",
+        description="what all answers' sums are divided by; default: rollout.max_tokens, of all"
+        " turns together where an environment replies",
     )
 
-    def within(self, max_tokens: int) -> Self:
+    def within(self, max_tokens: int, most: int | None = None) -> Self:
         """Divided by the longest answer."""
-        settings = super().within(max_tokens)
-        return settings if settings.length else settings.model_copy(update={"length": max_tokens})
+        settings = super().within(max_tokens, most)
+        if settings.length:
+            return settings
+        return settings.model_copy(update={"length": most or max_tokens})
 
 
 class DapoMethod(ClippedMethod, GroupMethod):

@@ -65,7 +65,7 @@ class OnlineMethod(MethodSection):
     max_length: Count | None = Field(
         default=None,
         description="tokens at which an answer has the whole overlong penalty of 1; default:"
-        " rollout.max_tokens",
+        " rollout.max_tokens, of all turns together where an environment replies",
     )
     soft_length: int | None = Field(default=0, ge=0, description=SOFT_LENGTH + "0: no penalty")
     inner_steps: Count = Field(
@@ -126,19 +126,23 @@ class OnlineMethod(MethodSection):
         """Over which the overlong penalty grows where the whole of it is at `longest`."""
         return self.soft_length or 0
 
-    def within(self, max_tokens: int) -> Self:
-        """The same with what follows from the longest answer that is sampled."""
-        longest = self.max_length or max_tokens
+    def within(self, max_tokens: int, most: int | None = None) -> Self:
+        """The same with what follows from the longest answer that is sampled: of turns of
+        `max_tokens`, `most` in all (None: one turn).
+        """
+        most = most or max_tokens
+        turns = "" if most == max_tokens else f" and the turns of an answer, {most} tokens in all,"
+        longest = self.max_length or most
         soft = self.soft_tokens(longest)
         if soft > longest:
             raise ValueError(
                 f"method.soft_length={soft} is more than method.max_length={longest}: give less"
             )
-        if soft and longest - soft >= max_tokens:
+        if soft and longest - soft >= most:
             raise ValueError(
                 f"method.max_length={longest} with soft_length={soft} penalises answers of more"
-                f" than {longest - soft} tokens, and rollout.max_tokens={max_tokens} lets none be"
-                " so long: leave max_length out"
+                f" than {longest - soft} tokens, and rollout.max_tokens={max_tokens}{turns} lets"
+                " none be so long: leave max_length out"
             )
         settings = {"max_length": longest if soft else self.max_length, "soft_length": soft}
         return self.model_copy(update=settings)

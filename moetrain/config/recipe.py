@@ -369,7 +369,11 @@ class Recipe(Section):
         weights = [reward.weight for reward in self.rewards]
         check_sampling(method.name, method, rollout, weights, self.train.epochs)
         # Frozen for users; what follows from another section is part of the recipe as it is read.
-        object.__setattr__(self, "method", method.within(rollout.max_tokens))
+        object.__setattr__(
+            self,
+            "method",
+            method.within(rollout.max_tokens, rollout.longest_answer(self.data.seq_len)),
+        )
         return self
 
     @model_validator(mode="after")

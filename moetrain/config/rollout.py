@@ -67,7 +67,9 @@ class RolloutConfig(Section):
     )
     prompts_per_step: Count = Field(default=8, description="prompts of a batch of rollouts")
     group_size: Count = Field(default=8, description="answers to each prompt")
-    max_tokens: Count = Field(default=512, description="of an answer")
+    max_tokens: Count = Field(
+        default=512, description="of an answer; of each turn where an environment replies"
+    )
     temperature: float = Field(
         default=1.0, gt=0, description="of sampling; training uses the same distribution"
     )
@@ -153,6 +155,11 @@ class RolloutConfig(Section):
     environment_seconds: float = Field(
         default=30.0, gt=0, description="that a reply may take; a trajectory without one is a fault"
     )
+
+    def longest_answer(self, seq_len: int) -> int:
+        """Tokens that the model may write in all turns of an answer."""
+        turns = 1 if self.environment == "single" else self.max_turns
+        return max(self.max_tokens, min(self.max_tokens * turns, seq_len))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

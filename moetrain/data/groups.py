@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moetrain.data.samples import Prompt
-from moetrain.data.trajectories import Segment, Trajectory
+from moetrain.data.trajectories import Branch, Trajectory
 from moetrain.errors import DataError
 from moetrain.ops.packed import ANSWER, Packed, blank, concat, pack_one
 from moetrain.ops.routes import in_bytes
@@ -58,12 +58,12 @@ def pack_groups(
 
     `extras` also has role and item (the answer's number), `per_token` rollout_logp, and
     routes and kept (ids from 1 of what could be drawn) where they were recorded. What the model
-    wrote is scored, replies are not. Each segment of a trajectory is a sequence with its values.
+    wrote is scored, replies are not. Each branch of a trajectory is a sequence with its values.
     Where there are fewer sequences than packs, some are blank.
     Raises DataError when a prompt and one answer do not fit, and for experts that are not there.
     """
     pieces = list(_pieces(groups, beyond))
-    width = max((_width(piece.segment) for group in pieces for piece in group), default=0)
+    width = max((_width(piece.branch) for group in pieces for piece in group), default=0)
     how = _How(values, width, num_experts)
     units = [unit for group in pieces for unit in _units(group, how, seq_len)]
     if len(units) < min_packs:
@@ -89,11 +89,11 @@ class _How:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A segment, and what stood before it."""
+    """A branch, and what stood before it."""
 
     context: Tensor  # [c] int64, the last of it the first input
     prompt_id: str
-    segment: Segment
+    branch: Branch
     id: str
     item: int  # the number of its answer
     beyond: bool  # with a place behind the last token
@@ -101,7 +101,7 @@ class _Piece:
     @property
     def num_tokens(self) -> int:
         """Besides the context."""
-        return len(self.segment.tokens) + self.beyond
+        return len(self.branch.tokens) + self.beyond
 
 
 def _pieces(groups: Sequence[Group], beyond: bool) -> Iterator[list[_Piece]]:
@@ -113,21 +113,21 @@ def _pieces(groups: Sequence[Group], beyond: bool) -> Iterator[list[_Piece]]:
         alone: list[_Piece] = []
         for answer in group.answers:
             one = answer.trajectory
-            for number, segment in enumerate(one.segments):
-                is_last = number == len(one.segments) - 1
+            for number, branch in enumerate(one.branches):
+                is_last = number == len(one.branches) - 1
                 context, place = prompt, shared
-                if segment.context is not None:
-                    context, place = torch.from_numpy(segment.context.astype(np.int64)), alone
+                if branch.context is not None:
+                    context, place = torch.from_numpy(branch.context.astype(np.int64)), alone
                 name = f"{group.prompt.id}:{one.index}" + f".{number}" * bool(number)
                 cut = beyond and is_last and one.is_cut
-                place.append(_Piece(context, group.prompt.id, segment, name, item, cut))
+                place.append(_Piece(context, group.prompt.id, branch, name, item, cut))
             item += 1
         yield shared
         yield from ([piece] for piece in alone)
 
 
-def _width(segment: Segment) -> int:
-    return 0 if segment.kept is None else int(segment.kept.sizes.max(initial=0))
+def _width(branch: Branch) -> int:
+    return 0 if branch.kept is None else int(branch.kept.sizes.max(initial=0))
 
 
 def _blank(like: Packed) -> Packed:
@@ -163,7 +163,7 @@ def _unit(pieces: Sequence[_Piece], how: _How) -> Packed:
     parts = [replace(part, position_ids=part.position_ids + shared) for part in answers]
     if shared:
         zeros = torch.zeros(shared)
-        own = {"rollout_logp": zeros} | _routes(first.segment, 0, shared, how)
+        own = {"rollout_logp": zeros} | _routes(first.branch, 0, shared, how)
         if how.width:
             own["kept"] = torch.zeros(shared, how.width, dtype=torch.int32)
         context = first.context[:-1]
@@ -182,14 +182,14 @@ def _unit(pieces: Sequence[_Piece], how: _How) -> Packed:
 
 
 def _answer(piece: _Piece, how: _How) -> Packed:
-    segment = piece.segment
-    labels = torch.from_numpy(segment.tokens.astype(np.int64))
+    branch = piece.branch
+    labels = torch.from_numpy(branch.tokens.astype(np.int64))
     tokens = torch.cat([piece.context[-1:], labels[:-1]])
-    own = {"rollout_logp": torch.from_numpy(segment.logprobs.astype(np.float32))}
-    own |= _routes(segment, piece.context.numel() - 1, None, how)
+    own = {"rollout_logp": torch.from_numpy(branch.logprobs.astype(np.float32))}
+    own |= _routes(branch, piece.context.numel() - 1, None, how)
     if how.width:
-        own["kept"] = _kept(segment, how.width)
-    mask = torch.from_numpy(segment.written.astype(np.float32))
+        own["kept"] = _kept(branch, how.width)
+    mask = torch.from_numpy(branch.written.astype(np.float32))
     if piece.beyond:
         tokens = torch.cat([tokens, labels[-1:]])
         labels, mask = (torch.cat([x, x.new_zeros(1)]) for x in (labels, mask))
@@ -198,22 +198,22 @@ def _answer(piece: _Piece, how: _How) -> Packed:
     return pack_one(tokens, labels, mask, id=piece.id, per_token=own)
 
 
-def _kept(segment: Segment, width: int) -> Tensor:
+def _kept(branch: Branch, width: int) -> Tensor:
     """[answer, width] int32: ids of what could be drawn, counted from 1; the rest is 0."""
-    found = torch.zeros(len(segment.tokens), width, dtype=torch.int32)
-    if segment.kept is not None:
-        sizes = torch.from_numpy(segment.kept.sizes.astype(np.int64))
+    found = torch.zeros(len(branch.tokens), width, dtype=torch.int32)
+    if branch.kept is not None:
+        sizes = torch.from_numpy(branch.kept.sizes.astype(np.int64))
         rows = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         columns = torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[rows]
-        found[rows, columns] = torch.from_numpy(segment.kept.ids.astype(np.int32)) + 1
+        found[rows, columns] = torch.from_numpy(branch.kept.ids.astype(np.int32)) + 1
     return found
 
 
-def _routes(segment: Segment, start: int, end: int | None, how: _How) -> dict[str, Tensor]:
+def _routes(branch: Branch, start: int, end: int | None, how: _How) -> dict[str, Tensor]:
     """The sampler's choices of experts, counted from 1, at positions [start, end)."""
-    if segment.routes is None:
+    if branch.routes is None:
         return {}
-    chosen = segment.routes[start:end]
+    chosen = branch.routes[start:end]
     if how.num_experts and chosen.max(initial=0) >= how.num_experts:
         raise DataError(
             f"An answer's router chose expert {chosen.max()}, and the model has {how.num_experts}"

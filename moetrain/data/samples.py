@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -82,20 +82,11 @@ class Sample:
     routes: NDArray[np.int16] | None = None
     kept: Kept | None = None  # what could be drawn, where the sampler left something out
 
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object; routes as base64 with their shape."""
-        arrays = ("routes", "kept")
-        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
-        if self.kept is not None:
-            content["kept"] = self.kept.to_json()
-        if self.routes is not None:
-            packed = base64.b64encode(self.routes.astype("<i2").tobytes()).decode()
-            content["routes"] = {"shape": self.routes.shape, "int16": packed}
-        return content
-
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Sample":
-        """What `to_json` gave. What raises on something else is told by `read_as`."""
+        """From what people are given (`trajectories.to_json`). What raises on something else is
+        told by `read_as`.
+        """
         for name, kinds in (("tokens", int), ("logprobs", int | float)):
             if not all(isinstance(value, kinds) for value in content[name]):
                 raise TypeError(f"{name} are no numbers")

@@ -1,6 +1,6 @@
 """What came of one prompt: turns of the model, with what answered them in between.
 
-Legend: t tokens of a segment, l MoE layers, k experts of a token.
+Legend: t tokens of a branch, l MoE layers, k experts of a token.
 """
 
 import base64
@@ -41,7 +41,7 @@ class Turn:
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class Branch:
     """Turns that the model saw one behind the other. What it wrote is never tokenised anew."""
 
     turns: tuple[Turn, ...]
@@ -74,7 +74,7 @@ class Segment:
             [turn.num_tokens for turn in self.turns],
         )
 
-    def answered(self, tokens: Sequence[int], text: str) -> Self:
+    def with_reply(self, tokens: Sequence[int], text: str) -> Self:
         """With a reply behind it."""
         num, last = len(tokens), self.turns[-1]
         kept = self.kept
@@ -88,9 +88,9 @@ class Segment:
             kept=kept,
         )
 
-    def continued(self, sample: Sample) -> Self:
+    def with_turn(self, sample: Sample) -> Self:
         """With a further turn of the model, whose request held all of this as its prompt."""
-        more, kept = Segment.of(sample), self.kept
+        more, kept = Branch.of(sample), self.kept
         if kept is not None and more.kept is not None:
             kept = Kept(*map(np.concatenate, zip(kept, more.kept, strict=True)))
         return replace(
@@ -106,12 +106,12 @@ class Segment:
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """All turns to one prompt. Where the template rewrites earlier turns (it drops their thoughts,
-    say), a new segment begins with what the model then saw.
+    say), a new branch begins with what the model then saw.
     """
 
     prompt_id: str
     index: int  # which answer to its prompt
-    segments: tuple[Segment, ...]
+    branches: tuple[Branch, ...]
     finish: Finish
     messages: tuple[Message, ...] = ()  # after the prompt's, where an environment replied
     counts: Mapping[str, float] | None = None  # of the environment: calls of tools, ...
@@ -120,12 +120,12 @@ class Trajectory:
     @classmethod
     def of(cls, sample: Sample) -> Self:
         """An answer of one turn."""
-        return cls(sample.prompt_id, sample.index, (Segment.of(sample),), sample.finish)
+        return cls(sample.prompt_id, sample.index, (Branch.of(sample),), sample.finish)
 
     @property
     def turns(self) -> list[Turn]:
         """All turns in order."""
-        return [turn for segment in self.segments for turn in segment.turns]
+        return [turn for branch in self.branches for turn in branch.turns]
 
     @property
     def written(self) -> list[Turn]:
@@ -150,12 +150,22 @@ class Trajectory:
     @property
     def logp(self) -> float:
         """The sum of the log-probs of what it wrote."""
-        return float(sum(one.logprobs.sum(dtype=np.float64) for one in self.segments))
+        return float(sum(one.logprobs.sum(dtype=np.float64) for one in self.branches))
 
     @property
     def version(self) -> int:
         """Of the oldest weights that wrote a turn."""
         return min(turn.version for turn in self.written)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it goes on."""
+        return self.finish == "open"
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a fault of its environment ended it: it has no reward."""
+        return self.finish in FAULTS
 
     @property
     def is_cut(self) -> bool:
@@ -171,12 +181,12 @@ class Trajectory:
     @property
     def tokens(self) -> list[int]:
         """Of the model's turns, one behind the other."""
-        return [int(n) for one in self.segments for n in one.tokens[one.written]]
+        return [int(n) for one in self.branches for n in one.tokens[one.written]]
 
     @property
     def logprobs(self) -> list[float]:
         """Aligned with `tokens`."""
-        return [float(x) for one in self.segments for x in one.logprobs[one.written]]
+        return [float(x) for one in self.branches for x in one.logprobs[one.written]]
 
 
 # As JSON
@@ -195,7 +205,7 @@ def as_row(one: Trajectory) -> dict[str, Any]:
     }
     if not one.is_plain:
         row["messages"] = list(one.messages)
-        row["segments"] = [[vars(turn) for turn in segment.turns] for segment in one.segments]
+        row["branches"] = [[vars(turn) for turn in branch.turns] for branch in one.branches]
     if one.counts:
         row["counts"] = dict(one.counts)
     return row | ({"detail": one.detail} if one.detail else {})
@@ -205,29 +215,28 @@ def to_json(one: Trajectory, *, readable: bool = False) -> dict[str, Any]:
     """Whole, arrays as base64; `readable`: as an answer of one turn is given to people, tokens and
     log-probs as lists.
     """
-    arrays = [_arrays(segment) for segment in one.segments]
+    arrays = [_arrays(branch) for branch in one.branches]
     if readable and one.is_plain:
         return (
             as_row(one)
-            | {"tokens": one.tokens}
-            | {"logprobs": one.logprobs}
+            | {"tokens": one.tokens, "logprobs": one.logprobs}
             | {name: value for name, value in arrays[0].items() if name in ("kept", "routes")}
         )
     return as_row(one) | {"arrays": arrays}
 
 
-def _arrays(segment: Segment) -> dict[str, Any]:
+def _arrays(branch: Branch) -> dict[str, Any]:
     content: dict[str, Any] = {
-        "tokens": _packed(segment.tokens, "<i4"),
-        "logprobs": _packed(segment.logprobs, "<f4"),
+        "tokens": _packed(branch.tokens, "<i4"),
+        "logprobs": _packed(branch.logprobs, "<f4"),
     }
-    if segment.context is not None:
-        content["context"] = _packed(segment.context, "<i4")
-    if segment.kept is not None:
-        content["kept"] = segment.kept.to_json()
-    if segment.routes is not None:
-        packed = _packed(segment.routes, "<i2")
-        content["routes"] = {"shape": segment.routes.shape, "int16": packed}
+    if branch.context is not None:
+        content["context"] = _packed(branch.context, "<i4")
+    if branch.kept is not None:
+        content["kept"] = branch.kept.to_json()
+    if branch.routes is not None:
+        packed = _packed(branch.routes, "<i2")
+        content["routes"] = {"shape": branch.routes.shape, "int16": packed}
     return content
 
 
@@ -244,30 +253,30 @@ def from_json(content: dict[str, Any]) -> Trajectory:
     return assembled(content, [_from_arrays(one) for one in content["arrays"]])
 
 
-def assembled(row: Mapping[str, Any], parts: Sequence[Segment]) -> Trajectory:
-    """A trajectory of `as_row` and its segments, whose turns are not known yet. Raises as
+def assembled(row: Mapping[str, Any], parts: Sequence[Branch]) -> Trajectory:
+    """A trajectory of `as_row` and its branches, whose turns are not known yet. Raises as
     `from_json`.
     """
     for name, kind in (("prompt_id", str), ("index", int), ("text", str), ("finish", str)):
         if not isinstance(row[name], kind):
             raise TypeError(f"{name} is {type(row[name]).__name__}")
-    if "segments" in row:
-        turns = [tuple(Turn(**turn) for turn in segment) for segment in row["segments"]]
+    if "branches" in row:
+        turns = [tuple(Turn(**turn) for turn in branch) for branch in row["branches"]]
     else:
         finish = "length" if row["finish"] == "length" else "stop"
         turns = [(Turn("model", int(row["tokens"]), row["text"], finish, int(row["version"])),)]
-    segments: list[Segment] = []
+    branches: list[Branch] = []
     for own, part in zip(turns, parts, strict=True):
         num = sum(turn.num_tokens for turn in own)
         if not num == len(part.tokens) == len(part.logprobs):
             raise ValueError(f"turns of {num} tokens, and {len(part.tokens)} of them")
         if part.kept is not None and len(part.kept.sizes) != num:
             raise ValueError(f"kept has {len(part.kept.sizes)} places")
-        segments.append(replace(part, turns=own))
+        branches.append(replace(part, turns=own))
     return Trajectory(
         row["prompt_id"],
         row["index"],
-        tuple(segments),
+        tuple(branches),
         cast(Finish, row["finish"]),
         tuple(row.get("messages", ())),
         row.get("counts"),
@@ -275,11 +284,11 @@ def assembled(row: Mapping[str, Any], parts: Sequence[Segment]) -> Trajectory:
     )
 
 
-def _from_arrays(content: Mapping[str, Any]) -> Segment:
+def _from_arrays(content: Mapping[str, Any]) -> Branch:
     def flat(name: str, dtype: str) -> NDArray[Any]:
         return np.frombuffer(base64.b64decode(content[name], validate=True), dtype)
 
-    return Segment(
+    return Branch(
         (),
         flat("tokens", "<i4").astype(np.int32),
         flat("logprobs", "<f4").astype(np.float32),

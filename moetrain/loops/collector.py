@@ -8,7 +8,7 @@ from moetrain import files
 from moetrain.data.groups import Group
 from moetrain.data.prompts import PromptOrder
 from moetrain.data.samples import Prompt
-from moetrain.data.trajectories import FAULTS, Trajectory
+from moetrain.data.trajectories import Trajectory
 from moetrain.errors import DataError
 from moetrain.loops.rollouts import (
     Drawing,
@@ -148,7 +148,7 @@ class Collector:
     ) -> list[Group]:
         """The groups with at least two graded answers."""
         pairs = [(p, done[p.id, i]) for p in prompts for i in range(self.group_size)]
-        counts.update(f"environment/{one.finish}" for _, one in pairs if one.finish in FAULTS)
+        counts.update(f"environment/{one.finish}" for _, one in pairs if one.is_lost)
         results = verdicts(self.grader, pairs, step, self.num_steps)
         graded = [graded_by(made, one) for (_, made), one in zip(pairs, results, strict=True)]
         groups: list[Group] = []

@@ -5,8 +5,6 @@ A column `name` is `name`, all its arrays end to end along their first dimension
 [num] int64; -1 where a row has none.
 """
 
-import json
-import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from moetrain.errors import DataError, WeightsError
 from moetrain.weights.header import Stored, read_header
+from moetrain.weights.hf_files import Target, header
 
 NAMES = {"uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64", "float32": "F32"}
 DTYPES = {name: np.dtype(numpy).newbyteorder("<") for numpy, name in NAMES.items()}
@@ -38,22 +37,10 @@ def write_columns(path: Path, columns: Mapping[str, tuple[Column, DTypeLike]]) -
         shape = (sum(map(len, there)), *there[0].shape[1:])
         parts[name] = np.dtype(dtype), shape, there
         parts[name + LENGTHS] = lengths.dtype, lengths.shape, [lengths]
-    at, header = 0, dict[str, Any]()
-    for name, (dtype, shape, _) in parts.items():
-        size = int(np.prod(shape)) * dtype.itemsize
-        header[name] = {
-            "dtype": NAMES[dtype.name],
-            "shape": shape,
-            "data_offsets": (at, at + size),
-        }
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    crc = 0
+    first = header(Target(name, NAMES[d.name], shape) for name, (d, shape, _) in parts.items())
+    crc = zlib.crc32(first)
     with path.open("wb") as file:
-        for piece in [struct.pack("<Q", len(text)), text]:
-            file.write(piece)
-            crc = zlib.crc32(piece, crc)
+        file.write(first)
         for dtype, _, arrays in parts.values():
             for array in arrays:
                 data = np.ascontiguousarray(array, dtype.newbyteorder("<")).data.cast("B")
@@ -72,7 +59,7 @@ def read_columns(path: Path, crc: int) -> dict[str, list[NDArray[Any] | None]]:
             " both."
         )
     try:
-        header = read_header(path, None)
+        there = read_header(path, None)
         content = np.memmap(path, np.uint8, "r")
     except (OSError, ValueError, WeightsError) as error:
         raise DataError(str(error)) from None
@@ -82,9 +69,9 @@ def read_columns(path: Path, crc: int) -> dict[str, list[NDArray[Any] | None]]:
     if found != crc:
         raise DataError(f"{path} has other bytes than were written. Remove it, or copy it again.")
     return {
-        name: _rows(_view(content, one), _view(content, header[name + LENGTHS]))
-        for name, one in header.items()
-        if name + LENGTHS in header
+        name: _rows(_view(content, one), _view(content, there[name + LENGTHS]))
+        for name, one in there.items()
+        if name + LENGTHS in there
     }
 
 

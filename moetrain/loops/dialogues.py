@@ -19,13 +19,13 @@ from moetrain.data.messages import FormatError, Message
 from moetrain.data.samples import Prompt, Sample
 from moetrain.data.scene import messages_of
 from moetrain.data.thoughts import opened_by
-from moetrain.data.trajectories import Segment, Trajectory
+from moetrain.data.trajectories import Branch, Trajectory
 from moetrain.environments.base import Reply
 from moetrain.environments.calls import TurnReader, check_format
 from moetrain.environments.service import EnvironmentService
 from moetrain.errors import DataError
 from moetrain.rollout.base import Request, Sampling
-from moetrain.rollout.later import Later
+from moetrain.rollout.follow_ups import FollowUps
 
 POLL_SECONDS = 0.5  # after which a draw that has ended is noticed
 Key = tuple[str, int]  # a prompt's id, which answer to it
@@ -43,24 +43,24 @@ class Dialogues:
     max_length: int  # tokens of a sequence, whoever wrote them
     max_prompt: int  # tokens of a prompt, so that a turn has room
 
-    def begun(self, prompt: Prompt) -> Prompt:
+    def begin(self, prompt: Prompt) -> Prompt:
         """The prompt with the environment's tools and what it says at first. Raises DataError."""
         try:
             return self.service.scene.begin(prompt, self.chat, self.max_prompt)
         except FormatError as error:
             raise DataError(
-                f"{prompt.source}: {error}. Raise data.seq_len, or leave it out."
+                f"{prompt.source}: {error}. Leave the record out, or mend it."
             ) from None
 
     def after(self, prompt: Prompt, one: Trajectory, reply: Sequence[Message]) -> Continuation:
         """How an open trajectory goes on. Raises FormatError where the template cannot say it."""
         continuer = Continuer(self.chat, self.stop_ids, **self._kwargs(prompt))
-        segment, last = one.segments[-1], one.turns[-1]
+        branch, last = one.branches[-1], one.turns[-1]
         return continuer.after(
             [*messages_of(prompt), *one.messages[:-1]],
             one.messages[-1],
             last.text,
-            segment.tokens[-last.num_tokens :].tolist(),
+            branch.tokens[-last.num_tokens :].tolist(),
             reply,
         )
 
@@ -93,9 +93,9 @@ def open_dialogues(
     )
 
 
-def begun(prompts: Sequence[Prompt], dialogues: Dialogues | None) -> list[Prompt]:
+def with_environment(prompts: Sequence[Prompt], dialogues: Dialogues | None) -> list[Prompt]:
     """The prompts as they are given to the model. Raises DataError."""
-    return [prompt if dialogues is None else dialogues.begun(prompt) for prompt in prompts]
+    return [prompt if dialogues is None else dialogues.begin(prompt) for prompt in prompts]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Turns:
     sampling: Sampling
     seed_of: Callable[[str, int, int], int]
     keep: Callable[[Trajectory], None]
-    later: Later = field(default_factory=Later)
+    follow_ups: FollowUps = field(default_factory=FollowUps)
 
     def __post_init__(self) -> None:
         self._lock = threading.RLock()
@@ -143,7 +143,7 @@ class Turns:
 
     def resume(self, one: Trajectory) -> None:
         """Go on with one that a kill interrupted after a turn of the model."""
-        self.later.ask()
+        self.follow_ups.ask()
         self._ask(one)
 
     def drawn(self, sample: Sample) -> None:
@@ -155,26 +155,26 @@ class Turns:
                 self.keep(replace(one, finish="length"))
                 return
             self.keep(one)
-            self.later.ask()
+            self.follow_ups.ask()
             self._ask(one)
 
     def _with_turn(self, before: _Waiting | None, sample: Sample) -> Trajectory:
         """The trajectory with a turn more, open."""
         prompt = self.prompts[sample.prompt_id]
         if before is None:
-            one, segments = Trajectory.of(sample), (Segment.of(sample),)
+            one, branches = Trajectory.of(sample), (Branch.of(sample),)
         else:
             one = before.trajectory
-            segments = one.segments
+            branches = one.branches
             if before.context is None:
-                segments = (*segments[:-1], segments[-1].continued(sample))
+                branches = (*branches[:-1], branches[-1].with_turn(sample))
             else:
-                segments = (*segments, Segment.of(sample, before.context))
+                branches = (*branches, Branch.of(sample, before.context))
         num_calls = sum(len(message.get("tool_calls") or ()) for message in one.messages)
         said = self.dialogues.reader.read(
             sample.text, prompt.opened if before is None else before.opened, num_calls
         )
-        return replace(one, segments=segments, messages=(*one.messages, said), finish="open")
+        return replace(one, branches=branches, messages=(*one.messages, said), finish="open")
 
     def _ask(self, one: Trajectory) -> None:
         key = one.prompt_id, one.index
@@ -194,9 +194,9 @@ class Turns:
                         one = self._asked.get(key)
                         if one is not None and len(one.written) == turn:  # not of an earlier draw
                             del self._asked[key]
-                            self.later.settle(self._replied(one, reply))
+                            self.follow_ups.settle(self._replied(one, reply))
         except BaseException as error:  # raised again by the engine's draw
-            self.later.fail(error)
+            self.follow_ups.fail(error)
 
     def _replied(self, one: Trajectory, reply: Reply) -> Request | None:
         """What is drawn next; None where the trajectory has ended, and is kept."""
@@ -222,7 +222,7 @@ class Turns:
         """The request for the turn behind a reply; None where there is no room for it. Raises
         FormatError.
         """
-        prompt, segments = self.prompts[one.prompt_id], one.segments
+        prompt, branches = self.prompts[one.prompt_id], one.branches
         found = self.dialogues.after(prompt, one, reply)
         context: NDArray[np.int32] | None = None
         if found.whole is not None:
@@ -231,9 +231,9 @@ class Turns:
         else:
             assert found.tokens is not None, "what is not rewritten goes on"
             text = self.dialogues.chat.tokenizer.decode(list(found.tokens))
-            last = segments[-1].answered(found.tokens, str(text))
+            last = branches[-1].with_reply(found.tokens, str(text))
             before = prompt.tokens if last.context is None else last.context.tolist()
-            seen, segments = [*before, *last.tokens.tolist()], (*segments[:-1], last)
+            seen, branches = [*before, *last.tokens.tolist()], (*branches[:-1], last)
         room = self.dialogues.max_length - len(seen)
         if room < 1:
             return None
@@ -241,7 +241,7 @@ class Turns:
         counts["tools/errors"] += found.num_refused
         going_on = replace(
             one,
-            segments=segments,
+            branches=branches,
             messages=(*one.messages[:-1], *found.messages),
             counts=dict(+counts),
         )
@@ -254,9 +254,9 @@ class Turns:
         )
 
 
-def opened_at_last(prompt: Prompt, one: Trajectory) -> str:
+def opened_for_last_turn(prompt: Prompt, one: Trajectory) -> str:
     """The thought that was begun for the model's last turn."""
-    before = one.segments[-1].turns[:-1]
+    before = one.branches[-1].turns[:-1]
     if before:
         return opened_by(before[-1].text)
     return prompt.opened

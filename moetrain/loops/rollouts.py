@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moetrain.data.groups import GradedAnswer, Group
 from moetrain.data.samples import Prompt
-from moetrain.data.trajectories import FAULTS, Trajectory, to_json
-from moetrain.loops.dialogues import Dialogues, Turns, opened_at_last
+from moetrain.data.trajectories import Trajectory, to_json
+from moetrain.loops.dialogues import Dialogues, Turns, opened_for_last_turn
 from moetrain.rewards import Completion, Grader, Verdict
 from moetrain.rollout.base import Request, RolloutEngine, Sampling
 
@@ -59,9 +59,9 @@ class Drawing:
         resumed: list[Trajectory] = []
         for batch in batches:
             found = [done.get((one.prompt.id, one.index)) for one in batch]
-            if len(batch) == 1 and found[0] is not None and found[0].finish == "open":
+            if len(batch) == 1 and found[0] is not None and found[0].is_open:
                 resumed.append(found[0])
-            elif any(one is None or one.finish == "open" for one in found):
+            elif any(one is None or one.is_open for one in found):
                 requests += batch
 
         def kept(one: Trajectory) -> None:
@@ -76,7 +76,7 @@ class Drawing:
             with Turns(self.dialogues, by_id, self.sampling, self._seed_of_turn, kept) as turns:
                 for one in resumed:
                     turns.resume(one)
-                self.engine.generate(requests, turns.drawn, turns.later)
+                self.engine.generate(requests, turns.drawn, turns.follow_ups)
 
     def _seed_of_turn(self, prompt_id: str, index: int, turn: int) -> int:
         return seed_of(self.seed, f"{prompt_id}/{turn}", index)
@@ -92,7 +92,7 @@ def journal(
     def keep(one: Trajectory) -> None:
         file.write(json.dumps(to_json(one), ensure_ascii=False) + "\n")
         file.flush()
-        if one.finish != "open" and (one.prompt_id, one.index) not in known:
+        if not one.is_open and (one.prompt_id, one.index) not in known:
             told()
 
     return keep
@@ -117,13 +117,13 @@ def verdicts(
     """What the rewards say of each trajectory, from its text and its prompt's columns, at a step of
     a run that has `last` of them. One that a fault of its environment ended has no reward.
     """
-    whole = [(prompt, one) for prompt, one in pairs if one.finish not in FAULTS]
+    whole = [(prompt, one) for prompt, one in pairs if not one.is_lost]
     completions = [
         Completion(
             number,
             one.text,
             prompt.columns,
-            opened=opened_at_last(prompt, one),
+            opened=opened_for_last_turn(prompt, one),
             is_text=prompt.is_text,
             tokens=tuple(one.tokens),
             messages=one.messages if len(one.messages) > 1 else (),
@@ -133,9 +133,7 @@ def verdicts(
         for number, (prompt, one) in enumerate(whole)
     ]
     ready = iter(grader.grade_completions(completions))
-    return [
-        Verdict(None, {}, one.finish) if one.finish in FAULTS else next(ready) for _, one in pairs
-    ]
+    return [Verdict(None, {}, one.finish) if one.is_lost else next(ready) for _, one in pairs]
 
 
 def means(answers: Sequence[GradedAnswer], prefix: str) -> dict[str, Any]:

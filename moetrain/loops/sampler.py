@@ -19,7 +19,7 @@ from moetrain.data.turns import stop_ids
 from moetrain.engine import Engine
 from moetrain.errors import DataError, RolloutError
 from moetrain.loops.collector import Collector
-from moetrain.loops.dialogues import begun, open_dialogues
+from moetrain.loops.dialogues import open_dialogues, with_environment
 from moetrain.loops.held_out import Answers, exhaust
 from moetrain.loops.outline import Outline, outlined
 from moetrain.loops.replayed import Replayed
@@ -102,14 +102,14 @@ class Driver:
         self.dialogues = open_dialogues(recipe, chat, self.stop_ids, stack)
         sampling = Sampling.of(rollout, rollout.temperature, self.stop_ids)
         sampling = sampling.to_learn_from(routes=rollout.routing_replay)
-        self.prompts = begun(prompts.held_out, self.dialogues)
+        self.prompts = with_environment(prompts.held_out, self.dialogues)
         online = METHODS[recipe.method.name].online
         assert online is not None
         drops = online.drops
         self.collector = Collector(
             drawing=Drawing(self.engine, sampling, recipe.seed, self.dialogues),
             grader=self.grader,
-            prompts=prompts.train.as_given(begun(prompts.train.prompts, self.dialogues)),
+            prompts=prompts.train.as_given(with_environment(prompts.train.prompts, self.dialogues)),
             store=self.store,
             drawn=drawn_with(rollout),
             num_prompts=rollout.prompts_per_step,

@@ -17,7 +17,7 @@ from moetrain import files
 from moetrain.config.rollout import RolloutConfig
 from moetrain.data.groups import GradedAnswer, Group
 from moetrain.data.samples import Kept, Prompt, put_lines, read_as, write_lines
-from moetrain.data.trajectories import Segment, Trajectory, as_row, assembled, from_json, to_json
+from moetrain.data.trajectories import Branch, Trajectory, as_row, assembled, from_json, to_json
 from moetrain.errors import DataError
 from moetrain.loops.columns import read_columns, write_columns
 from moetrain.rewards import Verdict
@@ -75,8 +75,8 @@ class Store:
                 f" {SCHEMA}). Go on with that one, or give another run_dir."
             )
         columns = read_columns(path.with_suffix(".safetensors"), crc) if schema > 1 else None
-        segments = None if columns is None else _segments(columns)
-        groups = list(read_as(path, lambda row: _group(row, segments) if "prompt" in row else row))
+        branches = None if columns is None else _branches(columns)
+        groups = list(read_as(path, lambda row: _group(row, branches) if "prompt" in row else row))
         try:
             return Batch(step, tuple(groups[1:]), **head)  # type: ignore[arg-type]
         except TypeError as error:
@@ -91,7 +91,7 @@ class Store:
         path = self._path(batch.step)
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.publish(path.with_suffix(".safetensors"), path) as (numbers, lines):
-            parts = [one for answer in batch.answers for one in answer.trajectory.segments]
+            parts = [one for answer in batch.answers for one in answer.trajectory.branches]
             head["crc"] = write_columns(numbers, _columns(parts))
             put_lines(lines, [head, *map(_row, batch.groups)])
         self._partial(batch.step).unlink(missing_ok=True)
@@ -115,7 +115,7 @@ class Store:
         return self.folder / f"{step:08d}.partial.jsonl"
 
 
-def _columns(parts: Sequence[Segment]) -> dict[str, Any]:
+def _columns(parts: Sequence[Branch]) -> dict[str, Any]:
     routes = [one.routes for one in parts]
     most = max((int(one.max(initial=0)) for one in routes if one is not None), default=0)
     kept = [one.kept for one in parts]
@@ -129,7 +129,7 @@ def _columns(parts: Sequence[Segment]) -> dict[str, Any]:
     }
 
 
-def _segments(columns: Mapping[str, Sequence[Any]]) -> Iterator[Segment]:
+def _branches(columns: Mapping[str, Sequence[Any]]) -> Iterator[Branch]:
     """In the order in which they were written, without their turns."""
     num = max(map(len, columns.values()), default=0)
     every = {
@@ -138,7 +138,7 @@ def _segments(columns: Mapping[str, Sequence[Any]]) -> Iterator[Segment]:
     }
     for tokens, logprobs, context, routes, sizes, ids in zip(*every.values(), strict=True):
         kept = None if sizes is None else Kept(sizes, ids)
-        yield Segment((), tokens, logprobs, context, routes, kept)
+        yield Branch((), tokens, logprobs, context, routes, kept)
 
 
 def row_of(
@@ -165,14 +165,14 @@ def _row(group: Group) -> dict[str, Any]:
     return row_of(group.prompt, [as_row(one.trajectory) for one in group.answers], graded)
 
 
-def _group(row: dict[str, Any], segments: Iterator[Segment] | None) -> Group:
-    """segments: where the arrays of the answers come from; None: they are in the row."""
+def _group(row: dict[str, Any], branches: Iterator[Branch] | None) -> Group:
+    """branches: where the arrays of the answers come from; None: they are in the row."""
 
     def trajectory(answer: dict[str, Any]) -> Trajectory:
-        if segments is None:
+        if branches is None:
             return from_json(answer)
-        num = len(answer.get("segments", [0]))
-        own = [one for _, one in zip(range(num), segments, strict=False)]
+        num = len(answer.get("branches", [0]))
+        own = [one for _, one in zip(range(num), branches, strict=False)]
         return assembled(answer, own)
 
     prompt = Prompt(**row["prompt"] | {"tokens": tuple(row["prompt"]["tokens"])})

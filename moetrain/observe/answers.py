@@ -13,6 +13,7 @@ from moetrain.errors import MoetrainError
 from moetrain.observe.ledger import is_number
 
 ROLLOUTS, ANSWERS = "rollouts", "answers"  # folders of a run
+TITLES = {ROLLOUTS: "rollouts", ANSWERS: "held-out answers"}
 # Control characters, and those that turn the direction of text: a terminal or a page acts on them.
 _UNSAFE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"

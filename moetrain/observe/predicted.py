@@ -4,7 +4,7 @@ A training row then has `predicted/seconds` beside `seconds`, and `predicted/mem
 `memory_gib`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -15,6 +15,15 @@ ROWS = 10
 GAP = 0.1  # of what was predicted
 PREFIX = "predicted/"
 _SECONDS, _MEMORY = "seconds", "memory_gib"
+UNITS = {_SECONDS: "s", _MEMORY: "GiB"}
+
+
+def measured_of(name: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """What rows say of a figure that is predicted; None where they do not."""
+    values = [row[name] for row in rows if is_number(row.get(name))]
+    if not values:
+        return None
+    return median(values) if name == _SECONDS else max(values)
 
 
 class Gap:
@@ -33,7 +42,7 @@ class Gap:
         """
         now = {
             name: float(row[PREFIX + name])
-            for name in (_SECONDS, _MEMORY)
+            for name in UNITS
             if is_number(row.get(PREFIX + name)) and is_number(row.get(name))
         }
         if not now:
@@ -46,13 +55,14 @@ class Gap:
         rows = self._rows[SKIPPED:]
         texts: list[str] = []
         for name, predicted in now.items():
-            measured = (median if name == _SECONDS else max)(each[name] for each in rows)
+            measured = measured_of(name, rows)
+            assert measured is not None
             if predicted > 0 and abs(measured / predicted - 1) > GAP:
                 texts.append(_text(name, predicted, measured))
         return f"Prediction: {' and '.join(texts)} (docs/planning.md)." if texts else None
 
 
 def _text(name: str, predicted: float, measured: float) -> str:
-    what, unit = ("a step takes", "s") if name == _SECONDS else ("the first rank holds", "GiB")
+    what, unit = "a step takes" if name == _SECONDS else "the first rank holds", UNITS[name]
     share = measured / predicted - 1
     return f"{what} {measured:.3g} {unit} where {predicted:.3g} were predicted ({share:+.0%})"

@@ -9,6 +9,7 @@ from moetrain.errors import MoetrainError
 from moetrain.observe.answers import (
     ANSWERS,
     ROLLOUTS,
+    TITLES,
     Answer,
     Summary,
     describe_reward,
@@ -59,10 +60,10 @@ def _newest(run: Run) -> tuple[str, list[Answer]] | None:
     """(what they are, the answers) of the newest evaluation; of a run without, of its newest batch.
     What cannot be read is not there.
     """
-    for folder, name in ((ANSWERS, "held-out answers"), (ROLLOUTS, "rollouts")):
+    for folder in (ANSWERS, ROLLOUTS):
         try:
             for step, path in reversed(steps_of(run.path / folder).items()):
-                return f"{name} of step {step}", read_answers(path)
+                return f"{TITLES[folder]} of step {step}", read_answers(path)
         except (MoetrainError, OSError):
             continue
     return None

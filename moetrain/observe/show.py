@@ -13,6 +13,7 @@ from moetrain.errors import MoetrainError
 from moetrain.observe.answers import (
     ANSWERS,
     ROLLOUTS,
+    TITLES,
     Answer,
     Summary,
     describe_reward,
@@ -23,7 +24,6 @@ from moetrain.observe.answers import (
     steps_of,
 )
 
-TITLES = {ROLLOUTS: "rollouts", ANSWERS: "held-out answers"}
 # Characters and lines of a text, and characters of the other columns of a prompt.
 PROMPT, ANSWER, COLUMNS = (600, 12), (1500, 30), 200
 

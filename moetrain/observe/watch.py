@@ -18,6 +18,7 @@ from moetrain.errors import MoetrainError, plural
 from moetrain.observe.answers import (
     ANSWERS,
     ROLLOUTS,
+    TITLES,
     Answer,
     Summary,
     describe_reward,
@@ -30,10 +31,9 @@ from moetrain.observe.answers import (
 from moetrain.observe.figures import first_figures, label, number, written
 from moetrain.observe.follow import Followed, Follower, Holder, Thinned, last_end
 from moetrain.observe.ledger import is_number
-from moetrain.observe.predicted import PREFIX
+from moetrain.observe.predicted import PREFIX, UNITS, measured_of
 from moetrain.observe.runs import is_run, num_steps, settings_of
 
-TITLES = {ROLLOUTS: "rollouts", ANSWERS: "held-out answers"}
 # After what the method is about and the parts of the reward: what is looked at first, then the rest
 # by the beginnings of its names. What has a line of its own, or says of how many another is, stands
 # in no table.
@@ -333,11 +333,10 @@ def _lines(run: Watch, console: Console, height: int | None) -> list[RenderableT
 def _predicted(row: Mapping[str, Any], said: Followed) -> str:
     """What was predicted of a step, beside what was measured in the newest rows."""
     words: list[str] = []
-    for name, unit, middle in (("seconds", "s", median), ("memory_gib", "GiB", max)):
+    for name, unit in UNITS.items():
         expected = row.get(PREFIX + name)
-        values = [r[name] for r in said.recent if name in r]
-        if is_number(expected) and expected > 0 and values:
-            measured = middle(values)
+        measured = measured_of(name, list(said.recent))
+        if is_number(expected) and expected > 0 and measured is not None:
             text = f"{number(expected)} {unit}, measured {number(measured)} {unit}"
             words.append(f"{text} ({measured / expected - 1:+.0%})")
     return "; ".join(words)

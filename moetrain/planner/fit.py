@@ -55,7 +55,7 @@ def verdict(recipe: Recipe, model: Model, size: int) -> Verdict:
     """
     gpu = find_gpu(recipe.cluster.gpu_name, "cluster.gpu")
     limit = gpu.memory_gib.value
-    has = f"{_an(gpu.name)} has {limit:.1f}"
+    has = f"{gpu.name} has {limit:.1f}"
     least, most = _bounds(recipe, model, size, gpu)
     if most <= limit:
         return Verdict(True, f"fits: a GPU holds at most {most:.1f} GiB, and {has}")
@@ -91,7 +91,3 @@ def _way_out(recipe: Recipe, near: "Planned | None", size: int) -> str:
         )
     words = " ".join(f"{key}={value}" for key, value in changed(recipe, near.recipe).items())
     return f"The nearest that fits: {words} ({near.peak_gib:.1f} GiB, {near.step_s:.3g} s a step)."
-
-
-def _an(name: str) -> str:
-    return f"{'an' if name[:1] in 'AEFHILMNORSX' else 'a'} {name}"

@@ -12,7 +12,7 @@ from moetrain.config.rollout import MOST_KEPT, RolloutConfig
 from moetrain.data.samples import Prompt, Sample
 
 if TYPE_CHECKING:
-    from moetrain.rollout.later import Later
+    from moetrain.rollout.follow_ups import FollowUps
 
 PROBE_TOKENS = 8  # greedy tokens that follow each probe
 
@@ -105,9 +105,9 @@ class RolloutEngine(Protocol):
         self,
         requests: Sequence[Request],
         on_sample: Callable[[Sample], None],
-        later: "Later | None" = None,
+        follow_ups: "FollowUps | None" = None,
     ) -> None:
-        """Draw all, and what comes `later`; `on_sample` as each one ends, in any order, one at a
+        """Draw all, and their `follow_ups`; `on_sample` as each one ends, in any order, one at a
         time.
         """
         ...

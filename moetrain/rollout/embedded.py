@@ -32,7 +32,7 @@ from moetrain.rollout.base import (
     stopped_at,
     text_of_answer,
 )
-from moetrain.rollout.later import Later
+from moetrain.rollout.follow_ups import FollowUps
 from moetrain.rollout.shaping import shaped
 
 BATCH = 64  # answers drawn together
@@ -58,18 +58,18 @@ class Embedded:
         self,
         requests: Sequence[Request],
         on_sample: Callable[[Sample], None],
-        later: Later | None = None,
+        follow_ups: FollowUps | None = None,
     ) -> None:
         """Draw all, batch by batch; then the next turns of all of them, so that what is drawn
         together does not depend on how fast replies come.
         """
-        if not requests and later is not None:
-            requests = later.take_round()
+        if not requests and follow_ups is not None:
+            requests = follow_ups.take_round()
         while requests:
             for together in self.batches(requests):
                 for sample in self._draw(together):
                     on_sample(sample)
-            requests = [] if later is None else later.take_round()
+            requests = [] if follow_ups is None else follow_ups.take_round()
 
     def batches(self, requests: Sequence[Request]) -> Iterable[Sequence[Request]]:
         """Those that are drawn one way, with prompts of like length together."""

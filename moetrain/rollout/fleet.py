@@ -22,7 +22,7 @@ from moetrain.errors import RolloutError
 from moetrain.rollout.base import PROBE_TOKENS, Probe, Request, text_of_answer
 from moetrain.rollout.client import QueueFull, ServerLost
 from moetrain.rollout.dealing import Deal, as_json
-from moetrain.rollout.later import Later
+from moetrain.rollout.follow_ups import FollowUps
 from moetrain.rollout.pushed import Pushed
 from moetrain.rollout.servers import Server
 from moetrain.rollout.transfer import Transfer
@@ -73,12 +73,12 @@ class Fleet:
         self,
         requests: Sequence[Request],
         on_sample: Callable[[Sample], None],
-        later: Later | None = None,
+        follow_ups: FollowUps | None = None,
     ) -> None:
-        """Draw all, on all servers; nothing that has come is drawn again. What comes later is drawn
+        """Draw all, on all servers; nothing that has come is drawn again. `follow_ups` are drawn
         beside the rest, by a thread more where all are busy.
         """
-        deal = Deal(requests, len(self.servers), more_may_come=later is not None)
+        deal = Deal(requests, len(self.servers), more_may_come=follow_ups is not None)
         results: queue.SimpleQueue[Sample | BaseException | None] = queue.SimpleQueue()
 
         def begin(server: Server) -> None:
@@ -88,18 +88,18 @@ class Fleet:
         for server in self.servers:
             begin(server)
         next_server = cycle(self.servers)
-        if later is not None:
-            later.listener = lambda: results.put(None)
+        if follow_ups is not None:
+            follow_ups.listener = lambda: results.put(None)
         num_open = len(requests)
         try:
-            while num_open or (later is not None and later.is_open):
+            while num_open or (follow_ups is not None and follow_ups.is_open):
                 one = results.get()
                 if isinstance(one, BaseException):
                     raise one
                 if one is not None:
                     num_open -= 1
                     on_sample(one)
-                elif later is not None and (more := later.take()):
+                elif follow_ups is not None and (more := follow_ups.take()):
                     num_open += len(more)
                     if not deal.add(more):
                         begin(next(next_server))

@@ -16,7 +16,7 @@ def batch_of(run_dir: Path, step: int) -> Batch:
 
 def sample_of(one: Trajectory) -> Sample:
     """The answer that a trajectory of one turn is."""
-    (segment,), (turn,) = one.segments, one.turns
+    (branch,), (turn,) = one.branches, one.turns
     return Sample(
         prompt_id=one.prompt_id,
         index=one.index,
@@ -25,6 +25,6 @@ def sample_of(one: Trajectory) -> Sample:
         text=one.text,
         finish="length" if one.is_cut else "stop",
         version=turn.version,
-        routes=segment.routes,
-        kept=segment.kept,
+        routes=branch.routes,
+        kept=branch.kept,
     )

@@ -432,8 +432,8 @@ def test_turns_go_on_by_tokens_and_after_a_kill(served: Served, tmp_path: Path) 
         assert row["turns/most"] == 3 and row["tokens/replies"] > 0
     for answer in batch_of(run_dir, 1).answers:
         one = answer.trajectory
-        (segment,) = one.segments
-        assert one.finish in ("stop", "length") and segment.routes is not None
+        (branch,) = one.branches
+        assert one.finish in ("stop", "length") and branch.routes is not None
         known = before.get((one.prompt_id, one.index))
         if known is not None:
             assert one.tokens[: len(known.tokens)] == known.tokens

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from moetrain.rollout.base import Request
 
 
-class Later:
+class FollowUps:
     """Between who replies and the engine that draws; for use by several threads.
 
     What is drawn and waits for a reply is `asked` for, and then `settled`: with a request for the
