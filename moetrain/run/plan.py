@@ -40,8 +40,13 @@ class _Answer:
 def plan(args: Namespace) -> int:
     """The exit code: that of a mistake where nothing fits."""
     _check_options(args)
-    with tracers() as args.pool:
-        return _plan(args)
+    with tracers() as pool:
+        return _plan(_with(args, pool=pool))
+
+
+def _with(args: Namespace, **more: Any) -> Namespace:
+    """The same arguments with others."""
+    return Namespace(**vars(args) | more)
 
 
 def _plan(args: Namespace) -> int:
@@ -99,11 +104,10 @@ def _answer(args: Namespace, recipe: Recipe, gpu: Gpu) -> _Answer:
     if may_share and sampled.better is not None and answer.result.best.fits:
         servers = sampled.better.servers
         _report(f"rollout.num_servers={servers} looks faster; a search with it")
-        args.gpus = sampled.better.trainers + servers * recipe.cluster.gpus_per_node
+        total = sampled.better.trainers + servers * recipe.cluster.gpus_per_node
         shared = rollout.model_copy(update={"num_servers": servers})
-        other = _with_servers(
-            args, recipe.model_copy(update={"rollout": shared}), gpu, lengths, answer.recipe
-        )
+        given = recipe.model_copy(update={"rollout": shared})
+        other = _with_servers(_with(args, gpus=total), given, gpu, lengths, answer.recipe)
         assert other.sampled is not None
         if other.result.best.fits and other.sampled.split.step_s < sampled.split.step_s:
             return other
