@@ -1,6 +1,7 @@
 """Trajectories: what of them is learned, and what of them is on disk."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moetrain.data.begun import begun_in
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Kept, Prompt, Sample
 from moetrain.data.trajectories import Branch, Finish, Trajectory, from_json, to_json
@@ -20,8 +22,10 @@ ENDS: list[Finish] = ["stop", "length", "turns"]
 
 
 def drawn(rng: np.random.Generator, index: int, *, before: int, rich: bool) -> Sample:
-    """A turn of the model behind `before` tokens."""
+    """A turn of the model behind `before` tokens, in one go or in several by other weights."""
     tokens = tuple(int(n) for n in rng.integers(4, 90, rng.integers(1, 6)))
+    versions = tuple(sorted(int(n) for n in rng.integers(0, 3, len(tokens))))
+    several = len(set(versions)) > 1
     return Sample(
         "p",
         index,
@@ -29,9 +33,10 @@ def drawn(rng: np.random.Generator, index: int, *, before: int, rich: bool) -> S
         tuple(float(x) for x in -rng.random(len(tokens))),
         f"said {tokens}",
         "stop",
-        int(rng.integers(0, 3)),
+        versions[0],
         rng.integers(0, 200, (before + len(tokens) - 1, 2, 2)).astype(np.int16) if rich else None,
         Kept.of([[n, n + 1][: 1 + i % 2] for i, n in enumerate(tokens)]) if rich else None,
+        versions if several else None,
     )
 
 
@@ -59,6 +64,61 @@ def trajectories(draw: st.DrawFn, *, index: int = 0, rich: bool | None = None) -
     return Trajectory("p", index, (*done, branch), draw(st.sampled_from(ENDS)), messages)
 
 
+@settings(deadline=None, max_examples=60)
+@given(trajectories(), st.data())
+def test_a_turn_that_was_stopped_goes_on_to_what_it_would_have_been(
+    one: Trajectory, data: st.DataObject
+) -> None:
+    """Wherever it was stopped, and by way of the disk: the tokens, their log-probs, the weights
+    that drew them, and all before.
+    """
+    branch, last = one.branches[-1], one.turns[-1]
+    place = len(branch.tokens) - last.num_tokens
+    cut = data.draw(st.integers(1, last.num_tokens))
+    kept = branch.kept
+    if kept is not None:
+        edge = int(kept.sizes[: place + cut].sum())
+        kept = Kept(kept.sizes[: place + cut], kept.ids[:edge])
+    stopped = replace(
+        branch,
+        turns=(*branch.turns[:-1], replace(last, num_tokens=cut, finish="open")),
+        tokens=branch.tokens[: place + cut],
+        logprobs=branch.logprobs[: place + cut],
+        versions=branch.by_token[: place + cut],
+        routes=None,
+        kept=kept,
+    )
+    before = replace(one, branches=(*one.branches[:-1], stopped), finish="open")
+    again = from_json(json.loads(json.dumps(to_json(before))))
+    begun = begun_in(again)
+    assert again.is_within and begun is not None and begun_in(one) is None
+    assert begun.turn.version == last.version
+    if branch.kept is not None:
+        kept = Kept(branch.kept.sizes[place + cut :], branch.kept.ids[edge:])
+    rest = Sample(
+        one.prompt_id,
+        one.index,
+        tuple(branch.tokens[place + cut :].tolist()),
+        tuple(branch.logprobs[place + cut :].tolist()),
+        last.text,
+        "stop",
+        int(branch.by_token[-1]),
+        branch.routes,
+        kept,
+    )
+    # A second stop may come before it went on: the versions are those of the tokens.
+    pieces = branch.by_token[place + cut :].tolist()
+    rest = replace(rest, versions=tuple(pieces) if len(set(pieces)) > 1 else None)
+    whole = rest.behind(begun.turn)
+    if begun.before is None:
+        branches: tuple[Branch, ...] = (Branch.of(whole, begun.context),)
+    elif begun.context is not None:
+        branches = (*begun.before.branches, Branch.of(whole, begun.context))
+    else:
+        branches = (*begun.before.branches[:-1], begun.before.branches[-1].with_turn(whole))
+    assert_equal(replace(again, branches=branches, finish=one.finish), one)
+
+
 def batch_of(made: list[Trajectory]) -> Batch:
     """A step's batch of one group."""
     return Batch(7, (Group(PROMPT, tuple(GradedAnswer(one, 1.0) for one in made)),), 1)
@@ -76,6 +136,7 @@ def assert_equal(one: Trajectory, other: Trajectory) -> None:
     for a, b in zip(one.branches, other.branches, strict=True):
         assert same(a.tokens, b.tokens) and same(a.logprobs, b.logprobs)
         assert same(a.context, b.context) and same(a.routes, b.routes)
+        assert same(a.by_token, b.by_token)
         for x, y in zip(a.kept or (), b.kept or (), strict=True):
             assert same(x, y)
 
@@ -162,6 +223,12 @@ def test_rollouts_of_other_versions(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     batch = Store(tmp_path).read(3)
     assert batch is not None and batch.answers[0].trajectory.tokens == [5]
+    assert batch.answers[0].trajectory.branches[0].by_token.tolist() == [0]
+    Store(tmp_path).write(batch_of([plain()]))
+    now = tmp_path / "00000007.jsonl"
+    now.write_text(now.read_text().replace('"schema": 3', '"schema": 2'))
+    batch = Store(tmp_path).read(7)
+    assert batch is not None and batch.answers[0].trajectory.branches[0].by_token.tolist() == [2, 2]
     path.write_text(json.dumps(rows[0] | {"schema": 9}) + "\n")
     with pytest.raises(DataError, match=r"by a later moetrain \(schema 9; .*give another run_dir"):
         Store(tmp_path).read(3)

@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -76,11 +76,36 @@ class Sample:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]  # of each token, under the distribution that it was drawn from
     text: str  # special tokens too, but for those that ended it; up to a stop string, and with it
-    finish: Literal["stop", "length"]
-    version: int  # of the weights: 0 before the first step
+    finish: Literal["stop", "length", "open"]  # open: it was stopped on the way, and can go on
+    version: int  # of the weights, 0 before the first step; the oldest, where several wrote it
     # [prompt + answer - 1, MoE layers, top_k] int16: the router's choices, where asked for
     routes: NDArray[np.int16] | None = None
     kept: Kept | None = None  # what could be drawn, where the sampler left something out
+    versions: tuple[int, ...] | None = None  # of each token, where several weights wrote it
+
+    @property
+    def by_token(self) -> tuple[int, ...]:
+        """The weights' version that wrote each token."""
+        return self.versions or (self.version,) * len(self.tokens)
+
+    def behind(self, begun: "Sample | None") -> "Sample":
+        """The whole answer, of which the tokens of `begun` were there before; the text and the
+        routes are of the whole already.
+        """
+        if begun is None or not begun.tokens:
+            return self
+        kept = self.kept
+        if kept is not None and begun.kept is not None:
+            kept = Kept(*map(np.concatenate, zip(begun.kept, kept, strict=True)))
+        versions = begun.by_token + self.by_token
+        return replace(
+            self,
+            tokens=begun.tokens + self.tokens,
+            logprobs=begun.logprobs + self.logprobs,
+            version=versions[0],
+            versions=versions if len(set(versions)) > 1 else None,
+            kept=kept,
+        )
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Sample":
@@ -110,6 +135,7 @@ class Sample:
             version=content["version"],
             routes=routes,
             kept=kept,
+            versions=tuple(content["versions"]) if "versions" in content else None,
         )
 
 

@@ -36,8 +36,8 @@ class Turn:
     author: Author
     num_tokens: int
     text: str  # the model's as in `Sample`; a reply's as it stands in the context
-    finish: str = ""  # of the model's: "stop" or "length"
-    version: int = 0  # of the weights that wrote it; of a reply: of those that were served
+    finish: str = ""  # of the model's: "stop", "length", or "open" where it was stopped within it
+    version: int = 0  # of the weights that began it; of a reply: of those that were served
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,7 @@ class Branch:
     # [context + t - 1, l, k]: the router's choices, where asked for
     routes: NDArray[Any] | None = None
     kept: Kept | None = None  # what could be drawn, where the sampler left something out
+    versions: NDArray[np.int32] | None = None  # [t] of weights; None: those of the turns
 
     @classmethod
     def of(cls, sample: Sample, context: NDArray[np.int32] | None = None) -> Self:
@@ -64,6 +65,17 @@ class Branch:
             context,
             narrow(sample.routes),
             sample.kept,
+            None if sample.versions is None else np.array(sample.versions, np.int32),
+        )
+
+    @cached_property
+    def by_token(self) -> NDArray[np.int32]:
+        """[t] the weights' version that wrote each token."""
+        if self.versions is not None:
+            return self.versions
+        return np.repeat(
+            np.array([turn.version for turn in self.turns], np.int32),
+            [turn.num_tokens for turn in self.turns],
         )
 
     @cached_property
@@ -80,9 +92,14 @@ class Branch:
         kept = self.kept
         if kept is not None:
             kept = Kept(np.concatenate([kept.sizes, np.zeros(num, np.int32)]), kept.ids)
+        versions, served = self.versions, last.version
+        if versions is not None:
+            served = int(versions[-1])
+            versions = np.concatenate([versions, np.full(num, served, np.int32)])
         return replace(
             self,
-            turns=(*self.turns, Turn("reply", num, text, version=last.version)),
+            turns=(*self.turns, Turn("reply", num, text, version=served)),
+            versions=versions,
             tokens=np.concatenate([self.tokens, np.array(tokens, np.int32)]),
             logprobs=np.concatenate([self.logprobs, np.zeros(num, np.float32)]),
             kept=kept,
@@ -93,9 +110,11 @@ class Branch:
         more, kept = Branch.of(sample), self.kept
         if kept is not None and more.kept is not None:
             kept = Kept(*map(np.concatenate, zip(kept, more.kept, strict=True)))
+        several = self.versions is not None or more.versions is not None
         return replace(
             self,
             turns=self.turns + more.turns,
+            versions=np.concatenate([self.by_token, more.by_token]) if several else None,
             tokens=np.concatenate([self.tokens, more.tokens]),
             logprobs=np.concatenate([self.logprobs, more.logprobs]),
             routes=more.routes,  # the whole context passed the router again
@@ -163,6 +182,11 @@ class Trajectory:
         return self.finish == "open"
 
     @property
+    def is_within(self) -> bool:
+        """Whether it was stopped within a turn of the model."""
+        return self.is_open and self.turns[-1].finish == "open"
+
+    @property
     def is_lost(self) -> bool:
         """Whether a fault of its environment ended it: it has no reward."""
         return self.finish in FAULTS
@@ -176,7 +200,8 @@ class Trajectory:
     def is_plain(self) -> bool:
         """Whether it is one turn of the model, which ended it."""
         turns = self.turns
-        return len(turns) == 1 and turns[0].finish == self.finish and not self.messages
+        own = len(turns) == 1 and turns[0].finish == self.finish
+        return own and not self.messages and not self.is_open
 
     @property
     def tokens(self) -> list[int]:
@@ -217,10 +242,12 @@ def to_json(one: Trajectory, *, readable: bool = False) -> dict[str, Any]:
     """
     arrays = [_arrays(branch) for branch in one.branches]
     if readable and one.is_plain:
+        versions = one.branches[0].versions
         return (
             as_row(one)
             | {"tokens": one.tokens, "logprobs": one.logprobs}
             | {name: value for name, value in arrays[0].items() if name in ("kept", "routes")}
+            | ({} if versions is None else {"versions": versions.tolist()})
         )
     return as_row(one) | {"arrays": arrays}
 
@@ -237,6 +264,8 @@ def _arrays(branch: Branch) -> dict[str, Any]:
     if branch.routes is not None:
         packed = _packed(branch.routes, "<i2")
         content["routes"] = {"shape": branch.routes.shape, "int16": packed}
+    if branch.versions is not None:
+        content["versions"] = _packed(branch.versions, "<i4")
     return content
 
 
@@ -272,6 +301,8 @@ def assembled(row: Mapping[str, Any], parts: Sequence[Branch]) -> Trajectory:
             raise ValueError(f"turns of {num} tokens, and {len(part.tokens)} of them")
         if part.kept is not None and len(part.kept.sizes) != num:
             raise ValueError(f"kept has {len(part.kept.sizes)} places")
+        if part.versions is not None and len(part.versions) != num:
+            raise ValueError(f"versions of {len(part.versions)} tokens, and {num} of them")
         branches.append(replace(part, turns=own))
     return Trajectory(
         row["prompt_id"],
@@ -295,4 +326,5 @@ def _from_arrays(content: Mapping[str, Any]) -> Branch:
         flat("context", "<i4").astype(np.int32) if "context" in content else None,
         narrow(decode_routes(content["routes"])) if "routes" in content else None,
         Kept.from_json(content["kept"]) if "kept" in content else None,
+        flat("versions", "<i4").astype(np.int32) if "versions" in content else None,
     )

@@ -2,8 +2,8 @@
 
 `<run_dir>/rollouts` holds two files per step: `00000012.jsonl`, a head, then one line per prompt
 with what is to be read of its trajectories, and `00000012.safetensors` with their tokens,
-log-probs, router's choices and what could be drawn. While a step is being made there is
-`00000012.partial.jsonl`: each trajectory as it ends, so that a killed run loses none.
+log-probs, router's choices, what could be drawn and which weights drew it. While a step is being
+made there is `00000012.partial.jsonl`: each trajectory as it ends, so that a killed run loses none.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,8 @@ from moetrain.errors import DataError
 from moetrain.loops.columns import read_columns, write_columns
 from moetrain.rewards import Verdict
 
-SCHEMA = 2  # of a batch's files; 1: all in one JSONL, answers of one turn
+# Of a batch's files. 1: all in one JSONL, answers of one turn; 2: a turn has one version.
+SCHEMA = 3
 WHOLE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # all may be drawn
 
 
@@ -69,7 +70,7 @@ class Store:
         if head is None:
             return None
         schema, crc = head.pop("schema", 1), head.pop("crc", 0)
-        if schema not in (1, SCHEMA):
+        if schema not in range(1, SCHEMA + 1):
             raise DataError(
                 f"{path} was written by a later moetrain (schema {schema}; this one reads up to"
                 f" {SCHEMA}). Go on with that one, or give another run_dir."
@@ -126,19 +127,18 @@ def _columns(parts: Sequence[Branch]) -> dict[str, Any]:
         "routes": (routes, np.uint8 if most < 256 else np.int16),
         "kept/sizes": ([None if one is None else one.sizes for one in kept], np.int32),
         "kept/ids": ([None if one is None else one.ids for one in kept], np.int32),
+        "versions": ([one.versions for one in parts], np.int32),
     }
 
 
 def _branches(columns: Mapping[str, Sequence[Any]]) -> Iterator[Branch]:
     """In the order in which they were written, without their turns."""
     num = max(map(len, columns.values()), default=0)
-    every = {
-        name: columns.get(name, [None] * num)
-        for name in ("tokens", "logprobs", "context", "routes", "kept/sizes", "kept/ids")
-    }
-    for tokens, logprobs, context, routes, sizes, ids in zip(*every.values(), strict=True):
+    names = ("tokens", "logprobs", "context", "routes", "versions", "kept/sizes", "kept/ids")
+    for row in zip(*(columns.get(name, [None] * num) for name in names), strict=True):
+        tokens, logprobs, context, routes, versions, sizes, ids = row
         kept = None if sizes is None else Kept(sizes, ids)
-        yield Branch((), tokens, logprobs, context, routes, kept)
+        yield Branch((), tokens, logprobs, context, routes, kept, versions)
 
 
 def row_of(
