@@ -1,12 +1,9 @@
 """The report of runs: what is read from their folders, whole or not, and the page in a browser."""
 
 import csv
-import html
 import io
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -23,11 +20,11 @@ from moetrain.observe import report
 from moetrain.observe.runs import find_runs, last_row
 from moetrain.observe.table import SETTINGS, columns_of
 from moetrain.observe.terminal import broken, print_runs
+from tests.browser import OVER, in_browser
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "examples" / "sft_tiny.yaml"
 GRPO = ("method=grpo", "rewards=[accuracy]", "rollout={engine: embedded}")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def make_run(
@@ -394,43 +391,6 @@ def test_last_row_reads_the_end_only(tmp_path: Path) -> None:
 # In a browser
 
 
-def in_browser(page: Path, script: str, width: int = 1300) -> Any:
-    """Open the page, run `script` in it, which ends in `return`; what it returns. `all(selector)`
-    is the list of a selector's elements.
-    """
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no Chromium here: sorting, toggling and hovering of the page stay unproven")
-    probe = page.with_name("probe.html")
-    told = """<script>window.errors = []; addEventListener("error", (e) => errors.push(e.message));
-    </script>"""
-    answer = f"""<script>addEventListener("load", () => {{
-      const all = (selector) => [...document.querySelectorAll(selector)];
-      let told; try {{ told = (() => {{ {script} }})(); }} catch (e) {{ errors.push(String(e)); }}
-      const out = document.createElement("pre"); out.id = "answer";
-      out.textContent = JSON.stringify({{ told, errors }}); document.body.append(out); }});
-    </script>"""
-    text = page.read_text().replace("<meta charset", told + "<meta charset", 1)
-    text = text.replace("</html>", answer + "</html>")
-    if width < 500:  # no window is narrower: a frame within it
-        text = f"""<iframe id="frame" style="border: 0; width: {width}px; height: 900px"
-          srcdoc="{html.escape(text)}"></iframe><script>frame.onload = () => document.body.append(
-          frame.contentDocument.getElementById("answer"));</script>"""
-    probe.write_text(text)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
-    flags += ["--hide-scrollbars", "--no-first-run", "--disable-background-networking"]
-    profile = f"--user-data-dir={page.parent / 'profile'}"
-    done = subprocess.run(
-        [browser, *flags, profile, "--dump-dom", probe.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    found = re.search(r'<pre id="answer">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found is not None, done.stderr[-2000:]
-    answered = json.loads(html.unescape(found[1]))
-    assert answered["errors"] == []
-    return answered.get("told")
-
-
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
     """Three runs: a sweep's names, a hostile name, a run without steps, a warning."""
@@ -553,10 +513,9 @@ def test_nothing_overflows_and_the_first_figure_is_shown(tmp_path: Path, width: 
     told = in_browser(
         page=out,
         width=width,
-        script="""
+        script=f"const over = {OVER};"
+        """
         const page = document.documentElement;
-        const over = all("body *").filter((e) => !e.closest(".scroll") && e.clientWidth
-          && e.getBoundingClientRect().right > page.clientWidth + 1).map((e) => e.tagName + e.id);
         const table = document.getElementById("runs");
         document.getElementById("smooth").value = 0.5;
         document.getElementById("smooth").dispatchEvent(new Event("input"));

@@ -95,7 +95,7 @@ def read_answers(path: Path) -> list[Answer]:
     """
     try:
         with path.open("rb") as file:
-            answers = [answer for line in file for answer in answers_of(_row(line))]
+            answers = [answer for line in file for answer in answers_of(row_of(line))]
     except OSError as error:
         raise MoetrainError(f"{path} cannot be read: {error.strerror}.") from None
     if not answers:
@@ -106,7 +106,8 @@ def read_answers(path: Path) -> list[Answer]:
     return [replace(answer, number=number) for number, answer in enumerate(answers, 1)]
 
 
-def _row(line: bytes) -> Any:
+def row_of(line: bytes) -> Any:
+    """What a whole line of a file of answers holds; None where that is no JSON."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
@@ -115,35 +116,37 @@ def _row(line: bytes) -> Any:
 
 def answers_of(row: Any) -> Iterator[Answer]:
     """The answers of a line, none where it is another thing."""
-    prompt, answers = _at(row, "prompt", dict), _at(row, "answers", list)
+    prompt, answers = field_of(row, "prompt", dict), field_of(row, "answers", list)
     if prompt is None or answers is None:
         return
-    columns: dict[str, Any] = _at(prompt, "columns", dict) or {}
+    columns: dict[str, Any] = field_of(prompt, "columns", dict) or {}
     asked, rest = parted(columns)
     for one in cast(list[Any], answers):
-        text = _at(one, "text", str)
+        text = field_of(one, "text", str)
         if text is None:
             continue
-        parts: dict[str, Any] = _at(one, "parts", dict) or {}
+        parts: dict[str, Any] = field_of(one, "parts", dict) or {}
         yield Answer(
             number=0,
             prompt=asked,
             columns=rest,
-            text=said_in(text, _at(one, "messages", list) or ()),
-            reward=_number(one.get("reward")),
-            parts={str(name): _number(value) for name, value in parts.items()},
-            tokens=_at(one, "tokens", int) or len(_at(one, "tokens", list) or ()),
-            finish=_at(one, "finish", str) or "",
-            fault=_at(one, "fault", str) or "",
+            text=said_in(text, field_of(one, "messages", list) or ()),
+            reward=number_of(one.get("reward")),
+            parts={str(name): number_of(value) for name, value in parts.items()},
+            tokens=field_of(one, "tokens", int) or len(field_of(one, "tokens", list) or ()),
+            finish=field_of(one, "finish", str) or "",
+            fault=field_of(one, "fault", str) or "",
         )
 
 
-def _at(row: Any, key: str, kind: type) -> Any:
+def field_of(row: Any, key: str, kind: type) -> Any:
+    """The value at `key` of what was read, where it is an object that has one of this kind."""
     value = cast(Mapping[str, Any], row).get(key) if isinstance(row, dict) else None
     return value if isinstance(value, kind) else None
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
+    """What was read, where it is a number."""
     return float(value) if is_number(value) and value == value else None
 
 
@@ -163,14 +166,26 @@ def _messages(prompt: Any) -> str:
         return prompt if isinstance(prompt, str) else ""
     lines: list[str] = []
     for message in cast(list[Any], prompt):
-        content = message.get("content") if isinstance(message, dict) else message
-        role = _at(message, "role", str) or "?"
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-        thought = _at(message, "reasoning_content", str)
-        calls = [json.dumps(c, ensure_ascii=False) for c in _at(message, "tool_calls", list) or ()]
-        parts = [f"<think>{thought}</think>"] * bool(thought) + [text] * bool(text) + calls
-        lines.append(f"{role}: " + "\n".join(parts))
+        lines.append(f"{field_of(message, 'role', str) or '?'}: {said_by(message)}")
     return "\n".join(lines)
+
+
+def said_by(message: Any) -> str:
+    """What a message says: its thought, its content, and its calls as JSON."""
+    content = message.get("content") if isinstance(message, dict) else message
+    text = content if isinstance(content, str) else json_of(content)
+    thought = field_of(message, "reasoning_content", str)
+    calls = field_of(message, "tool_calls", list) or ()
+    parts = [f"<think>{thought}</think>"] * bool(thought) + [text] * bool(text)
+    return "\n".join([*parts, *map(json_of, calls)])
+
+
+def json_of(value: Any) -> str:
+    """What was read, as JSON again."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:  # it is read to a greater depth than it is written
+        return "(nested too deeply)"
 
 
 def ranked(answers: Iterable[Answer]) -> list[Answer]:

@@ -12,8 +12,8 @@ from typing import Any
 import moetrain
 from moetrain import files
 from moetrain.errors import MoetrainError
+from moetrain.observe import report_answers, report_trajectories
 from moetrain.observe.curves import Series
-from moetrain.observe.report_answers import MARK, section
 from moetrain.observe.runs import Run, find_runs
 from moetrain.observe.table import (
     LAYER,
@@ -69,7 +69,10 @@ def page(runs: Sequence[Run], columns: Sequence[Column], title: str) -> str:
     text = json.dumps(_data(runs, columns, title), separators=(",", ":"), ensure_ascii=False)
     # What would end the script element, or is no line of JavaScript, within a name.
     text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return template.replace('"MOETRAIN_DATA"', text).replace(MARK, section(runs))
+    template = template.replace('"MOETRAIN_DATA"', text)
+    for part in (report_answers, report_trajectories):  # whose texts are escaped: they hold no mark
+        template = template.replace(part.MARK, part.section(runs))
+    return template
 
 
 def _data(runs: Sequence[Run], columns: Sequence[Column], title: str) -> dict[str, Any]:
