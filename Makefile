@@ -45,9 +45,10 @@ quickstart: $(STAMP)
 
 # One thread a process: the tests start up to four ranks on two cores. They wait for each other half of the time, so three files run
 # at once (8 GB together), the longest first (tests/conftest.py). A worker that dies ends the run with the name of its test: pytest-xdist 3.8 would
-# start another, and with `--dist loadfile` then wait for ever for the rest of the dead one's file.
+# start another, and with `--dist loadfile` then wait for ever for the rest of the dead one's file. What Python and pytest compile is
+# kept, whatever the environment says: each of some two hundred interpreters would compile moetrain anew, each worker rewrite every assert.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(ARGS)
 
 check: $(STAMP) files docs
 	$(BIN)/ruff check .

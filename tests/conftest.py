@@ -2,13 +2,19 @@
 disk.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from moetrain.testing.gloo import Workers
+from moetrain.testing.gloo import FromServer, Workers
+
+# Importing torch and collecting makes millions of objects that stay: going through them again and
+# again to look for garbage took a third of the time of a collection.
+gc.disable()
 
 # The files that take longest. They come first, so that at the end no worker of xdist is left alone
 # with one of them (`--dist loadfile --no-loadscope-reorder`).
@@ -27,11 +33,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
+def pytest_collection_finish() -> None:
+    """Look for garbage from here on, among what the tests make."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Workers]:
     pool = Workers()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def forked_tracers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner's processes are forked off one that has imported torch and Megatron; two that
+    are spawned import for 9 CPU seconds at every search.
+    """
+    from moetrain.planner import search
+
+    start = SimpleNamespace(get_context=lambda _: FromServer())
+    monkeypatch.setattr(search, "multiprocessing", start)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 from moetrain.cli import main
 from moetrain.observe.ledger import read_ledger
 from moetrain.observe.predicted import ROWS, SKIPPED, Gap
+from moetrain.testing import command
 
 SFT = "examples/sft_tiny.yaml"
 WIDE = ("model.path=null", "model.hf={model_type: qwen3_moe, architectures: [Qwen3MoeForCausalLM],"
@@ -20,6 +21,8 @@ WIDE = ("model.path=null", "model.hf={model_type: qwen3_moe, architectures: [Qwe
         " num_experts: 8, num_experts_per_tok: 2, max_position_embeddings: 32768,"
         " norm_topk_prob: true, rms_norm_eps: 1.0e-06}", "model.tokenizer=builtin:qwen3-moe-tiny",
         "model.dtype=bf16", "data.seq_len=8192", "train.global_batch=4")  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("forked_tracers")
 
 
 @pytest.fixture
@@ -107,12 +110,12 @@ def test_a_gap_is_one_warning() -> None:
     assert "holds 12 GiB where 10 were predicted" in said and "a step" not in said
 
 
-def test_predicted_beside_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predicted_beside_measured(tmp_path: Path) -> None:
     """A run on the CPU whose recipe names it: every row has both."""
     words = (f"run_dir={tmp_path / 'r'}", "train.steps=2", "cluster.gpu=CPU")
-    code, out, err = run(capsys, "train", SFT, *words)
-    assert code == 0, err
-    assert re.search(r"predicted on 1 x CPU: \S+ s a step", out), out
+    done = command.run("train", SFT, *words)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"predicted on 1 x CPU: \S+ s a step", done.stdout), done.stdout
     found = [row for row in read_ledger(tmp_path / "r" / "ledger.jsonl") if "loss" in row]
     assert len(found) == 2
     for row in found:

@@ -1,11 +1,11 @@
 """What small steps say of a rank of a large one is what a whole trace of it says."""
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from moetrain.testing.gloo import apart
+from moetrain.testing.traced import extended
 
 ROLLOUT = {
     "rollout": {"prompts_per_step": 4, "group_size": 4, "max_tokens": 12},
@@ -27,12 +27,7 @@ SHARE = 0.01  # where stages interleave, which the small steps do not
 @pytest.fixture(scope="module")
 def both() -> list[list[tuple[dict[str, Any], dict[str, Any]]]]:
     """[case][first and last rank]: (from small steps, whole)."""
-    script = "import json, sys\nfrom moetrain.testing.traced import extended\n"
-    script += "print(json.dumps(extended(json.loads(sys.argv[1]))))"
-    command = [sys.executable, "-W", "ignore", "-c", script, json.dumps(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return apart(extended, CASES, timeout=300)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))

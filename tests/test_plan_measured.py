@@ -3,27 +3,20 @@ wrong unit is a factor of a thousand, a load on this machine is not. `tools/benc
 measurement itself.
 """
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
+import pytest
 
 from moetrain.planner.gpu import find_gpu
+from moetrain.testing.gloo import Workers, apart
+from tools.bench import plan
 
 FACTOR = 12  # the table is another CPU's, and this one may do other things
 
 
-def bench() -> ModuleType:
-    path = Path(__file__).parents[1] / "tools" / "bench" / "plan.py"
-    spec = importlib.util.spec_from_file_location("bench_plan", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_predicted_against_measured() -> None:
+@pytest.mark.gloo
+def test_predicted_against_measured(workers: Workers) -> None:
     """Experts on two ranks: operations, an all-to-all, the optimizer and gradients."""
-    (row,) = bench().both(find_gpu("CPU").name, [1])
-    assert 1 / FACTOR < row["total"] / row["measured"] < FACTOR
-    assert 1 / FACTOR < row["operations"] / row["busy"] < FACTOR
-    assert 0 < sum(row["exposed"].values()) < row["total"]
+    (measured,) = workers.run(plan.RANKS, plan.measure, [1])[0]
+    (predicted,) = apart(plan.predict, find_gpu("CPU").name, [1])
+    assert 1 / FACTOR < predicted["total"] / measured["measured"] < FACTOR
+    assert 1 / FACTOR < predicted["operations"] / measured["busy"] < FACTOR
+    assert 0 < sum(predicted["exposed"].values()) < predicted["total"]

@@ -28,6 +28,8 @@ H100 = find_gpu("H100-80GB")
 LONG = MODELS["qwen3-moe-tiny"] | {"max_position_embeddings": 40000}
 ONE = ("--gpus", "1", "--gpu", "H100-80GB")
 
+pytestmark = pytest.mark.usefixtures("forked_tracers")
+
 
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     code = main(["plan", *words])

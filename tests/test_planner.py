@@ -1,6 +1,9 @@
 """`moetrain plan` as a user calls it, on two small GPUs that are not here."""
 
 import json
+import os
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from moetrain.planner.candidates import candidates
 from moetrain.planner.closed import Closed
 from moetrain.planner.fewer_layers import with_layers
 from moetrain.planner.gpu import find_gpu
+from moetrain.planner.search import tracers
+from moetrain.testing.gloo import FromServer
 from moetrain.testing.tiny import CONFIGS as TINY
 
 SFT = "examples/sft_tiny.yaml"
@@ -27,6 +32,8 @@ CONTENT: dict[str, Any] = {
 }
 DENSE = ("model.path=null", f"model.hf={json.dumps(TINY['llama'])}")
 GPUS = ("--gpus", "2", "--gpu", "H100-80GB")
+
+pytestmark = pytest.mark.usefixtures("forked_tracers")
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -156,3 +163,35 @@ def test_a_last_stage_that_is_as_much_shorter_as_its_head_takes() -> None:
                 )
                 before, now = (closed.rough(each, 2).seconds for each in (one, shorter))
                 assert now < before or last is None
+
+
+def hold(pipe: Connection) -> None:
+    """Send the process id of a tracer, and wait to be killed."""
+    with tracers() as pool:
+        pipe.send(pool.submit(os.getpid).result())
+        time.sleep(600)
+
+
+def test_tracers_end_with_who_started_them() -> None:
+    """A run that does not wait for its prediction kills the process that makes it."""
+    context = FromServer()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(theirs,))
+    process.start()
+    try:
+        tracer = ours.recv()
+        assert runs(tracer)
+    finally:
+        process.kill()
+    end = time.monotonic() + 60
+    while runs(tracer):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"  # ended, and nobody has asked how

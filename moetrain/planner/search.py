@@ -6,6 +6,7 @@ promises more than the best.
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -264,13 +265,25 @@ def _num_tracers() -> int:
 @contextmanager
 def tracers() -> Iterator[ProcessPoolExecutor]:
     """Processes that trace: a process that has traced trains nothing afterwards. An interrupt of
-    the terminal ends them without a word.
+    the terminal ends them without a word, and so does the end of this process.
     """
     context = multiprocessing.get_context("spawn")
-    on_interrupt = (signal.SIGINT, signal.SIG_DFL)
-    with ProcessPoolExecutor(_num_tracers(), context, signal.signal, on_interrupt) as run:
+    with ProcessPoolExecutor(_num_tracers(), context, _begin) as run:
         try:
             yield run
         except BaseException:
             run.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _begin() -> None:
+    """In a tracer. Python's pools wait for ever for a parent that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -17,9 +17,10 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.reduction import DupFd
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
 from moetrain.testing.gloo import own_server, share_server
@@ -196,6 +197,10 @@ def _command(
     share_server()
     forked: Any = _Forked
     subprocess.Popen = forked
+    from moetrain.planner import search
+
+    from_server: Any = SimpleNamespace(get_context=lambda _: get_context("forkserver"))
+    search.multiprocessing = from_server  # its tracers come from there too
     _be(words, env)
 
 
@@ -235,7 +240,10 @@ class _Forked(subprocess.Popen[Any]):
         c2pread: int, c2pwrite: int, errread: int, errwrite: int, restore_signals: Any, gid: Any,
         gids: Any, uid: Any, umask: Any, start_new_session: bool, process_group: Any,
     ) -> None:  # fmt: skip
-        if isinstance(args, str | bytes | Path) or tuple(args[:3]) != MOETRAIN:
+        words = () if isinstance(args, str | bytes | Path) else tuple(args)
+        if words[1:3] == ("-W", "ignore"):
+            words = words[:1] + words[3:]
+        if words[:3] != MOETRAIN:
             super()._execute_child(  # type: ignore[misc]
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
                 creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
@@ -249,7 +257,7 @@ class _Forked(subprocess.Popen[Any]):
             if self.pid == 0:
                 _begin(start_new_session, preexec_fn, pass_fds, (p2cread, c2pwrite, errwrite))
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-                _be(list(args[3:]), os.environ.copy() if env is None else env)
+                _be(list(words[3:]), os.environ.copy() if env is None else env)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._child_created = True

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, popen_forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +92,21 @@ def share_server() -> None:
     """
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     server.ensure_running = resource_tracker.ensure_running
+
+
+class _FromServer(ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        with own_server():
+            return ForkServerProcess._Popen(process_obj)  # type: ignore[attr-defined]
+
+
+class FromServer(ForkServerContext):
+    """A context whose processes have imported everything before they start, for code that would
+    spawn its own.
+    """
+
+    Process: Any = _FromServer
 
 
 # Megatron's DDP is in a circle through C++ that Python's collector does not see, so that every
