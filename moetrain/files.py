@@ -37,7 +37,7 @@ OF_THE_DISK = {
     errno.ELOOP: "Its links go round in a circle",
     errno.ENAMETOOLONG: "The name is too long",
     errno.EIO: "The disk has failed",
-    errno.ESTALE: "The file system was mounted anew",
+    errno.ESTALE: "The file system was mounted again",
 }
 PASSING = (errno.EIO, errno.ESTALE)  # another start may not meet it
 STALE_SECONDS = 86400.0  # nobody writes for so long without touching a file

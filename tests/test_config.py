@@ -170,7 +170,7 @@ def deep_alias() -> str:
         ('data.train="a\\ud800b"', ["data.train", "'\\ud800'", "no path"]),
         ('model.path={"a\\0b": 1}', ["model.path", "'\\x00'"]),
         ("model.hf=!!binary /w==", ["model.hf", "could not determine a constructor"]),
-        ("model.hf=&a {b: *a}", ["model.hf", "the alias *a stands in what it stands for"]),
+        ("model.hf=&a {b: *a}", ["model.hf", "the alias *a is inside of what it refers to"]),
         ("model.hf=" + bomb("[%s]", "*%s"), ["too many values (more than 100,000"]),
         ("model.hf=" + bomb("{<<: [%s]}", "*%s"), ["too many values (more than 100,000"]),
         ("model.hf=" + deep_alias(), ["nested too deeply (more than 100 levels)"]),

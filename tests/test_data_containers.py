@@ -353,7 +353,7 @@ def test_a_prompt_that_returns_is_kept_and_counted(tmp_path: Path) -> None:
     assert not rejects and len({prompt.id for prompt in prompts}) == 60
     epochs = PromptOrder(prompts, 1).take(0, 180)
     assert len({prompt.id for prompt in epochs}) == 180
-    assert describe_repeats(prompts) == ", 40 of them records that stand there before"
+    assert describe_repeats(prompts) == ", 40 of them records that were there before"
     assert describe_repeats(prompts[:20]) == ""
 
 

@@ -193,7 +193,7 @@ def test_an_adapter_of_no_run_is_refused_in_one_line(
     for words in (["adapter", str(alone)], ["merge", "x", str(alone)]):
         assert cli.main(["convert", *words, str(tmp_path / "dst")]) == 2
         said = capsys.readouterr().err
-        assert "lies in no run" in said and len(said.splitlines()) == 1
+        assert "is in no run" in said and len(said.splitlines()) == 1
     assert (
         cli.main(["convert", "mcore2hf", str(adapted / "checkpoints" / "step_00000090"), "x"]) == 2
     )

@@ -282,9 +282,9 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": {"id": "a", "columns": {}}, "answers": []}, "KeyError 'prompt'"),
     (row("q") | {"answers": None}, "TypeError"),
     (row("q", answer("a", 1.0) | {"text": 5}), "an answer's text"),
-    (row("q", answer("a", 1.0) | {"logprobs": ["x"]}), "a log-prob or reward is no number"),
-    (row("q", answer("a", 1.0) | {"logprobs": [None]}), "a log-prob or reward is no number"),
-    (row("q", answer("a", 1.0) | {"logprobs": [10**400]}), "a log-prob or reward is no number"),
+    (row("q", answer("a", 1.0) | {"logprobs": ["x"]}), "a log-prob or reward is not a number"),
+    (row("q", answer("a", 1.0) | {"logprobs": [None]}), "a log-prob or reward is not a number"),
+    (row("q", answer("a", 1.0) | {"logprobs": [10**400]}), "a log-prob or reward is not a number"),
     (row("q", answer("a", 1.0) | {"parts": [1]}), "an answer's parts"),
     (row("q") | {"prompt": {"id": 5, "columns": {"prompt": []}}}, "prompt.id is no text"),
 ]

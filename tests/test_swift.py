@@ -844,7 +844,7 @@ def test_losses_that_only_swift_has() -> None:
     found = keys(f"{text} --loss_type discopop --discopop_tau 0.1")
     assert (found["method.loss_type"], found["method.discopop_tau"]) == (["discopop"], 0.1)
     told = notes(f"{text} --loss_type ipo sigmoid", "changed")
-    assert "log-probs a token" in told["--loss_type ipo sigmoid"]
+    assert "log-probs per token" in told["--loss_type ipo sigmoid"]
     assert "reference" in told["ld_alpha"]
     assert "method.ld_alpha" not in keys(f"{text} --ld_alpha 1")
     recipe = recipe_from(from_swift(f"{text} --loss_type bco_pair").content)

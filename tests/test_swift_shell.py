@@ -96,7 +96,7 @@ def test_a_value_of_several_lines() -> None:
         (f"A=(1 2\n{BASE}", "not closed"),
         (f"{BASE}\0", "NUL"),
         ("A=" + "x" * 1000 + ";A=$A$A" * 40 + f";{BASE}", "1,000,000 characters"),
-        (BASE + ' --x "' + "$(echo " * 60 + ")" * 60 + '"', "within each other"),
+        (BASE + ' --x "' + "$(echo " * 60 + ")" * 60 + '"', "expansions are nested"),
         (f"{BASE}\n{BASE} --lr 1\n{BASE}", "3 training commands.*--number"),
     ],
 )

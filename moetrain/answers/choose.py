@@ -151,7 +151,7 @@ def _wrong(row: AnswerRow) -> str:
             for n in ([answer["logp"]] if "logp" in answer else answer["logprobs"])
         ]
         if not all(isinstance(n, int | float) and abs(n) <= LARGEST for n in rewards + logprobs):
-            return "a log-prob or reward is no number"
+            return "a log-prob or reward is not a number"
     except (LookupError, TypeError, AttributeError) as error:
         return f"{type(error).__name__} {error}"
     return ""

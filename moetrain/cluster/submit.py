@@ -72,7 +72,7 @@ def script_of(
     if nodes is None:
         if not dry_run and shutil.which("sbatch") is None:
             raise MoetrainError(NO_SLURM)
-        raise ConfigError(f"{path} says no cluster.nodes. Give --nodes.")
+        raise ConfigError(f"{path} sets no cluster.nodes. Give --nodes.")
     size = nodes * cluster.gpus_per_node
     line = check_fits(recipe, check(recipe, size, dry=True), size)
     if line is not None and line.startswith("WARNING"):

@@ -25,7 +25,7 @@ def seconds(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0.1 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 to 86400")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 86400")
     return value
 
 

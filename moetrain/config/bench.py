@@ -21,7 +21,7 @@ class BenchConfig(Section):
 
     name: str = Field(min_length=1, description="what the report calls it")
     data: str = Field(description="file of records, from the folder of this one; or builtin:NAME")
-    source: str = Field(default="", description="where to get the file; said when it is missing")
+    source: str = Field(default="", description="where to get the file; shown when it is missing")
     question: str = Field(default="question", description="column of the question")
     answer: str | None = Field(
         default=None, description="column of the right answer; scorers see it as `answer`"
@@ -49,7 +49,7 @@ class BenchConfig(Section):
     )
     samples: Count = Field(default=1, description="answers to each question")
     pass_at: list[Count] = Field(
-        default=[1], description="k of pass@k; none: only the mean score is told"
+        default=[1], description="k of pass@k; none: only the mean score is reported"
     )
     vote: bool = Field(default=True, description="majority vote, where there are several answers")
     limit: Count | None = Field(default=None, description="first questions only, for a quick look")

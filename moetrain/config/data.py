@@ -44,7 +44,7 @@ class DataConfig(Section):
     )
     demonstrations: Paths = Field(
         default_factory=list,
-        description="worked answers, as for sft, that chord learns from beside its own",
+        description="worked answers, as for sft, that chord learns from in addition to its own",
     )
     seq_len: Count = Field(
         default=4096, description="tokens of a pack, and the most of one sequence"

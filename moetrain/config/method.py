@@ -192,7 +192,7 @@ class DpoMethod(ReferencedMethod):
             )
         if names == ["sft"]:
             raise ValueError(
-                "method.loss_type=sft alone prefers nothing: put a loss of pairs beside it, or take"
+                "method.loss_type=sft alone prefers nothing: add a loss of pairs to it, or take"
                 " method sft on the chosen answers"
             )
         if "sft" in names and self.rpo_alpha:
@@ -224,7 +224,7 @@ class DpoMethod(ReferencedMethod):
 
 
 class IpoMethod(ReferencedMethod):
-    """Identity preference optimisation: a squared loss on log-probs a token."""
+    """Identity preference optimisation: a squared loss on log-probs per token."""
 
     name: Literal["ipo"] = Field(default="ipo", description="`method: ipo` for short")
 

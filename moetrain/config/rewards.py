@@ -237,7 +237,7 @@ OPTIONS: dict[str, type[Section]] = {
     "reward_model": RewardModelOptions,
     "judge": JudgeOptions,
 }
-"""Every reward of moetrain, and what it can be told: NoOptions where that is nothing."""
+"""Every reward of moetrain, and its options: NoOptions where it has none."""
 
 
 class RewardConfig(Section):

@@ -60,7 +60,7 @@ class RolloutConfig(Section):
         " auto: file for a trainer on the CPU, nccl for one on GPUs",
     )
     timeout: Seconds = Field(
-        default=120.0, description="seconds after which a server that says nothing is restarted"
+        default=120.0, description="seconds after which a server that does not answer is restarted"
     )
     start_timeout: Seconds = Field(
         default=1800.0, description="seconds that starting a server, or a push, may take"

@@ -20,8 +20,8 @@ def _expand_home(value: str) -> str:
 def _whole_or_share(value: float) -> float:
     if value >= 1 and value != int(value):
         raise ValueError(
-            f"optim.warmup={value} is no number of steps and no share of them: give a whole number,"
-            " or less than 1"
+            f"optim.warmup={value} is neither a number of steps nor a share of them: give a whole"
+            " number, or less than 1"
         )
     return value if 0 < value < 1 else int(value)
 

@@ -43,7 +43,7 @@ class _Loader(yaml.SafeLoader):
         values, depth = self._open.pop()
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._known:
-                problem = f"the alias *{cast(Any, event).anchor} stands in what it stands for"
+                problem = f"the alias *{cast(Any, event).anchor} is inside of what it refers to"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
             values, depth = self._known[id(node)]
         self._known[id(node)] = values, depth
@@ -72,7 +72,7 @@ class _Loader(yaml.SafeLoader):
             # `<<` may repeat, and the keys it brings are meant to be overridden.
             if name in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.MarkedYAMLError(
-                    problem=f"key '{key.value}' stands there twice; keep one",
+                    problem=f"key '{key.value}' is given twice; keep one",
                     problem_mark=key.start_mark,
                 )
             seen.add(name)

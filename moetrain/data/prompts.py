@@ -96,7 +96,7 @@ def read_prompts(
 def describe_repeats(prompts: Iterable[Prompt]) -> str:
     """How many of the prompts are records that others are too, in words."""
     num = sum(AGAIN in prompt.id for prompt in prompts)
-    return f", {num} of them records that stand there before" if num else ""
+    return f", {num} of them records that were there before" if num else ""
 
 
 def read_prompt(

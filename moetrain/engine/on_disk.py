@@ -167,7 +167,7 @@ def _recipe_of(checkpoint: Path) -> Recipe:
     resolved = checkpoint.resolve().parents[1] / "resolved.yaml"
     if not resolved.is_file():
         raise CheckpointError(
-            f"{checkpoint} lies in no run (no {resolved}). Give a run_dir, or one of its"
+            f"{checkpoint} is in no run (no {resolved}). Give a run_dir, or one of its"
             f" checkpoints where it was written."
         )
     return load_recipe(resolved)

@@ -35,7 +35,7 @@ def sigmoid_loss(h: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor
 
 
 def ipo_loss(h: Tensor, beta: float) -> Tensor:
-    """(h - 1 / (2 beta))^2 (arXiv 2310.12036, eq. 17), with log-probs a token as in TRL where the
+    """(h - 1 / (2 beta))^2 (arXiv 2310.12036, eq. 17), with log-probs per token as in TRL where the
     paper has sums.
     """
     return (h - 1 / (2 * beta)).square()

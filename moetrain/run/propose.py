@@ -63,7 +63,7 @@ JOBS: dict[str, Job] = {
     "reinforce_pp": Job("Learn by trying, rewards scaled over the batch.", 1e-6, 1e-5),
     "reinforce_pp_baseline": Job("The same, against the mean of a prompt's answers.", 1e-6, 1e-5),
     "ppo": Job("Learn by trying, with a value head.", 1e-6, 1e-5),
-    "chord": Job("Learn by trying and from demonstrations beside it.", 1e-6, 1e-5),
+    "chord": Job("Learn by trying, and from demonstrations too.", 1e-6, 1e-5),
 }
 
 

@@ -299,7 +299,7 @@ def run_task(sweep: Sweep, task: int) -> int:
         if _planned(path, task) != list(run.overrides):
             raise ConfigError(
                 f"{path} was planned with other settings: its line {task} is not {run.name}."
-                " Give --task the arguments of the sweep, or plan it anew without --task."
+                " Give --task the arguments of the sweep, or plan it again without --task."
             )
     else:
         write_plan(sweep)

@@ -145,7 +145,7 @@ def model(subject: Subject) -> Finding:
     if not (folder / NOTE).is_file() and not (folder / HF).is_file():
         return fail(
             f"model.path={path} has no {HF} and no {NOTE}",
-            "set model.path to where it lies; bind that folder into the image",
+            "set model.path to where it is; bind that folder into the image",
         )
     _, is_megatron = config_of(folder)
     if is_megatron or subject.recipe.model.init == "random":

@@ -268,7 +268,7 @@ def _left_over(command: Command, reading: Reading) -> None:
         why = "the script goes there first: start moetrain in it, as paths are relative"
         notes.append(Note("changed", f"cd {command.folder}", why))
     if command.repeated:
-        why = "the command stands in a loop, and a recipe is one run"
+        why = "the command is in a loop, and a recipe is one run"
         notes.append(Note("changed", "loop", why))
     if "max_length" not in reading.given:
         why = "ms-swift takes the model's longest without it, the recipe data.seq_len's default"

@@ -87,7 +87,7 @@ class Expander:
         """The value of the `$...` or the backquotes at `at`, and where they end."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise ConfigError(f"more than {MAX_DEPTH} expansions stand within each other")
+            raise ConfigError(f"more than {MAX_DEPTH} expansions are nested")
         value, end = self._dollar(text, at)
         self.depth -= 1
         self.spend(len(value))

@@ -110,7 +110,7 @@ class PairLosses(Entry):
         reading.used.add("loss_type")
         reading.keys["method.loss_type"] = list(names) if method == "dpo" else names[0]
         if len(names) > 1 and "ipo" in names:
-            why = "beside ipo ms-swift takes log-probs a token for every loss; here ipo alone does"
+            why = "with ipo, ms-swift takes log-probs per token for every loss; here ipo alone does"
             reading.note("changed", "loss_type", why)
 
     def write(self, writing: Writing) -> None:

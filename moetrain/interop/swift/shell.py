@@ -142,7 +142,7 @@ def _refuse_unknown(word: str, loops: Mapping[str, list[str]]) -> None:
     values = loops.get(name.strip("${}"))
     if values is not None:
         raise ConfigError(
-            f"the command stands in a loop in which {name} is "
+            f"the command is in a loop in which {name} is "
             f"{one_line(', '.join(values[:5]))}: write one of them, and try the others with "
             f"`moetrain sweep --grid`"
         )
@@ -167,7 +167,7 @@ def _flags(words: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, tuple[str
             values.append(word)
     for word in files[1:] if files and files[0].endswith((".yaml", ".yml", ".json")) else files:
         raise ConfigError(
-            f"'{one_line(word)}' stands before any --flag, and is no YAML or JSON file"
+            f"'{one_line(word)}' comes before any --flag, and is no YAML or JSON file"
         )
     return tuple(files), {name: tuple(values) for name, values in flags.items()}
 
