@@ -1,5 +1,6 @@
 """Tool calls in a model's text: read as the templates write them, and never a crash."""
 
+import json
 from functools import cache
 from typing import Any
 
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from moetrain.data import tokenizer
 from moetrain.data.chat import Chat
 from moetrain.data.messages import Message
+from moetrain.data.parsing import parse_json
 from moetrain.data.template import ARGUMENT, Template
 from moetrain.data.thoughts import opened_by
-from moetrain.environments.call_formats import READERS
+from moetrain.environments.call_formats import MOST_MALFORMED, READERS
 from moetrain.environments.calls import TurnReader, check_format, format_of
 from moetrain.errors import ConfigError
 
@@ -149,7 +151,13 @@ CUT = {
              '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
              '<tool_call>{"name": "f", "arguments": NaN}</tool_call>',
              '<tool_call>' + '{"name": ' * 5000, '<tool_call>{"name": "f", "arguments": {"k": '
-             + "9" * 5000 + "}}</tool_call>"],
+             + "9" * 5000 + "}}</tool_call>",
+             # What no file of rollouts takes, and no template.
+             '<tool_call>{"name": "f", "arguments": {"k": "\\ud800"}}</tool_call>',
+             '<tool_call>{"name": "f", "arguments": "{\\"\\\\ud800\\": 1}"}</tool_call>',
+             '<tool_call>{"name": "\\udc00", "arguments": {}}</tool_call>',
+             '<tool_call>{"name": "f", "arguments": {"k": 1e999}}</tool_call>',
+             '<tool_call>{"name": "f", "arguments": {"k": ' + "[" * 80 + "]" * 80 + "}}"],
     "xml": ["<tool_call>f</tool_call>", "<function=f>\n<parameter=k>\n1\n</function>"],
     "glm": ["<tool_call></tool_call>", "<tool_call>f<arg_key>k</arg_key></tool_call>"],
     "llama": ['{"name": "f", "parameters": {"k"', "<|python_tag|>print(1)",
@@ -185,6 +193,7 @@ MARKS = st.sampled_from(
         *('{"name": "f"', ', "arguments": {', '"k": 1', "<|python_tag|>", "<think>", "</think>"),
         *(CALLS, CALL, SEP, DEEPSEEK[7], "```json\n", "\n"),
         *("<|channel|>", "analysis", "commentary to=functions.f", "<|message|>", "<|end|>"),
+        *('"\\ud800"', "-1e999", "[" * 70 + "]" * 70, "9" * 5000),
     ]
 )
 
@@ -197,6 +206,16 @@ def test_any_text_is_read(kind: str, text: str) -> None:
     assert isinstance(found["content"], str)
     for call in found.get("tool_calls", []):
         assert call["function"]["name"] and isinstance(call["function"]["arguments"], dict)
+    # A run keeps it in a file, in messages of a line.
+    assert parse_json(json.dumps([[[found]]], ensure_ascii=False).encode()) == [[[found]]]
+
+
+def test_malformed_calls_are_read_up_to_a_limit() -> None:
+    """Each may be looked for to the end of the text."""
+    good = '<tool_call>{"name": "f"}</tool_call>'
+    found = TurnReader("json", []).read(good + "<tool_call>" * 5000 + good)
+    assert len(found["tool_calls"]) == 1 and len(found["malformed"]) == MOST_MALFORMED + 1
+    assert "is not read" in found["malformed"][-1] and found["content"].endswith(good)
 
 
 def test_json_that_is_an_answer_is_no_call() -> None:

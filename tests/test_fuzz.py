@@ -31,7 +31,7 @@ def test_five_thousand_broken_inputs_are_used_or_refused() -> None:
 
 REFUSED = (
     *("answers", "recipes", "overrides", "commands", "prompts", "samples", "benches", "cases"),
-    *("reports", "indexes", "tables", "saved", "sides"),
+    *("reports", "indexes", "tables", "saved", "sides", "rollouts", "gpus", "judged"),
 )
 PLANTED = {
     "raise KeyError('x')": "KeyError",

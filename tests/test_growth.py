@@ -5,21 +5,47 @@ quadratic is no more.
 import contextlib
 import gc
 import json
+import os
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from chat_templates import DEEPSEEK
 
 from moetrain.config.yaml_text import parse_value
 from moetrain.data.contract import EMPTY_THOUGHT
 from moetrain.data.controls import JOINT, Cut, cut
 from moetrain.data.messages import FormatError, read_messages
 from moetrain.data.parsing import parse_json
+from moetrain.environments.call_formats import READERS
 from moetrain.errors import ConfigError
 from moetrain.interop.swift.shell import find_commands
+from moetrain.observe.follow import Follower
 from moetrain.rewards.code import fenced
 from moetrain.rewards.prose import _formulas
+
+BEGIN, END, SEP = DEEPSEEK[6], DEEPSEEK[7], DEEPSEEK[12]
+# What a model may write without an end: a format, a piece.
+CALLS = {
+    "json": '<tool_call>{"name": "f"}</tool_call>',
+    "xml": "<function=f><parameter=a>",
+    "glm": "<tool_call>f<arg_key>a</arg_key><arg_value></arg_value>x",
+    "deepseek": BEGIN + "f" + SEP + "{}" + END,
+    "harmony": "<|channel|>commentary to=f<|message|>{}<|call|>",
+    "llama": '{"name":"f","parameters":{}};',
+}
+
+
+def ledger_line(n: int) -> bool:
+    """Of so many MB, without an end."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.jsonl"
+        path.touch()
+        os.truncate(path, n << 20)
+        return Follower(path).poll()
 
 
 def turns_and_joints(n: int) -> Cut:
@@ -45,6 +71,16 @@ CASES: dict[str, tuple[Callable[[int], object], int]] = {
         lambda n: read_messages([{"role": "tool_call", "content": '{"name": "f"}'}] * n, "x"),
         500,
     ),
+    **{
+        f"calls in {kind}": (lambda n, read=READERS[kind], text=text: read(text * n, {}), 1_500)
+        for kind, text in CALLS.items()
+    },
+    "calls without an end": (lambda n: READERS["json"]("<tool_call>" * n, {}), 50_000),
+    "keys in a call": (
+        lambda n: READERS["glm"]("<tool_call>f<arg_key>" + "</arg_key><arg_value>" * n, {}),
+        20_000,
+    ),
+    "a ledger of one line": (ledger_line, 30),
     "a record of short texts": (lambda n: parse_json(json.dumps([["x"]] * n)), 30_000),
 }
 

@@ -1,6 +1,7 @@
 """Trajectories: what of them is learned, and what of them is on disk."""
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from moetrain.data.begun import begun_in
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
@@ -18,6 +20,7 @@ from moetrain.errors import DataError
 from moetrain.loops.store import Batch, Store
 
 PROMPT = Prompt("p", (1, 2, 3), {"prompt": [{"role": "user", "content": "q"}]})
+RNG = np.random.default_rng(1)
 ENDS: list[Finish] = ["stop", "length", "turns"]
 
 
@@ -211,6 +214,101 @@ def test_numbers_are_beside_the_text_that_people_read(tmp_path: Path) -> None:
     numbers.unlink()
     with pytest.raises(DataError, match=r"is missing; it has the numbers of 00000007\.jsonl"):
         store.read(7)
+
+
+LIES: tuple[tuple[int, tuple[Any, ...], Any], ...] = (
+    # (line, place in it, what stands there)
+    (0, ("sampling",), {"top_p": "x"}),
+    (0, ("cursor",), -1),
+    (0, ("counts",), {"faults": None}),
+    (1, ("prompt", "tokens"), [1, {}]),
+    (1, ("prompt", "tokens"), []),
+    (1, ("prompt", "id"), 5),
+    (1, ("answers",), []),
+    (1, ("answers", 0, "reward"), "1.0"),
+    (1, ("answers", 0, "reward"), float("nan")),
+    (1, ("answers", 0, "parts"), {"exact": "x"}),
+    (1, ("answers", 0, "messages"), [1]),
+    (1, ("answers", 0, "tokens"), 3),
+    (1, ("answers", 1, "branches"), [[]]),
+    (1, ("answers", 1, "branches", 0, 0, "author"), "nobody"),
+    (1, ("answers", 1, "branches", 0, 0, "num_tokens"), -2),
+)
+
+
+@pytest.mark.parametrize(("line", "place", "value"), LIES)
+def test_rollouts_that_lie(tmp_path: Path, line: int, place: tuple[Any, ...], value: Any) -> None:
+    """A line, before anything is learned: `rollout.replay` may be anybody's folder."""
+    store = Store(tmp_path)
+    many = (
+        plain().branches[0].with_reply((7,), "so?").with_turn(drawn(RNG, 1, before=6, rich=False))
+    )
+    store.write(batch_of([plain(), Trajectory("p", 1, (many,), "stop", ({"role": "user"},))]))
+    path = tmp_path / "00000007.jsonl"
+    rows = [json.loads(row) for row in path.read_text().splitlines()]
+    inner = rows[line]
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"00000007.jsonl.* is not as it was written") as caught:
+        store.read(7)
+    assert "\n" not in str(caught.value)
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(DataError, match="no prompt"):
+        store.read(7)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lengths", np.array([2, 3], np.int64)),
+        ("lengths", np.array([2, -7], np.int64)),
+        ("lengths", np.array([2.0], np.float32)),
+        ("tokens", np.zeros((2, 1), np.int32)),
+        ("tokens", np.array([5, -6], np.int32)),
+        ("kept/sizes", np.array([2**31 - 1, 1], np.int32)),
+        ("kept/ids", np.array([-1, 0, 1], np.int32)),
+        ("versions", np.array([1, -2], np.int32)),
+        ("versions", np.array([1], np.int32)),
+        ("routes", np.zeros((4, 2), np.int16)),
+        ("routes", np.zeros((5, 2, 2), np.int16)),
+    ],
+)
+def test_numbers_that_lie(tmp_path: Path, name: str, value: Any) -> None:
+    """With a checksum that holds."""
+    one = Trajectory.of(Sample("p", 0, (5, 6), (-0.5, -0.25), "hi", "stop", 2))
+    routes = np.zeros((4, 2, 2), np.int16)
+    branch = replace(one.branches[0], routes=routes, kept=Kept.of([[1, 2], [1]]))
+    store = Store(tmp_path)
+    store.write(batch_of([replace(one, branches=(branch,))]))
+    numbers, rows = tmp_path / "00000007.safetensors", tmp_path / "00000007.jsonl"
+    columns = load_file(numbers)
+    key = "tokens/lengths" if name == "lengths" else name
+    columns[key] = value
+    if name != "lengths":
+        columns[f"{name}/lengths"] = np.array([len(value)], np.int64)
+    save_file(columns, numbers)
+    head, row = rows.read_text().splitlines()
+    said = json.loads(head) | {"crc": zlib.crc32(numbers.read_bytes())}
+    rows.write_text(f"{json.dumps(said)}\n{row}\n")
+    with pytest.raises(DataError, match="is not as it was written") as caught:
+        store.read(7)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_a_character_costs_itself(tmp_path: Path) -> None:
+    """A tool's, or what a reward has logged: it is no reason to end a run."""
+    one = replace(plain(), finish="error", detail="so \udc80")
+    group = Group(PROMPT, (GradedAnswer(plain(), 1.0, {}, {"said": "\ud800"}),))
+    store = Store(tmp_path)
+    with store.open(8, [one]):
+        pass
+    (again,) = store.finished(8).values()
+    assert again.detail == "so ?"
+    store.write(Batch(7, (group,), 1, fault="\ud800"))
+    batch = store.read(7)
+    assert batch is not None and batch.fault == "?" and batch.answers[0].extra == {"said": "?"}
 
 
 def test_rollouts_of_other_versions(tmp_path: Path) -> None:

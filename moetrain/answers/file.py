@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from moetrain import files
 from moetrain.data.cache import key_of
-from moetrain.data.samples import Prompt, read_as, read_lines, write_lines
+from moetrain.data.samples import Prompt, open_lines, read_as, read_lines, write_lines
 from moetrain.data.trajectories import Trajectory, from_json, to_json
 from moetrain.errors import DataError
 from moetrain.loops.rollouts import Drawing, journal, verdicts
@@ -95,7 +95,7 @@ class AnswerFile:
         if not before:
             self._note({"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
         self._resume()
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = open_lines(self.path, "a")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -109,7 +109,7 @@ class AnswerFile:
         """
         path = self._partial(str(number % 2))
         write_lines(path, map(to_json, done))
-        return path.open("a", encoding="utf-8")
+        return open_lines(path, "a")
 
     def write(self, rows: Iterable[AnswerRow]) -> None:
         """Add whole prompts."""

@@ -5,6 +5,7 @@ follows the turn's end is. What the turn says does not matter for that, so that 
 place, and the same rendering shows whether the template keeps the turn as the model wrote it.
 """
 
+import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,6 +181,8 @@ class _Words:
         self.content, self.thought = f"{mark}cqZ", f"{mark}tqZ"
         calls = turn.get("tool_calls") or ()
         self.names = {f"{mark}n{i}qZ": str(c["function"]["name"]) for i, c in enumerate(calls)}
+        # All in one pass: a turn may have thousands of calls.
+        self._name = re.compile(rf"{mark}n\d+qZ")
         self.message: Message = {"role": "assistant", "content": self.content}
         if calls:
             self.message["content"] = self.content if turn["content"] else turn["content"]
@@ -192,16 +195,19 @@ class _Words:
 
     def last_in(self, rendered: str, start: int) -> int | None:
         """Where the last of what the turn says ends."""
-        own = [self.content, self.thought, *self.names]
+        own = [self.content, self.thought]
         found = [at + len(word) for word in own if (at := rendered.find(word, start)) >= 0]
-        return max(found, default=None)
+        first: dict[str, int] = {}  # headers of replies may hold names again
+        for one in self._name.finditer(rendered, start):
+            first.setdefault(one[0], one.end())
+        return max([*found, *first.values()], default=None)
 
     def says(self, said: str, text: str) -> bool:
         """Whether the turn in words is the one of `text`, white space aside: all of it, or up to
         the name of its first call. How its arguments are written is not compared.
         """
-        calls = [at for name in self.names if (at := said.find(name)) >= 0]
-        said = said[: min(calls, default=len(said))]
+        calls = self._name.search(said)
+        said = said[: calls.start()] if calls else said
         thought = str(self.turn.get("reasoning_content") or "")
         content = str(self.turn["content"] or "")
         if thought and self.thought not in said:
@@ -212,9 +218,7 @@ class _Words:
 
     def named(self, behind: str) -> str:
         """What is behind the turn: with the calls' own names, which headers of replies may hold."""
-        for word, name in self.names.items():
-            behind = behind.replace(word, name)
-        return behind
+        return self._name.sub(lambda found: self.names[found[0]], behind)
 
 
 def _ways(

@@ -70,12 +70,12 @@ class LongNumber:
     """Stands for a number that Python does not read, so that it costs one record and not all."""
 
 
-def check(value: Any) -> None:
-    """ValueError when a JSON value cannot be worked with: too deep, too long a number, or half of a
-    character in a text, which no encoding has.
+def check(value: Any, most: int = MAX_DEPTH) -> None:
+    """ValueError when a JSON value cannot be worked with: of more than `most` levels, too long a
+    number, or half of a character in a text, which no encoding has.
     """
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(most + 1):
         below: list[Any] = []
         for one in level:
             if isinstance(one, str):
@@ -91,7 +91,7 @@ def check(value: Any) -> None:
         if not below:
             return
         level = below
-    raise ValueError(TOO_DEEP)
+    raise ValueError(f"nested too deeply (more than {most} levels)")
 
 
 # Where a record may have messages (or tools): alone there, or in place of a text.

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,36 @@ class Prompt:
     opened: str = ""  # the thought that the template began for the answer, such as "<think>\n"
     is_text: bool = False  # the record gave its prompt as text, not as messages
     source: str = ""  # the file or folder of the record
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Prompt":
+        """From its fields. Raises LookupError or TypeError on something else."""
+        check_types(content, id=str, columns=dict)
+        check_ids(content["tokens"], "a prompt's tokens")
+        fields: dict[str, Any] = content | {"tokens": tuple(content["tokens"])}
+        one = cls(**fields)
+        check_types(vars(one), opened=str, is_text=bool, source=str)
+        return one
+
+
+Kinds = type | tuple[type, ...]
+NUMBER: Kinds = (int, float)
+
+
+def check_types(row: Mapping[str, Any], **kinds: Kinds) -> None:
+    """Raises KeyError or TypeError unless the row has values of these types by these names."""
+    for name, own in kinds.items():
+        value = row[name]
+        if not isinstance(value, own) or (isinstance(value, bool) and own is not bool):
+            raise TypeError(f"{name} is {type(value).__name__}")
+
+
+def check_ids(ids: Any, name: str) -> None:
+    """Raises TypeError unless these are numbers of tokens."""
+    if not isinstance(ids, list | tuple) or not all(
+        type(one) is int and 0 <= one < 2**31 for one in cast(Sequence[Any], ids)
+    ):
+        raise TypeError(f"{name} are no numbers of tokens")
 
 
 class Kept(NamedTuple):
@@ -55,9 +85,15 @@ class Kept(NamedTuple):
             np.frombuffer(base64.b64decode(content[name]), "<i4").astype(np.int32)
             for name in cls._fields
         )
-        if sizes.sum() != len(ids):
-            raise ValueError(f"kept has {len(ids)} ids for {sizes.sum()}")
         return cls(sizes, ids)
+
+    def check(self, num: int) -> None:
+        """Raises ValueError unless this is of `num` places."""
+        sizes = self.sizes.astype(np.int64)
+        if sizes.shape != (num,) or self.ids.ndim != 1:
+            raise ValueError(f"kept has {len(sizes)} places")
+        if min(sizes.min(initial=0), self.ids.min(initial=0)) < 0 or sizes.sum() != len(self.ids):
+            raise ValueError(f"kept has {len(self.ids)} ids for {sizes.sum()}")
 
 
 def decode_routes(packed: Mapping[str, Any]) -> NDArray[np.int16]:
@@ -112,19 +148,19 @@ class Sample:
         """From what people are given (`trajectories.to_json`). What raises on something else is
         told by `read_as`.
         """
-        for name, kinds in (("tokens", int), ("logprobs", int | float)):
-            if not all(isinstance(value, kinds) for value in content[name]):
-                raise TypeError(f"{name} are no numbers")
-        for name, kind in (("prompt_id", str), ("index", int), ("text", str), ("finish", str)):
-            if not isinstance(content[name], kind):
-                raise TypeError(f"{name} is {type(content[name]).__name__}")
+        check_types(content, prompt_id=str, index=int, text=str, finish=str, version=int)
+        check_types(content, logprobs=list)
+        check_ids(content["tokens"], "tokens")
+        if not all(isinstance(value, int | float) for value in content["logprobs"]):
+            raise TypeError("logprobs are no numbers")
+        if "versions" in content:
+            check_ids(content["versions"], "versions")
         routes, kept = content.get("routes"), content.get("kept")
         if routes is not None:
             routes = decode_routes(routes)
         if kept is not None:
             kept = Kept.from_json(kept)
-            if len(kept.sizes) != len(content["tokens"]):
-                raise ValueError(f"kept has {len(kept.sizes)} places")
+            kept.check(len(content["tokens"]))
         return cls(
             prompt_id=content["prompt_id"],
             index=content["index"],
@@ -181,7 +217,14 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         put_lines(part, rows)
 
 
+def open_lines(path: Path, mode: Literal["w", "a"]) -> TextIO:
+    """A JSONL file to write. Half of a character, which no encoding has and which people's rewards
+    and tools can return, becomes a question mark: it costs itself, and not the run.
+    """
+    return path.open(mode, encoding="utf-8", errors="replace")
+
+
 def put_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a JSONL file where nobody looks yet."""
-    with path.open("w", encoding="utf-8") as file:
+    with open_lines(path, "w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrain.data.messages import Message
-from moetrain.data.samples import Kept, Sample, decode_routes
+from moetrain.data.samples import NUMBER, Kept, Sample, check_types, decode_routes
 
 Author = Literal["model", "reply"]
 # How a trajectory ended: by the model and with the environment's consent, at a limit of tokens, at
@@ -77,6 +77,31 @@ class Branch:
             np.array([turn.version for turn in self.turns], np.int32),
             [turn.num_tokens for turn in self.turns],
         )
+
+    def check(self, context: int | None = None) -> None:
+        """Raises ValueError where arrays that were read are not those of these turns.
+
+        context: tokens of the prompt; None: it may go on, so that it may have other routes yet.
+        """
+        num = sum(turn.num_tokens for turn in self.turns)
+        if not (num,) == self.tokens.shape == self.logprobs.shape:
+            raise ValueError(f"turns of {num} tokens, and {self.tokens.shape} of them")
+        own = self.context
+        if own is not None and (own.ndim != 1 or not len(own)):
+            raise ValueError(f"a context of {own.shape} tokens")
+        if min(self.tokens.min(initial=0), 0 if own is None else own.min()) < 0:
+            raise ValueError("tokens below 0")
+        if self.versions is not None and self.versions.shape != (num,):
+            raise ValueError(f"versions of {self.versions.shape} tokens, and {num} of them")
+        if self.by_token.min(initial=0) < 0:
+            raise ValueError("versions below 0")
+        if self.routes is not None:
+            places = None if context is None else (len(own) if own is not None else context) + num
+            is_right = places in (None, len(self.routes) + 1) and self.routes.ndim == 3
+            if not is_right or self.routes.min(initial=0) < 0:
+                raise ValueError(f"routes of {self.routes.shape} for {num} tokens")
+        if self.kept is not None:
+            self.kept.check(num)
 
     @cached_property
     def written(self) -> NDArray[np.bool_]:
@@ -286,24 +311,24 @@ def assembled(row: Mapping[str, Any], parts: Sequence[Branch]) -> Trajectory:
     """A trajectory of `as_row` and its branches, whose turns are not known yet. Raises as
     `from_json`.
     """
-    for name, kind in (("prompt_id", str), ("index", int), ("text", str), ("finish", str)):
-        if not isinstance(row[name], kind):
-            raise TypeError(f"{name} is {type(row[name]).__name__}")
+    check_types(row, prompt_id=str, index=int, text=str, finish=str)
     if "branches" in row:
-        turns = [tuple(Turn(**turn) for turn in branch) for branch in row["branches"]]
+        turns = [tuple(map(_turn, branch)) for branch in row["branches"]]
     else:
         finish = "length" if row["finish"] == "length" else "stop"
         turns = [(Turn("model", int(row["tokens"]), row["text"], finish, int(row["version"])),)]
     branches: list[Branch] = []
     for own, part in zip(turns, parts, strict=True):
-        num = sum(turn.num_tokens for turn in own)
-        if not num == len(part.tokens) == len(part.logprobs):
-            raise ValueError(f"turns of {num} tokens, and {len(part.tokens)} of them")
-        if part.kept is not None and len(part.kept.sizes) != num:
-            raise ValueError(f"kept has {len(part.kept.sizes)} places")
-        if part.versions is not None and len(part.versions) != num:
-            raise ValueError(f"versions of {len(part.versions)} tokens, and {num} of them")
-        branches.append(replace(part, turns=own))
+        part = replace(part, turns=own)
+        part.check()
+        branches.append(part)
+    if not any(turn.author == "model" for turn in (turns[-1] if turns else ())):
+        raise ValueError("the last turns are none of the model's")
+    more = {"messages": (), "counts": {}, "detail": ""} | dict(row)
+    check_types(more, messages=(list, tuple), counts=(dict, type(None)), detail=str)
+    if not all(isinstance(message, dict) for message in more["messages"]):
+        raise TypeError("messages are no objects")
+    check_types(more["counts"] or {}, **dict.fromkeys(more["counts"] or {}, NUMBER))
     return Trajectory(
         row["prompt_id"],
         row["index"],
@@ -313,6 +338,14 @@ def assembled(row: Mapping[str, Any], parts: Sequence[Branch]) -> Trajectory:
         row.get("counts"),
         row.get("detail", ""),
     )
+
+
+def _turn(content: dict[str, Any]) -> Turn:
+    turn = Turn(**content)
+    check_types(vars(turn), num_tokens=int, text=str, finish=str, version=int)
+    if turn.author not in ("model", "reply") or turn.num_tokens < 0 or turn.version < 0:
+        raise ValueError(f"a turn of {turn.author!r:.20} with {turn.num_tokens} tokens")
+    return turn
 
 
 def _from_arrays(content: Mapping[str, Any]) -> Branch:

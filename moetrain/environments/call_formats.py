@@ -7,14 +7,20 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from moetrain.data.messages import shown
+from moetrain.data.parsing import check
 
 Types = Mapping[str, Mapping[str, Any]]
 """Tool -> its parameters' JSON schemas, by name: formats that write a text and a number alike are
 read by them.
 """
+
+
+MOST_MALFORMED = 32  # calls of a turn: each may be looked for to the turn's end
+MOST_DEPTH = 64  # of arguments, which stand in messages in a line of a file
 
 
 class Malformed(ValueError):
@@ -40,18 +46,42 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not isfinite(value):
+        raise ValueError(f"{digits[:20]} is beyond all numbers")
+    return value
+
+
 # A model writes line breaks into texts as they are.
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant, parse_float=_finite)
+_BLANKS, _BETWEEN = re.compile(r"\s*"), re.compile(r"[\s;]*")
+
+
+def _behind(blanks: re.Pattern[str], text: str, place: int) -> int:
+    """Where what is no such blank begins. Without a copy of the text: there may be many calls."""
+    found = blanks.match(text, place)
+    return place if found is None else found.end()
+
+
+def _decoded(text: str, place: int) -> tuple[Any, int]:
+    """(the JSON value at a place, where it ends). Raises ValueError also for one that no file of
+    rollouts takes: half of a character, which nothing encodes, or endless nesting.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, place)
+        check(value, MOST_DEPTH)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value, end
 
 
 def _object(text: str, place: int, what: str) -> tuple[dict[str, Any], int]:
     """(the JSON object at a place, where it ends)."""
-    at = len(text) - len(text[place:].lstrip())
     try:
-        value, end = _DECODER.raw_decode(text, at)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
-        raise Malformed(f"{what} is not JSON: {reason}") from error
+        value, end = _decoded(text, _behind(_BLANKS, text, place))
+    except ValueError as error:
+        raise Malformed(f"{what} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise Malformed(f"{what} is {shown(value)}, not a JSON object")
     return value, end
@@ -87,8 +117,11 @@ def _scan(text: str, begin: re.Pattern[str], ends: Sequence[str], parse: Parse) 
             found.calls += calls
         except Malformed as error:
             found.malformed.append(str(error))
-            place = _end_of(text, match, begin, ends)
+            is_last = len(found.malformed) == MOST_MALFORMED
+            place = len(text) if is_last else _end_of(text, match, begin, ends)
             kept.append(text[match.start() : place])
+    if len(found.malformed) == MOST_MALFORMED:
+        found.malformed.append(f"what follows {MOST_MALFORMED} malformed calls is not read")
     found.content = "".join([*kept, text[place:]]).strip()
     return found
 
@@ -112,7 +145,7 @@ def read_json(text: str, types: Types) -> Found:
 def _json_call(text: str, place: int) -> tuple[list[tuple[str, dict[str, Any]]], int]:
     value, end = _object(text, place, "a tool call")
     closed = re.compile(r"\s*</tool_call>").match(text, end)
-    if closed is None and text[end:].strip():
+    if closed is None and _behind(_BLANKS, text, end) < len(text):
         raise Malformed("a tool call has more than one JSON object, or no </tool_call>")
     return [_named(value)], closed.end() if closed else len(text)
 
@@ -130,7 +163,7 @@ def read_xml(text: str, types: Types) -> Found:
 
     def parse(text: str, place: int) -> tuple[list[tuple[str, dict[str, Any]]], int]:
         name = re.compile(r"([^>\n<]+)>").match(text, place)
-        if name is None or not text[:place].endswith("<function="):
+        if name is None or not text.endswith("<function=", 0, place):
             raise Malformed("a tool call is not <function=NAME> … </function>")
         arguments: dict[str, Any] = {}
         place = name.end()
@@ -148,8 +181,9 @@ def read_xml(text: str, types: Types) -> Found:
 
 # GLM 4.5: <tool_call>f <arg_key>a</arg_key> <arg_value>…</arg_value> </tool_call>
 
+# The key is up to the first mark behind it, whatever follows: else each mark is tried with each.
 _GLM_ARGUMENT = re.compile(
-    r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|</tool_call>))",
+    r"\s*<arg_key>((?>.*?</arg_key>))\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|</tool_call>))",
     re.DOTALL,
 )
 
@@ -163,7 +197,7 @@ def read_glm(text: str, types: Types) -> Found:
         place = name.end()
         own = types.get(name[1], {})
         while match := _GLM_ARGUMENT.match(text, place):
-            key = match[1].strip()
+            key = match[1].removesuffix("</arg_key>").strip()
             arguments[key], place = _value(match[2], own.get(key)), match.end()
         end = re.compile(r"\s*</tool_call>").match(text, place)
         if end is None:
@@ -187,12 +221,12 @@ def read_llama(text: str, types: Types) -> Found:
         return Found(text.strip())
     found, place = Found(), 0
     try:
-        while own[place:].strip():
+        while _behind(_BLANKS, own, place) < len(own):
             value, place = _object(own, place, "a tool call")
             if not marked and not value.keys() & {"parameters", "arguments"}:
                 return Found(text.strip())  # JSON that is an answer
             found.calls.append(_named(value))
-            place += len(own[place:]) - len(own[place:].lstrip(" \n;"))
+            place = _behind(_BETWEEN, own, place)
     except Malformed as error:
         return Found(text.strip(), malformed=[str(error)])
     return found
@@ -210,7 +244,7 @@ _D = {
         "tool sep",
     )
 }
-_FENCED = re.compile(r"([^\n]+)\n```json\n")
+_FENCED = re.compile(r"([^\n]{1,200})\n```json\n")
 
 
 def read_deepseek(text: str, types: Types) -> Found:
@@ -258,7 +292,7 @@ def read_harmony(text: str, types: Types) -> Found:
         name = to[1].removeprefix("functions.")
         try:
             arguments, end = _object(body[1], 0, f"the arguments of {name}")
-            if body[1][end:].strip():
+            if _behind(_BLANKS, body[1], end) < len(body[1]):
                 raise Malformed(f"the arguments of {name} are more than one JSON object")
             found.calls.append((name, arguments))
         except Malformed as error:
@@ -277,11 +311,15 @@ def _value(text: str, schema: Mapping[str, Any] | None) -> Any:
         return text
     if "string" in kinds:
         return None if kinds & {"null"} and text.strip() in ("null", "None") else text
+    own = text.strip()
     try:
-        return _DECODER.decode(text.strip())
-    except (ValueError, RecursionError):
+        value, end = _decoded(own, 0)
+        if end == len(own):
+            return value
+        raise ValueError("there is more behind it")
+    except ValueError:
         # Templates write Python's names for them.
-        return {"True": True, "False": False, "None": None}.get(text.strip(), text)
+        return {"True": True, "False": False, "None": None}.get(own, text)
 
 
 def _kinds(schema: Mapping[str, Any]) -> set[str]:

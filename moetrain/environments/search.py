@@ -34,7 +34,9 @@ class Search(Toolbox):
         self.passages = list(passages(Path(folder).expanduser()))
         self._results, self._bm25s = min(results, len(self.passages)), bm25s
         self._index = bm25s.BM25()
-        tokens = bm25s.tokenize([text for _, text in self.passages], show_progress=False)
+        tokens: Any = bm25s.tokenize([text for _, text in self.passages], show_progress=False)
+        if not any(tokens.ids):
+            raise _nothing_in(Path(folder).expanduser(), "word")
         self._index.index(tokens, show_progress=False)
         super().__init__({"search": self._search}, lambda: [_tool()])
 
@@ -66,10 +68,14 @@ def passages(folder: Path) -> Iterator[tuple[str, str]]:
                 found = True
                 yield title, text.strip()
     if not found:
-        raise ConfigError(
-            f"rollout.environment_options.folder: {folder} has no text in {', '.join(SUFFIXES)}"
-            " files. Put some there."
-        )
+        raise _nothing_in(folder, "text")
+
+
+def _nothing_in(folder: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"rollout.environment_options.folder: {folder} has no {what} in {', '.join(SUFFIXES)}"
+        " files. Put some there."
+    )
 
 
 def _parts(path: Path) -> Iterator[tuple[str, str]]:

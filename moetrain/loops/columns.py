@@ -68,20 +68,30 @@ def read_columns(path: Path, crc: int) -> dict[str, list[NDArray[Any] | None]]:
         found = zlib.crc32(content[start : start + (1 << 26)], found)
     if found != crc:
         raise DataError(f"{path} has other bytes than were written. Remove it, or copy it again.")
-    return {
-        name: _rows(_view(content, one), _view(content, there[name + LENGTHS]))
-        for name, one in there.items()
-        if name + LENGTHS in there
-    }
+    try:
+        return {
+            name: _rows(_view(content, one), _view(content, there[name + LENGTHS]))
+            for name, one in there.items()
+            if name + LENGTHS in there
+        }
+    except ValueError as error:
+        raise DataError(f"{path} is not as it was written ({error}). Remove it.") from error
 
 
 def _view(content: NDArray[np.uint8], one: Stored) -> NDArray[Any]:
+    if one.dtype not in DTYPES:
+        raise ValueError(f"{one.dtype} in it")
     data = content[one.start : one.start + one.num_bytes]
     return data.view(DTYPES[one.dtype]).reshape(one.shape)
 
 
 def _rows(values: NDArray[Any], lengths: NDArray[Any]) -> list[NDArray[Any] | None]:
     ends = np.maximum(lengths, 0).cumsum()
+    is_whole = values.ndim and lengths.dtype == np.int64 and lengths.ndim == 1
+    if not is_whole or lengths.min(initial=0) < -1 or lengths.max(initial=0) > len(values):
+        raise ValueError("lengths that are none")
+    if (ends[-1] if len(ends) else 0) != len(values):
+        raise ValueError(f"{len(values)} rows, and lengths of {ends[-1:]}")
     return [
         None if length < 0 else values[end - length : end]
         for length, end in zip(lengths.tolist(), ends.tolist(), strict=True)

@@ -8,15 +8,25 @@ made there is `00000012.partial.jsonl`: each trajectory as it ends, so that a ki
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import numpy as np
 
 from moetrain import files
 from moetrain.config.rollout import RolloutConfig
 from moetrain.data.groups import GradedAnswer, Group
-from moetrain.data.samples import Kept, Prompt, put_lines, read_as, write_lines
+from moetrain.data.samples import (
+    NUMBER,
+    Kept,
+    Prompt,
+    check_types,
+    open_lines,
+    put_lines,
+    read_as,
+    write_lines,
+)
 from moetrain.data.trajectories import Branch, Trajectory, as_row, assembled, from_json, to_json
 from moetrain.errors import DataError
 from moetrain.loops.columns import read_columns, write_columns
@@ -77,10 +87,15 @@ class Store:
             )
         columns = read_columns(path.with_suffix(".safetensors"), crc) if schema > 1 else None
         branches = None if columns is None else _branches(columns)
-        groups = list(read_as(path, lambda row: _group(row, branches) if "prompt" in row else row))
+        found = read_as(path, lambda row: _group(row, branches) if "prompt" in row else None)
+        groups = [one for number, one in enumerate(found) if number]
         try:
-            return Batch(step, tuple(groups[1:]), **head)  # type: ignore[arg-type]
-        except TypeError as error:
+            if None in groups or not groups:
+                raise TypeError("a line has no prompt, or there is none but the first")
+            batch = Batch(step, tuple(cast(list[Group], groups)), **head)
+            _check_head(batch)
+            return batch
+        except (TypeError, ValueError) as error:
             raise DataError(
                 f"{path} is not as it was written ({error}). Remove the file."
             ) from error
@@ -107,7 +122,7 @@ class Store:
     def open(self, step: int, done: Iterable[Trajectory]) -> TextIO:
         """The file to append a batch's trajectories to, with those that are there already."""
         write_lines(self._partial(step), map(to_json, done))
-        return self._partial(step).open("a", encoding="utf-8")
+        return open_lines(self._partial(step), "a")
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}.jsonl"
@@ -175,9 +190,29 @@ def _group(row: dict[str, Any], branches: Iterator[Branch] | None) -> Group:
         own = [one for _, one in zip(range(num), branches, strict=False)]
         return assembled(answer, own)
 
-    prompt = Prompt(**row["prompt"] | {"tokens": tuple(row["prompt"]["tokens"])})
-    answers = (
-        GradedAnswer(trajectory(a), a["reward"], a["parts"], a.get("extra", {}))
-        for a in row["answers"]
-    )
-    return Group(prompt, tuple(answers))
+    def graded(answer: dict[str, Any]) -> GradedAnswer:
+        parts, extra = answer["parts"], answer.get("extra", {})
+        check_types(answer | {"extra": extra}, reward=NUMBER, parts=dict, extra=dict)
+        check_types(parts, **dict.fromkeys(parts, (int, float, type(None))))
+        if not isfinite(answer["reward"]):
+            raise ValueError(f"a reward of {answer['reward']}")
+        one = trajectory(answer)
+        for branch in one.branches:
+            branch.check(len(prompt.tokens))
+        return GradedAnswer(one, answer["reward"], parts, extra)
+
+    prompt = Prompt.from_json(row["prompt"])
+    if not prompt.tokens or not row["answers"]:
+        raise ValueError("a prompt without tokens or answers")
+    return Group(prompt, tuple(map(graded, row["answers"])))
+
+
+def _check_head(batch: Batch) -> None:
+    """Raises TypeError or ValueError."""
+    own = vars(batch)
+    check_types(own, cursor=int, fault=str, temperature=(int, float, type(None)))
+    for name in ("seconds", "counts", "metrics", "sampling"):
+        check_types(own, **{name: dict})
+        check_types(own[name], **dict.fromkeys(own[name], NUMBER))
+    if batch.cursor < 0:
+        raise ValueError(f"cursor={batch.cursor}")

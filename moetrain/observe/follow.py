@@ -152,11 +152,13 @@ class Follower:
 
 def _whole_lines(block: bytes, file: Any) -> bytes:
     """Up to the last end of a line; a longer line whole, and b"" where it has no end yet."""
-    while block and b"\n" not in block:
-        more = file.read(BLOCK)
-        if not more:
-            return b""
-        block += more
+    if block and b"\n" not in block:
+        blocks = [block]
+        while b"\n" not in blocks[-1]:
+            blocks.append(file.read(BLOCK))
+            if not blocks[-1]:
+                return b""
+        block = b"".join(blocks)
     whole = block[: block.rfind(b"\n") + 1]
     file.seek(len(whole) - len(block), os.SEEK_CUR)
     return whole

@@ -81,7 +81,7 @@ def num_steps(folder: Path) -> int | None:
     except (OSError, UnicodeDecodeError):
         return None
     value = cast(dict[str, Any], content).get("num_steps") if isinstance(content, dict) else None
-    return value if isinstance(value, int) else None
+    return value if is_row({"step": value}) else None
 
 
 def find_runs(paths: Iterable[Path]) -> list[Run]:

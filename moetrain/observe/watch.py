@@ -233,10 +233,9 @@ def _figures(run: Watch, console: Console, most: int | None) -> list[RenderableT
     bars = _BARS[not is_plain]
     name, curve = _NAME + extra // 4, _CURVE + extra // 4
     for title, width in (("figure", name), ("now", _NOW)):
-        table.add_column(
-            title, width=width, no_wrap=True, justify="left" if title != "now" else "right"
-        )
-    table.add_column(f"curve to {said.step}", width=curve, no_wrap=True)
+        justify = "left" if title != "now" else "right"
+        table.add_column(title, width=width, no_wrap=True, overflow="crop", justify=justify)
+    table.add_column(f"curve to {said.step}", width=curve, no_wrap=True, overflow="crop")
     table.add_column(at, no_wrap=True, overflow="crop")
     for one in names[:most]:
         row, held = said.training, f"eval_{one}"

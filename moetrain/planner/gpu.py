@@ -65,14 +65,15 @@ class Gpu(Section):
     )
     memory_gib: Number = Field(description="as the driver reports it")
     gpus_per_node: Number
-    tflops: dict[str, Number] = Field(description="dense peak by dtype")
+    tflops: dict[str, Number] = Field(description="dense peak by dtype, bf16 and fp32 among them")
     memory_gbps: Number
     nvlink_gbps: Number = Field(description="between GPUs of a node")
     network_gbps: Number = Field(description="between nodes")
     nvlink_share: dict[str, Number] = Field(
-        description="of nvlink_gbps that collectives reach, by their names; the first for others"
+        min_length=1,
+        description="of nvlink_gbps that collectives reach, by their names; the first for others",
     )
-    network_share: dict[str, Number]
+    network_share: dict[str, Number] = Field(min_length=1)
     dispatch_exposed: Number = Field(
         description="share of DeepEP's and HybridEP's traffic that is waited for"
     )
@@ -80,17 +81,31 @@ class Gpu(Section):
     network_us: Number = Field(description="that one between nodes takes at least")
     launch_us: Number = Field(description="that the host takes for an operation")
     kernel_us: Number = Field(description="that the device takes at least for an operation")
-    gemm: dict[str, Curve] = Field(description="share of the peak by smallest dimension")
-    grouped: dict[str, Curve] = Field(description="share of the peak by rows an expert")
-    attention: dict[str, Curve] = Field(description="share of the peak by keys, forward")
-    attention_backward: dict[str, Curve]
+    gemm: dict[str, Curve] = Field(
+        min_length=1, description="share of the peak by smallest dimension"
+    )
+    grouped: dict[str, Curve] = Field(
+        min_length=1, description="share of the peak by rows an expert"
+    )
+    attention: dict[str, Curve] = Field(
+        min_length=1, description="share of the peak by keys, forward"
+    )
+    attention_backward: dict[str, Curve] = Field(min_length=1)
     memory: dict[str, Curve] = Field(
-        description=f"share of memory_gbps by bytes, for {', '.join(KINDS)}; `stream` for others"
+        min_length=1,
+        description=f"share of memory_gbps by bytes, for {', '.join(KINDS)}; `stream` for others",
     )
     optimizer: Curve = Field(description="share of memory_gbps of a fused optimizer, by bytes")
     context_mib: Number = Field(description="of the driver and its kernels")
     group_mib: Number = Field(description="NCCL's buffers for a group")
     workspace_mib: Number = Field(description="of matrix products")
+
+    @model_validator(mode="after")
+    def _has_both(self) -> Self:
+        lacks = [name for name in ("bf16", "fp32") if name not in self.tflops]
+        if lacks:
+            raise ValueError(f"tflops lacks {' and '.join(lacks)}")
+        return self
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of a dtype; of the next wider where it has no units for it."""
@@ -152,6 +167,6 @@ def _content(path: Path) -> dict[str, Any]:
     if base is None:
         return own
     known = known_gpus()
-    if base not in known or known[base] == path:
+    if not isinstance(base, str) or base not in known or known[base] == path:
         raise ConfigError(f"{path}: like: {base} is no other known GPU. Known: {', '.join(known)}")
     return _content(known[base]) | own

@@ -63,7 +63,16 @@ class Logged:
 
     def column(self, column: str, values: Sequence[Any]) -> None:
         for own, value in zip(self.extra, values, strict=True):
-            own[column] = value if isinstance(value, str | int | float | None) else str(value)
+            own[column] = value if isinstance(value, str | float | None) else _plain(value)
+
+
+def _plain(value: Any) -> int | str:
+    """What can be written down: Python writes no number of thousands of digits."""
+    try:
+        text = str(value)
+    except ValueError as error:
+        return str(error)
+    return value if isinstance(value, int) else text
 
 
 class Own:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Files = dict[str, bytes]  # path below a folder -> content
 
 
-def _changed(rng: random.Random, value: Any, most: int = 4) -> Any:
+def changed(rng: random.Random, value: Any, most: int = 4) -> Any:
     value = copy.deepcopy(value)
     for _ in range(rng.randrange(most + 1)):
         if isinstance(value, dict | list):
@@ -29,31 +29,31 @@ def _changed(rng: random.Random, value: Any, most: int = 4) -> Any:
     return mutate.nasty(rng) if rng.random() < 0.03 else value
 
 
-def _json(value: Any) -> bytes:
+def dumped(value: Any) -> bytes:
     try:
         return json.dumps(value).encode()
     except (RecursionError, ValueError):
         return b"[" * 5000
 
 
-def _bytes(rng: random.Random, raw: bytes, chance: float = 0.2) -> bytes:
+def other_bytes(rng: random.Random, raw: bytes, chance: float = 0.2) -> bytes:
     while rng.random() < chance:
         raw = mutate.change_bytes(rng, raw)
     return raw
 
 
-def _lines(rng: random.Random, rows: tuple[Any, ...] | list[Any], most: int = 4) -> bytes:
-    return _bytes(rng, b"".join(_json(_changed(rng, row, most)) + b"\n" for row in rows), 0.1)
+def lines(rng: random.Random, rows: tuple[Any, ...] | list[Any], most: int = 4) -> bytes:
+    return other_bytes(rng, b"".join(dumped(changed(rng, row, most)) + b"\n" for row in rows), 0.1)
 
 
-def _fresh(bench: "Bench", name: str) -> Path:
+def fresh(bench: "Bench", name: str) -> Path:
     folder = bench.folder / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return folder
 
 
-def _laid(folder: Path, files: Files) -> None:
+def laid(folder: Path, files: Files) -> None:
     for name, raw in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,15 +70,15 @@ def make_bench(rng: random.Random) -> tuple[bytes, bytes]:
     for _ in range(rng.choice((0, 0, 1, 2))):
         text = mutate.change_text(rng, text)
     rows = [seeds.QUESTIONS[number if rng.random() < 0.9 else -1]]
-    return _bytes(rng, text.encode("utf-8", "surrogatepass"), 0.05), _lines(rng, rows, 2)
+    return other_bytes(rng, text.encode("utf-8", "surrogatepass"), 0.05), lines(rng, rows, 2)
 
 
 def run_bench(bench: "Bench", made: tuple[bytes, bytes]) -> str:
     from moetrain.config.bench import load_bench
     from moetrain.evals.questions import read_questions
 
-    folder = _fresh(bench, "bench")
-    _laid(folder, {"b.yaml": made[0], "q.jsonl": made[1]})
+    folder = fresh(bench, "bench")
+    laid(folder, {"b.yaml": made[0], "q.jsonl": made[1]})
     loaded = load_bench(folder / "b.yaml")
     questions = read_questions(loaded, folder / "q.jsonl", bench.encoder("chat", 0).chat, 200)
     for one in questions:
@@ -88,7 +88,7 @@ def run_bench(bench: "Bench", made: tuple[bytes, bytes]) -> str:
 
 def make_prompts(rng: random.Random) -> tuple[bytes, str]:
     rows = [rng.choice(seeds.RECORDS + seeds.QUESTIONS) for _ in range(rng.choice((1, 1, 2)))]
-    return _lines(rng, rows), rng.choice(("keep", "escape", "reject"))
+    return lines(rng, rows), rng.choice(("keep", "escape", "reject"))
 
 
 def run_prompts(bench: "Bench", made: tuple[bytes, str]) -> str:
@@ -111,9 +111,9 @@ def run_prompts(bench: "Bench", made: tuple[bytes, str]) -> str:
 
 
 def make_samples(rng: random.Random) -> Files:
-    rows = _lines(rng, [seeds.SAMPLES], 1)
-    samples = _lines(rng, seeds.SAMPLES["answers"][:1], 1)
-    manifest = _bytes(rng, _json(_changed(rng, seeds.MANIFEST, rng.choice((0, 0, 2)))), 0.1)
+    rows = lines(rng, [seeds.SAMPLES], 1)
+    samples = lines(rng, seeds.SAMPLES["answers"][:1], 1)
+    manifest = other_bytes(rng, dumped(changed(rng, seeds.MANIFEST, rng.choice((0, 0, 2)))), 0.1)
     return {"a.jsonl": rows, "a.manifest.json": manifest, "a.jsonl.partial0": samples}
 
 
@@ -122,18 +122,18 @@ def run_samples(bench: "Bench", made: Files) -> str:
     from moetrain.answers.file import AnswerFile
     from moetrain.loops.store import Store
 
-    folder = _fresh(bench, "samples")
-    _laid(folder, made)
+    folder = fresh(bench, "samples")
+    laid(folder, made)
     with AnswerFile(folder / "a.jsonl", {"model": ("m", "m")}, 3, {}):
         pass
     store = Store(folder)
-    _laid(folder, {store._path(1).name: b'{"cursor": 1}\n' + made["a.jsonl"]})
+    laid(folder, {store._path(1).name: b'{"cursor": 1}\n' + made["a.jsonl"]})
     store.read(1)
     return "used"
 
 
 def make_cases(rng: random.Random) -> tuple[dict[str, Any], str, str]:
-    columns = _changed(rng, rng.choice(seeds.CASES), 3)
+    columns = changed(rng, rng.choice(seeds.CASES), 3)
     text = rng.choice(seeds.PROGRAMS)
     for _ in range(rng.choice((0, 1, 2, 4))):
         text = mutate.change_text(rng, text)
@@ -169,9 +169,9 @@ def make_report(rng: random.Random) -> Files:
                 content = mutate.change_text(rng, content)
             files[name] = content.encode("utf-8", "surrogatepass")
         elif name.endswith(".jsonl"):
-            files[name] = _lines(rng, content)
+            files[name] = lines(rng, content)
         else:
-            files[name] = _bytes(rng, _json(_changed(rng, content)), 0.1)
+            files[name] = other_bytes(rng, dumped(changed(rng, content)), 0.1)
     return files
 
 
@@ -184,8 +184,8 @@ def run_report(bench: "Bench", made: Files) -> str:
     from moetrain.observe.runs import last_row
     from moetrain.run.starts import read_starts
 
-    folder = _fresh(bench, "runs")
-    _laid(folder, made)
+    folder = fresh(bench, "runs")
+    laid(folder, made)
     with contextlib.redirect_stdout(io.StringIO()):
         write_report([folder], folder / "page.html")
     last_row(folder / "a")
@@ -229,7 +229,7 @@ def make_index(rng: random.Random) -> Files:
     for name in rng.choices(tuple(files), (1, 4, 1), k=rng.choice((1, 1, 2))):
         raw = files[name]
         if name == "c.json":
-            files[name] = _json(_changed(rng, seeds.INDEX))
+            files[name] = dumped(changed(rng, seeds.INDEX))
         elif rng.random() < 0.7 and len(raw) > 8:  # a number in it is another one
             width = rng.choice((1, 4, 8))
             place = rng.randrange(min(len(raw), 90) if rng.random() < 0.5 else len(raw))
@@ -247,8 +247,8 @@ def run_index(bench: "Bench", made: Files) -> str:
 
     from moetrain.data.corpus import CorpusSet
 
-    folder = _fresh(bench, "index")
-    _laid(folder, made)
+    folder = fresh(bench, "index")
+    laid(folder, made)
     CorpusSet([str(folder / "c")], None, seq_len=8, seed=1, root=folder / "cache")
     found: Any = IndexedDataset(str(folder / "c"))
     for number in range(len(found)):
@@ -304,9 +304,9 @@ def make_saved(rng: random.Random) -> Files:
     # Its .arrow file is mapped by its own reader, which a damaged one ends (docs/data.md).
     name = rng.choice([name for name in files if name.endswith(".json")])
     if rng.random() < 0.7:
-        files[name] = _json(_changed(rng, json.loads(files[name])))
+        files[name] = dumped(changed(rng, json.loads(files[name])))
     else:
-        files[name] = _bytes(rng, mutate.change_bytes(rng, files[name]), 0.3)
+        files[name] = other_bytes(rng, mutate.change_bytes(rng, files[name]), 0.3)
     return files
 
 
@@ -314,8 +314,8 @@ def run_saved(bench: "Bench", made: Files) -> str:
     """A folder of `datasets.save_to_disk`."""
     from moetrain.data.sources import find_sources, read_rows
 
-    folder = _fresh(bench, "saved")
-    _laid(folder, made)
+    folder = fresh(bench, "saved")
+    laid(folder, made)
     for source in find_sources([folder]):
         list(read_rows(source))
     return "used"

@@ -19,6 +19,7 @@ import convert
 import files
 import folders
 import mutate
+import rooms
 import seeds
 
 
@@ -51,6 +52,11 @@ class Bench:
     def conversions(self) -> convert.Place:
         """Folders of weights."""
         return convert.build(self.folder / "conversions")
+
+    @cached_property
+    def judged(self) -> rooms.Judged:
+        """A judge with a server."""
+        return rooms.Judged()
 
     def chat(self, how: Any) -> Any:
         """With what is done about control tokens in texts."""
@@ -332,6 +338,11 @@ TARGETS: dict[str, Target] = {
     "saved": Target(3, files.make_saved, files.run_saved),
     **{
         name: Target(*own)
-        for name, own in {**folders.FOLDERS, **convert.CONVERSIONS, **adapters.ADAPTERS}.items()
+        for name, own in {
+            **rooms.ROOMS,
+            **folders.FOLDERS,
+            **convert.CONVERSIONS,
+            **adapters.ADAPTERS,
+        }.items()
     },
 }
