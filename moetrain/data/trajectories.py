@@ -93,7 +93,7 @@ class Branch:
             raise ValueError("tokens below 0")
         if self.versions is not None and self.versions.shape != (num,):
             raise ValueError(f"versions of {self.versions.shape} tokens, and {num} of them")
-        if self.by_token.min(initial=0) < 0:
+        if min(self.by_token.min(initial=0), *(turn.version for turn in self.turns), 0) < 0:
             raise ValueError("versions below 0")
         if self.routes is not None:
             places = None if context is None else (len(own) if own is not None else context) + num
