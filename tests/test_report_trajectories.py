@@ -5,6 +5,7 @@ is of how much, and the filters in a browser.
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -109,10 +110,30 @@ def test_turns_are_laid_out_as_they_were_written(tmp_path: Path) -> None:
         "model 3 tokens, learned, version 7 of the weights\nTwelve?",
         "cannot be read a call is no JSON",
         "user context: not learned\nGo on.",
-        " The chat template rewrote what stood before; from here the model saw that.",
+        " What stood before was rendered anew; from here the model saw that.",
         "model 2 tokens, learned, version 8 of the weights\n12",
         "verdict reward 0.500 (exact 0.500); stop: the model ended it, and the environment had no"
         " more to say; tools/calls 2; tools/errors 1",
+    ]
+
+
+def test_what_an_agent_has_put_in(tmp_path: Path) -> None:
+    """Words of its own in front, and in the model's mouth, are no turns of the model."""
+    system = {"role": "system", "content": "You add."}
+    given = {"role": "assistant", "content": "I said 4.", "given": True}
+    one = trajectory(0)
+    one = replace(one, messages=(system, *one.messages[:2], given, *one.messages[2:]))
+    (row,) = Page(section([write(tmp_path, 1, [(one, 0.0)])])).rows
+    said = [block.split("\n") for block in row["blocks"] if "\n" in block]
+    assert [(who.split()[0], text) for who, text in said] == [
+        ("prompt", "user: 3 * 4"),
+        ("system", "You add."),
+        ("model", "<tool_call>raw</tool_call>"),
+        ("tool", "12"),
+        ("assistant", "I said 4."),
+        ("model", "Twelve?"),
+        ("user", "Go on."),
+        ("model", "12"),
     ]
 
 

@@ -58,6 +58,19 @@ SAMPLE = CommandKeys(
         "data.eval_share": "every prompt of PROMPTS is answered",
     },
 )
+AGENTS = CommandKeys(
+    "moetrain serve --agents",
+    frozenset(
+        [
+            *_MODEL,
+            *("rollout.temperature", "rollout.call_format", "rollout.max_turns"),
+            "rollout.environment_seconds",
+            *(f"rollout.{key}" for key in ENGINE if not key.startswith("reward_")),
+            *(f"data.{key}" for key in _CHAT if key != "max_rejected"),
+        ]
+    ),
+    {"rewards": "agents post theirs, and `moetrain grade` computes others"},
+)
 EVAL = CommandKeys(
     "moetrain eval",
     frozenset([*_MODEL, *(f"data.{key}" for key in _CHAT if key != "max_rejected")]),

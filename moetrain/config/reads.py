@@ -168,6 +168,11 @@ RULES = (
         "rollout.environment=single replies nothing",
     ),
     Rule(
+        ("rollout.reply_chars",),
+        lambda r: r.rollout is None or r.rollout.environment != "agents",
+        "what agents say is theirs: nothing is cut",
+    ),
+    Rule(
         ("model.init_std",),
         _makes_weights,
         "all weights are loaded; model.init=random makes them here",

@@ -222,6 +222,7 @@ class JudgeOptions(Section):
 OPTIONS: dict[str, type[Section]] = {
     "accuracy": NoOptions,
     "exact": NoOptions,
+    "agent": NoOptions,
     "format": FormatOptions,
     "code_format": CodeFormatOptions,
     "tag_count": TagCountOptions,

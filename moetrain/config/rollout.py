@@ -133,7 +133,7 @@ class RolloutConfig(Section):
     environment: str = Field(
         default="single",
         description="what replies to the model's turns: single (nothing), tools, python, search,"
-        " game, or FILE.py:CLASS",
+        " game, agents (programs of your own that speak to the model), or FILE.py:CLASS",
     )
     environment_options: dict[str, Any] = Field(
         default={}, description="arguments of the environment, as it names them"
@@ -151,9 +151,14 @@ class RolloutConfig(Section):
     reply_chars: Count = Field(
         default=8192, description="of a reply's message; what is longer is cut, and says so"
     )
-    environment_workers: Count = Field(default=2, description="processes that reply")
+    environment_workers: Count = Field(
+        default=2, description="processes that reply, each to one trajectory; agents at a time"
+    )
     environment_seconds: float = Field(
-        default=30.0, gt=0, description="that a reply may take; a trajectory without one is a fault"
+        default=30.0,
+        gt=0,
+        description="that a reply may take, or an agent from one of the model's turns to its next"
+        " request; a trajectory that waits longer is a fault",
     )
 
     def longest_answer(self, seq_len: int) -> int:

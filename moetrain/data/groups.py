@@ -109,21 +109,21 @@ def _pieces(groups: Sequence[Group], beyond: bool) -> Iterator[list[_Piece]]:
     item = 0
     for group in groups:
         prompt = torch.tensor(group.prompt.tokens)
-        shared: list[_Piece] = []
-        alone: list[_Piece] = []
+        together: dict[bytes, list[_Piece]] = {b"": []}  # by context; the prompt's first
         for answer in group.answers:
             one = answer.trajectory
             for number, branch in enumerate(one.branches):
                 is_last = number == len(one.branches) - 1
-                context, place = prompt, shared
+                context, key = prompt, b""
                 if branch.context is not None:
-                    context, place = torch.from_numpy(branch.context.astype(np.int64)), alone
+                    context = torch.from_numpy(branch.context.astype(np.int64))
+                    key = branch.context.tobytes()
                 name = f"{group.prompt.id}:{one.index}" + f".{number}" * bool(number)
                 cut = beyond and is_last and one.is_cut
-                place.append(_Piece(context, group.prompt.id, branch, name, item, cut))
+                piece = _Piece(context, group.prompt.id, branch, name, item, cut)
+                together.setdefault(key, []).append(piece)
             item += 1
-        yield shared
-        yield from ([piece] for piece in alone)
+        yield from filter(None, together.values())  # agents may all have words of their own
 
 
 def _width(branch: Branch) -> int:

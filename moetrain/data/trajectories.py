@@ -178,8 +178,8 @@ class Trajectory:
 
     @property
     def text(self) -> str:
-        """What the model said last."""
-        return self.written[-1].text
+        """What the model said last; nothing where an agent never asked it."""
+        return self.written[-1].text if self.written else ""
 
     @property
     def num_tokens(self) -> int:
@@ -199,7 +199,7 @@ class Trajectory:
     @property
     def version(self) -> int:
         """Of the oldest weights that wrote a turn."""
-        return min(turn.version for turn in self.written)
+        return min((turn.version for turn in self.written), default=0)
 
     @property
     def is_open(self) -> bool:

@@ -63,3 +63,4 @@ class Reply:
     fault: Fault = ""
     detail: str = ""  # of a fault, for people
     counts: Mapping[str, int] = field(default_factory=dict[str, int])  # tools/calls, tools/errors
+    reward: float | None = None  # that an agent gave its session

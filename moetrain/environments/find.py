@@ -7,6 +7,7 @@ from typing import Any
 from moetrain.config.recipe import Recipe
 from moetrain.config.rollout import RolloutConfig
 from moetrain.config.user_files import check_named
+from moetrain.environments import agents
 from moetrain.environments.base import Environment
 from moetrain.environments.game import Game
 from moetrain.environments.python import Python
@@ -22,6 +23,7 @@ ENVIRONMENTS: dict[str, Callable[..., Environment]] = {
     "python": Python,
     "search": Search,
     "game": Game,
+    "agents": agents.Agents,
 }
 
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -49,6 +51,8 @@ def check_names(rollout: RolloutConfig) -> None:
         )
     else:
         _check_options(ENVIRONMENTS[name], rollout)
+        if name == "agents":
+            agents.check_options(rollout.environment_options)
     for tool in rollout.tools:
         check_named(tool, "rollout.tools", "function")
 

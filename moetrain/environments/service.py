@@ -15,6 +15,7 @@ from typing import Any, Literal
 from moetrain.config.rollout import RolloutConfig
 from moetrain.data.messages import FormatError, Message
 from moetrain.data.scene import Scene
+from moetrain.environments.agents import Access, Agents
 from moetrain.environments.base import Environment, Fault, Reply, Silent, Tool
 from moetrain.environments.find import check_names, open_environment
 from moetrain.environments.replies import read_replies
@@ -30,9 +31,10 @@ class Question:
     """What a process is asked."""
 
     number: int
-    what: Literal["tools", "reset", "reply"]
+    what: Literal["tools", "reset", "reply", "run"]
     record: Mapping[str, Any]
     messages: tuple[Message, ...] = ()
+    access: Access | None = None  # of an agent that is to run
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,29 @@ class EnvironmentService:
         self.tools, self._is_silent = told.tools, told.is_silent
         # What prompts have of it, for `data/prompts.py`.
         opening = None if told.is_silent else self.reset
-        self.scene = Scene(told.tools, opening, rollout.environment != "single")
+        has_turns = rollout.environment not in ("single", "agents")
+        self.scene = Scene(told.tools, opening, has_turns)
 
     def ask(self, key: Hashable, record: Mapping[str, Any], messages: Sequence[Message]) -> None:
         """Ask for the reply to the last of `messages`, the model's turn; `key` is told with it."""
+        self._ask(key, lambda number: Question(number, "reply", record, tuple(messages)))
+
+    def run(self, key: Hashable, record: Mapping[str, Any], access: Access) -> None:
+        """Run an agent; the reply is its end, with the reward that it gave."""
+        self._ask(key, lambda number: Question(number, "run", record, access=access))
+
+    def pause(self, key: Hashable, *, is_paused: bool) -> None:
+        """Stop the clock of what `key` was given for, or begin it anew."""
+        with self._lock:
+            for number in [number for number, own in self._keys.items() if own == key]:
+                self._pool.pause(number, is_paused=is_paused)
+        os.write(self._wake_write, b"!")  # the next deadline is another
+
+    def _ask(self, key: Hashable, question: Callable[[int], Question]) -> None:
         with self._lock:
             number = next(self._numbers)
             self._keys[number] = key
-            self._pool.ask([Question(number, "reply", record, tuple(messages))])
+            self._pool.ask([question(number)])
             self._pool.send()
         os.write(self._wake_write, b"!")
 
@@ -188,6 +205,8 @@ def _told(environment: Environment, question: Question, most: int) -> Told:
     try:
         if question.what == "tools":
             return Told(Reply(), tuple(environment.tools), isinstance(environment, Silent))
+        if isinstance(environment, Agents) and question.access is not None:
+            return Told(Reply(reward=environment.run(question.record, question.access)))
         if question.what == "reset":
             said = environment.reset(question.record)
         else:

@@ -24,6 +24,7 @@ from moetrain.environments.base import Reply
 from moetrain.environments.calls import TurnReader, check_format
 from moetrain.environments.service import EnvironmentService
 from moetrain.errors import DataError
+from moetrain.loops.agents import Agents
 from moetrain.rollout.base import Request, Sampling
 from moetrain.rollout.follow_ups import FollowUps
 
@@ -70,13 +71,15 @@ class Dialogues:
 
 def open_dialogues(
     recipe: Recipe, chat: Chat, stop_ids: tuple[int, ...], stack: ExitStack
-) -> Dialogues | None:
+) -> Dialogues | Agents | None:
     """The recipe's environment, which ends with `stack`; None where an answer is one turn. Raises
     ConfigError.
     """
     rollout = recipe.rollout
     if rollout is None or rollout.environment == "single":
         return None
+    if rollout.environment == "agents":
+        return Agents(recipe, chat, stop_ids, stack)
     service = EnvironmentService(rollout)
     stack.callback(service.close)
     check_format(chat.template, rollout.call_format, service.tools)
@@ -93,7 +96,9 @@ def open_dialogues(
     )
 
 
-def with_environment(prompts: Sequence[Prompt], dialogues: Dialogues | None) -> list[Prompt]:
+def with_environment(
+    prompts: Sequence[Prompt], dialogues: Dialogues | Agents | None
+) -> list[Prompt]:
     """The prompts as they are given to the model. Raises DataError."""
     return [prompt if dialogues is None else dialogues.begin(prompt) for prompt in prompts]
 

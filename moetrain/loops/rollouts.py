@@ -16,6 +16,8 @@ from torch import Tensor
 from moetrain.data.groups import GradedAnswer, Group
 from moetrain.data.samples import Prompt
 from moetrain.data.trajectories import Trajectory, to_json
+from moetrain.loops.agent_sessions import REWARD
+from moetrain.loops.agents import Agents
 from moetrain.loops.dialogues import Dialogues, Turns, opened_for_last_turn
 from moetrain.rewards import Completion, Grader, Verdict
 from moetrain.rollout.base import Request, RolloutEngine, Sampling
@@ -31,7 +33,7 @@ class Drawing:
     engine: RolloutEngine
     sampling: Sampling
     seed: int
-    dialogues: Dialogues | None = None  # None: an answer is one turn
+    dialogues: Dialogues | Agents | None = None  # None: an answer is one turn
 
     def draw(
         self,
@@ -49,6 +51,15 @@ class Drawing:
         whole_batches: those of the engine's batches that are not done as a whole are drawn again,
         so that a run that was killed goes on with the same bits.
         """
+
+        def kept(one: Trajectory) -> None:
+            done[one.prompt_id, one.index] = one
+            keep(one)
+
+        if isinstance(self.dialogues, Agents):  # whose sessions begin anew
+            wanted = [(p, i) for p in prompts for i in range(num) if (p.id, i) not in done]
+            self.dialogues.draw(self.engine, self.sampling, wanted, self._seed_of_turn, kept)
+            return
         every = [
             Request(prompt, index, seed_of(self.seed, prompt.id, index), self.sampling)
             for prompt in prompts
@@ -63,11 +74,6 @@ class Drawing:
                 resumed.append(found[0])
             elif any(one is None or one.is_open for one in found):
                 requests += batch
-
-        def kept(one: Trajectory) -> None:
-            done[one.prompt_id, one.index] = one
-            keep(one)
-
         if self.dialogues is None:
             if requests:
                 self.engine.generate(requests, lambda sample: kept(Trajectory.of(sample)))
@@ -122,7 +128,7 @@ def verdicts(
         Completion(
             number,
             one.text,
-            prompt.columns,
+            prompt.columns | _posted(one),
             opened=opened_for_last_turn(prompt, one),
             is_text=prompt.is_text,
             tokens=tuple(one.tokens),
@@ -134,6 +140,12 @@ def verdicts(
     ]
     ready = iter(grader.grade_completions(completions))
     return [Verdict(None, {}, one.finish) if one.is_lost else next(ready) for _, one in pairs]
+
+
+def _posted(one: Trajectory) -> dict[str, float]:
+    """The column that the reward `agent` reads."""
+    counts = one.counts or {}
+    return {"agent_reward": counts[REWARD]} if REWARD in counts else {}
 
 
 def means(answers: Sequence[GradedAnswer], prefix: str) -> dict[str, Any]:
@@ -162,8 +174,10 @@ def turn_figures(made: Sequence[Trajectory]) -> dict[str, float]:
         return {}
     counts = Counter[str]()
     for one in made:
-        counts.update({name: int(number) for name, number in (one.counts or {}).items()})
-    return {
+        own = {name: int(n) for name, n in (one.counts or {}).items() if name != REWARD}
+        counts.update(own)
+    agents = {name: float(n) for name, n in counts.items() if name.startswith("agents/")}
+    return agents | {
         "turns/mean": fmean(len(one.written) for one in made),
         "turns/most": float(max(len(one.written) for one in made)),
         "turns/limit": fmean(one.finish == "turns" for one in made),

@@ -71,7 +71,7 @@ def _row(index: int, run: Run, one: Trajectory, room: int) -> str:
     if len(turns) > TURNS:
         num_left = len(turns) - TURNS
         turns = (*turns[: TURNS * 2 // 3], *turns[len(turns) - TURNS // 3 :])
-    num_texts = 2 + len(turns) + sum(max(1, len(turn.replies)) for turn in turns)
+    num_texts = 2 + len(turns) + sum(max(1, len(turn.replies) + len(turn.before)) for turn in turns)
     most = max(SHORTEST, min(LONGEST, room // num_texts))
     parts = [_text("prompt", "context: not learned", "", one.prompt, most)]
     if one.columns:
@@ -111,9 +111,9 @@ def _head(one: Trajectory) -> str:
 
 
 def _turn(turn: Turn, most: int, *, is_learned: bool) -> list[str]:
-    parts: list[str] = []
+    parts = [_text(who, "context: not learned", "reply", text, most) for who, text in turn.before]
     if turn.is_anew:
-        note = "The chat template rewrote what stood before; from here the model saw that."
+        note = "What stood before was rendered anew; from here the model saw that."
         parts.append(_line("", note, most))
     facts = ["" if turn.tokens is None else plural(turn.tokens, "token")]
     facts.append("learned" if is_learned else "not learned (method.truncated: mask)")

@@ -1,7 +1,7 @@
 """A run's trajectories as text: a sample of its rollouts, read without holding a whole batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +29,9 @@ class Turn:
     malformed: tuple[str, ...]  # what is wrong with calls that could not be read
     replies: tuple[tuple[str, str], ...]  # (who, what they said)
     reply_tokens: int | None  # None: the conversation was rendered anew, or the file does not say
-    is_anew: bool  # the template rewrote what stood before: the model saw it otherwise than before
+    # What stood before was rendered anew: the template rewrites it, or an agent has changed it.
+    is_anew: bool
+    before: tuple[tuple[str, str], ...] = ()  # (who, what they said) in front of the first turn
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _at(file: Any, step: int, place: _Place) -> Trajectory | None:
 def turns_of(one: Mapping[str, Any]) -> Iterator[Turn]:
     """The model's turns of an answer with the replies to them, as a rollout's row has them."""
     messages = [m for m in field_of(one, "messages", list) or () if isinstance(m, dict)]
-    said = _by_turn(cast(list[dict[str, Any]], messages))
+    before, said = _by_turn(cast(list[dict[str, Any]], messages))
     branches: list[Any] = field_of(one, "branches", list) or []
     if not branches:
         # An answer of one turn; the tokens of old files and of `moetrain sample` are a list.
@@ -179,7 +181,8 @@ def turns_of(one: Mapping[str, Any]) -> Iterator[Turn]:
                 continue
             reply = rows[place + 1] if place + 1 < len(rows) else None
             message, replies = said[number] if number < len(said) else ({}, [])
-            yield _turn(row, message, replies, reply, is_anew=at > 0 and place == 0)
+            turn = _turn(row, message, replies, reply, is_anew=at > 0 and place == 0)
+            yield turn if number else replace(turn, before=tuple(before))
             number += 1
 
 
@@ -207,18 +210,22 @@ def _turn(
     )
 
 
-def _by_turn(
-    messages: Sequence[dict[str, Any]],
-) -> list[tuple[dict[str, Any], list[tuple[str, str]]]]:
-    """(the model's message, the replies to it) of each turn."""
-    found: list[tuple[dict[str, Any], list[tuple[str, str]]]] = []
+Said = list[tuple[str, str]]
+
+
+def _by_turn(messages: Sequence[dict[str, Any]]) -> tuple[Said, list[tuple[dict[str, Any], Said]]]:
+    """(what is said before the model, (the model's message, the replies to it) of each turn)."""
+    before: Said = []
+    found: list[tuple[dict[str, Any], Said]] = []
     for message in messages:
-        if message.get("role") == "assistant":
+        # An agent may put words into the model's mouth.
+        if message.get("role") == "assistant" and message.get("given") is not True:
             found.append((message, []))
-        elif found:
+        else:
             names = [field_of(message, name, str) for name in ("role", "name")]
-            found[-1][1].append((" ".join(filter(None, names)) or "?", said_by(message)))
-    return found
+            who = " ".join(filter(None, names)) or "?"
+            (found[-1][1] if found else before).append((who, said_by(message)))
+    return before, found
 
 
 def call_text(call: Any) -> str:

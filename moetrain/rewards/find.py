@@ -1,13 +1,14 @@
 """From a name in a recipe to a function."""
 
 from moetrain.config.reward_files import check_reward_file
-from moetrain.rewards import accuracy, lengths, text
+from moetrain.rewards import accuracy, lengths, posted, text
 from moetrain.rewards.base import RewardFunction
 from moetrain.rewards.own_files import load_named
 
 REWARDS: dict[str, RewardFunction] = {
     "accuracy": accuracy.accuracy,
     "exact": accuracy.exact,
+    "agent": posted.agent,
     "format": text.format,
     "code_format": text.code_format,
     "tag_count": text.tag_count,

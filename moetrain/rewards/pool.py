@@ -86,6 +86,11 @@ class Pool[T: Numbered, A]:
             if not worker.is_busy and self._queue:
                 worker.send(self._queue.popleft())
 
+    def pause(self, number: int, *, is_paused: bool) -> None:
+        """Stop the clock of a thing in a worker's hands, or begin it anew."""
+        for worker in self._workers:
+            worker.pause(number, is_paused=is_paused)
+
     def answers(self) -> Iterator[tuple[int, A]]:
         """What is there by now; what is late or dead is replaced."""
         for place, worker in enumerate(self._workers):
@@ -142,7 +147,7 @@ class _Worker[T: Numbered, A]:
         tied.close()
         self._work, self._shape, self._more = work, shape, 0.0
         self._left: dict[int, T] = {}
-        self._is_ready = False
+        self._is_ready = self._is_paused = False
         self._since = time.monotonic()
 
     @property
@@ -158,6 +163,8 @@ class _Worker[T: Numbered, A]:
     def deadline(self) -> float:
         if not self._is_ready:
             return self._since + self._shape.start_seconds
+        if self._is_paused:
+            return float("inf")
         return self._since + self._shape.seconds + self._more
 
     def send(self, things: tuple[T, ...]) -> None:
@@ -166,9 +173,13 @@ class _Worker[T: Numbered, A]:
         if self._is_ready:
             self._begin()
 
+    def pause(self, number: int, *, is_paused: bool) -> None:
+        if number in self._left:
+            self._is_paused, self._since = is_paused, time.monotonic()
+
     def _begin(self) -> None:
         """Hand them over: the clock runs from here."""
-        self._since = time.monotonic()
+        self._is_paused, self._since = False, time.monotonic()
         try:
             self.pipe.send(self.left)
         except OSError:

@@ -1,0 +1,112 @@
+"""Agents: programs of their own that speak to the model through an endpoint in OpenAI's form
+(`loops/agent_server.py`). Here they are started, one for each answer.
+"""
+
+import asyncio
+import inspect
+import json
+import math
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moetrain.config.user_files import check_named
+from moetrain.data.messages import FormatError, Message, shown
+from moetrain.environments.base import Silent, Tool
+from moetrain.errors import ConfigError
+from moetrain.rewards.own_files import load_named
+
+WHERE = "rollout.environment_options"
+LAST = 2000  # bytes of what a command wrote that are looked at where it failed
+
+
+@dataclass(frozen=True)
+class Access:
+    """What an agent needs to reach the model."""
+
+    base_url: str
+    key: str  # of its session: the API key, or the header X-Session-Id
+
+
+class Agents(Silent):
+    """Runs one agent for each answer, whose turns become the trajectory.
+
+    Args:
+        agent: FILE.py:FUNCTION, called as function(record, base_url=..., session=...); it may be
+            async. What it returns is its reward, or None.
+        command: a command line instead. It finds OPENAI_BASE_URL and OPENAI_API_KEY in its
+            environment and the record as JSON on its input.
+
+    Raises ConfigError where there is no such.
+    """
+
+    tools: Sequence[Tool] = ()
+
+    def __init__(self, agent: str | None = None, command: str | Sequence[str] | None = None):
+        check_options({"agent": agent, "command": command})
+        self._command = shlex.split(command) if isinstance(command, str) else list(command or ())
+        self._function = None if agent is None else load_named(agent, f"{WHERE}.agent", "function")
+
+    def reply(self, record: Mapping[str, Any], messages: Sequence[Message]) -> None:
+        return None
+
+    def run(self, record: Mapping[str, Any], access: Access) -> float | None:
+        """Run the agent to its end; the reward that it gave. Raises whatever the agent does, and
+        FormatError for a command that failed and for a reward that is none.
+        """
+        if self._function is None:
+            return self._run_command(record, access)
+        said = self._function(record, base_url=access.base_url, session=access.key)
+        if inspect.iscoroutine(said):
+            said = asyncio.run(said)
+        return None if said is None else reward_of(said)
+
+    def _run_command(self, record: Mapping[str, Any], access: Access) -> None:
+        own = {"OPENAI_BASE_URL": access.base_url, "OPENAI_API_KEY": access.key}
+        given = json.dumps(record, default=str).encode()
+        with tempfile.TemporaryFile() as said:
+            # What it leaves running is ended with this process, or when it is late.
+            done = subprocess.run(
+                self._command, input=given, stdout=said, stderr=said, env=os.environ | own,
+                check=False,
+            )  # fmt: skip
+            if done.returncode:
+                said.seek(max(0, said.seek(0, os.SEEK_END) - LAST))
+                lines = said.read().decode("utf-8", "replace").strip().splitlines()
+                raise FormatError(f"exit code {done.returncode}: {lines[-1] if lines else ''}")
+
+
+def reward_of(value: Any) -> float:
+    """A reward that an agent gave. Raises FormatError for what is no finite number."""
+    is_number = isinstance(value, int | float) and abs(value) < 1e300
+    if not is_number or not math.isfinite(value):
+        raise FormatError(f"a reward is a finite number, not {shown(value)}")
+    return float(value)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError where they name no agent. Files are read, not run."""
+    agent, command = options.get("agent"), options.get("command")
+    if (agent is None) == (command is None):
+        raise ConfigError(
+            f"rollout.environment=agents needs one of {WHERE}.agent (FILE.py:FUNCTION) and"
+            f" {WHERE}.command."
+        )
+    if agent is not None:
+        if not isinstance(agent, str) or ":" not in agent:
+            raise ConfigError(f"{WHERE}.agent is {shown(agent)}: give FILE.py:FUNCTION.")
+        check_named(agent, f"{WHERE}.agent", "function")
+        return
+    words: Any = command
+    if isinstance(command, str):
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise ConfigError(f"{WHERE}.command: {error}.") from None
+    is_listed = isinstance(words, Sequence) and all(isinstance(one, str) for one in words)
+    if not words or not is_listed:
+        raise ConfigError(f"{WHERE}.command is {shown(command)}: give a command line.")

@@ -1,0 +1,138 @@
+"""The endpoint in OpenAI's form through which agents speak to the model, on this machine alone.
+
+POST /v1/chat/completions   a turn (`agent_api.py`); the session is named by the API key, or by
+                            the header X-Session-Id
+POST /v1/reward             {"reward": number}: of the session; the last one counts
+POST /v1/end                the same, and the session has ended (`moetrain serve --agents`)
+GET  /v1/models             the one that is served
+"""
+
+import json
+import threading
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Protocol, cast
+
+from moetrain.data.parsing import parse_json
+from moetrain.loops.agent_api import Refused
+
+MODEL = "moetrain"
+HEADER = "X-Session-Id"
+MOST_BYTES = 32 << 20  # of a body
+READ_SECONDS = 30.0  # without a byte of a request; a turn may take as long as it does
+
+
+class Door(Protocol):
+    """What is behind the endpoint. Called by many threads; raises Refused."""
+
+    def session_of(self, given: Mapping[str, str]) -> str:
+        """The session that a request's headers name."""
+        ...
+
+    def chat(self, session: str, body: Any) -> Mapping[str, Any]:
+        """The answer to a request for a turn, when it is drawn."""
+        ...
+
+    def reward(self, session: str, body: Any, *, ends: bool) -> None:
+        """Take a session's reward, and its end."""
+        ...
+
+
+class AgentServer:
+    """Serves `door` at `base_url` until `close`. Raises OSError where the port is taken."""
+
+    def __init__(self, door: Door, port: int = 0):
+        self._server = _Server(("127.0.0.1", port), _Handler)
+        self._server.door = door
+        self.base_url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.1,), daemon=True, name="agents"
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take no more requests."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False  # an agent may keep a connection open
+    request_queue_size = 1024
+    door: Door
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that its agent has dropped is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections are kept
+    timeout = READ_SECONDS
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        if self.path.rstrip("/") == "/v1/models":
+            model = {"id": MODEL, "object": "model", "created": 0, "owned_by": MODEL}
+            self._say(200, {"object": "list", "data": [model]})
+        else:
+            self._refuse(Refused(404, f"there is no {self.path[:100]}", "not_found"))
+
+    def do_POST(self) -> None:
+        door = cast(_Server, self.server).door
+        try:
+            body = self._body()
+            what = self.path.partition("?")[0].rstrip("/")
+            if what not in ("/v1/chat/completions", "/v1/reward", "/v1/end"):
+                raise Refused(404, f"there is no {self.path[:100]}", "not_found")
+            session = door.session_of({name: str(self.headers[name]) for name in self.headers})
+            if what == "/v1/chat/completions":
+                self._say(200, door.chat(session, body))
+            else:
+                door.reward(session, body, ends=what == "/v1/end")
+                self._say(200, {})
+        except Refused as refused:
+            self._refuse(refused)
+
+    def _body(self) -> Any:
+        """What the body says; its text where that is no JSON."""
+        length = self.headers.get("Content-Length", "")[:20]
+        if not length.isdecimal() or int(length) > MOST_BYTES:
+            self.close_connection = True  # what is left of it is not read
+        if not length.isdecimal():
+            raise Refused(411, "a body's Content-Length is wanted")
+        if int(length) > MOST_BYTES:
+            raise Refused(413, f"a body of more than {MOST_BYTES >> 20} MiB", "too_large")
+        raw = self.rfile.read(int(length))
+        try:
+            return parse_json(raw) if raw else {}
+        except ValueError as error:
+            return f"the body is {error}"
+
+    def _refuse(self, refused: Refused) -> None:
+        error = {"message": str(refused), "type": "invalid_request_error", "code": refused.code}
+        self._say(refused.status, {"error": error})
+
+    def _say(self, status: int, content: Mapping[str, Any]) -> None:
+        raw = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: a run's output is not a server's log."""
+
+
+def named_session(given: Mapping[str, str]) -> str:
+    """The session that headers name: X-Session-Id, else the API key. Raises Refused."""
+    lower = {name.lower(): value for name, value in given.items()}
+    scheme, _, key = lower.get("authorization", "").partition(" ")
+    session = lower.get(HEADER.lower(), "") or (key.strip() if scheme.lower() == "bearer" else "")
+    if not session:
+        raise Refused(401, f"which session? Give it as API key, or as {HEADER}", "no_session")
+    return session
