@@ -322,7 +322,8 @@ def assembled(row: Mapping[str, Any], parts: Sequence[Branch]) -> Trajectory:
         part = replace(part, turns=own)
         part.check()
         branches.append(part)
-    if not any(turn.author == "model" for turn in (turns[-1] if turns else ())):
+    never_asked = not turns and row["finish"] in FAULTS  # an agent that failed before it asked
+    if not never_asked and not _has_model(turns):
         raise ValueError("the last turns are none of the model's")
     more = {"messages": (), "counts": {}, "detail": ""} | dict(row)
     check_types(more, messages=(list, tuple), counts=(dict, type(None)), detail=str)
@@ -338,6 +339,10 @@ def assembled(row: Mapping[str, Any], parts: Sequence[Branch]) -> Trajectory:
         row.get("counts"),
         row.get("detail", ""),
     )
+
+
+def _has_model(branches: Sequence[Sequence[Turn]]) -> bool:
+    return any(turn.author == "model" for turn in (branches[-1] if branches else ()))
 
 
 def _turn(content: dict[str, Any]) -> Turn:
