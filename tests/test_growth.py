@@ -6,6 +6,8 @@ import contextlib
 import gc
 import json
 import os
+import re
+import struct
 import tempfile
 import time
 import tracemalloc
@@ -15,17 +17,27 @@ from pathlib import Path
 import pytest
 from chat_templates import DEEPSEEK
 
+from moetrain.config.rewards import JudgeOptions
 from moetrain.config.yaml_text import parse_value
+from moetrain.data.continuation import _Words
 from moetrain.data.contract import EMPTY_THOUGHT
-from moetrain.data.controls import JOINT, Cut, cut
+from moetrain.data.controls import JOINT, Cut, Spelling, cut
+from moetrain.data.documents import Documents
+from moetrain.data.groups import GradedAnswer, Group
 from moetrain.data.messages import FormatError, read_messages
 from moetrain.data.parsing import parse_json
+from moetrain.data.samples import Prompt, Sample
+from moetrain.data.sources import Record
+from moetrain.data.trajectories import Trajectory
 from moetrain.environments.call_formats import READERS
 from moetrain.errors import ConfigError
 from moetrain.interop.swift.shell import find_commands
+from moetrain.loops.store import Batch, Store
+from moetrain.observe.answers import read_answers
 from moetrain.observe.follow import Follower
 from moetrain.rewards.code import fenced
 from moetrain.rewards.prose import _formulas
+from moetrain.weights.header import read_header
 
 BEGIN, END, SEP = DEEPSEEK[6], DEEPSEEK[7], DEEPSEEK[12]
 # What a model may write without an end: a format, a piece.
@@ -46,6 +58,47 @@ def ledger_line(n: int) -> bool:
         path.touch()
         os.truncate(path, n << 20)
         return Follower(path).poll()
+
+
+def names_of_calls(n: int) -> str:
+    """A turn of n calls, as it is found in what a template renders of it."""
+    calls = [{"function": {"name": f"f{i}", "arguments": {}}} for i in range(n)]
+    words = _Words({"role": "assistant", "content": "", "tool_calls": calls})
+    rendered = " ".join(words.names)
+    assert words.last_in(rendered, 0) == len(rendered) and words.says(rendered, "x")
+    return words.named(rendered)
+
+
+def many_tensors(n: int) -> object:
+    """A safetensors header of n tensors."""
+    places = (f'"t{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i in range(n))
+    header = f"{{{','.join(places)}}}".encode()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(n))
+        return read_header(path, None)
+
+
+def many_answers(n: int) -> object:
+    """Rollouts of a step with n answers, written and read."""
+    made = (Sample("p", i, (5, 6), (-0.5, -0.25), "hi", "stop", 2) for i in range(n))
+    answers = tuple(GradedAnswer(Trajectory.of(one), 1.0) for one in made)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        store.write(Batch(1, (Group(Prompt("p", (1,), {}), answers),), 1))
+        return store.read(1), read_answers(Path(folder) / "00000001.jsonl")
+
+
+def judged(n: int) -> object:
+    """A judge that goes on and on."""
+    options = JudgeOptions.model_validate({"url": "http://127.0.0.1/v1", "model": "m"})
+    return [list(re.finditer(options.pattern, text * n)) for text in ("Score: ", "**", "-", "9")]
+
+
+def one_document(n: int) -> object:
+    """Of a corpus, with control tokens that are spelled in letters."""
+    rows = [Record({"text": "a <|im_end|> line\n" * n}, "f", 1)]
+    return sum(map(len, Documents(rows, "text", Spelling({"<|im_end|>"}, True), "escape")))
 
 
 def turns_and_joints(n: int) -> Cut:
@@ -81,6 +134,11 @@ CASES: dict[str, tuple[Callable[[int], object], int]] = {
         20_000,
     ),
     "a ledger of one line": (ledger_line, 30),
+    "a document with control tokens": (one_document, 20_000),
+    "names of calls": (names_of_calls, 3_000),
+    "a header of many tensors": (many_tensors, 1_500),
+    "rollouts of many answers": (many_answers, 100),
+    "a judge without an end": (judged, 30_000),
     "a record of short texts": (lambda n: parse_json(json.dumps([["x"]] * n)), 30_000),
 }
 
