@@ -166,6 +166,13 @@ def test_one_process_learns(every_method: EveryMethod) -> None:
             assert case.name == "reward" or min(moved) > 1e-2, case.name
 
 
+def enough(layout: str) -> int:
+    """Packs: where neither stages nor replicas share them, two show what four would."""
+    world, parallel = EVERYWHERE[layout]
+    shared = "pp" in parallel or world > parallel.get("tp", 1) * parallel.get("cp", 1)
+    return 4 if shared else 2
+
+
 def halves(both: list[Any]) -> tuple[list[Any], list[Any]]:
     return both[: len(both) // 2], both[len(both) // 2 :]
 
@@ -180,10 +187,8 @@ def halves(both: list[Any]) -> tuple[list[Any], list[Any]]:
 def test_methods_are_the_same_at_every_layout(
     workers: Workers, every_method: EveryMethod, layout: str
 ) -> None:
-    """Where neither stages nor replicas share the packs, two of them show what four would."""
     world, parallel = EVERYWHERE[layout]
-    shared = "pp" in parallel or world > parallel.get("tp", 1) * parallel.get("cp", 1)
-    made, wanted = every_method(4 if shared else 2)
+    made, wanted = every_method(enough(layout))
     said: set[str] = set()
     for answers in workers.run(world, layouts.run, parallel, made, timeout=400):
         for case, one, found in zip(made, wanted, answers, strict=True):
@@ -264,7 +269,7 @@ def test_what_a_recipe_adds_is_the_same_at_every_layout(
     workers: Workers, cases: Cases, name: str, layout: str
 ) -> None:
     method, family, changes, sections, routes, _, _ = COMPOSED[name]
-    num_packs = 3 if "three packs" in name else 4
+    num_packs = 3 if "three packs" in name else 4 if "two packs" in name else enough(layout)
     make: Callable[[dict[str, Any]], Case] = lambda more: cases.case(  # noqa: E731
         method, family, changes, more, routes=routes, num_packs=num_packs
     )
