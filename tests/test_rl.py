@@ -193,7 +193,8 @@ def test_every_layout_samples_and_learns_the_same(whole: Path, tmp_path: Path, l
     ids=lambda more: more[0],
 )
 def test_methods_and_modes(tmp_path: Path, more: tuple[str, ...]) -> None:
-    train(tmp_path / "run", "parallel.ep=2", "train.steps=3", *more)
+    few = ("train.steps=3", "checkpoint.every=3", "data.eval=[]", "data.take=[64]")
+    train(tmp_path / "run", "parallel.ep=2", *few, *more)
     steps = [row for row in rows(tmp_path / "run", whole=True) if "loss" in row]
     assert all(row["push/logprob_gap"] <= 1e-3 and row["mismatch/abs"] <= 1e-3 for row in steps[:1])
     for row in steps:  # an adapter of 4 ranks is on matrices of 6,291,456 bytes

@@ -346,6 +346,7 @@ def sampled(workers: Workers, folder: Path, over: dict[str, Any]) -> Any:
     few = [
         "train.steps=1",
         "data.seq_len=128",
+        "data.take=[64]",
         "observe.tensorboard=false",
         "observe.progress=false",
     ]

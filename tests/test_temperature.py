@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "examples" / "grpo_tiny.yaml"
 SETTINGS = (
     "train.steps=2 data.eval=[] data.seq_len=256 checkpoint.every=null observe.tensorboard=false"
-    " rollout.prompts_per_step=2 rollout.group_size=4 rollout.max_tokens=8"
+    " data.take=[8] rollout.prompts_per_step=2 rollout.group_size=4 rollout.max_tokens=8"
 ).split()
 METHODS = {
     "grpo": "{name: grpo, beta: 0.05}",
