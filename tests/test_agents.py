@@ -4,6 +4,7 @@ wrong costs one trajectory and is counted.
 """
 
 import json
+import os
 import socket
 import threading
 import time
@@ -33,7 +34,9 @@ from moetrain.data.run_tokenizer import chat_of
 from moetrain.data.samples import Prompt, Sample
 from moetrain.data.trajectories import Trajectory, from_json, to_json
 from moetrain.data.turns import stop_ids
+from moetrain.environments.agents import Access
 from moetrain.environments.find import check_names
+from moetrain.environments.service import EnvironmentService
 from moetrain.errors import ConfigError
 from moetrain.loops.agent_server import AgentServer
 from moetrain.loops.agents import Agents
@@ -350,6 +353,37 @@ def test_options_that_name_no_agent(options: str, word: str) -> None:
     with pytest.raises(ConfigError, match=word) as error:
         check_names(rollout)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_what_the_model_takes_is_not_the_agents_time(tmp_path: Path) -> None:
+    """The clock of an agent stands while its turn is drawn; then it is late, and is ended with what
+    it has started.
+    """
+    own = (
+        f"echo $$ >> {tmp_path}/pids; sleep 2.5; [ -e {tmp_path}/again ] && exec sleep 100; exit 0"
+    )
+    (tmp_path / "agent.sh").write_text(own)
+    config = RolloutConfig(
+        environment="agents",
+        environment_options={"command": f"sh {tmp_path}/agent.sh"},
+        environment_seconds=1.0,
+        environment_workers=1,
+    )
+    service = EnvironmentService(config)
+    try:
+        service.run("drawn", {}, Access("http://x", "key"))
+        service.pause("drawn", is_paused=True)
+        (first,) = service.answers(60)
+        assert (first[0], first[1].fault) == ("drawn", "")
+        (tmp_path / "again").touch()
+        service.run("late", {}, Access("http://x", "key"))
+        (second,) = service.answers(60)
+        assert (second[0], second[1].fault) == ("late", "timeout")
+    finally:
+        service.close()
+    for pid in (tmp_path / "pids").read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
 
 
 def test_sessions_without_training(scene: Scene, tmp_path: Path) -> None:
