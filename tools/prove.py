@@ -191,7 +191,14 @@ def read_only(run: Run) -> None:
     path = run.folder / "checkpoints"
     path.mkdir(exist_ok=True)
     mount("--bind", str(path), str(path))
-    mount("-o", "remount,bind,ro", str(path))
+    end = time.monotonic() + 60
+    while True:  # it is busy while a file in it is open for writing
+        try:
+            return mount("-o", "remount,bind,ro", str(path))
+        except subprocess.CalledProcessError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
 
 
 def writable(run: Run) -> None:

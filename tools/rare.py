@@ -25,8 +25,7 @@ from tables import write_table
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = [sys.executable, "-W", "ignore"]
 MOETRAIN = [*PYTHON, "-m", "moetrain"]
-TINY = str(ROOT / "examples/pretrain_tiny.yaml")
-STEPS = 12
+TINY, STEPS = str(ROOT / "examples/pretrain_tiny.yaml"), 12
 TRAIN = [
     *(*MOETRAIN, "train", TINY, "--nproc", "2", "parallel.ep=2", f"train.steps={STEPS}"),
     *"checkpoint.every=4 checkpoint.export_hf=true data.seq_len=64 observe.progress=false".split(),
@@ -228,6 +227,29 @@ def records(folder: Path, num: int = 1_000_000) -> str:
     )
 
 
+def document(folder: Path, megabytes: int = 4) -> str:
+    """A corpus of one document, and one of twice its length."""
+    code = (
+        "import sys\nfrom pathlib import Path\nsys.path.insert(0, 'tests')\n"
+        "from data_helpers import tokenizer_folder\n"
+        "from moetrain.data.indexing import Options, index\n"
+        "source, out = map(Path, sys.argv[1:])\n"
+        "assert index([source], tokenizer_folder(), out, Options(workers=1)).num_documents == 1\n"
+    )
+    found = list[tuple[float, float]]()
+    for times in (0, 1, 2):
+        path = folder / f"{times}.jsonl"
+        lines = (f"word{i % 9973} of a line {i * 7919 % 1000}\n" for i in range(1 + 40_000 * times))
+        path.write_text(json.dumps({"text": "".join(lines) * megabytes}) + "\n")
+        found.append(measured(code, path, folder / f"index{times}"))
+    (_, none), once, twice = found
+    check(twice[1] - none < 2.5 * (once[1] - none) + 50, found)
+    return (
+        f"{megabytes} MB of text: {once[1] - none:.0f} MB more than a short one, {once[0]:.0f} s;"
+        f" of twice the length {twice[1] - none:.0f} MB, {twice[0]:.0f} s"
+    )
+
+
 def ledger(folder: Path, num: int = 1_000_000) -> str:
     """A ledger of a million lines: a run goes on after it, and it is drawn."""
     run = folder / "run"
@@ -245,18 +267,17 @@ def ledger(folder: Path, num: int = 1_000_000) -> str:
     resumed = measured(go_on, run / "ledger.jsonl", num - 1)
     check(len(rows_of(run)) == num - 1, "rows past the checkpoint are dropped, and no others")
     shown = measured(REPORT, run, folder / "page.html")
-    size = (folder / "page.html").stat().st_size / 1e6
-    check(resumed[1] < 500 and shown[1] < 2000 and size < 1, (resumed, shown, size))
+    size = (folder / "page.html").stat().st_size / 1e3
+    check(resumed[1] < 500 and shown[1] < 2000 and size < 1000, (resumed, shown, size))
     return (
         f"a resume reads and rewrites it in {resumed[0]:.0f} s and {resumed[1]:.0f} MB; the report"
-        f" takes {shown[0]:.0f} s and {shown[1]:.0f} MB, its page {1000 * size:.0f} kB"
+        f" takes {shown[0]:.0f} s and {shown[1]:.0f} MB, its page {size:.0f} kB"
     )
 
 
-REPORT = (
-    "import sys\nfrom pathlib import Path\nfrom moetrain.observe.report import write_report\n"
-    "write_report([Path(sys.argv[1])], Path(sys.argv[2]))\n"
-)
+REPORT = """import sys\nfrom pathlib import Path\nfrom moetrain.observe.report import write_report
+write_report([Path(sys.argv[1])], Path(sys.argv[2]))
+"""
 
 
 def runs(folder: Path, num: int = 10_000) -> str:
@@ -285,8 +306,8 @@ def sandbox(folder: Path) -> str:
     kernel does not count root's processes, and a program that forks takes the machine.
     """
     del folder
-    command = [*PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_sandbox.py"]
-    done = subprocess.run([*command, "-k", "other"], capture_output=True, text=True, cwd=ROOT)
+    command = [*PYTHON, *"-m pytest -q -p no:cacheprovider tests/test_sandbox.py -k other".split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     check(done.returncode == 0, done.stdout)
     return f"attacks as another user, by both ways: {done.stdout.strip().splitlines()[-1]}"
 
@@ -331,6 +352,7 @@ CASES: dict[str, Callable[[Path], str]] = {
     "the clock jumps": clock,
     "a full temporary folder": temporary,
     "instruction data of 10^6 records": records,
+    "one document of a corpus": document,
     "a ledger of 10^6 lines": ledger,
     "a report of 10^4 runs": runs,
     "the sandbox without root": sandbox,

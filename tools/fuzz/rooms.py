@@ -94,7 +94,8 @@ def run_turn(bench: "Bench", made: tuple[str, str, list[Any]]) -> str:
     reply = read_replies(replied, said, 1000)
     messages = (said, *(reply.messages or ()))
     sample = Sample("p", 0, (1, 2), (-0.5, -0.25), text, "stop", 0)
-    one = Trajectory("p", 0, (Branch.of(sample),), "stop", messages, reply.counts, str(returned[1]))
+    detail = mutate.text_of(returned[1])
+    one = Trajectory("p", 0, (Branch.of(sample),), "stop", messages, reply.counts, detail)
     store = Store(files.fresh(bench, "turns"))
     with store.open(1, [one]):
         pass

@@ -113,7 +113,11 @@ def one(target: Any, bench: Any, rng: random.Random) -> tuple[str, dict[str, Any
 
 
 def _fault(kind: str, told: str, made: Any) -> dict[str, Any]:
-    return {"kind": kind, "told": told[-SHOWN:], "input": repr(made)[:SHOWN]}
+    try:
+        text = repr(made)[:SHOWN]
+    except (RecursionError, ValueError):  # too deep, or too long a number
+        text = type(made).__name__
+    return {"kind": kind, "told": told[-SHOWN:], "input": text}
 
 
 def watch(args: argparse.Namespace) -> Report:
