@@ -2,11 +2,12 @@
 processes: what is drawn, what becomes of faults, and how a killed draw goes on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -26,8 +27,9 @@ from moetrain.environments.service import EnvironmentService
 from moetrain.errors import DataError
 from moetrain.loops.dialogues import Dialogues, with_environment
 from moetrain.loops.rollouts import Drawing
-from moetrain.rollout.base import Sampling
+from moetrain.rollout.base import Request, Sampling
 from moetrain.rollout.embedded import Embedded
+from moetrain.rollout.follow_ups import FollowUps
 
 # Forgets what the model thought in earlier turns, as Qwen3's does behind a user's message.
 FORGETS = (
@@ -198,6 +200,74 @@ def test_a_killed_draw_goes_on_where_it_was(
     assert all(len(one.written) > 1 for one in later)
     for key, one in whole.items():
         assert again[key].tokens == one.tokens and again[key].finish == one.finish
+
+
+class Stopping:
+    """The engine, where every second turn is stopped halfway, and what the turns had then."""
+
+    def __init__(self, engine: Embedded):
+        self.engine, self.cut = engine, list[Sample]()
+        self._num = 0
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        on_sample: Callable[[Sample], None],
+        follow_ups: FollowUps | None = None,
+        enough: Callable[[], bool] | None = None,
+    ) -> None:
+        begun = {(r.prompt.id, r.index): r.begun for r in requests}
+
+        def take(sample: Sample) -> None:
+            self._num += 1
+            before = begun.pop((sample.prompt_id, sample.index), None)
+            there = 0 if before is None else len(before.tokens)
+            half = (there + len(sample.tokens)) // 2
+            if self._num % 2 and half > there:
+                tokens, logprobs = sample.tokens[:half], sample.logprobs[:half]
+                sample = replace(sample, tokens=tokens, logprobs=logprobs, finish="open")
+                self.cut.append(sample)
+            on_sample(sample)
+
+        self.engine.generate(requests, take, follow_ups)
+
+
+@pytest.mark.parametrize("template", [None, FORGETS], ids=["as it is", "forgets"])
+def test_a_turn_that_was_stopped_goes_on(
+    engine: Embedded, service: EnvironmentService, chat: Chat, template: str | None
+) -> None:
+    """In whichever turn, by other weights: what was drawn stays, the rest is drawn behind all that
+    the model saw, and only then it is replied to.
+    """
+    chat = chat if template is None else Chat(chat.tokenizer, template)
+    stop = tuple("eaio") if template is None else ("</think>",)
+    dialogues = dialogues_of(service, chat, max_turns=3)
+    stopping = Stopping(engine)
+    done: dict[tuple[str, int], Trajectory] = {}
+    for version in range(4):
+        engine.version, before = version, dict(done)
+        _, kept, prompts = drawn(cast(Any, stopping), dialogues, ["goes on"], done, 8, stop)
+        again = {(one.prompt_id, one.index) for one in kept} & before.keys()
+        assert all(before[key].is_open for key in again), "what has ended is not drawn again"
+    assert {sum(turn.author == "model" for turn in one.turns) for one in done.values()} & {2, 3}
+    _, kept, prompts = drawn(engine, dialogues, ["goes on"], done, 8, stop)
+    engine.version = 0
+    assert len(stopping.cut) > 8 and not any(one.is_open for one in done.values())
+    for sample in stopping.cut:
+        tokens = done[sample.prompt_id, sample.index].tokens
+        num = len(sample.tokens)
+        assert any(tuple(tokens[i : i + num]) == sample.tokens for i in range(len(tokens)))
+    for one in done.values():
+        versions = np.concatenate([own.by_token for own in one.branches])
+        assert (np.diff(versions) >= 0).all() and not any(t.finish == "open" for t in one.turns)
+        for branch in one.branches:
+            context = prompts[0].tokens if branch.context is None else branch.context.tolist()
+            whole = [*context, *branch.tokens.tolist()]
+            logits = engine.model(torch.tensor([whole])).logits[0].float()
+            logp = torch.log_softmax(logits, -1)[len(context) - 1 : -1]
+            ours = logp.gather(1, torch.tensor(branch.tokens)[:, None].long())[:, 0]
+            gap = (ours - torch.from_numpy(branch.logprobs))[torch.from_numpy(branch.written)]
+            assert gap.abs().max() < 1e-4
 
 
 def test_sample_draws_again_what_a_fault_took(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ class Small(ThreadingHTTPServer):
         self.pid = 1
         self.faults: list[str] = []
         self.room = 1000
+        self.slow: set[int] = set()  # requests that go on until they are stopped
+        self.is_deaf = False  # to being stopped
+        self.stopped = threading.Event()
+        self.asked: dict[int, dict[str, Any]] = {}
         self.drawn: Counter[int] = Counter()
         self.calls: list[str] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -93,6 +97,11 @@ class _Handler(BaseHTTPRequestHandler):
             held = Folders([body["folder"]])
             small.weights = {name: held.read(name) for name in held.names()}
             return self._say(200, {})
+        if self.path == "/stop":
+            if small.is_deaf:
+                return None
+            small.stopped.set()
+            return self._say(200, {})
         if self.path == "/probe":
             greedy = {"tokens": [1], "logprobs": [-1.0], "finish": "length"}
             scored = [[-0.5] * (len(own) - 1) for own in body["sequences"]]
@@ -114,6 +123,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         for count, request in enumerate(body["requests"]):
+            small.asked[request["number"]] = request
+            if request["number"] in small.slow:
+                continue
             if fault and count == len(body["requests"]) // 2:
                 if fault == "hangs":
                     time.sleep(3)
@@ -123,6 +135,13 @@ class _Handler(BaseHTTPRequestHandler):
             small.drawn[request["number"]] += 1
             answer = {"tokens": [request["number"]], "logprobs": [-1.0], "finish": "stop"}
             self.wfile.write(json.dumps(answer | {"number": request["number"]}).encode() + b"\n\n")
+        late = [r["number"] for r in body["requests"] if r["number"] in small.slow]
+        if late and not small.stopped.wait(5):
+            return
+        for number in late:
+            tokens = [7] * (number % 3)
+            answer = {"tokens": tokens, "logprobs": [-2.0] * len(tokens), "finish": "abort"}
+            self.wfile.write(json.dumps(answer | {"number": number}).encode() + b"\n")
 
     def _say(self, status: int, content: dict[str, Any]) -> None:
         self.send_response(status)
@@ -165,6 +184,37 @@ def test_two_servers_share_the_prompts(tmp_path: Path, tokenizer: Path) -> None:
     groups = [{number // 4 for number in small.drawn} for small in smalls]
     assert not groups[0] & groups[1]  # a prompt's answers stay together
     assert {len(own) for own in groups} == {3} or {len(own) for own in groups} == {0, 6}
+
+
+def test_what_is_late_comes_as_far_as_it_is(tmp_path: Path, tokenizer: Path) -> None:
+    """On every server, once there is enough; what has no token yet does not come, and a server that
+    is lost then costs what it was drawing.
+    """
+    smalls = [Small(), Small(), Small()]
+    fleet = fleet_of(smalls, tmp_path, tokenizer)
+    for small in smalls:
+        small.slow = {number for number in range(24) if number % 2}
+    smalls[2].is_deaf = True
+    found: list[Sample] = []
+    fleet.generate(requests(6), found.append, enough=lambda: len(found) >= 12)
+    ended = [one for one in found if one.finish == "stop"]
+    late = [one for one in found if one.finish == "open"]
+    assert len(ended) == 12 and fleet.counts == {"server/dead": 1, "server/timeout": 1}
+    assert {one.tokens for one in late} <= {(7,), (7, 7)} and 4 <= len(late) <= 8
+    assert all(one.routes is None and one.version == 7 for one in late)
+
+    begun, small = late[0], smalls[0]
+    small.asked.clear()
+    prompt = Prompt(begun.prompt_id, (1, 2, 3), {})
+    again: list[Sample] = []
+    fleet.generate([Request(prompt, begun.index, 5, Sampling(8), begun)], again.append)
+    (request,) = small.asked.values()
+    assert request["tokens"] == [1, 2, 3, *begun.tokens]
+    assert request["max_tokens"] == 8 - len(begun.tokens)
+    (one,) = again
+    assert one.tokens == (*begun.tokens, 0) and one.logprobs == (*begun.logprobs, -1.0)
+    fleet.generate(requests(6), again.append, enough=lambda: True)
+    assert len(again) == 1
 
 
 @pytest.mark.parametrize(

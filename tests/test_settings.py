@@ -69,6 +69,7 @@ SHOWN_BY: dict[str, str] = {
     "method.packs": "test_settings_runs",
     "method.truncated": "test_settings_runs",
     "rollout.steps_off": "test_rl",
+    **{f"rollout.{key}": "test_oversample" for key in ("oversample", "partial", "max_staleness")},
     **{f"rollout.{key}": "test_drawn" for key in ("top_p", "top_k", "min_p", "stop")},
     "rollout.repetition_penalty": "test_drawn",
     "rollout.token_file": "test_settings_runs",
@@ -304,7 +305,7 @@ GIVEN: dict[str, Any] = {
     "rollout.start_timeout": 3.0,
     "rollout.environment_options": {"low": 2}, "rollout.call_format": "xml",
     "rollout.max_turns": 2, "rollout.reply_chars": 9, "rollout.environment_workers": 1,
-    "rollout.environment_seconds": 1.0,
+    "rollout.environment_seconds": 1.0, "rollout.partial": True, "rollout.max_staleness": 3,
 }  # fmt: skip
 
 

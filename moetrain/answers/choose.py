@@ -88,7 +88,8 @@ def _check(sources: Sequence[Path], choice: Choice, held_out: float) -> None:
 def _files(source: Path) -> list[Path]:
     """A file of answers, or those of a run's steps."""
     if source.is_dir():
-        paths = sorted(p for p in source.glob("*.jsonl") if not p.name.endswith(".partial.jsonl"))
+        # `N.partial.jsonl` and `N.held.jsonl` are of steps that are not whole.
+        paths = sorted(path for path in source.glob("*.jsonl") if "." not in path.stem)
         if paths:
             return paths
     if not source.is_file():

@@ -96,6 +96,11 @@ class OnlineMethod(MethodSection):
         return True
 
     @property
+    def corrects(self) -> bool:
+        """Whether what older weights drew counts as the weights that learn would draw it."""
+        return self.mismatch != "none"
+
+    @property
     def bounds(self) -> tuple[float, float] | None:
         """Where ratios are cut, if they are; answers' tokens beyond are counted in the ledger."""
         return None

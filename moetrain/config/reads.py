@@ -163,14 +163,24 @@ RULES = (
         "it is the length of answers to train.sample_prompts",
     ),
     Rule(
+        ("rollout.reply_chars",),
+        lambda r: r.rollout is None or r.rollout.environment not in ("single", "agents"),
+        "what agents say is theirs: nothing is cut",
+    ),
+    Rule(
         tuple(f"rollout.{name}" for name in TURNS),
         lambda r: r.rollout is None or r.rollout.environment != "single",
         "rollout.environment=single replies nothing",
     ),
     Rule(
-        ("rollout.reply_chars",),
-        lambda r: r.rollout is None or r.rollout.environment != "agents",
-        "what agents say is theirs: nothing is cut",
+        ("rollout.partial",),
+        lambda r: r.rollout is None or r.rollout.oversample > 1,
+        "with rollout.oversample=1 no answer is stopped; 1.5 draws half as much again",
+    ),
+    Rule(
+        ("rollout.max_staleness",),
+        lambda r: r.rollout is None or r.rollout.partial,
+        "without rollout.partial no token is older than rollout.steps_off",
     ),
     Rule(
         ("model.init_std",),

@@ -1,5 +1,6 @@
 """The `rollout` section: who samples answers, how many, and how its weights are kept true."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -107,6 +108,22 @@ class RolloutConfig(Section):
         ge=0,
         description="batches that are sampled ahead of the step in hand; 0: synchronous",
     )
+    oversample: float = Field(
+        default=1.0,
+        ge=1,
+        description="prompts that are being answered for each of prompts_per_step: a step takes"
+        " those whose answers are all there first, and the rest is stopped",
+    )
+    partial: bool = Field(
+        default=False,
+        description="what oversample stops is kept, and goes on in the next step; false: it is"
+        " thrown away",
+    )
+    max_staleness: Count = Field(
+        default=8,
+        description="steps that weights may have gone on since they drew a token that is learned"
+        " from; answers that would come to more are waited for",
+    )
     replay: Folder | None = Field(
         default=None, description="learn from another run's rollouts folder, without an engine"
     )
@@ -165,6 +182,34 @@ class RolloutConfig(Section):
         """Tokens that the model may write in all turns of an answer."""
         turns = 1 if self.environment == "single" else self.max_turns
         return max(self.max_tokens, min(self.max_tokens * turns, seq_len))
+
+    @property
+    def surplus(self) -> int:
+        """Prompts that are being answered beyond those of a step."""
+        return math.ceil(self.prompts_per_step * (self.oversample - 1) - 1e-9)
+
+    @model_validator(mode="after")
+    def _stops_what_goes_on(self) -> Self:
+        if self.replay is not None and self.surplus:
+            raise ValueError("rollout.replay reads what is there; leave rollout.oversample out")
+        least = self.steps_off + math.ceil(self.oversample) - 1
+        if self.partial and self.surplus and self.max_staleness < least:
+            raise ValueError(
+                f"rollout.max_staleness={self.max_staleness}: with steps_off={self.steps_off} and"
+                f" oversample={self.oversample:g} answers get {least} steps old. Give {least} or"
+                " more, or less oversample"
+            )
+        if self.surplus and self.environment == "agents":
+            raise ValueError(
+                "rollout.oversample: an agent that is running cannot be stopped to go on later."
+                " Leave it out with rollout.environment=agents"
+            )
+        if self.partial and self.stop:
+            raise ValueError(
+                "rollout.partial: a text of rollout.stop would not be seen where an answer was"
+                " stopped within it. Leave one of the two out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -36,6 +36,16 @@ def check_sampling(
             f"method.dynamic_sampling: {name} learns from groups of equal rewards, too. Leave it"
             " out"
         )
+    if rollout.partial and not method.corrects:
+        raise ValueError(
+            f"rollout.partial: {name} as it is set here has no weights for what older weights drew."
+            " Give method.mismatch=tis, or leave rollout.partial out"
+        )
+    if rollout.surplus and epochs and not rollout.partial:
+        raise ValueError(
+            "train.epochs: rollout.oversample throws away prompts whose answers are late, so nobody"
+            " knows how many steps there are. Give train.steps, or rollout.partial=true"
+        )
     if method.inner_steps > rollout.prompts_per_step and fresh:
         raise ValueError(
             f"method.inner_steps={method.inner_steps} is more than rollout.prompts_per_step="

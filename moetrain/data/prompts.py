@@ -190,7 +190,11 @@ class PromptOrder:
 
     def take(self, start: int, num: int) -> list[Prompt]:
         """Numbers [start, start + num) of the stream."""
-        return [self._at(*divmod(i, len(self.prompts))) for i in range(start, start + num)]
+        return [self.at(number) for number in range(start, start + num)]
+
+    def at(self, number: int) -> Prompt:
+        """Of the stream."""
+        return self._at(*divmod(number, len(self.prompts)))
 
     def _at(self, epoch: int, number: int) -> Prompt:
         if self.shuffle:

@@ -10,6 +10,7 @@ from moetrain.data.prompts import PromptOrder
 from moetrain.data.samples import Prompt
 from moetrain.data.trajectories import Trajectory
 from moetrain.errors import DataError
+from moetrain.loops.quota import Key, Quota, due_now
 from moetrain.loops.rollouts import (
     Drawing,
     Drops,
@@ -19,10 +20,29 @@ from moetrain.loops.rollouts import (
     timed,
     verdicts,
 )
-from moetrain.loops.store import Batch, Store
+from moetrain.loops.store import Batch, Place, Store
 from moetrain.rewards import Grader
 
 EMPTY = 3  # batches in a row that nothing can be learned from, before a run ends
+
+
+@dataclass
+class _Work:
+    """A step's batch while it is made."""
+
+    step: int
+    place: Place
+    held: dict[Key, Trajectory]  # how far earlier draws brought what goes on
+    done: dict[Key, Trajectory]
+    seconds: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "score": 0.0})
+    counts: Counter[str] = field(default_factory=Counter[str])
+
+    def oldest(self) -> dict[str, int]:
+        """Prompts that are held and have tokens -> the version of the oldest of them."""
+        found: dict[str, int] = {}
+        for (prompt_id, _), one in self.held.items():
+            found[prompt_id] = min(one.version, found.get(prompt_id, one.version))
+        return found
 
 
 @dataclass
@@ -41,28 +61,31 @@ class Collector:
     rounds: int = 1  # of sampling for one step, at most, where groups without signal are dropped
     num_steps: int = 0  # of the run, for rewards that ask
     limit: int | None = None  # prompts of the stream that there are, where epochs are counted
+    surplus: int = 0  # prompts that are being answered beyond those of a step
+    partial: bool = False  # whether what is not ready for a step goes on in the next
+    most: int = 0  # steps that a token may be old then
     # Faults that a batch has counted; those of the push before it are among them.
     _reported: Counter[str] = field(default_factory=Counter[str])
 
-    def batch(self, step: int, cursor: int) -> Batch:
-        """The batch of `step`, from prompt number `cursor` on; what of it is on disk is taken from
+    def batch(self, step: int, place: Place) -> Batch:
+        """The batch of `step`, from a place of the stream on; what of it is on disk is taken from
         there. A batch from which nothing can be learned is left for the prompts after it: DataError
         after EMPTY of them. Without groups where train.epochs has no prompt left.
         """
         saved = self.store.read(step)
         if saved is not None:
             return saved
-        done = self.store.finished(step)
+        held = self.store.held(step)
+        work = _Work(step, place, held, held | self.store.finished(step))
         failed = self.grader.num_faults
-        seconds = {"sample": 0.0, "score": 0.0}
-        counts: Counter[str] = Counter()
+        seconds, counts = work.seconds, work.counts
         groups: list[Group] = []
-        while not groups and not self._is_over(cursor):
-            groups, cursor = self._collect(step, cursor, done, seconds, counts)
+        while not groups and not self._is_over(work.place):
+            groups = self._collect(work)
             counts["dropped/batches"] += not groups
             if counts["dropped/batches"] == EMPTY:
                 break
-        if not groups and (step == 1 or not self._is_over(cursor)):
+        if not groups and (step == 1 or not self._is_over(work.place)):
             raise DataError(self._nothing(step, counts["dropped/batches"]))
         faults = self.drawing.engine.counts + self.grader.counts
         counts += faults - self._reported
@@ -72,54 +95,79 @@ class Collector:
         batch = Batch(
             step,
             tuple(groups),
-            cursor,
+            work.place.cursor,
             seconds,
             dict(counts),
             metrics,
             fault,
             self.drawn["temperature"],
             {name: value for name, value in self.drawn.items() if name != "temperature"},
+            work.place.held,
         )
         if groups:
-            self.store.write(batch)
+            with files.named(self.store.folder):
+                if self.partial:
+                    self.store.hold(step + 1, work.held.values())
+                self.store.write(batch)
         return batch
 
-    def _is_over(self, cursor: int) -> bool:
-        return self.limit is not None and cursor >= self.limit
+    def _is_over(self, place: Place) -> bool:
+        return self.limit is not None and place.cursor >= self.limit and not place.held
 
-    def _collect(
-        self,
-        step: int,
-        cursor: int,
-        done: dict[tuple[str, int], Trajectory],
-        seconds: dict[str, float],
-        counts: Counter[str],
-    ) -> tuple[list[Group], int]:
-        """(groups to learn from, those without signal last; the place behind their prompts)."""
+    def _collect(self, work: "_Work") -> list[Group]:
+        """Groups to learn from, those without signal last; `work` is behind their prompts then."""
         groups: list[Group] = []
         spare: list[Group] = []  # without signal; better than an empty step
         for _ in range(self.rounds):
-            wanted = self.num_prompts - len(groups)
-            if self.limit is not None:
-                wanted = min(wanted, self.limit - cursor)
-            prompts = self.prompts.take(cursor, wanted)
-            cursor += len(prompts)
-            with timed(seconds, "sample"):
-                self._sample(step, prompts, done)
-            with timed(seconds, "score"):
-                graded = self._grade(step, prompts, done, counts)
+            wanted, places = self._begun(work, self.num_prompts - len(groups))
+            prompts = [self.prompts.at(place) for place in places]
+            with timed(work.seconds, "sample"):
+                taken = self._sample(work, prompts, wanted)
+            self._leave(work, dict(zip(places, prompts, strict=True)), taken)
+            with timed(work.seconds, "score"):
+                graded = self._grade(work, taken)
             useful, useless = self._parted(graded)
             groups += useful
             spare += useless
-            counts["dropped/no_signal"] += len(useless)
+            work.counts["dropped/no_signal"] += len(useless)
             if len(groups) >= self.num_prompts:
                 break
         groups += spare[: self.num_prompts - len(groups)]
         if self.leaves_cut and all(
             answer.trajectory.is_cut for group in groups for answer in group.answers
         ):
-            return [], cursor
-        return groups, cursor
+            return []
+        return groups
+
+    def _begun(self, work: "_Work", wanted: int) -> tuple[int, list[int]]:
+        """(groups that are wanted, places in the stream of all that are drawn); the place is behind
+        them.
+        """
+        cursor, held = work.place
+        num = wanted + self.surplus
+        if self.partial:  # what nothing comes after is not begun
+            num = min(num, wanted + self.num_prompts * max(0, self.num_steps - work.step))
+        num -= len(held)
+        if self.limit is not None:
+            num = min(num, self.limit - cursor)
+        num = max(num, 0)
+        work.place = Place(cursor + num, held)
+        places = [*held, *range(cursor, cursor + num)]
+        return min(wanted, len(places)), places
+
+    def _leave(self, work: "_Work", drawn: Mapping[int, Prompt], taken: Sequence[Prompt]) -> None:
+        """What was drawn and not taken is held, or is lost."""
+        chosen = {prompt.id for prompt in taken}
+        left = {place: prompt.id for place, prompt in drawn.items() if prompt.id not in chosen}
+        keys = [(one, index) for one in left.values() for index in range(self.group_size)]
+        there = {key: work.done[key] for key in keys if key in work.done}
+        work.held, held = {}, ()
+        if self.partial:
+            work.held, held = there, tuple(sorted(left))
+        elif left:
+            work.counts["dropped/late"] += len(keys)
+            work.counts["dropped/late_tokens"] += sum(one.num_tokens for one in there.values())
+        work.place = Place(work.place.cursor, held)
 
     def _nothing(self, step: int, num: int) -> str:
         """Why a run ends for want of anything to learn from."""
@@ -132,24 +180,31 @@ class Collector:
             + f" The last fault: {self.grader.said}" * bool(self.grader.said)
         )
 
-    def _sample(
-        self, step: int, prompts: Sequence[Prompt], done: dict[tuple[str, int], Trajectory]
-    ) -> None:
-        with files.named(self.store.folder), self.store.open(step, done.values()) as file:
-            keep = journal(file, ())
-            self.drawing.draw(prompts, self.group_size, done, keep, whole_batches=True)
+    def _sample(self, work: "_Work", prompts: Sequence[Prompt], wanted: int) -> Sequence[Prompt]:
+        """The prompts that have all their answers, and are taken."""
+        quota = None
+        if len(prompts) > wanted:
+            due = due_now(work.oldest(), work.step, self.num_prompts, self.most)
+            quota = Quota(prompts, self.group_size, wanted, work.done, due)
+        folder = self.store.folder
+        with files.named(folder), self.store.open(work.step, work.done.values()) as file:
+            self.drawing.draw(
+                prompts,
+                self.group_size,
+                work.done,
+                journal(file, ()),
+                whole_batches=True,
+                held=work.held,
+                quota=quota,
+            )
+        return prompts if quota is None else quota.taken()
 
-    def _grade(
-        self,
-        step: int,
-        prompts: Sequence[Prompt],
-        done: dict[tuple[str, int], Trajectory],
-        counts: Counter[str],
-    ) -> list[Group]:
+    def _grade(self, work: "_Work", prompts: Sequence[Prompt]) -> list[Group]:
         """The groups with at least two graded answers."""
-        pairs = [(p, done[p.id, i]) for p in prompts for i in range(self.group_size)]
+        pairs = [(p, work.done[p.id, i]) for p in prompts for i in range(self.group_size)]
+        counts = work.counts
         counts.update(f"environment/{one.finish}" for _, one in pairs if one.is_lost)
-        results = verdicts(self.grader, pairs, step, self.num_steps)
+        results = verdicts(self.grader, pairs, work.step, self.num_steps)
         graded = [graded_by(made, one) for (_, made), one in zip(pairs, results, strict=True)]
         groups: list[Group] = []
         for number, prompt in enumerate(prompts):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrain.config.recipe import Recipe
+from moetrain.data.begun import begun_in
 from moetrain.data.chat import Chat
 from moetrain.data.continuation import Continuation, Continuer
 from moetrain.data.messages import FormatError, Message
@@ -111,6 +112,14 @@ class _Waiting:
     context: NDArray[np.int32] | None  # what the model sees, where the template rewrote it
     opened: str  # the thought that is begun for it
 
+    def seen(self, prompt: Prompt) -> list[int]:
+        """The ids that the model sees before the turn."""
+        if self.context is not None:
+            return self.context.tolist()
+        last = self.trajectory.branches[-1]
+        before = prompt.tokens if last.context is None else last.context.tolist()
+        return [*before, *last.tokens.tolist()]
+
 
 @dataclass
 class Turns:
@@ -119,7 +128,7 @@ class Turns:
 
     Args:
         prompts: by their ids.
-        seed_of: (prompt, index, turn) -> the seed of a turn after the first.
+        seed_of: (prompt, index, turn, tokens of it that there are) -> the seed of what follows.
         keep: takes each trajectory after every turn of the model; its finish is "open" until it
             ends. Called by one thread at a time.
     """
@@ -127,7 +136,7 @@ class Turns:
     dialogues: Dialogues
     prompts: Mapping[str, Prompt]
     sampling: Sampling
-    seed_of: Callable[[str, int, int], int]
+    seed_of: Callable[[str, int, int, int], int]
     keep: Callable[[Trajectory], None]
     follow_ups: FollowUps = field(default_factory=FollowUps)
 
@@ -147,15 +156,30 @@ class Turns:
         self._thread.join()
 
     def resume(self, one: Trajectory) -> None:
-        """Go on with one that a kill interrupted after a turn of the model."""
+        """Go on with one that was stopped after a turn of the model."""
         self.follow_ups.ask()
         self._ask(one)
+
+    def go_on(self, one: Trajectory) -> Request:
+        """The request for the rest of a turn that one was stopped within."""
+        prompt, begun = self.prompts[one.prompt_id], begun_in(one)
+        assert begun is not None, "it was"
+        seen: Sequence[int] = prompt.tokens
+        if begun.before is not None:
+            opened = opened_for_last_turn(prompt, one)
+            waiting = _Waiting(begun.before, begun.context, opened)
+            self._waiting[one.prompt_id, one.index] = waiting
+            seen = waiting.seen(prompt)
+        return self._request(prompt, one, seen, begun.turn)
 
     def drawn(self, sample: Sample) -> None:
         """Take a turn of the model."""
         key = sample.prompt_id, sample.index
         with self._lock:
             one = self._with_turn(self._waiting.pop(key, None), sample)
+            if sample.finish == "open":
+                self.keep(one)
+                return
             if sample.finish == "length":
                 self.keep(replace(one, finish="length"))
                 return
@@ -175,6 +199,8 @@ class Turns:
                 branches = (*branches[:-1], branches[-1].with_turn(sample))
             else:
                 branches = (*branches, Branch.of(sample, before.context))
+        if sample.finish == "open":
+            return replace(one, branches=branches, finish="open")
         num_calls = sum(len(message.get("tool_calls") or ()) for message in one.messages)
         said = self.dialogues.reader.read(
             sample.text, prompt.opened if before is None else before.opened, num_calls
@@ -232,17 +258,11 @@ class Turns:
         context: NDArray[np.int32] | None = None
         if found.whole is not None:
             context = np.array(found.whole, np.int32)
-            seen = list(found.whole)
         else:
             assert found.tokens is not None, "what is not rewritten goes on"
             text = self.dialogues.chat.tokenizer.decode(list(found.tokens))
-            last = branches[-1].with_reply(found.tokens, str(text))
-            before = prompt.tokens if last.context is None else last.context.tolist()
-            seen, branches = [*before, *last.tokens.tolist()], (*branches[:-1], last)
-        room = self.dialogues.max_length - len(seen)
-        if room < 1:
-            return None
-        turn, counts = len(one.written), Counter(one.counts or {})
+            branches = (*branches[:-1], branches[-1].with_reply(found.tokens, str(text)))
+        counts = Counter(one.counts or {})
         counts["tools/errors"] += found.num_refused
         going_on = replace(
             one,
@@ -250,12 +270,27 @@ class Turns:
             messages=(*one.messages[:-1], *found.messages),
             counts=dict(+counts),
         )
-        self._waiting[one.prompt_id, one.index] = _Waiting(going_on, context, found.opened)
+        waiting = _Waiting(going_on, context, found.opened)
+        seen = waiting.seen(prompt)
+        if len(seen) >= self.dialogues.max_length:
+            return None
+        self._waiting[one.prompt_id, one.index] = waiting
+        return self._request(prompt, one, seen)
+
+    def _request(
+        self, prompt: Prompt, one: Trajectory, seen: Sequence[int], begun: Sample | None = None
+    ) -> Request:
+        """For a turn behind what is `seen`, or for the rest of one."""
+        room = self.dialogues.max_length - len(seen)
+        turn, num = len(one.written), 0
+        if begun is not None:
+            turn, num = turn - 1, len(begun.tokens)
         return Request(
             replace(prompt, tokens=tuple(seen)),
             one.index,
-            self.seed_of(one.prompt_id, one.index, turn),
+            self.seed_of(one.prompt_id, one.index, turn, num),
             replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room)),
+            begun,
         )
 
 

@@ -17,6 +17,7 @@ from moetrain.loops.demonstrations import Demonstrations
 from moetrain.loops.outline import Outline
 from moetrain.loops.parts import Packs, Parts
 from moetrain.loops.rollouts import means, turn_figures
+from moetrain.loops.store import Batch
 from moetrain.methods import METHODS
 from moetrain.methods.base import Online, Out
 from moetrain.methods.running import MEAN, WEIGHT
@@ -257,13 +258,23 @@ def summary(given: Outline, version: int) -> dict[str, Any]:
         "groups/graded": float(len(groups)),
         "groups/std": float(torch.stack([one.mean() for one in groups]).std(correction=0)),
         "staleness": float(version - given.oldest),
+        "staleness/share": _share_older(batch, version),
     }
+    if batch.held:
+        figures["groups/held"] = float(len(batch.held))
     if compared:  # an answer alone is not compared with another
         figures["groups/no_signal"] = sum(compared) / len(compared)
     if batch.fault:
         figures["reward/fault"] = batch.fault
     figures |= {f"logged/{name}": value for name, value in batch.metrics.items()}
     return figures | {f"faults/{name}": float(n) for name, n in batch.counts.items()}
+
+
+def _share_older(batch: Batch, version: int) -> float:
+    """Of the model's tokens those that older weights drew."""
+    branches = [own for answer in batch.answers for own in answer.trajectory.branches]
+    older = sum(int((own.by_token[own.written] < version).sum()) for own in branches)
+    return older / sum(int(own.written.sum()) for own in branches)
 
 
 def readable(given: Outline) -> Iterator[Answer]:

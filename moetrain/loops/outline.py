@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,16 @@ class Outline:
     lengths: Tensor  # [n] int64, tokens that the model wrote
     cut: Tensor  # [n] bool: a limit of tokens ended it
     oldest: int  # version of the weights that an answer came from, at least
+    held: tuple[int, ...] = ()  # places of the stream whose answers go on after it
     batch: Batch | None = None  # on the first rank
+
+    def is_last(self, num_prompts: int) -> bool:
+        """Whether a stream of so many prompts has nothing after it."""
+        return self.cursor >= num_prompts and not self.held
+
+    def state(self, fingerprint: str) -> dict[str, Any]:
+        """The place after it, of a stream with this fingerprint, for a checkpoint."""
+        return {"cursor": self.cursor, "held": list(self.held), "fingerprint": fingerprint}
 
 
 def outline_of(batch: Batch) -> Outline:
@@ -40,6 +50,7 @@ def outline_of(batch: Batch) -> Outline:
         lengths=torch.tensor([one.num_tokens for one in made], dtype=torch.int64),
         cut=torch.tensor([one.is_cut for one in made], dtype=torch.bool),
         oldest=min((one.version for one in made), default=0),
+        held=batch.held,
     )
 
 

@@ -60,4 +60,4 @@ class Replayed:
         return {}
 
     def state_dict(self, given: Outline) -> dict[str, Any]:
-        return {"cursor": given.cursor, "fingerprint": self.prompts.train.fingerprint}
+        return given.state(self.prompts.train.fingerprint)

@@ -81,7 +81,7 @@ def _loop(
     while step < last:
         started = time.perf_counter()
         given = sampler.take(step + 1)
-        is_over = given is not None and num_prompts is not None and given.cursor >= num_prompts
+        is_over = given is not None and num_prompts is not None and given.is_last(num_prompts)
         if given is not None and given.num_groups:
             saves, evaluates, held_out = False, False, {}
             seconds = dict(given.seconds)

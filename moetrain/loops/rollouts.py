@@ -5,20 +5,22 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from moetrain.data.begun import begun_in
 from moetrain.data.groups import GradedAnswer, Group
 from moetrain.data.samples import Prompt
 from moetrain.data.trajectories import Trajectory, to_json
 from moetrain.loops.agent_sessions import REWARD
 from moetrain.loops.agents import Agents
 from moetrain.loops.dialogues import Dialogues, Turns, opened_for_last_turn
+from moetrain.loops.quota import Key, Quota
 from moetrain.rewards import Completion, Grader, Verdict
 from moetrain.rollout.base import Request, RolloutEngine, Sampling
 
@@ -43,13 +45,16 @@ class Drawing:
         keep: Callable[[Trajectory], None],
         *,
         whole_batches: bool = False,
+        held: Mapping[Key, Trajectory] | None = None,
+        quota: Quota | None = None,
     ) -> None:
         """`num` trajectories for each prompt, but for those that are `done`; one that is open there
         goes on. `keep` takes each as it ends, and after every turn while it is open; then it is in
-        `done`.
+        `done`. A `quota` ends the draw before all have ended.
 
         whole_batches: those of the engine's batches that are not done as a whole are drawn again,
-        so that a run that was killed goes on with the same bits.
+        from what was `held` of them before the draw, so that a run that was killed goes on with the
+        same bits.
         """
 
         def kept(one: Trajectory) -> None:
@@ -65,27 +70,62 @@ class Drawing:
             for prompt in prompts
             for index in range(num)
         ]
-        batches = self.engine.batches(every) if whole_batches else ((one,) for one in every)
-        requests: list[Request] = []
-        resumed: list[Trajectory] = []
-        for batch in batches:
-            found = [done.get((one.prompt.id, one.index)) for one in batch]
-            if len(batch) == 1 and found[0] is not None and found[0].is_open:
-                resumed.append(found[0])
-            elif any(one is None or one.is_open for one in found):
-                requests += batch
+        batches: Iterable[Sequence[Request]] = ((one,) for one in every)
+        if whole_batches:
+            batches = self.engine.batches(every, stops=quota is not None)
+        left = [one for batch in batches for one in _left(batch, done, held or {})]
+        enough = None if quota is None else quota.reached
         if self.dialogues is None:
+            requests = [self._going_on(*one) for one in left]
             if requests:
-                self.engine.generate(requests, lambda sample: kept(Trajectory.of(sample)))
-        elif requests or resumed:
+                self.engine.generate(requests, lambda s: kept(Trajectory.of(s)), None, enough)
+        elif left:
             by_id = {prompt.id: prompt for prompt in prompts}
             with Turns(self.dialogues, by_id, self.sampling, self._seed_of_turn, kept) as turns:
-                for one in resumed:
-                    turns.resume(one)
-                self.engine.generate(requests, turns.drawn, turns.follow_ups)
+                requests = []
+                for request, one in left:
+                    if one is None:
+                        requests.append(request)
+                    elif one.is_within:
+                        requests.append(turns.go_on(one))
+                    else:
+                        turns.resume(one)
+                self.engine.generate(requests, turns.drawn, turns.follow_ups, enough)
 
-    def _seed_of_turn(self, prompt_id: str, index: int, turn: int) -> int:
-        return seed_of(self.seed, f"{prompt_id}/{turn}", index)
+    def _going_on(self, request: Request, one: Trajectory | None) -> Request:
+        """The request for the rest of an answer of one turn."""
+        begun = None if one is None else begun_in(one)
+        if begun is None:
+            return request
+        num = len(begun.turn.tokens)
+        seed = self._seed_of_turn(request.prompt.id, request.index, 0, num)
+        return replace(request, seed=seed, begun=begun.turn)
+
+    def _seed_of_turn(self, prompt_id: str, index: int, turn: int, num: int = 0) -> int:
+        """Of what follows `num` tokens of a turn, which are drawn from numbers of their own."""
+        behind = f"+{num}" if num else ""
+        return seed_of(self.seed, f"{prompt_id}/{turn}{behind}", index)
+
+
+def _left(
+    batch: Sequence[Request], done: dict[Key, Trajectory], held: Mapping[Key, Trajectory]
+) -> list[tuple[Request, Trajectory | None]]:
+    """What is to be drawn of requests that are drawn together, and how far each is; `done` has
+    nothing of what is drawn again.
+    """
+    keys = [(one.prompt.id, one.index) for one in batch]
+    if len(batch) == 1:
+        found = done.get(keys[0])
+        return [(batch[0], found)] if found is None or found.is_open else []
+    open_keys = [key for key in keys if key not in held or held[key].is_open]
+    if all(key in done and not done[key].is_open for key in open_keys):
+        return []
+    for key in open_keys:
+        done.pop(key, None)
+    done.update((key, held[key]) for key in open_keys if key in held)
+    chosen = set(open_keys)
+    pairs = zip(batch, keys, strict=True)
+    return [(one, held.get(key)) for one, key in pairs if key in chosen]
 
 
 def journal(

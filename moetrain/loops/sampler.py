@@ -24,7 +24,7 @@ from moetrain.loops.held_out import Answers, exhaust
 from moetrain.loops.outline import Outline, outlined
 from moetrain.loops.replayed import Replayed
 from moetrain.loops.rollouts import Drawing, means, timed, turn_figures, verdicts, with_reward
-from moetrain.loops.store import Batch, Store, drawn_with
+from moetrain.loops.store import Batch, Place, Store, drawn_with
 from moetrain.methods import METHODS
 from moetrain.ops.packed import from_tokens
 from moetrain.pulse import beat
@@ -118,16 +118,19 @@ class Driver:
             leaves_cut=online.truncated(method) == "mask",
             rounds=method.rounds,
             limit=prompts_read(recipe, len(prompts.train.prompts)),
+            surplus=rollout.surplus,
+            partial=rollout.partial,
+            most=rollout.max_staleness,
         )
         self._changed = threading.Condition()
         self._asked: list[int] = []
         self._done: dict[int, Batch | BaseException] = {}
-        self._cursor = 0
+        self._place = Place(0)
         self._busy = self._paused = False
         self._thread = threading.Thread(target=self._work, daemon=True, name="rollouts")
 
-    def start(self, cursor: int) -> None:
-        self._cursor = cursor
+    def start(self, place: Place) -> None:
+        self._place = place
         self._thread.start()
 
     def ask(self, step: int) -> None:
@@ -164,8 +167,8 @@ class Driver:
                 step = self._asked.pop(0)
                 self._busy = True
             try:
-                batch: Batch | BaseException = self.collector.batch(step, self._cursor)
-                self._cursor = batch.cursor
+                batch: Batch | BaseException = self.collector.batch(step, self._place)
+                self._place = batch.place
             except BaseException as error:  # raised again by `result`, where it is heard
                 batch = error
             with self._changed:
@@ -206,7 +209,7 @@ class Live:
             )
         if self.driver is not None:
             self.driver.collector.num_steps = last
-            self.driver.start(place["cursor"])
+            self.driver.start(Place(place["cursor"], tuple(place.get("held", ()))))
             self.driver.held_out.go_on(step)
         self.push(step)
 
@@ -319,7 +322,7 @@ class Live:
         return figures | {"eval_length/mean": sum(lengths) / max(1, len(lengths))} | seconds
 
     def state_dict(self, given: Outline) -> dict[str, Any]:
-        return {"cursor": given.cursor, "fingerprint": self.prompts.train.fingerprint}
+        return given.state(self.prompts.train.fingerprint)
 
     # Between the driver and the other ranks
 

@@ -3,14 +3,15 @@
 `<run_dir>/rollouts` holds two files per step: `00000012.jsonl`, a head, then one line per prompt
 with what is to be read of its trajectories, and `00000012.safetensors` with their tokens,
 log-probs, router's choices, what could be drawn and which weights drew it. While a step is being
-made there is `00000012.partial.jsonl`: each trajectory as it ends, so that a killed run loses none.
+made there is `00000012.partial.jsonl`: each trajectory as it ends, so that a killed run loses none;
+and, where a step stops what is late, `00000012.held.jsonl`: what the step before left for it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, NamedTuple, TextIO, cast
 
 import numpy as np
 
@@ -30,11 +31,19 @@ from moetrain.data.samples import (
 from moetrain.data.trajectories import Branch, Trajectory, as_row, assembled, from_json, to_json
 from moetrain.errors import DataError
 from moetrain.loops.columns import read_columns, write_columns
+from moetrain.loops.quota import Key
 from moetrain.rewards import Verdict
 
 # Of a batch's files. 1: all in one JSONL, answers of one turn; 2: a turn has one version.
 SCHEMA = 3
 WHOLE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # all may be drawn
+
+
+class Place(NamedTuple):
+    """A place in the stream of prompts."""
+
+    cursor: int  # prompts that have been begun
+    held: tuple[int, ...] = ()  # of them, those whose answers go on
 
 
 @dataclass(frozen=True)
@@ -50,11 +59,17 @@ class Batch:
     fault: str = ""  # why the last answer that a reward failed on has none
     temperature: float | None = None  # its answers were sampled at; None: written by 0.1
     sampling: dict[str, float] = field(default_factory=dict[str, float])  # the rest; {}: before 0.2
+    # Places in the stream of prompts before the cursor, whose answers go on after it.
+    held: tuple[int, ...] = ()
 
     @property
     def drawn_with(self) -> dict[str, float | None]:
         """How its answers were sampled; until 0.2 from the whole distribution."""
         return {"temperature": self.temperature, **WHOLE, **self.sampling}
+
+    @property
+    def place(self) -> Place:
+        return Place(self.cursor, self.held)
 
     @property
     def answers(self) -> list[GradedAnswer]:
@@ -92,6 +107,7 @@ class Store:
         try:
             if None in groups or not groups:
                 raise TypeError("a line has no prompt, or there is none but the first")
+            head["held"] = tuple(head.get("held", ()))
             batch = Batch(step, tuple(cast(list[Group], groups)), **head)
             _check_head(batch)
             return batch
@@ -104,6 +120,8 @@ class Store:
         """Keep a whole batch; its parts are no longer needed."""
         names = ("cursor", "seconds", "counts", "metrics", "fault", "temperature", "sampling")
         head = {name: getattr(batch, name) for name in names} | {"schema": SCHEMA}
+        if batch.held:
+            head["held"] = batch.held
         path = self._path(batch.step)
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.publish(path.with_suffix(".safetensors"), path) as (numbers, lines):
@@ -111,8 +129,21 @@ class Store:
             head["crc"] = write_columns(numbers, _columns(parts))
             put_lines(lines, [head, *map(_row, batch.groups)])
         self._partial(batch.step).unlink(missing_ok=True)
+        self._held(batch.step).unlink(missing_ok=True)
 
-    def finished(self, step: int) -> dict[tuple[str, int], Trajectory]:
+    def held(self, step: int) -> dict[Key, Trajectory]:
+        """How far the steps before brought what goes on in `step`."""
+        return {(one.prompt_id, one.index): one for one in read_as(self._held(step), from_json)}
+
+    def hold(self, step: int, found: Iterable[Trajectory]) -> None:
+        """Keep what goes on in `step`; nothing where that is nothing."""
+        rows = [to_json(one) for one in found]
+        if rows:
+            write_lines(self._held(step), rows)
+        else:
+            self._held(step).unlink(missing_ok=True)
+
+    def finished(self, step: int) -> dict[Key, Trajectory]:
         """The trajectories of a batch that a kill interrupted, by prompt and index; one that went
         on for several turns as far as it came.
         """
@@ -129,6 +160,9 @@ class Store:
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"{step:08d}.partial.jsonl"
+
+    def _held(self, step: int) -> Path:
+        return self.folder / f"{step:08d}.held.jsonl"
 
 
 def _columns(parts: Sequence[Branch]) -> dict[str, Any]:
@@ -216,3 +250,5 @@ def _check_head(batch: Batch) -> None:
         check_types(own[name], **dict.fromkeys(own[name], NUMBER))
     if batch.cursor < 0:
         raise ValueError(f"cursor={batch.cursor}")
+    if not all(type(place) is int and 0 <= place < batch.cursor for place in batch.held):
+        raise ValueError(f"held={batch.held}")

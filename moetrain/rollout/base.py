@@ -63,6 +63,19 @@ class Request:
     index: int
     seed: int
     sampling: Sampling
+    # What there is of the answer, which goes on behind it. The seed must be another than that which
+    # drew it: its random numbers have been used.
+    begun: Sample | None = None
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """The tokens that the model sees at first."""
+        return self.prompt.tokens + (self.begun.tokens if self.begun is not None else ())
+
+    @property
+    def room(self) -> int:
+        """Tokens that may be drawn."""
+        return self.sampling.max_tokens - (len(self.given) - len(self.prompt.tokens))
 
 
 @dataclass(frozen=True)
@@ -106,15 +119,20 @@ class RolloutEngine(Protocol):
         requests: Sequence[Request],
         on_sample: Callable[[Sample], None],
         follow_ups: "FollowUps | None" = None,
+        enough: Callable[[], bool] | None = None,
     ) -> None:
         """Draw all, and their `follow_ups`; `on_sample` as each one ends, in any order, one at a
-        time.
+        time. Once there is `enough` the others are stopped: those that have tokens come with finish
+        "open", without routes.
         """
         ...
 
-    def batches(self, requests: Sequence[Request]) -> Iterable[Sequence[Request]]:
+    def batches(
+        self, requests: Sequence[Request], *, stops: bool = False
+    ) -> Iterable[Sequence[Request]]:
         """The requests by who is drawn together: the shapes of a batch decide the last bits of its
-        log-probs, so a batch of which one answer is missing is drawn again as a whole.
+        log-probs, so a batch of which one answer is missing is drawn again as a whole. `stops`: by
+        whose lengths decide when the others are stopped, too.
         """
         ...
 

@@ -3,6 +3,7 @@ never asked for again.
 """
 
 import math
+import secrets
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ class Deal:
     def __init__(
         self, requests: Sequence[Request], num_servers: int, *, more_may_come: bool = False
     ):
+        self.name = secrets.token_hex(8)  # by which servers know what belongs together
         self.requests = list(requests)
         numbers = range(len(requests))
         groups = [list(group) for _, group in groupby(numbers, lambda i: requests[i].prompt.id)]
@@ -27,6 +29,7 @@ class Deal:
         self._open = deque(groups)
         self._left = set(numbers)
         self._over = False
+        self.is_stopped = False  # what is being drawn comes as far as it is
         self._more_may_come = more_may_come  # it ends when it is told to
         self._num_idle = 0  # threads that wait for something to do
         self._changed = threading.Condition(threading.RLock())
@@ -79,6 +82,11 @@ class Deal:
             self._over = True
             self._changed.notify_all()
 
+    def stop(self) -> None:
+        """As `end`; what has been taken still comes, as far as it is."""
+        self.is_stopped = True
+        self.end()
+
     @property
     def over(self) -> bool:
         return self._over
@@ -89,9 +97,9 @@ def as_json(number: int, request: Request) -> dict[str, Any]:
     sampling = request.sampling
     return {
         "number": number,
-        "tokens": request.prompt.tokens,
+        "tokens": request.given,
         "seed": request.seed,
-        "max_tokens": sampling.max_tokens,
+        "max_tokens": request.room,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,

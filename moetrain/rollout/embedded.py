@@ -59,48 +59,59 @@ class Embedded:
         requests: Sequence[Request],
         on_sample: Callable[[Sample], None],
         follow_ups: FollowUps | None = None,
+        enough: Callable[[], bool] | None = None,
     ) -> None:
         """Draw all, batch by batch; then the next turns of all of them, so that what is drawn
         together does not depend on how fast replies come.
+
+        Where it stops at `enough`, all batches are drawn a token each in turn; answers of several
+        turns stop between rounds of turns alone.
         """
         if not requests and follow_ups is not None:
             requests = follow_ups.take_round()
-        while requests:
-            for together in self.batches(requests):
-                for sample in self._draw(together):
-                    on_sample(sample)
+        while requests and not (enough is not None and enough()):
+            if enough is not None and follow_ups is None:
+                self._draw_until(requests, on_sample, enough)
+            else:
+                for together in self._alike(requests):
+                    for sample in self._draw(together):
+                        on_sample(sample)
             requests = [] if follow_ups is None else follow_ups.take_round()
 
-    def batches(self, requests: Sequence[Request]) -> Iterable[Sequence[Request]]:
+    def batches(
+        self, requests: Sequence[Request], *, stops: bool = False
+    ) -> Iterable[Sequence[Request]]:
         """Those that are drawn one way, with prompts of like length together."""
+        return [requests] if stops and requests else self._alike(requests)
+
+    def _alike(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
         ways: dict[Sampling, list[Request]] = {}
         for request in requests:
             ways.setdefault(request.sampling, []).append(request)
         for own in ways.values():
-            yield from batched(sorted(own, key=lambda r: len(r.prompt.tokens)), BATCH)
+            yield from batched(sorted(own, key=lambda r: len(r.given)), BATCH)
 
-    @torch.inference_mode()
     def _draw(self, requests: Sequence[Request]) -> list[Sample]:
-        sampling = requests[0].sampling
-        assert all(r.sampling == sampling for r in requests), "a batch is drawn one way"
         drawing = _Drawing(self.model, self.tokenizer, requests)
-        while drawing.open_rows and len(drawing.tokens[0]) < sampling.max_tokens:
-            drawing.step(sampling)
-            beat()  # no client watches it, as one does a server
-        return [
-            Sample(
-                prompt_id=request.prompt.id,
-                index=request.index,
-                tokens=tuple(drawing.answer_tokens(row)),
-                logprobs=tuple(drawing.logprobs[row][: drawing.lengths[row]]),
-                text=drawing.text(row, sampling),
-                finish="length" if row in drawing.open_rows else "stop",
-                version=self.version,
-                routes=drawing.routes(row) if sampling.routes else None,
-                kept=Kept.of(drawing.kept[row]) if sampling.kept else None,
-            )
-            for row, request in enumerate(requests)
-        ]
+        while drawing.open_rows:
+            drawing.step()
+        return [drawing.sample(row, self.version) for row in range(len(requests))]
+
+    def _draw_until(
+        self,
+        requests: Sequence[Request],
+        on_sample: Callable[[Sample], None],
+        enough: Callable[[], bool],
+    ) -> None:
+        drawings = [_Drawing(self.model, self.tokenizer, own) for own in self._alike(requests)]
+        while any(drawing.open_rows for drawing in drawings) and not enough():
+            for drawing in drawings:
+                for row in drawing.step() if drawing.open_rows else ():
+                    on_sample(drawing.sample(row, self.version))
+        for drawing in drawings:
+            for row in sorted(drawing.open_rows):
+                if drawing.lengths[row]:
+                    on_sample(drawing.sample(row, self.version))
 
     @property
     def held(self) -> int | None:
@@ -187,8 +198,10 @@ class _Drawing:
     """
 
     def __init__(self, model: Any, tokenizer: Any, requests: Sequence[Request]):
-        self.model, self.tokenizer = model, tokenizer
-        self.prompts = [request.prompt.tokens for request in requests]
+        self.model, self.tokenizer, self.requests = model, tokenizer, requests
+        self.sampling = requests[0].sampling
+        assert all(r.sampling == self.sampling for r in requests), "a batch is drawn one way"
+        self.prompts = [request.given for request in requests]
         self.longest = max(map(len, self.prompts))
         self.ids = torch.zeros(len(requests), self.longest, dtype=torch.int64)
         self.mask = torch.zeros_like(self.ids)
@@ -200,13 +213,17 @@ class _Drawing:
         self.logprobs: list[list[float]] = [[] for _ in requests]
         self.lengths = [0] * len(requests)
         self.open_rows = set(range(len(requests)))
+        self.cut_rows = set[int]()  # that max_tokens ended
         self.kept: list[list[Any]] = [[] for _ in requests]  # ids, of each token of an answer
         self.seen = torch.zeros(0)  # [b, v] bool, from the first step on
         self._chosen: list[Tensor] = []  # [b, s, l, k] of each pass
         self._cache: Any = None
 
-    def step(self, sampling: Sampling) -> None:
-        """One token more for every answer."""
+    @torch.inference_mode()
+    def step(self) -> list[int]:
+        """One token more for every answer; the rows that it ended."""
+        beat()  # no client watches it, as one does a server
+        sampling = self.sampling
         new = self.ids if self._cache is None else self.ids[:, -1:]
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -new.size(1) :]
         with _Listening(self.model, new.shape, self._chosen if sampling.routes else None):
@@ -224,6 +241,7 @@ class _Drawing:
             # Gumbel's trick with a generator a row: an answer does not depend on the others.
             noise = torch.stack([torch.rand(logp.size(1), generator=g) for g in self.generators])
             drawn = (logp - torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))).argmax(-1)
+        ended: list[int] = []
         for row, token in enumerate(drawn.tolist()):
             self.tokens[row].append(token)
             self.logprobs[row].append(float(logp[row, token]))
@@ -232,10 +250,30 @@ class _Drawing:
                 if sampling.kept:
                     self.kept[row].append(logp[row].isfinite().nonzero()[:, 0].int().numpy())
                 if self._ends(row, token, sampling):
-                    self.open_rows.discard(row)
+                    ended.append(row)
+                elif self.lengths[row] >= self.requests[row].room:
+                    ended.append(row)
+                    self.cut_rows.add(row)
+        self.open_rows.difference_update(ended)
         self.seen.scatter_(1, drawn[:, None], True)
         self.ids = torch.cat([self.ids, drawn[:, None]], 1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        return ended
+
+    def sample(self, row: int, version: int) -> Sample:
+        """An answer as far as it is, with what there was of it before."""
+        request, sampling, is_open = self.requests[row], self.sampling, row in self.open_rows
+        return Sample(
+            prompt_id=request.prompt.id,
+            index=request.index,
+            tokens=tuple(self.answer_tokens(row)),
+            logprobs=tuple(self.logprobs[row][: self.lengths[row]]),
+            text=self.text(row, sampling),
+            finish="open" if is_open else "length" if row in self.cut_rows else "stop",
+            version=version,
+            routes=self.routes(row) if sampling.routes and not is_open else None,
+            kept=Kept.of(self.kept[row]) if sampling.kept else None,
+        ).behind(request.begun)
 
     def _seen(self, vocab: int) -> Tensor:
         """[b, vocab] bool: tokens of each prompt and of its answer so far."""
@@ -253,10 +291,11 @@ class _Drawing:
     def text(self, row: int, sampling: Sampling | None = None) -> str:
         """What an answer says so far; with `sampling` up to where it ended."""
         stops = (sampling.stop_ids, sampling.stop) if sampling else ((), ())
-        return text_of_answer(self.tokenizer, self.answer_tokens(row), *stops)
+        begun = self.prompts[row][len(self.requests[row].prompt.tokens) :]
+        return text_of_answer(self.tokenizer, [*begun, *self.answer_tokens(row)], *stops)
 
     def answer_tokens(self, row: int) -> list[int]:
-        """The tokens of an answer, to its end."""
+        """The tokens that were drawn for an answer, to its end."""
         return self.tokens[row][: self.lengths[row]]
 
     def routes(self, row: int) -> np.ndarray[Any, np.dtype[np.int16]]:

@@ -65,7 +65,9 @@ class Fleet:
 
     # Sampling
 
-    def batches(self, requests: Sequence[Request]) -> Iterable[Sequence[Request]]:
+    def batches(
+        self, requests: Sequence[Request], *, stops: bool = False
+    ) -> Iterable[Sequence[Request]]:
         """Servers batch as requests come: each is drawn by itself."""
         return ((request,) for request in requests)
 
@@ -74,16 +76,23 @@ class Fleet:
         requests: Sequence[Request],
         on_sample: Callable[[Sample], None],
         follow_ups: FollowUps | None = None,
+        enough: Callable[[], bool] | None = None,
     ) -> None:
         """Draw all, on all servers; nothing that has come is drawn again. `follow_ups` are drawn
-        beside the rest, by a thread more where all are busy.
+        beside the rest, by a thread more where all are busy. Once there is `enough`, servers say
+        how far the others are.
         """
+        if enough is not None and enough():
+            return
         deal = Deal(requests, len(self.servers), more_may_come=follow_ups is not None)
         results: queue.SimpleQueue[Sample | BaseException | None] = queue.SimpleQueue()
+        threads: list[threading.Thread] = []
 
         def begin(server: Server) -> None:
             args = (server, deal, results)
-            threading.Thread(target=self._work, args=args, daemon=True, name="rollout").start()
+            thread = threading.Thread(target=self._work, args=args, daemon=True, name="rollout")
+            threads.append(thread)
+            thread.start()
 
         for server in self.servers:
             begin(server)
@@ -103,8 +112,41 @@ class Fleet:
                     num_open += len(more)
                     if not deal.add(more):
                         begin(next(next_server))
+                if enough is not None and enough():
+                    for late in self._stopped(deal, threads, results) if num_open else ():
+                        on_sample(late)
+                    return
         finally:
             deal.end()
+
+    def _stopped(
+        self,
+        deal: Deal,
+        threads: Sequence[threading.Thread],
+        found: "queue.SimpleQueue[Sample | BaseException | None]",
+    ) -> list[Sample]:
+        """What is being drawn, as far as it is. Of a server that is lost now nothing comes; the
+        next push finds it.
+        """
+        deal.stop()
+
+        def stop(server: Server) -> None:
+            try:
+                server.client.post("/stop", {"draw": deal.name})
+            except ServerLost as lost:
+                self._count(lost.fault)
+
+        self._each(stop)
+        for thread in threads:
+            thread.join()
+        late: list[Sample] = []
+        while not found.empty():
+            one = found.get()
+            if isinstance(one, BaseException):
+                raise one
+            if one is not None:
+                late.append(one)
+        return late
 
     def _work(self, server: Server, deal: Deal, found: "queue.SimpleQueue[Any]") -> None:
         """A server's thread. What it raises is raised by `generate`."""
@@ -121,6 +163,9 @@ class Fleet:
                     room = full.room or None
                     time.sleep(0 if room else FULL_SECONDS)
                 except ServerLost as lost:
+                    if deal.is_stopped:
+                        self._count(lost.fault)
+                        return
                     losses += 1
                     if losses > MAX_LOSSES:
                         raise RolloutError(
@@ -138,12 +183,13 @@ class Fleet:
         """Draw `numbers`; what has not come when the server fails or is full is given back."""
         body = {
             "version": self.version,
+            "draw": deal.name,
             "requests": [as_json(number, deal.requests[number]) for number in numbers],
         }
         waiting = set(numbers)
         try:
             for answer in server.client.stream("/generate", body):
-                if deal.over:
+                if deal.over and not deal.is_stopped:
                     return
                 if "error" in answer:
                     raise RolloutError(f"vLLM refuses a prompt: {answer['error']}.")
@@ -154,7 +200,7 @@ class Fleet:
                     text = f"{server.client.address} says {str(answer)[:80]}, which is no answer"
                     raise ServerLost("dead", text) from error
                 waiting.discard(number)
-                if deal.finish(number):
+                if deal.finish(number) and sample is not None:
                     found.put(sample)
             if waiting:
                 raise ServerLost("dead", f"{server.client.address} left {len(waiting)} answers out")
@@ -162,19 +208,24 @@ class Fleet:
             deal.give_back(numbers)
             raise
 
-    def _sample(self, request: Request, answer: dict[str, Any]) -> Sample:
+    def _sample(self, request: Request, answer: dict[str, Any]) -> Sample | None:
+        """None of one that was stopped before its first token."""
         tokens, sampling = tuple(answer["tokens"]), request.sampling
+        is_open = answer["finish"] == "abort"
+        if is_open and not tokens:
+            return None
+        whole = (*request.given, *tokens)[len(request.prompt.tokens) :]
         return Sample(
             prompt_id=request.prompt.id,
             index=request.index,
             tokens=tokens,
             logprobs=tuple(answer["logprobs"]),
-            text=text_of_answer(self.tokenizer, tokens, sampling.stop_ids, sampling.stop),
-            finish="length" if answer["finish"] == "length" else "stop",
+            text=text_of_answer(self.tokenizer, whole, sampling.stop_ids, sampling.stop),
+            finish="open" if is_open else "length" if answer["finish"] == "length" else "stop",
             version=self.version,
-            routes=decode_routes(answer["routes"]) if sampling.routes else None,
+            routes=decode_routes(answer["routes"]) if sampling.routes and not is_open else None,
             kept=Kept.from_json(answer["kept"]) if sampling.kept else None,
-        )
+        ).behind(request.begun)
 
     def _recover(self, server: Server, lost: ServerLost, start: int) -> None:
         """Start a server that was lost after its start number `start` again, with the weights of

@@ -41,14 +41,14 @@ def answer_of(out: Any, *, kept: bool = False) -> dict[str, Any]:
     their ids.
     """
     one = out.outputs[0]
-    drawn = zip(one.token_ids, one.logprobs, strict=True)
+    drawn = zip(one.token_ids, one.logprobs or [], strict=True)
     answer = {
         "tokens": list(one.token_ids),
         "logprobs": [entry[token].logprob for token, entry in drawn],
         "finish": one.finish_reason,
     }
     if kept:
-        places = [list(entry) for entry in one.logprobs]
+        places = [list(entry) for entry in one.logprobs or []]
         ids = [token for place_ids in places for token in place_ids]
         answer["kept"] = {
             "sizes": _packed([len(place_ids) for place_ids in places]),

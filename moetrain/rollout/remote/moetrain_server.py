@@ -4,8 +4,9 @@ Started as `python -m moetrain_server SETTINGS.json` by the interpreter that has
 vLLM 0.32.
 
     GET  /health                 what is served
-    POST /generate               {version, requests}: a JSON line for each answer as it ends; empty
-                                 lines say that the engine is alive
+    POST /generate               {version, draw, requests}: a JSON line for each answer as it ends;
+                                 empty lines say that the engine is alive
+    POST /stop                   {draw}: answers of that name end where they are, as "abort"
     POST /probe                  {sequences, num_tokens}: log-probs of given tokens, greedy answers
     POST /push                   {links, since, version}: serve the weights of folders, each with
                                  its version (moetrain_weights); `since` is what is served now
@@ -22,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -34,6 +36,8 @@ from moetrain_worker import WITH_ROUTES, packed
 
 TOKEN = "MOETRAIN_ROLLOUT_TOKEN"
 BEAT_SECONDS = 1.0
+STOP_SECONDS = 0.02
+NOTHING: dict[str, Any] = {"tokens": [], "logprobs": []}
 
 
 class Service:
@@ -58,6 +62,8 @@ class Service:
         queue = settings["max_queue"] * (8 * self.longest + 1024)
         self.most = max(64 * MIB, min(queue, 1024 * MIB))
         self._numbers = count()
+        self._running: dict[str, set[str]] = {}  # names of requests, by their draw
+        self._stopped: deque[str] = deque(maxlen=64)  # draws; a request may come after its end
         self._pushing = asyncio.Lock()
 
     async def prepare(self) -> None:
@@ -88,12 +94,19 @@ class Service:
         if len(requests) > room:
             raise Refused(429, f"the queue has room for {room} requests", room=room)
         self.unfinished += len(requests)
-        return self._stream(requests)
+        return self._stream(requests, body.get("draw", ""))
 
-    async def _stream(self, requests: list[dict[str, Any]]) -> Any:
+    async def stop(self, body: dict[str, Any]) -> Any:
+        self._stopped.append(body["draw"])
+        while names := self._running.get(body["draw"]):
+            await self.engine.abort(list(names))
+            await asyncio.sleep(STOP_SECONDS)  # one that the engine does not know yet is there then
+        return {}
+
+    async def _stream(self, requests: list[dict[str, Any]], draw: str) -> Any:
         """JSON lines; the tasks end with the connection, and vLLM then drops their requests."""
         left = len(requests)
-        tasks = {asyncio.create_task(self._draw(request)) for request in requests}
+        tasks = {asyncio.create_task(self._draw(request, draw)) for request in requests}
         beat = time.monotonic()
         try:
             while tasks:
@@ -113,7 +126,9 @@ class Service:
             for task in tasks:
                 task.cancel()
 
-    async def _draw(self, request: dict[str, Any]) -> dict[str, Any]:
+    async def _draw(self, request: dict[str, Any], draw: str) -> dict[str, Any]:
+        if draw in self._stopped:
+            return {"number": request["number"], "finish": "abort"} | NOTHING
         routes = request["routes"]
         whole = len(request["tokens"]) + request["max_tokens"]
         if whole > self.longest:  # vLLM 0.32 would cut the answer there, as if max_tokens said so
@@ -122,12 +137,18 @@ class Service:
             return {"number": request["number"], "error": text}
         params = params_of(request, self.on_cpu)
         name = f"{WITH_ROUTES if routes else 'plain-'}{next(self._numbers)}"
+        running = self._running.setdefault(draw, set())
+        running.add(name)
         try:
             out = await self._last(request["tokens"], params, name)
         except ValueError as error:  # vLLM's refusal of this request
             return {"number": request["number"], "error": str(error)}
+        finally:
+            running.discard(name)
+            if not running and self._running.get(draw) is running:
+                del self._running[draw]
         answer = answer_of(out, kept=request["kept"]) | {"number": request["number"]}
-        if routes:
+        if routes and answer["finish"] != "abort":
             answer["routes"] = await self._routes_of(out, name)
         return answer
 
@@ -290,6 +311,7 @@ def application(service: Service, token: str) -> Guard:
 
     posts = {
         "/generate": service.generate,
+        "/stop": service.stop,
         "/probe": service.probe,
         "/push": service.push,
         "/transfer/{step}": service.transfer,

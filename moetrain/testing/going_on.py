@@ -1,0 +1,88 @@
+"""Answers that are stopped, and go on by other weights, on any engine for rollouts."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from moetrain.config.builtin import MODELS
+from moetrain.data.samples import Prompt
+from moetrain.data.trajectories import Trajectory
+from moetrain.loops.quota import Key, Quota
+from moetrain.loops.rollouts import Drawing
+from moetrain.rollout.base import RolloutEngine, Sampling
+
+CONFIG = dict(MODELS["qwen3-moe-tiny"])
+
+
+def model_of(seed: int, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A random model, and its weights as a folder of Hugging Face has them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    made: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG))
+    made.save_pretrained(folder)
+    return made.eval(), load_file(folder / "model.safetensors")
+
+
+def check_going_on(engine: RolloutEngine, folder: Path, num_stops: int, most: int) -> None:
+    """Each token has the log-prob of the weights that drew it behind all before it, of what could
+    be drawn; the routes of all of it are those of the last weights; and the random numbers of the
+    rest are not those of the start. An answer has at most `most` tokens, and ends with one in
+    `num_stops` of the vocabulary.
+    """
+    models = [model_of(seed, folder / str(seed)) for seed in (0, 1)]
+    stops = tuple(range(300, 300 + num_stops))
+    sampling = Sampling(most, top_k=500, stop_ids=stops, routes=True, kept=True)
+    prompts = [Prompt(str(i), (5 + i, 6, 7), {}) for i in range(12)]
+    drawing = Drawing(engine, sampling, 3)
+    held: dict[Key, Trajectory] = {}
+    engine.push(models[0][1].items(), 0)
+    quota = Quota(prompts, 1, 1, held)
+    drawing.draw(prompts, 1, held, lambda one: None, whole_batches=True, quota=quota)
+    stopped = {key: one for key, one in held.items() if one.is_within}
+    ended = {key: one for key, one in held.items() if not one.is_open}
+    assert len(stopped) >= 2 and ended, (len(stopped), len(ended))
+    assert all(one.branches[0].routes is None for one in stopped.values())
+
+    engine.push(models[1][1].items(), 1)
+    done = dict(held)
+    drawing.draw(prompts, 1, done, lambda one: None, whole_batches=True, held=held)
+    assert all(done[key] is one for key, one in ended.items())
+    repeated, gaps = 0, list[NDArray[np.float64]]()
+    for key, before in stopped.items():
+        one, num = done[key], len(before.tokens)
+        assert one.tokens[:num] == before.tokens and not one.is_open
+        assert one.logprobs[:num] == before.logprobs and one.num_tokens <= most
+        versions = [0] * num + [1] * (one.num_tokens - num)
+        assert one.branches[0].by_token.tolist() == versions
+        gaps.append(_gaps(one, prompts[int(key[0])].tokens, [model for model, _ in models]))
+        repeated += sum(map(int.__eq__, one.tokens[num:], before.tokens))
+    # Two kernels may choose another expert where two are level, and all behind it is then off.
+    told = [(len(own), int((own > 1e-4).argmax()), float(own.max())) for own in gaps]
+    assert sum(own.max() < 1e-4 for own in gaps) >= 0.7 * len(gaps), told
+    assert all(np.median(own[: 1 + len(own) // 4]) < 1e-4 and own.max() < 0.05 for own in gaps), (
+        told
+    )
+    assert repeated <= len(stopped), "the same numbers draw much the same from flat distributions"
+
+
+@torch.no_grad()
+def _gaps(one: Trajectory, prompt: tuple[int, ...], models: list[Any]) -> NDArray[np.float64]:
+    """[tokens] between what was said of each and what the weights that drew it say."""
+    (branch,) = one.branches
+    assert branch.kept is not None and branch.routes is not None
+    assert len(branch.routes) == len(prompt) + len(branch.tokens) - 1
+    ids = torch.tensor([[*prompt, *branch.tokens.tolist()]])
+    edges = np.concatenate([[0], branch.kept.sizes.cumsum()])
+    found = np.zeros(len(branch.tokens))
+    for version, model in enumerate(models):
+        logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+        for place in np.flatnonzero(branch.by_token == version):
+            own = torch.tensor(branch.kept.ids[edges[place] : edges[place + 1]]).long()
+            logp = logits[place, branch.tokens[place]] - logits[place, own].logsumexp(0)
+            found[place] = abs(float(logp) - float(branch.logprobs[place]))
+    return found
