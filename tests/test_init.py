@@ -40,8 +40,10 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wanted(there: Path, job: str, **more: Any) -> Wanted:
     name = LIKE.get(SECTIONS[job].learns_from) if job in SECTIONS else job
     data = there / (f"{name}.jsonl" if name else "corpus")
-    if name == "grpo":
+    if name == "grpo" and SECTIONS[job]().needs_rewards:
         more.setdefault("rewards", ("accuracy", "format"))
+    if job in SECTIONS and SECTIONS[job].taught:
+        more.setdefault("teacher", str(there / "model"))
     if job == "chord":
         more.setdefault("demonstrations", (str(there / "sft.jsonl"),))
     return Wanted(job, str(there / "model"), (str(data),), **more)

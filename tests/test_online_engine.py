@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
@@ -16,7 +17,7 @@ from torch import Tensor
 from moetrain.config.method import MethodConfig
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Kept, Prompt, Sample
-from moetrain.data.trajectories import Trajectory
+from moetrain.data.trajectories import Trajectory, Word
 from moetrain.loops.demonstrations import with_fields_of
 from moetrain.methods import METHODS
 from moetrain.ops.packed import Packed, concat, from_tokens, pack_one
@@ -39,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gspo": {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05, "mismatch": "none"},
     "dr_grpo": {"name": "dr_grpo", "length": 5, "mismatch": "sequence", "mismatch_cap": 1.2},
     "chord": {"name": "chord", "mismatch_cap": 1.3, "packs": 2},
+    "gkd": {"name": "gkd", "top_k": 3, "interpolation": 0.4, "entropy_coef": 0.4},
 }
 SHARE = 0.4  # mu of chord
 TEMPERATURES = {"dapo": 0.6, "gspo": 1.3, "chord": 0.7}  # of the answers; the others' is 1
@@ -57,7 +59,8 @@ def section_of(method: dict[str, Any]) -> dict[str, Any]:
     """What a recipe needs for a method."""
     shown = ["none"] if method["name"] == "chord" else []
     data = {"demonstrations": shown}
-    return {"method": method, "rollout": {}, "rewards": ["length"], "data": data}
+    section = {"method": method, "rollout": {}, "rewards": ["length"], "data": data}
+    return section | ({"teacher": {"path": "t"}} if method["name"] == "gkd" else {})
 
 
 def groups(model: Any) -> list[Group]:
@@ -84,6 +87,36 @@ def kept_of(answer: tuple[int, ...]) -> list[list[int]]:
     """What could be drawn at each place: the token, and a few others of the 200."""
     return [[token, *{(7 * token + k) % 200 for k in range(n % 4)} - {token}]
             for n, token in enumerate(answer, 1)]  # fmt: skip
+
+
+def word_of(answer: tuple[int, ...]) -> Word:
+    """What a teacher could say at each place: three tokens, the answer's own among some."""
+    ids = [[(token + 31 * n % 93 + step) % 200 for step in (0, 40, 80)]
+           for n, token in enumerate(answer)]  # fmt: skip
+    top = [[-0.5 - 0.1 * (n % 3), -2.0, -3.0 - n % 2] for n in range(len(answer))]
+    return Word(
+        np.zeros(len(answer), np.float32), np.array(ids, np.int32), np.array(top, np.float32)
+    )
+
+
+def with_word(group: Group) -> Group:
+    """The group as servers have scored it."""
+    answers: list[GradedAnswer] = []
+    for one in group.answers:
+        (branch,) = one.trajectory.branches
+        branch = replace(branch, word=word_of(sample_of(one.trajectory).tokens))
+        answers.append(replace(one, trajectory=replace(one.trajectory, branches=(branch,))))
+    return replace(group, answers=tuple(answers))
+
+
+def far_from_teacher(every: Tensor, word: Word, interpolation: float) -> Tensor:
+    """[m] GKD's divergence of distributions [m, v] from a word, the other tokens as one."""
+    ours = every.exp().gather(1, torch.from_numpy(word.ids.astype(np.int64)))
+    q = torch.cat([ours, 1 - ours.sum(1, keepdim=True)], dim=1)
+    p = torch.from_numpy(word.top).exp()
+    p = torch.cat([p, 1 - p.sum(1, keepdim=True)], dim=1)
+    m = interpolation * p + (1 - interpolation) * q
+    return (interpolation * p * (p / m).log() + (1 - interpolation) * q * (q / m).log()).sum(1)
 
 
 def cut(group: Group) -> Group:
@@ -142,6 +175,7 @@ def packs_of(found: list[Group], method: str, *, seq_len: int, min_packs: int) -
     if method in PENALTIES:
         values["repetition_penalty"] = torch.full_like(rewards, PENALTIES[method])
     found = [cut(group) for group in found] if method in CUT else found
+    found = [with_word(group) for group in found] if method == "gkd" else found
     if online.shares is not None:
         values["share"] = torch.full_like(rewards, 1 - SHARE)
     packs = pack_groups(found, values, seq_len=seq_len, min_packs=min_packs)
@@ -198,6 +232,11 @@ def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[
             logp = every.gather(1, torch.tensor(sample.tokens)[:, None])[:, 0]
             if cfg.entropy_coef:
                 entropies.append(-(every.exp() * every).sum())
+            if method == "gkd":
+                word = word_of(sample.tokens)
+                sums.append(far_from_teacher(every, word, cfg.interpolation).sum())
+                num_tokens += len(sample.tokens)
+                continue
             old, rollout = torch.tensor(old_of(sample)), torch.tensor(sample.logprobs)
             weight = (old - rollout).exp()
             if cfg.mismatch == "tis":
@@ -217,10 +256,11 @@ def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[
             means.append(losses.mean())
             sums.append(losses.sum())
             num_tokens += len(old)
-    loss = torch.stack(means).mean()
-    if method == "dapo":
+    if method not in ("dapo", "gkd"):
+        loss = torch.stack(means).mean()
+    else:
         loss = torch.stack(sums).sum() / num_tokens
-    elif method == "dr_grpo":
+    if method == "dr_grpo":
         loss = torch.stack(sums).sum() / (len(sums) * cfg.length)
     elif method == "chord":
         own = [scored(model, tokens[:num], tokens[num:], 1.0) for num, tokens in shown()]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from pydantic import BaseModel, TypeAdapter
 from settings_helpers import HF, REFUSED, laid, seen
+from test_distill import STUDENT, TEACHER, pack_of
 from test_methods import CASES, packed
 from test_methods import computed as offline_loss
 from test_online import Answer, answers
@@ -58,6 +59,7 @@ OTHER: dict[str, Any] = {
     "delta": 1.5, "mismatch_floor": 0.95,
     "entropy_coef": 0.5, "top_entropy_quantile": 0.4, "off_policy_mask_threshold": 0.01,
     "tau_pos": 3.0, "tau_neg": 3.0,
+    "discount": 0.5, "reward_weight": 0.5, "interpolation": 0.4, "answer_weight": 0.5,
 }  # fmt: skip
 # What only a run shows, and the test that does: its source names the key.
 SHOWN_BY: dict[str, str] = {
@@ -68,6 +70,13 @@ SHOWN_BY: dict[str, str] = {
     "method.ref_model_mixup_alpha": "test_rl",
     "method.packs": "test_settings_runs",
     "method.truncated": "test_settings_runs",
+    "method.top_k": "test_teacher",
+    "teacher": "test_teacher",
+    **{f"teacher.{key}": "test_teacher" for key in ("path", "system")},
+    **{
+        f"teacher.{key}": "system.test_vllm_teacher"
+        for key in ("address", "model", "key_env", "concurrency", "seconds")
+    },
     "rollout.steps_off": "test_rl",
     **{f"rollout.{key}": "test_oversample" for key in ("oversample", "partial", "max_staleness")},
     **{f"rollout.{key}": "test_drawn" for key in ("top_p", "top_k", "min_p", "stop")},
@@ -107,6 +116,8 @@ def what_a_method_makes(settings: dict[str, Any]) -> list[Any]:
         cfg = cfg.within(12)  # tokens of the longest answer below
         settings = cfg.model_dump()
     found: list[Any] = [cfg.kl_limit, getattr(cfg, "rounds", 1)]
+    if cfg.name == "distill":
+        return [*found, taught_loss(settings)]
     if online is None:
         case = next(c for c in CASES if c["method"]["name"] == cfg.name)
         case = case | {"known": {"bco/shift": 0.1}}
@@ -124,6 +135,22 @@ def what_a_method_makes(settings: dict[str, Any]) -> list[Any]:
         found += [online.shares(step, cfg) for step in (1, 2, 5, 50, 500)]
     found += [online.whiten(cfg), online.advantages(rewards, group, cfg).tolist()]
     return [*found, terms_of(cfg, rewards, group)]
+
+
+# Keys that do nothing where rewards are not learned from.
+OF_REWARDS = (
+    *("advantage_estimator", "scale_rewards", "dynamic_sampling", "max_rounds", "soft_length"),
+    "max_length",
+)
+
+
+def taught_loss(settings: dict[str, Any]) -> float:
+    """Of places where a teacher has said something, by all of a batch of one pack."""
+    top, ids = TEACHER.log_softmax(-1).topk(3, -1)
+    given = torch.cat([STUDENT.log_softmax(-1).gather(-1, ids), torch.zeros(3, 3)])
+    out = Out(logp=given[:, 0], at_teacher=given)
+    cfg: Any = TypeAdapter(MethodConfig).validate_python(settings)
+    return float(METHODS[cfg.name].loss(out, pack_of(top, ids), cfg, {})[0]["loss"])
 
 
 def clipped() -> list[Answer]:
@@ -151,9 +178,12 @@ def terms_of(cfg: Any, rewards: Tensor, group: Tensor) -> list[float]:
         own = torch.tensor([DEMONSTRATION if last else 1])
         pack.extras.update(role=own, share=torch.tensor([0.5]), place=torch.tensor([i]))
         pack.per_token["old_entropy"] = pack.per_token["value"] + 2
+        pack.per_token["teacher_logp"] = pack.per_token["ref_logp"]
+        pack.per_token["teacher_top"] = pack.per_token["ref_logp"][:, None]
     (pack,) = with_targets([concat(packs)], method.online, cfg, rewards, group, None)
     known = pack.per_token
-    out = Out(logp=known["logp"], entropy=known["old_entropy"], value=known["value"])
+    own = known["logp"]
+    out = Out(own, known["old_entropy"], known["value"], at_teacher=own[:, None])
     terms, _ = method.loss(out, pack, cfg, {})
     counts = method.count(pack, cfg)
     return [float(terms[name] / counts[name]) for name in terms]
@@ -171,14 +201,18 @@ def method_cases() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
         flipped = (not default,) if isinstance(default, bool) else ()
         given = literals(fields[name], key) or flipped or (OTHER[key],)
         beside: dict[str, Any] = {}
-        if key.startswith(("kl_", "use_bias")) and METHODS[name].online:
+        if name == "gkd":  # which has no reference and learns from no reward
+            beside = {}
+        elif key.startswith(("kl_", "use_bias")) and METHODS[name].online:
             beside = {"beta": 0.7}
         if key in ("discopop_tau", "reward_shift"):
             beside = {"loss_type": "discopop" if key == "discopop_tau" else "bco_pair"}
         if key in ("kl_target", "kl_horizon"):
             beside = {"beta": 0.7} | ({"kl_target": 3.0} if key == "kl_horizon" else {})
-        if key in ("max_length", "max_rounds"):
+        if key in ("max_length", "max_rounds") and name != "gkd":
             beside = {"soft_length": 5} if key == "max_length" else {"dynamic_sampling": True}
+        if name == "on_policy_distill" and key in OF_REWARDS:
+            beside |= {"reward_weight": 0.5}
         if key == "soft_length" and name == "dapo":
             beside = {"max_length": 6}
         for value in given:
@@ -284,7 +318,8 @@ def names() -> list[str]:
 
 
 GIVEN: dict[str, Any] = {
-    "rewards": ["accuracy"], "data.weights": [1.0], "data.too_long": "reject", "data.pack": False,
+    "rewards": ["accuracy"], "teacher": {"path": "t"},
+    "data.weights": [1.0], "data.too_long": "reject", "data.pack": False,
     "data.chat_template": "t", "data.max_rejected": 0.5,
     "data.share_prompt": False, "data.reference": "r", "trainable": ["self_attn"],
     "data.take": [1], "data.eval_share": 0.5, "data.system": "s",
@@ -317,6 +352,8 @@ def test_a_key_that_a_method_does_not_read(name: str) -> None:
     base = laid({"method": name})
     if method.samples:
         base |= {"rollout": {}, "rewards": ["accuracy"], "train": {"steps": 3}}
+    if method.taught:
+        base["teacher"] = {"path": "t"}
     if method.demonstrated:
         base["data"]["demonstrations"] = ["d.jsonl"]
     recipe = recipe_from(base)

@@ -20,6 +20,9 @@ def arguments(parser: Parser) -> None:
     parser.add_argument(
         "--demonstrations", nargs="+", default=[], metavar="D", help="worked answers, for chord"
     )
+    parser.add_argument(
+        "--teacher", metavar="T", help="of methods that distil: a folder, or http://HOST:PORT/v1"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: JOB.yaml")
 
 
@@ -34,8 +37,9 @@ def run(args: Arguments) -> int:
     if out.exists():
         raise ConfigError(f"{out} exists. Give another --out, or remove it.")
     rewards, shown = tuple(args.reward), tuple(args.demonstrations)
+    data, held_out = tuple(args.data), tuple(args.eval)
     wanted = Wanted(
-        args.job, args.model, tuple(args.data), tuple(args.eval), args.adapter, rewards, shown
+        args.job, args.model, data, held_out, args.adapter, rewards, shown, args.teacher
     )
     files.write_text(out, propose(wanted))
     load_recipe(out)

@@ -26,7 +26,7 @@ def run(args: Arguments) -> int:
         return code
     if args.model.endswith((".yaml", ".yml")):
         from moetrain.config.load import load_recipe
-        from moetrain.loops.reference import fill
+        from moetrain.loops.words import fill
 
         return fill(load_recipe(Path(args.model), [args.data, *args.overrides][not args.data :]))
     if not args.data or args.out is None:

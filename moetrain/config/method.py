@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from moetrain.config.distill import DistillMethod, GkdMethod, OnPolicyDistillMethod
 from moetrain.config.online import (
     ChordMethod,
     CispoMethod,
@@ -324,7 +325,10 @@ MethodConfig = Annotated[
     | ReinforceMethod
     | ReinforceBaselineMethod
     | PpoMethod
-    | ChordMethod,
+    | ChordMethod
+    | DistillMethod
+    | OnPolicyDistillMethod
+    | GkdMethod,
     Field(discriminator="name"),
 ]
 

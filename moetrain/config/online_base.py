@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from moetrain.config.section import MethodSection
 
 Count = Annotated[int, Field(ge=1)]
+Mismatch = Literal["none", "tis", "mask", "sequence", "sequence_mask"]
 
 
 def in_the_loss(value: object) -> object:
@@ -47,7 +48,7 @@ class OnlineMethod(MethodSection):
     ref_model_mixup_alpha: float = Field(
         default=0.6, gt=0, le=1, description="how far it moves then; 1: it becomes the policy"
     )
-    mismatch: Literal["none", "tis", "mask", "sequence", "sequence_mask"] = Field(
+    mismatch: Mismatch = Field(
         default="tis",
         description="weights for what sampler and trainer disagree on: tis truncates a token's"
         " ratio, mask leaves out tokens whose ratio is outside; sequence and sequence_mask do so"

@@ -56,6 +56,11 @@ RULES = (
         "only methods that sample read it, such as grpo",
     ),
     Rule(
+        ("teacher",),
+        lambda r: r.method.taught,
+        "only methods that distil read it, such as on_policy_distill",
+    ),
+    Rule(
         ("data.weights",),
         lambda r: r.method.learns_from == "corpus",
         "pretrain and cpt blend corpora by it; data.take says how many records of each path",

@@ -17,6 +17,7 @@ from pydantic import (
 from moetrain.config.best import check_best, figures
 from moetrain.config.cluster import ClusterConfig
 from moetrain.config.data import DataConfig
+from moetrain.config.distill import TeacherConfig, check_teacher
 from moetrain.config.megatron import passed_through
 from moetrain.config.method import MethodConfig
 from moetrain.config.online_base import OnlineMethod
@@ -291,6 +292,9 @@ class Recipe(Section):
         default_factory=list[Reward],
         description="what grades: names, FILE.py:FUNCTION, or {name, weight, options}",
     )
+    teacher: TeacherConfig | None = Field(
+        default=None, description="whom methods that distil learn from"
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -352,12 +356,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _taught_or_not(self) -> Self:
+        environment = "single" if self.rollout is None else self.rollout.environment
+        check_teacher(self.method, self.teacher, environment)
+        return self
+
+    @model_validator(mode="after")
     def _samples_or_not(self) -> Self:
         if not self.method.samples:
             return self
         if self.rollout is None:
             raise ValueError(f"method {self.method.name} learns from rollouts: give rollout")
-        if not self.rewards and self.rollout.replay is None:
+        if self.method.needs_rewards and not self.rewards and self.rollout.replay is None:
             raise ValueError(f"method {self.method.name} needs rewards: [accuracy], for example")
         return self
 

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from moetrain.config.online_base import GroupMethod, OnlineMethod
 from moetrain.config.rollout import RolloutConfig
 
+PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Sampling from the model's own distribution."""
+
 
 def check_sampling(
     name: str,
@@ -15,6 +18,12 @@ def check_sampling(
 ) -> None:
     """Raises ValueError where nothing could be learned, or a setting would not be what it says."""
     fresh = rollout.replay is None
+    changed = [n for n, value in PLAIN.items() if getattr(rollout, n) != value]
+    if method.taught and changed:
+        raise ValueError(
+            f"rollout.{changed[0]}={getattr(rollout, changed[0]):g}: {name} compares the student's"
+            f" distributions with the teacher's as they are: leave {changed[0]} out"
+        )
     if method.compares and rollout.group_size == 1 and fresh:
         raise ValueError(
             f"rollout.group_size=1: {name} compares the answers to a prompt, and one alone"

@@ -52,10 +52,16 @@ class MethodSection(Section):
     value_head: ClassVar[bool] = False  # it has one beside the vocabulary
     samples: ClassVar[bool] = False  # it learns from rollouts
     demonstrated: ClassVar[bool] = False  # and from data.demonstrations beside them
+    taught: ClassVar[bool] = False  # it learns from a teacher's log-probs
     # Held-out figures that can say which checkpoint is the best -> whether more is better.
     judged_by: ClassVar[Mapping[str, bool]] = {"eval_loss": False}
     # What it is about: the figures that the bar, the tables, the plots and the report open on.
     about: ClassVar[tuple[str, ...]] = ("loss",)
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether it learns from rewards."""
+        return self.samples
 
     @property
     def kl_limit(self) -> float | None:

@@ -56,8 +56,9 @@ def pack_groups(
         num_experts: of the model, which choices are packed for as `ops/routes.py` has them; 0: as
             int16.
 
-    `extras` also has role and item (the answer's number), `per_token` rollout_logp, and
-    routes and kept (ids from 1 of what could be drawn) where they were recorded. What the model
+    `extras` also has role and item (the answer's number), `per_token` rollout_logp, and, where they
+    were recorded, routes, kept (ids from 1 of what could be drawn), a teacher's teacher_logp,
+    teacher_ids and teacher_top. What the model
     wrote is scored, replies are not. Each branch of a trajectory is a sequence with its values.
     Where there are fewer sequences than packs, some are blank.
     Raises DataError when a prompt and one answer do not fit, and for experts that are not there.
@@ -166,6 +167,7 @@ def _unit(pieces: Sequence[_Piece], how: _How) -> Packed:
         own = {"rollout_logp": zeros} | _routes(first.branch, 0, shared, how)
         if how.width:
             own["kept"] = torch.zeros(shared, how.width, dtype=torch.int32)
+        own |= {name: x.new_zeros(shared, *x.shape[1:]) for name, x in _word(first.branch).items()}
         context = first.context[:-1]
         parts.insert(0, pack_one(context, zeros, zeros, id=first.prompt_id, per_token=own))
     pack = concat(parts)
@@ -189,6 +191,7 @@ def _answer(piece: _Piece, how: _How) -> Packed:
     own |= _routes(branch, piece.context.numel() - 1, None, how)
     if how.width:
         own["kept"] = _kept(branch, how.width)
+    own |= _word(branch)
     mask = torch.from_numpy(branch.written.astype(np.float32))
     if piece.beyond:
         tokens = torch.cat([tokens, labels[-1:]])
@@ -206,6 +209,18 @@ def _kept(branch: Branch, width: int) -> Tensor:
         rows = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         columns = torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[rows]
         found[rows, columns] = torch.from_numpy(branch.kept.ids.astype(np.int32)) + 1
+    return found
+
+
+def _word(branch: Branch) -> dict[str, Tensor]:
+    """A teacher's, where one was asked."""
+    if branch.word is None:
+        return {}
+    logp, ids, top = (np.ascontiguousarray(x) for x in branch.word)
+    found = {"teacher_logp": torch.from_numpy(logp.astype(np.float32))}
+    if ids.size:
+        found["teacher_ids"] = torch.from_numpy(ids.astype(np.int32))
+        found["teacher_top"] = torch.from_numpy(top.astype(np.float32))
     return found
 
 

@@ -144,8 +144,8 @@ class RunData:
         return packs.data if isinstance(packs, Shuffled) else None
 
     def loader(self, dp_rank: int, dp_size: int, reference: Path | None = None) -> Loader:
-        """The training stream of one DP rank; `reference` is what `PackedSet.with_reference`
-        takes.
+        """The training stream of one DP rank; `reference` is the file that
+        `PackedSet.with_reference` takes, or the folder that `with_words` takes.
         """
         packs, batch = _with_reference(self.train, reference), self.recipe.train.global_batch
         return Loader(packs, batch, dp_rank, dp_size, limit(self.recipe, len(packs)))
@@ -166,7 +166,9 @@ def _with_reference(packs: Packs, reference: Path | None) -> Packs:
     if reference is None:
         return packs
     assert isinstance(packs, Shuffled), "corpora have no reference log-probs"
-    return Shuffled(packs.data.with_reference(reference), packs.seed, packs.shuffle)
+    data = packs.data
+    beside = data.with_words if reference.is_dir() else data.with_reference
+    return Shuffled(beside(reference), packs.seed, packs.shuffle)
 
 
 def _describe(name: str, packs: Packs, recipe: Recipe) -> str:

@@ -33,6 +33,7 @@ from moetrain.data.selection import rows_of
 from moetrain.data.sources import find_sources
 from moetrain.data.template import template_text
 from moetrain.data.tokenizer_files import tokenizer_files
+from moetrain.data.words import Words
 from moetrain.data.workers import in_order, worth
 from moetrain.errors import DataError
 from moetrain.ops.packed import Packed, concat, pack_one, pad_to
@@ -253,6 +254,7 @@ class PackedSet:
         self.extras: dict[str, NDArray[Any]] = {
             path.stem: np.load(path, mmap_mode="r") for path in (folder / "extras").glob("*.npy")
         }
+        self.words: Words | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -287,6 +289,36 @@ class PackedSet:
         other = PackedSet(self.folder)
         other.extras["ref_logp"] = found
         return other
+
+    @property
+    def num_learned(self) -> NDArray[np.int64]:
+        """[num_items] tokens of each sequence that are learned: its first has nothing before it."""
+        starts = self._arrays["starts"]
+        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._mask, dtype=np.int64)])
+        return sums[starts[1:]] - sums[starts[:-1]] - self._mask[starts[:-1]]
+
+    def with_words(self, folder: Path) -> "PackedSet":
+        """The same set whose packs also have per_token["teacher_ids"] and ["teacher_top"]."""
+        other = PackedSet(self.folder)
+        other.words = Words(folder, self.num_learned)
+        return other
+
+    def items(self, index: int) -> list[int]:
+        """The sequences of pack `index`, in their order in it."""
+        start, end = self._arrays["pack_starts"][index : index + 2]
+        groups = self._arrays["pack_groups"][start:end]
+        bounds = self._arrays["group_starts"]
+        return [item for g in groups for item in range(int(bounds[g]), int(bounds[g + 1]))]
+
+    def sequence(self, item: int) -> NDArray[np.int32]:
+        """[its tokens] of sequence `item`."""
+        begin, stop = map(int, self._arrays["starts"][item : item + 2])
+        return np.array(self._tokens[begin:stop])
+
+    def learned(self, item: int) -> NDArray[np.int64]:
+        """The places of a sequence's learned tokens."""
+        begin, stop = map(int, self._arrays["starts"][item : item + 2])
+        return np.flatnonzero(self._mask[begin + 1 : stop]) + 1
 
     def __len__(self) -> int:
         return self.stats.num_packs
@@ -332,4 +364,8 @@ class PackedSet:
             torch.cat([mask[1:], mask.new_zeros(1)]),
             id=name,
         )
+        if self.words is not None:
+            before = int(self._mask[begin - start + 1 : begin + 1].sum())
+            per_token = self.words.of(item, before, part.loss_mask)
+            part = replace(part, per_token=per_token)
         return replace(part, position_ids=part.position_ids + start)

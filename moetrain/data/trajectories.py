@@ -1,13 +1,13 @@
 """What came of one prompt: turns of the model, with what answered them in between.
 
-Legend: t tokens of a branch, l MoE layers, k experts of a token.
+Legend: t tokens of a branch, l MoE layers, k experts of a token, or a teacher's likeliest tokens.
 """
 
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,14 @@ class Turn:
     version: int = 0  # of the weights that began it; of a reply: of those that were served
 
 
+class Word(NamedTuple):
+    """What a teacher says of a branch's tokens: log-probs, and its k likeliest tokens."""
+
+    logp: NDArray[np.float32]  # [t] of each token; 0 in replies
+    ids: NDArray[np.int32]  # [t, k]
+    top: NDArray[np.float32]  # [t, k] the log-probs of `ids`
+
+
 @dataclass(frozen=True, eq=False)
 class Branch:
     """Turns that the model saw one behind the other. What it wrote is never tokenised anew."""
@@ -53,6 +61,7 @@ class Branch:
     routes: NDArray[Any] | None = None
     kept: Kept | None = None  # what could be drawn, where the sampler left something out
     versions: NDArray[np.int32] | None = None  # [t] of weights; None: those of the turns
+    word: Word | None = None  # of a teacher, where one was asked before the batch was whole
 
     @classmethod
     def of(cls, sample: Sample, context: NDArray[np.int32] | None = None) -> Self:

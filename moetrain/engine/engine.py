@@ -32,6 +32,7 @@ from moetrain.engine.optim import (
     set_rates,
     wrap,
 )
+from moetrain.engine.outputs import Columns, likeliest_columns, likeliest_of, rows_of
 from moetrain.engine.params import freeze, local_adapters, local_merged, local_params
 from moetrain.engine.snapshot import Weights, as_before, snapshot
 from moetrain.engine.source import ModelSource, model_of
@@ -245,24 +246,23 @@ class Engine:
         has a value or scalar head; fp32 [t] CPU tensors of the pack's own length, on every rank of
         the replica.
         """
-        batches = micro_batches(packs, 1, self.world)
         names = ["logp"] + ["entropy"] * with_entropy
         self.run.asked = frozenset(names)
         names += ["value"] * (self.model.heads.value or self.model.heads.scalar)
+        rows = self._rows(packs, lambda out: [vars(out)[name] for name in names], len(names))
+        return [Out(**dict(zip(names, own, strict=True))) for own in rows]
 
-        def head(out: Out, pack: Packed) -> tuple[Tensor, dict[str, Any]]:
-            return out.logp.sum(), {"given": torch.stack([vars(out)[name] for name in names])}
+    @torch.no_grad()
+    def likeliest(self, packs: Sequence[Packed], num: int) -> list[Out]:
+        """For each pack the log-probs of its labels, and at each scored place the `num` likeliest
+        tokens with theirs, as a teacher's word: `logp` [t] and `at_teacher` [t, num] fp32,
+        `likeliest` [t, num] int64, on the CPU.
+        """
+        self.run.asked, self.run.num_likeliest = frozenset({"logp", "likeliest"}), num
+        return likeliest_of(self._rows(packs, likeliest_columns, 1 + 2 * num), num)
 
-        results = self._forward_only(batches, head)
-        shape = (len(batches), len(names), batches[0].num_tokens)
-        table = torch.zeros(shape, device=self.world.device)
-        if results:
-            table = torch.stack([row["given"] for row in results])
-        rows = self.world.from_last_stage(table).cpu()
-        return [
-            Out(**dict(zip(names, own, strict=True)))
-            for own in (rows[i, :, : pack.num_tokens] for i, pack in enumerate(packs))
-        ]
+    def _rows(self, packs: Sequence[Packed], columns: Columns, num: int) -> list[Tensor]:
+        return rows_of(packs, columns, num, self.world, self._forward_only)
 
     def snapshot(self) -> Weights:
         """The trained weights as they are, on the host: an adapter alone, where there is one."""

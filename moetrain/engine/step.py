@@ -2,7 +2,7 @@
 that come out.
 
 Legend: t tokens of a micro-batch, c = t/cp local tokens, v_local this tensor rank's vocabulary
-    rows.
+    rows, k likeliest tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from moetrain.models import Model
 from moetrain.models.sharding import padded_rows
 from moetrain.ops.drawn import Drawn, drawn_of
 from moetrain.ops.dropout import token_keys
-from moetrain.ops.logprob import token_logprobs
+from moetrain.ops.logprob import likeliest, token_logprobs
 from moetrain.ops.packed import Packed, blank, concat, pad_to
 from moetrain.ops.routes import unpack_routes
 from moetrain.pulse import beat
@@ -82,6 +82,8 @@ class Runner:
     chunk: int = 1024  # tokens whose logits exist at one time
     asked: frozenset[str] = frozenset({"logp"})  # of Method.needs
     salt: tuple[int, ...] = ()  # of this pass's dropout; empty: nothing is dropped
+    most_tokens: int | None = None  # of the vocabulary that are looked at; None: all
+    num_likeliest: int = 0  # how many tokens `likeliest` is to name, where it is asked for
 
     def __call__(
         self, batches: Sequence[Packed], head: Head, *, forward_only: bool
@@ -196,16 +198,25 @@ class Runner:
 
     def _logp(self, gpt: PackedGPT, hidden: Tensor, pack: Packed, scored: Scored) -> Out:
         """Log-probs of the labels under the loss mask, and what is asked of the distributions."""
+        given, weight = hidden.squeeze(1)[scored.places], gpt.head_weight()
+        labels, others = self._mine(pack.labels)[scored.places], None
+        if "likeliest" in self.asked:
+            others, _ = likeliest(
+                given,
+                weight,
+                self.num_likeliest,
+                temperature=scored.temperature,
+                **self._vocabulary,
+            )
+        elif "at_teacher" in self.asked:
+            others = self._mine(pack.per_token["teacher_ids"])[scored.places].long()
+        if others is not None:
+            labels = torch.cat([labels[:, None], others], dim=1)
         logp, entropy, squares = token_logprobs(
-            hidden.squeeze(1)[scored.places],
-            gpt.head_weight(),
-            self._mine(pack.labels)[scored.places],
-            group=self.world.tp_group if self.world.plan.tp > 1 else None,
-            vocab_start=self.world.tp_rank
-            * padded_rows(self.model.heads.vocab, self.world.plan.tp)
-            // self.world.plan.tp,
-            vocab_size=self.model.heads.vocab,
-            chunk=self.chunk,
+            given,
+            weight,
+            labels,
+            **self._vocabulary,
             temperature=scored.temperature,
             drawn=scored.drawn,
             with_entropy="entropy" in self.asked,
@@ -221,9 +232,27 @@ class Runner:
             # Of every token: what follows a cut answer has no label.
             value = gather(gpt.values(hidden.squeeze(1)), self.world.cp_group, reduce_grad=False)
         whole = self._spread(logp, scored.places, size)
-        return Out(whole, spread(entropy), value, spread(squares))
+        rest = (spread(entropy), value, spread(squares))
+        if others is None:
+            return Out(whole, *rest)
+        return Out(whole[:, 0], *rest, whole[:, 1:], spread(others))
+
+    @property
+    def _vocabulary(self) -> dict[str, Any]:
+        """Of `token_logprobs`: which part of the vocabulary is here, and how many tokens' logits
+        exist at a time.
+        """
+        plan, vocab = self.world.plan, self.model.heads.vocab
+        return {
+            "group": self.world.tp_group if plan.tp > 1 else None,
+            "vocab_start": self.world.tp_rank * padded_rows(vocab, plan.tp) // plan.tp,
+            "vocab_size": min(vocab, self.most_tokens or vocab),
+            "chunk": self.chunk,
+        }
 
     def _spread(self, values: Tensor, scored: Tensor, size: int) -> Tensor:
-        """Values of this rank's scored tokens -> [t] on every context rank, 0 elsewhere."""
-        local = values.new_zeros(size).index_copy(0, scored, values)
+        """Values [m, ...] of this rank's scored tokens -> [t, ...] on every context rank, 0
+        elsewhere.
+        """
+        local = values.new_zeros(size, *values.shape[1:]).index_copy(0, scored, values)
         return gather(local, self.world.cp_group, reduce_grad=False)

@@ -110,6 +110,7 @@ def batch_bytes(
     choice = choice_bytes(model) * k
     recorded = choice * sum(model.moe_layers)
     kept = 4 * most_kept(rollout)
+    served, word = word_bytes(recipe)
     sequence = (
         SEQUENCE + 4 * (rollout.repetition_penalty != 1) + 4 * (recipe.method.name == "chord")
     )
@@ -121,19 +122,29 @@ def batch_bytes(
     on_gpu: list[int] = []
     for stage, chunks in enumerate(_routed(model, recipe.parallel)):
         own = PLAIN + SAMPLED + choice * sum(map(len, chunks))
-        own += kept * (stage == plan.pp - 1)
+        own += (kept + served - 4 * (served > 0)) * (stage == plan.pp - 1) + 4 * (served > 0)
         shares.append(replica.bytes(own, sequence))
         # Each token's sequence, its key and its choices for a chunk, as 8 bytes each.
         table = 8 * (2 + k * max(map(len, chunks))) // plan.cp
-        held = tokens * (own + 4 * computed + table)
+        held = tokens * (own + 4 * computed + word + table)
         on_gpu.append(held * in_flight(plan, stage, num))
     return BatchBytes(
         answers=whole.answers
-        * (whole.answer * (8 + kept) + (whole.prompt + whole.answer) * recorded),
-        packs=whole.bytes(PLAIN + SAMPLED + kept + recorded, sequence),
+        * (whole.answer * (8 + kept + served) + (whole.prompt + whole.answer) * recorded),
+        packs=whole.bytes(PLAIN + SAMPLED + kept + served + recorded, sequence),
         shares=tuple(shares),
         on_gpu=tuple(on_gpu),
     )
+
+
+def word_bytes(recipe: Recipe) -> tuple[int, int]:
+    """Of a teacher's word on a token: (as it comes with the batch, as ranks take it by
+    themselves).
+    """
+    if recipe.teacher is None or not recipe.method.taught:
+        return 0, 0
+    size = 4 + 8 * int(getattr(recipe.method, "top_k", 0))
+    return (size, 0) if recipe.teacher.address else (0, size)
 
 
 def most_kept(rollout: RolloutConfig) -> int:

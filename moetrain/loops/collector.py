@@ -21,7 +21,8 @@ from moetrain.loops.rollouts import (
     verdicts,
 )
 from moetrain.loops.store import Batch, Place, Store
-from moetrain.rewards import Grader
+from moetrain.loops.teacher_servers import TeacherServers
+from moetrain.rewards import Grader, Verdict
 
 EMPTY = 3  # batches in a row that nothing can be learned from, before a run ends
 
@@ -56,6 +57,7 @@ class Collector:
     drawn: Mapping[str, float]  # what the recipe says of it
     num_prompts: int
     group_size: int
+    teacher: TeacherServers | None = None
     drops: Drops | None = None
     leaves_cut: bool = False  # whether answers that were cut are not learned from
     rounds: int = 1  # of sampling for one step, at most, where groups without signal are dropped
@@ -87,6 +89,9 @@ class Collector:
                 break
         if not groups and (step == 1 or not self._is_over(work.place)):
             raise DataError(self._nothing(step, counts["dropped/batches"]))
+        if self.teacher is not None:
+            with timed(seconds, "teach"):
+                groups = self.teacher.taught(groups)
         faults = self.drawing.engine.counts + self.grader.counts
         counts += faults - self._reported
         self._reported = faults
@@ -204,7 +209,10 @@ class Collector:
         pairs = [(p, work.done[p.id, i]) for p in prompts for i in range(self.group_size)]
         counts = work.counts
         counts.update(f"environment/{one.finish}" for _, one in pairs if one.is_lost)
-        results = verdicts(self.grader, pairs, work.step, self.num_steps)
+        if self.grader.configs:
+            results = verdicts(self.grader, pairs, work.step, self.num_steps)
+        else:  # a teacher judges, and nobody else
+            results = [Verdict(None if one.is_lost else 0.0, {}) for _, one in pairs]
         graded = [graded_by(made, one) for (_, made), one in zip(pairs, results, strict=True)]
         groups: list[Group] = []
         for number, prompt in enumerate(prompts):

@@ -18,6 +18,7 @@ from moetrain.loops.outline import Outline
 from moetrain.loops.parts import Packs, Parts
 from moetrain.loops.rollouts import means, turn_figures
 from moetrain.loops.store import Batch
+from moetrain.loops.teacher import Teacher, check_words, told_groups
 from moetrain.methods import METHODS
 from moetrain.methods.base import Online, Out
 from moetrain.methods.running import MEAN, WEIGHT
@@ -29,12 +30,15 @@ SHOWN = (MEAN, WEIGHT)
 
 @dataclass
 class Lessons:
-    """What packs are made with: the reference of a KL, where there is one, and worked answers."""
+    """What packs are made with: the reference of a KL, a teacher, and worked answers, where there
+    are some.
+    """
 
     recipe: Recipe
     engine: Engine
     reference: Weights | None
     demonstrations: Demonstrations
+    teacher: Teacher | None = None
     carried: dict[str, float] = field(default_factory=dict[str, float])  # from batch to batch
 
     def packs(self, given: Outline) -> list[list[Packed]]:
@@ -50,6 +54,7 @@ class Lessons:
         parts = self._dealt(recipe, given, values)
         flat = [pack for part in parts for pack in part]
         flat = _completed(recipe, self.engine, flat, self.reference)
+        flat = self._with_word(recipe, given, values, flat)
         if online.running is not None and self.reference is not None:
             self.carried = online.running.steer(self.carried, *mean_kl(flat, world), method)
         # Rewards of all answers, those that were left out too.
@@ -80,6 +85,19 @@ class Lessons:
         world.first(lambda: made.extend(all_packs(recipe, given, values, num, model.num_experts)))
         parts = Parts.of(recipe, model, num)
         return world.scatter(lambda replica, stage: parts.of_rank(made, replica, stage))
+
+    def _with_word(
+        self, recipe: Recipe, given: Outline, values: Mapping[str, Tensor], packs: list[Packed]
+    ) -> list[Packed]:
+        """The packs with the teacher's word, where there is one. Collective."""
+        teacher = self.teacher
+        if teacher is None:
+            check_words(recipe, packs)
+            return packs
+        if teacher.told is None:
+            return teacher.words(packs)
+        told = self._dealt(recipe, told_groups(given, teacher.told), values)
+        return teacher.words_told(packs, [pack for part in told for pack in part], given.lengths)
 
     @property
     def shown(self) -> dict[str, float]:

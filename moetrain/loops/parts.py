@@ -16,7 +16,8 @@ Packs = list[list[Packed]]
 @dataclass(frozen=True)
 class Parts:
     """The share of a data-parallel rank (`replica`) and a stage: its packs, of the choices of
-    experts those for its layers, and what could be drawn at a place where log-probs are taken.
+    experts those for its layers, and, where log-probs are taken, what could be drawn and what a
+    teacher finds likeliest.
     """
 
     layers: Sequence[Sequence[int]]  # [stage]: its MoE layers, among those of the model
@@ -42,7 +43,8 @@ class Parts:
         per_token = dict(pack.per_token)
         routes = per_token.pop("routes", None)
         if stage < len(self.layers) - 1:
-            per_token.pop("kept", None)
+            for name in ("kept", "teacher_ids", "teacher_top"):
+                per_token.pop(name, None)
         if routes is not None and self.with_routes:
             chosen = self.layers[stage]
             if len(chosen) < routes.size(1):

@@ -31,7 +31,6 @@ from moetrain.engine import Engine
 from moetrain.engine.on_disk import model_digest, model_in
 from moetrain.engine.source import ModelSource
 from moetrain.errors import DataError
-from moetrain.methods import METHODS
 from moetrain.methods.pairs import tail_weights
 from moetrain.ops.packed import Packed
 from moetrain.ops.segment import segment_sum
@@ -124,23 +123,6 @@ def _file(
     return folder / "logp.npy"
 
 
-def fill(recipe: Recipe) -> int:
-    """`moetrain score RECIPE`: put a recipe's reference log-probs into the cache, for all runs that
-    ask for the same. Collective; returns the exit code.
-    """
-    method = METHODS[recipe.method.name]
-    if "ref_logp" not in method.needs:
-        raise DataError(f"method {method.name} has no reference: there is nothing to score.")
-    data = RunData(recipe)
-    data.prepare()
-    engine, references = take_reference(data, lambda line: None, train=False)
-    for what, path in (("train", references.train), ("held out", references.held_out)):
-        if path is not None and engine.world.is_first:
-            print(f"{what}: {path.parent}")
-    engine.close()
-    return 0
-
-
 def far_from_reference(recipe: Recipe, metrics: Mapping[str, float]) -> str | None:
     """What to warn of at a run's first step, when the model's answers are not yet its own: the
     reference is another model than the one that is trained.
@@ -197,7 +179,7 @@ def _identity(engine: Engine, data: PackedSet) -> dict[str, Any]:
             "version": VERSION,
             "model": engine.world.first(lambda: _model_digest(recipe, engine.source)),
             "dtype": recipe.model.dtype,
-            "tokenizer": _tokenizer_digest(recipe),
+            "tokenizer": tokenizer_digest(recipe),
             "data": data.sequences_fingerprint,
         }
         | _started_from(recipe)
@@ -227,7 +209,8 @@ def _counted(recipe: Recipe) -> dict[str, Any]:
     return {} if alpha is None else {"ld_alpha": alpha}
 
 
-def _tokenizer_digest(recipe: Recipe) -> str:
+def tokenizer_digest(recipe: Recipe) -> str:
+    """Of the files that decide what the run's text becomes."""
     files = tokenizer_files(tokenizer_of(recipe))
     return key_of([digest for _, digest in digest_files(files, cache_root(recipe.data.cache))])
 

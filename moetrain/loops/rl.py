@@ -12,6 +12,7 @@ from moetrain.loops.demonstrations import open_demonstrations
 from moetrain.loops.learn import Lessons, readable, summary, totals
 from moetrain.loops.rollouts import timed
 from moetrain.loops.sampler import Sampler, open_sampler
+from moetrain.loops.teacher import check_told, open_teacher
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
 from moetrain.rewards import check_columns, check_user_functions
@@ -35,6 +36,7 @@ def train(recipe: Recipe) -> int:
         check_user_functions(recipe.rewards)
         check_environment(recipe)
     prompts = prepare_prompts(recipe)
+    check_told(recipe, [*prompts.train.prompts])
     note = check_columns(recipe.rewards, [*prompts.train.prompts, *prompts.held_out])
     lines = [*prompts.lines, *([note] if note else [])]
     engine = Engine(recipe)
@@ -42,8 +44,10 @@ def train(recipe: Recipe) -> int:
     # What the run starts from is the reference, until a checkpoint is put into it.
     reference = engine.snapshot() if method.beta else None
     moving = reference if method.ref_model_sync_steps else None
+    teacher = open_teacher(recipe, engine)
     step, state = job.resume(engine, lambda r: length(r, len(prompts.train.prompts)), moving)
-    lessons = Lessons(recipe, engine, reference, open_demonstrations(recipe, engine.world))
+    shown = open_demonstrations(recipe, engine.world)
+    lessons = Lessons(recipe, engine, reference, shown, teacher)
     lessons.demonstrations.load_state_dict(state.get("demonstrations", {}))
     lessons.carried = state.get("lessons", {})
 

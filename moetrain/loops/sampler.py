@@ -25,6 +25,7 @@ from moetrain.loops.outline import Outline, outlined
 from moetrain.loops.replayed import Replayed
 from moetrain.loops.rollouts import Drawing, means, timed, turn_figures, verdicts, with_reward
 from moetrain.loops.store import Batch, Place, Store, drawn_with
+from moetrain.loops.teacher_servers import TeacherServers
 from moetrain.methods import METHODS
 from moetrain.ops.packed import from_tokens
 from moetrain.pulse import beat
@@ -97,6 +98,10 @@ class Driver:
         stack.callback(self.engine.close)
         self.grader = Grader(recipe.rewards, rollout.reward_workers, rollout.reward_seconds)
         stack.callback(self.grader.close)
+        teacher = None
+        if recipe.teacher is not None and recipe.teacher.address:
+            teacher = TeacherServers(recipe)
+            stack.callback(teacher.close)
         chat = chat_of(recipe)
         self.stop_ids = stop_ids(chat, engine.source.hf)
         self.dialogues = open_dialogues(recipe, chat, self.stop_ids, stack)
@@ -109,6 +114,7 @@ class Driver:
         self.collector = Collector(
             drawing=Drawing(self.engine, sampling, recipe.seed, self.dialogues),
             grader=self.grader,
+            teacher=teacher,
             prompts=prompts.train.as_given(with_environment(prompts.train.prompts, self.dialogues)),
             store=self.store,
             drawn=drawn_with(rollout),

@@ -2,9 +2,10 @@
 
 `<run_dir>/rollouts` holds two files per step: `00000012.jsonl`, a head, then one line per prompt
 with what is to be read of its trajectories, and `00000012.safetensors` with their tokens,
-log-probs, router's choices, what could be drawn and which weights drew it. While a step is being
-made there is `00000012.partial.jsonl`: each trajectory as it ends, so that a killed run loses none;
-and, where a step stops what is late, `00000012.held.jsonl`: what the step before left for it.
+log-probs, router's choices, what could be drawn, which weights drew it and a teacher's word. While
+a step is being made there is `00000012.partial.jsonl`: each trajectory as it ends, so that a killed
+run loses none; and, where a step stops what is late, `00000012.held.jsonl`: what the step before
+left for it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,15 @@ from moetrain.data.samples import (
     read_as,
     write_lines,
 )
-from moetrain.data.trajectories import Branch, Trajectory, as_row, assembled, from_json, to_json
+from moetrain.data.trajectories import (
+    Branch,
+    Trajectory,
+    Word,
+    as_row,
+    assembled,
+    from_json,
+    to_json,
+)
 from moetrain.errors import DataError
 from moetrain.loops.columns import read_columns, write_columns
 from moetrain.loops.quota import Key
@@ -177,17 +186,41 @@ def _columns(parts: Sequence[Branch]) -> dict[str, Any]:
         "kept/sizes": ([None if one is None else one.sizes for one in kept], np.int32),
         "kept/ids": ([None if one is None else one.ids for one in kept], np.int32),
         "versions": ([one.versions for one in parts], np.int32),
+        **_words([one.word for one in parts]),
     }
+
+
+def _words(words: Sequence[Word | None]) -> dict[str, Any]:
+    """What a teacher said."""
+    several = [one if one is not None and one.ids.size else None for one in words]
+    return {
+        "teacher/logp": ([None if one is None else one.logp for one in words], np.float32),
+        "teacher/ids": ([None if one is None else one.ids for one in several], np.int32),
+        "teacher/top": ([None if one is None else one.top for one in several], np.float32),
+    }
+
+
+NAMES = (
+    *("tokens", "logprobs", "context", "routes", "versions", "kept/sizes", "kept/ids"),
+    *("teacher/logp", "teacher/ids", "teacher/top"),
+)
 
 
 def _branches(columns: Mapping[str, Sequence[Any]]) -> Iterator[Branch]:
     """In the order in which they were written, without their turns."""
     num = max(map(len, columns.values()), default=0)
-    names = ("tokens", "logprobs", "context", "routes", "versions", "kept/sizes", "kept/ids")
-    for row in zip(*(columns.get(name, [None] * num) for name in names), strict=True):
-        tokens, logprobs, context, routes, versions, sizes, ids = row
+    for row in zip(*(columns.get(name, [None] * num) for name in NAMES), strict=True):
+        tokens, logprobs, context, routes, versions, sizes, ids, *word = row
         kept = None if sizes is None else Kept(sizes, ids)
-        yield Branch((), tokens, logprobs, context, routes, kept, versions)
+        yield Branch((), tokens, logprobs, context, routes, kept, versions, _word(*word))
+
+
+def _word(logp: Any, ids: Any, top: Any) -> Word | None:
+    if logp is None:
+        return None
+    if ids is None:
+        ids, top = np.zeros((len(logp), 0), np.int32), np.zeros((len(logp), 0), np.float32)
+    return Word(logp, ids, top)
 
 
 def row_of(

@@ -5,10 +5,12 @@ from moetrain.methods.chord import CHORD
 from moetrain.methods.chord_sft import CHORD_SFT
 from moetrain.methods.cispo import CISPO
 from moetrain.methods.dft import DFT
+from moetrain.methods.distill import DISTILL, GKD
 from moetrain.methods.dpo import DPO, HINGE, IPO, ROBUST
 from moetrain.methods.grpo import DAPO, DR_GRPO, GRPO
 from moetrain.methods.gspo import GSPO
 from moetrain.methods.kto import KTO
+from moetrain.methods.on_policy_distill import ON_POLICY_DISTILL
 from moetrain.methods.orpo import ORPO
 from moetrain.methods.ppo import PPO
 from moetrain.methods.pretrain import CPT, PRETRAIN
@@ -43,6 +45,9 @@ METHODS: dict[str, Method] = {
     "reinforce_pp_baseline": REINFORCE_PP_BASELINE,
     "ppo": PPO,
     "chord": CHORD,
+    "distill": DISTILL,
+    "on_policy_distill": ON_POLICY_DISTILL,
+    "gkd": GKD,
 }
 
 __all__ = ["METHODS", "Estimate", "Known", "Method", "Metrics", "Out", "Terms"]

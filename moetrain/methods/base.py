@@ -37,6 +37,9 @@ class Out:
     entropy: Tensor | None = None  # [t] fp32; for methods that need it
     value: Tensor | None = None  # [t] fp32, the scalar head's at every token; where it is needed
     log_squares: Tensor | None = None  # [t] fp32, no gradient: log sum p^2; where it is needed
+    # [t, k] fp32, log-probs of the tokens in the batch's teacher_ids; where they are needed.
+    at_teacher: Tensor | None = None
+    likeliest: Tensor | None = None  # [t, k] int64: then the tokens that `at_teacher` is of
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Method:
     loss(out, batch, cfg, known) -> (terms, metrics): what is minimised is the sum over terms of
     global sum / global count. count(batch, cfg) -> those counts under the same names, a function of
     the batch alone, so that the engine knows them before the first backward.
-    also_needs(cfg) -> what the recipe's settings ask for beside `needs`: log_squares.
+    also_needs(cfg) -> what the recipe's settings ask for beside `needs`: log_squares, at_teacher.
     carried(known, metrics of a step, cfg) -> numbers for the `known` of the next; a part of
     checkpoints.
     """

@@ -22,10 +22,15 @@ class RemoteError(Exception):
 
 
 class Remote:
-    """A server's address and how to ask it: seconds for one try, in all, and further tries."""
+    """A server's address and how to ask it: seconds for one try, in all, and further tries; most:
+    bytes of an answer.
+    """
 
-    def __init__(self, url: str, key: str | None, seconds: float, retries: int):
+    def __init__(
+        self, url: str, key: str | None, seconds: float, retries: int, most: int = MOST_BYTES
+    ):
         self.url = url.rstrip("/")
+        self.most = most
         self.seconds, self.retries = seconds, retries
         self.headers = {"Accept-Encoding": "gzip"}  # what is unpacked here, within bounds
         if key is not None:
@@ -38,6 +43,13 @@ class Remote:
 
     async def post(self, client: httpx.AsyncClient, path: str, body: object) -> Any:
         """The JSON it answers. Raises RemoteError; what will not pass is not tried again."""
+        return await self._ask(client, "POST", path, body)
+
+    async def get(self, client: httpx.AsyncClient, path: str) -> Any:
+        """As `post`, of a page."""
+        return await self._ask(client, "GET", path, None)
+
+    async def _ask(self, client: httpx.AsyncClient, how: str, path: str, body: object) -> Any:
         trouble = RemoteError("error", "")
         wait = 0.0
         for attempt in range(self.retries + 1):
@@ -50,10 +62,10 @@ class Remote:
                 async with (
                     asyncio.timeout(self.seconds),
                     client.stream(
-                        "POST", f"{self.url}/{path}", json=body, headers=self.headers
+                        how, f"{self.url}/{path}", json=body, headers=self.headers
                     ) as answer,
                 ):
-                    content = await _content(answer)
+                    content = await _content(answer, self.most)
                 if answer.status_code < 300:
                     return json.loads(content)
             except _TooLarge as error:
@@ -82,7 +94,7 @@ class _TooLarge(Exception):
     """An answer that nobody needs whole."""
 
 
-async def _content(answer: httpx.Response) -> bytes:
+async def _content(answer: httpx.Response, most: int) -> bytes:
     """What came, unpacked. httpx itself would unpack a block of 64 kB to 64 MB, and go on."""
     kind = answer.headers.get("Content-Encoding", "identity").strip().lower()
     if kind not in ("identity", "gzip"):
@@ -93,10 +105,10 @@ async def _content(answer: httpx.Response) -> bytes:
     async for block in answer.aiter_raw():
         travelled += len(block)
         try:
-            room = MOST_BYTES + 1 - len(content)
+            room = most + 1 - len(content)
             content += block if unpack is None else unpack.decompress(block, room)
         except zlib.error as error:
             raise ValueError(str(error)) from None
-        if max(travelled, len(content)) > MOST_BYTES:
-            raise _TooLarge(f"its answer is longer than {MOST_BYTES >> 20} MiB")
+        if max(travelled, len(content)) > most:
+            raise _TooLarge(f"its answer is longer than {most >> 20} MiB")
     return bytes(content)

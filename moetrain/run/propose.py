@@ -63,7 +63,15 @@ JOBS: dict[str, Job] = {
     "reinforce_pp": Job("Learn by trying, rewards scaled over the batch.", 1e-6, 1e-5),
     "reinforce_pp_baseline": Job("The same, against the mean of a prompt's answers.", 1e-6, 1e-5),
     "ppo": Job("Learn by trying, with a value head.", 1e-6, 1e-5),
+    "distill": Job("Learn a teacher's distributions over given answers.", 1e-5, 1e-4, 2),
+    "on_policy_distill": Job("Answer, and learn what a teacher finds likelier.", 1e-6, 1e-5),
+    "gkd": Job("Answer, and learn a teacher's distributions over that.", 1e-6, 1e-5),
     "chord": Job("Learn by trying, and from demonstrations too.", 1e-6, 1e-5),
+}
+
+WAYS = {
+    "--reward": " (accuracy, or FILE.py:FUNCTION)",
+    "--teacher": " (a folder, or http://.../v1)",
 }
 
 
@@ -78,6 +86,7 @@ class Wanted:
     adapter: bool = False
     rewards: tuple[str, ...] = ()
     demonstrations: tuple[str, ...] = ()
+    teacher: str | None = None
 
 
 @dataclass
@@ -101,12 +110,13 @@ def propose(wanted: Wanted) -> str:
         raise ConfigError(f"init: {wanted.job} is no job. There are {', '.join(JOBS)}.")
     on_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     for flag, given, is_read in (
-        ("--reward", wanted.rewards, _samples(wanted.job)),
+        ("--reward", wanted.rewards, _is_graded(wanted.job)),
         ("--demonstrations", wanted.demonstrations, wanted.job == "chord"),
+        ("--teacher", wanted.teacher, SECTIONS[wanted.job].taught),
     ):
         if bool(given) != is_read:
             needs = "needs" if is_read else "does not read"
-            ways = " (accuracy, or FILE.py:FUNCTION)" if flag == "--reward" and is_read else ""
+            ways = WAYS.get(flag, "") if is_read else ""
             raise ConfigError(f"init: {wanted.job} {needs} {flag}{ways}.")
     recipe = recipe_from(_content(wanted, on_gpu), source="init")
     check_inputs(recipe)
@@ -136,11 +146,13 @@ def _content(
     }
     if _samples(wanted.job):
         content["rollout"] = {"max_tokens": max_tokens}
-        content["rewards"] = list(wanted.rewards) or ["format"]
+        content["rewards"] = list(wanted.rewards) or ["format"] * _is_graded(wanted.job)
     if wanted.job == "pretrain":
         content["model"]["init"] = "random"
     if wanted.adapter:
         content["adapter"] = {}
+    if wanted.teacher:
+        content["teacher"] = _teacher(wanted.teacher)
     if wanted.demonstrations:
         content["data"]["demonstrations"] = list(wanted.demonstrations)
     return content
@@ -148,6 +160,15 @@ def _content(
 
 def _samples(job: str) -> bool:
     return SECTIONS[job].samples
+
+
+def _is_graded(job: str) -> bool:
+    return _samples(job) and SECTIONS[job]().needs_rewards
+
+
+def _teacher(given: str) -> dict[str, str]:
+    """A server's address, or a folder."""
+    return {"address" if given.startswith(("http://", "https://")) else "path": given}
 
 
 def _of_corpus(job: str) -> bool:
@@ -239,6 +260,7 @@ def text(wanted: Wanted, found: Found) -> str:
         *_data(wanted, found),
         *_adapter(wanted),
         *_rollout(wanted, found),
+        *_taught(wanted),
         "optim:",
         f"  lr: {lr:g}\t# the first thing to try others of",
         "  warmup: 0.05\t# share of the steps",
@@ -291,9 +313,16 @@ def _rollout(wanted: Wanted, found: Found) -> list[str]:
         "  prompts_per_step: 8",
         "  group_size: 8\t# answers to each prompt, which are compared",
         f"  max_tokens: {found.max_tokens}\t# of an answer",
-        "rewards:",
+        *["rewards:"][: len(wanted.rewards)],
         *(f"  - {_value(reward)}" for reward in wanted.rewards),
     ]
+
+
+def _taught(wanted: Wanted) -> list[str]:
+    if wanted.teacher is None:
+        return []
+    ((key, value),) = _teacher(wanted.teacher).items()
+    return ["teacher:\t# a model with the same tokenizer", f"  {key}: {_value(value)}"]
 
 
 def _length(wanted: Wanted, found: Found) -> list[str]:
