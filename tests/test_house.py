@@ -49,6 +49,7 @@ def test_imports_nothing_heavy(statement: str) -> None:
 
 def test_help_and_dry_run_import_nothing_heavy() -> None:
     alone = [path for path in EXAMPLES if path.name.endswith("_tiny.yaml")]
+    alone = [path for path in alone if "path: runs/" not in path.read_text()]  # begin from others
     assert {"pretrain_tiny.yaml", "sft_tiny.yaml"} <= {path.name for path in alone}
     plans = [["train", str(path), "--dry-run"] for path in alone]
     for argv in [["--help"], ["recipe", "optim.lr"], *plans]:

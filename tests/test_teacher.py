@@ -25,6 +25,7 @@ from moetrain.errors import ConfigError, DataError
 from moetrain.loops.store import Batch, Store
 from moetrain.loops.teacher import check_told, check_words, told_more
 from moetrain.ops.packed import from_tokens
+from moetrain.run.inputs import missing
 from moetrain.testing import command, taught
 from moetrain.testing.gloo import Workers
 from moetrain.testing.ranks import recipe_for
@@ -216,6 +217,14 @@ def test_what_no_teacher_can_do_is_refused_in_a_line(case: str) -> None:
     with pytest.raises(ConfigError, match=words) as found:
         recipe_for("/none", {}, **content)
     assert "\n" not in str(found.value)
+
+
+def test_a_teacher_that_is_not_there_is_missed_before_the_queue(
+    speaking: str, tmp_path: Path
+) -> None:
+    recipe = recipe_for(speaking, {}, **sections(GKD, path=str(tmp_path / "none")))
+    problems = [str(one) for one in missing(recipe)]
+    assert any(one.startswith("teacher.path=") and "is not there" in one for one in problems)
 
 
 def test_other_vocabularies_are_refused(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 
 Each fault happens to a run of two ranks at a moment drawn by chance; the run is started again and
 must end with the weights and losses of an uninterrupted one, bit for bit. Disks are filled and made
-read-only in a mount namespace of its own (unshare).
+read-only in a mount namespace of its own (unshare). What has been proved stays in outcomes.json of
+the folder: the same command at the same commit goes on after it was stopped.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tables import write_table
@@ -263,6 +264,23 @@ def prove(name: str, run: Run, whole: Run, outcome: Outcome) -> None:
         shutil.rmtree(run.folder)
 
 
+def commit() -> str:
+    """Of the tree that is proved."""
+    words = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def before(folder: Path, seed: int) -> dict[str, Outcome]:
+    """What a stopped proof of this tree has shown."""
+    try:
+        kept = json.loads((folder / "outcomes.json").read_text())
+    except OSError:
+        return {}
+    if (kept["commit"], kept["seed"]) != (commit(), seed):
+        return {}
+    return {name: Outcome(**one) for name, one in kept["faults"].items()}
+
+
 def row(outcome: Outcome) -> list[object]:
     lost = outcome.lost
     mean = sum(lost) / len(lost) if lost else 0.0
@@ -282,20 +300,26 @@ def main() -> int:
         words = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
         words += [sys.executable, *sys.argv]
         os.execvpe("unshare", words, os.environ | {"MOETRAIN_PROVE": "1"})
-    random.seed(args.seed)
     folder = args.folder.resolve()
+    known = before(folder, args.seed)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     whole = Run(folder / "whole")
     whole.start()
     assert whole.code() == 0, f"the uninterrupted run failed: {folder}/whole.log"
-    outcomes = {fault: Outcome() for fault in FAULTS if args.only in fault}
+    outcomes = {name: known.get(name, Outcome()) for name in FAULTS if args.only in name}
     for number in range(args.runs):
         for place, (fault, outcome) in enumerate(outcomes.items()):
+            if outcome.runs > number:
+                continue
+            random.seed(f"{args.seed} {number} {place}")
             prove(fault, Run(folder / f"run-{place}-{number}"), whole, outcome)
             print(f"{fault}: {outcome.survived} of {outcome.runs} survived", flush=True)
             found = {name: row(one) for name, one in outcomes.items() if one.runs}
             lead = f"`tools/prove.py --runs {args.runs} --seed {args.seed}`"
+            kept = {"commit": commit(), "seed": args.seed}
+            kept["faults"] = {name: asdict(one) for name, one in outcomes.items()}
+            (folder / "outcomes.json").write_text(json.dumps(kept))
             write_table(args.page, "faults", COLUMNS, found, FAULTS, lead)
     return int(any(o.survived < o.runs for o in outcomes.values()))
 

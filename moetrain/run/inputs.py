@@ -74,6 +74,9 @@ def _models(recipe: Recipe) -> Iterator[MoetrainError]:
     method = recipe.method
     if isinstance(method, ReferencedMethod) and method.reference not in START:
         yield from _folder("method.reference", method.reference, MODEL)
+    teacher = None if recipe.teacher is None else recipe.teacher.path
+    if teacher is not None and teacher not in START:
+        yield from _folder("teacher.path", teacher, (*MODEL, "resolved.yaml"))
     if recipe.adapter is not None and recipe.adapter.path is not None:
         yield from _folder("adapter.path", str(recipe.adapter.path), (ADAPTER,))
     for reward in recipe.rewards:
