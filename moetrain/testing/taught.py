@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def taught(
     lessons = Lessons(recipe, engine, None, open_demonstrations(recipe, world), teacher)
     outline = held(Batch(1, tuple(groups), 0))
     if not world.is_first:
-        outline = outline.__class__(**vars(outline) | {"batch": None})
+        outline = replace(outline, batch=None)
     (packs,) = lessons.packs(outline)
     said: Said = {}
     for pack in packs:
