@@ -192,6 +192,11 @@ class GkdMethod(OnlineMethod):
         return False
 
     @property
+    def corrects(self) -> bool:
+        """There is nothing to correct: whoever drew an answer, the divergence is the same."""
+        return True
+
+    @property
     def needs_rewards(self) -> bool:
         """It learns from none."""
         return False

@@ -147,8 +147,8 @@ def check_methods(given: Mapping[str, Words]) -> None:
             raise ConfigError(f"--task_type {name}: {why}")
     if same(given.get("rlhf_type"), "gkd"):
         raise ConfigError(
-            "--rlhf_type gkd: distillation from a teacher is not among the methods here; "
-            "docs/methods.md and docs/rl.md have those that are"
+            "--rlhf_type gkd: distillation is not read from a command; write method: gkd (lmbda 1)"
+            " or distill (lmbda 0) with a teacher section by hand: docs/distillation.md"
         )
     if same(given.get("rlhf_type"), "grpo"):
         _check_grpo(given)
