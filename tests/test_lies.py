@@ -1,6 +1,7 @@
 """Files of data and of runs that say what is not so: one line, at the start."""
 
 import json
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -12,10 +13,11 @@ from data_helpers import tokenizer_folder, write_jsonl
 
 from moetrain.data import corpus, indexing
 from moetrain.data.sources import find_sources, read_rows
-from moetrain.errors import DataError, MoetrainError
+from moetrain.errors import DataError, MoetrainError, WeightsError
 from moetrain.observe.ledger import Ledger, read_ledger
 from moetrain.observe.runs import find_runs, last_row
 from moetrain.rewards.cases import Ask, cases_of
+from moetrain.weights.side_files import side_files_of_adapter
 
 TYPES: tuple[Any, ...] = (None, True, 5, -1, 1.5, "x", "", [], [1], {}, {"a": 1}, 10**400, 1e400)
 HEADER = struct.Struct("<9sQBQQ")
@@ -214,3 +216,15 @@ def test_cases_of_another_form(value: Any) -> None:
         except ValueError:
             continue
         assert all(isinstance(case.given, str | Ask) for case in found)
+
+
+@pytest.mark.parametrize("lie", [10**12, -5, [2, 10**30], "2", [True], 2.0])
+def test_ids_that_no_token_can_have(tmp_path: Path, lie: Any) -> None:
+    """In what ends a sequence, beside an adapter: one line, whoever reads it."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tokenizer_folder(), adapter)
+    base = tmp_path / "base"
+    base.mkdir()
+    (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": lie}))
+    with pytest.raises(WeightsError, match="is no token id"):
+        side_files_of_adapter(base, adapter)

@@ -285,6 +285,8 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (row("q", answer("a", 1.0) | {"logprobs": ["x"]}), "a log-prob or reward is not a number"),
     (row("q", answer("a", 1.0) | {"logprobs": [None]}), "a log-prob or reward is not a number"),
     (row("q", answer("a", 1.0) | {"logprobs": [10**400]}), "a log-prob or reward is not a number"),
+    (row("q", answer("a", 1.0) | {"tokens": 10**400}), "tokens are of no such number"),
+    (row("q", answer("a", 1.0) | {"tokens": -1}), "tokens are of no such number"),
     (row("q", answer("a", 1.0) | {"parts": [1]}), "an answer's parts"),
     (row("q") | {"prompt": {"id": 5, "columns": {"prompt": []}}}, "prompt.id is no text"),
 ]

@@ -13,12 +13,21 @@ from moetrain import files as publishing
 from moetrain.answers.file import AnswerRow, check_manifest, manifest_of
 from moetrain.data.cache import cache_root, digest_files
 from moetrain.data.formats import TEMPLATED
-from moetrain.data.pairing import AnsweredPrompt, Choice, Chosen, gather, pairs, right_answers
+from moetrain.data.pairing import (
+    AnsweredPrompt,
+    Choice,
+    Chosen,
+    gather,
+    num_tokens,
+    pairs,
+    right_answers,
+)
 from moetrain.data.samples import put_lines, read_lines
 from moetrain.errors import DataError, plural
 from moetrain.observe.progress import CountDisplay
 from moetrain.run.folder import environment
 
+LARGEST_COUNT = 2**31 - 1  # of tokens
 LARGEST = 3.4028234663852886e38  # a float32's
 OF_AN_ANSWER: dict[str, tuple[type, ...]] = {
     "text": (str,),
@@ -145,6 +154,8 @@ def _wrong(row: AnswerRow) -> str:
         for name, kinds in OF_AN_ANSWER.items():
             if not all(isinstance(answer[name], kinds) for answer in answers):
                 return f"an answer's {name} is of another type"
+        if not all(0 <= num_tokens(answer) <= LARGEST_COUNT for answer in answers):
+            return "an answer's tokens are of no such number"
         rewards = [n for a in answers for n in (*a["parts"].values(), a["reward"]) if n is not None]
         logprobs = [
             n

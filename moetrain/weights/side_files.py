@@ -15,6 +15,7 @@ from moetrain.manifest import read_bytes, read_text
 from moetrain.weights.folder import NAMED
 
 GENERATION = "generation_config.json"
+LARGEST_ID = 2**31 - 1  # of a token
 CONFIG, SPECIALS = "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 # What a template was in before chat_template.jinja, or is beside it under further names.
@@ -128,7 +129,7 @@ def _ids(config: Mapping[str, Any]) -> list[int]:
     if found is None:
         return []
     ids = list(found) if isinstance(found, list) else [found]
-    if not all(type(i) is int for i in ids):
+    if not all(type(i) is int and 0 <= i <= LARGEST_ID for i in ids):
         raise WeightsError(f"model config: eos_token_id = {found!r} is no token id or list of them")
     return ids
 
