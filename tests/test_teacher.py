@@ -21,10 +21,13 @@ from moetrain.data.prompts import read_prompt
 from moetrain.data.run_tokenizer import chat_of
 from moetrain.data.same_vocabulary import check_same, difference
 from moetrain.data.trajectories import Word
-from moetrain.errors import ConfigError, DataError
+from moetrain.errors import ConfigError, DataError, LayoutError
+from moetrain.layout.mesh import plan_mesh
+from moetrain.layout.teacher import teacher_bytes
 from moetrain.loops.store import Batch, Store
 from moetrain.loops.teacher import check_told, check_words, told_more
 from moetrain.ops.packed import from_tokens
+from moetrain.run.dry_run import dry_run
 from moetrain.run.inputs import missing
 from moetrain.testing import command, taught
 from moetrain.testing.gloo import Workers
@@ -225,6 +228,28 @@ def test_a_teacher_that_is_not_there_is_missed_before_the_queue(
     recipe = recipe_for(speaking, {}, **sections(GKD, path=str(tmp_path / "none")))
     problems = [str(one) for one in missing(recipe)]
     assert any(one.startswith("teacher.path=") and "is not there" in one for one in problems)
+
+
+def test_a_dry_run_counts_the_teacher_and_refuses_what_does_not_divide_it(
+    speaking: str, tmp_path: Path
+) -> None:
+    """Its weights beside the student's: of all ranks, those of the whole model."""
+    teacher = tmp_path / "teacher"
+    model = save_model("qwen3", teacher, vocab_size=512)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    given = sections(GKD, path=str(teacher))
+    recipe = recipe_for(speaking, {"tp": 2}, **given)
+    (held,) = teacher_bytes(recipe, plan_mesh(recipe.parallel, 2))
+    assert size / 2 <= held <= size / 2 * 1.1  # norms are on both
+    assert "the teacher's weights" in dry_run(recipe, 2)
+    offline = recipe_for(speaking, {}, method={"name": "distill"}, teacher={"path": str(teacher)})
+    assert teacher_bytes(offline, plan_mesh(offline.parallel, 1)) == [0]
+    save_model(
+        "qwen3", tmp_path / "odd", vocab_size=512, num_attention_heads=3, num_key_value_heads=3
+    )
+    odd = recipe_for(speaking, {"tp": 2}, **sections(GKD, path=str(tmp_path / "odd")))
+    with pytest.raises(LayoutError, match=r"^teacher\.path has the student's layout"):
+        dry_run(odd, 2)
 
 
 def test_other_vocabularies_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from moetrain.loops.learn import Lessons, readable, summary, totals
 from moetrain.loops.rollouts import timed
 from moetrain.loops.sampler import Sampler, open_sampler
 from moetrain.loops.teacher import check_told, open_teacher
+from moetrain.loops.teacher_servers import check_servers
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
 from moetrain.rewards import check_columns, check_user_functions
@@ -35,6 +36,7 @@ def train(recipe: Recipe) -> int:
         check_engine(recipe)
         check_user_functions(recipe.rewards)
         check_environment(recipe)
+        check_servers(recipe)
     prompts = prepare_prompts(recipe)
     check_told(recipe, [*prompts.train.prompts])
     note = check_columns(recipe.rewards, [*prompts.train.prompts, *prompts.held_out])

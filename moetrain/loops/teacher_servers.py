@@ -158,6 +158,15 @@ class TeacherServers:
                 )
 
 
+def check_servers(recipe: Recipe) -> None:
+    """Look once, before a model is loaded, whether teacher.address can teach this student. Raises
+    as `TeacherServers`.
+    """
+    replays = recipe.rollout is not None and recipe.rollout.replay is not None
+    if recipe.teacher is not None and recipe.teacher.address and not replays:
+        TeacherServers(recipe).close()
+
+
 def _asking(model: str, tokens: list[int], k: int) -> dict[str, Any]:
     """What a server of vLLM 0.32 is asked: it draws one token, which nobody needs."""
     return {

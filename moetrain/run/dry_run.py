@@ -13,6 +13,7 @@ from moetrain.layout.batch import batch_bytes, describe
 from moetrain.layout.memory import GIB, static_bytes, trained
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table
 from moetrain.layout.passed import check_passed
+from moetrain.layout.teacher import teacher_bytes, teacher_model
 from moetrain.models import Model
 from moetrain.models.lookup import model_of
 from moetrain.planner.fit import is_predicted
@@ -64,6 +65,7 @@ def check(recipe: Recipe, num_ranks: int, *, dry: bool = False) -> Model:
             "model.dtype=fp32 has none. Use bf16, or leave optim.offload out."
         )
     check_passed(recipe, model)
+    teacher_model(recipe, dry=dry)
     trained(recipe, model)
     check_reward_files(recipe.rewards)
     if recipe.rollout is not None:
@@ -107,13 +109,19 @@ def dry_run(recipe: Recipe, num_procs: int | None) -> str:
     part = f", {num_trained / 1e9:.4f} B trained" if len(learns) != len(table) else ""
     lines.append("\n" + _work(model, recipe.data.seq_len))
     most = activation_bytes(model, plan, recipe)
-    totals = [held.total + more for held, more in zip(stages, most, strict=True)]
+    beside = teacher_bytes(recipe, plan, dry=True)
+    totals = [held.total + sum(more) for held, *more in zip(stages, most, beside, strict=True)]
     fullest = totals.index(max(totals))
     lines.append(
         f"# With activations, logits and their gradients stage {fullest} holds at most"
         f" {totals[fullest] / unit:.2f} {name} where routing is balanced"
         f" ({most[fullest] / unit:.2f} of it; a bound by formula, see layout/activations.py)."
     )
+    if any(beside):
+        lines.append(
+            f"# {max(beside) / unit:.2f} {name} of that are the teacher's weights, which stay"
+            " beside the student."
+        )
     if recipe.method.samples:
         lines.append(describe(batch_bytes(recipe, model, plan)))
     lines.append(
