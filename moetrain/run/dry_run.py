@@ -2,6 +2,7 @@
 per GPU.
 """
 
+from collections.abc import Iterator
 from math import lcm
 
 from moetrain.config.load import dump_recipe
@@ -10,7 +11,7 @@ from moetrain.config.reward_files import check_reward_files
 from moetrain.errors import ConfigError, plural
 from moetrain.layout.activations import activation_bytes
 from moetrain.layout.batch import batch_bytes, describe
-from moetrain.layout.memory import GIB, static_bytes, trained
+from moetrain.layout.memory import GIB, StageBytes, static_bytes, trained
 from moetrain.layout.mesh import check_layout, plan_mesh, rank_table
 from moetrain.layout.passed import check_passed
 from moetrain.layout.teacher import teacher_bytes, teacher_model
@@ -137,16 +138,25 @@ def dry_run(recipe: Recipe, num_procs: int | None) -> str:
         )
     if is_predicted(recipe):  # `check_fits` says more
         return "\n".join(lines)
-    if worst.total / GIB <= limit < totals[fullest] / GIB:
-        lines.append(
-            f"WARNING: stage {fullest} may need {totals[fullest] / GIB:.1f} GiB with activations,"
+    lines += _too_much(recipe, worst, totals[fullest], fullest, limit)
+    return "\n".join(lines)
+
+
+def _too_much(
+    recipe: Recipe, worst: StageBytes, most: int, fullest: int, limit: float
+) -> Iterator[str]:
+    """What to warn of: stage `fullest` may hold `most` bytes with activations, `worst` has most
+    before them; limit: GiB of a GPU.
+    """
+    if worst.total / GIB <= limit < most / GIB:
+        yield (
+            f"WARNING: stage {fullest} may need {most / GIB:.1f} GiB with activations,"
             f" and a {recipe.cluster.gpu_name} has {limit:.1f}. If it does not fit, set"
             " train.recompute=full, a smaller data.seq_len, or parallel.cp."
         )
     if worst.total / GIB > limit:
-        lines.append(
+        yield (
             f"WARNING: stage {worst.stage} needs {worst.total / GIB:.1f} GiB before activations "
             f"and a {recipe.cluster.gpu_name} "
             f"has {limit:.1f}. Use more ranks, more ep or pp, or optim.offload."
         )
-    return "\n".join(lines)
