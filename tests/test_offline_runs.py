@@ -40,9 +40,20 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What examples that go on from another's run begin from."""
+    run = tmp_path_factory.mktemp("earlier") / "run"
+    done = train(EXAMPLES / "sft_tiny.yaml", run, "checkpoint.export_hf=true")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
 @pytest.mark.parametrize("recipe", sorted(EXAMPLES.glob("*_tiny.yaml")), ids=lambda p: p.stem)
-def test_every_tiny_recipe_runs(recipe: Path, tmp_path: Path) -> None:
-    done = train(recipe, tmp_path / "run")
+def test_every_tiny_recipe_runs(recipe: Path, tmp_path: Path, earlier: Path) -> None:
+    goes_on = "path: runs/" in recipe.read_text()
+    begin = (f"model.path={earlier}/hf", f"teacher.path={earlier}") if goes_on else ()
+    done = train(recipe, tmp_path / "run", *begin)
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path / "run")
     assert [row["step"] for row in found if "loss" in row] == [1, 2]

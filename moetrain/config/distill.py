@@ -124,7 +124,7 @@ class OnPolicyDistillMethod(ClippedMethod, GroupMethod):
     """
 
     taught: ClassVar[bool] = True
-    about: ClassVar[tuple[str, ...]] = ("kl/teacher", "reward/mean", "length/mean")
+    about: ClassVar[tuple[str, ...]] = ("reward/mean", "kl/teacher", "length/mean")
     name: Literal["on_policy_distill"] = Field(
         default="on_policy_distill", description="`method: on_policy_distill` for short"
     )
@@ -173,7 +173,7 @@ class GkdMethod(OnlineMethod):
     """
 
     taught: ClassVar[bool] = True
-    about: ClassVar[tuple[str, ...]] = ("kl/teacher", "reward/mean", "length/mean")
+    about: ClassVar[tuple[str, ...]] = ("reward/mean", "kl/teacher", "length/mean")
     name: Literal["gkd"] = Field(default="gkd", description="`method: gkd` for short")
     top_k: Count = Field(default=16, description=TOP_K)
     interpolation: Share = Field(default=1.0, description=INTERPOLATION)

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[2]
 GRPO = "examples/emoji/2_grpo.yaml"
 DISTILL = "examples/on_policy_distill_tiny.yaml"
+ALL = ["data.eval_share=0", "train.eval_every=null"]  # all prompts are answered, as by GRPO
 SIDES: dict[str, tuple[str, int, list[str]]] = {
     "GRPO, 64 a step": (GRPO, 64, ["train.steps=40"]),
     "GRPO, 16 a step": (GRPO, 16, ["train.steps=80", "rollout.group_size=4",
@@ -69,7 +70,7 @@ def main() -> None:
     for name, (recipe, answers, more) in SIDES.items():
         rows: list[list[float]] = []
         for seed in args.seeds:
-            own = [f"teacher.path={folder}/teacher"] if recipe == DISTILL else []
+            own = [f"teacher.path={folder}/teacher", *ALL] if recipe == DISTILL else []
             run = folder / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
             rows.append(train(recipe, run, start, f"seed={seed}", *own, *more))
         reached = [until(row, teacher - NEAR, answers) for row in rows]
