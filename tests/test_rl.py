@@ -122,12 +122,13 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = start(run_dir, "parallel.ep=2", MOVING)
     part = run_dir / "rollouts" / "00000003.partial.jsonl"
-    wait_for(lambda: part.exists() and part.stat().st_size > 0, process)
+    batch = run_dir / "rollouts" / "00000003.jsonl"
+    wait_for(lambda: part.exists() or batch.exists(), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     # Answers of one batch are written within a millisecond, and then again as the whole batch: here
     # the kill came between the third and the fourth.
-    batch = run_dir / "rollouts" / "00000003.jsonl"
+    part.touch()
     if batch.exists():
         made = [answer.trajectory for answer in batch_of(run_dir, 3).answers]
         answers = [json.dumps(to_json(one)) + "\n" for one in made]
