@@ -1,5 +1,6 @@
 """Reinforcement learning from the command line: what a run leaves, replays and survives."""
 
+import contextlib
 import json
 import os
 import re
@@ -123,7 +124,13 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     process = start(run_dir, "parallel.ep=2", MOVING)
     part = run_dir / "rollouts" / "00000003.partial.jsonl"
     batch = run_dir / "rollouts" / "00000003.jsonl"
-    wait_for(lambda: part.exists() or batch.exists(), process)
+
+    def begun() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return batch.exists() or part.stat().st_size > 0
+        return False
+
+    wait_for(begun, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     # Answers of one batch are written within a millisecond, and then again as the whole batch: here
