@@ -252,6 +252,28 @@ def test_a_dry_run_counts_the_teacher_and_refuses_what_does_not_divide_it(
         dry_run(odd, 2)
 
 
+@pytest.mark.parametrize("method", ["distill", "gkd", "on_policy_distill"])
+def test_a_step_with_a_teacher_is_planned(speaking: str, tmp_path: Path, method: str) -> None:
+    """A trace of it, which packs without a teacher's word would end."""
+    recipe = tmp_path / "recipe.yaml"
+    more = "" if method == "distill" else "rollout: {max_tokens: 8}"
+    recipe.write_text(
+        f"""
+run_dir: {tmp_path}/run
+model: {{path: {speaking}, dtype: bf16}}
+method: {method}
+teacher: {{path: {speaking}}}
+data: {{train: none.jsonl, seq_len: 64}}
+train: {{steps: 2}}
+{more}
+"""
+    )
+    done = command.run("plan", recipe, "--gpus", "2", "--gpu", "H100-80GB", "--as-is", "--json")
+    assert done.returncode == 0, done.stderr
+    (layout,) = json.loads(done.stdout)["layouts"]
+    assert layout["traced"] and layout["step_s"] > 0
+
+
 def test_other_vocabularies_are_refused(tmp_path: Path) -> None:
     """By the first token that differs; more tokens on one side are no difference."""
     ours = tokenizers.load(tokenizer_folder()).get_vocab()

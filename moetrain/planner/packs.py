@@ -18,7 +18,8 @@ def pack_of(recipe: Recipe) -> Packed:
     method, size = METHODS[recipe.method.name], recipe.data.seq_len
     match recipe.method.learns_from:
         case "corpus" | "chat":
-            return _sequence(size)
+            pack = _sequence(size)
+            return replace(pack, per_token=_word(recipe, size))
         case "pairs":
             pack = _answers(size, (CHOSEN, REJECTED), shared=recipe.data.share_prompt)
         case "labels":
@@ -62,6 +63,18 @@ def _answers(size: int, roles: Sequence[int], *, shared: bool) -> Packed:
     return replace(pack, extras=extras, prefix=prefix if before else None)
 
 
+def _word(recipe: Recipe, size: int) -> dict[str, torch.Tensor]:
+    """What a teacher says of a pack's tokens, where the method has one."""
+    if not recipe.method.taught:
+        return {}
+    k = int(getattr(recipe.method, "top_k", 0))
+    return {
+        "teacher_logp": torch.zeros(size),
+        "teacher_ids": torch.zeros(size, k, dtype=torch.int32),
+        "teacher_top": torch.zeros(size, k),
+    }
+
+
 def _rollouts(recipe: Recipe, size: int) -> Packed:
     """A prompt and as many whole answers as fit."""
     cfg, rollout = recipe.sampling
@@ -75,7 +88,7 @@ def _rollouts(recipe: Recipe, size: int) -> Packed:
     names = {"old_logp", "rollout_logp"}
     names |= {"ref_logp"} if cfg.beta else set()
     names |= {"old_value"} if cfg.value_head else set()
-    per_token = {name: torch.zeros(size) for name in sorted(names)}
+    per_token = {name: torch.zeros(size) for name in sorted(names)} | _word(recipe, size)
     pack = replace(pack, extras=pack.extras | extras, per_token=per_token)
     targets = method.online.targets(pack, cfg)
     return replace(pack, per_token=pack.per_token | targets)
