@@ -257,9 +257,9 @@ def totals(results: Sequence[StepResult]) -> StepResult:
     )
 
 
-def summary(given: Outline, version: int) -> dict[str, Any]:
+def summary(given: Outline, version: int, *, graded: bool = True) -> dict[str, Any]:
     """What there is to see in a batch that weights number `version` learn from, where its answers
-    are; elsewhere nothing.
+    are; elsewhere nothing. graded: whether rewards say something of them.
     """
     batch = given.batch
     if batch is None:
@@ -268,19 +268,20 @@ def summary(given: Outline, version: int) -> dict[str, Any]:
     groups = [given.rewards[given.group == i] for i in range(given.num_groups)]
     compared = [bool((one == one[0]).all()) for one in groups if len(one) > 1]
     figures: dict[str, Any] = {
-        **means(batch.answers, "reward"),
         **turn_figures([answer.trajectory for answer in batch.answers]),
         "length/mean": int(given.lengths.sum()) / num,
         "length/max": float(given.lengths.max()),
         "length/truncated": int(given.cut.sum()) / num,
-        "groups/graded": float(len(groups)),
-        "groups/std": float(torch.stack([one.mean() for one in groups]).std(correction=0)),
         "staleness": float(version - given.oldest),
         "staleness/share": _share_older(batch, version),
     }
     if batch.held:
         figures["groups/held"] = float(len(batch.held))
-    if compared:  # an answer alone is not compared with another
+    if graded:
+        deviation = torch.stack([one.mean() for one in groups]).std(correction=0)
+        figures |= means(batch.answers, "reward")
+        figures |= {"groups/graded": float(len(groups)), "groups/std": float(deviation)}
+    if graded and compared:  # an answer alone is not compared with another
         figures["groups/no_signal"] = sum(compared) / len(compared)
     if batch.fault:
         figures["reward/fault"] = batch.fault

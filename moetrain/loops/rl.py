@@ -101,7 +101,8 @@ def _loop(
             with timed(seconds, "push"):
                 proof = sampler.push(step)
             row = step_row(step, totals(results), time.perf_counter() - started)
-            row |= summary(given, step - 1) | lessons.shown | proof
+            graded = bool(recipe.rewards) or recipe.method.needs_rewards
+            row |= summary(given, step - 1, graded=graded) | lessons.shown | proof
             report.step(row | {f"seconds/{name}": value for name, value in seconds.items()})
             report.rollouts(step, readable(given))
             state = {"step": step, "prompts": sampler.state_dict(given)}

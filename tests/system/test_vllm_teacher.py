@@ -126,6 +126,7 @@ def test_a_run_learns_the_same_from_it_as_from_the_folder(
         assert done.returncode == 0, done.stderr
         ledger = [json.loads(row) for row in (run / "ledger.jsonl").read_text().splitlines()]
         rows.append([row for row in ledger if "loss" in row])
+        assert not [name for name in rows[-1][0] if name.startswith(("reward/", "groups/"))]
     for served, own in zip(*rows, strict=True):
         assert served["kl/teacher"] == pytest.approx(own["kl/teacher"], abs=1e-4)
         assert served["kl/teacher"] > 0.1 and served["seconds/teach"] > 0
