@@ -129,7 +129,7 @@ def test_a_run_learns_the_same_from_it_as_from_the_folder(
         assert not [name for name in rows[-1][0] if name.startswith(("reward/", "groups/"))]
     for served, own in zip(*rows, strict=True):
         assert served["kl/teacher"] == pytest.approx(own["kl/teacher"], abs=1e-4)
-        assert served["kl/teacher"] > 0.1 and served["seconds/teach"] > 0
+        assert served["kl/teacher"] > 1e-3 and served["seconds/teach"] > 0
         assert served["loss"] == pytest.approx(own["loss"], abs=1e-4)
         assert served["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-3)
     # What it said is part of the batch: a replay needs no server, and learns the same.
@@ -146,7 +146,7 @@ def test_words_of_records_are_kept_and_a_server_with_other_weights_is_noticed(
     address: str, tmp_path: Path
 ) -> None:
     chosen = f"{{address: {address}}}"
-    words = [*SHORT, *STUDENT, f"teacher={chosen}", "data.take=[40]", "data.eval=[]"]
+    words = [*SHORT, *STUDENT, f"teacher={chosen}", "data.take=[40]", "data.eval_share=0"]
     words += [f"data.cache={tmp_path}/cache", "train.eval_every=null", "train.eval_packs=null"]
     first = command.run("train", OFFLINE, *words, f"run_dir={tmp_path}/a", cwd=ROOT)
     assert first.returncode == 0, first.stderr
