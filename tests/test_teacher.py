@@ -25,7 +25,7 @@ from moetrain.errors import ConfigError, DataError, LayoutError
 from moetrain.layout.mesh import plan_mesh
 from moetrain.layout.teacher import teacher_bytes
 from moetrain.loops.store import Batch, Store
-from moetrain.loops.teacher import check_told, check_words, told_more
+from moetrain.loops.teacher import check_teacher_prompts, check_words, teacher_prompts
 from moetrain.ops.packed import from_tokens
 from moetrain.run.dry_run import dry_run
 from moetrain.run.inputs import missing
@@ -96,7 +96,7 @@ def test_the_words_of_another_model_at_every_layout(
             assert close(own, whole[place][1]) and close(top, whole[place][3])
 
 
-# Told more than the student
+# With a longer prompt than the student's
 
 SYSTEM = "The answer is {answer}."
 
@@ -120,15 +120,17 @@ def asked(recipe: Any) -> list[Group]:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("layout", ["dp2", "pp2"])
-def test_words_of_a_teacher_that_is_told_more(workers: Workers, speaking: str, layout: str) -> None:
+def test_words_of_a_teacher_with_a_longer_prompt(
+    workers: Workers, speaking: str, layout: str
+) -> None:
     """Those that it has behind the longer prompt, by the tokens of the student's answers."""
     size, parallel = LAYOUTS[layout]
     given = {"method": GKD, "rollout": {"max_tokens": 8}, "data": {"seq_len": 128}}
     secret = given | {"teacher": {"path": "start", "system": SYSTEM}}
     recipe = recipe_for(speaking, {}, **secret)
-    groups, told = asked(recipe), told_more(recipe)
-    assert told is not None
-    longer = [replace(group, prompt=told.prompt(group.prompt)) for group in groups]
+    groups, longer_prompts = asked(recipe), teacher_prompts(recipe)
+    assert longer_prompts is not None
+    longer = [replace(group, prompt=longer_prompts.of(group.prompt)) for group in groups]
     text = chat_of(recipe).tokenizer.decode(list(longer[2].prompt.tokens))
     assert "The answer is 3." in text and "2 + 1?" in text
     plain = given | {"teacher": {"path": speaking}}
@@ -152,14 +154,14 @@ def test_what_cannot_be_told_is_said_before_the_run(speaking: str) -> None:
         recipe = recipe_for(speaking, {}, **given, teacher=teacher)
         prompts = [group.prompt for group in asked(recipe)]
         with pytest.raises(DataError, match=words):
-            check_told(recipe, prompts)
-            told = told_more(recipe)
-            assert told is not None
-            told.prompt(prompts[0])
+            check_teacher_prompts(recipe, prompts)
+            longer_prompts = teacher_prompts(recipe)
+            assert longer_prompts is not None
+            longer_prompts.of(prompts[0])
     chat = chat_of(recipe)
     rendered, _ = read_prompt({"prompt": "as it is", "templated": True}, chat)
     with pytest.raises(DataError, match="rendered already"):
-        check_told(recipe, [rendered])
+        check_teacher_prompts(recipe, [rendered])
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

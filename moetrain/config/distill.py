@@ -117,6 +117,11 @@ class DistillMethod(MethodSection):
         " the divergence",
     )
 
+    @property
+    def teacher_tokens(self) -> int:
+        """As many as are kept."""
+        return self.top_k
+
 
 class OnPolicyDistillMethod(ClippedMethod, GroupMethod):
     """On-policy distillation: the student answers, and each of its tokens is worth what the teacher
@@ -190,6 +195,11 @@ class GkdMethod(OnlineMethod):
     def compares(self) -> bool:
         """One answer is enough."""
         return False
+
+    @property
+    def teacher_tokens(self) -> int:
+        """As many as are compared."""
+        return self.top_k
 
     @property
     def corrects(self) -> bool:

@@ -64,6 +64,11 @@ class MethodSection(Section):
         return self.samples
 
     @property
+    def teacher_tokens(self) -> int:
+        """A teacher's likeliest tokens that it learns from at each place; 0: none."""
+        return 0
+
+    @property
     def kl_limit(self) -> float | None:
         """Nats an answer past which `kl` is warned of; None: never."""
         return None

@@ -38,8 +38,9 @@ def rows_of(
 
 
 def likeliest_columns(out: Out) -> list[Tensor]:
-    """The label's log-prob, k log-probs and the k tokens that they are of."""
-    assert out.at_teacher is not None and out.likeliest is not None
+    """The label's log-prob, k log-probs and the k tokens that they are of, where there are any."""
+    if out.at_teacher is None or out.likeliest is None:
+        return [out.logp]
     ids = out.likeliest.float()  # exact: a vocabulary has fewer than 2^24
     return [out.logp, *out.at_teacher.t(), *ids.t()]
 

@@ -143,7 +143,7 @@ def word_bytes(recipe: Recipe) -> tuple[int, int]:
     """
     if recipe.teacher is None or not recipe.method.taught:
         return 0, 0
-    size = 4 + 8 * int(getattr(recipe.method, "top_k", 0))
+    size = 4 + 8 * recipe.method.teacher_tokens
     return (size, 0) if recipe.teacher.address else (0, size)
 
 

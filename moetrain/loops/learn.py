@@ -18,7 +18,7 @@ from moetrain.loops.outline import Outline
 from moetrain.loops.parts import Packs, Parts
 from moetrain.loops.rollouts import means, turn_figures
 from moetrain.loops.store import Batch
-from moetrain.loops.teacher import Teacher, check_words, told_groups
+from moetrain.loops.teacher import Teacher, check_words, with_teacher_prompts
 from moetrain.methods import METHODS
 from moetrain.methods.base import Online, Out
 from moetrain.methods.running import MEAN, WEIGHT
@@ -94,10 +94,12 @@ class Lessons:
         if teacher is None:
             check_words(recipe, packs)
             return packs
-        if teacher.told is None:
+        if teacher.prompts is None:
             return teacher.words(packs)
-        told = self._dealt(recipe, told_groups(given, teacher.told), values)
-        return teacher.words_told(packs, [pack for part in told for pack in part], given.lengths)
+        others = self._dealt(recipe, with_teacher_prompts(given, teacher.prompts), values)
+        return teacher.words_behind(
+            packs, [pack for part in others for pack in part], given.lengths
+        )
 
     @property
     def shown(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ from moetrain.loops.demonstrations import open_demonstrations
 from moetrain.loops.learn import Lessons, readable, summary, totals
 from moetrain.loops.rollouts import timed
 from moetrain.loops.sampler import Sampler, open_sampler
-from moetrain.loops.teacher import check_told, open_teacher
+from moetrain.loops.teacher import check_teacher_prompts, open_teacher
 from moetrain.loops.teacher_servers import check_servers
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
@@ -38,7 +38,7 @@ def train(recipe: Recipe) -> int:
         check_environment(recipe)
         check_servers(recipe)
     prompts = prepare_prompts(recipe)
-    check_told(recipe, [*prompts.train.prompts])
+    check_teacher_prompts(recipe, [*prompts.train.prompts])
     note = check_columns(recipe.rewards, [*prompts.train.prompts, *prompts.held_out])
     lines = [*prompts.lines, *([note] if note else [])]
     engine = Engine(recipe)

@@ -10,7 +10,7 @@ from moetrain.data.sample_prompts import read_sample_prompts
 from moetrain.engine import Engine
 from moetrain.loops.held_out import SamplePrompts
 from moetrain.loops.reference import far_from_reference
-from moetrain.loops.words import take_beside
+from moetrain.loops.words import open_with_references
 from moetrain.methods import METHODS
 from moetrain.observe.reporter import Reporter
 from moetrain.run.job import Job, step_row
@@ -29,7 +29,7 @@ def train(recipe: Recipe) -> int:
     data = RunData(recipe)
     prepared = data.prepare()
     lines = [*prepared.lines, *notes]
-    engine, reference = take_beside(data, lines.append)
+    engine, reference = open_with_references(data, lines.append)
     rank, size = engine.world.dp_rank, engine.world.dp_size
     loader = data.loader(rank, size, reference.train)
     held_out = data.eval_packs(rank, size, reference.held_out)

@@ -1,5 +1,5 @@
 """A teacher that the ranks of a job run themselves: another model beside the student, or the
-student as it was, which is told more.
+student as it was, with a longer prompt.
 
 Legend: t tokens of a pack, k likeliest tokens, m tokens that the model wrote in all answers.
 """
@@ -15,9 +15,10 @@ from moetrain.config.recipe import Recipe
 from moetrain.data.run_tokenizer import chat_of, tokenizer_of
 from moetrain.data.same_vocabulary import check_same
 from moetrain.data.samples import Prompt
-from moetrain.data.told_more import ToldMore
+from moetrain.data.teacher_prompts import TeacherPrompts
 from moetrain.engine import Engine
 from moetrain.engine.on_disk import model_in
+from moetrain.engine.outputs import likeliest_columns, likeliest_of
 from moetrain.engine.snapshot import Weights
 from moetrain.engine.world import World
 from moetrain.errors import DataError
@@ -34,30 +35,30 @@ class Teacher:
     [t, k].
 
     weights: of `engine` at the time when it was the teacher; None: as they are.
-    told: what it is told beside the prompt, where it is more.
+    prompts: those that it has in place of the student's, where they are others.
     """
 
     engine: Engine
     k: int
     weights: Weights | None = None
-    told: ToldMore | None = None
+    prompts: TeacherPrompts | None = None
 
     def words(self, packs: Sequence[Packed]) -> list[Packed]:
         """The packs with what it says at their own tokens. Collective."""
         outs = self._outputs(packs)
         return [with_values(pack, _values(out)) for pack, out in zip(packs, outs, strict=True)]
 
-    def words_told(
-        self, packs: Sequence[Packed], told: Sequence[Packed], lengths: Tensor
+    def words_behind(
+        self, packs: Sequence[Packed], others: Sequence[Packed], lengths: Tensor
     ) -> list[Packed]:
-        """The same where it sees other prompts: `told` has all answers behind those, dealt to the
+        """The same where it has other prompts: `others` has all answers behind those, dealt to the
         replicas in any way; lengths [answers] of what the model wrote. Collective.
         """
         ends = lengths.cumsum(0)
         rows = torch.zeros(int(ends[-1]), 1 + 2 * self.k)
-        for pack, out in zip(told, self._outputs(told), strict=True):
+        for pack, out in zip(others, self._outputs(others), strict=True):
             places, mask = _places(pack, ends - lengths)
-            rows[places] = torch.cat([x[mask].float() for x in _columns(out, self.k)], dim=1)
+            rows[places] = torch.stack(likeliest_columns(out), dim=1)[mask]
         world = self.engine.world
         rows = world.sum(rows, world.dp_group)  # exact: a replica has what the others lack
         done: list[Packed] = []
@@ -65,7 +66,8 @@ class Teacher:
             places, mask = _places(pack, ends - lengths)
             whole = rows.new_zeros(pack.num_tokens, rows.size(1))
             whole[mask] = rows[places]
-            done.append(with_values(pack, _values(_out(whole, self.k))))
+            (out,) = likeliest_of([whole.t()], self.k)
+            done.append(with_values(pack, _values(out)))
         return done
 
     def _outputs(self, packs: Sequence[Packed]) -> list[Out]:
@@ -94,32 +96,27 @@ def open_teacher(recipe: Recipe, student: Engine) -> Teacher | None:
     teacher = recipe.teacher
     if teacher is None or teacher.path is None:
         return None
-    k, told = teacher_k(recipe), told_more(recipe)
+    k, prompts = recipe.method.teacher_tokens, teacher_prompts(recipe)
     if teacher.path == START:
-        return Teacher(student, k, student.snapshot(), told)
+        return Teacher(student, k, student.snapshot(), prompts)
     vocab = student.model.heads.vocab
-    return Teacher(engine_of(recipe, teacher.path, student.world, vocab), k, None, told)
+    return Teacher(engine_of(recipe, teacher.path, student.world, vocab), k, None, prompts)
 
 
-def teacher_k(recipe: Recipe) -> int:
-    """How many of its likeliest tokens the method asks for."""
-    return int(getattr(recipe.method, "top_k", 0))
-
-
-def told_more(recipe: Recipe) -> ToldMore | None:
-    """What it is told besides."""
+def teacher_prompts(recipe: Recipe) -> TeacherPrompts | None:
+    """The teacher's, where teacher.system makes others of them."""
     assert recipe.teacher is not None
     if recipe.teacher.system is None:
         return None
     _, rollout = recipe.sampling
     room = recipe.data.seq_len - rollout.max_tokens
-    return ToldMore(recipe.teacher.system, chat_of(recipe), room)
+    return TeacherPrompts(recipe.teacher.system, chat_of(recipe), room)
 
 
-def check_told(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+def check_teacher_prompts(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
     """Raise DataError for a prompt that teacher.system cannot be said before."""
-    if recipe.teacher is not None and (told := told_more(recipe)) is not None:
-        told.check(prompts)
+    if recipe.teacher is not None and (own := teacher_prompts(recipe)) is not None:
+        own.check(prompts)
 
 
 def engine_of(recipe: Recipe, folder: str, world: World | None, vocab: int | None) -> Engine:
@@ -138,11 +135,11 @@ def engine_of(recipe: Recipe, folder: str, world: World | None, vocab: int | Non
     return engine
 
 
-def told_groups(given: Outline, told: ToldMore) -> Outline:
+def with_teacher_prompts(given: Outline, prompts: TeacherPrompts) -> Outline:
     """The batch, where it is, with the prompts as the teacher is given them."""
     if given.batch is None:
         return given
-    groups = tuple(replace(one, prompt=told.prompt(one.prompt)) for one in given.batch.groups)
+    groups = tuple(replace(one, prompt=prompts.of(one.prompt)) for one in given.batch.groups)
     return replace(given, batch=replace(given.batch, groups=groups))
 
 
@@ -150,7 +147,7 @@ def check_words(recipe: Recipe, packs: Sequence[Packed]) -> None:
     """Raise DataError where a batch has no word of the teacher that the recipe's method needs."""
     if recipe.teacher is None:
         return
-    k = teacher_k(recipe)
+    k = recipe.method.teacher_tokens
     for pack in packs:
         ids = pack.per_token.get("teacher_ids")
         if "teacher_logp" not in pack.per_token or (0 if ids is None else ids.size(1)) != k:
@@ -160,27 +157,10 @@ def check_words(recipe: Recipe, packs: Sequence[Packed]) -> None:
             )
 
 
-# A word as columns [t, 1 + 2 k]: the token's own log-prob, k log-probs, the tokens that they are of
-
-
-def _columns(out: Out, k: int) -> list[Tensor]:
-    if not k:
-        return [out.logp[:, None]]
-    assert out.at_teacher is not None and out.likeliest is not None
-    return [out.logp[:, None], out.at_teacher, out.likeliest]
-
-
-def _out(columns: Tensor, k: int) -> Out:
-    if not k:
-        return Out(columns[:, 0])
-    ids = columns[:, 1 + k :].long()  # exact in fp32: fewer than 2^24
-    return Out(columns[:, 0], at_teacher=columns[:, 1 : 1 + k], likeliest=ids)
-
-
 def _values(out: Out) -> dict[str, Tensor]:
     """Of a pack's `per_token`."""
     values = {"teacher_logp": out.logp}
-    if out.at_teacher is not None and out.likeliest is not None:
+    if out.at_teacher is not None and out.likeliest is not None and out.likeliest.numel():
         values["teacher_ids"] = out.likeliest.to(torch.int32)
         values["teacher_top"] = out.at_teacher.contiguous()
     return values

@@ -17,13 +17,13 @@ from moetrain.config.distill import TeacherConfig
 from moetrain.config.recipe import Recipe
 from moetrain.data import tokenizer as tokenizers
 from moetrain.data.groups import GradedAnswer, Group
-from moetrain.data.run_tokenizer import tokenizer_of
+from moetrain.data.run_tokenizer import model_vocab, tokenizer_of
 from moetrain.data.same_vocabulary import REFUSED
 from moetrain.data.samples import Prompt
-from moetrain.data.told_more import ToldMore
+from moetrain.data.teacher_prompts import TeacherPrompts
 from moetrain.data.trajectories import Branch, Word
 from moetrain.errors import DataError, RolloutError
-from moetrain.loops.teacher import teacher_k, told_more
+from moetrain.loops.teacher import teacher_prompts
 from moetrain.rewards.remote import Remote, RemoteError
 
 RETRIES = 5
@@ -48,8 +48,12 @@ class TeacherServers:
     def __init__(self, recipe: Recipe):
         assert recipe.teacher is not None
         self.config: TeacherConfig = recipe.teacher
-        self.k = teacher_k(recipe)
-        self.told: ToldMore | None = None if not recipe.method.samples else told_more(recipe)
+        self.k = recipe.method.teacher_tokens
+        self.concurrency = self.config.concurrency * len(self.config.address)
+        self._vocab = model_vocab(recipe)
+        self.prompts: TeacherPrompts | None = (
+            None if not recipe.method.samples else teacher_prompts(recipe)
+        )
         key = os.environ.get(self.config.key_env)
         self._remotes = [
             Remote(url, key, self.config.seconds, RETRIES, MOST_BYTES)
@@ -72,7 +76,7 @@ class TeacherServers:
         """The groups, each of whose branches has the teacher's word."""
         asked: list[tuple[Prompt, Branch]] = []
         for group in groups:
-            prompt = group.prompt if self.told is None else self.told.prompt(group.prompt)
+            prompt = group.prompt if self.prompts is None else self.prompts.of(group.prompt)
             for answer in group.answers:
                 asked += [(prompt, branch) for branch in answer.trajectory.branches]
         contexts = [
@@ -116,7 +120,14 @@ class TeacherServers:
             raise RolloutError(
                 f"teacher.address: {error}. Is the server alive? The same command goes on."
             ) from None
-        return word_of(answer, tokens, len(context), self.k, remote.url)
+        word = word_of(answer, tokens, len(context), self.k, remote.url)
+        largest = int(word.ids.max(initial=0))
+        if self._vocab is not None and largest >= self._vocab:
+            raise RolloutError(
+                f"teacher.address: {remote.url} finds token {largest} likely, and the student has"
+                f" {self._vocab}. Lower method.top_k, or take teacher.path, which leaves it out"
+            )
+        return word
 
     def _look(self, remote: Remote, recipe: Recipe) -> str:
         """The name of the model there, which is tried with two tokens."""

@@ -29,19 +29,19 @@ from moetrain.engine.on_disk import model_digest
 from moetrain.engine.world import World
 from moetrain.errors import DataError
 from moetrain.loops.reference import References, take_reference, tokenizer_digest
-from moetrain.loops.teacher import engine_of, teacher_k
+from moetrain.loops.teacher import engine_of
 from moetrain.loops.teacher_servers import TeacherServers
 from moetrain.methods import METHODS
 
 VERSION = 1
-AT_A_TIME = 8  # packs of a data-parallel rank, or so many times a server's concurrency of records
+AT_A_TIME = 8  # packs of a data-parallel rank; records for each that servers score at a time
 CLOSE = 0.05  # nats, more than rounding makes of a log-prob
 
 Learned = tuple[int, Word]
 """A sequence, and what the teacher says at its learned places."""
 
 
-def take_beside(
+def open_with_references(
     data: RunData, report: Callable[[str], None], *, train: bool = True
 ) -> tuple[Engine, References]:
     """A run's engine as it starts, and what another model says of its records: a teacher's words,
@@ -70,7 +70,7 @@ def fill(recipe: Recipe) -> int:
         )
     data = RunData(recipe)
     data.prepare()
-    engine, references = take_beside(data, lambda line: None, train=False)
+    engine, references = open_with_references(data, lambda line: None, train=False)
     for what, path in (("train", references.train), ("held out", references.held_out)):
         if path is not None and engine.world.is_first:
             print(f"{what}: {path if path.is_dir() else path.parent}")
@@ -95,7 +95,7 @@ def _by_model(data: RunData, path: str, report: Callable[[str], None]) -> Refere
         "dtype": recipe.model.dtype,
     }
     shows = world.is_first and recipe.observe.progress
-    build = partial(_by_engine, engine, teacher_k(recipe), shows)
+    build = partial(_by_engine, engine, recipe.method.teacher_tokens, shows)
     return _both(world, data, identity, build, report)
 
 
@@ -135,7 +135,7 @@ def _both(
     recipe = data.recipe
     whole = identity | {
         "version": VERSION,
-        "k": teacher_k(recipe),
+        "k": recipe.method.teacher_tokens,
         "tokenizer": tokenizer_digest(recipe),
     }
     found: list[Path | None] = []
@@ -200,7 +200,7 @@ def _by_servers(
     """All sequences, some at a time."""
     items = range(packed.num_items)
     with _Folder(folder, packed, servers.k, identity) as made:
-        for some in batched(items, AT_A_TIME * 32):
+        for some in batched(items, AT_A_TIME * servers.concurrency):
             made.write([list(zip(some, _asked(servers, packed, some), strict=True))])
         made.publish()
 

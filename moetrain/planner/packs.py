@@ -67,7 +67,7 @@ def _word(recipe: Recipe, size: int) -> dict[str, torch.Tensor]:
     """What a teacher says of a pack's tokens, where the method has one."""
     if not recipe.method.taught:
         return {}
-    k = int(getattr(recipe.method, "top_k", 0))
+    k = recipe.method.teacher_tokens
     return {
         "teacher_logp": torch.zeros(size),
         "teacher_ids": torch.zeros(size, k, dtype=torch.int32),

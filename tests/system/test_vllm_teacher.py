@@ -114,12 +114,19 @@ def test_its_words_are_the_models_own(teacher: Path, address: str) -> None:
         assert word.ids.tolist() == scores.topk(5).indices.tolist()
 
 
-@pytest.mark.parametrize("method", ["{name: gkd, top_k: 5}", "on_policy_distill"])
+GKD = "{name: gkd, top_k: 5}"
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [(GKD, ""), (GKD, ", system: Answer in one word."), ("on_policy_distill", "")],
+    ids=["gkd", "gkd with a longer prompt", "on_policy_distill"],
+)
 def test_a_run_learns_the_same_from_it_as_from_the_folder(
-    teacher: Path, address: str, tmp_path: Path, method: str
+    teacher: Path, address: str, tmp_path: Path, method: str, more: str
 ) -> None:
     rows: list[list[dict[str, Any]]] = []
-    for number, where in enumerate((f"{{address: {address}}}", f"{{path: {teacher}}}")):
+    for number, where in enumerate((f"{{address: {address}{more}}}", f"{{path: {teacher}{more}}}")):
         run = tmp_path / str(number)
         words = (*SHORT, *STUDENT, *BATCH, f"method={method}", "rewards=[]", f"teacher={where}")
         done = command.run("train", ONLINE, *words, f"run_dir={run}", cwd=ROOT)

@@ -14,7 +14,7 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
-class ToldMore:
+class TeacherPrompts:
     """`system` with {COLUMN} filled in, before a prompt's messages.
 
     room: tokens that a prompt may have then.
@@ -29,7 +29,7 @@ class ToldMore:
         for prompt in prompts:
             self._messages(prompt)
 
-    def prompt(self, prompt: Prompt) -> Prompt:
+    def of(self, prompt: Prompt) -> Prompt:
         """The same with the teacher's tokens. Raises DataError."""
         messages = self._messages(prompt)
         try:
