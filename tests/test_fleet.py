@@ -52,6 +52,9 @@ class Small(ThreadingHTTPServer):
         self.slow: set[int] = set()  # requests that go on until they are stopped
         self.is_deaf = False  # to being stopped
         self.stopped = threading.Event()
+        self.goes_on = threading.Event()  # while it is not set, nothing is answered
+        self.goes_on.set()
+        self.push_seconds = 0.0
         self.asked: dict[int, dict[str, Any]] = {}
         self.drawn: Counter[int] = Counter()
         self.calls: list[str] = []
@@ -76,6 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self, body: dict[str, Any]) -> None:
         small = self.server
         small.calls.append(self.path)
+        small.goes_on.wait(30)
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             return self._say(401, {"error": "the token is missing or wrong"})
         if self.path == "/health":
@@ -84,6 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
             if "refuses" in small.faults:
                 small.faults.remove("refuses")
                 return self._say(422, {"error": "a push that cannot be"})
+            time.sleep(small.push_seconds)
             held = Folders(link["folder"] for link in body["links"])
             small.loaded = held.to_load(unseen(body, small.version))
             small.weights = {
@@ -294,6 +299,25 @@ def test_a_push_reload_and_probe(tmp_path: Path, tokenizer: Path) -> None:
     assert probe.sequences == ((1, 2, 3), (1, 2, 3), (1, 2, 3, 1), (1, 2, 3, 1))
     fleet.close()
     assert not (tmp_path / "weights").exists()
+
+
+def test_a_push_takes_long_only_where_the_server_lives(tmp_path: Path, tokenizer: Path) -> None:
+    """A server that hung since it drew is not waited for as long as a push may take."""
+    small = Small()
+    fleet = fleet_of([small], tmp_path, tokenizer)
+    (server,) = fleet.servers
+    server.client.timeout, fleet.start_timeout = 0.1, 60.0
+    small.push_seconds = 0.5
+    fleet.push([("w", torch.ones(2))], 8)
+    assert small.version == 8 and small.calls.count("/health") > 3
+    assert not fleet.counts
+    small.goes_on.clear()
+    threading.Timer(1.0, small.goes_on.set).start()  # as one that is started again
+    started = time.monotonic()
+    fleet.push([("w", torch.ones(2))], 9)
+    assert time.monotonic() - started < 10 and small.version == 9
+    assert fleet.counts == {"server/timeout": 1, "server/restarts": 1}
+    fleet.close()
 
 
 def test_a_push_of_what_moved(tmp_path: Path, tokenizer: Path) -> None:

@@ -4,6 +4,9 @@ the server or the request is at fault.
 
 import http.client
 import json
+import select
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -59,7 +62,9 @@ class Client:
     def post(
         self, path: str, body: Mapping[str, Any] | None = None, timeout: float | None = None
     ) -> dict[str, Any]:
-        """The answer to a POST."""
+        """The answer to a POST. One that may take more seconds than `timeout` is waited for while
+        the server says on /health that it lives.
+        """
         return self._json("POST", path, body or {}, timeout)
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -87,6 +92,7 @@ class Client:
             connection.sock.settimeout(seconds)
             data = None if body is None else json.dumps(body)
             connection.request(method, path, body=data, headers=self._headers)
+            self._wait_for_life(connection.sock, path, seconds)
             response = connection.getresponse()
             if response.status != 200:
                 self._raise(path, response)
@@ -99,6 +105,16 @@ class Client:
             raise ServerLost("dead", text) from error
         finally:
             connection.close()
+
+    def _wait_for_life(self, sock: socket.socket, path: str, seconds: float) -> None:
+        """Until there is something to read, or `seconds` are over. A server that hung since its
+        last answer would otherwise keep a push for as long as a push may take.
+        """
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > self.timeout:
+            if select.select([sock], [], [], self.timeout)[0]:
+                return
+            self.get("/health")
 
     def _raise(self, path: str, response: http.client.HTTPResponse) -> None:
         message = _object(response.read(MOST_BYTES + 1))

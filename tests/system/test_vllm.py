@@ -368,7 +368,7 @@ def test_killed_stopped_and_full(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = moetrain(
         *("train", f"run_dir={run_dir}", "--nproc", "2", "parallel.ep=2", "train.steps=3"),
-        *("rollout.max_queue=12", "rollout.timeout=15", "rollout.max_tokens=200"),
+        *("rollout.max_queue=4", "rollout.timeout=15", "rollout.max_tokens=200"),
     )
     kept: dict[int, list[str]] = {}
     for step, number in ((2, signal.SIGKILL), (3, signal.SIGSTOP)):
