@@ -111,7 +111,7 @@ class Client:
         last answer would otherwise keep a push for as long as a push may take.
         """
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > self.timeout:
+        while time.monotonic() + self.timeout < end:
             if select.select([sock], [], [], self.timeout)[0]:
                 return
             self.get("/health")
