@@ -13,9 +13,11 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from chat_templates import DEEPSEEK
+from chat_templates import DEEPSEEK, KNOWN, chat_of
 
 from moetrain.config.rewards import JudgeOptions
 from moetrain.config.yaml_text import parse_value
@@ -23,7 +25,9 @@ from moetrain.data.continuation import _Words
 from moetrain.data.contract import EMPTY_THOUGHT
 from moetrain.data.controls import JOINT, Cut, Spelling, cut
 from moetrain.data.documents import Documents
+from moetrain.data.formats import to_conversation
 from moetrain.data.groups import GradedAnswer, Group
+from moetrain.data.index_files import HEADER, MAGIC, VERSION, num_samples
 from moetrain.data.messages import FormatError, read_messages
 from moetrain.data.parsing import parse_json
 from moetrain.data.samples import Prompt, Sample
@@ -109,6 +113,40 @@ def turns_and_joints(n: int) -> Cut:
     return whole
 
 
+def templates(record: dict[str, Any]) -> object:
+    """What every chat template makes of a record, as tokens."""
+    conversation = to_conversation(record)
+    return [chat_of(name).encode(chat_of(name).mark(conversation)) for name in KNOWN]
+
+
+def long_words(n: int) -> object:
+    """A question and an answer of n words each."""
+    turns = zip(("user", "assistant"), ("what <is> {{ it }} ", "it is <it> "), strict=True)
+    return templates({"messages": [{"role": who, "content": said * n} for who, said in turns]})
+
+
+def tools_on_offer(n: int) -> object:
+    """As ms-swift has them: a list in a text."""
+    parameters = {"type": "object", "properties": {"a": {"type": "string", "description": "x"}}}
+    tools = [{"name": f"f{i}", "description": "d", "parameters": parameters} for i in range(n)]
+    functions = [{"type": "function", "function": tool} for tool in tools]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return templates({"messages": messages, "tools": json.dumps(functions)})
+
+
+def documents_of_an_index(n: int) -> int:
+    """Of a corpus of n documents, one token each."""
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder) / "a"
+        np.zeros(n, np.int32).tofile(f"{prefix}.bin")
+        head = HEADER.pack(MAGIC, VERSION, 4, n, n + 1)
+        places = np.arange(n, dtype=np.int64) * 4
+        bounds = np.arange(n + 1, dtype=np.int64)
+        parts = (np.ones(n, np.int32).tobytes(), places.tobytes(), bounds.tobytes())
+        Path(f"{prefix}.idx").write_bytes(head + b"".join(parts))
+        return num_samples(prefix, 8)
+
+
 FACTOR, TRIES = 2.5, 6
 # What is done with n of something, and an n that takes some hundredths of a second.
 CASES: dict[str, tuple[Callable[[int], object], int]] = {
@@ -138,6 +176,9 @@ CASES: dict[str, tuple[Callable[[int], object], int]] = {
     "names of calls": (names_of_calls, 3_000),
     "a header of many tensors": (many_tensors, 1_500),
     "rollouts of many answers": (many_answers, 100),
+    "a long turn": (long_words, 30),
+    "tools on offer": (tools_on_offer, 10),
+    "documents of an index": (documents_of_an_index, 1 << 18),
     "a judge without an end": (judged, 30_000),
     "a record of short texts": (lambda n: parse_json(json.dumps([["x"]] * n)), 30_000),
 }
