@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from moetrain.config.builtin import MODELS
 from moetrain.data.begun import begun_in
 from moetrain.data.groups import GradedAnswer, Group, pack_groups
 from moetrain.data.samples import Kept, Prompt, Sample
-from moetrain.data.trajectories import Branch, Finish, Trajectory, from_json, to_json
+from moetrain.data.trajectories import Branch, Finish, Trajectory, Word, from_json, to_json
 from moetrain.errors import DataError
+from moetrain.loops.replayed import check_known
 from moetrain.loops.store import Batch, Store
+from moetrain.models import read_model
 
 PROMPT = Prompt("p", (1, 2, 3), {"prompt": [{"role": "user", "content": "q"}]})
 RNG = np.random.default_rng(1)
@@ -295,6 +298,35 @@ def test_numbers_that_lie(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(DataError, match="is not as it was written") as caught:
         store.read(7)
     assert "\n" not in str(caught.value)
+
+
+def test_a_replay_of_another_model(tmp_path: Path) -> None:
+    """Wherever a batch has its tokens and experts: embeddings would be read beyond their end."""
+    model, store = read_model(MODELS["qwen3-moe-tiny"]), Store(tmp_path)
+    vocab, num_experts = model.heads.vocab, model.num_experts
+    (branch,) = Trajectory.of(Sample("p", 0, (5, 6), (-0.5, -0.25), "hi", "stop", 2)).branches
+    word = Word(np.zeros(2, np.float32), np.zeros((2, 1), np.int32), np.zeros((2, 1), np.float32))
+
+    def check(prompt: tuple[int, ...] = (1,), **own: Any) -> None:
+        one = Trajectory("p", 0, (replace(branch, **own),), "stop")
+        group = Group(Prompt("p", prompt, {}), (GradedAnswer(one, 1.0),))
+        check_known(Batch(7, (group,), 1), store, model)
+
+    routes = np.full((2, 4, 2), num_experts - 1)
+    check((vocab - 1,), routes=routes, kept=Kept.of([[vocab - 1], [1]]), word=word)
+    high = np.array([1, vocab], np.int32)
+    lies: tuple[dict[str, Any], ...] = (
+        {"prompt": (1, vocab)},
+        {"tokens": high},
+        {"context": high},
+        {"kept": Kept.of([[1], [2, vocab]])},
+        {"word": word._replace(ids=high[:, None])},
+    )
+    for own in lies:
+        with pytest.raises(DataError, match=f"has token {vocab}, and the model {vocab} tokens"):
+            check(**own)
+    with pytest.raises(DataError, match=f"has expert {num_experts}, and the model"):
+        check(routes=routes + 1)
 
 
 def test_half_a_character_costs_itself(tmp_path: Path) -> None:

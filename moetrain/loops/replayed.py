@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from moetrain.data.prompts import PromptSet
 from moetrain.engine.world import World
 from moetrain.errors import DataError
 from moetrain.loops.outline import Outline, outlined
 from moetrain.loops.store import Batch, Store
+from moetrain.models import Model
 
 
 def check_drawn(store: Store, step: int, drawn: Mapping[str, float]) -> None:
@@ -28,6 +31,27 @@ def check_drawn(store: Store, step: int, drawn: Mapping[str, float]) -> None:
             )
 
 
+def check_known(batch: Batch, store: Store, model: Model) -> None:
+    """Raise DataError where a batch has tokens or experts that the model has not: it was sampled
+    from another one.
+    """
+    parts = [part for answer in batch.answers for part in answer.trajectory.branches]
+    texts = [group.prompt.tokens for group in batch.groups]
+    ids = [*texts, *(part.tokens for part in parts), *(part.context for part in parts)]
+    ids += [part.kept.ids for part in parts if part.kept is not None]
+    ids += [part.word.ids for part in parts if part.word is not None]
+    for what, num, found in (
+        ("token", model.heads.vocab, ids),
+        ("expert", model.num_experts, [part.routes for part in parts]),
+    ):
+        most = max((int(np.max(own, initial=-1)) for own in found if own is not None), default=-1)
+        if most >= num:
+            raise DataError(
+                f"rollout.replay={store.folder} has {what} {most}, and the model {num} {what}s:"
+                " another model has sampled it. Give that model, or another folder."
+            )
+
+
 class Replayed:
     """Rollouts of an earlier run, without an engine: the same batches, the same losses. The first
     rank alone reads them.
@@ -35,8 +59,16 @@ class Replayed:
     drawn: how the recipe scores answers; it has to be as they were sampled.
     """
 
-    def __init__(self, store: Store, prompts: PromptSet, drawn: Mapping[str, float], world: World):
+    def __init__(
+        self,
+        store: Store,
+        prompts: PromptSet,
+        drawn: Mapping[str, float],
+        world: World,
+        model: Model,
+    ):
         self.store, self.prompts, self.drawn, self.world = store, prompts, drawn, world
+        self.model = model
 
     def start(self, step: int, last: int, state: dict[str, Any]) -> None:
         self.world.first(lambda: check_drawn(self.store, step + 1, self.drawn))
@@ -49,6 +81,7 @@ class Replayed:
                     f"rollout.replay={self.store.folder} ends before step {step}. Set"
                     f" train.steps={step - 1}, or leave rollout.replay out."
                 )
+            check_known(batch, self.store, self.model)
             return batch
 
         return outlined(read, self.world.first)

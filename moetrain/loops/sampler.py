@@ -75,7 +75,8 @@ def open_sampler(
     """The recipe's sampler: a rollout engine, or `rollout.replay`."""
     _, rollout = recipe.sampling
     if rollout.replay is not None:
-        yield Replayed(Store(rollout.replay), prompts, drawn_with(rollout), engine.world)
+        store, drawn = Store(rollout.replay), drawn_with(rollout)
+        yield Replayed(store, prompts, drawn, engine.world, engine.model)
         return
     with ExitStack() as stack:
         driver = None
