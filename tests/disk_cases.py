@@ -359,7 +359,9 @@ def judge(case: Case, work: Path, states: Sequence[str]) -> dict[str, Run]:
                 shutil.copytree(
                     disk, before, dirs_exist_ok=True, ignore=shutil.ignore_patterns("pymp-*")
                 )
-    for state in states:
+    for place, state in enumerate(states, 1):
+        # What stays on another disk is whole after a good state, and would not be made again.
+        number = place if case.temporary else 1
         if state == "half" and not half:
             state = "full"
         if state in found or (state == "killed" and case.long):
@@ -370,10 +372,10 @@ def judge(case: Case, work: Path, states: Sequence[str]) -> dict[str, Run]:
             elif state != "killed":
                 fill(disk, half if state == "half" else 0)
             seconds = found["good"].seconds * random.uniform(0.3, 1) if state == "killed" else None
-            found[state] = run(case, work, 1, seconds)
+            found[state] = run(case, work, number, seconds)
             (disk / "ballast").unlink() if state in ("full", "half") else None
             if state == "half" or (state == "killed" and found[state].code):
-                found[f"after {state}"] = run(case, work, 1)
+                found[f"after {state}"] = run(case, work, number)
     return found
 
 
