@@ -315,6 +315,8 @@ def test_rewards_are_resolved(tmp_path: Path) -> None:
     assert again.rewards == recipe.rewards
 
 
+SERVED = "name: reward_model, options: {path: p"
+AT = "address: 'http://h:1'"
 JUDGE = "name: judge, options: {model: m, url: http://h/v1"
 
 
@@ -345,6 +347,14 @@ JUDGE = "name: judge, options: {model: m, url: http://h/v1"
         ("[{name: soft_overlong_punishment}]", "'soft_overlong_punishment' .*Here it is "),
         ("[judge]", "judge needs the option"),
         ("[reward_model]", "reward_model needs the option 'path'"),
+        (f"[{{{SERVED}, address: h}}}}]", "option address: .*'h' is not an address"),
+        (f"[{{{SERVED}, concurrency: 3}}}}]", "concurrency does nothing without address"),
+        (f"[{{{SERVED}, model: m}}}}]", "model does nothing without address"),
+        (f"[{{{SERVED}, key_env: K}}}}]", "key_env does nothing without address"),
+        (f"[{{{SERVED}, {AT}, device: cpu}}}}]", "device does nothing with address"),
+        (f"[{{{SERVED}, {AT}, dtype: bf16}}}}]", "dtype does nothing with address"),
+        (f"[{{{SERVED}, {AT}, batch_size: 3}}}}]", "batch_size does nothing with address"),
+        (f"[{{{SERVED}, {AT}, start_seconds: 3}}}}]", "start_seconds does nothing with address"),
         ("[{name: judge, options: {model: m, url: h}}]", "'h' is not an address"),
         (f"[{{{JUDGE}, pattern: x}}}}]", "one group"),
         (f"[{{{JUDGE}, pattern: '('}}}}]", "not a regular expression"),

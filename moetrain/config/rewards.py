@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from moetrain.config.reward_code import CodeOptions, Count, Seconds, web_address
-from moetrain.config.section import Section
+from moetrain.config.section import Paths, Section
 from moetrain.errors import nearest
 
 JUDGE_PROMPT = """You grade an answer. Be strict; do not reward length.
@@ -154,10 +154,34 @@ class LanguageOptions(Section):
     )
 
 
+def _servers(value: list[str]) -> list[str]:
+    """Their roots: /classify has no /v1 before it."""
+    return [web_address(one).rstrip("/").removesuffix("/v1") for one in value]
+
+
 class RewardModelOptions(Section):
     """Of `reward_model`."""
 
-    path: str = Field(description="a Hugging Face folder with a sequence classification head")
+    path: str = Field(
+        description="a Hugging Face folder with a sequence classification head; with address its"
+        " tokenizer alone is read"
+    )
+    address: Annotated[Paths, AfterValidator(_servers)] = Field(
+        default=[],
+        description="servers of the model, such as http://HOST:8000, among which answers are dealt:"
+        " `vllm serve FOLDER --runner pooling`",
+    )
+    model: str | None = Field(
+        default=None,
+        description="with address: the name they serve it under; default: the first they list",
+    )
+    key_env: str = Field(
+        default="REWARD_MODEL_API_KEY",
+        description="with address: the environment variable that holds their key, if any",
+    )
+    concurrency: Count = Field(
+        default=32, description="with address: answers that a server is asked at a time"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto: as it was saved"
@@ -169,8 +193,20 @@ class RewardModelOptions(Section):
     chat_template: str | None = Field(
         default=None, description="text or file; default: the tokenizer's"
     )
-    seconds: Seconds = Field(default=120.0, description="for a batch")
+    seconds: Seconds = Field(default=120.0, description="for a batch; with address: for an answer")
     start_seconds: Seconds = Field(default=600.0, description="to load the model")
+
+    @model_validator(mode="after")
+    def _all_used(self) -> "RewardModelOptions":
+        served, own = ("model", "key_env", "concurrency"), ("device", "dtype", "batch_size")
+        idle = (*own, "start_seconds") if self.address else served
+        fields = type(self).model_fields
+        given = next((n for n in idle if getattr(self, n) != fields[n].default), None)
+        if given is not None and self.address:
+            raise ValueError(f"{given} does nothing with address: the server decides it")
+        if given is not None:
+            raise ValueError(f"{given} does nothing without address: it is about servers")
+        return self
 
 
 class JudgeOptions(Section):

@@ -6,16 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moetrain import manifest
 from moetrain.config.rewards import RewardConfig, RewardModelOptions
 from moetrain.data import tokenizer
 from moetrain.data.chat import Chat
-from moetrain.data.formats import Conversation, template_kwargs_of
 from moetrain.data.messages import FormatError
 from moetrain.errors import ConfigError
 from moetrain.rewards.base import Completion, Grade, RewardKind, Shape
+from moetrain.rewards.conversations import tokens_of
+from moetrain.rewards.reward_servers import RewardServers, remotes_of
 
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 
@@ -63,21 +62,8 @@ class RewardModel:
         return Grade({self.label: None}, "error", detail=f"{self.label}: {said}")
 
     def tokens(self, completion: Completion) -> list[int]:
-        """The conversation as `method: reward` sees one in training: up to the last token that the
-        assistant says. FormatError when the chat template refuses it.
-        """
-        prompt = completion.columns.get("prompt") or []
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        messages = [*prompt, {"role": "assistant", "content": completion.opened + completion.text}]
-        trained = [*[False] * len(prompt), True]
-        kwargs = template_kwargs_of(completion.columns)
-        encoded = self.chat.encode(self.chat.mark(Conversation(messages, trained, kwargs)))
-        if not encoded or not encoded[-1].mask.any():
-            raise FormatError("the answer has no token")
-        own = encoded[-1]
-        end = int(np.flatnonzero(own.mask)[-1]) + 1
-        return own.tokens[:end].tolist()[-self.options.max_tokens :]
+        """What the model reads of it. Raises FormatError."""
+        return tokens_of(completion, self.chat, self.options.max_tokens)
 
     def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """The scalar at the last token of each row."""
@@ -125,6 +111,11 @@ def _load(folder: Path, dtype: str) -> Any:
 
 def _shape(options: Mapping[str, Any], recipe: Shape) -> Shape:
     own = RewardModelOptions.model_validate(options)
+    if own.address:
+        # Each is asked of all servers before it is given up.
+        longest = sum(remote.longest for remote in remotes_of(own))
+        seconds, start = longest + 10.0, 4.0 * longest + 60.0
+        return replace(recipe, num_workers=1, batch=4096, seconds=seconds, start_seconds=start)
     return replace(
         recipe,
         num_workers=1,
@@ -134,4 +125,9 @@ def _shape(options: Mapping[str, Any], recipe: Shape) -> Shape:
     )
 
 
-REWARD_MODEL = RewardKind(RewardModel, _shape)
+def _made(configs: Sequence[RewardConfig]) -> RewardModel | RewardServers:
+    is_served = bool(RewardModelOptions.model_validate(configs[0].options).address)
+    return RewardServers(configs) if is_served else RewardModel(configs)
+
+
+REWARD_MODEL = RewardKind(_made, _shape)

@@ -83,7 +83,8 @@ def _models(recipe: Recipe) -> Iterator[MoetrainError]:
         # Only the first rank grades; the folder may be on its node alone.
         if reward.name == "reward_model" and os.environ.get("RANK", "0") == "0":
             where = "rewards: reward_model: path"
-            yield from _folder(where, str(reward.options.get("path")), MODEL)
+            files = ("tokenizer.json",) if reward.options.get("address") else MODEL
+            yield from _folder(where, str(reward.options.get("path")), files)
 
 
 def _folder(key: str, path: str, files: tuple[str, ...]) -> Iterator[MoetrainError]:
