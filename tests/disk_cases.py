@@ -169,6 +169,7 @@ OTHERS = {
     "watch": "prints",
     "recipe": "prints",
     "data show": "prints; its cache is the one of train",
+    "data tasks": "needs verifiers; its file goes through the writer of grade",
     "swift export": "prints",
     "convert inspect": "prints",
     "convert verify": "prints, and needs no temporary files any more",

@@ -49,6 +49,7 @@ from moetrain.rollout.embedded import Embedded
 ROOT = Path(__file__).parent.parent
 AGENT = """
 import asyncio
+import json
 import os
 import time
 
@@ -65,10 +66,28 @@ async def agent(record, base_url, session):
 
         async def ask(messages, **more):
             body = {"model": "any", "messages": messages, "temperature": 0.1, **more}
+            if what == "streams":
+                return await streamed(body)
             got = await client.post("/chat/completions", json=body)
             if "error" in got.json():
                 raise RuntimeError(got.json()["error"]["code"])
             return got.json()["choices"][0]["message"]
+
+        async def streamed(body):
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+            own = {"X-Session-Id": "a name of the client's own"}
+            got = await client.post("/chat/completions", json=body, headers=own)
+            assert got.headers["Content-Type"] == "text/event-stream"
+            events = [line[6:] for line in got.text.splitlines() if line]
+            assert events.pop() == "[DONE]"
+            *chunks, last = map(json.loads, events)
+            assert last["choices"] == [] and last["usage"]["completion_tokens"] >= 1
+            assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+            turn = {}
+            for chunk in chunks:
+                for name, value in chunk["choices"][0]["delta"].items():
+                    turn[name] = turn.get(name, type(value)()) + value
+            return turn
 
         said = list(record["prompt"])
         if what == "asks nothing":
@@ -88,8 +107,8 @@ async def agent(record, base_url, session):
                 for bad in (b"{", b"[1]", b"{}", b"\\xff", b'{"messages": [{"role": "x"}]}'):
                     got = await client.post("/chat/completions", content=bad)
                     assert got.status_code == 400, got.text
-                got = await client.post("/chat/completions", json={"messages": said, "stream": True})
-                assert got.status_code == 400 and "stream" in got.json()["error"]["message"]
+                got = await client.post("/chat/completions", json={"messages": said, "n": 2})
+                assert got.status_code == 400 and "n=2" in got.json()["error"]["message"]
                 assert len(got.json()["error"]["message"].splitlines()) == 1
             if what == "asks two at once":
                 one, _ = await asyncio.gather(ask(said), ask([*said, {"role": "user", "content": "Or?"}]))
@@ -216,12 +235,13 @@ def scene_tokens(scene: Scene, one: Trajectory) -> list[int]:
 
 
 WHATS = ("goes on", "has its own words", "edits", "asks two at once", "has tools", "bad bodies",
-         "posts a reward", "raises", "dies", "hangs", "never ends", "asks nothing")  # fmt: skip
+         "streams", "posts a reward", "raises", "dies", "hangs", "never ends",
+         "asks nothing")  # fmt: skip
 
 
 def test_what_is_learned_is_what_was_sampled(scene: Scene) -> None:
     """Whatever an agent does with its conversation."""
-    made = scene.draw(*WHATS[:7])
+    made = scene.draw(*WHATS[:8])
     for one in made.values():
         check(scene, one)
         assert from_json(to_json(one)).tokens == one.tokens
@@ -244,6 +264,7 @@ def test_what_is_learned_is_what_was_sampled(scene: Scene) -> None:
     assert next(m for m in edited.messages if m.get("given"))["content"] == "I never said that."
     two = made["asks two at once"]
     assert two.counts is not None and two.counts["agents/anew"] >= 1 and len(two.written) == 4
+    assert [len(one.turns) for one in made["streams"].branches] == [3]
     assert made["posts a reward"].counts == {"agent/reward": -0.5}
 
 
@@ -346,6 +367,12 @@ def test_a_reward_of_the_agents_own(scene: Scene) -> None:
         ("{command: ''}", "give a command line"),
         ('{command: "a \'b"}', "No closing quotation"),
         ("{agnet: a}", "agent"),
+        ("{taskset: a, command: b}", "needs one of"),
+        ("{command: a, env: {}}", "env goes with"),
+        ("{taskset: 3}", "give a name, or FILE.py"),
+        ("{taskset: nowhere.py}", "is not a file"),
+        ("{taskset: a, env: 3}", "give a mapping"),
+        ("{taskset: a, python: /nowhere}", "is no program: `make verifiers`"),
     ],
 )
 def test_options_that_name_no_agent(options: str, word: str) -> None:
@@ -441,8 +468,13 @@ record = json.load(sys.stdin)
 client = openai.OpenAI()
 said = record["prompt"]
 for turn in range(2):
-    got = client.chat.completions.create(model="any", messages=said)
-    said += [got.choices[0].message.model_dump(), {"role": "user", "content": "And?"}]
+    if turn:
+        chunks = client.chat.completions.create(model="any", messages=said, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        said += [{"role": "assistant", "content": text}]
+    else:
+        got = client.chat.completions.create(model="any", messages=said)
+        said += [got.choices[0].message.model_dump(), {"role": "user", "content": "And?"}]
 if record["what"] == "raises":
     sys.exit("no more")
 client.post("/reward", cast_to=object, body={"reward": 2})

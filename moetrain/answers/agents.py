@@ -30,7 +30,7 @@ from moetrain.engine.source import find_source
 from moetrain.environments.base import Reply
 from moetrain.errors import ConfigError, plural
 from moetrain.loops.agent_api import Refused
-from moetrain.loops.agent_server import HEADER, AgentServer, named_session
+from moetrain.loops.agent_server import HEADER, AgentServer, named_sessions
 from moetrain.loops.agent_sessions import REWARD, Limits, Session
 from moetrain.loops.agents import Board, limits_of
 from moetrain.loops.rollouts import seed_of
@@ -143,7 +143,7 @@ class Desk:
             if not hmac.compare_digest(lower.get("authorization", "").encode(), wanted.encode()):
                 raise Refused(401, "the API key is not this server's token", "no_token")
             lower.pop("authorization")
-        session = named_session(lower)
+        session = named_sessions(lower)[0]
         if len(session) > LONGEST_NAME or not session.isprintable():
             raise Refused(400, f"{HEADER}: at most {LONGEST_NAME} printable characters")
         return session

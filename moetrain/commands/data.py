@@ -1,4 +1,4 @@
-"""`moetrain data`: index a corpus, and see what becomes of records."""
+"""`moetrain data`: index a corpus, see what becomes of records, list the tasks of a taskset."""
 
 import argparse
 import json
@@ -28,6 +28,11 @@ def arguments(parser: Parser) -> None:
     of.add_argument("--eval", action="store_true", help="the held-out records")
     of.add_argument("--demonstrations", action="store_true", help="those of data.demonstrations")
     add_overrides(show)
+    tasks = actions.add_parser("tasks", help="the tasks of a recipe's taskset, as prompts")
+    tasks.add_argument("recipe", type=Path)
+    tasks.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL")
+    tasks.add_argument("--num", type=positive, metavar="N", help="the first N (all)")
+    add_overrides(tasks)
 
 
 def _index_arguments(parser: Parser) -> None:
@@ -76,7 +81,16 @@ def rows(text: str) -> tuple[int, int | None]:
 
 def run(args: Arguments) -> int:
     """Run it; the exit code."""
-    return _index(args) if args.action == "index" else _show(args)
+    return {"index": _index, "show": _show, "tasks": _tasks}[args.action](args)
+
+
+def _tasks(args: Arguments) -> int:
+    from moetrain.config.load import load_recipe
+    from moetrain.environments.tasksets import written
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    print(f"{plural(written(recipe, args.out, args.num), 'task')} in {args.out}")
+    return 0
 
 
 def _index(args: Arguments) -> int:
@@ -159,4 +173,4 @@ def _print(shown: "list[Shown]", view: "View") -> None:
         console.print(Text("What it learns of data.demonstrations: --demonstrations shows it."))
 
 
-COMMAND = Command("see what is learned of records; index a corpus", arguments, run)
+COMMAND = Command("see what is learned of records; index a corpus; list tasks", arguments, run)

@@ -16,7 +16,9 @@ from typing import Any
 
 from moetrain.config.user_files import check_named
 from moetrain.data.messages import FormatError, Message, shown
+from moetrain.environments import tasksets
 from moetrain.environments.base import Silent, Tool
+from moetrain.environments.tasksets import Tasks
 from moetrain.errors import ConfigError
 from moetrain.rewards.own_files import load_named
 
@@ -40,16 +42,26 @@ class Agents(Silent):
             async. What it returns is its reward, or None.
         command: a command line instead. It finds OPENAI_BASE_URL and OPENAI_API_KEY in its
             environment and the record as JSON on its input.
+        taskset: tasks of `verifiers` instead, with `env` and `python` (`tasksets.py`).
 
     Raises ConfigError where there is no such.
     """
 
     tools: Sequence[Tool] = ()
 
-    def __init__(self, agent: str | None = None, command: str | Sequence[str] | None = None):
-        check_options({"agent": agent, "command": command})
+    def __init__(
+        self,
+        agent: str | None = None,
+        command: str | Sequence[str] | None = None,
+        taskset: str | None = None,
+        env: Mapping[str, Any] | None = None,
+        python: str | None = None,
+    ):
+        given = {"agent": agent, "command": command, "taskset": taskset}
+        check_options(given | {"env": env, "python": python})
         self._command = shlex.split(command) if isinstance(command, str) else list(command or ())
         self._function = None if agent is None else load_named(agent, f"{WHERE}.agent", "function")
+        self._tasks = None if taskset is None else Tasks(taskset, env, python)
 
     def reply(self, record: Mapping[str, Any], messages: Sequence[Message]) -> None:
         return None
@@ -58,6 +70,9 @@ class Agents(Silent):
         """Run the agent to its end; the reward that it gave. Raises whatever the agent does, and
         FormatError for a command that failed and for a reward that is none.
         """
+        if self._tasks is not None:
+            said = self._tasks.play(record, access.base_url, access.key)
+            return None if said is None else reward_of(said)
         if self._function is None:
             return self._run_command(record, access)
         said = self._function(record, base_url=access.base_url, session=access.key)
@@ -90,12 +105,19 @@ def reward_of(value: Any) -> float:
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises ConfigError where they name no agent. Files are read, not run."""
-    agent, command = options.get("agent"), options.get("command")
-    if (agent is None) == (command is None):
+    given = {name: options.get(name) for name in ("agent", "command", "taskset")}
+    if sum(value is not None for value in given.values()) != 1:
         raise ConfigError(
-            f"rollout.environment=agents needs one of {WHERE}.agent (FILE.py:FUNCTION) and"
-            f" {WHERE}.command."
+            f"rollout.environment=agents needs one of {WHERE}.agent (FILE.py:FUNCTION),"
+            f" {WHERE}.command, and {WHERE}.taskset (of verifiers)."
         )
+    agent, command, taskset = given.values()
+    own = {name: options.get(name) for name in ("env", "python")}
+    if taskset is not None:
+        tasksets.check_options(taskset, **own)
+        return
+    for name in (name for name, value in own.items() if value is not None):
+        raise ConfigError(f"{WHERE}.{name} goes with {WHERE}.taskset: leave it out.")
     if agent is not None:
         if not isinstance(agent, str) or ":" not in agent:
             raise ConfigError(f"{WHERE}.agent is {shown(agent)}: give FILE.py:FUNCTION.")

@@ -3,7 +3,7 @@ request's body, what is refused, and what is answered.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from moetrain.environments.base import Tool
 # What would change what an answer is, and is not built. Whatever else a request says of sampling
 # (temperature, top_p, seed, ...) is the recipe's, and is not read.
 _REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "stream": (None, False),
+    "stream": (None, False, True),
     "n": (None, 1),
     "stop": (None, [], ""),
     "logprobs": (None, False),
@@ -165,3 +165,28 @@ def answer_of(number: str, model: str, now: int, turn: Message, sample: Sample, 
         ],
         "usage": {"prompt_tokens": seen, "completion_tokens": num, "total_tokens": seen + num},
     }
+
+
+def wants_usage(body: Any) -> bool:
+    """Whether a request to be streamed asks for the numbers of tokens, too."""
+    options = body.get("stream_options")
+    return isinstance(options, Mapping) and options.get("include_usage") is True
+
+
+def chunks_of(answer: Mapping[str, Any], *, with_usage: bool) -> Iterator[Any]:
+    """The bodies of a streamed answer's events: what `answer_of` gave, part by part."""
+    head = {name: answer[name] for name in ("id", "created", "model")}
+    head["object"] = "chat.completion.chunk"
+    (choice,) = answer["choices"]
+    message = choice["message"]
+    calls = [{"index": i} | call for i, call in enumerate(message.get("tool_calls", ()))]
+    parts = {name: message.get(name) for name in ("reasoning_content", "content")}
+    deltas: list[Any] = [{"role": "assistant", "content": ""}]
+    deltas += [{name: text} for name, text in parts.items() if text]
+    deltas += [{"tool_calls": calls}] if calls else []
+    more = {"usage": None} if with_usage else {}
+    for delta in (*deltas, {}):
+        finish = None if delta else choice["finish_reason"]
+        yield head | more | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+    if with_usage:
+        yield head | {"choices": [], "usage": answer["usage"]}

@@ -9,12 +9,12 @@ GET  /v1/models             the one that is served
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol, cast
 
 from moetrain.data.parsing import parse_json
-from moetrain.loops.agent_api import Refused
+from moetrain.loops.agent_api import Refused, chunks_of, wants_usage
 
 MODEL = "moetrain"
 HEADER = "X-Session-Id"
@@ -88,7 +88,11 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refused(404, f"there is no {self.path[:100]}", "not_found")
             session = door.session_of({name: str(self.headers[name]) for name in self.headers})
             if what == "/v1/chat/completions":
-                self._say(200, door.chat(session, body))
+                answer = door.chat(session, body)
+                if body.get("stream"):
+                    self._stream(chunks_of(answer, with_usage=wants_usage(body)))
+                else:
+                    self._say(200, answer)
             else:
                 door.reward(session, body, ends=what == "/v1/end")
                 self._say(200, {})
@@ -114,10 +118,19 @@ class _Handler(BaseHTTPRequestHandler):
         error = {"message": str(refused), "type": "invalid_request_error", "code": refused.code}
         self._say(refused.status, {"error": error})
 
+    def _stream(self, chunks: Iterable[Any]) -> None:
+        """All events at once: an answer that is drawn has a status, and one that is not is told
+        why.
+        """
+        events = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+        self._send(200, "text/event-stream", f"{events}data: [DONE]\n\n".encode())
+
     def _say(self, status: int, content: Mapping[str, Any]) -> None:
-        raw = json.dumps(content).encode()
+        self._send(status, "application/json", json.dumps(content).encode())
+
+    def _send(self, status: int, kind: str, raw: bytes) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(raw)))
         if self.close_connection:
             self.send_header("Connection", "close")
@@ -128,11 +141,13 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: a run's output is not a server's log."""
 
 
-def named_session(given: Mapping[str, str]) -> str:
-    """The session that headers name: X-Session-Id, else the API key. Raises Refused."""
+def named_sessions(given: Mapping[str, str]) -> tuple[str, ...]:
+    """What headers may name as a session: X-Session-Id, then the API key. Raises Refused where
+    there is neither.
+    """
     lower = {name.lower(): value for name, value in given.items()}
     scheme, _, key = lower.get("authorization", "").partition(" ")
-    session = lower.get(HEADER.lower(), "") or (key.strip() if scheme.lower() == "bearer" else "")
-    if not session:
+    named = (lower.get(HEADER.lower(), ""), key.strip() if scheme.lower() == "bearer" else "")
+    if not any(named):
         raise Refused(401, f"which session? Give it as API key, or as {HEADER}", "no_session")
-    return session
+    return tuple(filter(None, named))

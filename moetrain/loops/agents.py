@@ -21,7 +21,7 @@ from moetrain.environments.agents import Access, reward_of
 from moetrain.environments.base import Reply
 from moetrain.environments.service import EnvironmentService
 from moetrain.loops.agent_api import Refused, answer_of
-from moetrain.loops.agent_server import MODEL, AgentServer, named_session
+from moetrain.loops.agent_server import MODEL, AgentServer, named_sessions
 from moetrain.loops.agent_sessions import Limits, Session, Turn
 from moetrain.rollout.base import RolloutEngine, Sampling
 from moetrain.rollout.follow_ups import FollowUps
@@ -238,7 +238,9 @@ class Agents:
     # What the endpoint asks
 
     def session_of(self, given: Mapping[str, str]) -> str:
-        return named_session(given)
+        # A client may have names of its own for the header: one that is none of ours says nothing.
+        named = named_sessions(given)
+        return next((name for name in named if name in self._board), named[0])
 
     def chat(self, session: str, body: Any) -> Mapping[str, Any]:
         return self._board.chat(session, body)

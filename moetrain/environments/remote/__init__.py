@@ -1,0 +1,1 @@
+"""What runs in another interpreter than the trainer's, and imports nothing of moetrain."""
