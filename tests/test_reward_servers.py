@@ -195,7 +195,7 @@ def test_an_answer_that_no_server_scores_is_ungraded(
 @pytest.mark.parametrize(
     ("kinds", "options", "says"),
     [
-        (["causal"], {}, "404.*vllm serve FOLDER --runner pooling"),
+        (["causal"], {}, "404.*--runner pooling, or moetrain serve MODEL --reward-model"),
         (["keyed"], {}, "401.*variable REWARD_MODEL_API_KEY, which is not set"),
         (["no-list"], {}, "no list of models"),
         (["fine"], {"model": "other"}, "model=other: .* serves rm. Give one of them"),

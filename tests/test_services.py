@@ -22,7 +22,7 @@ from moetrain.rewards import Grader
 from moetrain.rewards.base import Completion
 from moetrain.rewards.judge import fill
 from moetrain.rewards.reward_model import RewardModel
-from moetrain.testing.tiny import CONFIGS
+from moetrain.testing.tiny import save_reward_model
 
 # A judge: the number of letters of an answer is its score, unless the answer asks for a fault
 
@@ -253,22 +253,10 @@ def test_only_names_in_braces_are_filled_in() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     folder = tmp_path_factory.mktemp("reward")
     tokenizer = fit(["how long is it, and what is it worth? as long as it is wide"] * 3, 300)
     tokenizer.save_pretrained(str(folder))
-    fields: dict[str, Any] = CONFIGS["qwen3_moe"] | {"vocab_size": 320, "num_labels": 1}
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    torch.manual_seed(0)
-    made = AutoModelForSequenceClassification.from_config(config).float()
-    with torch.no_grad():
-        for param in made.parameters():
-            if param.dim() > 1:
-                param.normal_(0, 0.08)
-        made.score.weight.normal_(0, 0.3)
-    made.save_pretrained(folder)
+    save_reward_model("qwen3_moe", folder, vocab_size=320)
     return folder
 
 

@@ -1,10 +1,11 @@
 """What the commands that answer read of a recipe and of a benchmark; any other key is refused."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from moetrain.config.load import apply_override, sections_below
+from moetrain.config.load import apply_override, recipe_from, sections_below
 from moetrain.config.reads import SERVERS
 from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError
@@ -82,6 +83,12 @@ EVAL = CommandKeys(
     },
 )
 SCORE = CommandKeys("moetrain score", frozenset(_MODEL), otherwise="rows are scored as they stand")
+REWARD_MODEL = CommandKeys(
+    "moetrain serve --reward-model",
+    frozenset([*_MODEL, "data.seq_len", "cluster.hang_seconds"]),
+    {"data.chat_template": "the reward reward_model has the option chat_template"},
+    otherwise="it scores rows of tokens as they come",
+)
 BENCH = CommandKeys(
     "A benchmark",
     frozenset(["rollout.eval_temperature", *(f"rollout.{key}" for key in ENGINE)]),
@@ -92,6 +99,26 @@ BENCH = CommandKeys(
         "rollout.prompts_per_step": "every question is asked",
     },
 )
+
+
+SERVED: dict[str, Any] = {
+    "run_dir": "runs/serve",  # takes the stacks of ranks that hang
+    "method": "reward",
+    "data": {"train": ["-"], "seq_len": 4096},
+    "train": {"steps": 1},
+}
+"""Of a recipe for `moetrain serve --reward-model`; a model of shorter sequences has its own."""
+
+
+def serving_recipe(model: str, overrides: Sequence[str]) -> Recipe:
+    """What the command line says of a reward model that is served, before it is looked at. Raises
+    ConfigError.
+    """
+    REWARD_MODEL.check(keys_given(overrides))
+    content: dict[str, Any] = copy.deepcopy(SERVED) | {"model": {"path": model}}
+    for override in overrides:
+        apply_override(content, override)
+    return recipe_from(content, source="command line")
 
 
 def keys_given(overrides: Sequence[str]) -> list[str]:

@@ -169,7 +169,7 @@ class RewardModelOptions(Section):
     address: Annotated[Paths, AfterValidator(_servers)] = Field(
         default=[],
         description="servers of the model, such as http://HOST:8000, among which answers are dealt:"
-        " `vllm serve FOLDER --runner pooling`",
+        " `moetrain serve MODEL --reward-model`, or `vllm serve FOLDER --runner pooling`",
     )
     model: str | None = Field(
         default=None,

@@ -248,6 +248,11 @@ class World:
         leave()
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 def join(*, far: bool = False) -> tuple[Kind, torch.device]:
     """Join the process group that RANK and WORLD_SIZE name, one process without them; far: of
     `meeting.join`.

@@ -10,16 +10,13 @@ GET  /v1/models             the one that is served
 import json
 import threading
 from collections.abc import Iterable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol, cast
 
-from moetrain.data.parsing import parse_json
 from moetrain.loops.agent_api import Refused, chunks_of, wants_usage
+from moetrain.loops.json_server import JsonHandler, JsonServer
 
 MODEL = "moetrain"
 HEADER = "X-Session-Id"
-MOST_BYTES = 32 << 20  # of a body
-READ_SECONDS = 30.0  # without a byte of a request; a turn may take as long as it does
 
 
 class Door(Protocol):
@@ -57,32 +54,22 @@ class AgentServer:
         self._thread.join()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False  # an agent may keep a connection open
-    request_queue_size = 1024
+class _Server(JsonServer):
     door: Door
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that its agent has dropped is no news."""
 
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # connections are kept
-    timeout = READ_SECONDS
-    disable_nagle_algorithm = True
-
+class _Handler(JsonHandler):
     def do_GET(self) -> None:
         if self.path.rstrip("/") == "/v1/models":
             model = {"id": MODEL, "object": "model", "created": 0, "owned_by": MODEL}
-            self._say(200, {"object": "list", "data": [model]})
+            self.say(200, {"object": "list", "data": [model]})
         else:
-            self._refuse(Refused(404, f"there is no {self.path[:100]}", "not_found"))
+            self.refuse(Refused(404, f"there is no {self.path[:100]}", "not_found"))
 
     def do_POST(self) -> None:
         door = cast(_Server, self.server).door
         try:
-            body = self._body()
+            body = self.body()
             what = self.path.partition("?")[0].rstrip("/")
             if what not in ("/v1/chat/completions", "/v1/reward", "/v1/end"):
                 raise Refused(404, f"there is no {self.path[:100]}", "not_found")
@@ -92,53 +79,19 @@ class _Handler(BaseHTTPRequestHandler):
                 if body.get("stream"):
                     self._stream(chunks_of(answer, with_usage=wants_usage(body)))
                 else:
-                    self._say(200, answer)
+                    self.say(200, answer)
             else:
                 door.reward(session, body, ends=what == "/v1/end")
-                self._say(200, {})
+                self.say(200, {})
         except Refused as refused:
-            self._refuse(refused)
-
-    def _body(self) -> Any:
-        """What the body says; its text where that is no JSON."""
-        length = self.headers.get("Content-Length", "")[:20]
-        if not length.isdecimal() or int(length) > MOST_BYTES:
-            self.close_connection = True  # what is left of it is not read
-        if not length.isdecimal():
-            raise Refused(411, "a body's Content-Length is wanted")
-        if int(length) > MOST_BYTES:
-            raise Refused(413, f"a body of more than {MOST_BYTES >> 20} MiB", "too_large")
-        raw = self.rfile.read(int(length))
-        try:
-            return parse_json(raw) if raw else {}
-        except ValueError as error:
-            return f"the body is {error}"
-
-    def _refuse(self, refused: Refused) -> None:
-        error = {"message": str(refused), "type": "invalid_request_error", "code": refused.code}
-        self._say(refused.status, {"error": error})
+            self.refuse(refused)
 
     def _stream(self, chunks: Iterable[Any]) -> None:
         """All events at once: an answer that is drawn has a status, and one that is not is told
         why.
         """
         events = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
-        self._send(200, "text/event-stream", f"{events}data: [DONE]\n\n".encode())
-
-    def _say(self, status: int, content: Mapping[str, Any]) -> None:
-        self._send(status, "application/json", json.dumps(content).encode())
-
-    def _send(self, status: int, kind: str, raw: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(raw)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a run's output is not a server's log."""
+        self.send(200, "text/event-stream", f"{events}data: [DONE]\n\n".encode())
 
 
 def named_sessions(given: Mapping[str, str]) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ def score(model: str, data: Path, out: Path, overrides: Sequence[str] = ()) -> i
     anything is computed.
     """
     SCORE.check(keys_given(overrides))
-    path, adapter = _of_run(model)
+    path, adapter = of_run(model)
     recipe = recipe_for(path, out.parent, overrides, adapter)
     if not out.parent.is_dir():
         raise DataError(f"{out}: there is no folder {out.parent}. Make it, or give another --out.")
@@ -55,13 +55,13 @@ def score(model: str, data: Path, out: Path, overrides: Sequence[str] = ()) -> i
     return 0
 
 
-def _of_run(model: str) -> tuple[str, dict[str, Any]]:
+def of_run(model: str) -> tuple[str, dict[str, Any]]:
     """(path of a model, which may be a run's, or of its base; further sections of the recipe)."""
     start = model_in(model)
     if is_adapter(Path(start).expanduser()) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CheckpointError(
             f"{start} is an adapter's checkpoint, which one process turns into a folder: tools/"
-            f"convert adapter {start} FOLDER, then score the base with adapter.path=FOLDER."
+            f"convert adapter {start} FOLDER, then give the base with adapter.path=FOLDER."
         )
     return sections_of(start)
 
@@ -124,7 +124,7 @@ def score_window(engine: Engine, rows: "Sequence[array[int]]") -> "list[array[fl
     Collective.
     """
     world = engine.world
-    bins = list(_bins([len(row) for row in rows]))
+    bins = list(bins_of([len(row) for row in rows], PACK_TOKENS))
     # Packs of like length go to the replicas together, since a round takes as long as its longest.
     mine = bins[world.dp_rank :: world.dp_size]
     by_row: dict[int, array[float]] = {}
@@ -143,12 +143,12 @@ def score_window(engine: Engine, rows: "Sequence[array[int]]") -> "list[array[fl
     return [by_row.get(i, array("f")) for i in range(len(rows))]
 
 
-def _bins(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows of like length together, longest first, up to PACK_TOKENS (a longer row alone)."""
+def bins_of(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Rows of like length together, longest first, up to `most` tokens (a longer row alone)."""
     members: list[int] = []
     total = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if members and total + lengths[i] > PACK_TOKENS:
+        if members and total + lengths[i] > most:
             yield members
             members, total = [], 0
         members.append(i)

@@ -55,7 +55,7 @@ class RewardServers:
             key = "is set" if os.environ.get(self.options.key_env) else "is not set"
             raise ConfigError(
                 f"rewards: {self.label}: {error}. It has to be a server of a reward model: vllm"
-                " serve FOLDER --runner pooling. A key is"
+                " serve FOLDER --runner pooling, or moetrain serve MODEL --reward-model. A key is"
                 f" read from the environment variable {self.options.key_env}, which {key}."
             ) from None
 
@@ -165,7 +165,8 @@ class RewardServers:
             if raw == other and all(0 <= score <= 1 for score in raw):
                 raise ConfigError(
                     f"rewards: {self.label}: {remote.url} brings its scores between 0 and 1,"
-                    " whether asked to or not (use_activation of /classify). Take vLLM 0.32."
+                    " whether asked to or not (use_activation of /classify). Take vLLM 0.32, or"
+                    " moetrain serve MODEL --reward-model."
                 )
             first = first or raw
             for ours, theirs in zip(first, raw, strict=True):

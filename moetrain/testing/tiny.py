@@ -59,3 +59,21 @@ def save_model(family: str, folder: Path, **changes: Any) -> Any:
                 param.normal_(0, 0.3)
     model.save_pretrained(folder)
     return model
+
+
+def save_reward_model(family: str, folder: Path, **changes: Any) -> None:
+    """Write a random transformers reward model of `family` (fp32) into `folder`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    fields: dict[str, Any] = CONFIGS[family] | {"num_labels": 1} | changes
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).float()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.dim() > 1:
+                param.normal_(0, 0.3 if name == "score.weight" else 0.08)
+            elif "norm" in name:
+                param.uniform_(0.7, 1.3)
+    model.save_pretrained(folder)
