@@ -31,6 +31,7 @@ SAME: dict[str, dict[str, Any]] = {
     },
     "sharegpt with roles": {"conversations": ONE},
     "alpaca": {"instruction": "What is 7 plus 5?", "input": "", "output": "12"},
+    "ms-swift query": {"query": "What is 7 plus 5?", "response": "12", "history": []},
     "gsm8k": {"question": "What is 7 plus 5?", "answer": "12"},
 }
 
@@ -47,14 +48,15 @@ def test_every_format_is_tried() -> None:
     assert {detect(record).name for record in SAME.values()} == {form.name for form in FORMATS}
 
 
-def test_alpaca_input_system_history() -> None:
-    record = {
-        "instruction": "Reverse it.",
-        "input": "abc",
-        "output": "cba",
-        "system": "Be brief.",
-        "history": [["Hi", "Hello"]],
-    }
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"instruction": "Reverse it.", "input": "abc", "output": "cba"},
+        {"query": "Reverse it.\n\nabc", "response": "cba"},
+    ],
+)
+def test_a_system_message_and_history_beside_it(own: dict[str, Any]) -> None:
+    record = {**own, "system": "Be brief.", "history": [["Hi", "Hello"]]}
     conversation = to_conversation(record)
     assert [m["role"] for m in conversation.messages] == [
         "system",

@@ -44,6 +44,7 @@ SAME: dict[str, dict[str, Any]] = {
     "sharegpt strings": {"conversations": HUMAN, "chosen": "12", "rejected": "11"},
     "sharegpt with roles": {"conversations": PROMPT, "chosen": GOOD, "rejected": BAD},
     "alpaca": {"instruction": ASKED, "input": "", "chosen": "12", "rejected": "11"},
+    "ms-swift query": {"query": ASKED, "response": "12", "rejected_response": "11"},
 }
 
 LABELLED: dict[str, dict[str, Any]] = {
@@ -53,6 +54,7 @@ LABELLED: dict[str, dict[str, Any]] = {
     "a table's": {"messages": [*PROMPT, GOOD], "label": 1, "kto_tag": None},
     "sharegpt": {"conversations": [*HUMAN, {"from": "gpt", "value": "12"}], "kto_tag": True},
     "alpaca": {"instruction": ASKED, "input": "", "output": "12", "kto_tag": True},
+    "ms-swift query": {"query": ASKED, "response": "12", "label": True},
 }
 
 

@@ -38,6 +38,7 @@ THOUGHTFUL = {
 }
 BEFORE = {"mixtral": " ", "gpt-oss": "<|channel|>final<|message|>"}
 # Beginnings that templates, their prompts for an answer or a careless search could take for theirs.
+FORMS = "messages sharegpt completion completions alpaca qa query".split()
 STARTS = (
     "",
     "<",
@@ -187,7 +188,7 @@ def records(rng: random.Random, name: str) -> tuple[dict[str, Any], list[str]]:
 
     system = {rng.choice(["system", "system_prompt"]): words()} if known.system else {}
     system = system if rng.random() < 0.4 else {}
-    form = rng.choice(["messages", "sharegpt", "completion", "completions", "alpaca", "qa"])
+    form = rng.choice(FORMS)
     question, answer = words(), words()
     if form == "completion":
         return system | {"prompt": question, "completion": answer}, [said(name, answer)]
@@ -198,6 +199,8 @@ def records(rng: random.Random, name: str) -> tuple[dict[str, Any], list[str]]:
         return system | {"instruction": question, "output": answer}, [said(name, answer)]
     if form == "qa":
         return system | {"question": question, "answer": answer}, [said(name, answer)]
+    if form == "query":
+        return system | {"query": question, "response": answer}, [said(name, answer)]
     turns: list[dict[str, Any]] = []
     right: list[str] = []
     for number in range(rng.randint(1, 3)):
@@ -275,7 +278,7 @@ def test_generated_records_in_every_container(name: str, tmp_path: Path) -> None
         # A table has one type a column: records of one form at a time.
         results: list[Result] = []
         order: list[int] = []
-        for form in ("messages", "conversations", "prompt", "instruction", "question"):
+        for form in ("messages", "conversations", "prompt", "instruction", "question", "query"):
             for listed in (True, False):
                 own = [
                     i

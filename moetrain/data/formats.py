@@ -96,26 +96,42 @@ def _question_answer(record: Record) -> list[Message]:
     ]
 
 
-def alpaca_prompt(record: Record) -> list[Message]:
-    """All but the answer of an alpaca record."""
+def _history(record: Record) -> list[Message]:
+    """Earlier rounds, as LLaMA-Factory and ms-swift have them."""
     messages: list[Message] = []
     history = record.get("history")
     if history is not None and not isinstance(history, list):
-        raise FormatError("history must be a list of pairs [instruction, output]")
+        raise FormatError("history must be a list of pairs [question, answer]")
     refuse_many(history or [], "history")
-    for i, pair in enumerate(history or []):  # LLaMA-Factory's earlier rounds
+    for i, pair in enumerate(history or []):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise FormatError(f"history[{i}] must be a pair [instruction, output]")
+            raise FormatError(f"history[{i}] must be a pair [question, answer]")
         messages.append({"role": "user", "content": text_of(pair[0], f"history[{i}][0]")})
         messages.append({"role": "assistant", "content": text_of(pair[1], f"history[{i}][1]")})
+    return messages
+
+
+def alpaca_prompt(record: Record) -> list[Message]:
+    """All but the answer of an alpaca record."""
     question = filled(record, "instruction")
     if record.get("input"):
         question += "\n\n" + text_of(record["input"], "input")
-    return [*messages, {"role": "user", "content": question}]
+    return [*_history(record), {"role": "user", "content": question}]
 
 
 def _alpaca(record: Record) -> list[Message]:
     return [*alpaca_prompt(record), {"role": "assistant", "content": filled(record, "output")}]
+
+
+def query_prompt(record: Record) -> list[Message]:
+    """All but the answer of a record with a query, as ms-swift's first form of records is."""
+    return [*_history(record), {"role": "user", "content": filled(record, "query")}]
+
+
+def query_response(record: Record) -> list[Message]:
+    """The messages of such a record."""
+    answer = filled(record, "response")
+    return [*query_prompt(record), {"role": "assistant", "content": answer}]
 
 
 # The first whose keys are all there is taken.
@@ -124,6 +140,7 @@ FORMATS: tuple[Format, ...] = (
     Format("sharegpt", ("conversations",), sharegpt),
     Format("prompt-completion", ("prompt", "completion"), _prompt_completion),
     Format("alpaca", ("instruction", "output"), _alpaca, ("input", "history")),
+    Format("query-response", ("query", "response"), query_response, ("history",)),
     Format("question-answer", ("question", "answer"), _question_answer),
 )
 

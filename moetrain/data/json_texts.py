@@ -13,7 +13,7 @@ from moetrain.data.parsing import parse_json
 
 COLUMNS = frozenset(
     "messages conversations prompt completion chosen rejected rejected_messages rejected_response"
-    " question answer solution instruction input output system".split()
+    " question answer solution instruction input output query response system".split()
 )
 INNER = ("content", "value")  # of messages
 type Place = tuple[str, ...]  # a column, or a column and a field of its messages

@@ -14,6 +14,7 @@ from moetrain.data.formats import (
     detect,
     filled,
     is_spoken,
+    query_response,
     sharegpt,
     template_kwargs_of,
     templated,
@@ -131,6 +132,11 @@ def _swift_response(record: Record) -> Two:
     return chosen, chosen[:-1] + _answer(record["rejected_response"], "rejected_response")
 
 
+def _swift_query(record: Record) -> Two:
+    chosen = query_response(record)
+    return chosen, chosen[:-1] + _answer(record["rejected_response"], "rejected_response")
+
+
 def _swift_messages(record: Record) -> Two:
     chosen = read_messages(record["messages"], "messages")
     return chosen, read_messages(record["rejected_messages"], "rejected_messages")
@@ -139,6 +145,12 @@ def _swift_messages(record: Record) -> Two:
 # The first whose keys are all there is taken.
 PAIR_FORMATS: tuple[PairFormat, ...] = (
     PairFormat("ms-swift response", ("messages", "rejected_response"), _swift_response),
+    PairFormat(
+        "ms-swift query",
+        ("query", "response", "rejected_response"),
+        _swift_query,
+        ("history",),
+    ),
     PairFormat("ms-swift messages", ("messages", "rejected_messages"), _swift_messages),
     PairFormat(
         "sharegpt",

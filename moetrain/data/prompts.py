@@ -26,6 +26,7 @@ from moetrain.data.formats import (
     TEMPLATED,
     alpaca_prompt,
     filled,
+    query_prompt,
     sharegpt,
     template_kwargs_of,
     templated,
@@ -41,8 +42,8 @@ from moetrain.data.thoughts import opened_by
 from moetrain.errors import DataError, plural
 
 # Where a record keeps its prompt: messages, or a text that is a user's only message.
-KEYS = ("prompt", "messages", "question", "problem", "conversations", "instruction")
-TEXTS = ("question", "problem")  # of them, those that are columns, too
+KEYS = ("prompt", "messages", "question", "problem", "conversations", "instruction", "query")
+TEXTS = ("question", "problem", "query")  # of them, those that are columns, too
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # that no model here sees
 AGAIN = "-"  # in the id of a record that stands in the files before, with how often
 
@@ -152,6 +153,8 @@ def to_prompt(record: Mapping[str, Any]) -> list[Message]:
         messages = sharegpt(record)
     elif key == "instruction":
         messages = alpaca_prompt(record)
+    elif key == "query":
+        messages = query_prompt(record)
     else:
         value = listed(record[key])
         if isinstance(value, str):
