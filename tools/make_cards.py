@@ -5,7 +5,8 @@
     python tools/make_cards.py --render         # run nothing; put the cards' figures into the pages
 
 A figure out of its bound is one line and exit code 1, and nothing of its card is written. What is
-within its bound is written into the card, with date, commit and versions, and into the pages.
+within its bound is written into the card, with date, commit and versions, and into the pages; but a
+card with times is checked alone where other work keeps the cores.
 """
 
 import argparse
@@ -40,6 +41,7 @@ COLUMNS = (
 )
 VERSIONS = ("torch", "megatron-core", "transformers", "vllm")
 DIGITS = 4
+TIMES = ("s", "min", "1/s", "tokens/s")
 
 
 class CardError(MoetrainError):
@@ -248,16 +250,26 @@ def _say(error: Any) -> int:
 
 def _run(name: str, cards: dict[str, Card]) -> bool:
     """Whether the card still holds; what is found is in `cards` and in its file then."""
+    busy = os.getloadavg()[0] > len(os.sched_getaffinity(0))
     try:
         card = rerun(name, cards[name])
     except CardError as error:
         _say(error)
         return False
-    cards[name] = card
-    (FOLDER / f"{name}.yaml").write_text(as_yaml(card))
     told = [f"{f.what} {f.value:g}{' ' * bool(f.unit)}{f.unit} ({f.bound})" for f in card.figures]
+    if busy and _has_times(card):
+        told.append("not written, since the machine has other work")
+    else:
+        cards[name] = card
+        (FOLDER / f"{name}.yaml").write_text(as_yaml(card))
     print(f"{name}: {'; '.join(told)}", flush=True)
     return True
+
+
+def _has_times(card: Card) -> bool:
+    """Whether other work changes what it comes to; a prediction's seconds are of no clock."""
+    read = [figure for figure in card.figures if figure.is_read]
+    return any(f.clock or (f.unit in TIMES and card.status == "measured") for f in read)
 
 
 def _chosen(cards: dict[str, Card], only: str | None) -> list[str]:

@@ -105,4 +105,6 @@ def changed(recipe: Recipe, other: Recipe) -> dict[str, Any]:
         before, now = (getattr(r.train, name) for r in (recipe, other))
         if before != now:
             found[f"train.{name}"] = now
+    if recipe.optim.offload != other.optim.offload:
+        found["optim.offload"] = other.optim.offload
     return found

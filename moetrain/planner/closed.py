@@ -12,6 +12,7 @@ from moetrain.layout.mesh import MeshPlan, plan_mesh, stage_layers
 from moetrain.models import Model, Rule
 from moetrain.models.lookup import model_of
 from moetrain.models.parts.base import Shares
+from moetrain.planner import offload
 from moetrain.planner.fewer_layers import evenly, with_layers
 from moetrain.planner.gpu import Gpu, pick
 
@@ -32,23 +33,34 @@ class Closed:
     def __init__(self, recipe: Recipe, model: Model, gpu: Gpu):
         self.model, self.gpu = model, gpu
         self._small = [_learning(recipe, model, num) for num in (2, 4)]
-        self._static: dict[tuple[ParallelConfig, int], tuple[float, ...]] = {}
+        self._plain = recipe.optim.model_copy(update={"offload": 0.0})
+        self._static: dict[tuple[ParallelConfig, float, int], tuple[float, ...]] = {}
         self._layers: dict[Shares, list[int]] = {}
-        self._kinds: dict[tuple[int, ...], list[tuple[float, float]]] = {}
+        self._kinds: dict[tuple[float, ...], list[tuple[float, float]]] = {}
 
     def rough(self, recipe: Recipe, size: int) -> Rough:
         """Of a step of the recipe on `size` ranks."""
         model, gpu = self.model, self.gpu
         plan = plan_mesh(recipe.parallel, size)
-        key = (recipe.parallel, size)
-        if key not in self._static:
-            self._static[key] = self._static_bytes(recipe, plan)
+        static = self._static_of(recipe, plan)
         shares = shares_of(plan, recipe)
         if shares not in self._layers:
             self._layers[shares] = of_layers(model, shares)
         more = activation_bytes(model, plan, recipe, self._layers[shares])
-        held = max(s + a for s, a in zip(self._static[key], more, strict=True))
-        return Rough(held + fixed(gpu, size), _passes(recipe, model, plan, gpu))
+        held = max(s + a for s, a in zip(static, more, strict=True))
+        seconds = _passes(recipe, model, plan, gpu)
+        if recipe.optim.offload:
+            on_device = recipe.model_copy(update={"optim": self._plain})
+            all_of_it = self._static_of(on_device, plan)
+            away = max(a - b for a, b in zip(all_of_it, static, strict=True))
+            seconds += offload.seconds(recipe, gpu, away / offload.STATE)
+        return Rough(held + fixed(gpu, size), seconds)
+
+    def _static_of(self, recipe: Recipe, plan: MeshPlan) -> tuple[float, ...]:
+        key = (recipe.parallel, recipe.optim.offload, plan.world_size)
+        if key not in self._static:
+            self._static[key] = self._static_bytes(recipe, plan)
+        return self._static[key]
 
     def _static_bytes(self, recipe: Recipe, plan: MeshPlan) -> tuple[float, ...]:
         """Of each stage: from two and four layers on two stages, where layers are alike."""
@@ -66,7 +78,8 @@ class Closed:
     def _of_few(self, recipe: Recipe, plan: MeshPlan) -> list[tuple[float, float]]:
         """Of the first and the last of two stages, or of the only one: (fewer layers, more)."""
         small = replace(plan, pp=min(plan.pp, 2), vpp=1)
-        key = (small.tp, small.etp, small.ep, small.dp * small.cp, small.edp, small.pp)
+        sizes = (small.tp, small.etp, small.ep, small.dp * small.cp, small.edp, small.pp)
+        key = (*sizes, recipe.optim.offload)
         if key not in self._kinds:
             low, high = (
                 [float(s.total) for s in static_bytes(each[0], small, evenly(recipe), each[1])]

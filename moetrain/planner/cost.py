@@ -4,13 +4,14 @@ collectives by their links, the pipeline's bubble, and what is hidden behind wha
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moetrain.config.recipe import Recipe
 from moetrain.layout.activations import num_micro_batches
 from moetrain.layout.mesh import MeshPlan, plan_mesh
 from moetrain.models import Model
+from moetrain.planner import offload
 from moetrain.planner.gpu import Gpu
 from moetrain.planner.links import is_once, is_pipeline, seconds_of
 from moetrain.planner.roofline import work_of
@@ -142,6 +143,9 @@ def _stages(
     flex = recipe.megatron.get("moe_token_dispatcher_type") == "flex"
     top_k = model.moe.experts.top_k if flex and model.moe is not None else 0
     seen = {t.stage: _stage(t, plan, gpu, fused, load, top_k) for t in traces}
+    for t in traces:
+        host = offload.seconds(recipe, gpu, t.profile.on_host)
+        seen[t.stage] = replace(seen[t.stage], optimizer=seen[t.stage].optimizer + host)
     stages = [seen[max(s for s in seen if s <= i)] for i in range(plan.pp)]
     hides_sends = recipe.megatron.get("overlap_p2p_comm", bool(recipe.parallel.vpp))
     return stages if hides_sends else [_with_sends(stage) for stage in stages]

@@ -147,7 +147,7 @@ def _extended(
         own = [values(p) for p in profiles]
         return step.bytes_of(own, [values(p) for p in others] if alone else own)
 
-    found = Profile(reserved=size(lambda p: p.reserved))
+    found = Profile(reserved=size(lambda p: p.reserved), on_host=size(lambda p: p.on_host))
     moments = {moment: None for p in profiles for moment in p.most if moment.phase != "build"}
     for moment in moments:
         names = {name: None for p in profiles for name in p.most.get(moment, {})}

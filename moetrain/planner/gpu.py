@@ -98,6 +98,11 @@ class Gpu(Section):
     optimizer: Curve = Field(description="share of memory_gbps of a fused optimizer, by bytes")
     context_mib: Number = Field(description="of the driver and its kernels")
     group_mib: Number = Field(description="NCCL's buffers for a group")
+    host_gbps: Number | None = Field(default=None, description="to the host and back, pinned")
+    host_memory_gbps: Number | None = Field(
+        default=None, description="of the host's memory that a GPU's process reaches beside others"
+    )
+    host_gib: Number | None = Field(default=None, description="memory of the host for a GPU")
     workspace_mib: Number = Field(description="of matrix products")
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ from moetrain.planner.closed import Closed, Rough
 from moetrain.planner.cost import Seconds, step_seconds
 from moetrain.planner.extend import trace_fast
 from moetrain.planner.gpu import Gpu
+from moetrain.planner.offload import has_room, host_bytes, may_offload, offloaded
 from moetrain.planner.trace import Trace, timeline, without_weights
 
 Goal = Literal["speed", "memory"]
@@ -49,6 +50,7 @@ class Planned:
     step_s: float
     fits: bool
     seconds: Seconds
+    host_gib: float = 0.0  # of the optimizer on the host, for one GPU
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,39 @@ class Search:
                 f" {self.recipe.train.global_batch} packs and data.seq_len="
                 f"{self.recipe.data.seq_len}. Give another --gpus or train.global_batch."
             )
+        if self.goal == "speed":
+            rough += self._on_host(rough)
         report(f"{len(rough)} layouts divide; tracing the best")
-        done: dict[int, Planned] = {}
+        done = self._rounds(rough, report)
+        if self.goal != "speed" and not any(planned.fits for planned in done.values()):
+            rough += self._on_host(rough)
+            done |= self._rounds(rough, report, done)
+        layouts = sorted(done.values(), key=self._key)
+        if layouts[0].fits and not layouts[0].recipe.optim.offload:
+            layouts = [each for each in layouts if not each.recipe.optim.offload]
+        return SearchResult(layouts, len(rough), time.monotonic() - start)
+
+    def _on_host(self, rough: Sequence[tuple[Recipe, Rough]]) -> list[tuple[Recipe, Rough]]:
+        """Layouts that may not fit, with the optimizer on the host; where one fits as it is, that
+        would only cost.
+        """
+        if not may_offload(self.recipe, self.gpu):
+            return []
+        limit = self.gpu.memory_gib.value * GIB
+        others = [offloaded(recipe) for recipe, estimate in rough if estimate.bytes > limit]
+        found = [(recipe, self._closed.rough(recipe, self.size)) for recipe in others]
+        return [(recipe, estimate) for recipe, estimate in found if estimate.bytes * LEAN <= limit]
+
+    def _rounds(
+        self,
+        rough: Sequence[tuple[Recipe, Rough]],
+        report: Callable[[str], None],
+        known: Mapping[int, Planned] | None = None,
+    ) -> dict[int, Planned]:
+        """Places in `rough` -> the layouts there that were traced, the most promising of each kind
+        in each round.
+        """
+        done = dict(known or {})
         with self._tracers() as run:
             for _ in range(ROUNDS):
                 chosen = self._next(rough, done)
@@ -122,8 +155,7 @@ class Search:
                 traced = self._traced([rough[i][0] for i in chosen], run)
                 done |= dict(zip(chosen, traced, strict=True))
                 report(f"{len(done)} traced")
-        layouts = sorted(done.values(), key=self._key)
-        return SearchResult(layouts, len(rough), time.monotonic() - start)
+        return done
 
     def traced(self, recipes: Sequence[Recipe]) -> list[Planned]:
         """These layouts, as they are."""
@@ -225,18 +257,19 @@ class Search:
         groups = {kind.group for kind in fullest.profile.collectives if kind.ranks > 1}
         held["CUDA and NCCL"] = self.gpu.fixed_bytes(len(groups)) / GIB
         peak = sum(held.values())
-        fits = peak <= self.gpu.memory_gib.value
-        first = traces[0].profile.peak / GIB
-        return Planned(recipe, peak, fullest.rank, first, held, seconds.total, fits, seconds)
+        away = max(t.profile.on_host for t in traces)
+        fits = peak <= self.gpu.memory_gib.value and has_room(self.gpu, away)
+        first, host = traces[0].profile.peak / GIB, host_bytes(away) / GIB
+        return Planned(recipe, peak, fullest.rank, first, held, seconds.total, fits, seconds, host)
 
 
-type Kind = tuple[int, bool, bool]
+type Kind = tuple[int, bool, bool, bool]
 
 
 def _kind(recipe: Recipe) -> Kind:
     """Layouts whose estimates are wrong in the same way."""
     p = recipe.parallel
-    return p.pp, p.ep > 1, p.tp > 1
+    return p.pp, p.ep > 1, p.tp > 1, recipe.optim.offload > 0
 
 
 @dataclass(frozen=True)

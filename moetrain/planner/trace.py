@@ -17,9 +17,10 @@ from moetrain.layout.activations import num_micro_batches
 from moetrain.methods import METHODS
 from moetrain.models.lookup import find_model
 from moetrain.ops.packed import Packed
+from moetrain.planner.offload import without
 from moetrain.planner.packs import pack_of
 from moetrain.planner.shapes import MetaWatch
-from moetrain.planner.watch import Profile, Watch
+from moetrain.planner.watch import SMALLEST, Profile, Watch
 
 Kernels = Literal["cpu", "cuda"]
 
@@ -102,8 +103,17 @@ def _traces(
         for packs in steps:
             watched_step(engine, packs, watch)
             num = len(packs) // recipe.train.micro_batch
-            found.append(Trace(world.rank, world.pp_rank, num_params, num, watch.start_over()))
+            profile = _on_device(watch.start_over(), engine)
+            found.append(Trace(world.rank, world.pp_rank, num_params, num, profile))
     return found
+
+
+def _on_device(profile: Profile, engine: Engine) -> Profile:
+    """Without what the run has on the host: megatron-core splits an optimizer on CUDA alone."""
+    tensors = [x for x in _state(engine.optimizer) if x.nbytes >= SMALLEST]  # as they are counted
+    main = [p for part in _parts(engine.optimizer) for g in part.param_groups for p in g["params"]]
+    state, num = sum(x.nbytes for x in tensors), sum(p.numel() for p in main)
+    return without(profile, engine.recipe.optim.offload, state, num)
 
 
 def watched_engine(recipe: Recipe, world: World, watch: Watch) -> Engine:
@@ -152,8 +162,12 @@ def _label_state(engine: Engine, watch: Watch) -> None:
 def _state(optimizer: Any) -> list[Tensor]:
     """Main weights and moments."""
     found: list[Tensor] = []
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
+    for inner in _parts(optimizer):
         found += [p for group in inner.param_groups for p in group["params"]]
         found += [x for own in inner.state.values() for x in own.values() if isinstance(x, Tensor)]
     return found
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """torch's own optimizers in it."""
+    return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]

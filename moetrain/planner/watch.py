@@ -99,6 +99,7 @@ class Profile:
     """What was counted. Bytes are those of floating-point tensors on the device."""
 
     reserved: int = 0  # what torch's allocator takes of a GPU for them, with what lies between
+    on_host: int = 0  # parameters that the optimizer steps on the host (planner/offload.py)
     most: dict[Moment, dict[str, int]] = field(default_factory=dict[Moment, dict[str, int]])
     """Category -> bytes, when most was held then."""
     ops: dict[Op, Cost] = field(default_factory=dict[Op, Cost])

@@ -206,6 +206,7 @@ def _with_layout(recipe: Recipe, best: Planned, gpu: str, size: int) -> Recipe:
         update={
             "parallel": best.recipe.parallel,
             "train": best.recipe.train,
+            "optim": best.recipe.optim,
             "cluster": recipe.cluster.model_copy(update=machines | {"gpu": gpu}),
         }
     )

@@ -21,7 +21,7 @@ def changes(planned: Planned) -> dict[str, dict[str, Any]]:
         "parallel": {axis: getattr(parallel, axis) or 1 for axis in AXES}
         | {name: n for name in STAGES if (n := getattr(parallel, name)) is not None},
         "train": {"micro_batch": train.micro_batch, "recompute": train.recompute},
-    }
+    } | ({"optim": {"offload": offload}} if (offload := planned.recipe.optim.offload) else {})
 
 
 def as_json(result: SearchResult, sampled: Sampled | None = None) -> dict[str, Any]:
@@ -37,29 +37,35 @@ def as_json(result: SearchResult, sampled: Sampled | None = None) -> dict[str, A
 
 def _row(planned: Planned) -> dict[str, Any]:
     seconds = planned.seconds
-    return changes(planned) | {
-        "peak_gib": round(planned.peak_gib, 3),
-        "first_rank_gib": round(planned.first_rank_gib, 3),
-        "memory": {name: round(gib, 3) for name, gib in planned.memory.items()},
-        "step_s": planned.step_s,
-        "tokens_per_s": seconds.tokens_per_s,
-        "tflops_per_gpu": seconds.tflops,
-        "bubble": seconds.bubble_share,
-        "exposed_comm_s": seconds.exposed_s,
-        "fits": planned.fits,
-        "traced": True,
-    }
+    return (
+        changes(planned)
+        | {
+            "peak_gib": round(planned.peak_gib, 3),
+            "first_rank_gib": round(planned.first_rank_gib, 3),
+            "memory": {name: round(gib, 3) for name, gib in planned.memory.items()},
+            "step_s": planned.step_s,
+            "tokens_per_s": seconds.tokens_per_s,
+            "tflops_per_gpu": seconds.tflops,
+            "bubble": seconds.bubble_share,
+            "exposed_comm_s": seconds.exposed_s,
+            "fits": planned.fits,
+            "traced": True,
+        }
+        | ({"host_gib": round(planned.host_gib, 3)} if planned.host_gib else {})
+    )
 
 
 def as_text(result: SearchResult, gpu: Gpu, size: int, sampled: Sampled | None = None) -> str:
     """A table, and what it says in words."""
     shown = result.layouts[:SHOWN]
     uneven = [name for name in STAGES if any(getattr(p.recipe.parallel, name) for p in shown)]
+    offload = ["offload"] * any(p.recipe.optim.offload for p in shown)
     head = [
         *AXES,
         *(name.partition("_")[0] for name in uneven),
         "micro",
         "recompute",
+        *offload,
         "GiB",
         "s/step",
         "tok/s/GPU",
@@ -67,7 +73,7 @@ def as_text(result: SearchResult, gpu: Gpu, size: int, sampled: Sampled | None =
         "bubble",
         "comm",
     ]
-    rows = [head, *(_cells(planned, [*AXES, *uneven]) for planned in shown)]
+    rows = [head, *(_cells(planned, [*AXES, *uneven], offload) for planned in shown)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
@@ -79,11 +85,12 @@ def as_text(result: SearchResult, gpu: Gpu, size: int, sampled: Sampled | None =
     return "\n".join(lines)
 
 
-def _cells(planned: Planned, axes: Sequence[str]) -> list[str]:
+def _cells(planned: Planned, axes: Sequence[str], offload: Sequence[str]) -> list[str]:
     seconds, layout = planned.seconds, changes(planned)
     return [
         *(str(layout["parallel"].get(axis, "")) for axis in axes),
         *(str(value) for value in layout["train"].values()),
+        *(f"{planned.recipe.optim.offload:g}" for _ in offload),
         f"{planned.peak_gib:.1f}" + ("" if planned.fits else "!"),
         f"{planned.step_s:.2f}",
         f"{seconds.tokens_per_s:.0f}",
@@ -101,9 +108,11 @@ def _answer(result: SearchResult, gpu: Gpu, size: int) -> list[str]:
         f" {result.seconds:.0f} s."
     ]
     if not best.fits:
+        more = "" if best.recipe.optim.offload else " optim.offload=1,"
+        host = f" and {best.host_gib:.1f} of its host" if best.host_gib else ""
         lines.append(
             f"NOTHING FITS: the leanest layout needs {best.peak_gib:.1f} GiB of a GPU with"
-            f" {limit:.1f} (! above). More GPUs, optim.offload=1, an adapter, or a smaller"
+            f" {limit:.1f}{host} (! above). More GPUs,{more} an adapter, or a smaller"
             " data.seq_len would help."
         )
         return lines
@@ -121,7 +130,9 @@ def in_words(planned: Planned) -> str:
     """Its layout."""
     layout = changes(planned)
     axes = " ".join(f"{axis}={n}" for axis, n in layout["parallel"].items() if n > 1) or "no split"
-    return " ".join([axes, *(f"{name}={value}" for name, value in layout["train"].items())])
+    others = {**layout["train"], **layout.get("optim", {})}
+    words = (f"{value:g}" if isinstance(value, float) else value for value in others.values())
+    return " ".join([axes, *(f"{name}={word}" for name, word in zip(others, words, strict=True))])
 
 
 def _shares(planned: Planned) -> dict[str, float]:
