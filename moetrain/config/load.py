@@ -28,19 +28,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise (cause or error) from None
 
 
-def _blamed(path: Path, overrides: Sequence[str], said: str) -> ConfigError | None:
+def _blamed(path: Path, overrides: Sequence[str], message: str) -> ConfigError | None:
     """What is wrong with overrides, where the file without them is sound, or has another fault."""
     if not overrides:
         return None
     try:
         recipe_from(read_content(path, (), "a recipe"))
     except ConfigError as error:
-        if said == str(error).removeprefix("recipe: "):
+        if message == str(error).removeprefix("recipe: "):
             return None  # the file's own, whatever stands on the command line
-        if not any(word.partition("=")[0] in said for word in overrides):
+        if not any(word.partition("=")[0] in message for word in overrides):
             return None
-    named = [word for word in overrides if f"'{word.partition('=')[0]}'" in said]
-    return ConfigError(f"override {' '.join(named or overrides):.300}: {said}")
+    named = [word for word in overrides if f"'{word.partition('=')[0]}'" in message]
+    return ConfigError(f"override {' '.join(named or overrides):.300}: {message}")
 
 
 def read_content(path: Path, overrides: Sequence[str], what: str) -> dict[str, Any]:

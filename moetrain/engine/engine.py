@@ -86,8 +86,8 @@ class Engine:
         torch.use_deterministic_algorithms(recipe.train.deterministic)
         far = recipe.rollout is not None and bool(recipe.rollout.address)
         self.world = world or open_world(recipe.parallel, recipe.seed, far=far)
-        own = self.world.device
-        self.backend = choose_backend(recipe.model.backend, own)
+        target = self.world.device
+        self.backend = choose_backend(recipe.model.backend, target)
         self.steps_done = 0
         self.carried: dict[str, float] = {}  # from step to step, for the method
         self.monitor = RouterMonitor(
@@ -96,9 +96,9 @@ class Engine:
             recipe.router.aux_loss,
             recipe.router.z_loss,
         )
-        self.config = transformer_config(recipe, self.model, own, self.backend)
+        self.config = transformer_config(recipe, self.model, target, self.backend)
         adapted = recipe.adapter is not None
-        with own:  # Megatron's router makes its weight where torch makes tensors
+        with target:  # Megatron's router makes its weight where torch makes tensors
             self.chunks = build(self.config, self.model, self.world, self.backend, adapted)
         watch(self.chunks, self.monitor)
         self.optimizer: Any = None
@@ -113,9 +113,9 @@ class Engine:
             freeze(self.chunks, self.world, all_but=trained, router=recipe.router.freeze)
             self.wrapped = models = wrap(self.chunks, self.config, recipe)
             self.config.finalize_model_grads_func = finalize_gradients
-            own = own_rates(recipe, self.trained_rules, self.adapters)
+            rates = own_rates(recipe, self.trained_rules, self.adapters)
             self.optimizer = make_optimizer(
-                self.wrapped, recipe, self.backend, self.world, self.model, own
+                self.wrapped, recipe, self.backend, self.world, self.model, rates
             )
             self.config.grad_scale_func = self.optimizer.scale_loss
         self.run = Runner(models, self.world, self.model)
@@ -250,7 +250,7 @@ class Engine:
         self.run.asked = frozenset(names)
         names += ["value"] * (self.model.heads.value or self.model.heads.scalar)
         rows = self._rows(packs, lambda out: [vars(out)[name] for name in names], len(names))
-        return [Out(**dict(zip(names, own, strict=True))) for own in rows]
+        return [Out(**dict(zip(names, row, strict=True))) for row in rows]
 
     @torch.no_grad()
     def likeliest(self, packs: Sequence[Packed], num: int) -> list[Out]:

@@ -240,12 +240,12 @@ def _blocks(part: Any, matrices: Mapping[Tensor, list[Local]]) -> Iterator[Block
                 yield _block(local, main, place, is_cut=first != last)
 
 
-def _block(local: Local, main: Tensor | None, own: Any, *, is_cut: bool) -> Block:
+def _block(local: Local, main: Tensor | None, owned: Any, *, is_cut: bool) -> Block:
     nothing = Block(local, None, slice(0, 0), slice(0, 0), is_cut)
-    if own is None:
+    if owned is None:
         return nothing
-    low, high = max(local.start, own["param"].start), min(local.stop, own["param"].end)
+    low, high = max(local.start, owned["param"].start), min(local.stop, owned["param"].end)
     if low >= high:
         return nothing
-    mine, shard = (slice(low - at, high - at) for at in (local.start, own["param"].start))
+    mine, shard = (slice(low - at, high - at) for at in (local.start, owned["param"].start))
     return Block(local, main, mine, shard, is_cut)

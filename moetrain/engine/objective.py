@@ -79,8 +79,8 @@ class Objective:
         """Global means from the micro-batches' sums, and the loss, of which they are shares; only
         one rank of each data-parallel replica contributes.
         """
-        own: list[str] = sorted(kept[0]["metrics"]) if kept else []
-        names = self.world.share(own, self.world.size - 1)  # which is on the last stage
+        rank_names: list[str] = sorted(kept[0]["metrics"]) if kept else []
+        names = self.world.share(rank_names, self.world.size - 1)  # which is on the last stage
         device = self.world.device
         sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=device)
         if self.world.adds_loss:

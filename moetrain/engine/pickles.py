@@ -40,21 +40,21 @@ def index_of(folder: Path) -> Metadata:
     return unpickled(folder, ALLOWED, _checked)
 
 
-def _checked(found: Any) -> Metadata:
+def _checked(metadata: Any) -> Metadata:
     """ValueError unless it says where things lie, all of them in the folder."""
-    if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, dict):
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
         raise ValueError("it holds something else")
-    if not isinstance(found.storage_data, dict):
+    if not isinstance(metadata.storage_data, dict):
         raise ValueError("it names no files")
-    for part in found.storage_data.values():
+    for part in metadata.storage_data.values():
         name, numbers = part.relative_path, (part.offset, part.length)
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
             raise ValueError(f"{name!r} lies outside of the checkpoint")
         if any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers):
             raise ValueError(f"{name} has no place {numbers}")
-    if found.storage_meta is not None and not isinstance(found.storage_meta, StorageMeta):
+    if metadata.storage_meta is not None and not isinstance(metadata.storage_meta, StorageMeta):
         raise ValueError("it holds something else")
-    return found
+    return metadata
 
 
 class CheckedReader(FileSystemReader):

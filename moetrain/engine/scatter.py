@@ -114,10 +114,10 @@ def send(value: Any, carry: Carry, device: torch.device) -> None:
     carry(head.to(device))
     flat = parcel.flat
     buffer = _buffer(flat, device)
-    for runs in pieces([own.numel() for own in flat], PIECE):
+    for runs in pieces([tensor.numel() for tensor in flat], PIECE):
         for run in runs:
-            own = flat[run.tensor][run.start : run.start + run.size]
-            buffer[run.place : run.place + run.size].copy_(own)
+            tensor = flat[run.tensor][run.start : run.start + run.size]
+            buffer[run.place : run.place + run.size].copy_(tensor)
         carry(buffer[: runs[-1].place + runs[-1].size])
 
 
@@ -128,14 +128,14 @@ def receive(carry: Carry, device: torch.device) -> Any:
     parcel = Parcel.expected(head.cpu().numpy().tobytes())
     flat = parcel.flat
     buffer = _buffer(flat, device)
-    for runs in pieces([own.numel() for own in flat], PIECE):
+    for runs in pieces([tensor.numel() for tensor in flat], PIECE):
         carry(buffer[: runs[-1].place + runs[-1].size])
         for run in runs:
-            own = buffer[run.place : run.place + run.size]
-            flat[run.tensor][run.start : run.start + run.size].copy_(own)
+            tensor = buffer[run.place : run.place + run.size]
+            flat[run.tensor][run.start : run.start + run.size].copy_(tensor)
     return parcel.open()
 
 
 def _buffer(flat: Sequence[Tensor], device: torch.device) -> Tensor:
-    size = min(PIECE, sum(own.numel() for own in flat))
+    size = min(PIECE, sum(tensor.numel() for tensor in flat))
     return torch.empty(size, dtype=torch.uint8, device=device)

@@ -158,10 +158,10 @@ class Runner:
         places: list[tuple[int, int, int]] = []
         of_rank = 0
         for chunk in self.models:
-            own = routers(chunk)
-            before = sum(self.model.moe_layers[: own[0].layer_number - 1]) if own else 0
-            places.append((before, of_rank, len(own)))
-            of_rank += len(own)
+            modules = routers(chunk)
+            before = sum(self.model.moe_layers[: modules[0].layer_number - 1]) if modules else 0
+            places.append((before, of_rank, len(modules)))
+            of_rank += len(modules)
         return places
 
     def _scored(self, on_host: Packed) -> Scored:

@@ -87,8 +87,8 @@ class World:
     def _on_device(self, values: Tensor) -> Tensor:
         return values.to(self.device, copy=True).contiguous()
 
-    def _back(self, found: Tensor, values: Tensor) -> Tensor:
-        return found if self.kind == "meta" else found.to(values.device)
+    def _back(self, reduced: Tensor, values: Tensor) -> Tensor:
+        return reduced if self.kind == "meta" else reduced.to(values.device)
 
     def max_counts(self, *counts: int) -> list[int]:
         """The largest of all ranks, of each count. Collective."""
@@ -160,15 +160,15 @@ class World:
             return part(self.dp_rank, self.pp_rank)
         if not self.is_first:
             return scatter.receive(partial(self._carry, self.dp_rank, self.pp_rank), self.device)
-        own = part(self.dp_rank, self.pp_rank)
+        first_part = part(self.dp_rank, self.pp_rank)
         if self.tp_cp_group.size() > 1:
-            scatter.send(own, partial(self._carry, self.dp_rank, self.pp_rank), self.device)
+            scatter.send(first_part, partial(self._carry, self.dp_rank, self.pp_rank), self.device)
         for stage in range(self.plan.pp):
             for replica in range(self.dp_size):
                 if (replica, stage) != (self.dp_rank, self.pp_rank):
                     carry = partial(self._carry, replica, stage)
                     scatter.send(part(replica, stage), carry, self.device)
-        return own
+        return first_part
 
     def _carry(self, replica: int, stage: int, values: Tensor) -> Tensor:
         """From the first rank to one of the target's, and from there to its tensor and context

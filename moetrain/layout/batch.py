@@ -93,10 +93,10 @@ def batch_sizes(recipe: Recipe, dp: int, prompt: int | None = None) -> tuple[Siz
     packs = max(dp, -(-units // (length // (before + together * answer))))
     answers = rollout.prompts_per_step * rollout.group_size
     most = -(-packs // dp)
-    own = min(units, most * -(-units // packs))
+    replica_units = min(units, most * -(-units // packs))
     return (
         Sizes(packs, units, answers, before, answer),
-        Sizes(most, own, min(answers, own * together), before, answer),
+        Sizes(most, replica_units, min(answers, replica_units * together), before, answer),
     )
 
 
@@ -121,12 +121,12 @@ def batch_bytes(
     shares: list[int] = []
     on_gpu: list[int] = []
     for stage, chunks in enumerate(_routed(model, recipe.parallel)):
-        own = PLAIN + SAMPLED + choice * sum(map(len, chunks))
-        own += (kept + served - 4 * (served > 0)) * (stage == plan.pp - 1) + 4 * (served > 0)
-        shares.append(replica.bytes(own, sequence))
+        per_token = PLAIN + SAMPLED + choice * sum(map(len, chunks))
+        per_token += (kept + served - 4 * (served > 0)) * (stage == plan.pp - 1) + 4 * (served > 0)
+        shares.append(replica.bytes(per_token, sequence))
         # Each token's sequence, its key and its choices for a chunk, as 8 bytes each.
         table = 8 * (2 + k * max(map(len, chunks))) // plan.cp
-        held = tokens * (own + 4 * computed + word + table)
+        held = tokens * (per_token + 4 * computed + word + table)
         on_gpu.append(held * in_flight(plan, stage, num))
     return BatchBytes(
         answers=whole.answers

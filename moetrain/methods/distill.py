@@ -43,8 +43,8 @@ def compared(out: Out, batch: Packed, mask: Tensor, interpolation: float) -> tup
 def loss(out: Out, batch: Packed, cfg: DistillMethod, known: Known) -> tuple[Terms, Metrics]:
     """Over the tokens that the mask keeps."""
     values, metrics = compared(out, batch, batch.loss_mask, cfg.interpolation)
-    own = -(out.logp * batch.loss_mask)
-    return {"loss": ((1 - cfg.answer_weight) * values + cfg.answer_weight * own).sum()}, metrics
+    nll = -(out.logp * batch.loss_mask)
+    return {"loss": ((1 - cfg.answer_weight) * values + cfg.answer_weight * nll).sum()}, metrics
 
 
 def own_loss(out: Out, batch: Packed, cfg: GkdMethod, known: Known) -> tuple[Terms, Metrics]:

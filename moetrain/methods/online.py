@@ -151,7 +151,7 @@ def divergence(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
     return 0.5 * k1.square() if estimator == "k2" else torch.expm1(-k1) + k1
 
 
-def loss_kl(out: Out, batch: Packed, cfg: GroupMethod, own: Tokens) -> Tensor:
+def loss_kl(out: Out, batch: Packed, cfg: GroupMethod, tokens: Tokens) -> Tensor:
     """[t] the KL to the reference as a term of the loss; zero outside answers.
 
     With the bias corrected (DeepSeek-V3.2, arXiv 2512.02556; TRL 1.16's default) its expected
@@ -161,14 +161,14 @@ def loss_kl(out: Out, batch: Packed, cfg: GroupMethod, own: Tokens) -> Tensor:
     """
     reference = batch.per_token["ref_logp"]
     if not cfg.use_bias_correction_kl:
-        return divergence(out.logp, reference, cfg.kl_estimator) * own.mask
+        return divergence(out.logp, reference, cfg.kl_estimator) * tokens.mask
     if cfg.kl_estimator == "k2":
-        held = (own.weight * own.own_ratio).detach()
-        return held * divergence(out.logp, reference, "k2") * own.mask
+        held = (tokens.weight * tokens.own_ratio).detach()
+        return held * divergence(out.logp, reference, "k2") * tokens.mask
     # r (ref / pi - 1 + k1) with ref / pi multiplied out, which may be larger than a float.
-    away = torch.expm1((reference - batch.per_token["old_logp"]) * own.mask)
-    ratio = own.own_ratio
-    return own.weight * (away - (ratio - 1) + ratio * (out.logp - reference)) * own.mask
+    away = torch.expm1((reference - batch.per_token["old_logp"]) * tokens.mask)
+    ratio = tokens.own_ratio
+    return tokens.weight * (away - (ratio - 1) + ratio * (out.logp - reference)) * tokens.mask
 
 
 def correction(batch: Packed, cfg: OnlineMethod, mask: Tensor) -> Tensor:
@@ -213,16 +213,16 @@ def gae(
     return advantages.to(values.dtype), returns.to(values.dtype)
 
 
-def off_policy_mask(out: Out, batch: Packed, threshold: float, own: Tokens) -> Tensor:
+def off_policy_mask(out: Out, batch: Packed, threshold: float, tokens: Tokens) -> Tensor:
     """[t] 0 on answers of negative advantage that the policy has left behind: the mean of
     log(pi_sampler / pi) over their tokens is above the threshold (DeepSeek-V3.2, arXiv 2512.02556,
     eq. 9), else 1.
     """
-    size = lengths(batch, own.mask)
-    gap = (batch.per_token["rollout_logp"] - out.logp.detach()) * own.mask
+    size = lengths(batch, tokens.mask)
+    gap = (batch.per_token["rollout_logp"] - out.logp.detach()) * tokens.mask
     far = segment_sum(gap, batch.cu_seqlens) / size > threshold
-    worse = segment_sum(own.advantage, batch.cu_seqlens) < 0
-    return spread(batch, (~(far & worse)).to(own.mask.dtype))
+    worse = segment_sum(tokens.advantage, batch.cu_seqlens) < 0
+    return spread(batch, (~(far & worse)).to(tokens.mask.dtype))
 
 
 def learned(batch: Packed, mask: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def learned(batch: Packed, mask: Tensor) -> Tensor:
 
 
 def entropy_bonus(
-    out: Out, batch: Packed, cfg: OnlineMethod, own: Tokens, share: Tensor | float = 1.0
+    out: Out, batch: Packed, cfg: OnlineMethod, tokens: Tokens, share: Tensor | float = 1.0
 ) -> Terms:
     """The term "entropy", where there is a bonus: minus the sum over tokens; its mean is taken off
     the loss, however a method averages (TRL 1.16).
@@ -240,7 +240,7 @@ def entropy_bonus(
     if not cfg.entropy_coef:
         return {}
     assert out.entropy is not None
-    total = (out.entropy * learned(batch, own.mask) * share).sum()
+    total = (out.entropy * learned(batch, tokens.mask) * share).sum()
     return {"entropy": -cfg.entropy_coef * total}
 
 
@@ -249,26 +249,32 @@ def count_entropy(batch: Packed, cfg: OnlineMethod) -> Terms:
     return {"entropy": learned(batch, answer_mask(batch)).sum()} if cfg.entropy_coef else {}
 
 
-def online_metrics(out: Out, batch: Packed, cfg: OnlineMethod, own: Tokens) -> Metrics:
+def online_metrics(out: Out, batch: Packed, cfg: OnlineMethod, tokens: Tokens) -> Metrics:
     """What there is to see in every method, as sums over answers' tokens."""
-    gap = (batch.per_token["rollout_logp"] - batch.per_token["old_logp"]) * own.mask
-    num = own.num
-    weight = own.weight.detach()
+    gap = (batch.per_token["rollout_logp"] - batch.per_token["old_logp"]) * tokens.mask
+    num = tokens.num
+    weight = tokens.weight.detach()
     drift = torch.expm1(-gap) + gap
     metrics: Metrics = {
-        "mismatch/kl": ((drift * own.mask).sum(), num),  # KL(sampler || trainer)
+        "mismatch/kl": ((drift * tokens.mask).sum(), num),  # KL(sampler || trainer)
         "mismatch/abs": (gap.abs().sum(), num),
         "mismatch/weight": (weight.sum(), num),
-        "ratio": ((own.ratio.detach() * own.mask).sum(), num),
+        "ratio": ((tokens.ratio.detach() * tokens.mask).sum(), num),
     }
     if cfg.bounds is not None:
         low, high = cfg.bounds
-        metrics["clip/low"] = (((own.ratio < low) & (own.advantage < 0)) * own.mask).sum(), num
-        metrics["clip/high"] = (((own.ratio > high) & (own.advantage > 0)) * own.mask).sum(), num
+        metrics["clip/low"] = (
+            (((tokens.ratio < low) & (tokens.advantage < 0)) * tokens.mask).sum(),
+            num,
+        )
+        metrics["clip/high"] = (
+            (((tokens.ratio > high) & (tokens.advantage > 0)) * tokens.mask).sum(),
+            num,
+        )
     if out.entropy is not None:
-        metrics["entropy"] = ((out.entropy.detach() * own.mask).sum(), num)
+        metrics["entropy"] = ((out.entropy.detach() * tokens.mask).sum(), num)
     reference = batch.per_token.get("ref_logp")
     if reference is not None:
-        total = (divergence(out.logp.detach(), reference, "k3") * own.mask).sum()
+        total = (divergence(out.logp.detach(), reference, "k3") * tokens.mask).sum()
         metrics["kl"] = total, (batch.extras["role"] == ANSWER).sum().float()
     return metrics

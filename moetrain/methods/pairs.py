@@ -119,7 +119,7 @@ def answer_metrics(out: Out, batch: Packed, chosen: Answers, rejected: Answers) 
     return metrics
 
 
-def distance(own: Answers) -> Tensor:
+def distance(answers: Answers) -> Tensor:
     """[m] nats: length / 2 times the square of the mean log-ratio of an answer's tokens.
 
     The answers of preference data are neither policy's own, so the mean log-ratio is no KL: it is
@@ -127,4 +127,4 @@ def distance(own: Answers) -> Tensor:
     token's log-ratio (k2 of methods/online.py) is the KL to second order, whichever of the two
     policies said the token; an answer's mean stands for its tokens, which makes it a lower bound.
     """
-    return 0.5 * own.ratio.square() / own.lengths
+    return 0.5 * answers.ratio.square() / answers.lengths

@@ -170,12 +170,12 @@ def adapter_table(model: Model, spec: AdapterSpec, *, loaded: bool = False) -> A
         if not any(matrix.name in chosen for matrix in matrices):
             continue
         for tensors, sharding in _shardings(rule, spec).items():
-            own = _places(matrices, tensors, spec.rank, chosen)
+            placed = _places(matrices, tensors, spec.rank, chosen)
             name = adapter_name(rule.name, tensors)
             saved = f"{rule.module}.{tensors}"
-            rules[name] = Rule(name, tuple(own), sharding, rule.layer, rule.expert, saved=saved)
+            rules[name] = Rule(name, tuple(placed), sharding, rule.layer, rule.expert, saved=saved)
             base[name] = rule
-            places |= own
+            places |= placed
     return AdapterTable(model, spec, rules, base, places, chosen)
 
 

@@ -82,8 +82,9 @@ def drawn_of(pack: Packed, places: Tensor) -> Drawn | None:
     ids = pack.per_token.get("kept")
     if ids is not None:
         ids = ids[places]
-    own = pack.extras.get("repetition_penalty")
-    if own is None or bool(((own == 1) | (own == 0)).all()):  # 0: nothing of it was drawn
+    factors = pack.extras.get("repetition_penalty")
+    # 0: nothing of it was drawn
+    if factors is None or bool(((factors == 1) | (factors == 0)).all()):
         return Drawn(ids) if ids is not None and bool(ids.any()) else None
     sequence = pack.sequence_ids[places]
     bounds = pack.cu_seqlens.long()
@@ -92,6 +93,6 @@ def drawn_of(pack: Packed, places: Tensor) -> Drawn | None:
         (before < 0)[:, None], 0
     )
     mine = torch.stack([bounds[sequence], places + 1], 1)
-    penalty = own[sequence]
+    penalty = factors[sequence]
     penalty = torch.where(penalty == 0, 1.0, penalty)
     return Drawn(ids, penalty, pack.tokens, torch.stack([shared, mine], 1))

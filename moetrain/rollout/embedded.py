@@ -88,8 +88,8 @@ class Embedded:
         ways: dict[Sampling, list[Request]] = {}
         for request in requests:
             ways.setdefault(request.sampling, []).append(request)
-        for own in ways.values():
-            yield from batched(sorted(own, key=lambda r: len(r.given)), BATCH)
+        for alike in ways.values():
+            yield from batched(sorted(alike, key=lambda r: len(r.given)), BATCH)
 
     def _draw(self, requests: Sequence[Request]) -> list[Sample]:
         drawing = _Drawing(self.model, self.tokenizer, requests)
@@ -103,7 +103,7 @@ class Embedded:
         on_sample: Callable[[Sample], None],
         enough: Callable[[], bool],
     ) -> None:
-        drawings = [_Drawing(self.model, self.tokenizer, own) for own in self._alike(requests)]
+        drawings = [_Drawing(self.model, self.tokenizer, alike) for alike in self._alike(requests)]
         while any(drawing.open_rows for drawing in drawings) and not enough():
             for drawing in drawings:
                 for row in drawing.step() if drawing.open_rows else ():

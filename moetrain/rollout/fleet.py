@@ -123,7 +123,7 @@ class Fleet:
         self,
         deal: Deal,
         threads: Sequence[threading.Thread],
-        found: "queue.SimpleQueue[Sample | BaseException | None]",
+        results: "queue.SimpleQueue[Sample | BaseException | None]",
     ) -> list[Sample]:
         """What is being drawn, as far as it is. Of a server that is lost now nothing comes; the
         next push finds it.
@@ -140,15 +140,15 @@ class Fleet:
         for thread in threads:
             thread.join()
         late: list[Sample] = []
-        while not found.empty():
-            one = found.get()
+        while not results.empty():
+            one = results.get()
             if isinstance(one, BaseException):
                 raise one
             if one is not None:
                 late.append(one)
         return late
 
-    def _work(self, server: Server, deal: Deal, found: "queue.SimpleQueue[Any]") -> None:
+    def _work(self, server: Server, deal: Deal, results: "queue.SimpleQueue[Any]") -> None:
         """A server's thread. What it raises is raised by `generate`."""
         losses = 0
         room: int | None = None
@@ -157,7 +157,7 @@ class Fleet:
                 room = None
                 start = self._starts[id(server)]
                 try:
-                    self._draw(server, deal, numbers, found)
+                    self._draw(server, deal, numbers, results)
                 except QueueFull as full:
                     self._count("queue_full")
                     room = full.room or None
@@ -175,10 +175,10 @@ class Fleet:
                     self._recover(server, lost, start)
         except BaseException as error:
             if not self._closed:
-                found.put(error)
+                results.put(error)
 
     def _draw(
-        self, server: Server, deal: Deal, numbers: Sequence[int], found: "queue.SimpleQueue[Any]"
+        self, server: Server, deal: Deal, numbers: Sequence[int], results: "queue.SimpleQueue[Any]"
     ) -> None:
         """Draw `numbers`; what has not come when the server fails or is full is given back."""
         body = {
@@ -201,7 +201,7 @@ class Fleet:
                     raise ServerLost("dead", text) from error
                 waiting.discard(number)
                 if deal.finish(number) and sample is not None:
-                    found.put(sample)
+                    results.put(sample)
             if waiting:
                 raise ServerLost("dead", f"{server.client.address} left {len(waiting)} answers out")
         except (QueueFull, ServerLost):

@@ -45,10 +45,10 @@ def open_fleet(recipe: Recipe, hf: dict[str, Any], tokenizer: Path) -> Fleet:
     else:
         launch = launch_of(recipe, hf, folder, token_of(rollout.token_file, make=True), way, {})
         for number in range(rollout.num_servers):
-            own = replace(
+            server_launch = replace(
                 launch, folder=folder / str(number), env=env_of(rollout, way, number, behind=ranks)
             )
-            servers.append(Started(own, rollout.timeout, rollout.start_timeout))
+            servers.append(Started(server_launch, rollout.timeout, rollout.start_timeout))
     transfers: dict[str, Transfer | None] = {
         "file": None,
         "nccl": Nccl(rollout.tensor_parallel, rollout.start_timeout),

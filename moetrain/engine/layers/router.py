@@ -122,8 +122,8 @@ class Replay:
     ) -> tuple[Tensor, Tensor]:
         """scores [c, E] -> (their values there [c, k], the choices [c, k])."""
         assert default_compute_topk is not None
-        _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        chosen = torch.where(self.chosen == 0, own, self.chosen - 1)
+        _, top = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        chosen = torch.where(self.chosen == 0, top, self.chosen - 1)
         return scores.gather(1, chosen), chosen
 
 

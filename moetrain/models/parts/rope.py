@@ -79,7 +79,7 @@ def read_rope(hf: HfConfig, head_dim: int, default_theta: float, max_positions: 
     refuse_but(hf, "partial_rotary_factor", 1.0, None)
     given = [key for key in ("rope_scaling", "rope_parameters") if hf.get(key)]
     places = {key: _mapping(hf, key) for key in given}
-    thetas = {f"{key}.rope_theta": own.get("rope_theta") for key, own in places.items()}
+    thetas = {f"{key}.rope_theta": place.get("rope_theta") for key, place in places.items()}
     thetas = {"rope_theta": hf.get("rope_theta"), **thetas}
     stated = {key: value for key, value in thetas.items() if value is not None}
     if _disagree(stated):
@@ -90,9 +90,9 @@ def read_rope(hf: HfConfig, head_dim: int, default_theta: float, max_positions: 
             f"model config: rope_scaling hides {_both(stated)}, so that transformers reads"
             f" {default_theta:g}. Put all of it in rope_parameters and remove rope_scaling."
         )
-    own = {"rope_theta": next(iter(stated.values()), None)}
-    theta = read_float(own, "rope_theta", default_theta)
-    scalings = {key: _scaling(hf, own, max_positions) for key, own in places.items()}
+    agreed = {"rope_theta": next(iter(stated.values()), None)}
+    theta = read_float(agreed, "rope_theta", default_theta)
+    scalings = {key: _scaling(hf, place, max_positions) for key, place in places.items()}
     if _disagree(scalings):
         raise ConfigError(
             f"model config: {_both(places)} differ. Remove rope_scaling, or rope_parameters."

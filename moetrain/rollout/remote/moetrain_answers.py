@@ -71,10 +71,10 @@ def keep_what_could_be_drawn() -> None:
 
     original = LogprobsProcessor._update_sample_logprobs
 
-    def update(self: Any, found: Any) -> None:
-        rows = [row > -math.inf for row in found.logprobs]
-        ids = [row_ids[keep] for row_ids, keep in zip(found.logprob_token_ids, rows, strict=True)]
-        logps = [row_ids[keep] for row_ids, keep in zip(found.logprobs, rows, strict=True)]
-        original(self, found._replace(logprob_token_ids=ids, logprobs=logps))
+    def update(self: Any, lists: Any) -> None:
+        rows = [row > -math.inf for row in lists.logprobs]
+        ids = [row_ids[keep] for row_ids, keep in zip(lists.logprob_token_ids, rows, strict=True)]
+        logps = [row_ids[keep] for row_ids, keep in zip(lists.logprobs, rows, strict=True)]
+        original(self, lists._replace(logprob_token_ids=ids, logprobs=logps))
 
     LogprobsProcessor._update_sample_logprobs = update

@@ -155,8 +155,8 @@ class Service:
     async def _routes_of(self, out: Any, name: str) -> dict[str, Any]:
         length = len(out.prompt_token_ids) + len(out.outputs[0].token_ids) - 1
         if self.on_cpu:
-            found = await self.engine.collective_rpc("take_routes", args=(name, length))
-            return next(routes for routes in found if routes is not None)
+            answers = await self.engine.collective_rpc("take_routes", args=(name, length))
+            return next(routes for routes in answers if routes is not None)
         return packed(out.outputs[0].routed_experts[:length, self.layers])
 
     async def _last(self, tokens: list[int], params: Any, name: str) -> Any:
@@ -320,7 +320,9 @@ def application(service: Service, token: str) -> Guard:
         "/wake": service.wake,
     }
     routes = [Route("/health", partial(call, service.health), methods=["GET"])]
-    routes += [Route(path, partial(call, own), methods=["POST"]) for path, own in posts.items()]
+    routes += [
+        Route(path, partial(call, handler), methods=["POST"]) for path, handler in posts.items()
+    ]
     return Guard(Starlette(routes=routes), token)
 
 

@@ -42,13 +42,13 @@ class Worker:
             self.finish_push()
         return {"load": time.perf_counter() - started}
 
-    def check_schema(self, found: dict[str, list[int]]) -> None:
+    def check_schema(self, schema: dict[str, list[int]]) -> None:
         """Refuse tensors that are not those that were served first: vLLM fills what
         is missing from a layer with whatever is in memory.
         """
         if self._schema is None:  # a server that began without weights believes the first push
-            self._schema = Folders([self.model_config.model]).schema() or found
-        wrong = [n for n in self._schema | found if self._schema.get(n) != found.get(n)]
+            self._schema = Folders([self.model_config.model]).schema() or schema
+        wrong = [n for n in self._schema | schema if self._schema.get(n) != schema.get(n)]
         if wrong:
             raise ValueError(f"missing, unknown or of another shape: {sorted(wrong)[:4]}")
 
