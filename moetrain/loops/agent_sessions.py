@@ -142,31 +142,31 @@ class Session:
         """By tokens, behind the last turn."""
         replies = list(asked.messages[len(one.sent) :])
         last = one.branches[-1]
-        said = last.turns[-1]
-        tokens = last.tokens[-said.num_tokens :].tolist()
-        found = one.continuer.after(one.before, one.turn, said.text, tokens, replies)
+        sampled = last.turns[-1]
+        tokens = last.tokens[-sampled.num_tokens :].tolist()
+        continued = one.continuer.after(one.before, one.turn, sampled.text, tokens, replies)
         context: NDArray[np.int32] | None = None
         branches = one.branches
-        if found.whole is not None:
-            context = np.array(found.whole, np.int32)
-            seen = list(found.whole)
+        if continued.whole is not None:
+            context = np.array(continued.whole, np.int32)
+            seen = list(continued.whole)
         else:
-            assert found.tokens is not None, "what is not rewritten goes on"
-            text = str(self.limits.chat.tokenizer.decode(list(found.tokens)))
-            last = last.with_reply(found.tokens, text)
-            own = self._prompt.tokens if last.context is None else last.context.tolist()
-            seen, branches = [*own, *last.tokens.tolist()], [*branches[:-1], last]
+            assert continued.tokens is not None, "what is not rewritten goes on"
+            text = str(self.limits.chat.tokenizer.decode(list(continued.tokens)))
+            last = last.with_reply(continued.tokens, text)
+            begin = self._prompt.tokens if last.context is None else last.context.tolist()
+            seen, branches = [*begin, *last.tokens.tolist()], [*branches[:-1], last]
         return Turn(
             self._request(seen, asked),
             one,
             list(asked.messages),
-            [*one.before, *found.messages],
+            [*one.before, *continued.messages],
             branches,
             context,
-            found.whole is not None,
-            found.opened,
+            continued.whole is not None,
+            continued.opened,
             replies,
-            found.num_refused,
+            continued.num_refused,
         )
 
     def _begun(self, asked: Asked) -> Turn:
@@ -228,20 +228,20 @@ class Session:
         """Take what was drawn for a request; the turn as it is read."""
         one = turn.conversation
         num_calls = sum(len(message.get("tool_calls") or ()) for message in turn.before)
-        said = one.reader.read(sample.text, turn.opened, num_calls)
+        turn_read = one.reader.read(sample.text, turn.opened, num_calls)
         if turn.begins:
             one.branches = [*turn.branches, Branch.of(sample, turn.context)]
         else:
             one.branches = [*turn.branches[:-1], turn.branches[-1].with_turn(sample)]
-        one.before, one.turn, one.is_busy = turn.before, said, False
-        one.sent = [*turn.sent, as_sent(said)]
-        one.log += [*turn.new, said]
+        one.before, one.turn, one.is_busy = turn.before, turn_read, False
+        one.sent = [*turn.sent, as_sent(turn_read)]
+        one.log += [*turn.new, turn_read]
         # The one that spoke last is the last.
-        self._conversations = [*(own for own in self._conversations if own is not one), one]
-        malformed = len(said.get("malformed") or ())
-        self.counts["tools/calls"] += len(said.get("tool_calls") or ()) + malformed
+        self._conversations = [*(other for other in self._conversations if other is not one), one]
+        malformed = len(turn_read.get("malformed") or ())
+        self.counts["tools/calls"] += len(turn_read.get("tool_calls") or ()) + malformed
         self.counts["tools/errors"] += malformed + turn.num_refused
-        return said
+        return turn_read
 
     # Its end
 
@@ -263,5 +263,5 @@ class Session:
             counts[REWARD] = reward
         name = self.name if self.prompt is None else self.prompt.id
         end = cast(Finish, fault or finish)
-        said = detail if fault else ""
-        return Trajectory(name, self.index, branches, end, log, counts, said)
+        reason = detail if fault else ""
+        return Trajectory(name, self.index, branches, end, log, counts, reason)

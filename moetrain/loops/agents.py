@@ -129,9 +129,9 @@ class Board:
             if one.live.is_over:
                 return
             request = one.turn.request
-            said = one.live.session.take(one.turn, sample)
+            turn = one.live.session.take(one.turn, sample)
             seen, now = len(request.prompt.tokens), int(time.time())
-            one.answer = answer_of(request.prompt.id, MODEL, now, said, sample, seen)
+            one.answer = answer_of(request.prompt.id, MODEL, now, turn, sample, seen)
             one.live.waiting.discard(one)
             if not one.live.waiting:
                 self.follow_ups.ask()

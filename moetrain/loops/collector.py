@@ -40,10 +40,10 @@ class _Work:
 
     def oldest(self) -> dict[str, int]:
         """Prompts that are held and have tokens -> the version of the oldest of them."""
-        found: dict[str, int] = {}
+        oldest: dict[str, int] = {}
         for (prompt_id, _), one in self.held.items():
-            found[prompt_id] = min(one.version, found.get(prompt_id, one.version))
-        return found
+            oldest[prompt_id] = min(one.version, oldest.get(prompt_id, one.version))
+        return oldest
 
 
 @dataclass

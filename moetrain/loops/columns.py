@@ -63,10 +63,10 @@ def read_columns(path: Path, crc: int) -> dict[str, list[NDArray[Any] | None]]:
         content = np.memmap(path, np.uint8, "r")
     except (OSError, ValueError, WeightsError) as error:
         raise DataError(str(error)) from None
-    found = 0
+    total = 0
     for start in range(0, len(content), 1 << 26):
-        found = zlib.crc32(content[start : start + (1 << 26)], found)
-    if found != crc:
+        total = zlib.crc32(content[start : start + (1 << 26)], total)
+    if total != crc:
         raise DataError(f"{path} has other bytes than were written. Remove it, or copy it again.")
     try:
         return {

@@ -39,15 +39,15 @@ class Demonstrations:
 
 def open_demonstrations(recipe: Recipe, world: World) -> Demonstrations:
     """The recipe's data.demonstrations. Collective. Raises DataError."""
-    own = demonstration_recipe(recipe)
-    if own is None:
+    demonstrated = demonstration_recipe(recipe)
+    if demonstrated is None:
         return Demonstrations(None)
-    if own.train.global_batch % world.dp_size:
+    if demonstrated.train.global_batch % world.dp_size:
         raise DataError(
-            f"method.packs={own.train.global_batch} does not divide over {world.dp_size}"
+            f"method.packs={demonstrated.train.global_batch} does not divide over {world.dp_size}"
             f" data-parallel ranks: use a multiple of {world.dp_size}."
         )
-    return Demonstrations(RunData(own).loader(world.dp_rank, world.dp_size))
+    return Demonstrations(RunData(demonstrated).loader(world.dp_rank, world.dp_size))
 
 
 def with_fields_of(pack: Packed, like: Packed, share: float) -> Packed:

@@ -202,18 +202,18 @@ class Turns:
         if sample.finish == "open":
             return replace(one, branches=branches, finish="open")
         num_calls = sum(len(message.get("tool_calls") or ()) for message in one.messages)
-        said = self.dialogues.reader.read(
+        turn_read = self.dialogues.reader.read(
             sample.text, prompt.opened if before is None else before.opened, num_calls
         )
-        return replace(one, branches=branches, messages=(*one.messages, said), finish="open")
+        return replace(one, branches=branches, messages=(*one.messages, turn_read), finish="open")
 
     def _ask(self, one: Trajectory) -> None:
         key = one.prompt_id, one.index
         prompt = self.prompts[one.prompt_id]
         with self._lock:
             self._asked[key] = one
-        said = [*messages_of(prompt), *one.messages]
-        self.dialogues.service.ask((key, len(one.written)), prompt.columns, said)
+        messages = [*messages_of(prompt), *one.messages]
+        self.dialogues.service.ask((key, len(one.written)), prompt.columns, messages)
 
     def _listen(self) -> None:
         """The thread of replies."""
@@ -254,23 +254,23 @@ class Turns:
         FormatError.
         """
         prompt, branches = self.prompts[one.prompt_id], one.branches
-        found = self.dialogues.after(prompt, one, reply)
+        continued = self.dialogues.after(prompt, one, reply)
         context: NDArray[np.int32] | None = None
-        if found.whole is not None:
-            context = np.array(found.whole, np.int32)
+        if continued.whole is not None:
+            context = np.array(continued.whole, np.int32)
         else:
-            assert found.tokens is not None, "what is not rewritten goes on"
-            text = self.dialogues.chat.tokenizer.decode(list(found.tokens))
-            branches = (*branches[:-1], branches[-1].with_reply(found.tokens, str(text)))
+            assert continued.tokens is not None, "what is not rewritten goes on"
+            text = self.dialogues.chat.tokenizer.decode(list(continued.tokens))
+            branches = (*branches[:-1], branches[-1].with_reply(continued.tokens, str(text)))
         counts = Counter(one.counts or {})
-        counts["tools/errors"] += found.num_refused
+        counts["tools/errors"] += continued.num_refused
         going_on = replace(
             one,
             branches=branches,
-            messages=(*one.messages[:-1], *found.messages),
+            messages=(*one.messages[:-1], *continued.messages),
             counts=dict(+counts),
         )
-        waiting = _Waiting(going_on, context, found.opened)
+        waiting = _Waiting(going_on, context, continued.opened)
         seen = waiting.seen(prompt)
         if len(seen) >= self.dialogues.max_length:
             return None

@@ -293,9 +293,9 @@ def summary(given: Outline, version: int, *, graded: bool = True) -> dict[str, A
 
 def _share_older(batch: Batch, version: int) -> float:
     """Of the model's tokens those that older weights drew."""
-    branches = [own for answer in batch.answers for own in answer.trajectory.branches]
-    older = sum(int((own.by_token[own.written] < version).sum()) for own in branches)
-    return older / sum(int(own.written.sum()) for own in branches)
+    branches = [branch for answer in batch.answers for branch in answer.trajectory.branches]
+    older = sum(int((branch.by_token[branch.written] < version).sum()) for branch in branches)
+    return older / sum(int(branch.written.sum()) for branch in branches)
 
 
 def readable(given: Outline) -> Iterator[Answer]:

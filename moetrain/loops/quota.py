@@ -34,8 +34,8 @@ class Quota:
         return len(self._whole) >= self.num and all(one in self._whole for one in self.due)
 
     def _is_whole(self, prompt: Prompt) -> bool:
-        own = (self.done.get((prompt.id, index)) for index in range(self.group_size))
-        return all(one is not None and not one.is_open for one in own)
+        group = (self.done.get((prompt.id, index)) for index in range(self.group_size))
+        return all(one is not None and not one.is_open for one in group)
 
     def taken(self) -> list[Prompt]:
         """The prompts of the step, in their order: those that are due, then those that were whole

@@ -40,11 +40,13 @@ def check_known(batch: Batch, store: Store, model: Model) -> None:
     ids = [*texts, *(part.tokens for part in parts), *(part.context for part in parts)]
     ids += [part.kept.ids for part in parts if part.kept is not None]
     ids += [part.word.ids for part in parts if part.word is not None]
-    for what, num, found in (
+    for what, num, arrays in (
         ("token", model.heads.vocab, ids),
         ("expert", model.num_experts, [part.routes for part in parts]),
     ):
-        most = max((int(np.max(own, initial=-1)) for own in found if own is not None), default=-1)
+        most = max(
+            (int(np.max(array, initial=-1)) for array in arrays if array is not None), default=-1
+        )
         if most >= num:
             raise DataError(
                 f"rollout.replay={store.folder} has {what} {most}, and the model {num} {what}s:"

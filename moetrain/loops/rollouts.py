@@ -115,8 +115,8 @@ def _left(
     """
     keys = [(one.prompt.id, one.index) for one in batch]
     if len(batch) == 1:
-        found = done.get(keys[0])
-        return [(batch[0], found)] if found is None or found.is_open else []
+        trajectory = done.get(keys[0])
+        return [(batch[0], trajectory)] if trajectory is None or trajectory.is_open else []
     open_keys = [key for key in keys if key not in held or held[key].is_open]
     if all(key in done and not done[key].is_open for key in open_keys):
         return []
@@ -129,7 +129,7 @@ def _left(
 
 
 def journal(
-    file: TextIO, known: Collection[tuple[str, int]], told: Callable[[], None] = lambda: None
+    file: TextIO, known: Collection[tuple[str, int]], on_new: Callable[[], None] = lambda: None
 ) -> Callable[[Trajectory], None]:
     """Writes each trajectory that a draw keeps at the end of `file`; of those that have ended and
     were not `known`, `told` hears.
@@ -139,22 +139,22 @@ def journal(
         file.write(json.dumps(to_json(one), ensure_ascii=False) + "\n")
         file.flush()
         if not one.is_open and (one.prompt_id, one.index) not in known:
-            told()
+            on_new()
 
     return keep
 
 
-def with_reward(made: Sequence[Trajectory], found: Sequence[Verdict]) -> list[GradedAnswer]:
+def with_reward(made: Sequence[Trajectory], verdicts: Sequence[Verdict]) -> list[GradedAnswer]:
     """The answers that the rewards have graded."""
-    graded = map(graded_by, made, found)
+    graded = map(graded_by, made, verdicts)
     return [one for one in graded if one is not None]
 
 
-def graded_by(one: Trajectory, found: Verdict) -> GradedAnswer | None:
+def graded_by(one: Trajectory, verdict: Verdict) -> GradedAnswer | None:
     """An answer with its reward; None where the rewards have none to give."""
-    if found.reward is None:
+    if verdict.reward is None:
         return None
-    return GradedAnswer(one, found.reward, found.parts, found.extra)
+    return GradedAnswer(one, verdict.reward, verdict.parts, verdict.extra)
 
 
 def verdicts(
@@ -214,8 +214,8 @@ def turn_figures(made: Sequence[Trajectory]) -> dict[str, float]:
         return {}
     counts = Counter[str]()
     for one in made:
-        own = {name: int(n) for name, n in (one.counts or {}).items() if name != REWARD}
-        counts.update(own)
+        counted = {name: int(n) for name, n in (one.counts or {}).items() if name != REWARD}
+        counts.update(counted)
     agents = {name: float(n) for name, n in counts.items() if name.startswith("agents/")}
     return agents | {
         "turns/mean": fmean(len(one.written) for one in made),

@@ -111,8 +111,8 @@ class Store:
             )
         columns = read_columns(path.with_suffix(".safetensors"), crc) if schema > 1 else None
         branches = None if columns is None else _branches(columns)
-        found = read_as(path, lambda row: _group(row, branches) if "prompt" in row else None)
-        groups = [one for number, one in enumerate(found) if number]
+        rows = read_as(path, lambda row: _group(row, branches) if "prompt" in row else None)
+        groups = [one for number, one in enumerate(rows) if number]
         try:
             if None in groups or not groups:
                 raise TypeError("a line has no prompt, or there is none but the first")
@@ -144,9 +144,9 @@ class Store:
         """How far the steps before brought what goes on in `step`."""
         return {(one.prompt_id, one.index): one for one in read_as(self._held(step), from_json)}
 
-    def hold(self, step: int, found: Iterable[Trajectory]) -> None:
+    def hold(self, step: int, trajectories: Iterable[Trajectory]) -> None:
         """Keep what goes on in `step`; nothing where that is nothing."""
-        rows = [to_json(one) for one in found]
+        rows = [to_json(one) for one in trajectories]
         if rows:
             write_lines(self._held(step), rows)
         else:
@@ -156,8 +156,8 @@ class Store:
         """The trajectories of a batch that a kill interrupted, by prompt and index; one that went
         on for several turns as far as it came.
         """
-        found = read_as(self._partial(step), from_json)
-        return {(one.prompt_id, one.index): one for one in found}
+        trajectories = read_as(self._partial(step), from_json)
+        return {(one.prompt_id, one.index): one for one in trajectories}
 
     def open(self, step: int, done: Iterable[Trajectory]) -> TextIO:
         """The file to append a batch's trajectories to, with those that are there already."""
@@ -254,8 +254,8 @@ def _group(row: dict[str, Any], branches: Iterator[Branch] | None) -> Group:
         if branches is None:
             return from_json(answer)
         num = len(answer.get("branches", [0]))
-        own = [one for _, one in zip(range(num), branches, strict=False)]
-        return assembled(answer, own)
+        parts = [one for _, one in zip(range(num), branches, strict=False)]
+        return assembled(answer, parts)
 
     def graded(answer: dict[str, Any]) -> GradedAnswer:
         parts, extra = answer["parts"], answer.get("extra", {})
@@ -276,11 +276,11 @@ def _group(row: dict[str, Any], branches: Iterator[Branch] | None) -> Group:
 
 def _check_head(batch: Batch) -> None:
     """Raises TypeError or ValueError."""
-    own = vars(batch)
-    check_types(own, cursor=int, fault=str, temperature=(int, float, type(None)))
+    fields = vars(batch)
+    check_types(fields, cursor=int, fault=str, temperature=(int, float, type(None)))
     for name in ("seconds", "counts", "metrics", "sampling"):
-        check_types(own, **{name: dict})
-        check_types(own[name], **dict.fromkeys(own[name], NUMBER))
+        check_types(fields, **{name: dict})
+        check_types(fields[name], **dict.fromkeys(fields[name], NUMBER))
     if batch.cursor < 0:
         raise ValueError(f"cursor={batch.cursor}")
     if not all(type(place) is int and 0 <= place < batch.cursor for place in batch.held):

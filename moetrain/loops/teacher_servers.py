@@ -195,14 +195,14 @@ def word_of(answer: Any, tokens: Sequence[int], start: int, k: int, where: str) 
         places = answer["choices"][0]["prompt_logprobs"][start:]
         if len(places) != len(tokens):
             raise ValueError(f"{len(places)} places for {len(tokens)} tokens")
-        own = [place[str(token)]["logprob"] for place, token in zip(places, tokens, strict=True)]
+        logps = [place[str(token)]["logprob"] for place, token in zip(places, tokens, strict=True)]
         best = [_best(place, k) for place in places]
         top = [
             [place[token]["logprob"] for token in ids]
             for place, ids in zip(places, best, strict=True)
         ]
         return Word(
-            np.array(own, np.float32),
+            np.array(logps, np.float32),
             np.array(best, np.int32).reshape(len(tokens), k),
             np.array(top, np.float32).reshape(len(tokens), k),
         )
@@ -238,14 +238,14 @@ def _branch(branch: Branch, word: Word) -> Branch:
 def _named(listed: Any, wanted: str | None, where: str) -> tuple[str, int | None]:
     """(name, longest prompt) of the model that is asked. Raises DataError, RemoteError."""
     try:
-        found = {str(one["id"]): one.get("max_model_len") for one in listed["data"]}
+        served = {str(one["id"]): one.get("max_model_len") for one in listed["data"]}
     except (KeyError, TypeError, AttributeError):
         raise RemoteError("error", f"{where}: {str(listed)[:100]} is no list of models") from None
-    name = wanted or next(iter(found), None)
-    if name not in found:
+    name = wanted or next(iter(served), None)
+    if name not in served:
         raise DataError(
-            f"teacher.model={name}: {where} serves {', '.join(found) or 'nothing'}. Give one of"
+            f"teacher.model={name}: {where} serves {', '.join(served) or 'nothing'}. Give one of"
             " them"
         )
-    longest = found[name]
+    longest = served[name]
     return name, longest if isinstance(longest, int) else None

@@ -138,17 +138,17 @@ def _both(
         "k": recipe.method.teacher_tokens,
         "tokenizer": tokenizer_digest(recipe),
     }
-    found: list[Path | None] = []
+    folders: list[Path | None] = []
     for held_out in (False, True):
         packed = data.packed(held_out=held_out)
         if packed is None:
-            found.append(None)
+            folders.append(None)
             continue
-        own = whole | {"data": packed.sequences_fingerprint}
-        folder = cache_root(recipe.data.cache) / "words" / key_of(own)
+        identity = whole | {"data": packed.sequences_fingerprint}
+        folder = cache_root(recipe.data.cache) / "words" / key_of(identity)
         if not world.all(folder.is_dir()):
             started = time.perf_counter()
-            build(packed, folder, own)
+            build(packed, folder, identity)
             seconds = time.perf_counter() - started
             report(f"a teacher's words on {packed.num_items} records in {seconds:.0f} s: {folder}")
         if not world.all(folder.is_dir()):
@@ -156,8 +156,8 @@ def _both(
                 f"{folder} is not on every node: a teacher's words are written once. Point"
                 " data.cache or $MOETRAIN_CACHE at a folder that all nodes share"
             )
-        found.append(folder)
-    return References(*found)
+        folders.append(folder)
+    return References(*folders)
 
 
 def _by_engine(
@@ -208,8 +208,8 @@ def _by_servers(
 def _asked(servers: TeacherServers, packed: PackedSet, items: tuple[int, ...]) -> Iterator[Word]:
     """What servers say at the learned places of these sequences."""
     whole = [packed.sequence(item).tolist() for item in items]
-    said = servers.words([(tokens[:1], tokens[1:]) for tokens in whole])
-    for item, word in zip(items, said, strict=True):
+    words_of_rows = servers.words([(tokens[:1], tokens[1:]) for tokens in whole])
+    for item, word in zip(items, words_of_rows, strict=True):
         places = packed.learned(item) - 1
         yield Word(word.logp[places], word.ids[places], word.top[places])
 
