@@ -5,6 +5,7 @@ scalar comes back for each.
 import asyncio
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from moetrain.rewards.conversations import tokens_of
 from moetrain.rewards.remote import Remote, RemoteError
 
 RETRIES = 5
+DOWN_SECONDS = 60.0  # after it has failed, a server is asked last
 NOTE = "reward_model_unanswered"
 # Texts that tokenizers which are not the same cut differently, or end otherwise.
 PROBES = ("Hello, world", "x = 12345", "  naïve\n\n\tKöln", "東京で会いましょう")
@@ -41,6 +43,7 @@ class RewardServers:
         self._remotes = remotes_of(self.options)
         self._loop = asyncio.Runner()
         self._free = [asyncio.Semaphore(self.options.concurrency) for _ in self._remotes]
+        self._failed = [-math.inf for _ in self._remotes]  # when, last
         self._all = asyncio.Semaphore(self.options.concurrency * len(self._remotes))
         limits = httpx.Limits(max_connections=None)
         self._client = httpx.AsyncClient(timeout=None, limits=limits)
@@ -95,8 +98,9 @@ class RewardServers:
         Raises RemoteError.
         """
         trouble = RemoteError("error", "")
-        for i in range(len(self._remotes)):
-            number = (turn + i) % len(self._remotes)
+        dealt = [(turn + i) % len(self._remotes) for i in range(len(self._remotes))]
+        late = time.monotonic() - DOWN_SECONDS
+        for number in sorted(dealt, key=lambda number: self._failed[number] > late):
             try:
                 async with self._free[number]:
                     (score,) = await self._asked(
@@ -105,6 +109,7 @@ class RewardServers:
                 return score
             except RemoteError as error:
                 trouble = error
+                self._failed[number] = time.monotonic()
         raise trouble
 
     async def _asked(
