@@ -161,6 +161,41 @@ def test_grpo(capsys: pytest.CaptureFixture[str]) -> None:
     assert "answers of 1000 tokens in the mean" in out and "Colocated" in out
 
 
+# Three GPUs, four answers at once on a server: a second server halves the sampling.
+SHARED = (
+    *("examples/grpo_tiny.yaml", "--gpus", "3", "--gpu", "H100-80GB", "--json"),
+    *("rollout.engine=vllm", "rollout.engine_args={max_num_seqs: 4}", "cluster.gpus_per_node=1"),
+    *("rollout.prompts_per_step=4", "rollout.group_size=8", "rollout.max_tokens=448"),
+    "model.dtype=bf16",
+)
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_better_way_to_share_is_searched_and_taken_if_it_is_one(
+    servers: int,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From one server to two, which the second search confirms. From two a formula that promises
+    too much leads to one, and its search says no: two stay.
+    """
+    out = tmp_path / "best.yaml"
+    if servers == 2:
+        own = Search.estimate
+        monkeypatch.setattr(Search, "estimate", lambda *given: (own(*given) or 0.0) - 1e6)
+    code, said, told = plan(capsys, *SHARED, f"rollout.num_servers={servers}", "--write", str(out))
+    assert code == 0, told
+    found = json.loads(said)["rollout"]
+    assert f"rollout.num_servers={3 - servers} looks faster; a search with it" in told
+    assert (found["servers"], found["trainer_gpus"]) == (2, 1)
+    (other,) = (split for split in found["splits"] if split["servers"] == 1)
+    assert other["phases"]["sample"] > 1.5 * found["phases"]["sample"]
+    written = load_recipe(out)
+    assert written.rollout is not None and written.rollout.num_servers == 2
+    assert written.cluster.nodes == 1 and written.parallel.pp == 1
+
+
 def test_the_json_of_rollouts() -> None:
     split = Split(8, 1, Phases(30, 4, 10, 2), 46)
     faster = Split(4, 2, Phases(15, 8, 20, 2), 45)

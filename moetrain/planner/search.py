@@ -263,13 +263,13 @@ class Search:
         return Planned(recipe, peak, fullest.rank, first, held, seconds.total, fits, seconds, host)
 
 
-type Kind = tuple[int, bool, bool, bool]
+type Kind = tuple[int, bool, bool]
 
 
 def _kind(recipe: Recipe) -> Kind:
     """Layouts whose estimates are wrong in the same way."""
     p = recipe.parallel
-    return p.pp, p.ep > 1, p.tp > 1, recipe.optim.offload > 0
+    return p.pp, p.ep > 1, p.tp > 1
 
 
 @dataclass(frozen=True)
