@@ -97,12 +97,12 @@ class BlockFp8:
             rows, columns = self.base.shape(weight)
             down, right = slices
             across = slice(right.start * BLOCK, min(right.stop * BLOCK, columns))
-            found = [torch.empty(0, right.stop - right.start)]
+            scales = [torch.empty(0, right.stop - right.start)]
             for first in range(down.start, down.stop, RUN):
                 stop = min(min(first + RUN, down.stop) * BLOCK, rows)
                 met = (slice(first * BLOCK, stop), across)
-                found.append(self._blocks(weight, met)[1])
-            return torch.cat(found)
+                scales.append(self._blocks(weight, met)[1])
+            return torch.cat(scales)
         if name not in self._taken:
             return self.base.read(name, slices)
         met = tuple(

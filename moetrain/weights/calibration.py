@@ -49,7 +49,7 @@ def read_sequences(file: Path, tokenizer: Path, vocab: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     loaded = chat = None
-    for row in (row for found in find_sources([file]) for row in read_rows(found)):
+    for row in (row for source in find_sources([file]) for row in read_rows(source)):
         if len(rows) == MOST_SEQUENCES:
             break
         where = f"{row.file}:{row.line}"

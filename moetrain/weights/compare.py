@@ -74,11 +74,11 @@ def compare(
             yield Difference(name, reason)
         else:
             alike.append(name)
-    found: dict[str, list[_Part]] = {}
+    differing: dict[str, list[_Part]] = {}
     for part in _parts(first, second, alike, workers, report):
-        found.setdefault(part.name, []).append(part)
-    for name in sorted(found):
-        yield Difference(name, _reason(found[name], first.shape(name)))
+        differing.setdefault(part.name, []).append(part)
+    for name in sorted(differing):
+        yield Difference(name, _reason(differing[name], first.shape(name)))
 
 
 def _opened(path: Path, config: Path, adapter: Path | None) -> tuple[Rows, Model | None]:
@@ -164,9 +164,9 @@ def _reason(parts: list[_Part], shape: tuple[int, ...]) -> str:
     return f"{count / total:.2%} of values differ, by up to {gap:.3g}, the first at {index}"
 
 
-def _with_head(own: Rows, model: Model | None, other: Rows) -> Rows:
+def _with_head(rows: Rows, model: Model | None, other: Rows) -> Rows:
     """A tied model with its embedding as lm_head too, where the other one has an lm_head."""
-    held = own.names()
+    held = rows.names()
     if model is None or not model.heads.tied or HEAD in held or HEAD not in other.names():
-        return own
-    return Renamed(own, {**{name: name for name in held}, HEAD: EMBEDDING})
+        return rows
+    return Renamed(rows, {**{name: name for name in held}, HEAD: EMBEDDING})

@@ -90,7 +90,7 @@ def _write_megatron(
 ) -> None:
     """Write a Megatron checkpoint; with `common`, what Megatron-LM reads beside the weights."""
     rows = _wanted(source.rows, source.model, options)
-    found = {name: rows.dtype_name(name) for name in source.model.hf_names}
+    dtypes = {name: rows.dtype_name(name) for name in source.model.hf_names}
     rows = Converted(rows, mcore_files.dtype_names(rows, source.model, style))
     plan, index = mcore_files.plan(
         rows, source.model, style, [common or {}], nothing, options.shard_bytes
@@ -99,7 +99,7 @@ def _write_megatron(
 
     def finish(part: Path) -> None:
         mcore_files.write_notes(part, index, {"steps_done": 0, "format": 1, "has_optimizer": False})
-        noted = {name: TORCH_NAMES[found[name]] for name in sorted(found)}
+        noted = {name: TORCH_NAMES[dtypes[name]] for name in sorted(dtypes)}
         note = {"hf": side_files.config(source.hf), "dtypes": noted}
         (part / NOTE).write_text(json.dumps(note, indent=1))
         side_files.write(part, source.hf)

@@ -163,8 +163,10 @@ class Dequantised:
         many = iter([cut for cut, count in zip(met, counts, strict=True) if count > 1])
         stored = self.base.shape(scale)  # [r, c], or [r, 1, c, 1] as ModelOpt has it
         read = self.base.read(scale, tuple(next(many) if n > 1 else slice(0, 1) for n in stored))
-        found = read.float().reshape([cut.stop - cut.start for cut in met])
+        weight = read.float().reshape([cut.stop - cut.start for cut in met])
         if self.how.packed:
             top = self.base.shape(scale + SECOND)
-            found = found * self.base.read(scale + SECOND, tuple(slice(0, n) for n in top)).float()
-        return found
+            weight = (
+                weight * self.base.read(scale + SECOND, tuple(slice(0, n) for n in top)).float()
+            )
+        return weight

@@ -57,12 +57,12 @@ def _other_rotation(reader: Reader, name: str, rope: Rope) -> str:
     shape, num = reader.shape(name), rope.head_dim // 2
     if shape != (num,):
         return str(list(shape))
-    found = reader.read(name, (slice(0, num),)).double()
+    values = reader.read(name, (slice(0, num),)).double()
     # Linear scaling was of positions once, and is of frequencies now.
     factors = {1.0, 1.0 if rope.scaling is None else rope.scaling.factor}
     powers = torch.arange(0, rope.head_dim, 2, dtype=torch.float64) / rope.head_dim
     wanted = rope.theta**-powers
     # As far as bf16 and, for the smallest, fp16 tell numbers apart.
-    if any(torch.allclose(found * f, wanted, rtol=0.01, atol=1e-7) for f in factors):
+    if any(torch.allclose(values * f, wanted, rtol=0.01, atol=1e-7) for f in factors):
         return ""
-    return f"of rope_theta {float(found[0] / found[1]) ** num:.4g}" if num > 1 else str(found)
+    return f"of rope_theta {float(values[0] / values[1]) ** num:.4g}" if num > 1 else str(values)

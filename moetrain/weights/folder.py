@@ -123,8 +123,8 @@ def _two_sets(folder: Path, other: str, second: str) -> WeightsError:
 
 def _shards(folder: Path) -> list[str]:
     """Files that are named as shards are."""
-    found = [path.name for path in folder.glob("model-*.safetensors")]
-    return sorted(name for name in found if _SHARD.fullmatch(name))
+    names = [path.name for path in folder.glob("model-*.safetensors")]
+    return sorted(name for name in names if _SHARD.fullmatch(name))
 
 
 def _indexed(index: Path) -> Mapping[Path, list[str]]:

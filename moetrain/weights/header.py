@@ -74,23 +74,23 @@ def read_header(path: Path, manifest: Manifest | None) -> dict[str, Stored]:
         raise broken(path, "its header is nested too deeply") from None
     if not isinstance(header, dict):
         raise broken(path, "its header is no mapping")
-    found = cast(dict[str, Any], header)
-    if not _is_note(found.pop("__metadata__", {})):
+    entries = cast(dict[str, Any], header)
+    if not _is_note(entries.pop("__metadata__", {})):
         raise broken(path, "its __metadata__ is no mapping of texts")
-    _check_places(path, found, size - 8 - length)
+    _check_places(path, entries, size - 8 - length)
     return {
         name: Stored(e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
-        for name, e in found.items()
+        for name, e in entries.items()
     }
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Programs differ in which of two values of one key they take."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    merged = dict(pairs)
+    if len(merged) != len(pairs):
         raise ValueError("its header has a key twice")
-    "".join(found).encode()  # ValueError for half a character, which no terminal shows
-    return found
+    "".join(merged).encode()  # ValueError for half a character, which no terminal shows
+    return merged
 
 
 def _check_places(path: Path, header: Mapping[str, Any], size: int) -> None:

@@ -53,12 +53,12 @@ type Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
 def inspect(folder: Path, *, as_json: bool) -> int:
     """Print it; the exit code."""
-    found = summary_of(folder)
+    summary = summary_of(folder)
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(summary)))
         return 0
-    print(f"{folder}: {found.style}, {found.family or 'unknown family'}")
-    for name, value in _lines(found):
+    print(f"{folder}: {summary.style}, {summary.family or 'unknown family'}")
+    for name, value in _lines(summary):
         print(f"  {name:<13}{value}".encode(errors="backslashreplace").decode())
     return 0
 
@@ -192,31 +192,34 @@ def _model(hf: Mapping[str, object]) -> Model | None:
         return None
 
 
-def _lines(found: Summary) -> list[tuple[str, str]]:
+def _lines(summary: Summary) -> list[tuple[str, str]]:
     """(what, how much) for people."""
 
     def counts(values: Mapping[str, int]) -> str:
         return ", ".join(f"{name} {_millions(count)}" for name, count in values.items())
 
     lines = [
-        ("parameters", f"{_millions(found.parameters)} in {found.tensors} tensors"),
-        ("stored", f"{readable(found.bytes)} in {found.files} file{'s' * (found.files != 1)}"),
-        ("dtypes", counts(found.dtypes)),
-        ("parts", counts(found.parts)),
+        ("parameters", f"{_millions(summary.parameters)} in {summary.tensors} tensors"),
+        (
+            "stored",
+            f"{readable(summary.bytes)} in {summary.files} file{'s' * (summary.files != 1)}",
+        ),
+        ("dtypes", counts(summary.dtypes)),
+        ("parts", counts(summary.parts)),
     ]
-    if found.layers is not None:
-        experts = f", {found.experts} experts each" if found.experts else ""
-        lines.append(("layers", f"{found.layers}{experts}"))
-        lines.append(("embeddings", "tied" if found.tied else "not tied"))
-    if found.quantisation:
-        lines.append(("quantised", found.quantisation))
-    if found.adapter is not None:
-        lines.append(("adapter", ", ".join(f"{k} {v}" for k, v in found.adapter.items())))
-    if found.step is not None:
-        lines.append(("step", str(found.step)))
-    if found.ranks is not None:
-        optimizer = "with" if found.has_optimizer else "without"
-        lines.append(("written by", f"{found.ranks} ranks, {optimizer} the optimizer's state"))
+    if summary.layers is not None:
+        experts = f", {summary.experts} experts each" if summary.experts else ""
+        lines.append(("layers", f"{summary.layers}{experts}"))
+        lines.append(("embeddings", "tied" if summary.tied else "not tied"))
+    if summary.quantisation:
+        lines.append(("quantised", summary.quantisation))
+    if summary.adapter is not None:
+        lines.append(("adapter", ", ".join(f"{k} {v}" for k, v in summary.adapter.items())))
+    if summary.step is not None:
+        lines.append(("step", str(summary.step)))
+    if summary.ranks is not None:
+        optimizer = "with" if summary.has_optimizer else "without"
+        lines.append(("written by", f"{summary.ranks} ranks, {optimizer} the optimizer's state"))
     return lines
 
 

@@ -32,9 +32,9 @@ def dtype_names(rows: Rows, model: Model, style: Style) -> dict[str, str]:
         together.setdefault(key, set()).update(rows.dtype_name(name) for name in rule.hf)
     result: dict[str, str] = {}
     for rule in model.table.values():
-        found = together[place(rule, model, style).key]
+        dtypes = together[place(rule, model, style).key]
         for name in rule.hf:
-            result[name] = next(iter(found)) if len(found) == 1 else "F32"
+            result[name] = next(iter(dtypes)) if len(dtypes) == 1 else "F32"
     return result
 
 

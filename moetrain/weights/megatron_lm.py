@@ -120,7 +120,7 @@ def arguments(model: Model) -> dict[str, Any]:
     """
     attention, moe = model.attention, model.moe
     dense = model.dense.ffn if model.dense else moe.experts.ffn if moe else 0
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden,
         "ffn_hidden_size": dense,
@@ -154,7 +154,7 @@ def arguments(model: Model) -> dict[str, Any]:
         "pipeline_model_parallel_size": 1,
     }
     if moe is not None:
-        found |= {
+        fields |= {
             "num_experts": moe.experts.num,
             "moe_layer_freq": 1 if model.dense is None else [int(m) for m in model.moe_layers],
             "moe_ffn_hidden_size": moe.experts.ffn,
@@ -164,9 +164,9 @@ def arguments(model: Model) -> dict[str, Any]:
             "moe_grouped_gemm": True,
         }
         if moe.shared is not None:
-            found["moe_shared_expert_intermediate_size"] = moe.shared.ffn
-            found["moe_shared_expert_gate"] = moe.shared.gated
-    return found
+            fields["moe_shared_expert_intermediate_size"] = moe.shared.ffn
+            fields["moe_shared_expert_gate"] = moe.shared.gated
+    return fields
 
 
 def _whole(theta: float) -> int | float:
@@ -177,14 +177,14 @@ def flags(model: Model) -> str:
     """What of a model Megatron-LM does not take from a checkpoint (0.19) and cannot do without: it
     ignores a weight that it has no place for.
     """
-    found = ["--use-checkpoint-args", f"--norm-epsilon {model.norm_eps:g}"]
+    flags = ["--use-checkpoint-args", f"--norm-epsilon {model.norm_eps:g}"]
     if model.attention.qk_norm:
-        found.append("--qk-layernorm")
+        flags.append("--qk-layernorm")
     if model.moe is not None and model.moe.shared is not None and model.moe.shared.gated:
-        found.append("--moe-shared-expert-gate")
+        flags.append("--moe-shared-expert-gate")
     if isinstance(model.rope.scaling, Llama3):
-        found.append(f"--use-rope-scaling --rope-scaling-factor {model.rope.scaling.factor:g}")
-    return " ".join(found)
+        flags.append(f"--use-rope-scaling --rope-scaling-factor {model.rope.scaling.factor:g}")
+    return " ".join(flags)
 
 
 def extra_states(model: Model) -> Iterator[str]:

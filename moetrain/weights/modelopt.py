@@ -55,18 +55,18 @@ class Exported:
         self._where: dict[str, tuple[Path, Stored]] = {}
         size = 2 * sum(rule.num_params for rule in model.table.values() if rule.layer is not None)
         for layer in layers:
-            own = folder / str(layer.number)
-            _export(layer, to, own)
-            self._take(own, layer.number, model)
+            exported = folder / str(layer.number)
+            _export(layer, to, exported)
+            self._take(exported, layer.number, model)
             report(size * (layer.number + 1) // model.num_layers, size)
             if layer.met is not None and (layer.met == 0).any():
                 self.unmet[layer.number] = (layer.met == 0).nonzero().flatten().tolist()
 
     def _take(self, folder: Path, number: int, model: Model) -> None:
         old, new = HF_LAYER.format(l=0), HF_LAYER.format(l=number)
-        found = {name.replace(old, new, 1): (path, stored) for path in weight_files(folder)
+        places = {name.replace(old, new, 1): (path, stored) for path in weight_files(folder)
                  for name, stored in read_header(path, None).items()}  # fmt: skip
-        stems = {name.removesuffix(SCALE) for name in found if name.endswith(SCALE)}
+        stems = {name.removesuffix(SCALE) for name in places if name.endswith(SCALE)}
         wanted = {n.removesuffix(".weight") for n in quantised_names(model) if n.startswith(new)}
         if stems != wanted:
             some = sorted(stems ^ wanted)
@@ -74,12 +74,12 @@ class Exported:
                 f"ModelOpt quantised other matrices of layer {number} than were asked for:"
                 f" {', '.join(some[:3])}, {len(some)} in all. Take --to fp8-block."
             )
-        for name, where in found.items():
+        for name, where in places.items():
             if name.rpartition(".")[0] in stems and not name.endswith(".bias"):
                 self._where[name] = where
         plain = ["model.embed_tokens", *plain_modules(model)]
-        said = json.loads((folder / "config.json").read_text())[KEY]
-        self.config = said | {"ignore": plain}
+        config = json.loads((folder / "config.json").read_text())[KEY]
+        self.config = config | {"ignore": plain}
         self.note = json.loads((folder / "hf_quant_config.json").read_text())
         self.note["quantization"]["exclude_modules"] = plain
 

@@ -67,10 +67,10 @@ def open_model(path: Path, config: Path | None = None, adapter: Path | None = No
     model = read_model(hf)
     rows: Rows
     if is_megatron:
-        found = McoreRows(folder, model)
-        rows, files = _as_noted(found, folder, hf), found.sources()
+        mcore = McoreRows(folder, model)
+        rows, files = _as_noted(mcore, folder, hf), mcore.sources()
         if has_no_config(folder):
-            _say_padding(found, model)
+            _say_padding(mcore, model)
     else:
         stored = StoredFolder(folder, model)
         rows, files = _plain(stored, model), stored.sources()
@@ -131,14 +131,14 @@ def _config_of(folder: Path, config: Path | None) -> tuple[dict[str, object], bo
     return hf, is_megatron or config is not None
 
 
-def _say_padding(found: McoreRows, model: Model) -> None:
+def _say_padding(mcore: McoreRows, model: Model) -> None:
     """Which rows of a vocabulary are left out: those of tokens that were added, if the config is
     the one of the model without them.
     """
     vocab = model.heads.vocab
-    rows = found.num_embeddings
+    rows = mcore.num_embeddings
     if rows > vocab:
-        print(f"{found}: {vocab} of {rows} embeddings are taken (vocab_size), the rest is padding")
+        print(f"{mcore}: {vocab} of {rows} embeddings are taken (vocab_size), the rest is padding")
 
 
 def _as_noted(rows: McoreRows, folder: Path, hf: Mapping[str, Any]) -> Rows:

@@ -53,17 +53,17 @@ class PeftConfig:
         """
         if both:
             return "gate_up_proj" if inner else "down_proj"
-        found = [
+        matches = [
             leaf
             for leaf in ("gate_up_proj", "down_proj")
             if any(f"{block}.{leaf}".endswith(f".{name}") for name in self.parameters)
         ]
-        if len(found) != 1:
+        if len(matches) != 1:
             raise WeightsError(
                 f"{self.path}: target_parameters = {sorted(self.parameters)} does not say which "
                 f"parameter of {block} the adapter is for."
             )
-        return found[0]
+        return matches[0]
 
 
 def read_config(path: Path) -> PeftConfig:

@@ -136,13 +136,13 @@ class PeftReader:
         return ranks
 
     def _fits(self, key: str, wanted: tuple[int, ...]) -> None:
-        found = tuple(self._file.get_slice(key).get_shape())
-        if found == wanted:
+        saved = tuple(self._file.get_slice(key).get_shape())
+        if saved == wanted:
             return
-        where = [i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b]
+        where = [i for i, (a, b) in enumerate(zip(saved, wanted, strict=False)) if a != b]
         what = f"dimension {where[0]} is not" if where else "it has not the dimensions of"
         raise WeightsError(
-            f"{self.folder}: {key} is {list(found)}, this model asks for {list(wanted)}: {what} "
+            f"{self.folder}: {key} is {list(saved)}, this model asks for {list(wanted)}: {what} "
             f"this base's. Is it an adapter of another base?"
         )
 
@@ -177,20 +177,20 @@ class PeftReader:
         if not place.live:
             return idle(place, self.base, shape)
         matrix = place.matrix
-        found = self._tensor(self._stems[matrix.module] + SUFFIX[place.tensors])
+        tensor = self._tensor(self._stems[matrix.module] + SUFFIX[place.tensors])
         if place.tensors == "lora_magnitude":
-            return found
+            return tensor
         num = 1 if matrix.expert is None else self._num_experts
         expert = matrix.expert or 0
         if place.tensors == "lora_A":
-            rank = found.shape[0] // num
-            found = found[expert * rank : (expert + 1) * rank]
+            rank = tensor.shape[0] // num
+            tensor = tensor[expert * rank : (expert + 1) * rank]
         else:
-            found = found[slice(*place.rows), expert::num]
-        if tuple(found.shape) == shape:
-            return found
-        padded = found.new_zeros(shape)
-        padded[: found.shape[0], : found.shape[1]] = found
+            tensor = tensor[slice(*place.rows), expert::num]
+        if tuple(tensor.shape) == shape:
+            return tensor
+        padded = tensor.new_zeros(shape)
+        padded[: tensor.shape[0], : tensor.shape[1]] = tensor
         return padded
 
     def _tensor(self, key: str) -> Tensor:

@@ -86,7 +86,7 @@ def _check(to: str, data: Path | None) -> None:
 def _write(
     source: Opened,
     rows: Rows,
-    said: Mapping[str, Any],
+    quantisation: Mapping[str, Any],
     dst: Path,
     origin: list[str],
     options: Options,
@@ -95,7 +95,7 @@ def _write(
     """Tensors in the model's order, each with its scales. Of a model in fp32 what stays plain
     becomes bf16, which is what servers compute in.
     """
-    config = source.hf | {KEY: dict(said)}
+    config = source.hf | {KEY: dict(quantisation)}
     rest: dict[str, list[str]] = {}
     for name in sorted(set(rows.names()) - source.model.ignored_keys):
         stem = name.rpartition(".")[0]

@@ -109,9 +109,9 @@ class Converted:
         return self._wanted.get(name) or self.base.dtype_name(name)
 
     def rows(self, name: str, start: int, stop: int) -> Bytes:
-        found = self.base.rows(name, start, stop)
+        values = self.base.rows(name, start, stop)
         old, new = self.base.dtype_name(name), self.dtype_name(name)
-        return found if old == new else cast(found, old, new)
+        return values if old == new else cast(values, old, new)
 
 
 def cast(rows: Bytes, old: str, new: str) -> Bytes:

@@ -24,8 +24,8 @@ class Sent:
     def moved(self, local: Iterable[LocalParam], ranks: Ranks) -> set[str]:
         """The canonical names of what moved since the last call, on any rank. Collective."""
         before, self._digests = self._digests, {p.name: digest(p.tensor) for p in local}
-        own = [name for name, bits in self._digests.items() if before.get(name) != bits]
-        return {name for names in ranks.gather(own) for name in names}
+        changed = [name for name, bits in self._digests.items() if before.get(name) != bits]
+        return {name for names in ranks.gather(changed) for name in names}
 
 
 def digest(tensor: Tensor) -> str:

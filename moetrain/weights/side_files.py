@@ -105,10 +105,10 @@ class SideFiles:
 
 def side_files_of_adapter(base: Path, adapter: Path) -> SideFiles:
     """Of a base with an adapter put in: what lies beside the adapter was trained with it."""
-    own = bool(tokenizer_files(adapter))
-    tokenizer = adapter if own else base
+    is_own = bool(tokenizer_files(adapter))
+    tokenizer = adapter if is_own else base
     ends: dict[int, str] = {}
-    if own:
+    if is_own:
         from moetrain.data.tokenizer import load
 
         loaded = load(adapter)
@@ -117,20 +117,20 @@ def side_files_of_adapter(base: Path, adapter: Path) -> SideFiles:
             if (base / name).is_file():
                 known |= set(_ids(_json(base / name)))
         given = adapter / GENERATION
-        found = [loaded.eos_token_id, *(_ids(_json(given)) if given.is_file() else [])]
-        new = [i for i in dict.fromkeys(found) if i is not None and i not in known]
+        ids = [loaded.eos_token_id, *(_ids(_json(given)) if given.is_file() else [])]
+        new = [i for i in dict.fromkeys(ids) if i is not None and i not in known]
         ends = {i: str(loaded.convert_ids_to_tokens(i)) for i in new}
     return SideFiles(tokenizer, base, ends=ends)
 
 
 def _ids(config: Mapping[str, Any]) -> list[int]:
     """The ids that end a sequence, as config.json and generation_config.json have them."""
-    found = config.get("eos_token_id")
-    if found is None:
+    given = config.get("eos_token_id")
+    if given is None:
         return []
-    ids = list(found) if isinstance(found, list) else [found]
+    ids = list(given) if isinstance(given, list) else [given]
     if not all(type(i) is int and 0 <= i <= LARGEST_ID for i in ids):
-        raise WeightsError(f"model config: eos_token_id = {found!r} is no token id or list of them")
+        raise WeightsError(f"model config: eos_token_id = {given!r} is no token id or list of them")
     return ids
 
 

@@ -230,12 +230,15 @@ def _collected(plan: Plan, done: Mapping[int, Done]) -> Written:
             pieces[task.file] += [Piece(stop, digest) for stop, digest in done[i].pieces]
         if task.is_hashed:
             tensors.setdefault(task.tensor, []).extend(done[i].rows)
-    for name, own in pieces.items():
-        own.sort(key=lambda piece: piece.stop)
-        assert own and own[-1].stop == plan.sizes[name], f"{name} is not covered"
+    for name, entries in pieces.items():
+        entries.sort(key=lambda piece: piece.stop)
+        assert entries and entries[-1].stop == plan.sizes[name], f"{name} is not covered"
     return Written(
-        {name: Entry.of(own) for name, own in pieces.items()},
-        {name: joined(digest for _, digest in sorted(own)) for name, own in tensors.items()},
+        {name: Entry.of(entries) for name, entries in pieces.items()},
+        {
+            name: joined(digest for _, digest in sorted(entries))
+            for name, entries in tensors.items()
+        },
     )
 
 

@@ -107,13 +107,13 @@ class TorchDist:
         """Those that hold something at `lead`."""
         with self._lock:
             if key not in self._by_lead:
-                found: dict[tuple[int, ...], list[Chunk]] = {}
+                by_lead: dict[tuple[int, ...], list[Chunk]] = {}
                 for chunk in tensor.chunks:
                     sizes = chunk.sizes[: len(lead)]
                     for at in np.ndindex(*sizes):
                         where = tuple(o + i for o, i in zip(chunk.offsets, at, strict=False))
-                        found.setdefault(where, []).append(chunk)
-                self._by_lead[key] = found
+                        by_lead.setdefault(where, []).append(chunk)
+                self._by_lead[key] = by_lead
             return self._by_lead[key].get(lead, [])
 
     def _read(
@@ -141,21 +141,21 @@ class TorchDist:
             path = self.folder / chunk.file
             window = _Window(self._handle(path), chunk.start, chunk.length)
             try:
-                found = tensor_of(io.BufferedReader(window, 1 << 12))
+                header = tensor_of(io.BufferedReader(window, 1 << 12))
             except (ValueError, OSError) as error:
                 raise CheckpointError(
                     f"{path}: a part of {key} is {error}. Copy the checkpoint again."
                 ) from None
-            if (found.dtype_name, found.shape) != (tensor.dtype_name, chunk.sizes):
+            if (header.dtype_name, header.shape) != (tensor.dtype_name, chunk.sizes):
                 raise CheckpointError(
-                    f"{path}: a part of {key} is {found.dtype_name} {list(found.shape)}, {INDEX}"
+                    f"{path}: a part of {key} is {header.dtype_name} {list(header.shape)}, {INDEX}"
                     f" says {tensor.dtype_name} {list(chunk.sizes)}. Copy the checkpoint again."
                 )
-            values = chunk.start + found.start  # those are checked as they are read
+            values = chunk.start + header.start  # those are checked as they are read
             self._check(chunk.file, chunk.start, values)
             stop = chunk.start + chunk.length
-            self._check(chunk.file, values + found.num_bytes, stop)
-            self._starts[chunk] = found.start
+            self._check(chunk.file, values + header.num_bytes, stop)
+            self._starts[chunk] = header.start
         return self._starts[chunk]
 
     def _check(self, file: str, start: int, stop: int) -> None:
@@ -244,11 +244,11 @@ class McoreRows:
             at = place(rule, model, style)
             if at.key not in tensors and rule.saved in LOCAL_NAMES:
                 at = place(replace(rule, saved=LOCAL_NAMES[rule.saved]), model, style)
-            found = tensors.get(at.key)
-            if found is None:
+            tensor = tensors.get(at.key)
+            if tensor is None:
                 continue  # who wants it says so
             wanted = (*at.lead_shape, *at.shape)
-            shape = found.shape
+            shape = tensor.shape
             if isinstance(rule.sharding, Vocab) and len(shape) == len(wanted):  # other padding
                 vocab = rule.sharding.shape[0]
                 _check_vocabulary(folder, at.key, shape[0], vocab)
@@ -259,7 +259,7 @@ class McoreRows:
                     f" it the one of this checkpoint?"
                 )
             if isinstance(rule.sharding, Vocab):
-                self._check_padding(at, found, rule.sharding.shape[0])
+                self._check_padding(at, tensor, rule.sharding.shape[0])
             for part, (key, hf_shape) in enumerate(zip(rule.hf, rule.hf_shapes, strict=True)):
                 self._places[key] = at, part
                 self._shapes[key] = hf_shape
@@ -268,9 +268,9 @@ class McoreRows:
     def __str__(self) -> str:
         return str(self.source)
 
-    def _check_padding(self, at: Place, found: Global, vocab: int) -> None:
+    def _check_padding(self, at: Place, tensor: Global, vocab: int) -> None:
         """What no Hugging Face tensor has is read here, so that damage to it is seen."""
-        for low, high in spans((found.shape[0] - vocab, *found.shape[1:]), found.dtype_name):
+        for low, high in spans((tensor.shape[0] - vocab, *tensor.shape[1:]), tensor.dtype_name):
             self.source.rows(at.key, at.lead, vocab + low, vocab + high)
 
     def _check_all_used(self, tensors: Mapping[str, Global]) -> None:

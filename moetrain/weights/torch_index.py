@@ -140,10 +140,10 @@ def unpickled[T](folder: Path, allowed: Allowed, read: Callable[[Any], T]) -> T:
         ) from None
 
 
-def _index(found: Any) -> Index:
+def _index(metadata: Any) -> Index:
     """ValueError and the like for what is none."""
     places: dict[str, dict[Shape | None, Value]] = {}
-    for at, info in found.storage_data.items():
+    for at, info in metadata.storage_data.items():
         file, start, length = info.relative_path, info.offset, info.length
         if not isinstance(file, str) or Path(file).name != file or "\0" in file:
             raise ValueError(f"{file!r} lies outside of the checkpoint")
@@ -155,7 +155,7 @@ def _index(found: Any) -> Index:
         places.setdefault(str(at.fqn), {})[offset] = Value(file, start, length)
     tensors: dict[str, Global] = {}
     values: dict[str, Value] = {}
-    for key, entry in found.state_dict_metadata.items():
+    for key, entry in metadata.state_dict_metadata.items():
         if not hasattr(entry, "chunks"):
             values[key] = places[key][None]
             continue

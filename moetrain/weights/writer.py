@@ -112,7 +112,7 @@ def _write(
 
 
 def _write_share(
-    params: Iterable[tuple[str, Tensor]], aside: Path, own: Mapping[str, Sequence[Target]]
+    params: Iterable[tuple[str, Tensor]], aside: Path, targets: Mapping[str, Sequence[Target]]
 ) -> _Share:
     """Every tensor at its place, which follows from all that come."""
     places: dict[str, tuple[str, int, Target]] = {}
@@ -120,7 +120,7 @@ def _write_share(
     pieces: dict[str, list[Piece]] = {}
     tensors: dict[str, str] = {}
     try:
-        for file, group in own.items():
+        for file, group in targets.items():
             handles[file] = os.open(aside / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             first = header(group)
             put(handles[file], first, 0)
@@ -131,16 +131,16 @@ def _write_share(
                 at += one.num_bytes
         for name, tensor in params:
             file, at, one = places.pop(name)
-            found = _write_tensor(handles[file], at, tensor, one)
-            pieces[file] += found
-            tensors[name] = joined(piece.digest for piece in found)
+            written = _write_tensor(handles[file], at, tensor, one)
+            pieces[file] += written
+            tensors[name] = joined(piece.digest for piece in written)
         assert not places, f"{sorted(places)[:4]} did not come"
     finally:
         for handle in handles.values():
             os.close(handle)
-    for found in pieces.values():
-        found.sort(key=lambda piece: piece.stop)
-    return _Share(own, {file: Entry.of(found) for file, found in pieces.items()}, tensors)
+    for entries in pieces.values():
+        entries.sort(key=lambda piece: piece.stop)
+    return _Share(targets, {file: Entry.of(entries) for file, entries in pieces.items()}, tensors)
 
 
 def _write_tensor(handle: int, at: int, tensor: Tensor, one: Target) -> list[Piece]:
