@@ -140,11 +140,11 @@ class Chat:
         """Characters of the longest token."""
         return max(LONG_TOKEN, *map(len, self.tokenizer.get_vocab()))
 
-    def refuse_long(self, num_tokens: int, *said: Any) -> None:
+    def refuse_long(self, num_tokens: int, *values: Any) -> None:
         """FormatError for what is far over what `num_tokens` can hold, which would take the
         tokenizer minutes and gigabytes to find out.
         """
-        num_chars, most = sum(map(_num_chars, said)), num_tokens * self._longest
+        num_chars, most = sum(map(_num_chars, values)), num_tokens * self._longest
         if num_chars > most:
             raise FormatError(
                 f"{num_chars:,} characters are far over what there is room for: {num_tokens} tokens"
@@ -159,25 +159,25 @@ class Chat:
 
     def notes(self) -> list[str]:
         """What a user should know of this template before training with it."""
-        ends, found = self.template.ends, list[str]()
+        ends, notes = self.template.ends, list[str]()
         vocab = self.tokenizer.get_vocab()
         if ends.text is not None:
-            found.append(
+            notes.append(
                 f"the chat template ends a turn with {shown(ends.text)}, which is not one token of"
                 " this tokenizer: nothing can stop at it; add it to the tokenizer, or set"
                 " data.chat_template"
             )
         elif not ends.tokens:
             stops = " or ".join(token for token in ends.next_role if token in vocab)
-            found.append(
+            notes.append(
                 "the chat template ends an assistant's turn with no token, so no end is learned:"
                 f" what stops an answer is {stops or 'the limit of its length'}"
             )
         if self.template.reads.reasoning is None and not self.template.reads.inline:
-            found.append(
+            notes.append(
                 "the chat template strips <think>…</think> of every turn: it is not learned"
             )
-        return found
+        return notes
 
     def prompt(self, messages: list[Message], /, **kwargs: Any) -> str:
         """The text that asks for the next turn, for `ids`. FormatError where it lacks what the
@@ -228,22 +228,24 @@ class Chat:
             notes: list[str] = []
             if trained[turn]:
                 whole = self._unthought(message)
-                own = TrainedTurn(self.template, spoken[:turn], whole, (text, marks), kwargs)
-                spans = own.spans(turn - shift, self.empty_thoughts)
-                text, notes = own.text, own.notes
+                trained_turn = TrainedTurn(
+                    self.template, spoken[:turn], whole, (text, marks), kwargs
+                )
+                spans = trained_turn.spans(turn - shift, self.empty_thoughts)
+                text, notes = trained_turn.text, trained_turn.notes
             if not text.startswith(current.text):
                 done.append(current)
                 current = Marked("", ())
             more = tuple(note for note in notes if note not in current.notes)
             current = Marked(text, current.spans + spans, current.notes + more)
         done.append(current)
-        found = [marked for marked in done if marked.spans]
-        if found:
-            last = found[-1]
-            found[-1] = replace(
+        learned = [marked for marked in done if marked.spans]
+        if learned:
+            last = learned[-1]
+            learned[-1] = replace(
                 last, notes=last.notes + self._context_notes(messages, last.text, kwargs)
             )
-        return [_without_joints(marked) for marked in found]
+        return [_without_joints(marked) for marked in learned]
 
     def _spoken(self, message: Message) -> Message:
         return self.template.speaks(self._unthought(message))
@@ -269,20 +271,20 @@ class Chat:
     def _context_notes(
         self, messages: Sequence[Message], text: str, kwargs: Mapping[str, Any]
     ) -> tuple[str, ...]:
-        found: list[str] = []
+        notes: list[str] = []
         systems = [m["content"] for m in messages if m["role"] in ("system", "developer")]
         if any(message.strip() not in text for message in systems):
-            found.append("the chat template does not render the system message")
+            notes.append("the chat template does not render the system message")
         offered = kwargs.get("tools")
         names = [name_of(tool) for tool in offered] if isinstance(offered, list) else []
         names = [name for name in names if isinstance(name, str)]
         # A call's name stands in the text also where the tool does not.
         if names and not (self.template.reads.tools and all(name in text for name in names)):
-            found.append("the chat template does not render the tools on offer")
+            notes.append("the chat template does not render the tools on offer")
         results = [m["content"] for m in messages if m["role"] == "tool"]
         if not all(appears_in((message or "").strip(), text) for message in results):
-            found.append("the chat template does not render the tools' results")
-        return tuple(found)
+            notes.append("the chat template does not render the tools' results")
+        return tuple(notes)
 
     def encode(self, marked: list[Marked]) -> list[Encoded]:
         """Tokenise texts together (in parallel threads inside `tokenizers`).
@@ -301,10 +303,10 @@ class Chat:
         for text, ids, offsets in zip(
             marked, batch["input_ids"], batch["offset_mapping"], strict=True
         ):
-            own = _masked(ids, offsets, text.spans)
+            encoding = _masked(ids, offsets, text.spans)
             if text.cuts or _straddles(offsets, text.spans):
-                own = self._apart(text) or own
-            encoded.append(own)
+                encoding = self._apart(text) or encoding
+            encoded.append(encoding)
         return encoded
 
     def _byte_spans(self, marked: list[Marked]) -> ByteSpans | None:
@@ -323,14 +325,14 @@ class Chat:
         """The same as by `encode`'s slower way."""
         encoded: list[Encoded] = []
         for text, ids in zip(marked, spans.ids([m.text for m in marked]), strict=True):
-            found = spans.mask(text.text, ids, text.spans)
-            if found is None:
-                (own,) = self._slowly([text])
+            masked = spans.mask(text.text, ids, text.spans)
+            if masked is None:
+                (encoding,) = self._slowly([text])
             else:
-                own = Encoded(ids.astype(np.int32), found[0])
-                if text.cuts or found[1]:
-                    own = self._apart(text) or own
-            encoded.append(own)
+                encoding = Encoded(ids.astype(np.int32), masked[0])
+                if text.cuts or masked[1]:
+                    encoding = self._apart(text) or encoding
+            encoded.append(encoding)
         return encoded
 
     def _tokens(self, texts: list[str]) -> Any:
@@ -358,7 +360,7 @@ class Chat:
         if not marked.cuts and self.tokenizer.decode(joined) != marked.text:
             return None
         learned = [any(a <= cut < b for a, b in marked.spans) for cut in cuts]
-        mask = [own for own, part in zip(learned, ids, strict=False) for _ in part]
+        mask = [is_learned for is_learned, part in zip(learned, ids, strict=False) for _ in part]
         return Encoded(np.array(joined, dtype=np.int32), np.array(mask, dtype=np.bool_))
 
 

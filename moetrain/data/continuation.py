@@ -72,39 +72,39 @@ class Continuer:
         reason = FormatError("the chat template renders no reply")
         for own_turn, own_reply in _ways(turn, text, reply):
             try:
-                found = self._placed(before, prompt, own_turn, text, self._guarded(own_reply))
+                placed = self._placed(before, prompt, own_turn, text, self._guarded(own_reply))
             except FormatError as error:
                 reason = error
                 continue
-            behind, stopped_at = self._behind(found, text, tokens)
-            said = (own_turn, *own_reply)
+            behind, stopped_at = self._behind(placed, text, tokens)
+            turn_messages = (own_turn, *own_reply)
             whole = None
-            if rewrites := found.rewrites or behind is None:
-                whole = tuple(self.chat.ids(self._render([*before, *self._guarded(said)])))
+            if rewrites := placed.rewrites or behind is None:
+                whole = tuple(self.chat.ids(self._render([*before, *self._guarded(turn_messages)])))
             return Continuation(
-                said, behind, rewrites, whole, found.opened, stopped_at, num_refused
+                turn_messages, behind, rewrites, whole, placed.opened, stopped_at, num_refused
             )
         raise reason
 
     def _allowed(self, reply: Sequence[Message]) -> tuple[list[Message], int]:
         """The reply without what would forge turns, and how many messages were replaced."""
-        found, num = list[Message](), 0
+        guarded, num = list[Message](), 0
         for message in reply:
             try:
                 self.chat.controls.guard([message], {})
             except FormatError:
                 message, num = message | {"content": REFUSED}, num + 1
-            found.append(message)
-        return found, num
+            guarded.append(message)
+        return guarded, num
 
     def _guarded(self, messages: Sequence[Message]) -> list[Message]:
-        found: list[Message] = []
+        guarded: list[Message] = []
         for message in messages:
-            own = {key: value for key, value in message.items() if key != "malformed"}
+            plain = {key: value for key, value in message.items() if key != "malformed"}
             is_model = message["role"] == "assistant"
             controls = self.chat.own_words if is_model else self.chat.controls
-            found += controls.guard([own], {})[0]
-        return found
+            guarded += controls.guard([plain], {})[0]
+        return guarded
 
     def _render(self, guarded: list[Message]) -> str:
         return self.chat.template.text_of(
@@ -139,22 +139,22 @@ class Continuer:
         """(where the turn's end is behind a place, what it is)."""
         ends = self.chat.template.ends
         marks = [*ends.tokens, *([ends.text] if ends.text else [])] or ends.next_role
-        found = [(at, mark) for mark in marks if (at := rendered.find(mark, place)) >= 0]
-        return min(found, default=(None, ""))
+        marks_found = [(at, mark) for mark in marks if (at := rendered.find(mark, place)) >= 0]
+        return min(marks_found, default=(None, ""))
 
     def _behind(
-        self, found: "_Placed", text: str, tokens: Sequence[int]
+        self, placed: "_Placed", text: str, tokens: Sequence[int]
     ) -> tuple[tuple[int, ...] | None, str]:
         """(the tokens behind the sampled ones, what else stopped the turn)."""
-        if found.behind is None:
+        if placed.behind is None:
             return None, ""
         tokenizer, last = self.chat.tokenizer, tokens[-1] if tokens else None
-        number = tokenizer.convert_tokens_to_ids(found.mark)
-        is_token = number is not None and tokenizer.convert_ids_to_tokens(number) == found.mark
-        if not is_token and text.rstrip().endswith(found.mark):
-            return tuple(self.chat.ids(found.behind.removeprefix(found.mark))), ""
+        number = tokenizer.convert_tokens_to_ids(placed.mark)
+        is_token = number is not None and tokenizer.convert_ids_to_tokens(number) == placed.mark
+        if not is_token and text.rstrip().endswith(placed.mark):
+            return tuple(self.chat.ids(placed.behind.removeprefix(placed.mark))), ""
         # With the mark, since some tokenizers put a blank in front of a text.
-        ids = self.chat.ids(found.behind)
+        ids = self.chat.ids(placed.behind)
         if is_token and last == number:
             assert ids[0] == last
             return tuple(ids[1:]), ""
@@ -195,30 +195,32 @@ class _Words:
 
     def last_in(self, rendered: str, start: int) -> int | None:
         """Where the last of what the turn says ends."""
-        own = [self.content, self.thought]
-        found = [at + len(word) for word in own if (at := rendered.find(word, start)) >= 0]
+        words = [self.content, self.thought]
+        ends = [at + len(word) for word in words if (at := rendered.find(word, start)) >= 0]
         first: dict[str, int] = {}  # headers of replies may hold names again
         for one in self._name.finditer(rendered, start):
             first.setdefault(one[0], one.end())
-        return max([*found, *first.values()], default=None)
+        return max([*ends, *first.values()], default=None)
 
-    def says(self, said: str, text: str) -> bool:
+    def says(self, rendered: str, text: str) -> bool:
         """Whether the turn in words is the one of `text`, white space aside: all of it, or up to
         the name of its first call. How its arguments are written is not compared.
         """
-        calls = self._name.search(said)
-        said = said[: calls.start()] if calls else said
+        calls = self._name.search(rendered)
+        rendered = rendered[: calls.start()] if calls else rendered
         thought = str(self.turn.get("reasoning_content") or "")
         content = str(self.turn["content"] or "")
-        if thought and self.thought not in said:
+        if thought and self.thought not in rendered:
             return False
-        said = "".join(said.replace(self.thought, thought).replace(self.content, content).split())
-        own = "".join(text.split())
-        return own.startswith(said) if calls else own == said
+        rendered = "".join(
+            rendered.replace(self.thought, thought).replace(self.content, content).split()
+        )
+        spoken = "".join(text.split())
+        return spoken.startswith(rendered) if calls else spoken == rendered
 
     def named(self, behind: str) -> str:
         """What is behind the turn: with the calls' own names, which headers of replies may hold."""
-        return self._name.sub(lambda found: self.names[found[0]], behind)
+        return self._name.sub(lambda match: self.names[match[0]], behind)
 
 
 def _ways(

@@ -61,18 +61,18 @@ class TrainedTurn:
         tried = [self._words()]
         if calls := self.message.get("tool_calls"):
             named = {"function": {"name": ARGUMENT, "arguments": {}}}
-            own = self._words() | {"tool_calls": [call | named for call in calls]}
+            calling = self._words() | {"tool_calls": [call | named for call in calls]}
             if not self.message["content"]:  # some templates refuse one beside a thought
-                own["content"] = self.message["content"]
-            tried.insert(0, own)
+                calling["content"] = self.message["content"]
+            tried.insert(0, calling)
         for words in tried:
             try:
                 skeleton = self._render(self.template.speaks(words))
             except FormatError:
                 continue  # of calls; without them it is the turn's own text that is judged
-            found = [at for at in map(skeleton.find, (THOUGHT, CONTENT, ARGUMENT)) if at >= 0]
-            if found:
-                return skeleton, min(found)
+            places = [at for at in map(skeleton.find, (THOUGHT, CONTENT, ARGUMENT)) if at >= 0]
+            if places:
+                return skeleton, min(places)
         raise FormatError("the chat template renders nothing for an assistant turn")
 
     def _start(self) -> tuple[int, str]:
@@ -128,14 +128,14 @@ class TrainedTurn:
 
     def _marks(self, start: int, end: int, closed: bool) -> tuple[Span, ...]:
         """The template's own marks of this turn, as far as the turn goes."""
-        own = [(max(a, start), min(b, end)) for a, b in self.marks if b > start]
-        own = [(a, b) for a, b in own if b > a]
-        if not own:
+        marks = [(max(a, start), min(b, end)) for a, b in self.marks if b > start]
+        marks = [(a, b) for a, b in marks if b > a]
+        if not marks:
             raise FormatError("the chat template marks no {% generation %} for an assistant turn")
-        first, last = own[-1]
+        first, last = marks[-1]
         if closed and self.text[last:end].strip() in (*self.template.ends.tokens, ""):
-            own[-1] = first, end  # the end-of-turn token stands outside of the mark
-        return tuple(own)
+            marks[-1] = first, end  # the end-of-turn token stands outside of the mark
+        return tuple(marks)
 
     def _check(self, turn: int, start: int, end: int, skeleton: str) -> None:
         """FormatError unless the text has all that the turn says, and nothing else."""
@@ -173,11 +173,11 @@ class TrainedTurn:
         except FormatError:
             return ""
 
-    def _check_calls(self, turn: int, said: str) -> None:
+    def _check_calls(self, turn: int, text: str) -> None:
         for call in self.message.get("tool_calls") or ():
             values = [call["function"]["name"], *leaves(arguments_of(call))]
             for value in values:
-                if not appears_in(value, said):
+                if not appears_in(value, text):
                     if not self.template.reads.calls:
                         self.notes.append(
                             "the chat template drops the tool calls of a trained turn"
@@ -193,15 +193,15 @@ class TrainedTurn:
         that is to be learned.
         """
         (start, end), *rest = spans
-        found = EMPTY_THOUGHT.match(self.text, start, end)
-        if found is None or self.message.get("reasoning_content"):
+        thought = EMPTY_THOUGHT.match(self.text, start, end)
+        if thought is None or self.message.get("reasoning_content"):
             return spans
         if empty_thoughts:
             self.notes.append(
                 "an empty thought is learned: the turn has no reasoning and the template writes one"
             )
             return spans
-        return ((found.end(), end), *rest)
+        return ((thought.end(), end), *rest)
 
 
 def _squeezed(text: str) -> str:

@@ -41,12 +41,12 @@ def parts_of(folder: Path, suffixes: Iterable[str], prose: Iterable[str]) -> lis
 
     Files with an ending in `prose` are records too, but not what describes records beside it.
     """
-    found = list(_walk(folder, frozenset(suffixes)))
-    texts = [path for path in found if path.suffix in prose]
-    if len(texts) < len(found):
+    paths = list(_walk(folder, frozenset(suffixes)))
+    texts = [path for path in paths if path.suffix in prose]
+    if len(texts) < len(paths):
         described = {path for path in texts if PROSE.match(path.name)}
-        found = [path for path in found if path not in described]
-    return found
+        paths = [path for path in paths if path not in described]
+    return paths
 
 
 def _walk(folder: Path, suffixes: frozenset[str]) -> Iterable[Path]:
@@ -103,10 +103,10 @@ def chosen(folder: Path, parts: Sequence[Path], prose: Iterable[str], held_out: 
     return [path for path in parts if path not in out]
 
 
-def _only(folder: Path, what: str, found: list[Group]) -> list[Path]:
-    if len(found) > 1:
-        raise _which(folder, what, found)
-    return list(found[0].paths)
+def _only(folder: Path, what: str, groups: list[Group]) -> list[Path]:
+    if len(groups) > 1:
+        raise _which(folder, what, groups)
+    return list(groups[0].paths)
 
 
 def _which(folder: Path, what: str, groups: list[Group]) -> DataError:
@@ -122,19 +122,19 @@ def _names(groups: list[Group]) -> str:
 
 def _groups(folder: Path, parts: Sequence[Path], saved: bool) -> list[Group]:
     """In the order of their first files; what is saved as a split is one, whatever its name."""
-    found: dict[tuple[str, str, Path | None], list[Path]] = {}
-    own = {path: path.relative_to(folder) for path in parts}
+    groups: dict[tuple[str, str, Path | None], list[Path]] = {}
+    relative = {path: path.relative_to(folder) for path in parts}
     kinds = kinds_of(
-        [_stem(path) for path in own.values()]
-        + [place.name for path in own.values() for place in path.parents]
+        [_stem(path) for path in relative.values()]
+        + [place.name for path in relative.values() for place in path.parents]
     )
-    for path, inner in own.items():
+    for path, inner in relative.items():
         if saved:
             key = (str(inner), kinds[_stem(inner)], path)
         else:
             key = _key(folder, inner, kinds)
-        found.setdefault(key, []).append(path)
-    return [Group(name, kind, tuple(files), at) for (name, kind, at), files in found.items()]
+        groups.setdefault(key, []).append(path)
+    return [Group(name, kind, tuple(files), at) for (name, kind, at), files in groups.items()]
 
 
 def _stem(path: Path) -> str:

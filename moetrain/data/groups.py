@@ -164,12 +164,14 @@ def _unit(pieces: Sequence[_Piece], how: _How) -> Packed:
     parts = [replace(part, position_ids=part.position_ids + shared) for part in answers]
     if shared:
         zeros = torch.zeros(shared)
-        own = {"rollout_logp": zeros} | _routes(first.branch, 0, shared, how)
+        per_token = {"rollout_logp": zeros} | _routes(first.branch, 0, shared, how)
         if how.width:
-            own["kept"] = torch.zeros(shared, how.width, dtype=torch.int32)
-        own |= {name: x.new_zeros(shared, *x.shape[1:]) for name, x in _word(first.branch).items()}
+            per_token["kept"] = torch.zeros(shared, how.width, dtype=torch.int32)
+        per_token |= {
+            name: x.new_zeros(shared, *x.shape[1:]) for name, x in _word(first.branch).items()
+        }
         context = first.context[:-1]
-        parts.insert(0, pack_one(context, zeros, zeros, id=first.prompt_id, per_token=own))
+        parts.insert(0, pack_one(context, zeros, zeros, id=first.prompt_id, per_token=per_token))
     pack = concat(parts)
     num_before = len(parts) - len(answers)
     extras = {
@@ -187,29 +189,31 @@ def _answer(piece: _Piece, how: _How) -> Packed:
     branch = piece.branch
     labels = torch.from_numpy(branch.tokens.astype(np.int64))
     tokens = torch.cat([piece.context[-1:], labels[:-1]])
-    own = {"rollout_logp": torch.from_numpy(branch.logprobs.astype(np.float32))}
-    own |= _routes(branch, piece.context.numel() - 1, None, how)
+    per_token = {"rollout_logp": torch.from_numpy(branch.logprobs.astype(np.float32))}
+    per_token |= _routes(branch, piece.context.numel() - 1, None, how)
     if how.width:
-        own["kept"] = _kept(branch, how.width)
-    own |= _word(branch)
+        per_token["kept"] = _kept(branch, how.width)
+    per_token |= _word(branch)
     mask = torch.from_numpy(branch.written.astype(np.float32))
     if piece.beyond:
         tokens = torch.cat([tokens, labels[-1:]])
         labels, mask = (torch.cat([x, x.new_zeros(1)]) for x in (labels, mask))
         # No routes were recorded there: the router chooses by itself.
-        own = {name: torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for name, x in own.items()}
-    return pack_one(tokens, labels, mask, id=piece.id, per_token=own)
+        per_token = {
+            name: torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for name, x in per_token.items()
+        }
+    return pack_one(tokens, labels, mask, id=piece.id, per_token=per_token)
 
 
 def _kept(branch: Branch, width: int) -> Tensor:
     """[answer, width] int32: ids of what could be drawn, counted from 1; the rest is 0."""
-    found = torch.zeros(len(branch.tokens), width, dtype=torch.int32)
+    kept = torch.zeros(len(branch.tokens), width, dtype=torch.int32)
     if branch.kept is not None:
         sizes = torch.from_numpy(branch.kept.sizes.astype(np.int64))
         rows = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         columns = torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[rows]
-        found[rows, columns] = torch.from_numpy(branch.kept.ids.astype(np.int32)) + 1
-    return found
+        kept[rows, columns] = torch.from_numpy(branch.kept.ids.astype(np.int32)) + 1
+    return kept
 
 
 def _word(branch: Branch) -> dict[str, Tensor]:
@@ -217,11 +221,11 @@ def _word(branch: Branch) -> dict[str, Tensor]:
     if branch.word is None:
         return {}
     logp, ids, top = (np.ascontiguousarray(x) for x in branch.word)
-    found = {"teacher_logp": torch.from_numpy(logp.astype(np.float32))}
+    word = {"teacher_logp": torch.from_numpy(logp.astype(np.float32))}
     if ids.size:
-        found["teacher_ids"] = torch.from_numpy(ids.astype(np.int32))
-        found["teacher_top"] = torch.from_numpy(top.astype(np.float32))
-    return found
+        word["teacher_ids"] = torch.from_numpy(ids.astype(np.int32))
+        word["teacher_top"] = torch.from_numpy(top.astype(np.float32))
+    return word
 
 
 def _routes(branch: Branch, start: int, end: int | None, how: _How) -> dict[str, Tensor]:
@@ -254,5 +258,5 @@ def _fill_packs(units: Sequence[Packed], seq_len: int, min_packs: int) -> list[l
             bins[number].append(i)
             heapq.heapreplace(lightest, (size + units[i].num_tokens, number))
         if max(lightest)[0] <= seq_len:
-            return [[units[i] for i in sorted(own)] for own in bins if own]
+            return [[units[i] for i in sorted(members)] for members in bins if members]
         num += 1

@@ -39,20 +39,20 @@ def json_places(records: Iterable[Any]) -> frozenset[Place]:
             break
     return frozenset(
         place
-        for place, own in kinds.items()
-        if place not in plain and "text" in own and own != {"text"}
+        for place, seen in kinds.items()
+        if place not in plain and "text" in seen and seen != {"text"}
     )
 
 
 def decoded(record: dict[str, Any], places: frozenset[Place]) -> dict[str, Any]:
     """The record with what its texts of JSON say. Raises ValueError as parse_json."""
-    found = dict(record)
+    parsed = dict(record)
     for column, *inner in places:
-        value = found.get(column)
+        value = parsed.get(column)
         if value is None:
             continue
-        found[column] = _parse_field(value, inner[0]) if inner else _parsed(value)
-    return found
+        parsed[column] = _parse_field(value, inner[0]) if inner else _parsed(value)
+    return parsed
 
 
 def _parse_field(value: Any, field: str) -> Any:
@@ -70,10 +70,10 @@ def _parsed(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    found = parse_json(value)
-    items = found if isinstance(found, list) else [found]
+    parsed = parse_json(value)
+    items = parsed if isinstance(parsed, list) else [parsed]
     known = all(isinstance(item, dict) and {"role", "from", "type"} & item.keys() for item in items)
-    return found if isinstance(found, str) or (items and known) else value
+    return parsed if isinstance(parsed, str) or (items and known) else value
 
 
 def _values(record: Mapping[str, Any]) -> Iterator[tuple[Place, Any]]:
@@ -82,8 +82,8 @@ def _values(record: Mapping[str, Any]) -> Iterator[tuple[Place, Any]]:
         messages = value if isinstance(value, list) else [value]
         for message in messages:
             if isinstance(message, Mapping):
-                own = (((column, name), message.get(name)) for name in INNER)
-                yield from (pair for pair in own if pair[1] is not None)
+                fields = (((column, name), message.get(name)) for name in INNER)
+                yield from (pair for pair in fields if pair[1] is not None)
             elif message is not None:
                 yield (column,), value
 

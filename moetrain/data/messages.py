@@ -115,11 +115,11 @@ def listed(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:
-        found = parse_json(value)
+        parsed = parse_json(value)
     except ValueError:
         return value
-    known = all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in found)
-    return found if known else value
+    known = all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in parsed)
+    return parsed if known else value
 
 
 def read_message(value: Any, where: str) -> Message:
@@ -166,8 +166,8 @@ def read_turn(turn: Any, where: str) -> Message:
     if "value" not in turn:
         raise FormatError(f"{where}.value is missing")
     rest = {k: v for k, v in turn.items() if k not in ("from", "value")}
-    own = {"role": SHAREGPT_ROLES[sender], "content": turn["value"]}
-    return read_message(rest | own, where)
+    named = {"role": SHAREGPT_ROLES[sender], "content": turn["value"]}
+    return read_message(rest | named, where)
 
 
 def read_messages(value: Any, where: str) -> list[Message]:
@@ -178,17 +178,17 @@ def read_messages(value: Any, where: str) -> list[Message]:
 
 def joined_calls(messages: list[Message]) -> list[Message]:
     """The messages with calls that follow an assistant's turn as calls of that turn."""
-    found: list[Message] = []
+    merged: list[Message] = []
     for message in messages:
-        before = found[-1] if found else None
+        before = merged[-1] if merged else None
         bare = message["content"] is None and message.get("tool_calls")
         if bare and before is not None and before["role"] == "assistant":
-            found[-1] = before | {
+            merged[-1] = before | {
                 "tool_calls": [*before.get("tool_calls", []), *message["tool_calls"]]
             }
         else:
-            found.append(message)
-    return found
+            merged.append(message)
+    return merged
 
 
 def _weight(value: Mapping[str, Any], where: str) -> Message:
@@ -240,16 +240,16 @@ def _call(value: Any, where: str) -> Message:
     if not isinstance(parsed(arguments, f"{where}.arguments"), Mapping):
         raise FormatError(f"{where}.arguments must be an object, or an object as JSON text")
     outer = {k: v for k, v in value.items() if k in ("id", "type") and v is not None}
-    own = {"name": function["name"], "arguments": arguments}
-    return {"type": "function"} | outer | {"function": own}
+    call = {"name": function["name"], "arguments": arguments}
+    return {"type": "function"} | outer | {"function": call}
 
 
 def split_thought(content: str) -> tuple[str | None, str]:
     """(the thought in front of an answer, the answer); (None, content) where there is none."""
-    found = INLINE.fullmatch(content)
-    if found is None:
+    match = INLINE.fullmatch(content)
+    if match is None:
         return None, content
-    return found["thought"].strip("\n"), found["answer"].lstrip("\n")
+    return match["thought"].strip("\n"), match["answer"].lstrip("\n")
 
 
 def arguments_of(call: Message) -> Any:

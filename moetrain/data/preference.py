@@ -47,9 +47,9 @@ def _whole(sequences: list[Encoded]) -> Encoded:
     """The sequence of a conversation, up to the last token that is scored."""
     if len(sequences) != 1 or not sequences[0].mask[1:].any():
         raise FormatError("no token to learn from")
-    (own,) = sequences
-    end = int(np.flatnonzero(own.mask)[-1]) + 1
-    return Encoded(own.tokens[:end], own.mask[:end])
+    (sequence,) = sequences
+    end = int(np.flatnonzero(sequence.mask)[-1]) + 1
+    return Encoded(sequence.tokens[:end], sequence.mask[:end])
 
 
 def _answer_start(sequence: Encoded) -> int:
@@ -125,20 +125,20 @@ def _group_labelled(
     sequences: list[list[Encoded]], extras: Extras, spec: Spec
 ) -> tuple[Group, ...]:
     """The answer by itself; `_join_mismatched` adds the other one."""
-    (own,) = map(_whole, sequences)
-    size = own.tokens.size
+    (sequence,) = map(_whole, sequences)
+    size = sequence.tokens.size
     if size > spec.seq_len and spec.too_long == "reject":
         raise FormatError(
             f"{size} tokens, more than data.seq_len {spec.seq_len} (data.too_long is reject)"
         )
     if size > spec.seq_len and spec.too_long == "keep_end":
-        cut = _without_start(own, size - spec.seq_len, spec)
+        cut = _without_start(sequence, size - spec.seq_len, spec)
         return (Group((cut,), extras=extras, truncated=True),)
-    if _answer_start(own) >= spec.seq_len:
+    if _answer_start(sequence) >= spec.seq_len:
         raise FormatError(
             f"{size} tokens: no part of the answer is within data.seq_len {spec.seq_len}"
         )
-    return (Group((own,), extras=extras),)
+    return (Group((sequence,), extras=extras),)
 
 
 def _read_alone(record: Mapping[str, Any]) -> Draft:
@@ -149,13 +149,13 @@ def _read_alone(record: Mapping[str, Any]) -> Draft:
 def _group_alone(sequences: list[list[Encoded]], extras: Extras, spec: Spec) -> tuple[Group, ...]:
     """The answer by itself, for a method that has no use of another."""
     (group,) = _group_labelled(sequences, extras, spec)
-    own, is_cut = _cut(group.sequences[0], spec.seq_len)
-    return (replace(group, sequences=(own,), truncated=is_cut or group.truncated),)
+    sequence, is_cut = _cut(group.sequences[0], spec.seq_len)
+    return (replace(group, sequences=(sequence,), truncated=is_cut or group.truncated),)
 
 
 def _prompt(result: Result) -> bytes:
-    own = result.groups[0].sequences[0]
-    return own.tokens[: _answer_start(own)].tobytes()
+    sequence = result.groups[0].sequences[0]
+    return sequence.tokens[: _answer_start(sequence)].tobytes()
 
 
 def _mismatched(result: Result, other: Result, spec: Spec) -> Result:
@@ -163,30 +163,30 @@ def _mismatched(result: Result, other: Result, spec: Spec) -> Result:
     if not result.groups:
         return result
     (group,) = result.groups
-    (own,), (donor,) = group.sequences, other.groups[0].sequences
-    start, begin = _answer_start(own), _answer_start(donor)
+    (answered,), (donor,) = group.sequences, other.groups[0].sequences
+    start, begin = _answer_start(answered), _answer_start(donor)
     mask = np.concatenate([np.zeros(start, dtype=np.bool_), donor.mask[begin:]])
-    answer = Encoded(np.concatenate([own.tokens[:start], donor.tokens[begin:]]), mask)
-    both, *alone = _own_and_mismatched(own, answer, group.extras, spec)
+    answer = Encoded(np.concatenate([answered.tokens[:start], donor.tokens[begin:]]), mask)
+    both, *alone = _own_and_mismatched(answered, answer, group.extras, spec)
     both = replace(both, truncated=both.truncated or group.truncated)
     return replace(result, groups=(both, *alone))
 
 
 def _own_and_mismatched(
-    own: Encoded, answer: Encoded, extras: Extras, spec: Spec
+    answered: Encoded, answer: Encoded, extras: Extras, spec: Spec
 ) -> tuple[Group, ...]:
     """A record's own answer, cut by data.seq_len alone, and as much of a mismatched one as there is
     room for in the same pack. Where no token of that has room it stands by itself.
     """
-    own, is_cut = _cut(own, spec.seq_len)
-    shared = _common(own, answer) if spec.share_prompt else 0
-    rest, is_less = _cut(answer, spec.seq_len - own.tokens.size + shared)
+    answered, is_cut = _cut(answered, spec.seq_len)
+    shared = _common(answered, answer) if spec.share_prompt else 0
+    rest, is_less = _cut(answer, spec.seq_len - answered.tokens.size + shared)
     if rest.mask[1:].any():
-        return (Group((own, rest), shared, extras, truncated=is_cut or is_less),)
+        return (Group((answered, rest), shared, extras, truncated=is_cut or is_less),)
     alone, is_less = _cut(answer, spec.seq_len)
     parts = [{name: (values[i],) for name, values in extras.items()} for i in range(2)]
     return (
-        Group((own,), extras=parts[0], truncated=is_cut),
+        Group((answered,), extras=parts[0], truncated=is_cut),
         Group((alone,), extras=parts[1], truncated=is_less),
     )
 
@@ -207,12 +207,12 @@ def _join_mismatched(results: Iterable[Result], spec: Spec) -> Iterator[Result]:
     first: Result | None = None
     second: Result | None = None  # the first of another prompt than the first's
     for result in results:
-        if result.groups and prompt != (own := _prompt(result)):
+        if result.groups and prompt != (own_prompt := _prompt(result)):
             if prompt is not None:
                 second = second or result
                 yield from (_mismatched(one, result, spec) for one in waiting)
                 waiting = []
-            first, prompt = first or result, own
+            first, prompt = first or result, own_prompt
         waiting.append(result)
     if first is not None and second is None:
         raise DataError(

@@ -96,9 +96,9 @@ def preview(recipe: Recipe, key: str, records: int = RECORDS) -> Preview | None:
     paths = [path for path in given if not assets.is_builtin(path)]
     if not paths or recipe.method.learns_from == "corpus":
         return None
-    found = Preview(f"data.{key}")
+    shown = Preview(f"data.{key}")
     view = View(recipe, demonstrations=key == "demonstrations")
-    found.template = view.chat.notes()
+    shown.template = view.chat.notes()
     deadline = time.monotonic() + SECONDS
     sources = {
         number: find_sources([path], held_out=key == "eval")
@@ -106,16 +106,16 @@ def preview(recipe: Recipe, key: str, records: int = RECORDS) -> Preview | None:
         if not assets.is_builtin(path)
     }
     counted = _Counted(deadline - SECONDS / 2)
-    for number, own in sources.items():
-        found.num_records += _taken(recipe, key, number, sum(map(counted.count, own)))
-    found.is_counted = counted.is_exact
-    rows = _rows([source for own in sources.values() for source in own], counted, records)
+    for number, files in sources.items():
+        shown.num_records += _taken(recipe, key, number, sum(map(counted.count, files)))
+    shown.is_counted = counted.is_exact
+    rows = _rows([source for files in sources.values() for source in files], counted, records)
     if view.learns_from == "prompts":
         for row in rows:
-            _prompt(view, row, found)
+            _prompt(view, row, shown)
             if time.monotonic() > deadline:
                 break
-        return found
+        return shown
     kind = kind_of(view.recipe.method)
     encoder, results = Encoder(kind, view.spec()), list[Result]()
     for chunk in batched(rows, CHUNK):
@@ -123,38 +123,38 @@ def preview(recipe: Recipe, key: str, records: int = RECORDS) -> Preview | None:
         if time.monotonic() > deadline:
             break
     results.sort(key=lambda result: (result.file, result.line))  # neighbours, for `join`
-    _take_in(found, kind, results, encoder.spec)
-    return found
+    _take_in(shown, kind, results, encoder.spec)
+    return shown
 
 
-def _take_in(found: Preview, kind: SetKind, results: list[Result], spec: Spec) -> None:
+def _take_in(preview: Preview, kind: SetKind, results: list[Result], spec: Spec) -> None:
     """Add what became of records to `found`."""
     joined = results if kind.join is None else kind.join(results, spec)
     for result in joined:
-        found.num_seen += 1
+        preview.num_seen += 1
         if result.reason is not None:
-            found.rejects.append(Reject(result.file, result.line, result.reason))
-        found.notes.update(result.notes)
-        found.num_cut += any(group.truncated for group in result.groups)
-        found.sizes += [group.num_tokens for group in result.groups]
+            preview.rejects.append(Reject(result.file, result.line, result.reason))
+        preview.notes.update(result.notes)
+        preview.num_cut += any(group.truncated for group in result.groups)
+        preview.sizes += [group.num_tokens for group in result.groups]
 
 
-def _prompt(view: View, row: Record | Reject, found: Preview) -> None:
+def _prompt(view: View, row: Record | Reject, preview: Preview) -> None:
     recipe = view.recipe
-    found.num_seen += 1
+    preview.num_seen += 1
     if isinstance(row, Reject):
-        found.rejects.append(row)
+        preview.rejects.append(row)
         return
     try:
         prompt, notes = read_prompt(
             row.value, view.chat, recipe.data.seq_len - recipe.sampling[1].max_tokens
         )
     except FormatError as error:
-        found.rejects.append(Reject(row.file, row.line, str(error)))
+        preview.rejects.append(Reject(row.file, row.line, str(error)))
         return
-    found.sizes.append(len(prompt.tokens))
-    found.prompts.append(replace(prompt, source=row.file))
-    found.notes.update(notes)
+    preview.sizes.append(len(prompt.tokens))
+    preview.prompts.append(replace(prompt, source=row.file))
+    preview.notes.update(notes)
 
 
 def _taken(recipe: Recipe, key: str, number: int, num: int) -> int:
@@ -246,13 +246,13 @@ def _lines(path: Path, most: int) -> int:
 
 def previews(recipe: Recipe) -> list[Preview]:
     """Of all that the recipe's data section names."""
-    found = (preview(recipe, key) for key in ("train", "eval", "demonstrations"))
-    return [one for one in found if one is not None]
+    previews = (preview(recipe, key) for key in ("train", "eval", "demonstrations"))
+    return [one for one in previews if one is not None]
 
 
-def lengths(recipe: Recipe, found: Sequence[Preview]) -> list[str]:
+def lengths(recipe: Recipe, previews: Sequence[Preview]) -> list[str]:
     """How long an epoch is, and the run, in words."""
-    train = next((one for one in found if one.key == "data.train"), None)
+    train = next((one for one in previews if one.key == "data.train"), None)
     packs, unit = epoch_of(recipe, train)
     if not packs:
         return []

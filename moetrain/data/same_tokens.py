@@ -31,13 +31,13 @@ def compared(tokenizer: TextTokenizer, sample: Sequence[str] = ()) -> TextTokeni
     except metadata.PackageNotFoundError:
         return "gigatoken is not installed"
     known = verdict(tokenizer, "tokens", MIXED)
-    found: list[str | None] | None = None
+    noted: list[str | None] | None = None
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(known.read_text(encoding="utf-8"))
-    if found is None:
-        found = list(_looked_at(tokenizer))
-        remember(known, json.dumps(found))
-    why, apart = found
+        noted = json.loads(known.read_text(encoding="utf-8"))
+    if noted is None:
+        noted = list(_looked_at(tokenizer))
+        remember(known, json.dumps(noted))
+    why, apart = noted
     made = replace(tokenizer, apart=apart or "")
     return why or (_difference(made, sample) if sample else None) or made
 
@@ -62,16 +62,16 @@ def _in_other_tables(tokenizer: TextTokenizer) -> str:
     something different.
     """
     fast, slow = Fast(tokenizer), Slow(tokenizer)
-    found: list[int] = []
+    codes: list[int] = []
     for part in batched(odd_texts.unassigned(), 4096):
         groups = list(batched(part, 32))
         whole = [odd_texts.around(group) for group in groups]
         for group, a, b in zip(groups, slow(whole), fast(whole), strict=True):
             if not np.array_equal(a, b):
                 each = [odd_texts.around([code]) for code in group]
-                own = zip(group, slow(each), fast(each), strict=True)
-                found += [code for code, c, d in own if not np.array_equal(c, d)]
-    return class_of(found)
+                compared = zip(group, slow(each), fast(each), strict=True)
+                codes += [code for code, c, d in compared if not np.array_equal(c, d)]
+    return class_of(codes)
 
 
 def class_of(codes: Sequence[int]) -> str:
@@ -103,8 +103,8 @@ def _difference(tokenizer: TextTokenizer, texts: Iterable[str]) -> str | None:
     try:
         fast, slow = Fast(tokenizer), Slow(tokenizer)
         for part in batched(texts, 256):
-            right, found = slow(part), fast(part)
-            for text, a, b in zip(part, right, found, strict=True):
+            right, fast_ids = slow(part), fast(part)
+            for text, a, b in zip(part, right, fast_ids, strict=True):
                 if not np.array_equal(a, b):
                     return f"gigatoken cuts {_shown(text, a, b, slow)} otherwise"
     except BaseException as error:

@@ -51,15 +51,15 @@ def _reason(error: Exception) -> str:
 
 def _mended(row: dict[str, Any], menders: dict[str, Mend | None]) -> Found:
     """Every row has every column, so a null there says nothing."""
-    found: dict[str, Any] = {}
+    record: dict[str, Any] = {}
     nulls: list[str] = []
     for name, value in row.items():
         if value is None:
             nulls.append(name)
         else:
             mend = menders[name]
-            found[name] = value if mend is None else mend(value)
-    return found, tuple(nulls)
+            record[name] = value if mend is None else mend(value)
+    return record, tuple(nulls)
 
 
 def without_added_nulls(value: dict[str, Any], valueless: frozenset[str]) -> dict[str, Any]:
@@ -75,10 +75,10 @@ def without_added_nulls(value: dict[str, Any], valueless: frozenset[str]) -> dic
     lacking = {key for key, item in value.items() if item is None}
     if not lacking:
         return value
-    own = valueless if lacking <= valueless else frozenset[str]()
+    stays = valueless if lacking <= valueless else frozenset[str]()
     if value.get("tool_calls"):
-        own |= {"content"}
-    return {key: item for key, item in value.items() if key not in lacking - own}
+        stays |= {"content"}
+    return {key: item for key, item in value.items() if key not in lacking - stays}
 
 
 def mender(kind: "pyarrow.DataType") -> Mend | None:
@@ -95,14 +95,18 @@ def mender(kind: "pyarrow.DataType") -> Mend | None:
     if types.is_map(kind):
         return _map(mender(kind.item_type))
     if hasattr(kind, "value_type"):  # all lists; dictionary and run-end encoded
-        own = mender(kind.value_type)
-        return own if own is None or not hasattr(kind, "value_field") else _list(own)
+        mend_item = mender(kind.value_type)
+        return (
+            mend_item if mend_item is None or not hasattr(kind, "value_field") else _list(mend_item)
+        )
     return next((mend for is_kind, mend in SCALARS if getattr(types, is_kind)(kind)), None)
 
 
 def _object(kind: Any) -> Mend:
     fields = [kind.field(i) for i in range(kind.num_fields)]
-    menders = {field.name: own for field in fields if (own := mender(field.type)) is not None}
+    menders = {
+        field.name: mend_item for field in fields if (mend_item := mender(field.type)) is not None
+    }
     valueless = frozenset(field.name for field in fields if str(field.type) == "null")
 
     def mend(value: Any) -> Any:
@@ -115,13 +119,16 @@ def _object(kind: Any) -> Mend:
     return mend
 
 
-def _list(own: Mend) -> Mend:
-    return lambda value: [None if item is None else own(item) for item in value]
+def _list(mend_item: Mend) -> Mend:
+    return lambda value: [None if item is None else mend_item(item) for item in value]
 
 
-def _map(own: Mend | None) -> Mend:
+def _map(mend_item: Mend | None) -> Mend:
     def mend(value: Any) -> Any:
-        return {str(key): item if item is None or own is None else own(item) for key, item in value}
+        return {
+            str(key): item if item is None or mend_item is None else mend_item(item)
+            for key, item in value
+        }
 
     return mend
 

@@ -239,24 +239,24 @@ class Template:
         last = self._token.match(tail)
         if last is None:
             return Ends((), tail or None, () if tail else self._next_role())
-        found = [last.group()]
+        tokens_of_ends = [last.group()]
         arguments: Any = {"k": ARGUMENT} if self.reads.mapping else json.dumps({"k": ARGUMENT})
         # Some templates take one call alone.
         called = self._calls_of(arguments, number=2) or self._calls_of(arguments)
         turn = called[called.rfind(QUESTION) + len(QUESTION) :]
         tokens = self._last_tokens(turn)
         # One that a turn has twice is about calls, not about turns.
-        if tokens and not set(tokens) & set(found) and turn.count(tokens[-1]) == 1:
-            found.append(tokens[-1])
-        return Ends(tuple(found), None, ())
+        if tokens and not set(tokens) & set(tokens_of_ends) and turn.count(tokens[-1]) == 1:
+            tokens_of_ends.append(tokens[-1])
+        return Ends(tuple(tokens_of_ends), None, ())
 
     def _last_tokens(self, text: str) -> list[str]:
         """The tokens that a text ends with, with white space alone between them, in their order."""
-        found: list[str] = []
+        tokens: list[str] = []
         while token := next((t for t in self._tokens if text.rstrip().endswith(t)), None):
-            found.insert(0, token)
+            tokens.insert(0, token)
             text = text.rstrip().removesuffix(token)
-        return found
+        return tokens
 
     def end_of(self, text: str) -> int | None:
         """Where a text ends with an end-of-turn token; None where it does not."""
@@ -269,13 +269,13 @@ class Template:
 
     def _next_role(self) -> tuple[str, ...]:
         """The tokens that begin what follows an answer."""
-        found: list[str] = []
+        tokens: list[str] = []
         for role in ("user", "tool"):
             text = self._tries(_assistant(CONTENT), {"role": role, "content": ARGUMENT})
             between = text[text.rfind(CONTENT) + len(CONTENT) : text.rfind(ARGUMENT)]
             if token := self._token.search(between):
-                found.append(token.group())
-        return tuple(dict.fromkeys(found))
+                tokens.append(token.group())
+        return tuple(dict.fromkeys(tokens))
 
     @cached_property
     def turn_marks(self) -> set[str]:
@@ -283,8 +283,8 @@ class Template:
         text = self._tries(
             _assistant(CONTENT), {"role": "user", "content": ARGUMENT}, add_generation_prompt=True
         )
-        found = set(self._token.findall(text)) | set(TAG.findall(text))
-        return {mark for mark in found if not THINK.search(mark)}
+        marks = set(self._token.findall(text)) | set(TAG.findall(text))
+        return {mark for mark in marks if not THINK.search(mark)}
 
 
 def _assistant(content: str | None) -> Message:
