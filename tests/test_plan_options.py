@@ -16,6 +16,7 @@ from moetrain.config.recipe import Recipe
 from moetrain.layout.memory import GIB
 from moetrain.models import read_model
 from moetrain.models.lookup import find_model
+from moetrain.observe.report_memory import read_predicted
 from moetrain.planner.gpu import Number, find_gpu
 from moetrain.planner.longest import lengths
 from moetrain.planner.rl_step import Phases, Sampled, Split, as_json
@@ -49,6 +50,12 @@ def test_several_lengths_and_a_chart(capsys: pytest.CaptureFixture[str], tmp_pat
     assert code == 0 and "Best: " in out, err
     with Image.open(chart) as image:
         assert image.format == "PNG" and image.width > 500
+    chart = tmp_path / "chart.json"
+    code, out, err = plan(capsys, SFT, *ONE, "--as-is", "--json", "--chart", str(chart))
+    held, (row,) = read_predicted(chart), json.loads(out)["layouts"]
+    assert code == 0 and held is not None, err
+    assert held.peak == pytest.approx(row["first_rank_gib"], abs=2e-3)
+    assert held.rank == 0 and {"gradients", "optimizer"} <= set(held.names)
 
 
 def test_the_longest(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -46,7 +46,10 @@ def arguments(parser: Parser) -> None:
         help="tokens of the fullest expert-parallel rank over the mean (default: balanced, 1)",
     )
     parser.add_argument(
-        "--chart", type=Path, metavar="FILE.png", help="what the fullest rank holds over a step"
+        "--chart",
+        type=Path,
+        metavar="FILE.png",
+        help="what the fullest rank holds over a step; FILE.json: its numbers",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(

@@ -12,7 +12,7 @@ from typing import Any
 import moetrain
 from moetrain import files
 from moetrain.errors import MoetrainError
-from moetrain.observe import report_answers, report_trajectories
+from moetrain.observe import report_answers, report_memory, report_trajectories
 from moetrain.observe.curves import Series
 from moetrain.observe.runs import Run, find_runs
 from moetrain.observe.table import (
@@ -70,7 +70,11 @@ def page(runs: Sequence[Run], columns: Sequence[Column], title: str) -> str:
     # What would end the script element, or is no line of JavaScript, within a name.
     text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     template = template.replace('"MOETRAIN_DATA"', text)
-    for part in (report_answers, report_trajectories):  # whose texts are escaped: they hold no mark
+    for part in (
+        report_memory,
+        report_answers,
+        report_trajectories,
+    ):  # whose texts are escaped: they hold no mark
         template = template.replace(part.MARK, part.section(runs))
     return template
 

@@ -66,7 +66,7 @@ def _plan(args: Namespace) -> int:
             )
             print(*title, as_text(answer.result, gpu, answer.size, answer.sampled), sep="\n")
     if args.json:
-        print(json.dumps(_json(answers, several=len(args.seq) > 1)))
+        print(json.dumps(_json(answers, several=len(args.seq) > 1)), flush=True)
     if args.chart is not None:
         last = answers[-1]
         write_chart(last.search, last.result.best, args.chart)

@@ -4,14 +4,17 @@ No torch in this process.
 
 import json
 import os
+import select
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from moetrain.config.load import dump_recipe
 from moetrain.config.recipe import Recipe
+from moetrain.observe.report_memory import FILE
 from moetrain.parent import die_with
 from moetrain.planner.fit import is_predicted
 from moetrain.planner.gpu import find_gpu
@@ -37,6 +40,8 @@ class Prediction:
             cluster = recipe.cluster.model_copy(update={"world_size": size, "nodes": None})
             alone = recipe.model_copy(update={"cluster": cluster})
             words = ["plan", "/dev/stdin", "--as-is", "--json"]
+            if on_gpu:
+                words += ["--chart", str(recipe.run_dir.absolute() / FILE)]  # for the report
             hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
             env = {name: value for name, value in os.environ.items() if name not in hidden}
             self._process = subprocess.Popen(
@@ -66,13 +71,9 @@ class Prediction:
         if process is None or on_gpu != self._on_gpu:
             return {}
         try:
-            text, _ = process.communicate(timeout=WAIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return {}
-        try:
-            (row,) = json.loads(text)["layouts"]
+            (row,) = json.loads(_line(process, WAIT_SECONDS))["layouts"]
         except (ValueError, KeyError):
+            process.kill()
             return {}
         found: dict[str, float] = {}
         if not self._samples:
@@ -86,6 +87,18 @@ class Prediction:
         names = {"predicted/seconds": "{:.3g} s a step", "predicted/memory_gib": "{:.1f} GiB"}
         texts = [names[name].format(value) for name, value in figures.items()]
         return [f"predicted {self._said}: {', '.join(texts)}"] if texts else []
+
+
+def _line(process: subprocess.Popen[str], seconds: float) -> bytes:
+    """The first that it prints; less where it ends or the time does. It goes on with the chart."""
+    assert process.stdout is not None
+    text, end = b"", time.monotonic() + seconds
+    while not text.endswith(b"\n"):
+        ready, _, _ = select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))
+        if not ready or not (part := os.read(process.stdout.fileno(), 1 << 16)):
+            break
+        text += part
+    return text
 
 
 def has_gpus() -> bool:
