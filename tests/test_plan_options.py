@@ -168,11 +168,11 @@ def test_grpo(capsys: pytest.CaptureFixture[str]) -> None:
     assert "answers of 1000 tokens in the mean" in out and "Colocated" in out
 
 
-# Three GPUs, four answers at once on a server: a second server halves the sampling.
+# Three GPUs, one answer at a time on a server: a second server halves the sampling.
 SHARED = (
     *("examples/grpo_tiny.yaml", "--gpus", "3", "--gpu", "H100-80GB", "--json"),
-    *("rollout.engine=vllm", "rollout.engine_args={max_num_seqs: 4}", "cluster.gpus_per_node=1"),
-    *("rollout.prompts_per_step=4", "rollout.group_size=8", "rollout.max_tokens=448"),
+    *("rollout.engine=vllm", "rollout.engine_args={max_num_seqs: 1}", "cluster.gpus_per_node=1"),
+    *("rollout.prompts_per_step=4", "rollout.group_size=2", "rollout.max_tokens=448"),
     "model.dtype=bf16",
 )
 
