@@ -71,14 +71,14 @@ def _folder(name: str, root: Path) -> Path:
 def _modules() -> list[Path]:
     """The library's modules, packages mixed, in always the same order, up to CORPUS_BYTES."""
     library = Path(os.__file__).parent
-    found = [
+    paths = [
         path
         for path in library.rglob("*.py")
         if not set(path.relative_to(library).parts) & set(SKIPPED) and path.stat().st_size > 500
     ]
-    found.sort(key=lambda path: key_of(str(path.relative_to(library))))
+    paths.sort(key=lambda path: key_of(str(path.relative_to(library))))
     total, kept = 0, list[Path]()
-    for path in found:
+    for path in paths:
         total += path.stat().st_size
         if total > CORPUS_BYTES:
             break
@@ -113,11 +113,11 @@ def _docstrings(source: str) -> str:
     except (SyntaxError, ValueError):
         return ""
     nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found: list[str] = []
+    texts: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, nodes) and (text := ast.get_docstring(node)):
-            found.append(text if isinstance(node, ast.Module) else f"{node.name}: {text}")
-    return "\n\n".join(found)
+            texts.append(text if isinstance(node, ast.Module) else f"{node.name}: {text}")
+    return "\n\n".join(texts)
 
 
 def _tokenizer(root: Path) -> Path:

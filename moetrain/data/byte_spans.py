@@ -34,10 +34,10 @@ class ByteSpans:
 
     def ends(self, text: str, ids: Ids) -> Places | None:
         """[t] where each token ends, in bytes; None where their bytes are not the text's."""
-        found = np.cumsum(self._lengths[ids], dtype=np.int64)
+        ends = np.cumsum(self._lengths[ids], dtype=np.int64)
         raw = text.encode()
-        size = int(found[-1]) if len(found) else 0
-        return found if size == len(raw) and self._engine.decode(ids) == raw else None
+        size = int(ends[-1]) if len(ends) else 0
+        return ends if size == len(raw) and self._engine.decode(ids) == raw else None
 
     def mask(
         self, text: str, ids: Ids, spans: Sequence[Span]

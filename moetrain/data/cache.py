@@ -76,11 +76,11 @@ def remembered(path: Path, memory: Path, find: Callable[[Path], str]) -> str:
     note = memory / key_of([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
     if note.is_file():
         return note.read_text()
-    found = find(path)
+    value = find(path)
     if time.time() - stat.st_mtime > RACY_SECONDS:
         with contextlib.suppress(OSError):  # it only saves time; a cache may be read-only
-            files.write_text(note, found)
-    return found
+            files.write_text(note, value)
+    return value
 
 
 def _digest(path: Path) -> str:

@@ -145,14 +145,14 @@ def records(
 def _held_out(num_records: int, seed: int) -> dict[str, tuple[Kind, str]]:
     """Question -> its kind and its answer."""
     rng = random.Random(seed)
-    found: dict[str, tuple[Kind, str]] = {}
-    while len(found) < num_records:
+    questions: dict[str, tuple[Kind, str]] = {}
+    while len(questions) < num_records:
         # Words are few: asking for one of them held out would leave too little to learn their
         # spelling from.
         kind = rng.choice((_add, _subtract, _larger, _order))
         question, answer = kind(rng)
-        found[question] = kind, answer
-    return found
+        questions[question] = kind, answer
+    return questions
 
 
 def held_out(num_records: int, seed: int) -> list[dict[str, object]]:
@@ -185,12 +185,12 @@ def prompts(
 ) -> list[dict[str, object]]:
     """`prompt` and `answer`, each question once; no question is in `avoid`."""
     rng = random.Random(seed)
-    found: dict[str, str] = {}
-    while len(found) < num_records:
+    questions: dict[str, str] = {}
+    while len(questions) < num_records:
         question, answer = rng.choice(TRIABLE)(rng)
         if question not in avoid:
-            found[question] = answer
-    return [{"prompt": question, "answer": answer} for question, answer in found.items()]
+            questions[question] = answer
+    return [{"prompt": question, "answer": answer} for question, answer in questions.items()]
 
 
 def starts(
@@ -253,9 +253,9 @@ def labels(pairs: list[dict[str, object]], seed: int) -> list[dict[str, object]]
 
 def questions(made: list[dict[str, object]]) -> frozenset[str]:
     """Every question asked in records of `held_out` or `held_out_pairs`."""
-    found: set[str] = set()
+    questions: set[str] = set()
     for record in made:
         messages = record.get("messages") or record["prompt"]
         assert isinstance(messages, list)
-        found.update(str(m["content"]) for m in messages if m["role"] == "user")
-    return frozenset(found)
+        questions.update(str(m["content"]) for m in messages if m["role"] == "user")
+    return frozenset(questions)

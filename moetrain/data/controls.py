@@ -56,31 +56,31 @@ class Controls:
         self, messages: list[Message], kwargs: Mapping[str, Any]
     ) -> tuple[list[Message], dict[str, Any], tuple[str, ...]]:
         """The same of a conversation's parts."""
-        found: list[str] = []
+        done: list[str] = []
         made: list[Message] = []
         for i, message in enumerate(messages):
             where = f"the {message['role']} turn {i}"
             made.append(
                 {
-                    key: value if key == "role" else self._treated(value, where, found)
+                    key: value if key == "role" else self._treated(value, where, done)
                     for key, value in message.items()
                 }
             )
         given = {
-            key: self._treated(value, "tools" if key == "tools" else f"the template's {key}", found)
+            key: self._treated(value, "tools" if key == "tools" else f"the template's {key}", done)
             for key, value in kwargs.items()
         }
-        notes = (KEPT if self.how == "keep" else SPELLED,) if found else ()
+        notes = (KEPT if self.how == "keep" else SPELLED,) if done else ()
         return made, given, notes
 
-    def _treated(self, value: Any, where: str, found: list[str]) -> Any:
+    def _treated(self, value: Any, where: str, done: list[str]) -> Any:
         def treat(text: str) -> str:
             if JOINT in text:
                 raise FormatError(f"{where} holds {shown(JOINT)}, which stands for no character")
             first = self._pattern.search(text)
             if first is None:
                 return text
-            found.append(first[0])
+            done.append(first[0])
             if self.how == "keep":
                 return text
             return self._pattern.sub(lambda match: self._spelled(match[0], where), text)
@@ -120,12 +120,12 @@ class Spelling:
         """The first control token of a text."""
         if len(self._starts) <= FEW and not any(start in text for start in self._starts):
             return None
-        found = self._pattern.search(text)
-        return None if found is None else found[0]
+        match = self._pattern.search(text)
+        return None if match is None else match[0]
 
     def pieces(self, text: str) -> list[str]:
         """The text cut behind the first character of each control token."""
-        cuts = [0, *(found.start() + 1 for found in self._pattern.finditer(text)), len(text)]
+        cuts = [0, *(match.start() + 1 for match in self._pattern.finditer(text)), len(text)]
         return [text[a:b] for a, b in pairwise(cuts) if a < b]
 
 

@@ -27,12 +27,15 @@ def prepare_demonstrations(recipe: Recipe) -> tuple[list[str], list[Reject]]:
     """(what there is to say, the records that are skipped), as `prepare` of instruction data; both
     empty for methods that take none. Raises DataError.
     """
-    own = demonstration_recipe(recipe)
-    if own is None:
+    demonstrated = demonstration_recipe(recipe)
+    if demonstrated is None:
         return [], []
-    data = RunData(own).packed(held_out=False)
+    data = RunData(demonstrated).packed(held_out=False)
     assert data is not None, "fine-tuning reads no corpus"
     rejects = data.rejects()
     check_rejects(rejects, data.stats.num_records, recipe.data.max_rejected)
     # What the template does to any record was reported for the prompts already.
-    return [describe_set("demonstrations", data, own), *noted((), data.stats.notes)], rejects
+    return [
+        describe_set("demonstrations", data, demonstrated),
+        *noted((), data.stats.notes),
+    ], rejects

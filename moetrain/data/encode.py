@@ -135,9 +135,9 @@ class Encoder:
             for one in draft.conversations:
                 message = one.messages, one.template_kwargs, list(one.rendered or ())
                 self.chat.refuse_long(self.spec.seq_len, *message)
-                guarded, own = self.chat.controls.guarded(one)
+                guarded, more = self.chat.controls.guarded(one)
                 texts.append(tuple(self.chat.mark(guarded)))
-                notes += own
+                notes += more
             return _Read(replace(draft, notes=(*draft.notes, *notes)), tuple(texts))
         except FormatError as error:
             return _refused(row, error)
@@ -150,8 +150,8 @@ class _Read:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        own = (note for text in self.texts for marked in text for note in marked.notes)
-        return tuple(dict.fromkeys((*self.draft.notes, *own)))
+        text_notes = (note for text in self.texts for marked in text for note in marked.notes)
+        return tuple(dict.fromkeys((*self.draft.notes, *text_notes)))
 
 
 def _refused(row: Record | Reject, error: FormatError) -> Result:

@@ -169,11 +169,11 @@ def with_system(messages: list[Message], record: Record) -> list[Message]:
     """
     given = {key: record[key] for key in SYSTEM_KEYS if record.get(key) is not None}
     texts = {text for key, value in given.items() if (text := text_of(value, key)).strip()}
-    own = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
-    if texts and len(texts | ({own} if own is not None else set())) > 1:
-        both = " and ".join([*given, *(["the first message"] if own is not None else [])])
+    first = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+    if texts and len(texts | ({first} if first is not None else set())) > 1:
+        both = " and ".join([*given, *(["the first message"] if first is not None else [])])
         raise FormatError(f"{both} give different system messages: keep one")
-    if texts and own is None:
+    if texts and first is None:
         messages = [{"role": "system", "content": texts.pop()}, *messages]
     refuse_many(messages, "the record")
     return messages
@@ -242,8 +242,8 @@ def template_kwargs_of(record: Record) -> dict[str, Any]:
 
 def name_of(tool: Any) -> Any:
     """Of a tool on offer, in OpenAI's form or bare; a template may have been given anything."""
-    own = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    return own.get("name") if isinstance(own, Mapping) else None
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    return function.get("name") if isinstance(function, Mapping) else None
 
 
 def _tool(value: Any, where: str) -> Any:
@@ -279,8 +279,10 @@ def unread_fields(columns: Iterable[Any]) -> Iterator[str]:
     for value in columns:
         for message in value if isinstance(value, list) else [value]:
             if isinstance(message, Mapping):
-                own = message.keys() - READ_FIELDS
-                fields |= {str(key) for key in own if key in MASKS or _switches(message[key])}
+                unread_keys = message.keys() - READ_FIELDS
+                fields |= {
+                    str(key) for key in unread_keys if key in MASKS or _switches(message[key])
+                }
     yield from (f"the field {shown(f)[1:-1]} of a message is not read" for f in sorted(fields))
 
 

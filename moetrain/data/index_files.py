@@ -172,10 +172,10 @@ def _check_places(prefix: Path, lengths: NDArray[np.int32], width: int) -> None:
     place = HEADER.size + num * 4
     starts = np.memmap(f"{prefix}.idx", np.int64, "r", offset=place, shape=(num,))
     for first in range(0, num, LOOKED_AT):
-        own = starts[first : first + LOOKED_AT]
-        ends = own + lengths[first : first + LOOKED_AT].astype(np.int64) * width
+        places = starts[first : first + LOOKED_AT]
+        ends = places + lengths[first : first + LOOKED_AT].astype(np.int64) * width
         # A sum that is too large for an int64 turns negative.
-        wrong = (own < 0) | (ends < own) | (ends > size) | (own % width != 0)
+        wrong = (places < 0) | (ends < places) | (ends > size) | (places % width != 0)
         if wrong.any():
             at = first + int(wrong.argmax())
             raise DataError(

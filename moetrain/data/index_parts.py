@@ -165,10 +165,10 @@ def _resumed(folder: Path, key: str) -> State:
             fields, digests = json.loads(entry)
             state = State(**fields | {"sizes": tuple(fields["sizes"])})
             new = [b - a for a, b in zip(done.sizes, state.sizes, strict=True)]
-            found = [
+            digests_there = [
                 blake3(file.read(n)).hexdigest() for file, n in zip(contents, new, strict=True)
             ]
-            if found != digests:
+            if digests_there != digests:
                 break
             done, whole = state, whole + len(line)
     if journal.exists():
@@ -186,9 +186,9 @@ def _write_index(path: Path, lengths: Path, num: int, token: type[np.generic]) -
         with lengths.open("rb") as content:
             shutil.copyfileobj(content, file)
         with lengths.open("rb") as content:
-            while (own := np.fromfile(content, np.int32, AT_ONCE)).size:
-                ends = place + np.cumsum(own, dtype=np.int64) * width
-                (ends - own.astype(np.int64) * width).tofile(file)
+            while (counts := np.fromfile(content, np.int32, AT_ONCE)).size:
+                ends = place + np.cumsum(counts, dtype=np.int64) * width
+                (ends - counts.astype(np.int64) * width).tofile(file)
                 place = int(ends[-1])
         for first in range(0, num + 1, AT_ONCE):
             np.arange(first, min(num + 1, first + AT_ONCE), dtype=np.int64).tofile(file)

@@ -90,8 +90,8 @@ class Indexer:
         end = np.array([self.tokenizer.end], dtype=np.uint32)
         parts: list[Ids] = []
         lengths = np.zeros(len(texts), dtype=np.int32)
-        for i, own in enumerate(texts):
-            made = [next(ids) for _ in own]
+        for i, texts_of_one in enumerate(texts):
+            made = [next(ids) for _ in texts_of_one]
             parts += [*made, end]
             lengths[i] = sum(map(len, made)) + 1
         tokens = (
@@ -186,11 +186,11 @@ def _fastest(
             held += sum(map(len, document))
             if held >= SAMPLE:
                 break
-    found = same_tokens.compared(slow.tokenizer, texts)
-    if isinstance(found, TextTokenizer):
-        return Indexer(found, FAST, slow.options)
+    compared = same_tokens.compared(slow.tokenizer, texts)
+    if isinstance(compared, TextTokenizer):
+        return Indexer(compared, FAST, slow.options)
     if say is not None:
-        say(f"note: Hugging Face's tokenizers are used, some 20 times slower: {found}")
+        say(f"note: Hugging Face's tokenizers are used, some 20 times slower: {compared}")
     return slow
 
 

@@ -45,21 +45,21 @@ class _Watch:
         return int(os.pread(self._statm.fileno(), 200, 0).split()[5]) * PAGE
 
     def begin(self, seconds: float, memory: int) -> None:
-        own = threading.get_ident()
+        thread = threading.get_ident()
         with self._lock:
-            self._notified.discard(own)
-            self._limits[own] = _Limit(time.thread_time() + seconds, memory)
+            self._notified.discard(thread)
+            self._limits[thread] = _Limit(time.thread_time() + seconds, memory)
             if self.thread is None:
                 self.thread = threading.Thread(target=self._look, daemon=True)
                 self.thread.start()
 
     def end(self) -> None:
-        own = threading.get_ident()
+        thread = threading.get_ident()
         with self._lock:
-            self._limits.pop(own, None)
-            if own in self._notified:  # and it may not have come through yet
-                self._notified.discard(own)
-                _raise_in(own, None)
+            self._limits.pop(thread, None)
+            if thread in self._notified:  # and it may not have come through yet
+                self._notified.discard(thread)
+                _raise_in(thread, None)
 
     def _look(self) -> None:
         while True:

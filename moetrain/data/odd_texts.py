@@ -119,14 +119,14 @@ KINDS = (BLANKS, BLANKS, WORDS, WORDS, NUMBERS, ENDINGS, MARKS, MARKS, PICTURES,
 @cache
 def edges() -> tuple[int, ...]:
     """The first and the last of the characters of each kind, wherever the kind changes."""
-    found: set[int] = set()
+    codes: set[int] = set()
     before = ""
     for code in range(sys.maxunicode + 1):
         kind = unicodedata.category(chr(code))
         if kind != before:
-            found |= {code, max(0, code - 1)}
+            codes |= {code, max(0, code - 1)}
         before = kind
-    return tuple(sorted(found - {*SURROGATES}))
+    return tuple(sorted(codes - {*SURROGATES}))
 
 
 @cache

@@ -92,7 +92,7 @@ def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[A
     """(source, prompt with its answers as JSON) -> prompts, each once: one that returns in its
     source brings more answers, one that another source has asked is left to that.
     """
-    found: dict[str, AnsweredPrompt] = {}
+    prompts: dict[str, AnsweredPrompt] = {}
     texts: dict[str, set[str]] = {}
     for source, row in rows:
         columns = row["prompt"]["columns"]
@@ -105,7 +105,7 @@ def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[A
         key = plain(" ".join(str(message.get("content")) for message in messages))
         key += json.dumps(given, sort_keys=True) if given else ""
         new = AnsweredPrompt(row["prompt"]["id"], source, messages, [], given, templated=templated)
-        asked = found.setdefault(key, new)
+        asked = prompts.setdefault(key, new)
         if asked.source != source:
             continue
         seen = texts.setdefault(key, set())
@@ -126,7 +126,7 @@ def gather(rows: Iterable[tuple[int, dict[str, Any]]], choice: Choice) -> list[A
                 seen.add(plain(text))
                 num = num_tokens(content)
                 asked.answers.append(Candidate(text, reward, confidence(content), num))
-    return list(found.values())
+    return list(prompts.values())
 
 
 def confidence(answer: dict[str, Any]) -> float:
@@ -229,12 +229,12 @@ def _selected(slots: list[Slot], choice: Choice) -> tuple[list[Slot], Counter[st
     slots.sort(key=lambda slot: slot.rank)  # a prompt's second answer only after all first ones
     num_sources = len(choice.shares or ()) or 1 + max((s.asked.source for s in slots), default=0)
     left_out: Counter[str] = Counter()
-    own: list[list[Slot]] = []
+    evened: list[list[Slot]] = []
     for source in range(num_sources):
         mine = [slot for slot in slots if slot.asked.source == source]
-        own.append(_evened(mine, choice.balance))
-        left_out["too many of their difficulty"] += len(mine) - len(own[-1])
-    wanted = [len(part) for part in own]
+        evened.append(_evened(mine, choice.balance))
+        left_out["too many of their difficulty"] += len(mine) - len(evened[-1])
+    wanted = [len(part) for part in evened]
     total = sum(wanted)
     shares = choice.shares or tuple(n / total for n in wanted if total)
     if shares:
@@ -242,7 +242,7 @@ def _selected(slots: list[Slot], choice: Choice) -> tuple[list[Slot], Counter[st
         most = min(most, choice.num or most)
         wanted = [min(n, round(most * share)) for n, share in zip(wanted, shares, strict=True)]
     left_out["more than the shares or the number asked for"] += total - sum(wanted)
-    chosen_slots = [slot for part, n in zip(own, wanted, strict=True) for slot in part[:n]]
+    chosen_slots = [slot for part, n in zip(evened, wanted, strict=True) for slot in part[:n]]
     rng.shuffle(chosen_slots)
     return chosen_slots, left_out, wanted
 

@@ -104,21 +104,21 @@ def with_parsed_messages(record: dict[str, Any]) -> dict[str, Any]:
     """The record with its messages as objects where they are texts of JSON: `datasets` from 4.7 on
     writes them so, into JSONL and parquet alike, when their keys differ. ValueError as parse_json.
     """
-    found: dict[str, Any] = {}
+    parsed_columns: dict[str, Any] = {}
     for key in LISTS + ANSWERS:
         value = record.get(key)
         if isinstance(value, str) and value.lstrip().startswith("["):
             parsed = _parsed(value)
             if key in LISTS or _are_messages(parsed):
-                found[key] = parsed
+                parsed_columns[key] = parsed
         elif key in ANSWERS and _is_object(value) and _are_messages([parsed := _parsed(value)]):
-            found[key] = parsed
+            parsed_columns[key] = parsed
         elif isinstance(value, list) and value and all(_is_object(item) for item in value):
-            found[key] = [_parsed(item) for item in value]
+            parsed_columns[key] = [_parsed(item) for item in value]
     kwargs = record.get("chat_template_kwargs")
     if _is_object(kwargs):
-        found["chat_template_kwargs"] = _parsed(kwargs)
-    return record | found if found else record
+        parsed_columns["chat_template_kwargs"] = _parsed(kwargs)
+    return record | parsed_columns if parsed_columns else record
 
 
 def _is_object(value: Any) -> bool:

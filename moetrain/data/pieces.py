@@ -59,7 +59,7 @@ def pieces(sources: Sequence[Source], place: Place) -> Iterator[Piece]:
     held = 0
     for number in range(place.source, len(sources)):
         source, offset = sources[number], place.offset if number == place.source else 0
-        own, cuts = _size(source), cuts_of(source)
+        num_bytes, cuts = _size(source), cuts_of(source)
         if cuts is None:
             for row, record in enumerate(read_rows(source), start=1):
                 if row <= offset:
@@ -68,7 +68,7 @@ def pieces(sources: Sequence[Source], place: Place) -> Iterator[Piece]:
                 held += _weight(record)
                 if held >= size:
                     end = Place(number, row)
-                    yield Piece(end, before + min(own, held), rows=tuple(waiting))
+                    yield Piece(end, before + min(num_bytes, held), rows=tuple(waiting))
                     waiting, held, size = [], 0, min(2 * size, LARGEST)
         elif waiting:
             yield Piece(Place(number, 0), before, rows=tuple(waiting))
@@ -77,10 +77,10 @@ def pieces(sources: Sequence[Source], place: Place) -> Iterator[Piece]:
             while offset < cuts.num:
                 stop = min(cuts.num, offset + (1 if cuts.is_table else size))
                 end = Place(number, stop) if stop < cuts.num else Place(number + 1, 0)
-                done = before + own * stop // cuts.num
+                done = before + num_bytes * stop // cuts.num
                 yield Piece(end, done, number, source.path, cuts, offset, stop)
                 offset, size = stop, min(2 * size, LARGEST)
-        before += own
+        before += num_bytes
     if waiting:
         yield Piece(Place(len(sources), 0), before, rows=tuple(waiting))
 

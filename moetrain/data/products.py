@@ -15,12 +15,12 @@ LARGEST = 99
 def pairs(num: int, seed: int, *, avoid: frozenset[tuple[int, int]] = frozenset()) -> list[Any]:
     """(a, b), none twice and none of `avoid`."""
     rng = random.Random(seed)
-    found: dict[tuple[int, int], None] = {}
-    while len(found) < num:
+    pairs: dict[tuple[int, int], None] = {}
+    while len(pairs) < num:
         one = rng.randint(2, LARGEST), rng.randint(2, LARGEST)
         if one not in avoid:
-            found[one] = None
-    return list(found)
+            pairs[one] = None
+    return list(pairs)
 
 
 def prompts(made: list[tuple[int, int]]) -> list[dict[str, object]]:
@@ -30,7 +30,7 @@ def prompts(made: list[tuple[int, int]]) -> list[dict[str, object]]:
 
 def worked(made: list[tuple[int, int]]) -> list[dict[str, object]]:
     """`messages` in which the tool is called and its result is the answer, and `tools`."""
-    found: list[dict[str, object]] = []
+    records: list[dict[str, object]] = []
     for a, b in made:
         function = {"name": TOOL, "arguments": {"a": a, "b": b}}
         messages = [
@@ -39,8 +39,8 @@ def worked(made: list[tuple[int, int]]) -> list[dict[str, object]]:
             {"role": "tool", "name": TOOL, "content": str(a * b)},
             {"role": "assistant", "content": str(a * b)},
         ]
-        found.append({"messages": messages, "tools": TOOLS})
-    return found
+        records.append({"messages": messages, "tools": TOOLS})
+    return records
 
 
 def question(a: int, b: int) -> str:

@@ -71,27 +71,27 @@ def read_prompts(
     rewards. A prompt over `max_tokens` is rejected; `held_out` as for `find_sources`. Raises
     DataError where nothing is usable.
     """
-    found = Found([], [], Counter())
+    prompts = Found([], [], Counter())
     seen: dict[str, int] = {}
     for row in rows_of([str(path) for path in inputs], selection, held_out=held_out):
         if isinstance(row, Reject):
-            found.rejects.append(row)
+            prompts.rejects.append(row)
             continue
         try:
             prompt, notes = read_prompt(row.value, chat, max_tokens)
         except FormatError as error:
-            found.rejects.append(Reject(row.file, row.line, str(error)))
+            prompts.rejects.append(Reject(row.file, row.line, str(error)))
             continue
-        found.notes.update(notes)
+        prompts.notes.update(notes)
         prompt = replace(prompt, source=row.file)
         number = seen[prompt.id] = seen.get(prompt.id, 0) + 1
         # One that returns is asked as often as it stands there, under a name of its own.
         again = replace(prompt, id=f"{prompt.id}{AGAIN}{number}")
-        found.prompts.append(prompt if number == 1 else again)
-    if not found.prompts:
-        why = "".join(f" The first: {r.file}:{r.line}: {r.reason}." for r in found.rejects[:1])
+        prompts.prompts.append(prompt if number == 1 else again)
+    if not prompts.prompts:
+        why = "".join(f" The first: {r.file}:{r.line}: {r.reason}." for r in prompts.rejects[:1])
         raise DataError(f"No record in {', '.join(map(str, inputs))} can be used.{why}")
-    return found
+    return prompts
 
 
 def describe_repeats(prompts: Iterable[Prompt]) -> str:
@@ -130,7 +130,7 @@ def read_prompt(
     content = json.dumps(columns, sort_keys=True, default=str).encode()
     name, is_text = hashlib.sha256(content).hexdigest()[:16], isinstance(record[key], str)
     # Rewards see a question as a column, too, as in TRL.
-    columns |= {own: record[own] for own in TEXTS if isinstance(record.get(own), str)}
+    columns |= {column: record[column] for column in TEXTS if isinstance(record.get(column), str)}
     return Prompt(name, tuple(ids), columns, opened_by(text), is_text), notes
 
 

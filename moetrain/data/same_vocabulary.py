@@ -22,8 +22,8 @@ def check_same(tokenizer: Path, folder: str) -> None:
         return
     ours = tokenizers.load(tokenizer).get_vocab()
     theirs = tokenizers.load(there).get_vocab()
-    if (found := difference(ours, theirs)) is not None:
-        raise DataError(f"teacher.path: in {folder} {found}. {REFUSED}.")
+    if (reason := difference(ours, theirs)) is not None:
+        raise DataError(f"teacher.path: in {folder} {reason}. {REFUSED}.")
 
 
 def difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:

@@ -43,9 +43,9 @@ NUMBER: Kinds = (int, float)
 
 def check_types(row: Mapping[str, Any], **kinds: Kinds) -> None:
     """Raises KeyError or TypeError unless the row has values of these types by these names."""
-    for name, own in kinds.items():
+    for name, kind in kinds.items():
         value = row[name]
-        if not isinstance(value, own) or (isinstance(value, bool) and own is not bool):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise TypeError(f"{name} is {type(value).__name__}")
 
 
@@ -68,14 +68,14 @@ class Kept(NamedTuple):
     @classmethod
     def of(cls, places: Sequence[Sequence[int] | NDArray[np.int32]]) -> "Kept":
         """From the ids of each place."""
-        sizes = np.array([len(own) for own in places], np.int32)
-        return cls(sizes, np.concatenate([np.asarray(own, np.int32) for own in places]))
+        sizes = np.array([len(ids) for ids in places], np.int32)
+        return cls(sizes, np.concatenate([np.asarray(ids, np.int32) for ids in places]))
 
     def to_json(self) -> dict[str, str]:
         """Both as base64 of little-endian int32."""
         return {
-            name: base64.b64encode(own.astype("<i4").tobytes()).decode()
-            for name, own in self._asdict().items()
+            name: base64.b64encode(ids.astype("<i4").tobytes()).decode()
+            for name, ids in self._asdict().items()
         }
 
     @classmethod
@@ -187,14 +187,14 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                found = parse_json(line)
-                if not isinstance(found, dict):
-                    raise ValueError(f"it is a {type(found).__name__}")
+                row = parse_json(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"it is a {type(row).__name__}")
             except ValueError as error:
                 raise DataError(
                     f"{path}:{number} is not a JSON object ({error}). Remove the line, or the file."
                 ) from error
-            yield found
+            yield row
 
 
 def read_as[T](path: Path, make: Callable[[dict[str, Any]], T]) -> Iterator[T]:

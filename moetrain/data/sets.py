@@ -276,18 +276,18 @@ class PackedSet:
         DataError when the file is not one, or of another set.
         """
         try:
-            found = np.load(path, mmap_mode="r")
+            values = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise DataError(
                 f"The reference log-probs in {path} cannot be read ({error}): remove the file."
             ) from error
-        if found.shape != (self.num_items,) or found.dtype != np.float32:
+        if values.shape != (self.num_items,) or values.dtype != np.float32:
             raise DataError(
-                f"The reference log-probs in {path} are {found.dtype} {list(found.shape)} but the"
+                f"The reference log-probs in {path} are {values.dtype} {list(values.shape)} but the"
                 f" set has {self.num_items} answers (float32): remove the file."
             )
         other = PackedSet(self.folder)
-        other.extras["ref_logp"] = found
+        other.extras["ref_logp"] = values
         return other
 
     @property
@@ -346,8 +346,8 @@ class PackedSet:
         extras = {"item": torch.arange(first - num_before, end)}
         extras["item"][:num_before] = -1
         for key, values in self.extras.items():
-            own = torch.from_numpy(np.array(values[first:end]))
-            extras[key] = torch.cat([own.new_zeros(num_before), own])
+            part = torch.from_numpy(np.array(values[first:end]))
+            extras[key] = torch.cat([part.new_zeros(num_before), part])
         return replace(pack, extras=extras)
 
     def _part(self, item: int, start: int, end: int | None, name: str) -> Packed:

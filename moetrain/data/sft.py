@@ -15,14 +15,14 @@ def _read(record: Mapping[str, Any]) -> Draft:
 
 def _group(sequences: list[list[Encoded]], extras: Extras, spec: Spec) -> tuple[Group, ...]:
     """Apply data.too_long; drop what has nothing left to learn (token 0 never counts)."""
-    (own,) = sequences
-    longest = max((s.tokens.size for s in own), default=0)
+    (pieces,) = sequences
+    longest = max((s.tokens.size for s in pieces), default=0)
     if longest > spec.seq_len and spec.too_long == "reject":
         raise FormatError(
             f"{longest} tokens, more than data.seq_len {spec.seq_len} (data.too_long is reject)"
         )
     part = slice(-spec.seq_len, None) if spec.too_long == "keep_end" else slice(spec.seq_len)
-    cut = [Encoded(s.tokens[part], s.mask[part]) for s in own]
+    cut = [Encoded(s.tokens[part], s.mask[part]) for s in pieces]
     learned = [s for s in cut if s.mask[1:].any()]
     if not learned:
         if longest > spec.seq_len:

@@ -69,13 +69,13 @@ class View:
         self, recipe: Recipe, *, held_out: bool = False, demonstrations: bool = False
     ) -> None:
         if demonstrations:
-            own = demonstration_recipe(recipe)
-            if own is None:
+            demonstrated = demonstration_recipe(recipe)
+            if demonstrated is None:
                 raise DataError(
                     f"method {recipe.method.name} learns from no demonstrations (chord does): leave"
                     " --demonstrations out."
                 )
-            recipe = own
+            recipe = demonstrated
         self.recipe, self.held_out = recipe, held_out
         self.learns_from = recipe.method.learns_from
         if self.learns_from == "corpus":

@@ -59,10 +59,10 @@ def _find(path: Path, held_out: bool) -> list[Source]:
                 f"{path} does not exist. Give a file, a folder of files or a Hugging Face dataset"
                 " folder."
             )
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        if not found:
+        paths = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        if not paths:
             raise DataError(f"{path} means no file that is there.")
-        return [source for one in found for source in _find(one, held_out)]
+        return [source for one in paths for source in _find(one, held_out)]
     if path.is_file():
         return [_file_source(path)]
     if (path / folders.SAVED).is_file():
@@ -221,10 +221,10 @@ def _is_list(path: Path) -> bool:
         return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
-def _table_row(found: tables.Found, path: Path, line: int) -> Record | Reject:
-    if isinstance(found, str):
-        return Reject(str(path), line, found)
-    value, nulls = found
+def _table_row(row: tables.Found, path: Path, line: int) -> Record | Reject:
+    if isinstance(row, str):
+        return Reject(str(path), line, row)
+    value, nulls = row
     return _row(value, str(path), line, nulls)
 
 
@@ -235,8 +235,8 @@ def _read_parquet(path: Path, groups: range | None = None) -> Iterator[Record | 
     with _as_parquet(path):
         row = 0 if groups is None else sum(_row_groups(path)[: groups.start])
         table = pyarrow.parquet.ParquetFile(path)
-        own = None if groups is None else list(groups)
-        for batch in table.iter_batches(batch_size=1024, row_groups=own):
+        chosen = None if groups is None else list(groups)
+        for batch in table.iter_batches(batch_size=1024, row_groups=chosen):
             for value in tables.records(batch):
                 row += 1
                 yield _table_row(value, path, row)

@@ -48,8 +48,8 @@ def kinds_of(names: Iterable[str]) -> dict[str, str]:
     are those of one folder, without endings.
     """
     every = sorted(set(names))
-    found = {name: _plain(name) for name in every}
-    rest = [name for name in every if not found[name]]
+    kinds = {name: _plain(name) for name in every}
+    rest = [name for name in every if not kinds[name]]
     # Which splits the same name is there with: {"math*": {"train", "test"}}.
     splits: dict[str, set[str]] = {}
     for name in rest:
@@ -59,8 +59,8 @@ def kinds_of(names: Iterable[str]) -> dict[str, str]:
         parts = list(_parts(name))
         sure = [kind for kind, frame, _ in parts if len(splits[frame]) > 1]
         doubts = [k for k, _, word in parts if k != "train" and not _ENGLISH.fullmatch(word)]
-        found[name] = next((kind for kind in KINDS if kind in sure), DOUBTFUL if doubts else "")
-    return found
+        kinds[name] = next((kind for kind in KINDS if kind in sure), DOUBTFUL if doubts else "")
+    return kinds
 
 
 def words_of(name: str) -> list[str]:
@@ -79,19 +79,19 @@ def _plain(name: str) -> str:
 
 
 def _of_data(word: str, known: Iterable[str]) -> bool:
-    return any(word.startswith(own) and _DATA.fullmatch(word, len(own)) for own in known)
+    return any(word.startswith(prefix) and _DATA.fullmatch(word, len(prefix)) for prefix in known)
 
 
 def _parts(name: str) -> Iterator[tuple[str, str, str]]:
     """(kind, the name without it, the word) of each word that begins or ends with a split."""
     for word in words_of(name):
         for kind, known in _GLUED.items():
-            own = next((own for own in known if word.startswith(own)), "")
-            if own and not _ENGLISH.fullmatch(word):  # trainer and tester are no splits
-                yield kind, _frame(name, word, f"*{word.removeprefix(own)}"), word
-            own = next((own for own in known if word.endswith(own)), "")
-            if own:
-                yield kind, _frame(name, word, f"{word.removesuffix(own)}*"), word
+            prefix = next((prefix for prefix in known if word.startswith(prefix)), "")
+            if prefix and not _ENGLISH.fullmatch(word):  # trainer and tester are no splits
+                yield kind, _frame(name, word, f"*{word.removeprefix(prefix)}"), word
+            suffix = next((suffix for suffix in known if word.endswith(suffix)), "")
+            if suffix:
+                yield kind, _frame(name, word, f"{word.removesuffix(suffix)}*"), word
 
 
 def _frame(name: str, word: str, other: str) -> str:

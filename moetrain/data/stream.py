@@ -67,10 +67,10 @@ class Loader:
         assert start < self._position, "the stream is at its end"
         per_epoch = len(self.packs)
         numbers = range(start, self._position)[self.dp_rank :: self.dp_size]
-        found = [self.packs.at(*divmod(number, per_epoch)) for number in numbers]
-        if len(found) * self.dp_size < self._position - start:
-            found.append(_blank(self.packs.at(*divmod(start, per_epoch))))
-        return found
+        packs = [self.packs.at(*divmod(number, per_epoch)) for number in numbers]
+        if len(packs) * self.dp_size < self._position - start:
+            packs.append(_blank(self.packs.at(*divmod(start, per_epoch))))
+        return packs
 
     def steps_left(self) -> int | None:
         """Steps until the stream's limit; None where it has none."""

@@ -53,17 +53,17 @@ class TeacherPrompts:
                 " system message goes before it. Give messages"
             )
         messages: list[Message] = list(given)
-        own = ""
+        before = ""
         if messages and messages[0]["role"] == "system":
-            own, messages = f"{messages[0]['content']}\n\n", messages[1:]
-        return [{"role": "system", "content": own + self._filled(prompt)}, *messages]
+            before, messages = f"{messages[0]['content']}\n\n", messages[1:]
+        return [{"role": "system", "content": before + self._filled(prompt)}, *messages]
 
     def _filled(self, prompt: Prompt) -> str:
-        def put(found: re.Match[str]) -> str:
-            value = prompt.columns.get(found[1])
+        def put(match: re.Match[str]) -> str:
+            value = prompt.columns.get(match[1])
             if value is None:
                 raise DataError(
-                    f"teacher.system names {found[0]}, and a record of {prompt.source} has no such"
+                    f"teacher.system names {match[0]}, and a record of {prompt.source} has no such"
                     f" column; it has {', '.join(sorted(prompt.columns))}."
                 )
             return str(value)

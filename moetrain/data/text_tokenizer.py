@@ -64,8 +64,8 @@ def read(folder: Path) -> TextTokenizer:
     digests = sorted((Path(p).name, d) for p, d in digest_files(deciding, cache_root()))
     known = note([digests, "transformers", "tokenizers"])
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads(known.read_text(encoding="utf-8"))
-        return TextTokenizer(**found | {"control": tuple(found["control"])})
+        noted = json.loads(known.read_text(encoding="utf-8"))
+        return TextTokenizer(**noted | {"control": tuple(noted["control"])})
     from moetrain.data import tokenizer
 
     loaded = tokenizer.load(folder)
@@ -108,11 +108,11 @@ class Slow(Engine):
         self.written.no_padding()
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
-        found: list[Ids] = []
+        ids: list[Ids] = []
         for part in _parts(texts):
             encoded = self.written.encode_batch_fast(part, add_special_tokens=False)
-            found += [np.array(one.ids, dtype=np.uint32) for one in encoded]
-        return found
+            ids += [np.array(one.ids, dtype=np.uint32) for one in encoded]
+        return ids
 
     def decode(self, ids: Ids) -> str:
         return self.written.decode(ids.tolist(), skip_special_tokens=False)

@@ -94,12 +94,12 @@ def check_for_export(folder: Path, kind: str | None) -> str | None:
         return None
     if _json(folder / "config.json").get("model_type") == kind:
         return None  # as it lies there it has been looked at
-    found = misreading_class(folder, kind, {})
-    if found is None:
+    read_as = misreading_class(folder, kind, {})
+    if read_as is None:
         return None
     message = (
         f"beside a config.json of model_type {kind}, as an export has it, transformers reads the"
-        f" tokenizer in {folder} as {found} and not as its tokenizer.json says"
+        f" tokenizer in {folder} as {read_as} and not as its tokenizer.json says"
     )
     if misreading_class(folder, kind, {"tokenizer_class": SAFE}) is None:
         raise DataError(
@@ -133,7 +133,7 @@ def misreading_class(folder: Path, kind: str | None, changes: dict[str, str]) ->
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -120,14 +120,14 @@ def _all_texts(inputs: Iterable[str | Path], rejects: list[Reject]) -> Iterator[
 
 def _texts(record: Any) -> list[str]:
     """Every text in a record, however it is nested."""
-    found: list[str] = []
+    texts: list[str] = []
     todo: list[Any] = [record]
     while todo:
         value = todo.pop()
         if isinstance(value, str):
-            found.append(value)
+            texts.append(value)
         elif isinstance(value, dict):
             todo.extend(value.values())
         elif isinstance(value, list):
             todo.extend(value)
-    return found
+    return texts

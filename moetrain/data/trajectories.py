@@ -95,17 +95,18 @@ class Branch:
         num = sum(turn.num_tokens for turn in self.turns)
         if not (num,) == self.tokens.shape == self.logprobs.shape:
             raise ValueError(f"turns of {num} tokens, and {self.tokens.shape} of them")
-        own = self.context
-        if own is not None and (own.ndim != 1 or not len(own)):
-            raise ValueError(f"a context of {own.shape} tokens")
-        if min(self.tokens.min(initial=0), 0 if own is None else own.min()) < 0:
+        prefix = self.context
+        if prefix is not None and (prefix.ndim != 1 or not len(prefix)):
+            raise ValueError(f"a context of {prefix.shape} tokens")
+        if min(self.tokens.min(initial=0), 0 if prefix is None else prefix.min()) < 0:
             raise ValueError("tokens below 0")
         if self.versions is not None and self.versions.shape != (num,):
             raise ValueError(f"versions of {self.versions.shape} tokens, and {num} of them")
         if min(self.by_token.min(initial=0), *(turn.version for turn in self.turns), 0) < 0:
             raise ValueError("versions below 0")
         if self.routes is not None:
-            places = None if context is None else (len(own) if own is not None else context) + num
+            before = context if prefix is None else len(prefix)
+            places = None if context is None or before is None else before + num
             is_right = places in (None, len(self.routes) + 1) and self.routes.ndim == 3
             if not is_right or self.routes.min(initial=0) < 0:
                 raise ValueError(f"routes of {self.routes.shape} for {num} tokens")
@@ -234,8 +235,8 @@ class Trajectory:
     def is_plain(self) -> bool:
         """Whether it is one turn of the model, which ended it."""
         turns = self.turns
-        own = len(turns) == 1 and turns[0].finish == self.finish
-        return own and not self.messages and not self.is_open
+        is_plain = len(turns) == 1 and turns[0].finish == self.finish
+        return is_plain and not self.messages and not self.is_open
 
     @property
     def tokens(self) -> list[int]:
@@ -327,8 +328,8 @@ def assembled(row: Mapping[str, Any], parts: Sequence[Branch]) -> Trajectory:
         finish = "length" if row["finish"] == "length" else "stop"
         turns = [(Turn("model", int(row["tokens"]), row["text"], finish, int(row["version"])),)]
     branches: list[Branch] = []
-    for own, part in zip(turns, parts, strict=True):
-        part = replace(part, turns=own)
+    for own_turns, part in zip(turns, parts, strict=True):
+        part = replace(part, turns=own_turns)
         part.check()
         branches.append(part)
     never_asked = not turns and row["finish"] in FAULTS  # an agent that failed before it asked

@@ -19,10 +19,10 @@ def stop_ids(chat: Chat, hf: Mapping[str, Any]) -> tuple[int, ...]:
     """What ends an answer: the template's end of a turn (or what begins the next role's), the
     tokenizer's end of a document, and the model's eos_token_id.
     """
-    found = {tokenizer.end_of_document(chat.tokenizer), *_ids(chat, chat.template.ends.stops)}
-    own = hf.get("eos_token_id")
-    found.update(own if isinstance(own, list) else [] if own is None else [own])
-    return tuple(sorted(found))
+    stops = {tokenizer.end_of_document(chat.tokenizer), *_ids(chat, chat.template.ends.stops)}
+    eos = hf.get("eos_token_id")
+    stops.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return tuple(sorted(stops))
 
 
 def _ids(chat: Chat, tokens: tuple[str, ...]) -> tuple[int, ...]:

@@ -120,15 +120,15 @@ def score_rows(engine: Engine, rows: Sequence[Sequence[int]]) -> list[float]:
     world = engine.world
     members = list(bins_of([len(row) for row in rows], engine.recipe.data.seq_len))
     mine = members[world.dp_rank :: world.dp_size]
-    packs = [concat([from_tokens(rows[i]) for i in own]) for own in mine]
-    found: dict[int, float] = {}
-    for own, pack, out in zip(mine, packs, engine.outputs(packs), strict=True):
+    packs = [concat([from_tokens(rows[i]) for i in indices]) for indices in mine]
+    scores: dict[int, float] = {}
+    for indices, pack, out in zip(mine, packs, engine.outputs(packs), strict=True):
         assert out.value is not None, "the model has no scalar head"
-        last = pack.cu_seqlens[1 : len(own) + 1].long() - 1
-        found |= zip(own, out.value[last].tolist(), strict=True)
-    for part in world.to_first(found) or ():
-        found |= part
-    return [found.get(i, 0.0) for i in range(len(rows))] if world.is_first else []
+        last = pack.cu_seqlens[1 : len(indices) + 1].long() - 1
+        scores |= zip(indices, out.value[last].tolist(), strict=True)
+    for part in world.to_first(scores) or ():
+        scores |= part
+    return [scores[i] for i in range(len(rows))] if world.is_first else []
 
 
 @dataclass(eq=False)
@@ -191,22 +191,22 @@ class Desk:
         """Rows in the order of their coming, up to `most` tokens; none where none came for a
         while.
         """
-        found: list[Sequence[int]] = []
+        rows: list[Sequence[int]] = []
         with self._changed:
             self._changed.wait_for(lambda: bool(self._waiting), IDLE_SECONDS)
             self._taken = []
             while self._waiting:
                 job = self._waiting[0]
                 row = job.rows[job.num_taken]
-                if found and len(row) > most:
+                if rows and len(row) > most:
                     break
-                found.append(row)
+                rows.append(row)
                 self._taken.append(job)
                 most -= len(row)
                 job.num_taken += 1
                 if job.num_taken == len(job.rows):
                     self._waiting.popleft()
-        return found
+        return rows
 
     def give(self, scores: Sequence[float]) -> None:
         """Of the rows that were taken."""

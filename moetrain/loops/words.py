@@ -144,11 +144,11 @@ def _both(
         if packed is None:
             folders.append(None)
             continue
-        identity = whole | {"data": packed.sequences_fingerprint}
-        folder = cache_root(recipe.data.cache) / "words" / key_of(identity)
+        of_set = whole | {"data": packed.sequences_fingerprint}
+        folder = cache_root(recipe.data.cache) / "words" / key_of(of_set)
         if not world.all(folder.is_dir()):
             started = time.perf_counter()
-            build(packed, folder, identity)
+            build(packed, folder, of_set)
             seconds = time.perf_counter() - started
             report(f"a teacher's words on {packed.num_items} records in {seconds:.0f} s: {folder}")
         if not world.all(folder.is_dir()):

@@ -227,12 +227,12 @@ def tensor_of(blob: io.BufferedIOBase) -> Found:
         size = blob.seek(0, io.SEEK_END)
         storage, offset, shape, strides, rest = load_small(description, _ALLOWED)
         dtype = storage[1] if storage[1] in SIZES else rest[2]
-        storage = Found(dtype, tuple(shape), start)
+        tensor = Found(dtype, tuple(shape), start)
         kept = [s for s, n in zip(strides, shape, strict=True) if n > 1]
         wanted = [prod(shape[i + 1 :]) for i, n in enumerate(shape) if n > 1]
-        lies = offset == 0 and kept == wanted and values.file_size == storage.num_bytes
+        lies = offset == 0 and kept == wanted and values.file_size == tensor.num_bytes
     except Exception as error:  # any bytes may be any archive and any instructions
         raise ValueError(f"no tensor as torch.save writes it ({str(error)[:200]})") from None
-    if not lies or values.compress_type or start + storage.num_bytes > size:
+    if not lies or values.compress_type or start + tensor.num_bytes > size:
         raise ValueError("a tensor that does not lie there row by row")
-    return storage
+    return tensor

@@ -97,12 +97,12 @@ class BlockFp8:
             rows, columns = self.base.shape(weight)
             down, right = slices
             across = slice(right.start * BLOCK, min(right.stop * BLOCK, columns))
-            scales = [torch.empty(0, right.stop - right.start)]
+            runs = [torch.empty(0, right.stop - right.start)]
             for first in range(down.start, down.stop, RUN):
                 stop = min(min(first + RUN, down.stop) * BLOCK, rows)
                 met = (slice(first * BLOCK, stop), across)
-                scales.append(self._blocks(weight, met)[1])
-            return torch.cat(scales)
+                runs.append(self._blocks(weight, met)[1])
+            return torch.cat(runs)
         if name not in self._taken:
             return self.base.read(name, slices)
         met = tuple(
