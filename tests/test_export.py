@@ -163,7 +163,7 @@ def test_an_adapter_run_is_scored(
     with pytest.raises(ConfigError, match=r"moetrain score does not read data\.system"):
         score(str(second_base), rows, tmp_path / "out.jsonl", ["data.system=Be kind."])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CheckpointError, match=r"score the base with adapter\.path="):
+    with pytest.raises(CheckpointError, match=r"give the base with adapter\.path="):
         score(str(adapted), rows, tmp_path / "out.jsonl")
 
 
