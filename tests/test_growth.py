@@ -147,7 +147,7 @@ def documents_of_an_index(n: int) -> int:
         return num_samples(prefix, 8)
 
 
-FACTOR, TRIES = 2.5, 6
+FACTOR, TRIES, ROUNDS = 2.5, 6, 3
 # What is done with n of something, and an n that takes some hundredths of a second.
 CASES: dict[str, tuple[Callable[[int], object], int]] = {
     "a long number in YAML": (lambda n: parse_value("1_" * n + "x", ""), 30_000),
@@ -193,9 +193,15 @@ def seconds(run: Callable[[int], object], size: int) -> float:
 
 @pytest.mark.parametrize(("run", "size"), CASES.values(), ids=CASES)
 def test_growth(run: Callable[[int], object], size: int) -> None:
-    """The best of several, since other programs take their share of the processor."""
-    once = min(seconds(run, size) for _ in range(TRIES))
-    twice = min(seconds(run, 2 * size) for _ in range(TRIES))
+    """The best of several, since other programs take their share of the processor's caches; what is
+    quadratic is so each time.
+    """
+    once = twice = 0.0
+    for _ in range(ROUNDS):
+        once = min(seconds(run, size) for _ in range(TRIES))
+        twice = min(seconds(run, 2 * size) for _ in range(TRIES))
+        if twice <= FACTOR * once + 0.01:
+            break
     assert twice <= FACTOR * once + 0.01, (once, twice)
     assert twice < 5
 
