@@ -312,7 +312,7 @@ def test_a_replay_of_another_model(tmp_path: Path) -> None:
         group = Group(Prompt("p", prompt, {}), (GradedAnswer(one, 1.0),))
         check_known(Batch(7, (group,), 1), store, model)
 
-    routes = np.full((2, 4, 2), num_experts - 1)
+    routes = np.full((2, 4, 2), num_experts - 1, np.uint8)
     check((vocab - 1,), routes=routes, kept=Kept.of([[vocab - 1], [1]]), word=word)
     high = np.array([1, vocab], np.int32)
     lies: tuple[dict[str, Any], ...] = (

@@ -44,9 +44,8 @@ def check_known(batch: Batch, store: Store, model: Model) -> None:
         ("token", model.heads.vocab, ids),
         ("expert", model.num_experts, [part.routes for part in parts]),
     ):
-        most = max(
-            (int(np.max(array, initial=-1)) for array in arrays if array is not None), default=-1
-        )
+        given = (array for array in arrays if array is not None and np.size(array))
+        most = max((int(np.max(array)) for array in given), default=-1)
         if most >= num:
             raise DataError(
                 f"rollout.replay={store.folder} has {what} {most}, and the model {num} {what}s:"
