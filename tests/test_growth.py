@@ -180,7 +180,7 @@ CASES: dict[str, tuple[Callable[[int], object], int]] = {
     "rollouts of many answers": (many_answers, 100),
     "a long turn": (long_words, 30),
     "tools on offer": (tools_on_offer, 10),
-    "documents of an index": (documents_of_an_index, 1 << 18),
+    "documents of an index": (documents_of_an_index, 1 << 15),
     "a judge without an end": (judged, 30_000),
     "a record of short texts": (lambda n: parse_json(json.dumps([["x"]] * n)), 30_000),
 }
