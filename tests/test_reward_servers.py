@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from moetrain.rewards import Grader
 from moetrain.rewards.base import Completion
 from moetrain.rewards.conversations import tokens_of
 from moetrain.rewards.reward_servers import RewardServers
+from moetrain.testing.servers import serving
 
 LONGEST = 40
 KEY = "a key of the tests"
@@ -116,12 +117,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def root(folder: Path) -> Iterator[str]:
     Servers.tokenizer = tokenizers.load(folder)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Servers) as server:
-        server.daemon_threads = True
-        server.block_on_close = False
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(Servers) as where:
+        yield where
 
 
 def config(folder: Path, root: str, *kinds: str, **options: Any) -> RewardConfig:

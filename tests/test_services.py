@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from moetrain.rewards import Grader
 from moetrain.rewards.base import Completion
 from moetrain.rewards.judge import fill
 from moetrain.rewards.reward_model import RewardModel
+from moetrain.testing.servers import serving
 from moetrain.testing.tiny import save_reward_model
 
 # A judge: the number of letters of an answer is its score, unless the answer asks for a fault
@@ -115,12 +116,8 @@ class JudgeServer(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer) as server:
-        server.daemon_threads = True
-        server.block_on_close = False
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-        server.shutdown()
+    with serving(JudgeServer) as root:
+        yield f"{root}/v1"
 
 
 def judge(url: str, **options: Any) -> RewardConfig:

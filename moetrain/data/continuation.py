@@ -139,8 +139,8 @@ class Continuer:
         """(where the turn's end is behind a place, what it is)."""
         ends = self.chat.template.ends
         marks = [*ends.tokens, *([ends.text] if ends.text else [])] or ends.next_role
-        marks_found = [(at, mark) for mark in marks if (at := rendered.find(mark, place)) >= 0]
-        return min(marks_found, default=(None, ""))
+        positions = [(at, mark) for mark in marks if (at := rendered.find(mark, place)) >= 0]
+        return min(positions, default=(None, ""))
 
     def _behind(
         self, placed: "_Placed", text: str, tokens: Sequence[int]

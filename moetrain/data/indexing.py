@@ -90,8 +90,8 @@ class Indexer:
         end = np.array([self.tokenizer.end], dtype=np.uint32)
         parts: list[Ids] = []
         lengths = np.zeros(len(texts), dtype=np.int32)
-        for i, texts_of_one in enumerate(texts):
-            made = [next(ids) for _ in texts_of_one]
+        for i, document in enumerate(texts):
+            made = [next(ids) for _ in document]
             parts += [*made, end]
             lengths[i] = sum(map(len, made)) + 1
         tokens = (

@@ -239,16 +239,16 @@ class Template:
         last = self._token.match(tail)
         if last is None:
             return Ends((), tail or None, () if tail else self._next_role())
-        tokens_of_ends = [last.group()]
+        last_tokens = [last.group()]
         arguments: Any = {"k": ARGUMENT} if self.reads.mapping else json.dumps({"k": ARGUMENT})
         # Some templates take one call alone.
         called = self._calls_of(arguments, number=2) or self._calls_of(arguments)
         turn = called[called.rfind(QUESTION) + len(QUESTION) :]
         tokens = self._last_tokens(turn)
         # One that a turn has twice is about calls, not about turns.
-        if tokens and not set(tokens) & set(tokens_of_ends) and turn.count(tokens[-1]) == 1:
-            tokens_of_ends.append(tokens[-1])
-        return Ends(tuple(tokens_of_ends), None, ())
+        if tokens and not set(tokens) & set(last_tokens) and turn.count(tokens[-1]) == 1:
+            last_tokens.append(tokens[-1])
+        return Ends(tuple(last_tokens), None, ())
 
     def _last_tokens(self, text: str) -> list[str]:
         """The tokens that a text ends with, with white space alone between them, in their order."""

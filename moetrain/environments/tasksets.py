@@ -94,6 +94,8 @@ class Tasks:
         if self._process.poll() is not None:  # the task before it has brought it down
             self._start()
         assert self._process.stdin is not None
+        os.ftruncate(self._said.fileno(), 0)  # what earlier tasks have said is gone, and the
+        os.lseek(self._said.fileno(), 0, os.SEEK_SET)  # process, which has the same place, goes on
         with contextlib.suppress(OSError):  # what it said last tells more
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()

@@ -228,20 +228,20 @@ class Session:
         """Take what was drawn for a request; the turn as it is read."""
         one = turn.conversation
         num_calls = sum(len(message.get("tool_calls") or ()) for message in turn.before)
-        turn_read = one.reader.read(sample.text, turn.opened, num_calls)
+        parsed = one.reader.read(sample.text, turn.opened, num_calls)
         if turn.begins:
             one.branches = [*turn.branches, Branch.of(sample, turn.context)]
         else:
             one.branches = [*turn.branches[:-1], turn.branches[-1].with_turn(sample)]
-        one.before, one.turn, one.is_busy = turn.before, turn_read, False
-        one.sent = [*turn.sent, as_sent(turn_read)]
-        one.log += [*turn.new, turn_read]
+        one.before, one.turn, one.is_busy = turn.before, parsed, False
+        one.sent = [*turn.sent, as_sent(parsed)]
+        one.log += [*turn.new, parsed]
         # The one that spoke last is the last.
         self._conversations = [*(other for other in self._conversations if other is not one), one]
-        malformed = len(turn_read.get("malformed") or ())
-        self.counts["tools/calls"] += len(turn_read.get("tool_calls") or ()) + malformed
+        malformed = len(parsed.get("malformed") or ())
+        self.counts["tools/calls"] += len(parsed.get("tool_calls") or ()) + malformed
         self.counts["tools/errors"] += malformed + turn.num_refused
-        return turn_read
+        return parsed
 
     # Its end
 

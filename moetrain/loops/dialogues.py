@@ -202,10 +202,10 @@ class Turns:
         if sample.finish == "open":
             return replace(one, branches=branches, finish="open")
         num_calls = sum(len(message.get("tool_calls") or ()) for message in one.messages)
-        turn_read = self.dialogues.reader.read(
+        parsed = self.dialogues.reader.read(
             sample.text, prompt.opened if before is None else before.opened, num_calls
         )
-        return replace(one, branches=branches, messages=(*one.messages, turn_read), finish="open")
+        return replace(one, branches=branches, messages=(*one.messages, parsed), finish="open")
 
     def _ask(self, one: Trajectory) -> None:
         key = one.prompt_id, one.index

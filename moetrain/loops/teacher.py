@@ -115,8 +115,8 @@ def teacher_prompts(recipe: Recipe) -> TeacherPrompts | None:
 
 def check_teacher_prompts(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
     """Raise DataError for a prompt that teacher.system cannot be said before."""
-    if recipe.teacher is not None and (prompts_of_its_own := teacher_prompts(recipe)) is not None:
-        prompts_of_its_own.check(prompts)
+    if recipe.teacher is not None and (own_prompts := teacher_prompts(recipe)) is not None:
+        own_prompts.check(prompts)
 
 
 def engine_of(recipe: Recipe, folder: str, world: World | None, vocab: int | None) -> Engine:

@@ -24,7 +24,7 @@ from moetrain.data.teacher_prompts import TeacherPrompts
 from moetrain.data.trajectories import Branch, Word
 from moetrain.errors import DataError, RolloutError
 from moetrain.loops.teacher import teacher_prompts
-from moetrain.rewards.remote import Remote, RemoteError
+from moetrain.rewards.remote import Remote, RemoteError, models_in
 
 RETRIES = 5
 MOST_BYTES = 1 << 30  # of an answer: 20 tokens at each of 100,000 places
@@ -237,15 +237,11 @@ def _branch(branch: Branch, word: Word) -> Branch:
 
 def _named(listed: Any, wanted: str | None, where: str) -> tuple[str, int | None]:
     """(name, longest prompt) of the model that is asked. Raises DataError, RemoteError."""
-    try:
-        served = {str(one["id"]): one.get("max_model_len") for one in listed["data"]}
-    except (KeyError, TypeError, AttributeError):
-        raise RemoteError("error", f"{where}: {str(listed)[:100]} is no list of models") from None
-    name = wanted or next(iter(served), None)
+    served = models_in(listed, where)
+    name = wanted or next(iter(served), "")
     if name not in served:
         raise DataError(
             f"teacher.model={name}: {where} serves {', '.join(served) or 'nothing'}. Give one of"
             " them"
         )
-    longest = served[name]
-    return name, longest if isinstance(longest, int) else None
+    return name, served[name]

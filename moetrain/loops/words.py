@@ -208,8 +208,8 @@ def _by_servers(
 def _asked(servers: TeacherServers, packed: PackedSet, items: tuple[int, ...]) -> Iterator[Word]:
     """What servers say at the learned places of these sequences."""
     whole = [packed.sequence(item).tolist() for item in items]
-    words_of_rows = servers.words([(tokens[:1], tokens[1:]) for tokens in whole])
-    for item, word in zip(items, words_of_rows, strict=True):
+    words = servers.words([(tokens[:1], tokens[1:]) for tokens in whole])
+    for item, word in zip(items, words, strict=True):
         places = packed.learned(item) - 1
         yield Word(word.logp[places], word.ids[places], word.top[places])
 

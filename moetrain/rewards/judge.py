@@ -12,7 +12,7 @@ import httpx
 from moetrain.config.rewards import JudgeOptions, RewardConfig
 from moetrain.errors import ConfigError
 from moetrain.rewards.base import Completion, Grade, RewardKind, Shape, text_of
-from moetrain.rewards.remote import Remote, RemoteError
+from moetrain.rewards.remote import Remote, RemoteError, about_key, as_they_come
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -31,21 +31,13 @@ class Judge:
         try:
             self._loop.run(self._words("Say: Score: 0"))
         except RemoteError as error:
-            key = "is set" if os.environ.get(self.options.key_env) else "is not set"
             raise ConfigError(
-                f"rewards: {self.label}: {error}. Look at url and model; the key is read from the"
-                f" environment variable {self.options.key_env}, which {key}."
+                f"rewards: {self.label}: {error}. Look at url and model; the"
+                f" {about_key(self.options.key_env)}."
             ) from None
 
     def grade(self, completions: Sequence[Completion]) -> Iterator[tuple[int, Grade]]:
-        pending = {
-            self._loop.get_loop().create_task(self._answer(completion))
-            for completion in completions
-        }
-        while pending:
-            done, pending = self._loop.run(_first(pending))
-            for task in done:
-                yield task.result()
+        return as_they_come(self._loop, map(self._answer, completions))
 
     async def _answer(self, completion: Completion) -> tuple[int, Grade]:
         nothing = {self.label: None}
@@ -96,12 +88,6 @@ class Judge:
         except (ValueError, AttributeError):  # the group took no part in the match
             return None
         return value if 0 <= value <= 1 else None
-
-
-async def _first(
-    tasks: set[asyncio.Task[tuple[int, Grade]]],
-) -> tuple[set[asyncio.Task[tuple[int, Grade]]], set[asyncio.Task[tuple[int, Grade]]]]:
-    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
 def fill(prompt: str, completion: Completion) -> str:

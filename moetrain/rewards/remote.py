@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import random
 import zlib
+from collections.abc import Coroutine, Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -112,3 +114,31 @@ async def _content(answer: httpx.Response, most: int) -> bytes:
         if max(travelled, len(content)) > most:
             raise _TooLarge(f"its answer is longer than {most >> 20} MiB")
     return bytes(content)
+
+
+def as_they_come[T](runner: asyncio.Runner, asked: Iterable[Coroutine[Any, Any, T]]) -> Iterator[T]:
+    """What all of `asked` return, what is first there first."""
+    pending = {runner.get_loop().create_task(one) for one in asked}
+
+    async def first() -> tuple[set[asyncio.Task[T]], set[asyncio.Task[T]]]:
+        return await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+
+    while pending:
+        done, pending = runner.run(first())
+        for task in done:
+            yield task.result()
+
+
+def about_key(name: str) -> str:
+    """Where a server's key is read, for who could not reach it."""
+    state = "is set" if os.environ.get(name) else "is not set"
+    return f"key is read from the environment variable {name}, which {state}"
+
+
+def models_in(listed: Any, where: str) -> dict[str, int | None]:
+    """Name -> longest prompt of the models that a server lists. Raises RemoteError."""
+    try:
+        found = {str(one["id"]): one.get("max_model_len") for one in listed["data"]}
+    except (KeyError, TypeError, AttributeError):
+        raise RemoteError("error", f"{where}: {str(listed)[:100]} is no list of models") from None
+    return {name: most if isinstance(most, int) else None for name, most in found.items()}

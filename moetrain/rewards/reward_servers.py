@@ -19,7 +19,7 @@ from moetrain.data.messages import FormatError
 from moetrain.errors import ConfigError
 from moetrain.rewards.base import Completion, Grade
 from moetrain.rewards.conversations import tokens_of
-from moetrain.rewards.remote import Remote, RemoteError
+from moetrain.rewards.remote import Remote, RemoteError, about_key, as_they_come, models_in
 
 RETRIES = 5
 DOWN_SECONDS = 60.0  # after it has failed, a server is asked last
@@ -55,11 +55,10 @@ class RewardServers:
             self.close()
             if not isinstance(error, RemoteError):
                 raise
-            key = "is set" if os.environ.get(self.options.key_env) else "is not set"
             raise ConfigError(
                 f"rewards: {self.label}: {error}. It has to be a server of a reward model: vllm"
-                " serve FOLDER --runner pooling, or moetrain serve MODEL --reward-model. A key is"
-                f" read from the environment variable {self.options.key_env}, which {key}."
+                " serve FOLDER --runner pooling, or moetrain serve MODEL --reward-model. A"
+                f" {about_key(self.options.key_env)}."
             ) from None
 
     def close(self) -> None:
@@ -68,14 +67,7 @@ class RewardServers:
         self._loop.close()
 
     def grade(self, completions: Sequence[Completion]) -> Iterator[tuple[int, Grade]]:
-        pending = {
-            self._loop.get_loop().create_task(self._graded(completion))
-            for completion in completions
-        }
-        while pending:
-            done, pending = self._loop.run(_first(pending))
-            for task in done:
-                yield task.result()
+        return as_they_come(self._loop, map(self._graded, completions))
 
     async def _graded(self, completion: Completion) -> tuple[int, Grade]:
         try:
@@ -145,20 +137,14 @@ class RewardServers:
 
     def _named(self, listed: Any, where: str) -> tuple[str, int | None]:
         """(name, longest row) of the model that is asked."""
-        try:
-            found = {str(one["id"]): one.get("max_model_len") for one in listed["data"]}
-        except (KeyError, TypeError, AttributeError):
-            raise RemoteError(
-                "error", f"{where}: {str(listed)[:100]} is no list of models"
-            ) from None
+        found = models_in(listed, where)
         name = self.options.model or next(iter(found), "")
         if name not in found:
             raise ConfigError(
                 f"rewards: {self.label}: model={name}: {where} serves"
                 f" {', '.join(found) or 'nothing'}. Give one of them."
             )
-        longest = found[name]
-        return name, longest if isinstance(longest, int) else None
+        return name, found[name]
 
     def _compare(self, remotes: Sequence[Remote]) -> None:
         """Raises ConfigError where servers differ, or one gives no raw scores; RemoteError."""
@@ -204,9 +190,3 @@ def scores_of(answer: Any, num: int, where: str) -> list[float]:
         raise RemoteError(
             "error", f"{where}: no answer of /classify ({type(error).__name__}: {error!s:.100})"
         ) from None
-
-
-async def _first(
-    tasks: set[asyncio.Task[tuple[int, Grade]]],
-) -> tuple[set[asyncio.Task[tuple[int, Grade]]], set[asyncio.Task[tuple[int, Grade]]]]:
-    return await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

