@@ -189,3 +189,28 @@ def test_blocks_do_not_overlap(asked: list[tuple[int, int]]) -> None:
     for block in held:
         memory.give(block)
     assert all(not pool._by_size and not pool._end for pool in memory.pools)
+
+
+def test_ranks_wait_for_the_last_of_them_after_work() -> None:
+    """A share of the work, by how much of it lies between two collectives."""
+    model = read_model(HF)
+    curve = {"points": [[ONE, 0.2], [100 * ONE, 0.02]], "source": "here"}
+    late = H100.model_copy(update={"skew": Curve.model_validate(curve)})
+    cost = Cost(8, 0, 8)
+    traces = [traced(0, 8, 8, EXPERT_TENSOR_PARALLEL_GROUP=cost)]  # one after each product
+    own = step_seconds(recipe(), 8, traces, H100, model, num_micro=8)
+    found = step_seconds(recipe(), 8, traces, late, model, num_micro=8)
+    assert found.total - own.total == pytest.approx(0.2 * 8 * ONE)
+    assert found.exposed["skew"] == pytest.approx(0.2 * 8 * ONE)
+    alone = [traced(0, 8, 8)]
+    assert "skew" not in step_seconds(recipe(), 1, alone, late, model, num_micro=8).exposed
+
+
+def test_a_grouped_product_takes_something_for_each_expert() -> None:
+    shapes = ((1024, 256), (64, 256, 128), (64,), (1024, 128))
+    op = Op("step", "experts", "_grouped_mm", shapes, "bfloat16")
+    cost = Cost(3, 3 * 2 * 1024 * 256 * 128, 0)
+    number = {"value": 10, "source": "here"}
+    each = H100.model_copy(update={"expert_us": type(H100.launch_us).model_validate(number)})
+    more = work_of(op, cost, each).seconds - work_of(op, cost, H100).seconds
+    assert more == pytest.approx(3 * 64 * 10e-6)

@@ -12,7 +12,7 @@ import pytest
 from moetrain.cluster import doctor
 from moetrain.cluster.doctor import machine, traffic, versions
 from moetrain.cluster.doctor.base import Finding, Level, Ranks, Subject
-from moetrain.engine.device import free_port
+from moetrain.ports import free_port
 from moetrain.testing import command
 from moetrain.testing.gloo import Workers
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.cluster.launch import run_local
-from moetrain.engine.device import free_port
+from moetrain.ports import free_port
 
 pytestmark = pytest.mark.gloo
 # A rank: its own listening sockets, once all have met and made a group more.

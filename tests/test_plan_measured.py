@@ -15,7 +15,7 @@ FACTOR = 12  # the table is another CPU's, and this one may do other things
 @pytest.mark.gloo
 def test_predicted_against_measured(workers: Workers) -> None:
     """Experts on two ranks: operations, an all-to-all, the optimizer and gradients."""
-    (measured,) = workers.run(plan.RANKS, plan.measure, [1])[0]
+    measured = workers.run(plan.RANKS, plan.measure, 1, plan.STEPS)[0]
     (predicted,) = apart(plan.predict, find_gpu("CPU").name, [1])
     assert 1 / FACTOR < predicted["total"] / measured["measured"] < FACTOR
     assert 1 / FACTOR < predicted["operations"] / measured["busy"] < FACTOR

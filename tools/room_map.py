@@ -9,7 +9,15 @@ import grimp
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architecture.md"
 BEGIN, END = "```mermaid\n", "```\n"
-LEFT_OUT = {"__main__", "testing", "errors", "pulse", "files", "manifest"}  # all rooms, or tests
+LEFT_OUT = {
+    "__main__",
+    "testing",
+    "errors",
+    "ports",
+    "pulse",
+    "files",
+    "manifest",
+}  # all rooms, or tests
 OUTSIDE = {
     "engine": "megatron([megatron-core])",
     "rollout": "vllm([vLLM, a process of its own])",

@@ -7,7 +7,6 @@ it has started one task a node and --nproc says how many ranks each of them is t
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO
 
-from moetrain import files
+from moetrain import files, ports
 from moetrain.cluster.watchdog import HUNG, Line, Watch, Watchdog
 from moetrain.errors import ConfigError, DivergedError, MoetrainError
 from moetrain.parent import die_with
@@ -96,7 +95,7 @@ def _meet(env: MutableMapping[str, str]) -> None:
     # A restarted job takes another one: what it was may still hold the old.
     step = int(env.get("SLURM_JOB_ID", "0")) * 31 + int(env.get("SLURM_STEP_ID", "0"))
     step += int(env.get("SLURM_RESTART_COUNT", "0")) * 7
-    env.setdefault("MASTER_PORT", str(20000 + step % 12000))
+    env.setdefault("MASTER_PORT", str(ports.FIRST + step % ports.NUM))
 
 
 def first_host(nodes: str) -> str:
@@ -163,10 +162,7 @@ def _world(num_procs: int, watch: Watch | None) -> tuple[dict[str, str], int]:
     if nodes > 1:
         _meet(shared)
     else:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free_port())}
     shared |= {"WORLD_SIZE": str(nodes * num_procs), "LOCAL_WORLD_SIZE": str(num_procs)}
     shared.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_procs)))
     if watch is not None:  # a collective that gives up first would leave no stacks

@@ -1,20 +1,12 @@
 """This process's device, and what makes Megatron run on it."""
 
 import os
-import socket
 
 import torch
 
 from moetrain.engine import compat_megatron, compat_torch, pickles
 from moetrain.errors import ConfigError
 from moetrain.ops.quiet import hush
-
-
-def free_port() -> int:
-    """A TCP port of this host that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def prepare() -> torch.device:

@@ -23,6 +23,7 @@ from moetrain.engine.world import World, open_world
 from moetrain.errors import ConfigError
 from moetrain.methods import METHODS
 from moetrain.planner import measure
+from moetrain.planner.calm import calmest
 from moetrain.planner.cost import step_seconds
 from moetrain.planner.gpu import Gpu, known_gpus
 from moetrain.planner.measure import Clock
@@ -31,10 +32,15 @@ from moetrain.planner.trace import Trace, watched_engine, watched_step
 from moetrain.planner.watch import Watch
 
 SMALL, LARGE = 2**10, 2**22  # bytes of messages
-STEPS, ROUNDS = 9, 24
-WORK, REPEATED = 2**20, 8  # bytes that are worked on between collectives, and how often
-# The step that launches are counted in: so small that they are nearly all of it.
-_TINY: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 32, "vocab_size": 512}
+STEPS, ROUNDS = 25, 15
+WORK, WORK_ON_GPU = 2**20, 2**26  # bytes that are worked on between collectives
+TRIES = 6  # at a moment when the machine does nothing else
+REPEATED = 8  # collectives of a round
+LONGER = (8, 64)  # times the shortest work between them
+# The step that launches are counted in: small, so that they are much of it, and large enough that
+# its tensors drive what launches them out of a core's own cache, as those of any other do.
+_SMALL: dict[str, Any] = {"hidden_size": 256, "moe_intermediate_size": 64, "vocab_size": 1024}
+_TOKENS = 160
 
 
 def main(like: Gpu | None, name: str | None, out: Path) -> None:
@@ -71,7 +77,7 @@ def measured(world: World, like: Gpu | None, name: str | None) -> dict[str, Any]
     content["asynchronous"] = clock.on_gpu
     content["launch_us"] = _number(0, how)
     found = Gpu.model_validate(_complete(content, base))
-    content["launch_us"] = _number(_launch(found, world) * 1e6, f"{how}: steps of a tiny model")
+    content["launch_us"] = _number(_launch(found, world) * 1e6, f"{how}: steps of a small model")
     return ({"like": like.name} if like is not None else _complete({}, None)) | content
 
 
@@ -94,31 +100,28 @@ def _curve(points: measure.Points, over: float, source: str) -> dict[str, Any]:
 
 def _operations(clock: Clock, like: Gpu | None, how: str) -> dict[str, Any]:
     dtypes = measure.DTYPES if like is None else {"bf16": torch.bfloat16}
-    content: dict[str, Any] = {}
-    peaks: dict[str, float] = {}
-    for key in ("gemm", "grouped", "attention", "attention_backward"):
-        content[key] = {}
-    for name, dtype in dtypes.items():
-        rates = measure.gemm_rates(clock, dtype)
-        peaks[name] = max(y for _, y in rates) if like is None else like.peak(name)
-        forward, backward = measure.attention_rates(clock, dtype)
-        curves = {"gemm": rates, "grouped": measure.grouped_rates(clock, dtype)}
-        curves |= {"attention": forward, "attention_backward": backward}
-        for key, points in curves.items():
-            content[key][name] = _curve(points, peaks[name], how)
-    rates = measure.memory_rates(clock)
-    most = max(y for points in rates.values() for _, y in points)
+    of_expert = measure.expert_seconds(clock)
+    rates = measure.rates(clock, dtypes, of_expert)
+    content: dict[str, Any] = {"expert_us": _number(of_expert * 1e6, how)}
     if like is None:
+        peaks = {name: max(y for _, y in rates["gemm", name]) for name in dtypes}
+        memory = max(y for (field, _), own in rates.items() if field == "memory" for _, y in own)
         content["tflops"] = {name: _number(y / 1e12, how) for name, y in peaks.items()}
-        content["memory_gbps"] = _number(most / 1e9, how)
+        content["memory_gbps"] = _number(memory / 1e9, how)
     else:
-        most = like.memory_gbps.value * 1e9
-    content["memory"] = {kind: _curve(points, most, how) for kind, points in rates.items()}
-    content["optimizer"] = _curve(measure.optimizer_rates(clock), most, how)
+        peaks = {name: like.peak(name) for name in dtypes}
+        memory = like.memory_gbps.value * 1e9
+    for (field, key), points in rates.items():
+        curve = _curve(points, peaks.get(key, memory), how)
+        if key:
+            content.setdefault(field, {})[key] = curve
+        else:
+            content[field] = curve
     content["kernel_us"] = _number(0, "on a CPU an operation takes what its launch takes")
     if clock.on_gpu:
         small = clock.normal(8)
-        content["kernel_us"] = _number(clock.seconds(lambda: small + small) * 1e6, how)
+        times = [clock.once(lambda: small + small) for _ in range(ROUNDS)]
+        content["kernel_us"] = _number(statistics.median(times) * 1e6, how)
     return content
 
 
@@ -142,13 +145,14 @@ def _links(world: World, clock: Clock, like: Gpu | None, how: str) -> dict[str, 
     rates: dict[str, float] = {}
     least: list[float] = []
     for name, factor, make in _collectives(world):
-        small, large = (_agreed(world, clock, make(size)) for size in (SMALL, LARGE))
+        small, large = (_between_work(world, clock, make(size))[0] for size in (SMALL, LARGE))
         least.append(small)
         rates[name] = factor * LARGE / max(large - small, 1e-9)
     best = max(rates.values()) if like is None else like.nvlink_gbps.value * 1e9
     shares = {name: _number(rate / best, how) for name, rate in rates.items()}
-    latency = _number(sum(least) / len(least) * 1e6, how)
+    latency = _number(statistics.mean(least) * 1e6, how)
     content: dict[str, Any] = {"nvlink_share": shares, "collective_us": latency}
+    content["skew"] = _skew(world, clock, statistics.mean(least), how)
     if like is None:
         rate = _number(best / 1e9, how)
         content |= {"nvlink_gbps": rate, "network_gbps": rate}
@@ -195,47 +199,56 @@ def _collectives(world: World) -> list[tuple[str, float, Callable[[int], Callabl
 
     part = (n - 1) / n
     return [
-        *(("allgather", part, gather), ("allreduce", 2 * part, reduce)),
-        *(("reduce_scatter", part, scatter), ("alltoall", part, exchange), ("send", 1.0, ring)),
+        *(("allgather", part, gather), ("alltoall", part, exchange), ("send", 1.0, ring)),
+        *(("allreduce", 2 * part, reduce), ("reduce_scatter", part, scatter)),
     ]
 
 
-def _agreed(world: World, clock: Clock, do: Callable[[], Any]) -> float:
-    """The lower quartile of many times; all ranks do it as often.
+def _skew(world: World, clock: Clock, least: float, how: str) -> dict[str, Any]:
+    """A curve: what ranks wait for each other beside `least`, as a share of the work between."""
+    points: measure.Points = []
+    for times in LONGER:
+        waits = [
+            _between_work(world, clock, make(SMALL), times) for _, _, make in _collectives(world)
+        ]
+        wait, work = (statistics.mean(column) for column in zip(*waits, strict=True))
+        points.append([work, max(wait - least, 1e-6)])
+    return _curve([[work, wait / work] for work, wait in points], 1, how)
 
-    On a CPU it comes behind work, as in a step: ranks are never quite as fast as each other, and
-    who waits sleeps and has to be woken. An all-to-all of 1 KiB took 0.10 ms without work between
-    and 0.28 to 0.42 with.
+
+def _between_work(
+    world: World, clock: Clock, do: Callable[[], Any], times: int = 1
+) -> tuple[float, float]:
+    """(seconds of a collective, seconds of the work before each); all ranks do it as often.
+
+    It comes behind work, as in a step: ranks are never quite as fast as each other, and who waits
+    on a CPU sleeps and has to be woken. An all-to-all of 1 KiB took 0.2 ms without work between,
+    0.4 with 0.2 ms of it, 1.2 with 12 ms.
     """
-    once = _on_gpu if clock.on_gpu else _between_work
-    found: list[float] = []
-    for _ in range(ROUNDS):
-        world.barrier()
-        found.append(once(do))
-    return sorted(found)[ROUNDS // 4]
+    x = torch.ones((WORK_ON_GPU if clock.on_gpu else WORK) // 4, device=world.device)
 
+    def work() -> None:
+        for _ in range(times):
+            x.mul_(1.0).exp_().clamp_(max=1.0)
 
-def _on_gpu(do: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    do()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    def rounds() -> tuple[float, float]:
+        found: list[tuple[float, float]] = []
+        for _ in range(ROUNDS):
+            world.barrier()
+            start, worked = time.perf_counter(), 0.0
+            for _ in range(REPEATED):
+                worked += clock.once(work)
+                do()
+            clock.finish()
+            found.append((time.perf_counter() - start - worked, worked))
+        wait, worked = (statistics.median(column) / REPEATED for column in zip(*found, strict=True))
+        return wait, worked
 
-
-def _between_work(do: Callable[[], Any]) -> float:
-    """Seconds that are not the work's."""
-    x = torch.ones(WORK // 4)
-    start, work = time.perf_counter(), 0.0
-    for _ in range(REPEATED):
-        own = time.thread_time()
-        x.mul_(1.0).exp_().clamp_(max=1.0)
-        work += time.thread_time() - own
-        do()
-    return (time.perf_counter() - start - work) / REPEATED
+    return calmest(world, rounds, TRIES)[0][0]
 
 
 def _launch(gpu: Gpu, world: World) -> float:
-    """Seconds that the host takes for an operation: a step of a tiny model but for what its
+    """Seconds that the host takes for an operation: a step of a small model but for what its
     operations and collectives take.
     """
     recipe = _recipe()
@@ -262,13 +275,13 @@ def _launch(gpu: Gpu, world: World) -> float:
 
 
 def _recipe() -> Recipe:
-    model = {"hf": MODELS["qwen3-moe-tiny"] | _TINY, "dtype": "bf16", "init": "random"}
+    model = {"hf": MODELS["qwen3-moe-tiny"] | _SMALL, "dtype": "bf16", "init": "random"}
     return recipe_from(
         {
             "run_dir": "none",
             "model": model,
             "method": {"name": "pretrain"},
-            "data": {"train": ["none"], "seq_len": 64},
+            "data": {"train": ["none"], "seq_len": _TOKENS},
             "train": {"steps": 1, "global_batch": 2},
         }
     )

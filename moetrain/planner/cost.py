@@ -66,6 +66,8 @@ class _Stage:
     launch: float
     optimizer: float
     before: float
+    waits: float  # collectives of a micro-batch in which ranks wait for each other
+    waits_once: int  # of a step
 
     @property
     def seconds(self) -> float:
@@ -112,6 +114,7 @@ def step_seconds(
         hidden[group] = hidden.get(group, 0.0) + behind
         exposed[group] = exposed.get(group, 0.0) + seconds - behind
     compute = {part: m * seconds for part, seconds in worst.compute.items()}
+    exposed["skew"] = _skew(worst, m, sum(compute.values()) + worst.optimizer + bubble, gpu)
     total = sum(compute.values()) + sum(exposed.values()) + bubble + m * worst.launch
     total += worst.optimizer + worst.before * m
     tokens = recipe.data.seq_len * recipe.train.micro_batch * m * plan.dp
@@ -151,6 +154,12 @@ def _stages(
     return stages if hides_sends else [_with_sends(stage) for stage in stages]
 
 
+def _skew(stage: _Stage, num_micro: int, work: float, gpu: Gpu) -> float:
+    """Seconds that ranks wait for the last of them, in `work` seconds of computation."""
+    waits = stage.waits * num_micro + stage.waits_once
+    return work * gpu.skew.at(work / waits) if gpu.skew is not None and waits and work else 0.0
+
+
 def _sums() -> dict[str, float]:
     return defaultdict(float)
 
@@ -188,10 +197,14 @@ def _stage(
     once = _sums()
     sent = _sums()
     hidden = _sums()
+    waits, waits_once = 0.0, 0
     for kind, cost in trace.profile.collectives.items():
         if kind.phase not in ("step", BEFORE):
             continue
         seconds = seconds_of(kind, cost, plan, gpu, top_k=top_k)
+        if seconds and kind.phase != BEFORE:
+            waits += 0 if is_once(kind) else cost.times / num
+            waits_once += cost.times if is_once(kind) else 0
         if kind.group == "EXPERT_MODEL_PARALLEL_GROUP":
             seconds *= load
             if top_k and kind.phase != BEFORE:
@@ -210,12 +223,9 @@ def _stage(
     if gpu.asynchronous:
         host = launches / num * gpu.launch_us.value / 1e6
         launch = max(0.0, host - sum(compute.values()) - sum(exposed.values()))
-    return _Stage(compute, exposed, hidden, once, sent, launch, optimizer, before)
+    times = (waits, waits_once)
+    return _Stage(compute, exposed, hidden, once, sent, launch, optimizer, before, *times)
 
 
 def _with_sends(stage: _Stage) -> _Stage:
-    exposed = stage.exposed | stage.sent
-    return _Stage(
-        *(stage.compute, exposed, stage.hidden, stage.once, _sums()),
-        *(stage.launch, stage.optimizer, stage.before),
-    )
+    return replace(stage, exposed=stage.exposed | stage.sent, sent=_sums())

@@ -81,6 +81,14 @@ class Gpu(Section):
     network_us: Number = Field(description="that one between nodes takes at least")
     launch_us: Number = Field(description="that the host takes for an operation")
     kernel_us: Number = Field(description="that the device takes at least for an operation")
+    expert_us: Number | None = Field(
+        default=None, description="that a grouped product takes for each expert beside its FLOPs"
+    )
+    skew: Curve | None = Field(
+        default=None,
+        description="share of the work between two collectives that ranks then wait for the last"
+        " of them, by that work's seconds",
+    )
     gemm: dict[str, Curve] = Field(
         min_length=1, description="share of the peak by smallest dimension"
     )

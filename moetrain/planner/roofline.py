@@ -123,6 +123,8 @@ def work_of(op: "Op", cost: "Cost", gpu: Gpu, *, fused: bool = False, load: floa
     moved = _bytes(op, cost, is_norm=is_norm) * scale / times
     memory = moved / (_bandwidth(op, moved, gpu) * 1e9) if moved else 0.0
     one = max(compute, memory, gpu.kernel_us.value / 1e6)
+    if op.name == "_grouped_mm" and gpu.expert_us is not None:
+        one += op.shapes[2][0] * gpu.expert_us.value / 1e6
     return Work(times * one, times)
 
 

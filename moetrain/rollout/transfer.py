@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from moetrain.ports import free_port
 from moetrain.rollout.client import Client, ServerLost
 
 # A bucket, and the buffer that vLLM packs it into. It must hold the largest tensor: the embedding
@@ -65,9 +66,7 @@ class Nccl:
         from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
         host = own_address(clients[0])
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.bind((host, 0))
-            port = int(probe.getsockname()[1])
+        port = free_port(host)
         world_size = 1 + self.ranks * len(clients)
         infos = [
             {

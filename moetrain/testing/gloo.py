@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from moetrain.errors import MoetrainError
+from moetrain.ports import free_port
 
 
 def _serve(rank: int, pipe: Connection) -> None:
@@ -134,8 +135,6 @@ class Workers:
         """Raise what the first failing rank raised, with its traceback; a hang fails after
         `timeout` seconds.
         """
-        from moetrain.engine.device import free_port
-
         self._num_runs += 1
         context = multiprocessing.get_context("forkserver")
         while len(self.ranks) < world:

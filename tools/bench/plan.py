@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-RANKS, STEPS, BOUND = 2, 7, 0.2
+RANKS, BOUND = 2, 0.2
+WARM_UP, STEPS, TRIES = 2, 5, 30  # the calmest steps of so many
 WIDE = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 3}
 DEEP = {"hidden_size": 192, "moe_intermediate_size": 64, "num_hidden_layers": 8}
 MANY = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
@@ -98,49 +99,52 @@ def predict(gpu: str, numbers: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-def measure(numbers: list[int]) -> list[dict[str, float]]:
-    """Of this rank: the median step of each case, and what of it its thread computed."""
+def measure(number: int, tries: int = TRIES) -> dict[str, float]:
+    """Of this rank: the median step of a case, and what of it its thread computed."""
     import torch
 
     from moetrain.engine import Engine
     from moetrain.engine.world import open_world
     from moetrain.methods import METHODS
+    from moetrain.planner.calm import calmest
 
     torch.set_num_threads(1)
-    found: list[dict[str, float]] = []
-    for number in numbers:
-        recipe = recipe_of(number)
-        if found:  # a port that has been left is not free at once
-            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-        world = open_world(recipe.parallel, 1)
-        engine = Engine(recipe, world)
-        packs, method = packs_of(recipe, world.plan), METHODS[recipe.method.name]
-        times: list[tuple[float, float]] = []
-        for _ in range(STEPS):
-            world.barrier()
-            start, own = time.perf_counter(), time.thread_time()
-            engine.step(packs, method)
-            times.append((time.perf_counter() - start, time.thread_time() - own))
-        wall, busy = (statistics.median(column) for column in zip(*times[2:], strict=True))
-        found.append({"measured": wall, "busy": busy})
-        world.close()
-    return found
+    recipe = recipe_of(number)
+    world = open_world(recipe.parallel, 1)
+    engine = Engine(recipe, world)
+    packs, method = packs_of(recipe, world.plan), METHODS[recipe.method.name]
+
+    def step() -> tuple[float, float]:
+        start, busy = time.perf_counter(), time.thread_time()
+        engine.step(packs, method)
+        return time.perf_counter() - start, time.thread_time() - busy
+
+    for _ in range(WARM_UP):
+        step()
+    calm = calmest(world, step, tries, STEPS)
+    wall, busy = (statistics.median(column) for column in zip(*(s for s, _ in calm), strict=True))
+    world.close()
+    return {"measured": wall, "busy": busy, "others": max(share for _, share in calm)}
 
 
 def both(gpu: str, numbers: list[int]) -> list[dict[str, Any]]:
-    """[{case, predicted, measured, ...}]: predicted in a process of its own, since one that traces
-    trains nothing afterwards.
+    """[{case, predicted, measured, ...}]: each case in ranks of its own, since what gloo has of a
+    world that was left goes on waking up; predicted in one process, which trains nothing.
     """
     from moetrain.cluster.launch import run_local
 
-    own = [sys.executable, "-W", "ignore", __file__, gpu, "--cases", *map(str, numbers)]
+    own = [sys.executable, "-W", "ignore", __file__, gpu]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "found.json")
-        code = run_local([*own, "--child", "measure", "--json", str(out)], RANKS)
-        if code:
-            raise SystemExit(f"plan: a rank failed with exit code {code}")
-        measured = json.loads(out.read_text())
-        subprocess.run([*own, "--child", "predict", "--json", str(out)], check=True)
+        measured: list[dict[str, float]] = []
+        for number in numbers:
+            child = ["--cases", str(number), "--child", "measure", "--json", str(out)]
+            code = run_local([*own, *child], RANKS)
+            if code:
+                raise SystemExit(f"plan: a rank failed with exit code {code}")
+            measured.append(json.loads(out.read_text()))
+        child = ["--cases", *map(str, numbers), "--child", "predict", "--json", str(out)]
+        subprocess.run([*own, *child], check=True)
         predicted = json.loads(out.read_text())
     return [
         {"case": n, **seconds, **one}
@@ -150,8 +154,9 @@ def both(gpu: str, numbers: list[int]) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> bool:
     """Print them; whether all are within the bound."""
-    print("| layout | model, tokens | measured s | predicted s | residual | computing | residual |")
-    print("|---|---|---|---|---|---|---|")
+    head = "layout | model, tokens | measured s | predicted s | residual | computing | residual"
+    print(f"| {head} | others |")
+    print("|---|---|---|---|---|---|---|---|")
     worst = 0.0
     for row in rows:
         parallel, model, tokens, more = CASES[row["case"]]
@@ -161,8 +166,9 @@ def show(rows: list[dict[str, Any]]) -> bool:
         extra = "".join(f", {json.dumps(v)}" for v in more.values())
         name = {id(WIDE): "wide", id(DEEP): "deep", id(MANY): "32 experts"}.get(id(model), "tiny")
         seconds = f"{row['measured']:.3f} | {row['total']:.3f}"
-        own = f"{row['busy']:.3f} | {row['operations'] / row['busy'] - 1:+.1%}"
-        print(f"| {layout} | {name}, {tokens}{extra} | {seconds} | {residual:+.1%} | {own} |")
+        seconds += f" | {residual:+.1%} | {row['busy']:.3f}"
+        computing = f"{row['operations'] / row['busy'] - 1:+.1%} | {row['others']:.0%}"
+        print(f"| {layout} | {name}, {tokens}{extra} | {seconds} | {computing} |")
     print(f"worst {worst:.1%}, bound {BOUND:.0%}")
     return worst <= BOUND
 
@@ -180,8 +186,8 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(ROOT))
     if args.child:
-        do = measure if args.child == "measure" else lambda numbers: predict(args.gpu, numbers)
-        found = do(args.cases)
+        is_rank = args.child == "measure"
+        found = measure(args.cases[0]) if is_rank else predict(args.gpu, args.cases)
         if os.environ.get("RANK", "0") == "0":
             args.json.write_text(json.dumps(found))
         return 0
