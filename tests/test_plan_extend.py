@@ -19,6 +19,9 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], int, int, int]] = [
     ({"pp": 4, "cp": 2}, {"train": {"recompute": "full"}}, 8, 22, 7),
     ({"pp": 2, "vpp": 2}, {"method": {"name": "simpo"}}, 4, 12, 6),
     ({"tp": 2}, {"method": {"name": "grpo", "beta": 0.1}} | ROLLOUT, 2, 4, 3),
+    # Too few layers for smaller models, and many micro-batches.
+    ({"tp": 2}, {"method": {"name": "grpo", "beta": 0.1}} | ROLLOUT, 2, 3, 8),
+    ({"pp": 2, "vpp": 2}, {"method": {"name": "dpo"}}, 2, 4, 10),
 ]
 SMALL = 8192  # bytes of counters that grow with the step
 SHARE = 0.01  # where stages interleave, which the small steps do not

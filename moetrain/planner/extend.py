@@ -108,7 +108,7 @@ def trace_fast(
     for rank in ranks:
         layers = _layers(recipe, model, plan, rank)
         if None in small or layers <= LAYERS[1] or (num <= PASSES[1] and plan.vpp == 1):
-            traces += trace_steps(recipe, rank, size, stands_for, [num])
+            traces.append(_fewer_passes(recipe, rank, size, stands_for, num))
             continue
         here = steps_of(rank)
         stage = here[0].stage
@@ -120,6 +120,38 @@ def trace_fast(
         profile = _extended(here, first, step, alone=is_last)
         traces.append(Trace(rank, stage, round(params), num, profile))
     return traces
+
+
+def _fewer_passes(recipe: Recipe, rank: int, size: int, stands_for: Kernels, num: int) -> Trace:
+    """A step of all layers, from two of fewer micro-batches where it has more than fill the
+    pipeline twice: from there on each adds the same.
+    """
+    plan = plan_mesh(recipe.parallel, size)
+    few = 2 * plan.pp + 1 if plan.vpp == 1 else 3 * plan.pp
+    more = few + (1 if plan.vpp == 1 else plan.pp)  # Megatron interleaves whole groups of pp
+    if num <= more:
+        return trace_steps(recipe, rank, size, stands_for, [num])[0]
+    small = trace_steps(recipe, rank, size, stands_for, [few, more])
+    times = (num - more) / (more - few)
+    before, after = (each.profile for each in small)
+
+    def on(a: float, b: float) -> int:
+        return max(0, round(b + times * (b - a)))
+
+    most = {
+        moment: {
+            name: on(before.most.get(moment, {}).get(name, 0), size) for name, size in held.items()
+        }
+        for moment, held in after.most.items()
+    }
+    profile = replace(after, most=most, ops={}, collectives={})
+    profile.reserved += profile.peak - after.peak  # its pages grow by chance in so few
+    for key, costs in (("ops", after.ops), ("collectives", after.collectives)):
+        own = getattr(before, key)
+        for kind, cost in costs.items():
+            was = vars(own.get(kind, Cost()))
+            getattr(profile, key)[kind] = Cost(**{n: on(was[n], c) for n, c in vars(cost).items()})
+    return replace(small[1], num_micro_batches=num, profile=profile)
 
 
 def _layers(recipe: Recipe, model: Model, plan: MeshPlan, rank: int) -> int:
