@@ -11,14 +11,16 @@ from moetrain.observe.figures import label
 from moetrain.observe.ledger import rows_of
 
 DECAY = 0.9  # of the running mean
+WIDTH, HEIGHT = 5.2, 3.4  # of a panel, in inches
+# Around its axes, in inches, for labels of the default size. matplotlib's "constrained" layout
+# measures each text for it, twice, in 40 % of the time that a picture takes.
+LEFT, RIGHT, BOTTOM, TOP = 1.0, 0.15, 0.5, 0.35
 
 
 def plot_figures(ledgers: Mapping[str, tuple[Path, Sequence[str]]], out: Path) -> None:
     """Write a PNG: for each ledger a panel for each of the figures that it has (the first, where it
     has none), two in a line; training as it is, its running mean, and held out.
     """
-    from matplotlib.figure import Figure  # without pyplot no display is looked for
-
     panels: list[list[tuple[str, str, Series, Series]]] = []
     for title, (path, names) in ledgers.items():
         curves = _curves(path, names)
@@ -28,7 +30,7 @@ def plot_figures(ledgers: Mapping[str, tuple[Path, Sequence[str]]], out: Path) -
         some = [own for own in figure_curves if len(own[1]) or len(own[2])] or figure_curves[:1]
         panels += [[(title, *own) for own in some[i : i + 2]] for i in range(0, len(some), 2)]
     columns = max(map(len, panels), default=1)
-    figure = Figure(figsize=(5.2 * columns, 3.4 * max(len(panels), 1)), layout="constrained")
+    figure = _figure(columns, max(len(panels), 1))
     for line, own in enumerate(panels):
         for i, panel in enumerate(own):
             _draw(figure.add_subplot(len(panels), columns, line * columns + i + 1), *panel)
@@ -40,9 +42,7 @@ def plot_samples(
     title: str, curves: Mapping[str, Mapping[int, tuple[float, float, float]]], out: Path
 ) -> None:
     """Write a PNG of scores against samples: for each name, samples -> (low, score, high)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    figure = _figure(1, 1)
     axes = figure.add_subplot()
     for name, points in curves.items():
         counts = sorted(points)
@@ -58,6 +58,22 @@ def plot_samples(
     axes.legend(fontsize="small")
     with files.publish(out) as (part,):
         figure.savefig(part, dpi=130, format="png")
+
+
+def _figure(columns: int, lines: int) -> Any:
+    """An empty figure with room for `columns` x `lines` panels and what stands around them."""
+    from matplotlib.figure import Figure  # without pyplot no display is looked for
+
+    figure = Figure(figsize=(WIDTH * columns, HEIGHT * lines))
+    figure.subplots_adjust(
+        left=LEFT / (WIDTH * columns),
+        right=1 - RIGHT / (WIDTH * columns),
+        bottom=BOTTOM / (HEIGHT * lines),
+        top=1 - TOP / (HEIGHT * lines),
+        wspace=(LEFT + RIGHT) / (WIDTH - LEFT - RIGHT),
+        hspace=(BOTTOM + TOP) / (HEIGHT - BOTTOM - TOP),
+    )
+    return figure
 
 
 def _curves(path: Path, names: Sequence[str]) -> dict[str, Series]:
