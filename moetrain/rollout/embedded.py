@@ -161,14 +161,18 @@ class Embedded:
         samples: list[Sample] = []
         self.generate(requests, samples.append)
         samples.sort(key=lambda sample: int(sample.prompt_id))
-        scored = [self._score(sequence) for sequence in sequences]
-        return Probe.of(sequences, scored, samples)
+        return Probe.of(sequences, self._score(sequences), samples)
 
     @torch.inference_mode()
-    def _score(self, tokens: Sequence[int]) -> list[float]:
-        ids = torch.tensor([tokens])
-        logp = torch.log_softmax(self.model(ids).logits[0, :-1].float(), -1)
-        return logp.gather(1, ids[0, 1:, None])[:, 0].tolist()
+    def _score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The log-prob of each token after the first. What fills short ones up comes behind them,
+        where a causal model does not see it.
+        """
+        longest = max(map(len, sequences))
+        ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences])
+        logp = torch.log_softmax(self.model(ids).logits[:, :-1].float(), -1)
+        rows = logp.gather(2, ids[:, 1:, None])[:, :, 0].tolist()
+        return [row[: len(tokens) - 1] for row, tokens in zip(rows, sequences, strict=True)]
 
     def sleep(self) -> None:
         """There is no memory to give back that `push` would not take again."""
