@@ -13,6 +13,8 @@ import pytest
 
 from moetrain.cluster.launch import run_local
 from moetrain.ports import free_port
+from moetrain.testing import ranks
+from moetrain.testing.gloo import Workers
 
 pytestmark = pytest.mark.gloo
 # A rank: its own listening sockets, once all have met and made a group more.
@@ -87,3 +89,10 @@ def test_several_nodes_meet_at_the_jobs_address(known: bool, tmp_path: Path) -> 
     (store,) = ((name, at) for name, at, own in found if own == f"{port:04X}")
     own = "".join(f"{int(part):02X}" for part in reversed(address.split(".")))
     assert store == (("tcp", own) if known else ("tcp6", "0" * 32))
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"tp": 2}), (4, {"tp": 2, "pp": 2})])
+def test_ranks_share_one_group(workers: Workers, world: int, parallel: dict[str, int]) -> None:
+    """Not one for each of Megatron's axes; the world's own group stays apart from all."""
+    for num_groups, num_sets in workers.run(world, ranks.num_groups, parallel):
+        assert num_groups == num_sets + 1

@@ -8,6 +8,7 @@ import datetime
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -21,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from moetrain.config.recipe import ParallelConfig
 from moetrain.engine import compat_meta, device, meeting, scatter
+from moetrain.engine.axis_groups import shared_by_ranks
 from moetrain.errors import MoetrainError
 from moetrain.layout.mesh import MeshPlan, plan_mesh
 from moetrain.ops.reduce import add_up, largest
@@ -303,15 +305,16 @@ def with_groups(kind: Kind, own: torch.device, parallel: ParallelConfig, seed: i
     ps = parallel_state
     if ps.model_parallel_is_initialized():
         ps.destroy_model_parallel()
-    ps.initialize_model_parallel(
-        tensor_model_parallel_size=plan.tp,
-        pipeline_model_parallel_size=plan.pp,
-        virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
-        context_parallel_size=plan.cp,
-        expert_model_parallel_size=plan.ep,
-        expert_tensor_parallel_size=plan.etp,
-        create_gloo_process_groups=kind == "nccl",
-    )
+    with shared_by_ranks() if kind == "gloo" else nullcontext():
+        ps.initialize_model_parallel(
+            tensor_model_parallel_size=plan.tp,
+            pipeline_model_parallel_size=plan.pp,
+            virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
+            context_parallel_size=plan.cp,
+            expert_model_parallel_size=plan.ep,
+            expert_tensor_parallel_size=plan.etp,
+            create_gloo_process_groups=kind == "nccl",
+        )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return World(
         kind=kind,

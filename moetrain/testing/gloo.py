@@ -54,7 +54,7 @@ def _serve(rank: int, pipe: Connection) -> None:
                 pipe.send(answer)
             except Exception:  # an exception that does not pickle
                 pipe.send((False, (None, answer[1][1])))
-        # An engine is a circle, and what it holds of a world is 18 threads of gloo and more.
+        # An engine is a circle, and what it holds of a world is 12 threads of gloo and more.
         del answer, job, function, args
         gc.collect()
 
@@ -111,10 +111,10 @@ class FromServer(ForkServerContext):
 
 
 # Megatron's DDP is in a circle through C++ that Python's collector does not see, so that every
-# engine leaves its process groups behind: 58 threads of gloo, of which a third wake up a hundred
-# times a second. They take 0.9 % of a core; those of ten engines in one job take 20 %, for as long
-# as the rank waits for its next job. A new rank costs a tenth of a second.
-RUNS_OF_A_RANK = 2
+# engine leaves its process groups behind: three threads of gloo each, of which one wakes up a
+# hundred times a second for as long as the rank waits for its next job. A new rank costs a tenth of
+# a second.
+RUNS_OF_A_RANK = 4
 MANY_THREADS = 100
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.config.load import recipe_from
@@ -79,6 +80,13 @@ def first_slowly(parallel: dict[str, Any]) -> tuple[str, str]:
         return done, world.first_slowly(fail)
     except DataError as error:
         return "done", str(error)
+
+
+def num_groups(parallel: dict[str, int]) -> tuple[int, int]:
+    """How many process groups this rank is in, and how many sets of ranks they are of."""
+    open_world(recipe_for("/none", parallel).parallel, 1)
+    mine = [dist.get_process_group_ranks(group) for group in dist.distributed_c10d._world.pg_map]
+    return len(mine), len(set(map(tuple, mine)))
 
 
 def gradients(
