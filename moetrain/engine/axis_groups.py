@@ -27,7 +27,7 @@ def shared_by_ranks() -> Iterator[None]:
     made: dict[tuple[Any, ...], Any] = {}
 
     def create_group(ranks: Any = None, timeout: Any = None, backend: Any = None, **more: Any):
-        key = (*ranks, backend)  # a timeout is half an hour, given or not
+        key = (*sorted(ranks), backend)  # of half an hour, given or not; torch sorts, too
         if key not in made:
             made[key] = make(ranks, timeout, backend, **more)
         return made[key]
