@@ -28,7 +28,7 @@ RECIPE = ROOT / "examples" / "grpo_tiny.yaml"
 SETTINGS = (
     "train.steps=4 train.eval_every=2 checkpoint.every=2 checkpoint.export_hf=true"
     " rollout.prompts_per_step=4 rollout.group_size=4 rollout.eval_prompts=4"
-    " observe.tensorboard=false"
+    " observe.tensorboard=false data.take=[64]"
 ).split()
 # What a clock or the machine decides.
 MEASURED = ("seconds", "tokens_per_s", "memory_gib", "push/")
