@@ -128,6 +128,8 @@ def test_a_search_takes_it_where_nothing_else_fits(pool: ProcessPoolExecutor) ->
         (row, *_), told = as_json(found)["layouts"], as_text(found, small(limit), 1)
         assert row["optim"] == {"offload": 1} and row["host_gib"] > 0
         assert "offload=1:" in told and " offload " in told.splitlines()[0]
+    near = Search(one, 1, small(limit), pool=pool).nearest()
+    assert near is not None and near.fits and near.recipe.optim.offload == 1
     crowded = Search(one, 1, small(limit, found.best.host_gib / 2), pool=pool)
     (planned,) = crowded.traced([found.best.recipe])
     assert not planned.fits and planned.peak_gib < limit

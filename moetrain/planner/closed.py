@@ -15,6 +15,7 @@ from moetrain.models.parts.base import Shares
 from moetrain.planner import offload
 from moetrain.planner.fewer_layers import evenly, with_layers
 from moetrain.planner.gpu import Gpu, pick
+from moetrain.planner.teacher import Teacher
 
 NUM_GROUPS = 8  # with traffic of their own: NCCL keeps buffers for each
 
@@ -32,6 +33,7 @@ class Closed:
 
     def __init__(self, recipe: Recipe, model: Model, gpu: Gpu):
         self.model, self.gpu = model, gpu
+        self._teacher = Teacher.of(recipe, model)
         self._small = [_learning(recipe, model, num) for num in (2, 4)]
         self._plain = recipe.optim.model_copy(update={"offload": 0.0})
         self._static: dict[tuple[ParallelConfig, float, int], tuple[float, ...]] = {}
@@ -47,7 +49,8 @@ class Closed:
         if shares not in self._layers:
             self._layers[shares] = of_layers(model, shares)
         more = activation_bytes(model, plan, recipe, self._layers[shares])
-        held = max(s + a for s, a in zip(static, more, strict=True))
+        beside = [0] * plan.pp if self._teacher is None else self._teacher.bytes_of(recipe, size)
+        held = max(map(sum, zip(static, more, beside, strict=True)))
         seconds = _passes(recipe, model, plan, gpu)
         if recipe.optim.offload:
             on_device = recipe.model_copy(update={"optim": self._plain})

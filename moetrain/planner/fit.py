@@ -10,6 +10,7 @@ from moetrain.errors import LayoutError
 from moetrain.layout.activations import activation_bytes
 from moetrain.layout.memory import GIB, static_bytes, trained
 from moetrain.layout.mesh import plan_mesh
+from moetrain.layout.teacher import teacher_bytes
 from moetrain.models import Model
 from moetrain.planner.candidates import changed
 from moetrain.planner.closed import fixed
@@ -79,6 +80,8 @@ def _bounds(recipe: Recipe, model: Model, size: int, gpu: Gpu) -> tuple[float, f
     plan = plan_mesh(recipe.parallel, size)
     static = [stage.total for stage in static_bytes(model, plan, recipe, trained(recipe, model))]
     more = activation_bytes(model, plan, recipe)
+    beside = teacher_bytes(recipe, plan, dry=True)
+    static = list(map(sum, zip(static, beside, strict=True)))
     most = max(map(sum, zip(static, more, strict=True))) + fixed(gpu, size)
     return (max(static) + gpu.fixed_bytes(0)) / GIB, most / GIB
 

@@ -7,7 +7,6 @@ from moetrain.config.load import recipe_from
 from moetrain.config.recipe import Recipe
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.layout.memory import GIB
-from moetrain.planner.candidates import candidates
 from moetrain.planner.closed import Closed, fixed
 from moetrain.planner.search import LEAN, Search
 
@@ -62,7 +61,7 @@ def _fits(search: Search, seq_len: int) -> bool:
     recipe = at_length(search.recipe, seq_len)
     closed = Closed(recipe, search.model, search.gpu)
     held: list[tuple[float, int]] = []
-    found = list(candidates(recipe, search.model, search.size))
+    found = list(replace(search, recipe=recipe).candidates(search.size))
     for i, candidate in enumerate(found):
         held.append((closed.rough(candidate, search.size).bytes, i))
     held.sort()

@@ -29,6 +29,7 @@ from moetrain.planner.cost import Seconds, step_seconds
 from moetrain.planner.extend import trace_fast
 from moetrain.planner.gpu import Gpu
 from moetrain.planner.offload import has_room, host_bytes, may_offload, offloaded
+from moetrain.planner.teacher import Teacher
 from moetrain.planner.trace import Trace, timeline, without_weights
 
 Goal = Literal["speed", "memory"]
@@ -90,6 +91,16 @@ class Search:
     def _closed(self) -> Closed:
         return Closed(self.recipe, self.model, self.gpu)
 
+    @cached_property
+    def _teacher(self) -> Teacher | None:
+        return Teacher.of(self.recipe, self.model)
+
+    def candidates(self, size: int) -> Iterator[Recipe]:
+        """The recipe in every layout of so many GPUs that it and its teacher take."""
+        for recipe in candidates(self.recipe, self.model, size):
+            if self._teacher is None or self._teacher.divides(recipe):
+                yield recipe
+
     def _tracers(self) -> AbstractContextManager[ProcessPoolExecutor]:
         return tracers() if self.pool is None else nullcontext(self.pool)
 
@@ -104,10 +115,7 @@ class Search:
         """Of all layouts. Raises MoetrainError where none divides."""
         start = time.monotonic()
         closed = self._closed
-        rough = [
-            (recipe, closed.rough(recipe, self.size))
-            for recipe in candidates(self.recipe, self.model, self.size)
-        ]
+        rough = [(recipe, closed.rough(recipe, self.size)) for recipe in self.candidates(self.size)]
         if not rough:
             raise MoetrainError(
                 f"no layout of {self.size} GPUs divides this model, its batch of"
@@ -170,7 +178,7 @@ class Search:
         limit = self.gpu.memory_gib.value * GIB
         found = [
             rough.seconds
-            for recipe in candidates(self.recipe, self.model, size)
+            for recipe in self.candidates(size)
             if (rough := closed.rough(recipe, size)).bytes * LEAN <= limit
         ]
         scale = planned.step_s / closed.rough(planned.recipe, self.size).seconds
@@ -188,7 +196,8 @@ class Search:
         closed = self._closed
         limit = self.gpu.memory_gib.value * GIB
         near: list[tuple[int, bool, float, int]] = []
-        found = list(candidates(self.recipe, self.model, self.size))
+        found = list(self.candidates(self.size))
+        found += self._near_on_host(found)
         for i, recipe in enumerate(found):
             rough = closed.rough(recipe, self.size)
             num = len(changed(self.recipe, recipe))
@@ -203,6 +212,13 @@ class Search:
                 if fitting:
                     return fitting[0]
         return None
+
+    def _near_on_host(self, recipes: Sequence[Recipe]) -> list[Recipe]:
+        """The recipe itself and what changes one key of it, with the optimizer on the host."""
+        if not may_offload(self.recipe, self.gpu):
+            return []
+        near = [recipe for recipe in recipes if len(changed(self.recipe, recipe)) == 1]
+        return [offloaded(recipe) for recipe in (self.recipe, *near)]
 
     def _key(self, planned: Planned) -> tuple[bool, float]:
         value = planned.step_s if self.goal == "speed" else planned.peak_gib
@@ -251,15 +267,21 @@ class Search:
             load=self.load,
             fused=fused,
         )
-        fullest = max(traces, key=lambda t: t.profile.reserved)
+        taught = [0] * plan.pp
+        if self._teacher is not None:
+            seconds = self._teacher.asked(seconds, recipe.data.seq_len)
+            taught = self._teacher.bytes_of(recipe, self.size)
+        fullest = max(traces, key=lambda t: t.profile.reserved + taught[t.stage])
         held = {name: size / GIB for name, size in fullest.profile.at_peak.items()}
         held["between tensors"] = max(0.0, fullest.profile.reserved / GIB - sum(held.values()))
+        if taught[fullest.stage]:
+            held["teacher"] = taught[fullest.stage] / GIB
         groups = {kind.group for kind in fullest.profile.collectives if kind.ranks > 1}
         held["CUDA and NCCL"] = self.gpu.fixed_bytes(len(groups)) / GIB
         peak = sum(held.values())
         away = max(t.profile.on_host for t in traces)
         fits = peak <= self.gpu.memory_gib.value and has_room(self.gpu, away)
-        first, host = traces[0].profile.peak / GIB, host_bytes(away) / GIB
+        first, host = (traces[0].profile.peak + taught[0]) / GIB, host_bytes(away) / GIB
         return Planned(recipe, peak, fullest.rank, first, held, seconds.total, fits, seconds, host)
 
 
