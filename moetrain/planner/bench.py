@@ -76,8 +76,10 @@ def measured(world: World, like: Gpu | None, name: str | None) -> dict[str, Any]
     content["name"] = name or how.partition(",")[0]
     content["asynchronous"] = clock.on_gpu
     content["launch_us"] = _number(0, how)
-    found = Gpu.model_validate(_complete(content, base))
-    content["launch_us"] = _number(_launch(found, world) * 1e6, f"{how}: steps of a small model")
+    without_launches = Gpu.model_validate(_complete(content, base))
+    content["launch_us"] = _number(
+        _launch(without_launches, world) * 1e6, f"{how}: steps of a small model"
+    )
     return ({"like": like.name} if like is not None else _complete({}, None)) | content
 
 
@@ -94,8 +96,8 @@ def _number(value: float, source: str) -> dict[str, Any]:
 
 def _curve(points: measure.Points, over: float, source: str) -> dict[str, Any]:
     """Rates as shares of `over`."""
-    own = [[float(f"{x:.4g}"), float(f"{y / over:.4g}")] for x, y in points]
-    return {"points": own, "source": source}
+    shares = [[float(f"{x:.4g}"), float(f"{y / over:.4g}")] for x, y in points]
+    return {"points": shares, "source": source}
 
 
 def _operations(clock: Clock, like: Gpu | None, how: str) -> dict[str, Any]:
@@ -164,10 +166,10 @@ def _links(world: World, clock: Clock, like: Gpu | None, how: str) -> dict[str, 
 
 def _collectives(world: World) -> list[tuple[str, float, Callable[[int], Callable[[], Any]]]]:
     """(name, share of the bytes that a rank sends, what does it with so many bytes)."""
-    n, own = world.size, world.device
+    n, device = world.size, world.device
 
     def floats(size: int) -> Tensor:
-        return torch.ones(size // 4, device=own)
+        return torch.ones(size // 4, device=device)
 
     def reduce(size: int) -> Callable[[], Any]:
         x = floats(size)
@@ -232,7 +234,7 @@ def _between_work(
             x.mul_(1.0).exp_().clamp_(max=1.0)
 
     def rounds() -> tuple[float, float]:
-        found: list[tuple[float, float]] = []
+        rounds_taken: list[tuple[float, float]] = []
         for _ in range(ROUNDS):
             world.barrier()
             start, worked = time.perf_counter(), 0.0
@@ -240,8 +242,10 @@ def _between_work(
                 worked += clock.once(work)
                 do()
             clock.finish()
-            found.append((time.perf_counter() - start - worked, worked))
-        wait, worked = (statistics.median(column) / REPEATED for column in zip(*found, strict=True))
+            rounds_taken.append((time.perf_counter() - start - worked, worked))
+        wait, worked = (
+            statistics.median(column) / REPEATED for column in zip(*rounds_taken, strict=True)
+        )
         return wait, worked
 
     return calmest(world, rounds, TRIES)[0][0]
@@ -259,18 +263,18 @@ def _launch(gpu: Gpu, world: World) -> float:
         watched_step(engine, packs, watch)
     trace = Trace(world.rank, world.pp_rank, 0, len(packs), watch.profile)
     method = METHODS[recipe.method.name]
-    found: list[float] = []
+    host_seconds: list[float] = []
     for _ in range(STEPS):
         start = time.thread_time()  # of the host: it does not wait
         engine.step(packs, method)
-        found.append(time.thread_time() - start)
+        host_seconds.append(time.thread_time() - start)
     trace.profile.collectives.clear()
     without = step_seconds(recipe, world.size, [trace], gpu, engine.model, num_micro=len(packs))
     one = gpu.model_copy(update={"launch_us": type(gpu.launch_us)(value=1, source="one")})
     one = one.model_copy(update={"asynchronous": False})
     with_one = step_seconds(recipe, world.size, [trace], one, engine.model, num_micro=len(packs))
     launches = (with_one.total - without.total) * 1e6
-    rest = statistics.median(found) - (0.0 if gpu.asynchronous else without.total)
+    rest = statistics.median(host_seconds) - (0.0 if gpu.asynchronous else without.total)
     return max(0.0, rest) / launches
 
 

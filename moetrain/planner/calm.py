@@ -19,15 +19,15 @@ def calmest[T](
     """The `wanted` results of the calmest of `tries`, with the share of the cores that others had;
     it ends early once so many were calm. Collective.
     """
-    found: list[tuple[T, float]] = []
-    while len(found) < tries and sum(share < CALM for _, share in found) < wanted:
+    taken: list[tuple[T, float]] = []
+    while len(taken) < tries and sum(share < CALM for _, share in taken) < wanted:
         world.barrier()
         start, before = time.perf_counter(), _seconds_of_others(world)
         result = do()
         others = _seconds_of_others(world) - before
         cores = (time.perf_counter() - start) * (os.cpu_count() or 1)
-        found.append((result, world.share(max(0.0, others) / cores)))
-    return sorted(found, key=lambda one: one[1])[:wanted]
+        taken.append((result, world.share(max(0.0, others) / cores)))
+    return sorted(taken, key=lambda one: one[1])[:wanted]
 
 
 def _seconds_of_others(world: World) -> float:

@@ -92,19 +92,19 @@ def _divisors(n: int) -> list[int]:
 
 def changed(recipe: Recipe, other: Recipe) -> dict[str, Any]:
     """Keys of a layout that `other` has otherwise -> its values, as a command line takes them."""
-    found: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for axis in AXES:
         before, now = (getattr(r.parallel, axis) or 1 for r in (recipe, other))
         if before != now:
-            found[f"parallel.{axis}"] = now
+            keys[f"parallel.{axis}"] = now
     for name in STAGES:
         before, now = (getattr(r.parallel, name) for r in (recipe, other))
         if before != now:
-            found[f"parallel.{name}"] = "null" if now is None else now
+            keys[f"parallel.{name}"] = "null" if now is None else now
     for name in ("micro_batch", "recompute"):
         before, now = (getattr(r.train, name) for r in (recipe, other))
         if before != now:
-            found[f"train.{name}"] = now
+            keys[f"train.{name}"] = now
     if recipe.optim.offload != other.optim.offload:
-        found["optim.offload"] = other.optim.offload
-    return found
+        keys["optim.offload"] = other.optim.offload
+    return keys

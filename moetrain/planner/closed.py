@@ -49,8 +49,8 @@ class Closed:
         if shares not in self._layers:
             self._layers[shares] = of_layers(model, shares)
         more = activation_bytes(model, plan, recipe, self._layers[shares])
-        beside = [0] * plan.pp if self._teacher is None else self._teacher.bytes_of(recipe, size)
-        held = max(map(sum, zip(static, more, beside, strict=True)))
+        teacher = [0] * plan.pp if self._teacher is None else self._teacher.bytes_of(recipe, size)
+        held = max(map(sum, zip(static, more, teacher, strict=True)))
         seconds = _passes(recipe, model, plan, gpu)
         if recipe.optim.offload:
             on_device = recipe.model_copy(update={"optim": self._plain})

@@ -147,9 +147,9 @@ def _fewer_passes(recipe: Recipe, rank: int, size: int, stands_for: Kernels, num
     profile = replace(after, most=most, ops={}, collectives={})
     profile.reserved += profile.peak - after.peak  # its pages grow by chance in so few
     for key, costs in (("ops", after.ops), ("collectives", after.collectives)):
-        own = getattr(before, key)
+        costs_before = getattr(before, key)
         for kind, cost in costs.items():
-            was = vars(own.get(kind, Cost()))
+            was = vars(costs_before.get(kind, Cost()))
             getattr(profile, key)[kind] = Cost(**{n: on(was[n], c) for n, c in vars(cost).items()})
     return replace(small[1], num_micro_batches=num, profile=profile)
 
@@ -176,23 +176,23 @@ def _extended(
     others = [each.profile for each in first]
 
     def size(values: Callable[[Profile], int]) -> int:
-        own = [values(p) for p in profiles]
-        return step.bytes_of(own, [values(p) for p in others] if alone else own)
+        values_here = [values(p) for p in profiles]
+        return step.bytes_of(values_here, [values(p) for p in others] if alone else values_here)
 
-    found = Profile(reserved=size(lambda p: p.reserved), on_host=size(lambda p: p.on_host))
+    profile = Profile(reserved=size(lambda p: p.reserved), on_host=size(lambda p: p.on_host))
     moments = {moment: None for p in profiles for moment in p.most if moment.phase != "build"}
     for moment in moments:
         names = {name: None for p in profiles for name in p.most.get(moment, {})}
-        found.most[moment] = {
+        profile.most[moment] = {
             name: size(lambda p, m=moment, n=name: p.most.get(m, {}).get(n, 0)) for name in names
         }
-    found.ops = _costs([p.ops for p in profiles], step, lambda op: replace(op, shapes=()))
-    found.collectives = _costs([p.collectives for p in profiles], step, lambda kind: kind)
-    for kind, cost in found.collectives.items():
+    profile.ops = _costs([p.ops for p in profiles], step, lambda op: replace(op, shapes=()))
+    profile.collectives = _costs([p.collectives for p in profiles], step, lambda kind: kind)
+    for kind, cost in profile.collectives.items():
         if kind.name in ("send", "recv"):  # once a chunk
             cost.times *= step.vpp
             cost.num_bytes *= step.vpp
-    return found
+    return profile
 
 
 def _costs[K](
@@ -210,10 +210,10 @@ def _costs[K](
             total.setdefault(kind, Counter()).update(vars(cost))
         sums.append(total)
     kinds = {kind: None for total in sums for kind in total}
-    found: dict[K, Cost] = {}
+    costs_of_step: dict[K, Cost] = {}
     for kind in kinds:
         each = [total.get(kind, Counter[str]()) for total in sums]
         cost = Cost(**{name: step.count([c[name] for c in each]) for name in vars(Cost())})
         if cost.flops or cost.num_bytes:
-            found[kind] = replace(cost, times=max(1, cost.times))
-    return found
+            costs_of_step[kind] = replace(cost, times=max(1, cost.times))
+    return costs_of_step

@@ -42,12 +42,12 @@ def check_fits(recipe: Recipe, model: Model, size: int) -> str | None:
     """
     if not is_predicted(recipe):
         return None
-    found = verdict(recipe, model, size)
-    if found.fits:
-        return found.text
+    answer = verdict(recipe, model, size)
+    if answer.fits:
+        return answer.text
     if recipe.cluster.prediction == "refuse":
-        raise LayoutError(f"{found.text} {GO_ON}")
-    return f"WARNING: {found.text}"
+        raise LayoutError(f"{answer.text} {GO_ON}")
+    return f"WARNING: {answer.text}"
 
 
 def verdict(recipe: Recipe, model: Model, size: int) -> Verdict:
@@ -67,9 +67,9 @@ def verdict(recipe: Recipe, model: Model, size: int) -> Verdict:
         if least > limit:
             needs = f"a GPU would hold {least:.1f} GiB before activations"
         else:
-            own = search.as_is().best
-            holds = f"{own.peak_gib:.1f} GiB by a traced step of {own.step_s:.3g} s"
-            if own.fits:
+            planned = search.as_is().best
+            holds = f"{planned.peak_gib:.1f} GiB by a traced step of {planned.step_s:.3g} s"
+            if planned.fits:
                 return Verdict(True, f"fits: a GPU holds {holds}, and {has}")
             needs = f"a GPU would hold {holds}"
         return Verdict(False, f"{needs}, and {has}. {_way_out(recipe, search.nearest(), size)}")
@@ -80,8 +80,8 @@ def _bounds(recipe: Recipe, model: Model, size: int, gpu: Gpu) -> tuple[float, f
     plan = plan_mesh(recipe.parallel, size)
     static = [stage.total for stage in static_bytes(model, plan, recipe, trained(recipe, model))]
     more = activation_bytes(model, plan, recipe)
-    beside = teacher_bytes(recipe, plan, dry=True)
-    static = list(map(sum, zip(static, beside, strict=True)))
+    teachers = teacher_bytes(recipe, plan, dry=True)
+    static = list(map(sum, zip(static, teachers, strict=True)))
     most = max(map(sum, zip(static, more, strict=True))) + fixed(gpu, size)
     return (max(static) + gpu.fixed_bytes(0)) / GIB, most / GIB
 

@@ -175,11 +175,11 @@ def _read(path: Path) -> Gpu:
 
 def _content(path: Path) -> dict[str, Any]:
     """A file's content, over that of the GPU that it is `like`."""
-    own = read_content(path, (), "a GPU")
-    base = own.pop("like", None)
+    content = read_content(path, (), "a GPU")
+    base = content.pop("like", None)
     if base is None:
-        return own
+        return content
     known = known_gpus()
     if not isinstance(base, str) or base not in known or known[base] == path:
         raise ConfigError(f"{path}: like: {base} is no other known GPU. Known: {', '.join(known)}")
-    return _content(known[base]) | own
+    return _content(known[base]) | content

@@ -71,12 +71,12 @@ def seconds_of(
     latency = cost.times * _latency(group, gpu)
     if kind.name == "alltoall":
         nodes = n / here
-        beside = cost.num_bytes * (here - 1) / n
+        nearby = cost.num_bytes * (here - 1) / n
         away = cost.num_bytes * (n - here) / n
         if top_k and nodes > 1:
             away *= _distinct(nodes, top_k) / (top_k * (nodes - 1) / nodes)
-            beside += away * (here - 1) / here  # what came for others of the node
-        return latency + max(beside / near, away / far)
+            nearby += away * (here - 1) / here  # what came for others of the node
+        return latency + max(nearby / near, away / far)
     factor = 2 if kind.name == "allreduce" else 1
     sent = factor * cost.num_bytes * (n - 1) / n
     # A ring over nodes leaves each of them by as many network cards as it has ranks there.

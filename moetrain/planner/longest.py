@@ -26,12 +26,12 @@ def lengths(search: Search) -> list[int]:
     most = max(search.model.max_positions, search.recipe.data.seq_len)
     rollout = search.recipe.rollout
     least = max(LEAST, 0 if rollout is None else rollout.max_tokens + 1)
-    found = {most}
+    tried_lengths = {most}
     power = LEAST
     while power <= most:
-        found |= {power, power * 3 // 2}
+        tried_lengths |= {power, power * 3 // 2}
         power *= 2
-    return sorted(n for n in found if least <= n <= most)
+    return sorted(n for n in tried_lengths if least <= n <= most)
 
 
 def longest(search: Search, report: Callable[[str], None]) -> Search:
@@ -61,8 +61,8 @@ def _fits(search: Search, seq_len: int) -> bool:
     recipe = at_length(search.recipe, seq_len)
     closed = Closed(recipe, search.model, search.gpu)
     held: list[tuple[float, int]] = []
-    found = list(replace(search, recipe=recipe).candidates(search.size))
-    for i, candidate in enumerate(found):
+    layouts = list(replace(search, recipe=recipe).candidates(search.size))
+    for i, candidate in enumerate(layouts):
         held.append((closed.rough(candidate, search.size).bytes, i))
     held.sort()
     libraries = fixed(search.gpu, search.size)
@@ -70,5 +70,5 @@ def _fits(search: Search, seq_len: int) -> bool:
         return False
     if held[0][0] <= limit * LEAN:
         return True
-    leanest = [found[i] for _, i in held[:2]]
+    leanest = [layouts[i] for _, i in held[:2]]
     return any(planned.fits for planned in search.traced(leanest))

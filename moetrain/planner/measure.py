@@ -122,10 +122,10 @@ def rates(
             if one.curve[0] == "grouped":
                 seconds = max(seconds - EXPERTS * of_expert, seconds / EXPERTS)
             same.setdefault((one.curve, one.size), []).append((one, seconds))
-    found: dict[tuple[str, str], Points] = {}
+    curves: dict[tuple[str, str], Points] = {}
     for (curve, _), measured in same.items():
-        found.setdefault(curve, []).append(_point(measured))
-    return found
+        curves.setdefault(curve, []).append(_point(measured))
+    return curves
 
 
 def _point(measured: Sequence[tuple[Operation, float]]) -> list[float]:
@@ -221,8 +221,8 @@ def _movers(clock: Clock, n: int) -> Iterator[Operation]:
         ],
         "sort": [(4, lambda: b.topk(8, dim=1))],
     }
-    for kind, own in movers.items():
-        for num_bytes, do in own:
+    for kind, these in movers.items():
+        for num_bytes, do in these:
             yield Operation(("memory", kind), n, None, num_bytes * n, do)
 
 

@@ -109,24 +109,24 @@ class RlStep:
         _, rollout = self.recipe.sampling
         return Split(size, servers, phases, phases.step(rollout.steps_off))
 
-    def splits(self, own: Split, trainers: Callable[[int], float | None]) -> Iterator[Split]:
-        """All ways to share the GPUs of `own`, node by node.
+    def splits(self, planned: Split, trainers: Callable[[int], float | None]) -> Iterator[Split]:
+        """All ways to share the GPUs of `planned`, node by node.
 
         trainers: as `Search.estimate`.
         """
-        total = own.trainers + own.servers * self.node
+        total = planned.trainers + planned.servers * self.node
         for servers in range(1, total // self.node):
             size = total - servers * self.node
-            if size == own.trainers:
-                yield own
+            if size == planned.trainers:
+                yield planned
             elif (seconds := trainers(size)) is not None:
-                yield self._scaled(own, size, servers, seconds)
+                yield self._scaled(planned, size, servers, seconds)
 
     def _scaled(
-        self, own: Split, size: int, servers: int, seconds: float, *, here: bool = False
+        self, planned: Split, size: int, servers: int, seconds: float, *, here: bool = False
     ) -> Split:
         """With trainers that take so many seconds, in the same parts."""
-        before = own.phases
+        before = planned.phases
         scale = seconds / (before.log_probs + before.train)
         phases = Phases(
             self.sample(servers), before.log_probs * scale, before.train * scale,
@@ -142,19 +142,19 @@ class RlStep:
         trainers: as `Search.estimate`.
         """
         _, rollout = self.recipe.sampling
-        own = self.of(planned, size, servers)
+        split = self.of(planned, size, servers)
         total = size + servers * self.node
         together = None
         if (seconds := trainers(total)) is not None:  # what serves does not train meanwhile
-            together = self._scaled(own, total, total // self.node, seconds, here=True)
+            together = self._scaled(split, total, total // self.node, seconds, here=True)
             together = replace(together, step_s=together.phases.step(0))
         tokens = rollout.prompts_per_step * rollout.group_size * self.lengths.answer
         return Sampled(
             self.server,
             self.lengths,
             self.server.concurrent(self.lengths),
-            own,
-            list(self.splits(own, trainers)),
+            split,
+            list(self.splits(split, trainers)),
             together,
             rollout.steps_off,
             tokens,
@@ -169,24 +169,24 @@ def with_answers(recipe: Recipe, lengths: Lengths) -> Recipe:
     return recipe.model_copy(update={"rollout": rollout})
 
 
-def as_json(found: Sampled) -> dict[str, Any]:
+def as_json(sampled: Sampled) -> dict[str, Any]:
     """As docs/planning.md says."""
-    server = found.server
+    server = sampled.server
     return {
-        "answer_tokens": found.lengths.answer,
-        "prompt_tokens": found.lengths.prompt,
-        "steps_off": found.steps_off,
+        "answer_tokens": sampled.lengths.answer,
+        "prompt_tokens": sampled.lengths.prompt,
+        "steps_off": sampled.steps_off,
         "server": {
             "gpus": server.gpus,
             "weights_gib": round(server.weights / GIB, 3),
             "kv_cache_gib": round(server.kv_cache / GIB, 3),
             "kv_tokens": server.kv_tokens,
-            "concurrent": found.concurrent,
-            "tokens_per_s": found.tokens_per_s,
+            "concurrent": sampled.concurrent,
+            "tokens_per_s": sampled.tokens_per_s,
         },
-        **_row(found.split),
-        "splits": [_row(split) for split in found.splits],
-        "colocated": None if found.colocated is None else _row(found.colocated),
+        **_row(sampled.split),
+        "splits": [_row(split) for split in sampled.splits],
+        "colocated": None if sampled.colocated is None else _row(sampled.colocated),
     }
 
 

@@ -142,8 +142,10 @@ class Search:
             return []
         limit = self.gpu.memory_gib.value * GIB
         others = [offloaded(recipe) for recipe, estimate in rough if estimate.bytes > limit]
-        found = [(recipe, self._closed.rough(recipe, self.size)) for recipe in others]
-        return [(recipe, estimate) for recipe, estimate in found if estimate.bytes * LEAN <= limit]
+        estimates = [(recipe, self._closed.rough(recipe, self.size)) for recipe in others]
+        return [
+            (recipe, estimate) for recipe, estimate in estimates if estimate.bytes * LEAN <= limit
+        ]
 
     def _rounds(
         self,
@@ -176,13 +178,13 @@ class Search:
         """
         closed = self._closed
         limit = self.gpu.memory_gib.value * GIB
-        found = [
+        seconds = [
             rough.seconds
             for recipe in self.candidates(size)
             if (rough := closed.rough(recipe, size)).bytes * LEAN <= limit
         ]
         scale = planned.step_s / closed.rough(planned.recipe, self.size).seconds
-        return min(found) * scale if found else None
+        return min(seconds) * scale if seconds else None
 
     def timeline(self, planned: Planned) -> list[dict[str, int]]:
         """What the fullest rank holds over a step: category -> bytes. Traced whole."""
@@ -196,9 +198,9 @@ class Search:
         closed = self._closed
         limit = self.gpu.memory_gib.value * GIB
         near: list[tuple[int, bool, float, int]] = []
-        found = list(self.candidates(self.size))
-        found += self._near_on_host(found)
-        for i, recipe in enumerate(found):
+        layouts = list(self.candidates(self.size))
+        layouts += self._near_on_host(layouts)
+        for i, recipe in enumerate(layouts):
             rough = closed.rough(recipe, self.size)
             num = len(changed(self.recipe, recipe))
             if num and rough.bytes * LEAN <= limit:
@@ -207,7 +209,7 @@ class Search:
         at_once = _num_tracers()
         with self._tracers() as run:
             for start in range(0, len(near), at_once):
-                some = [found[i] for *_, i in near[start : start + at_once]]
+                some = [layouts[i] for *_, i in near[start : start + at_once]]
                 fitting = [planned for planned in self._traced(some, run) if planned.fits]
                 if fitting:
                     return fitting[0]

@@ -68,8 +68,8 @@ class MetaWatch(Watch):
         """Of sequences as long as they are: without values torch takes all for the longest."""
 
         def known(x: Any) -> Any:
-            found = values_of(x) if isinstance(x, Tensor) else None
-            return x if found is None else found
+            values = values_of(x) if isinstance(x, Tensor) else None
+            return x if values is None else values
 
         return super().flops(func, tree_map(known, args), kwargs, result)
 

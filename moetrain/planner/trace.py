@@ -96,7 +96,7 @@ def _traces(
 ) -> list[Trace]:
     recipe = without_weights(recipe)
     watch = watch or MetaWatch()
-    found: list[Trace] = []
+    traces: list[Trace] = []
     with watch:
         engine = watched_engine(recipe, world, watch)
         num_params = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
@@ -104,8 +104,8 @@ def _traces(
             watched_step(engine, packs, watch)
             num = len(packs) // recipe.train.micro_batch
             profile = _on_device(watch.start_over(), engine)
-            found.append(Trace(world.rank, world.pp_rank, num_params, num, profile))
-    return found
+            traces.append(Trace(world.rank, world.pp_rank, num_params, num, profile))
+    return traces
 
 
 def _on_device(profile: Profile, engine: Engine) -> Profile:
@@ -161,11 +161,13 @@ def _label_state(engine: Engine, watch: Watch) -> None:
 
 def _state(optimizer: Any) -> list[Tensor]:
     """Main weights and moments."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for inner in _parts(optimizer):
-        found += [p for group in inner.param_groups for p in group["params"]]
-        found += [x for own in inner.state.values() for x in own.values() if isinstance(x, Tensor)]
-    return found
+        tensors += [p for group in inner.param_groups for p in group["params"]]
+        tensors += [
+            x for state in inner.state.values() for x in state.values() if isinstance(x, Tensor)
+        ]
+    return tensors
 
 
 def _parts(optimizer: Any) -> list[Any]:

@@ -109,10 +109,10 @@ class Profile:
 
     def peaks(self) -> dict[str, int]:
         """Phase -> most bytes in it."""
-        found: dict[str, int] = {}
+        most_bytes: dict[str, int] = {}
         for moment, held in self.most.items():
-            found[moment.phase] = max(found.get(moment.phase, 0), sum(held.values()))
-        return found
+            most_bytes[moment.phase] = max(most_bytes.get(moment.phase, 0), sum(held.values()))
+        return most_bytes
 
     @property
     def at_peak(self) -> dict[str, int]:
@@ -199,8 +199,8 @@ class Watch(TorchDispatchMode):
                 self._now[category] += size
 
     def _enters(self, module: nn.Module, args: Any) -> None:
-        own = PARTS.get(type(module).__name__)
-        self._parts.append(own or (self._parts[-1] if self._parts else OUTSIDE))
+        part = PARTS.get(type(module).__name__)
+        self._parts.append(part or (self._parts[-1] if self._parts else OUTSIDE))
 
     def _steps(self, *args: Any) -> None:
         self._parts.append("optimizer")
@@ -303,10 +303,10 @@ class Watch(TorchDispatchMode):
 
     def _record_collective(self, func: Any, args: Any) -> None:
         group = next(x for x in args if isinstance(x, torch.ScriptObject) and _is_group(x))
-        own = torch.distributed.ProcessGroup.unbox(group)
+        unboxed = torch.distributed.ProcessGroup.unbox(group)
         name = re.sub(_VARIANTS, "", func._schema.name.removeprefix("c10d::").strip("_"))
         sizes = [sum(x.nbytes for x in tensors_in([arg])) for arg in args[:2]]
-        kind = Collective(self._phase, name, own.group_desc, own.size())
+        kind = Collective(self._phase, name, unboxed.group_desc, unboxed.size())
         cost = self.profile.collectives.setdefault(kind, Cost())
         cost.times += 1
         cost.num_bytes += max(sizes)
