@@ -71,27 +71,27 @@ class Agents(Silent):
         FormatError for a command that failed and for a reward that is none.
         """
         if self._tasks is not None:
-            said = self._tasks.play(record, access.base_url, access.key)
-            return None if said is None else reward_of(said)
+            reward = self._tasks.play(record, access.base_url, access.key)
+            return None if reward is None else reward_of(reward)
         if self._function is None:
             return self._run_command(record, access)
-        said = self._function(record, base_url=access.base_url, session=access.key)
-        if inspect.iscoroutine(said):
-            said = asyncio.run(said)
-        return None if said is None else reward_of(said)
+        reward = self._function(record, base_url=access.base_url, session=access.key)
+        if inspect.iscoroutine(reward):
+            reward = asyncio.run(reward)
+        return None if reward is None else reward_of(reward)
 
     def _run_command(self, record: Mapping[str, Any], access: Access) -> None:
-        own = {"OPENAI_BASE_URL": access.base_url, "OPENAI_API_KEY": access.key}
+        openai = {"OPENAI_BASE_URL": access.base_url, "OPENAI_API_KEY": access.key}
         given = json.dumps(record, default=str).encode()
-        with tempfile.TemporaryFile() as said:
+        with tempfile.TemporaryFile() as output:
             # What it leaves running is ended with this process, or when it is late.
             done = subprocess.run(
-                self._command, input=given, stdout=said, stderr=said, env=os.environ | own,
+                self._command, input=given, stdout=output, stderr=output, env=os.environ | openai,
                 check=False,
             )  # fmt: skip
             if done.returncode:
-                said.seek(max(0, said.seek(0, os.SEEK_END) - LAST))
-                lines = said.read().decode("utf-8", "replace").strip().splitlines()
+                output.seek(max(0, output.seek(0, os.SEEK_END) - LAST))
+                lines = output.read().decode("utf-8", "replace").strip().splitlines()
                 raise FormatError(f"exit code {done.returncode}: {lines[-1] if lines else ''}")
 
 
@@ -112,11 +112,11 @@ def check_options(options: Mapping[str, Any]) -> None:
             f" {WHERE}.command, and {WHERE}.taskset (of verifiers)."
         )
     agent, command, taskset = given.values()
-    own = {name: options.get(name) for name in ("env", "python")}
+    interpreter_options = {name: options.get(name) for name in ("env", "python")}
     if taskset is not None:
-        tasksets.check_options(taskset, **own)
+        tasksets.check_options(taskset, **interpreter_options)
         return
-    for name in (name for name, value in own.items() if value is not None):
+    for name in (name for name, value in interpreter_options.items() if value is not None):
         raise ConfigError(f"{WHERE}.{name} goes with {WHERE}.taskset: leave it out.")
     if agent is not None:
         if not isinstance(agent, str) or ":" not in agent:

@@ -60,8 +60,8 @@ _BLANKS, _BETWEEN = re.compile(r"\s*"), re.compile(r"[\s;]*")
 
 def _behind(blanks: re.Pattern[str], text: str, place: int) -> int:
     """Where what is no such blank begins. Without a copy of the text: there may be many calls."""
-    found = blanks.match(text, place)
-    return place if found is None else found.end()
+    match = blanks.match(text, place)
+    return place if match is None else match.end()
 
 
 def _decoded(text: str, place: int) -> tuple[Any, int]:
@@ -109,21 +109,21 @@ def _scan(text: str, begin: re.Pattern[str], ends: Sequence[str], parse: Parse) 
     """Calls wherever `begin` is, the rest as content; a malformed one goes up to the next of `ends`
     or of `begin`.
     """
-    found, kept, place = Found(), list[str](), 0
+    reading, contents, place = Found(), list[str](), 0
     while match := begin.search(text, place):
-        kept.append(text[place : match.start()])
+        contents.append(text[place : match.start()])
         try:
             calls, place = parse(text, match.end())
-            found.calls += calls
+            reading.calls += calls
         except Malformed as error:
-            found.malformed.append(str(error))
-            is_last = len(found.malformed) == MOST_MALFORMED
+            reading.malformed.append(str(error))
+            is_last = len(reading.malformed) == MOST_MALFORMED
             place = len(text) if is_last else _end_of(text, match, begin, ends)
-            kept.append(text[match.start() : place])
-    if len(found.malformed) == MOST_MALFORMED:
-        found.malformed.append(f"what follows {MOST_MALFORMED} malformed calls is not read")
-    found.content = "".join([*kept, text[place:]]).strip()
-    return found
+            contents.append(text[match.start() : place])
+    if len(reading.malformed) == MOST_MALFORMED:
+        reading.malformed.append(f"what follows {MOST_MALFORMED} malformed calls is not read")
+    reading.content = "".join([*contents, text[place:]]).strip()
+    return reading
 
 
 def _end_of(text: str, match: re.Match[str], begin: re.Pattern[str], ends: Sequence[str]) -> int:
@@ -167,10 +167,10 @@ def read_xml(text: str, types: Types) -> Found:
             raise Malformed("a tool call is not <function=NAME> … </function>")
         arguments: dict[str, Any] = {}
         place = name.end()
-        own = types.get(name[1].strip(), {})
+        parameter_types = types.get(name[1].strip(), {})
         while match := _XML_PARAMETER.match(text, place):
             key = match[1].strip()
-            arguments[key], place = _value(match[2], own.get(key)), match.end()
+            arguments[key], place = _value(match[2], parameter_types.get(key)), match.end()
         end = re.compile(r"\s*</function>(?:\s*</tool_call>)?").match(text, place)
         if end is None:
             raise Malformed(f"the call of {name[1]} is not closed by </parameter> and </function>")
@@ -195,10 +195,10 @@ def read_glm(text: str, types: Types) -> Found:
             raise Malformed("a tool call does not begin with the name of a tool")
         arguments: dict[str, Any] = {}
         place = name.end()
-        own = types.get(name[1], {})
+        parameter_types = types.get(name[1], {})
         while match := _GLM_ARGUMENT.match(text, place):
             key = match[1].removesuffix("</arg_key>").strip()
-            arguments[key], place = _value(match[2], own.get(key)), match.end()
+            arguments[key], place = _value(match[2], parameter_types.get(key)), match.end()
         end = re.compile(r"\s*</tool_call>").match(text, place)
         if end is None:
             raise Malformed(
@@ -219,17 +219,17 @@ def read_llama(text: str, types: Types) -> Found:
     own = text.strip().removeprefix(PYTHON_TAG)
     if not marked and not re.match(r'\s*\{\s*"(?:name|type|parameters|arguments)"', own):
         return Found(text.strip())
-    found, place = Found(), 0
+    reading, place = Found(), 0
     try:
         while _behind(_BLANKS, own, place) < len(own):
             value, place = _object(own, place, "a tool call")
             if not marked and not value.keys() & {"parameters", "arguments"}:
                 return Found(text.strip())  # JSON that is an answer
-            found.calls.append(_named(value))
+            reading.calls.append(_named(value))
             place = _behind(_BETWEEN, own, place)
     except Malformed as error:
         return Found(text.strip(), malformed=[str(error)])
-    return found
+    return reading
 
 
 # DeepSeek V3 (a kind, and arguments in a block of code) and V3.1 (neither)
@@ -262,10 +262,10 @@ def read_deepseek(text: str, types: Types) -> Found:
         return [(name, arguments)], end.end()
 
     begin, end = re.escape(_D["tool call begin"]), _D["tool call end"]
-    found = _scan(text, re.compile(begin), [end], parse)
+    reading = _scan(text, re.compile(begin), [end], parse)
     for mark in ("tool calls begin", "tool calls end"):
-        found.content = found.content.replace(_D[mark], "").strip()
-    return found
+        reading.content = reading.content.replace(_D[mark], "").strip()
+    return reading
 
 
 # gpt-oss: messages in channels
@@ -279,7 +279,7 @@ _CHANNEL = re.compile(r"<\|channel\|>(\w+)")
 
 
 def read_harmony(text: str, types: Types) -> Found:
-    found, contents, thoughts, place = Found(), list[str](), list[str](), 0
+    reading, contents, thoughts, place = Found(), list[str](), list[str](), 0
     while header := _HEADER.match(text, place):
         body = _BODY.match(text, header.end())
         assert body is not None
@@ -294,14 +294,14 @@ def read_harmony(text: str, types: Types) -> Found:
             arguments, end = _object(body[1], 0, f"the arguments of {name}")
             if _behind(_BLANKS, body[1], end) < len(body[1]):
                 raise Malformed(f"the arguments of {name} are more than one JSON object")
-            found.calls.append((name, arguments))
+            reading.calls.append((name, arguments))
         except Malformed as error:
-            found.malformed.append(str(error))
+            reading.malformed.append(str(error))
             contents.append(body[1])
     contents.append(text[place:])
-    found.content = "\n".join(own for own in contents if own.strip()).strip()
-    found.thought = "\n".join(thoughts).strip()
-    return found
+    reading.content = "\n".join(own for own in contents if own.strip()).strip()
+    reading.thought = "\n".join(thoughts).strip()
+    return reading
 
 
 def _value(text: str, schema: Mapping[str, Any] | None) -> Any:
@@ -323,15 +323,21 @@ def _value(text: str, schema: Mapping[str, Any] | None) -> Any:
 
 
 def _kinds(schema: Mapping[str, Any]) -> set[str]:
-    own = schema.get("type")
-    found = {own} if isinstance(own, str) else set(own) if isinstance(own, list) else set[str]()
+    declared = schema.get("type")
+    kinds = (
+        {declared}
+        if isinstance(declared, str)
+        else set(declared)
+        if isinstance(declared, list)
+        else set[str]()
+    )
     for other in schema.get("anyOf") or ():
-        found |= _kinds(other)
+        kinds |= _kinds(other)
     if schema.get("nullable"):
-        found.add("null")
+        kinds.add("null")
     if all(isinstance(one, str) for one in schema.get("enum") or [0]):
-        found.add("string")
-    return found
+        kinds.add("string")
+    return kinds
 
 
 READERS: dict[str, Reader] = {

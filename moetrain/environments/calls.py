@@ -75,16 +75,16 @@ class TurnReader:
         """
         thought, said = _split(opened + text)
         before = (opened + text)[: len(opened + text) - len(said)] if self.is_inline else ""
-        found = Found(said.strip()) if self.reader is None else self.reader(said, self.types)
-        message: Message = {"role": "assistant", "content": before + found.content}
-        if not before and (thought := thought or found.thought):
+        reading = Found(said.strip()) if self.reader is None else self.reader(said, self.types)
+        message: Message = {"role": "assistant", "content": before + reading.content}
+        if not before and (thought := thought or reading.thought):
             message["reasoning_content"] = thought
-        if found.calls:
+        if reading.calls:
             message["tool_calls"] = [
-                _call(number, *call) for number, call in enumerate(found.calls, num_calls)
+                _call(number, *call) for number, call in enumerate(reading.calls, num_calls)
             ]
-        if found.malformed:
-            message["malformed"] = found.malformed
+        if reading.malformed:
+            message["malformed"] = reading.malformed
         return message
 
 

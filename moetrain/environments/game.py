@@ -31,10 +31,10 @@ class Game:
     def reply(
         self, record: Mapping[str, Any], messages: Sequence[Message]
     ) -> Sequence[Message] | None:
-        said = _NUMBER.findall(messages[-1].get("content") or "")
-        if not said:
+        numbers = _NUMBER.findall(messages[-1].get("content") or "")
+        if not numbers:
             return [{"role": "user", "content": "say a number"}]
-        guess, number = int(said[-1][:18]), self.number(record)
+        guess, number = int(numbers[-1][:18]), self.number(record)
         if guess == number:
             return None
         return [{"role": "user", "content": "higher" if guess < number else "lower"}]

@@ -77,6 +77,6 @@ class Python(Toolbox):
         if ran.end == "output":
             raise ProgramError(f"it printed over {MOST // MB} MiB. {out}")
         if ran.code:
-            said = ran.said.strip()[-SAID:] or f"it ended with code {ran.code}"
-            raise ProgramError(f"{said}\n{out}".strip())
+            output = ran.said.strip()[-SAID:] or f"it ended with code {ran.code}"
+            raise ProgramError(f"{output}\n{out}".strip())
         return out

@@ -42,10 +42,10 @@ class Search(Toolbox):
 
     def _search(self, query: str) -> str:
         tokens = self._bm25s.tokenize([query], show_progress=False)
-        found, scores = self._index.retrieve(tokens, k=self._results, show_progress=False)
+        records, scores = self._index.retrieve(tokens, k=self._results, show_progress=False)
         best = [
             self.passages[int(number)]
-            for number, score in zip(found[0], scores[0], strict=True)
+            for number, score in zip(records[0], scores[0], strict=True)
             if score > 0
         ]
         if not best:
@@ -95,13 +95,15 @@ def _records(path: Path) -> Iterator[tuple[str, str]]:
             record: Any = parse_json(line)
         except ValueError as error:
             raise ConfigError(f"{path}:{number} is not JSON ({error}). Remove the line.") from error
-        own = record if isinstance(record, dict) else {"text": record}
-        text = next((own[name] for name in COLUMNS if own.get(name)), None)
+        fields = record if isinstance(record, dict) else {"text": record}
+        text = next((fields[name] for name in COLUMNS if fields.get(name)), None)
         if text is None:
             raise ConfigError(
                 f"{path}:{number} has no {' or '.join(COLUMNS)}. Give each record a text."
             )
-        title = next((str(own[name]) for name in TITLES if own.get(name)), f"{path.name}:{number}")
+        title = next(
+            (str(fields[name]) for name in TITLES if fields.get(name)), f"{path.name}:{number}"
+        )
         yield title, text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
 
 

@@ -148,9 +148,9 @@ class EnvironmentService:
     def _look(self) -> tuple[list[tuple[Hashable, Reply]], list[Connection], float]:
         """(what is answered, where more is expected, until when)."""
         with self._lock:
-            found = [(self._keys.pop(n), told.reply) for n, told in self._pool.answers()]
+            replies = [(self._keys.pop(n), answer.reply) for n, answer in self._pool.answers()]
             self._pool.send()
-            return found, self._pool.pipes, self._pool.deadline
+            return replies, self._pool.pipes, self._pool.deadline
 
     def _only(self, question: Question) -> Told:
         """What a process says where nothing else is asked."""
@@ -158,8 +158,8 @@ class EnvironmentService:
         self._pool.ask([question])
         while True:
             self._pool.send()
-            for _, told in self._pool.answers():
-                return told
+            for _, answer in self._pool.answers():
+                return answer
             wait(self._pool.pipes, _seconds(self._pool.deadline - time.monotonic()))
 
     def close(self) -> None:

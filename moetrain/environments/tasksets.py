@@ -45,13 +45,13 @@ class Tasks:
 
     def _start(self) -> None:
         paths = os.pathsep.join([str(self._program.parent), os.environ.get("PATH", "")])  # for uv
-        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self._process = subprocess.Popen(
             [self._program, PROGRAM, self._settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            env=own | {"PATH": paths},
+            env=variables | {"PATH": paths},
             text=True,
         )
         try:
@@ -155,8 +155,8 @@ def check_options(taskset: Any, env: Any, python: Any) -> None:
 
 
 def _interpreter(python: str | None) -> Path:
-    beside = Path(sys.prefix).parent / ".venv-verifiers" / "bin" / "python"
-    program = beside if python is None else Path(python).expanduser()
+    environment = Path(sys.prefix).parent / ".venv-verifiers" / "bin" / "python"
+    program = environment if python is None else Path(python).expanduser()
     if not os.access(program, os.X_OK):
         raise ConfigError(f"{WHERE}.taskset wants verifiers, and {program} is no program: {WAYS}.")
     return program

@@ -53,8 +53,8 @@ class Toolbox(Silent):
         function = self._functions.get(name)
         if function is None:
             known = ", ".join(self._functions)
-            told = f"Error: there is no tool {shown(name)}; there are {known}."
-            return failure(told + nearest(name, self._functions)) | about
+            message = f"Error: there is no tool {shown(name)}; there are {known}."
+            return failure(message + nearest(name, self._functions)) | about
         try:
             value = function(**arguments)
             if inspect.iscoroutine(value):

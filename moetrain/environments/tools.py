@@ -21,16 +21,16 @@ class Tools(Toolbox):
 
     def __init__(self, functions: Sequence[str]):
         files: dict[Path, ModuleType] = {}
-        found: dict[str, Callable[..., Any]] = {}
+        by_name: dict[str, Callable[..., Any]] = {}
         for name in functions:
             path, own = split_name(name)
-            if own in found:
+            if own in by_name:
                 raise ConfigError(f"{WHERE} has two tools {own}: a model knows them by their name.")
             if path not in files:
                 files[path] = load_file(path, WHERE)
-            found[own] = named_in(files[path], own, WHERE, "function")
+            by_name[own] = named_in(files[path], own, WHERE, "function")
         # One process is asked, and the others do without transformers.
-        super().__init__(found, lambda: [schema_of(one, own) for own, one in found.items()])
+        super().__init__(by_name, lambda: [schema_of(one, own) for own, one in by_name.items()])
 
 
 def schema_of(function: Callable[..., Any], name: str) -> Tool:

@@ -27,12 +27,12 @@ def plot_figures(ledgers: Mapping[str, tuple[Path, Sequence[str]]], out: Path) -
         figure_curves = [
             (n, curves.get(n, Series()), curves.get(f"eval_{n}", Series())) for n in names
         ]
-        some = [own for own in figure_curves if len(own[1]) or len(own[2])] or figure_curves[:1]
-        panels += [[(title, *own) for own in some[i : i + 2]] for i in range(0, len(some), 2)]
+        some = [one for one in figure_curves if len(one[1]) or len(one[2])] or figure_curves[:1]
+        panels += [[(title, *one) for one in some[i : i + 2]] for i in range(0, len(some), 2)]
     columns = max(map(len, panels), default=1)
     figure = _figure(columns, max(len(panels), 1))
-    for line, own in enumerate(panels):
-        for i, panel in enumerate(own):
+    for line, line_panels in enumerate(panels):
+        for i, panel in enumerate(line_panels):
             _draw(figure.add_subplot(len(panels), columns, line * columns + i + 1), *panel)
     with files.publish(out) as (part,):
         figure.savefig(part, dpi=130, format="png")

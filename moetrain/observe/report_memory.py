@@ -52,23 +52,23 @@ def read_predicted(path: Path) -> Predicted | None:
         if path.stat().st_size > BYTES:
             return None
         content: Any = json.loads(path.read_text(encoding="utf-8"))
-        found = Predicted(**cast(dict[str, Any], content))
-        names = [str(name) for name in found.names]
-        sizes = [row for row in found.points if len(row) == len(names)]
-        numbers = [found.limit, found.rank, found.ranks, *(x for row in sizes for x in row)]
-        whole = 0 < len(sizes) == len(found.points) <= POINTS and 0 < len(names) <= NAMES
+        memory = Predicted(**cast(dict[str, Any], content))
+        names = [str(name) for name in memory.names]
+        sizes = [row for row in memory.points if len(row) == len(names)]
+        numbers = [memory.limit, memory.rank, memory.ranks, *(x for row in sizes for x in row)]
+        whole = 0 < len(sizes) == len(memory.points) <= POINTS and 0 < len(names) <= NAMES
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     if not whole or not all(is_number(x) and math.isfinite(x) and 0 <= x < 1e6 for x in numbers):
         return None
     if not sum(map(sum, sizes)) > 0:
         return None
-    return Predicted(str(found.gpu), found.limit, found.rank, found.ranks, names, sizes)
+    return Predicted(str(memory.gpu), memory.limit, memory.rank, memory.ranks, names, sizes)
 
 
 def section(runs: Sequence[Run]) -> str:
     """HTML of the first RUNS runs that have a prediction; empty where none has."""
-    known = [(run, found) for run in runs if (found := read_predicted(run.path / FILE))]
+    known = [(run, memory) for run in runs if (memory := read_predicted(run.path / FILE))]
     if not known:
         return ""
     more = f" {len(known) - RUNS} more runs have one." * (len(known) > RUNS)
@@ -77,7 +77,7 @@ def section(runs: Sequence[Run]) -> str:
         f" by allocation; and the most that the first rank has held, as its ledger says.{more}"
     )
     head = f'<div class="bar"><h2>Memory of a step</h2></div><p class="note">{note}</p>'
-    parts = [_of_run(run, found) for run, found in known[:RUNS]]
+    parts = [_of_run(run, memory) for run, memory in known[:RUNS]]
     return f'{_STYLE}\n<section class="memory" id="memory">{head}\n{"".join(parts)}</section>'
 
 
@@ -88,60 +88,60 @@ def _measured(run: Run, name: str) -> float | None:
     return max(values, default=None)
 
 
-def _of_run(run: Run, found: Predicted) -> str:
+def _of_run(run: Run, memory: Predicted) -> str:
     measured, first = (_measured(run, name) for name in ("memory_gib", "predicted/memory_gib"))
     facts = [
-        f"rank {found.rank:.0f} of {found.ranks:.0f} is predicted to hold {found.peak:.1f} GiB"
+        f"rank {memory.rank:.0f} of {memory.ranks:.0f} is predicted to hold {memory.peak:.1f} GiB"
     ]
-    if first is not None and found.rank:
+    if first is not None and memory.rank:
         facts.append(f"the first rank {first:.1f}")
     if measured is not None:
         facts.append(f"the first rank has held {measured:.1f}")
-    facts.append(f"{found.gpu} has {found.limit:.1f}")
+    facts.append(f"{memory.gpu} has {memory.limit:.1f}")
     legend = "".join(
         f'<li><i style="background:{_color(i)}"></i>{_text(name)}</li>'
-        for i, name in enumerate(found.names)
+        for i, name in enumerate(memory.names)
     )
     caption = f"<b>{_text(run.name)}</b>: {_text(', '.join(facts))}"
     return (
         f"<figure><figcaption>{caption}</figcaption>"
-        f"{_svg(found, measured)}<ul>{legend}</ul></figure>\n"
+        f"{_svg(memory, measured)}<ul>{legend}</ul></figure>\n"
     )
 
 
-def _svg(found: Predicted, measured: float | None) -> str:
+def _svg(memory: Predicted, measured: float | None) -> str:
     """Areas, one upon the other, and lines of what the GPU has and what was measured."""
-    shown = max(found.peak, measured or 0.0)
-    has_limit = found.limit <= FAR * shown
-    top = 1.06 * max(shown, found.limit if has_limit else 0.0)
-    across = (WIDTH - LEFT) / max(1, len(found.points) - 1)
+    shown = max(memory.peak, measured or 0.0)
+    has_limit = memory.limit <= FAR * shown
+    top = 1.06 * max(shown, memory.limit if has_limit else 0.0)
+    across = (WIDTH - LEFT) / max(1, len(memory.points) - 1)
 
     def y(gib: float) -> str:
         return f"{(HEIGHT - BOTTOM) * (1 - gib / top):.1f}"
 
-    rows = found.points if len(found.points) > 1 else found.points * 2
+    rows = memory.points if len(memory.points) > 1 else memory.points * 2
     below = [0.0] * len(rows)
     areas: list[str] = []
-    for i in range(len(found.names)):
+    for i in range(len(memory.names)):
         above = [low + row[i] for low, row in zip(below, rows, strict=True)]
         places = [f"{LEFT + j * across:.1f}" for j in range(len(rows))]
         edge = [f"{x},{y(gib)}" for x, gib in zip(places, above, strict=True)]
         edge += [f"{x},{y(gib)}" for x, gib in zip(places[::-1], below[::-1], strict=True)]
-        title = f"<title>{_text(found.names[i])}</title>"
+        title = f"<title>{_text(memory.names[i])}</title>"
         areas.append(f'<polygon fill="{_color(i)}" points="{" ".join(edge)}">{title}</polygon>')
         below = above
     lines: list[str] = []
     if has_limit:
-        label = f"{found.gpu}: {found.limit:.1f} GiB"
-        lines.append(_line(found.limit, y(found.limit), label, "6 4"))
+        label = f"{memory.gpu}: {memory.limit:.1f} GiB"
+        lines.append(_line(memory.limit, y(memory.limit), label, "6 4"))
     if measured is not None:
         label = f"measured on the first rank: {measured:.1f} GiB"
         lines.append(_line(measured, y(measured), label, "none"))
     ticks = "".join(
         f'<text x="{LEFT - 6}" y="{float(y(gib)) + 4:.1f}" text-anchor="end">{gib:.3g}</text>'
-        for gib in (0.0, found.peak / 2, found.peak)
+        for gib in (0.0, memory.peak / 2, memory.peak)
     )
-    name = f"GiB over a step, at most {found.peak:.1f}"
+    name = f"GiB over a step, at most {memory.peak:.1f}"
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(name)}">'
         f'{"".join(areas)}{ticks}{"".join(lines)}<text x="{LEFT}" y="{HEIGHT - 5}">'

@@ -34,16 +34,18 @@ def section(runs: Sequence[Run]) -> str:
     having = [run for run in runs if steps_of(run.path / ROLLOUTS)]
     shown = having[:RUNS]
     most, most_bytes = (limit // max(1, len(shown)) for limit in (TRAJECTORIES, READ))
-    found = [(run, sample(run.path, STEPS, PER_STEP, most, most_bytes)) for run in shown]
-    total = sum(len(own.trajectories) for _, own in found)
+    sampled = [(run, sample(run.path, STEPS, PER_STEP, most, most_bytes)) for run in shown]
+    total = sum(len(of_run.trajectories) for _, of_run in sampled)
     if not total:
         return ""
     room = CHARACTERS // total
     rows = [
-        _row(i, run, one, room) for i, (run, own) in enumerate(found) for one in own.trajectories
+        _row(i, run, one, room)
+        for i, (run, of_run) in enumerate(sampled)
+        for one in of_run.trajectories
     ]
     names = [_safe(run.name) for run in shown]
-    notes = [_note(own) for _, own in found]
+    notes = [_note(of_run) for _, of_run in sampled]
     if len(shown) > 1:
         notes = [f"{name}: {note}" for name, note in zip(names, notes, strict=True)]
     if len(having) > RUNS:
@@ -56,12 +58,14 @@ def section(runs: Sequence[Run]) -> str:
     return before.replace("<!-- RUNS -->", options, 1) + "\n".join(rows) + after
 
 
-def _note(own: Sampled) -> str:
+def _note(sampled: Sampled) -> str:
     words = (
-        f"{len(own.trajectories):,} of the {own.num_there:,} trajectories of"
-        f" {plural(own.num_read, 'step')}, of {own.num_steps:,} in all"
+        f"{len(sampled.trajectories):,} of the {sampled.num_there:,} trajectories of"
+        f" {plural(sampled.num_read, 'step')}, of {sampled.num_steps:,} in all"
     )
-    return words + f"; {own.num_unreadable:,} files cannot be read" * bool(own.num_unreadable)
+    return words + f"; {sampled.num_unreadable:,} files cannot be read" * bool(
+        sampled.num_unreadable
+    )
 
 
 def _row(index: int, run: Run, one: Trajectory, room: int) -> str:

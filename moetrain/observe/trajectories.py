@@ -79,18 +79,20 @@ def sample(folder: Path, most_steps: int, most_of_step: int, most: int, most_byt
     mean = sum(map(_size, files.values())) / max(1, len(files))
     room = max(1, int(min(most_steps, most / 4, most_bytes // max(1, mean))))
     steps = spread(list(files), room)
-    found, num_there, num_unreadable = list[Trajectory](), 0, 0
+    trajectories, num_there, num_unreadable = list[Trajectory](), 0, 0
     for step in steps:
         try:
             with files[step].open("rb") as file:
                 places = list(_places(file))
                 chosen = choose(places, min(most_of_step, most // len(steps)))
-                found += [one for at in chosen if (one := _at(file, step, places[at]))]
+                trajectories += [one for at in chosen if (one := _at(file, step, places[at]))]
         except OSError:
             num_unreadable += 1
             continue
         num_there += len(places)
-    return Sampled(tuple(found), num_there, len(steps) - num_unreadable, len(files), num_unreadable)
+    return Sampled(
+        tuple(trajectories), num_there, len(steps) - num_unreadable, len(files), num_unreadable
+    )
 
 
 def _size(path: Path) -> int:
@@ -216,16 +218,16 @@ Said = list[tuple[str, str]]
 def _by_turn(messages: Sequence[dict[str, Any]]) -> tuple[Said, list[tuple[dict[str, Any], Said]]]:
     """(what is said before the model, (the model's message, the replies to it) of each turn)."""
     before: Said = []
-    found: list[tuple[dict[str, Any], Said]] = []
+    turns: list[tuple[dict[str, Any], Said]] = []
     for message in messages:
         # An agent may put words into the model's mouth.
         if message.get("role") == "assistant" and message.get("given") is not True:
-            found.append((message, []))
+            turns.append((message, []))
         else:
             names = [field_of(message, name, str) for name in ("role", "name")]
             who = " ".join(filter(None, names)) or "?"
-            (found[-1][1] if found else before).append((who, said_by(message)))
-    return before, found
+            (turns[-1][1] if turns else before).append((who, said_by(message)))
+    return before, turns
 
 
 def call_text(call: Any) -> str:

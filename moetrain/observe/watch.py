@@ -110,13 +110,13 @@ class Watch:
 
     def state(self) -> tuple[str, str]:
         """(what the run does, a colour)."""
-        said = self.ledger.said
+        followed = self.ledger.said
         if self.host is not None:
             where = "" if self.host == "here" else f" on {self.host}"
             return f"running{where}", "green"
-        if self.total is not None and said.step >= self.total:
+        if self.total is not None and followed.step >= self.total:
             return "finished", "cyan"
-        if not said.num_rows:
+        if not followed.num_rows:
             return "has not begun", "yellow"
         end = last_end(self.folder)
         return "stopped" + f" ({end})" * bool(end), "yellow"
@@ -190,26 +190,28 @@ def _safe(text: str, console: Console, *, line: bool = True) -> str:
 
 
 def _head(run: Watch, console: Console) -> Text:
-    said, (state, colour) = run.ledger.said, run.state()
+    followed, (state, colour) = run.ledger.said, run.state()
     text = Text(_safe(run.folder.resolve().name, console), style="bold", overflow="fold")
     if run.method:
         text.append(f"  {_safe(run.method, console)}", style="not bold")
     text.append(f"  {_safe(state, console)}", style=colour)
     of = f"/{run.total:,}" if run.total else ""
-    text.append(f"  step {said.step:,}{of}", style="not bold")
-    takes = median([row["seconds"] for row in said.recent if "seconds" in row] or [math.nan])
-    if run.ledger.changed is not None and said.num_rows:
+    text.append(f"  step {followed.step:,}{of}", style="not bold")
+    takes = median([row["seconds"] for row in followed.recent if "seconds" in row] or [math.nan])
+    if run.ledger.changed is not None and followed.num_rows:
         ago = max(0.0, time.time() - run.ledger.changed)
         late = run.host is not None and ago > max(60.0, _LONG_AGO * takes)
         text.append(f"  newest row {_ago(ago)} ago", style="red" if late else "not bold")
     if run.host is not None and run.total and math.isfinite(takes):
-        text.append(f"  about {_ago(takes * (run.total - said.step))} left", style="not bold")
+        text.append(f"  about {_ago(takes * (run.total - followed.step))} left", style="not bold")
     if run.problem:
         text.append(f"\n{_safe(run.problem, console)}", style="red")
-    if not said.num_rows:
+    if not followed.num_rows:
         text.append("\nno row of the ledger yet", style="not bold dim")
-    if said.num_broken:
-        text.append(f"\nledger.jsonl: no row in {plural(said.num_broken, 'line')}", style="yellow")
+    if followed.num_broken:
+        text.append(
+            f"\nledger.jsonl: no row in {plural(followed.num_broken, 'line')}", style="yellow"
+        )
     return text
 
 
@@ -222,11 +224,11 @@ def _ago(seconds: float) -> str:
 
 def _figures(run: Watch, console: Console, most: int | None) -> list[RenderableType]:
     """The table of figures, and how many more there are."""
-    said = run.ledger.said
-    names = names_of(said, run.method)
+    followed = run.ledger.said
+    names = names_of(followed, run.method)
     if not names:
         return []
-    at = f"held out ({said.held_out['step']})" if said.held_out else "held out"
+    at = f"held out ({followed.held_out['step']})" if followed.held_out else "held out"
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     extra = max(0, console.width - 80)
     is_plain = not console.encoding.lower().startswith("utf")
@@ -235,12 +237,12 @@ def _figures(run: Watch, console: Console, most: int | None) -> list[RenderableT
     for title, width in (("figure", name), ("now", _NOW)):
         justify = "left" if title != "now" else "right"
         table.add_column(title, width=width, no_wrap=True, overflow="crop", justify=justify)
-    table.add_column(f"curve to {said.step}", width=curve, no_wrap=True, overflow="crop")
+    table.add_column(f"curve to {followed.step}", width=curve, no_wrap=True, overflow="crop")
     table.add_column(at, no_wrap=True, overflow="crop")
     for one in names[:most]:
-        row, held = said.training, f"eval_{one}"
-        series = said.curves.get(one) or said.curves.get(held)
-        text = written(said.held_out, held) if is_number(said.held_out.get(held)) else ""
+        row, held = followed.training, f"eval_{one}"
+        series = followed.curves.get(one) or followed.curves.get(held)
+        text = written(followed.held_out, held) if is_number(followed.held_out.get(held)) else ""
         table.add_row(
             Text(_safe(label(one), console), overflow="crop"),
             Text(number(row[one]) if is_number(row.get(one)) else "-"),
@@ -251,10 +253,12 @@ def _figures(run: Watch, console: Console, most: int | None) -> list[RenderableT
     return [table, *([Text(f"{left} more with --once", style="dim")] if left else [])]
 
 
-def names_of(said: Followed, method: str) -> list[str]:
+def names_of(followed: Followed, method: str) -> list[str]:
     """The figures of a run in the order of the table: those that its method is about first."""
-    there = {*said.training, *(name.removeprefix("eval_") for name in said.held_out)}
-    there = {n for n in there if is_number(said.training.get(n, said.held_out.get(f"eval_{n}")))}
+    there = {*followed.training, *(name.removeprefix("eval_") for name in followed.held_out)}
+    there = {
+        n for n in there if is_number(followed.training.get(n, followed.held_out.get(f"eval_{n}")))
+    }
     there = {n for n in there if not n.startswith(_ELSEWHERE) and not n.endswith(_COUNTS)}
     there = {n for n in there if n in _PUSH or (not n.startswith("push/") and n != "tokens")}
     first = first_figures([method or "sft"])
@@ -300,7 +304,7 @@ def curve_of(series: Thinned | None, width: int, bars: str) -> str:
 
 def _lines(run: Watch, console: Console, height: int | None) -> list[RenderableType]:
     """Seconds by phase, the prediction, faults and warnings."""
-    said, row = run.ledger.said, run.ledger.said.training
+    followed, row = run.ledger.said, run.ledger.said.training
     lines: list[RenderableType] = []
 
     def add(title: str, text: str, style: str = "") -> None:
@@ -312,29 +316,29 @@ def _lines(run: Watch, console: Console, height: int | None) -> list[RenderableT
 
     phases = [n for n in row if n.startswith("seconds/") and is_number(row[n])]
     if is_number(row.get("seconds")):
-        means = {n: fmean(r[n] for r in said.recent if n in r) for n in ["seconds", *phases]}
+        means = {n: fmean(r[n] for r in followed.recent if n in r) for n in ["seconds", *phases]}
         parts = sorted(phases, key=lambda n: -means[n])
         words = [f"{number(means['seconds'])} a step"]
         words += [f"{n.removeprefix('seconds/')} {number(means[n])}" for n in parts]
         add("seconds", ", ".join(words))
-    if predicted := _predicted(row, said):
+    if predicted := _predicted(row, followed):
         add("predicted", predicted)
-    if said.faults:
-        words = [f"{n.removeprefix('faults/')} {c:,}" for n, c in said.faults.most_common()]
-        add("faults", ", ".join(words) + f" (last at step {said.fault_step})", "red")
+    if followed.faults:
+        words = [f"{n.removeprefix('faults/')} {c:,}" for n, c in followed.faults.most_common()]
+        add("faults", ", ".join(words) + f" (last at step {followed.fault_step})", "red")
     few, wide = (3, 2000) if height is None else (1, 2 * (console.width - 12))
-    for step, warning in list(said.warnings)[-few:]:
+    for step, warning in list(followed.warnings)[-few:]:
         text = f"step {step}: {warning}"
         add("warning", text if len(text) <= wide else f"{text[: wide - 4]} ...", "yellow")
     return lines
 
 
-def _predicted(row: Mapping[str, Any], said: Followed) -> str:
+def _predicted(row: Mapping[str, Any], followed: Followed) -> str:
     """What was predicted of a step, beside what was measured in the newest rows."""
     words: list[str] = []
     for name, unit in UNITS.items():
         expected = row.get(PREFIX + name)
-        measured = measured_of(name, list(said.recent))
+        measured = measured_of(name, list(followed.recent))
         if is_number(expected) and expected > 0 and measured is not None:
             text = f"{number(expected)} {unit}, measured {number(measured)} {unit}"
             words.append(f"{text} ({measured / expected - 1:+.0%})")

@@ -87,21 +87,21 @@ def is_readable(gold: str) -> bool:
     """Whether an answer can be compared with `gold`: there is something in it, and of what is
     neither a number nor words, math-verify can make something.
     """
-    found = _readings(gold, True)
-    others = [one for one in found if not isinstance(one, Algebra | Words)]
-    algebra = [one for one in found if isinstance(one, Algebra) and "\\" in one.text]
-    return bool(found) and (bool(others) or all(map(is_parsed, algebra)))
+    readings = _readings(gold, True)
+    others = [one for one in readings if not isinstance(one, Algebra | Words)]
+    algebra = [one for one in readings if isinstance(one, Algebra) and "\\" in one.text]
+    return bool(readings) and (bool(others) or all(map(is_parsed, algebra)))
 
 
 def _readings(text: str, is_gold: bool = False) -> list[Reading]:
-    own, is_marked = marked(text)
-    found: list[Reading] = []
-    for candidate in [own] if is_marked else candidates(own, not is_gold):
-        found += readings(_LEAD.sub("", candidate, count=1) if is_marked else candidate)
+    final_text, is_marked = marked(text)
+    collected: list[Reading] = []
+    for candidate in [final_text] if is_marked else candidates(final_text, not is_gold):
+        collected += readings(_LEAD.sub("", candidate, count=1) if is_marked else candidate)
         # Words are what they are wherever they stand; of numbers, the surest place alone counts.
-        if not all(is_words(one) for one in found):
+        if not all(is_words(one) for one in collected):
             break
-    return found
+    return collected
 
 
 def final(text: str) -> str:
@@ -133,15 +133,15 @@ def boxed(text: str) -> str | None:
     """What the last \\boxed{...} holds, and those before it that it is listed with; nothing where
     it has no end.
     """
-    found: list[tuple[int, int, str]] = []
+    boxes: list[tuple[int, int, str]] = []
     place = 0
     while start := _BOX.search(text, place):
         place, content = _box(text, start.end())
-        found.append((start.start(), place, content))
-    if not found:
+        boxes.append((start.start(), place, content))
+    if not boxes:
         return None
-    parts = [found[-1][2]]
-    for before, after in zip(found[-2::-1], found[:0:-1], strict=True):
+    parts = [boxes[-1][2]]
+    for before, after in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
         if not _BETWEEN.fullmatch(text[before[1] : after[0]]):
             break
         parts.insert(0, before[2])

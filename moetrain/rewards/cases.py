@@ -64,17 +64,17 @@ def cases_of(columns: Mapping[str, Any]) -> list[Case]:
     name = next((name for name in COLUMNS if _has_cases(columns, name)), None)
     names = [] if name is None else [name]
     names += [name for name in BESIDE if _has_cases(columns, name)]
-    found: list[Case] = []
+    cases: list[Case] = []
     for name in names:
         try:
-            found += _cases(unpacked(columns[name], name), name, columns)
+            cases += _cases(unpacked(columns[name], name), name, columns)
         except _UNREADABLE as error:
             raise ValueError(f"{name} has another form than cases have ({error})") from None
-    if names and not found:
+    if names and not cases:
         raise ValueError(
             f"{names[0]} has no cases: give [{{input, output}}, ...] or inputs and outputs"
         )
-    return found
+    return cases
 
 
 def _has_cases(columns: Mapping[str, Any], name: str) -> bool:
@@ -157,11 +157,11 @@ def _amount(columns: Mapping[str, Any], name: str, units: Mapping[str, float]) -
         return None
     if isinstance(value, Mapping):
         value = float(value.get("seconds") or 0) + float(value.get("nanos") or 0) / 1e9
-    found = _AMOUNT.fullmatch(str(value))
-    unit = units.get(found[2].lower()) if found else None
-    if found is None or unit is None or not float(found[1]):
+    match = _AMOUNT.fullmatch(str(value))
+    unit = units.get(match[2].lower()) if match else None
+    if match is None or unit is None or not float(match[1]):
         raise ValueError(f"{name} is {columns[name]!r}, which is no limit")
-    return float(found[1]) * unit
+    return float(match[1]) * unit
 
 
 def _bytes(megabytes: float | None) -> int | None:

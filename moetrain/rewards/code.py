@@ -63,10 +63,10 @@ class Code:
             return Grade({self.label: None})
         language = completion.columns.get("language")
         names = self._languages(problem, language)
-        found = block(completion.said, names, language, self.options.language == "record")
-        if found is None:
+        program = block(completion.said, names, language, self.options.language == "record")
+        if program is None:
             return self._graded(self.options.no_code, "missing")
-        trial = self._trial(problem, *found)
+        trial = self._trial(problem, *program)
         if trial is None:
             return self._graded(self.options.no_compile, "compile")
         passed, trouble = self._passed(trial)
@@ -77,18 +77,18 @@ class Code:
 
     def _languages(self, problem: Problem, asked: Any) -> list[str]:
         """Those that a program may be in."""
-        own: list[str] = list(self.options.languages)
+        languages: list[str] = list(self.options.languages)
         if self.options.language == "record" and asked:
-            own = [name for name in own if name == asked]
+            languages = [name for name in languages if name == asked]
         if problem.calls:
-            own = [name for name in own if name == "python"]
-        if not own:
+            languages = [name for name in languages if name == "python"]
+        if not languages:
             raise ValueError(
                 f"its language is {asked!r}{' and it calls a function' if problem.calls else ''}:"
                 f" languages are {', '.join(self.options.languages)}, and functions are called in"
                 " Python alone"
             )
-        return own
+        return languages
 
     def _trial(self, problem: Problem, language: str, source: str) -> "Trial | None":
         """None where the program does not compile."""
@@ -118,10 +118,10 @@ class Code:
         with ThreadPoolExecutor(trial.at_once) if trial.at_once > 1 else nullcontext() as pool:
             run = map if pool is None else pool.map
             for some in batched(trial.problem.cases, trial.width):
-                found: list[tuple[bool, str | None]] = list(run(partial(trial.judge, end), some))
-                passed += sum(is_passed for is_passed, _ in found)
-                trouble = trouble or next((own for _, own in found if own), None)
-                has_failed = not all(is_passed for is_passed, _ in found)
+                results: list[tuple[bool, str | None]] = list(run(partial(trial.judge, end), some))
+                passed += sum(is_passed for is_passed, _ in results)
+                trouble = trouble or next((own for _, own in results if own), None)
+                has_failed = not all(is_passed for is_passed, _ in results)
                 if time.monotonic() >= end or (has_failed and self.options.scoring == "pass_fail"):
                     break
         return passed, trouble
@@ -228,36 +228,38 @@ def block(
 
 def fenced(text: str) -> list[tuple[str, str]]:
     """(label, what stands within) of every closed block, in one pass over the lines."""
-    found: list[tuple[str, str]] = []
+    blocks: list[tuple[str, str]] = []
     label, within = None, list[str]()
     for line in text.split("\n"):
         if label is None:
             if opened := _OPENS.fullmatch(line):
                 label, within = opened[1], []
         elif line.strip(_BLANK) == "```":
-            found.append((label, "".join(within)))
+            blocks.append((label, "".join(within)))
             label = None
         else:
             within.append(f"{line}\n")
-    return found
+    return blocks
 
 
 def same_output(out: str, wanted: str, tolerance: float = 0.0) -> bool:
     """Line by line and word by word, however they are spaced."""
-    own, other = ([line.split() for line in text.rstrip().split("\n")] for text in (out, wanted))
-    return len(own) == len(other) and all(
+    printed, other = (
+        [line.split() for line in text.rstrip().split("\n")] for text in (out, wanted)
+    )
+    return len(printed) == len(other) and all(
         len(a) == len(b) and all(_same_word(x, y, tolerance) for x, y in zip(a, b, strict=True))
-        for a, b in zip(own, other, strict=True)
+        for a, b in zip(printed, other, strict=True)
     )
 
 
-def _same_word(own: str, wanted: str, tolerance: float) -> bool:
-    if own == wanted:
+def _same_word(printed: str, wanted: str, tolerance: float) -> bool:
+    if printed == wanted:
         return True
     if not tolerance:
         return False
     try:
-        a, b = float(own), float(wanted)
+        a, b = float(printed), float(wanted)
     except ValueError:
         return False
     return abs(a - b) <= tolerance * max(1.0, abs(b))

@@ -111,8 +111,8 @@ def _same_words(one: str, other: str) -> bool:
     if plain_words(one) == plain_words(other) or _blank(one) == _blank(other):
         return True
     for text, letter in ((one, plain_words(other)), (other, plain_words(one))):
-        found = _CHOICE.fullmatch(text)
-        if found and found[1].casefold() == letter:
+        match = _CHOICE.fullmatch(text)
+        if match and match[1].casefold() == letter:
             return True
     return False
 
@@ -174,7 +174,7 @@ def _parsed(text: str) -> list[Any]:
     while (tower := _TOWER.sub(r"\1^{\2^\3}", text)) != text:
         text = tower
     if {x.lower() for x in _COMMAND.sub("", text) if x.isupper()} & set(_COMMAND.sub("", text)):
-        text = _CAPITAL.sub(lambda found: f"{found[0].lower()}_{{0}}", text)
+        text = _CAPITAL.sub(lambda match: f"{match[0].lower()}_{{0}}", text)
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 

@@ -21,9 +21,9 @@ from moetrain.rewards.user_functions import user_function_kind
 
 def check_user_functions(configs: Sequence[RewardConfig]) -> None:
     """Load functions of own files once, before a model is. Raises ConfigError."""
-    own = [config for config in configs if ":" in config.name]
-    if own:
-        Grader(own, 1, 60.0).close()
+    own_functions = [config for config in configs if ":" in config.name]
+    if own_functions:
+        Grader(own_functions, 1, 60.0).close()
 
 
 class Grader:
@@ -72,7 +72,7 @@ class Grader:
         completions = _with_lengths(completions)
         for pool in self._pools:
             pool.ask(completions)
-        found: list[list[Grade]] = [[] for _ in completions]
+        grades: list[list[Grade]] = [[] for _ in completions]
         missing = len(completions) * len(self._pools)
         while missing:
             for pool in self._pools:
@@ -80,10 +80,10 @@ class Grader:
             patience = min(pool.deadline for pool in self._pools) - time.monotonic()
             wait([pipe for pool in self._pools for pipe in pool.pipes], max(0.0, patience))
             for number, answer in chain.from_iterable(pool.answers() for pool in self._pools):
-                found[number].append(answer)
+                grades[number].append(answer)
                 self._count(answer)
                 missing -= 1
-        return [self._verdict(answers) for answers in found]
+        return [self._verdict(answers) for answers in grades]
 
     @property
     def num_faults(self) -> int:
@@ -92,9 +92,9 @@ class Grader:
 
     def take_metrics(self) -> dict[str, float]:
         """What functions have logged since the last call, as means over their batches."""
-        found = {name: fmean(values) for name, values in self.metrics.items()}
+        means = {name: fmean(values) for name, values in self.metrics.items()}
         self.metrics = {}
-        return found
+        return means
 
     def _count(self, answer: Grade) -> None:
         self.counts.update(answer.notes)
@@ -152,9 +152,9 @@ def _with_lengths(completions: Sequence[Completion]) -> list[Completion]:
     """With the least and the greatest length of the answers to each prompt: rewards that compare
     these see one completion at a time, so that one that hangs changes no other's reward.
     """
-    found: list[Completion] = []
-    for _, own in groupby(completions, lambda one: one.columns.get("prompt")):
-        group = list(own)
+    with_lengths: list[Completion] = []
+    for _, alike in groupby(completions, lambda one: one.columns.get("prompt")):
+        group = list(alike)
         lengths = [len(one.text) for one in group]
-        found += [replace(one, group_lengths=(min(lengths), max(lengths))) for one in group]
-    return found
+        with_lengths += [replace(one, group_lengths=(min(lengths), max(lengths))) for one in group]
+    return with_lengths

@@ -79,12 +79,12 @@ class Judge:
         """None where there is no number, or one off the scale, or one that may have gone on: the 1
         of a 10.
         """
-        found = list(re.finditer(self.options.pattern, words))
-        if not found or (is_cut and found[-1].end(1) == len(words)):
+        matches = list(re.finditer(self.options.pattern, words))
+        if not matches or (is_cut and matches[-1].end(1) == len(words)):
             return None
         low, high = self.options.low, self.options.high
         try:
-            value = (float(found[-1][1].replace("\u2212", "-")) - low) / (high - low)
+            value = (float(matches[-1][1].replace("\u2212", "-")) - low) / (high - low)
         except (ValueError, AttributeError):  # the group took no part in the match
             return None
         return value if 0 <= value <= 1 else None
@@ -94,11 +94,11 @@ def fill(prompt: str, completion: Completion) -> str:
     """`prompt` with {completion} and {COLUMN} replaced, and other braces as they are."""
     words = {**completion.columns, "completion": completion.said}
 
-    def put(found: re.Match[str]) -> str:
-        if found[1] not in words:
-            return found[0]
-        value = words[found[1]]
-        return text_of(value) if found[1] == "prompt" else str(value)
+    def put(match: re.Match[str]) -> str:
+        if match[1] not in words:
+            return match[0]
+        value = words[match[1]]
+        return text_of(value) if match[1] == "prompt" else str(value)
 
     return _FIELD.sub(put, prompt)
 

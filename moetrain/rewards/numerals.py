@@ -62,10 +62,10 @@ def numbers(text: str) -> Iterator[Number]:
     if left and unit is None:
         return
     if money is not None:
-        own = unit_of(re.sub(r"^US(?=\$)", "", money.group()), True)
-        if unit not in (None, own):
+        money_unit = unit_of(re.sub(r"^US(?=\$)", "", money.group()), True)
+        if unit not in (None, money_unit):
             return
-        unit = own
+        unit = money_unit
     for value, digits in _values(head.group().strip()):
         yield Number(sign * value * factor, unit, digits if factor == 1 else 0)
 
@@ -106,26 +106,26 @@ def _written(text: str) -> Iterator[tuple[Fraction, int]]:
 
 def _made(text: str) -> Iterator[Fraction]:
     """Fractions, mixed numbers, powers."""
-    if found := _ASIAN.fullmatch(text):
-        yield Fraction(int(found[2]), int(found[1]))
-    elif found := _REPEATED.fullmatch(text):
-        whole, once, again = found.groups()
+    if match := _ASIAN.fullmatch(text):
+        yield Fraction(int(match[2]), int(match[1]))
+    elif match := _REPEATED.fullmatch(text):
+        whole, once, again = match.groups()
         nines = Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(once))
         yield Fraction(f"{whole}.{once or 0}") + nines
-    elif found := _SLASH.fullmatch(text):
-        yield _one(found[1]) / _one(found[2])
-    elif found := _LATEX.fullmatch(text):
-        yield _one(found[1] or found[2]) / _one(found[3] or found[4])
-    elif found := _MIXED.fullmatch(text):
-        count, up, down = (x for x in found.groups() if x is not None)
+    elif match := _SLASH.fullmatch(text):
+        yield _one(match[1]) / _one(match[2])
+    elif match := _LATEX.fullmatch(text):
+        yield _one(match[1] or match[2]) / _one(match[3] or match[4])
+    elif match := _MIXED.fullmatch(text):
+        count, up, down = (x for x in match.groups() if x is not None)
         part = _one(up) / _one(down)
         if 0 < part < 1:
             yield int(count) + part
-    elif found := _SCIENCE.fullmatch(text):
-        base, power = (x for x in found.groups() if x is not None)
+    elif match := _SCIENCE.fullmatch(text):
+        base, power = (x for x in match.groups() if x is not None)
         yield _one(base) * Fraction(10) ** int(power)
-    elif found := _RAISED.fullmatch(text):
-        yield Fraction(int(found[1])) ** int(found[2] or found[3])
+    elif match := _RAISED.fullmatch(text):
+        yield Fraction(int(match[1])) ** int(match[2] or match[3])
 
 
 def _one(text: str) -> Fraction:

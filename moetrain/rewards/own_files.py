@@ -12,8 +12,8 @@ from moetrain.errors import ConfigError
 
 def load_named(name: str, where: str, kind: str) -> Any:
     """The `kind` ("function") of that name; `where` is the recipe's key. Raises ConfigError."""
-    path, own = split_name(name)
-    return named_in(load_file(path, where), own, where, kind)
+    path, function_name = split_name(name)
+    return named_in(load_file(path, where), function_name, where, kind)
 
 
 def load_file(path: Path, where: str) -> ModuleType:
@@ -32,12 +32,12 @@ def load_file(path: Path, where: str) -> ModuleType:
     return module
 
 
-def named_in(module: ModuleType, own: str, where: str, kind: str) -> Any:
+def named_in(module: ModuleType, wanted_name: str, where: str, kind: str) -> Any:
     """The `kind` of that name in a loaded file. Raises ConfigError."""
-    found = vars(module).get(own)
-    if not callable(found):
+    value = vars(module).get(wanted_name)
+    if not callable(value):
         raise ConfigError(
-            f"{where}: {own} of {module.__file__} is {type(found).__name__}, not a {kind}."
+            f"{where}: {wanted_name} of {module.__file__} is {type(value).__name__}, not a {kind}."
             " Name one."
         )
-    return found
+    return value

@@ -77,8 +77,8 @@ class Pool[T: Numbered, A]:
 
     def ask(self, things: Sequence[T]) -> None:
         """Put things in the queue."""
-        for _, own in groupby(things, self.work.group or (lambda _: None)):
-            self._queue.extend(batched(own, self.shape.batch))
+        for _, alike in groupby(things, self.work.group or (lambda _: None)):
+            self._queue.extend(batched(alike, self.shape.batch))
 
     def send(self) -> None:
         """Give waiting things to workers without any."""

@@ -69,27 +69,27 @@ def candidates(text: str, numbers: bool = True) -> Iterator[str]:
         starts = [*(start for start, *_ in every), len(text)]
         text = " ".join(text[a:b] for a, b in zip(ends, starts, strict=True))
     text = even(text)
-    found = [(one.start(), one.end(), one[0]) for one in _NUMERAL.finditer(text)]
-    while found:
-        run = _last(text, found)
+    spans = [(one.start(), one.end(), one[0]) for one in _NUMERAL.finditer(text)]
+    while spans:
+        run = _last(text, spans)
         if not _denied(text, (run[0][0], run[-1][1], "")):
             if not _OPERATOR.search(text[: run[0][0]].rstrip()[-_NEAR:]):
                 behind = BEHIND.match(text, run[-1][1])
                 yield text[run[0][0] : behind.end() if behind else run[-1][1]]
             return
-        del found[-len(run) :]
+        del spans[-len(run) :]
 
 
-def _last(text: str, found: Sequence[Span]) -> Sequence[Span]:
+def _last(text: str, spans: Sequence[Span]) -> Sequence[Span]:
     """The last one, and those before it that it is listed with."""
-    first = len(found) - 1
+    first = len(spans) - 1
     while first:
-        gap = text[found[first - 1][1] : found[first][0]]
-        is_listed = first < len(found) - 1 or _name(found[first - 1]) == _name(found[first]) != ""
+        gap = text[spans[first - 1][1] : spans[first][0]]
+        is_listed = first < len(spans) - 1 or _name(spans[first - 1]) == _name(spans[first]) != ""
         if not (_OR_SO.fullmatch(gap) or (is_listed and _COMMA.fullmatch(gap))):
             break
         first -= 1
-    return found[first:]
+    return spans[first:]
 
 
 def _name(one: Span) -> str:
@@ -104,7 +104,7 @@ def _denied(text: str, one: Span) -> bool:
 
 def _formulas(text: str) -> list[Span]:
     """What stands in $$...$$, \\[...\\], \\(...\\) and, on a line, in $...$; in one pass."""
-    found: list[Span] = []
+    spans: list[Span] = []
     last = {closed: text.rfind(closed) for closed in _CLOSES.values()}
     place = 0
     while opened := _OPENS.search(text, place):
@@ -112,10 +112,10 @@ def _formulas(text: str) -> list[Span]:
         closed = _CLOSES.get(opened[0])
         if closed is None:
             if inline := _INLINE.match(text, start):
-                found.append((opened.start(), inline.end(), inline[1]))
+                spans.append((opened.start(), inline.end(), inline[1]))
                 place = inline.end()
         elif start < last[closed]:
             end = text.index(closed, start + 1)
             place = end + len(closed)
-            found.append((opened.start(), place, text[start:end]))
-    return found
+            spans.append((opened.start(), place, text[start:end]))
+    return spans

@@ -86,13 +86,13 @@ def is_words(one: Reading) -> bool:
 
 
 def _named(text: str) -> tuple[str, str] | None:
-    found = _NAME.fullmatch(text)
-    if found is None or found[2].lstrip().startswith(("=", ":")):
+    match = _NAME.fullmatch(text)
+    if match is None or match[2].lstrip().startswith(("=", ":")):
         return None
-    name = " ".join(found[1].split())
-    if ":" in text[len(found[1]) : text.index(found[2], len(found[1]))] and len(name) > 1:
+    name = " ".join(match[1].split())
+    if ":" in text[len(match[1]) : text.index(match[2], len(match[1]))] and len(name) > 1:
         name = ""  # "Answer: 5"
-    return ("" if "answer" in name.casefold() else name), found[2]
+    return ("" if "answer" in name.casefold() else name), match[2]
 
 
 # Several
@@ -107,7 +107,7 @@ def _groups(text: str, depth: int) -> Iterator[Group]:
     inner = enclosed(text)
     bracket = "{" if text.startswith("\\{") else text[0] if inner is not None else ""
     body = text if inner is None else inner
-    body = _THOUSANDS.sub(lambda found: found[1].replace(",", ""), body)
+    body = _THOUSANDS.sub(lambda match: match[1].replace(",", ""), body)
     parts = parts_of(AND.sub(", ", OR.sub(", ", body)) if not bracket else body)
     parts = [_EITHER.sub("", part) for part in parts if part]
     if len(parts) > 1 or (bracket == "{" and parts):
@@ -127,7 +127,7 @@ def _first(text: str, depth: int) -> Reading:
 
 def _algebra(text: str) -> Algebra | None:
     """`text` as an expression, with the unit that stands behind it; None where it is prose."""
-    text = _THOUSANDS.sub(lambda found: found[1].replace(",", ""), text)
+    text = _THOUSANDS.sub(lambda match: match[1].replace(",", ""), text)
     head, _, unit = text.rpartition(" ")
     while head:
         name = unit_of(unit, True) if len(unit) > 1 else None

@@ -46,17 +46,17 @@ def regions(text: str, read: Read) -> Iterator[Reading]:
 
 def _choices(parts: list[str], read: Read) -> tuple[str, list[Piece]] | None:
     """x < 1 or x > 2."""
-    found = [one for part in parts if (one := _chain(part, read)) is not None]
-    if len(found) < len(parts) or len({one[0] for one in found}) != 1:
+    choices = [one for part in parts if (one := _chain(part, read)) is not None]
+    if len(choices) < len(parts) or len({one[0] for one in choices}) != 1:
         return None
-    return found[0][0], [piece for one in found for piece in one[1]]
+    return choices[0][0], [piece for one in choices for piece in one[1]]
 
 
 def _listed(parts: list[str], read: Read) -> tuple[str, list[Piece]] | None:
     """x < 1, x > 2: either, where both cannot be; else both."""
-    if len(parts) < 2 or (found := _choices(parts, read)) is None:
+    if len(parts) < 2 or (choices := _choices(parts, read)) is None:
         return None
-    name, pieces = found
+    name, pieces = choices
     if _apart(pieces):
         return name, pieces
     met = _met(pieces[:1], pieces[1:])

@@ -138,7 +138,7 @@ def about_key(name: str) -> str:
 def models_in(listed: Any, where: str) -> dict[str, int | None]:
     """Name -> longest prompt of the models that a server lists. Raises RemoteError."""
     try:
-        found = {str(one["id"]): one.get("max_model_len") for one in listed["data"]}
+        lengths = {str(one["id"]): one.get("max_model_len") for one in listed["data"]}
     except (KeyError, TypeError, AttributeError):
         raise RemoteError("error", f"{where}: {str(listed)[:100]} is no list of models") from None
-    return {name: most if isinstance(most, int) else None for name, most in found.items()}
+    return {name: most if isinstance(most, int) else None for name, most in lengths.items()}

@@ -58,8 +58,8 @@ class RewardModel:
                 else:
                     yield number, self._fault(f"the score is {score}")
 
-    def _fault(self, said: str) -> Grade:
-        return Grade({self.label: None}, "error", detail=f"{self.label}: {said}")
+    def _fault(self, detail: str) -> Grade:
+        return Grade({self.label: None}, "error", detail=f"{self.label}: {detail}")
 
     def tokens(self, completion: Completion) -> list[int]:
         """What the model reads of it. Raises FormatError."""

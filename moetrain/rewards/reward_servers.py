@@ -82,17 +82,17 @@ class RewardServers:
             return completion.number, Grade({self.label: score})
         return completion.number, self._fault("error", f"the score is {score}")
 
-    def _fault(self, fault: str, said: str, *notes: str) -> Grade:
-        return Grade({self.label: None}, fault, notes, f"{self.label}: {said}")
+    def _fault(self, fault: str, detail: str, *notes: str) -> Grade:
+        return Grade({self.label: None}, fault, notes, f"{self.label}: {detail}")
 
     async def score(self, row: Sequence[int], turn: int) -> float:
         """The scalar at the last token of `row`, of server `turn`, or where that fails of the next.
         Raises RemoteError.
         """
         trouble = RemoteError("error", "")
-        dealt = [(turn + i) % len(self._remotes) for i in range(len(self._remotes))]
+        order = [(turn + i) % len(self._remotes) for i in range(len(self._remotes))]
         late = time.monotonic() - DOWN_SECONDS
-        for number in sorted(dealt, key=lambda number: self._failed[number] > late):
+        for number in sorted(order, key=lambda number: self._failed[number] > late):
             try:
                 async with self._free[number]:
                     (score,) = await self._asked(
@@ -125,8 +125,8 @@ class RewardServers:
             )
         for text in PROBES:
             body = {"model": name, "prompt": text, "add_special_tokens": False}
-            said = await remote.post(self._client, "tokenize", body)
-            theirs = said.get("tokens") if isinstance(said, dict) else None
+            answer = await remote.post(self._client, "tokenize", body)
+            theirs = answer.get("tokens") if isinstance(answer, dict) else None
             if theirs != self.tokenizer.encode(text, add_special_tokens=False):
                 raise ConfigError(
                     f"rewards: {self.label}: {remote.url} cuts {text!r} into other tokens than"
@@ -137,14 +137,14 @@ class RewardServers:
 
     def _named(self, listed: Any, where: str) -> tuple[str, int | None]:
         """(name, longest row) of the model that is asked."""
-        found = models_in(listed, where)
-        name = self.options.model or next(iter(found), "")
-        if name not in found:
+        models = models_in(listed, where)
+        name = self.options.model or next(iter(models), "")
+        if name not in models:
             raise ConfigError(
                 f"rewards: {self.label}: model={name}: {where} serves"
-                f" {', '.join(found) or 'nothing'}. Give one of them."
+                f" {', '.join(models) or 'nothing'}. Give one of them."
             )
-        return name, found[name]
+        return name, models[name]
 
     def _compare(self, remotes: Sequence[Remote]) -> None:
         """Raises ConfigError where servers differ, or one gives no raw scores; RemoteError."""
@@ -178,14 +178,14 @@ def remotes_of(options: RewardModelOptions, retries: int = RETRIES) -> list[Remo
 def scores_of(answer: Any, num: int, where: str) -> list[float]:
     """The scores in an answer of /classify. Raises RemoteError where it has others."""
     try:
-        found = [one["probs"] for one in sorted(answer["data"], key=lambda one: one["index"])]
-        wide = next((one for one in found if len(one) != 1), None)
+        scores = [one["probs"] for one in sorted(answer["data"], key=lambda one: one["index"])]
+        wide = next((one for one in scores if len(one) != 1), None)
         if wide is not None:
             text = f"{where} serves a model with {len(wide)} labels, and a reward model has one"
             raise RemoteError("error", text)
-        if len(found) != num:
-            raise ValueError(f"{len(found)} scores for {num} rows")
-        return [float(score) for (score,) in found]
+        if len(scores) != num:
+            raise ValueError(f"{len(scores)} scores for {num} rows")
+        return [float(score) for (score,) in scores]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RemoteError(
             "error", f"{where}: no answer of /classify ({type(error).__name__}: {error!s:.100})"

@@ -250,13 +250,13 @@ def _system(read: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """What every program may read, and symbolic links such as /bin."""
     links = [(path, os.readlink(path)) for path in SYSTEM if os.path.islink(path)]
     whole = [path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path)]
-    own = [] if sys.base_prefix.startswith("/usr") else [os.path.realpath(sys.base_prefix)]
+    interpreter = [] if sys.base_prefix.startswith("/usr") else [os.path.realpath(sys.base_prefix)]
     further = [os.path.realpath(os.path.expanduser(path)) for path in read]
     for path in further:
         if not os.path.exists(path):
             raise ConfigError(f"rewards: code: read: {path} does not exist. Check the path.")
     files = [path for path in SYSTEM_FILES if os.path.exists(path)]
-    return [*whole, *files, *own, *further], links
+    return [*whole, *files, *interpreter, *further], links
 
 
 def _is_real_root() -> bool:
@@ -288,10 +288,10 @@ def _refuse_hidden_root() -> None:
 
 
 def _tool(name: str) -> str:
-    found = shutil.which(name, path="/usr/bin:/bin:/usr/local/bin")
-    if found is None:
+    program = shutil.which(name, path="/usr/bin:/bin:/usr/local/bin")
+    if program is None:
         raise ConfigError(f"The sandbox for code needs {name}: install util-linux.")
-    return found
+    return program
 
 
 def _file(data: bytes = b"") -> int:
@@ -334,9 +334,9 @@ def _wait_for_init(pid: int | None) -> None:
     os.close(handle)
 
 
-def _parse_status(said: bytes) -> dict[str, Any]:
+def _parse_status(status_lines: bytes) -> dict[str, Any]:
     """What bubblewrap, or jail.py, says of the run."""
     note: dict[str, Any] = {}
-    for line in said.decode(errors="replace").splitlines():
+    for line in status_lines.decode(errors="replace").splitlines():
         note |= json.loads(line)
     return note

@@ -63,8 +63,8 @@ def scaled(rest: str, is_one: bool = False) -> tuple[Fraction, str]:
         return factor, rest[share.end() :].strip()
     if (part := _PART.match(rest)) and (part[2] or part[1] == "halves" or is_one):
         return Fraction(1, _PARTS[part[1].replace("-", " ")]), rest[part.end() :]
-    found = _SCALE.match(rest)
-    return (Fraction(SCALES[found[1]]), rest[found.end() :]) if found else (Fraction(1), rest)
+    match = _SCALE.match(rest)
+    return (Fraction(SCALES[match[1]]), rest[match.end() :]) if match else (Fraction(1), rest)
 
 
 def worked(value: Fraction, word: str) -> Fraction | None:

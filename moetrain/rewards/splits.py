@@ -34,10 +34,10 @@ def parts_of(text: str) -> list[str]:
 
 
 def _at(text: str, mark: str) -> list[int]:
-    found: list[int] = []
+    places: list[int] = []
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
         if letter == mark and depth <= 0:
-            found.append(place)
-    return found
+            places.append(place)
+    return places

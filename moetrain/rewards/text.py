@@ -107,12 +107,12 @@ def repetition_penalty(
     lower case, with its punctuation. A text without blanks, such as Chinese, is one word.
     """
     texts = [text_of(text).lower().split() for text in completions]
-    return [max_penalty * _repeated(own, ngram_size) for own in texts]
+    return [max_penalty * _repeated(words_of_text, ngram_size) for words_of_text in texts]
 
 
-def _repeated(own: list[str], n: int) -> float:
+def _repeated(words_of_text: list[str], n: int) -> float:
     """The share of n-grams that stood there before."""
-    grams = [tuple(own[i : i + n]) for i in range(len(own) - n + 1)]
+    grams = [tuple(words_of_text[i : i + n]) for i in range(len(words_of_text) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -174,6 +174,6 @@ _TAGS = re.compile(
 
 def _share_in(text: str, script: str) -> float:
     """The share of a text's words, of those with letters, that are in a script."""
-    found = [one for one in map(script_of, words(text)) if one is not None]
+    scripts = [one for one in map(script_of, words(text)) if one is not None]
     also = "CJK" if script == "JAPANESE" else script  # of a word alone: kanji are Japanese, too
-    return sum(one in (script, also) for one in found) / len(found)
+    return sum(one in (script, also) for one in scripts) / len(scripts)

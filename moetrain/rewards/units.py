@@ -147,11 +147,11 @@ def _known(text: str) -> str | None:
     if len(parts) == 2:
         above = _known(parts[0]) or counted(parts[0])
         return _joined(above, "/", _known(parts[1]))
-    if found := _INVERSE.fullmatch(text):
-        below = _known(found[2])
-        power = int(found[3])
-        below = below if power == 1 or below is None else _raised(found[2], power)
-        return _joined(_known(found[1]), "/", below)
+    if match := _INVERSE.fullmatch(text):
+        below = _known(match[2])
+        power = int(match[3])
+        below = below if power == 1 or below is None else _raised(match[2], power)
+        return _joined(_known(match[1]), "/", below)
     if len(factors := re.split(r"\s*\\cdot\s*", text)) == 2:
         return _joined(_known(factors[0]), "*", _known(factors[1]))
     for word, power in (("square ", 2), ("sq ", 2), ("sq. ", 2), ("cubic ", 3), ("平方", 2),
@@ -161,9 +161,9 @@ def _known(text: str) -> str | None:
     for word, power in ((" squared", 2), (" cubed", 3)):
         if text.endswith(word):
             return _raised(text[: -len(word)], power)
-    found = _POWER.fullmatch(text)
-    if found:
-        return _raised(found[1], int(found[2] or found[3]))
+    match = _POWER.fullmatch(text)
+    if match:
+        return _raised(match[1], int(match[2] or match[3]))
     return None
 
 

@@ -112,17 +112,17 @@ class Own:
                 ),
             )
 
-    def _fault(self, said: str) -> Grade:
-        return Grade({self.label: None}, "error", detail=f"{self.label}: {said}")
+    def _fault(self, detail: str) -> Grade:
+        return Grade({self.label: None}, "error", detail=f"{self.label}: {detail}")
 
     def _scores(self, completions: Sequence[Completion]) -> tuple[list[float | None], Logged]:
         logged = Logged(len(completions))
-        found = self.function(**self._arguments(completions, logged))
+        returned = self.function(**self._arguments(completions, logged))
         if self.is_async:
-            found = asyncio.run(found)
-        if isinstance(found, str | Mapping) or not hasattr(found, "__iter__"):
-            raise TypeError(f"it returned {found!r:.80}, not a list with a reward for each")
-        scores = [None if score is None else float(score) for score in found]
+            returned = asyncio.run(returned)
+        if isinstance(returned, str | Mapping) or not hasattr(returned, "__iter__"):
+            raise TypeError(f"it returned {returned!r:.80}, not a list with a reward for each")
+        scores = [None if score is None else float(score) for score in returned]
         if len(scores) != len(completions):
             raise ValueError(
                 f"it returned {len(scores)} rewards for {len(completions)} completions"
@@ -173,12 +173,12 @@ def completion_of(completion: Completion) -> Any:
 def _names(function: Callable[..., Any]) -> frozenset[str] | None:
     """Those of its arguments; None where it takes any."""
     try:
-        found = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # builtins may have none
         return None
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in found):
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
         return None
-    return frozenset(one.name for one in found)
+    return frozenset(one.name for one in parameters)
 
 
 def user_function_kind(batch_size: int | None) -> RewardKind:

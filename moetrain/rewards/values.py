@@ -28,21 +28,21 @@ def read(value: Any) -> Any:
             return Other()
 
 
-def same_value(own: Any, wanted: Any, tolerance: float, is_strict: bool) -> bool:
+def same_value(printed: Any, wanted: Any, tolerance: float, is_strict: bool) -> bool:
     """As == has it. Where it is not strict, a tuple is a list and a key is its text, as in JSON."""
     if not is_strict:
-        own, wanted = _as_json(own), _as_json(wanted)
-    if type(own) is type(wanted) and isinstance(own, list | tuple):
-        return len(own) == len(wanted) and all(
-            same_value(a, b, tolerance, is_strict) for a, b in zip(own, wanted, strict=True)
+        printed, wanted = _as_json(printed), _as_json(wanted)
+    if type(printed) is type(wanted) and isinstance(printed, list | tuple):
+        return len(printed) == len(wanted) and all(
+            same_value(a, b, tolerance, is_strict) for a, b in zip(printed, wanted, strict=True)
         )
-    if isinstance(own, dict) and isinstance(wanted, dict):
-        return own.keys() == wanted.keys() and all(
-            same_value(own[key], wanted[key], tolerance, is_strict) for key in own
+    if isinstance(printed, dict) and isinstance(wanted, dict):
+        return printed.keys() == wanted.keys() and all(
+            same_value(printed[key], wanted[key], tolerance, is_strict) for key in printed
         )
-    if tolerance and _is_number(own) and _is_number(wanted):
-        return abs(own - wanted) <= tolerance * max(1.0, abs(wanted))
-    return own == wanted
+    if tolerance and _is_number(printed) and _is_number(wanted):
+        return abs(printed - wanted) <= tolerance * max(1.0, abs(wanted))
+    return printed == wanted
 
 
 def _is_number(value: Any) -> bool:
