@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from moetrain.testing.gloo import apart
-from moetrain.testing.traced import extended
+from moetrain.testing.ranks import recipe_for
+from moetrain.testing.traced import HF, extended
 
 ROLLOUT = {
     "rollout": {"prompts_per_step": 4, "group_size": 4, "max_tokens": 12},
@@ -48,3 +49,18 @@ def test_from_small_steps(case: int, both: list[list[tuple[Any, Any]]]) -> None:
         assert fast["params"] == whole["params"]
         for kind, sent in whole["sent"].items():
             assert abs(fast["sent"][kind] - sent) <= SMALL, kind
+
+
+def _timelines() -> list[list[dict[str, int]]]:
+    from moetrain.planner.trace import timeline
+
+    sections = {"model": {"path": None, "hf": HF | {"num_hidden_layers": 2}, "init": "random"}}
+    train = [{"global_batch": num} for num in (4, 64)]
+    recipes = [recipe_for("-", {}, **sections, train=each) for each in train]
+    return [timeline(recipe, 0, 1) for recipe in recipes]
+
+
+def test_a_charts_micro_batches_do_not_grow_with_the_step() -> None:
+    """Four fill the pipeline of one stage; of 64 so many are traced, which hold the same."""
+    few, many = apart(_timelines)
+    assert few == many and len(few) > 100

@@ -19,7 +19,7 @@ from moetrain.layout.mesh import MeshPlan, plan_mesh, stage_layers
 from moetrain.models import Model
 from moetrain.models.lookup import model_of
 from moetrain.planner.fewer_layers import with_layers
-from moetrain.planner.trace import Kernels, Trace, trace_steps, without_weights
+from moetrain.planner.trace import Kernels, Trace, filling, trace_steps, without_weights
 from moetrain.planner.watch import Cost, Profile
 
 LAYERS = (2, 3)  # of a stage, in the small steps
@@ -126,9 +126,7 @@ def _fewer_passes(recipe: Recipe, rank: int, size: int, stands_for: Kernels, num
     """A step of all layers, from two of fewer micro-batches where it has more than fill the
     pipeline twice: from there on each adds the same.
     """
-    plan = plan_mesh(recipe.parallel, size)
-    few = 2 * plan.pp + 1 if plan.vpp == 1 else 3 * plan.pp
-    more = few + (1 if plan.vpp == 1 else plan.pp)  # Megatron interleaves whole groups of pp
+    few, more = filling(plan_mesh(recipe.parallel, size))
     if num <= more:
         return trace_steps(recipe, rank, size, stands_for, [num])[0]
     small = trace_steps(recipe, rank, size, stands_for, [few, more])

@@ -187,9 +187,11 @@ class Search:
         return min(seconds) * scale if seconds else None
 
     def timeline(self, planned: Planned) -> list[dict[str, int]]:
-        """What the fullest rank holds over a step: category -> bytes. Traced whole."""
+        """What the fullest rank holds over a step: category -> bytes. Traced with all layers."""
         with self._tracers() as run:
-            return run.submit(timeline, planned.recipe, planned.fullest, self.size).result()
+            points = run.submit(timeline, planned.recipe, planned.fullest, self.size).result()
+        teacher = round(planned.memory.get("teacher", 0) * GIB)
+        return [point | {"teacher": teacher} for point in points] if teacher else points
 
     def nearest(self) -> Planned | None:
         """The layout that fits with the fewest keys changed; of those, what the formulas are surest

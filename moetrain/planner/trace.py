@@ -14,6 +14,7 @@ from moetrain.engine.optim import start_state
 from moetrain.engine.step import Runner
 from moetrain.engine.world import World, meta_world
 from moetrain.layout.activations import num_micro_batches
+from moetrain.layout.mesh import MeshPlan
 from moetrain.methods import METHODS
 from moetrain.models.lookup import find_model
 from moetrain.ops.packed import Packed
@@ -68,12 +69,22 @@ def trace_steps(
     return _traces(recipe, world, [[pack] * (num * recipe.train.micro_batch) for num in nums])
 
 
+def filling(plan: MeshPlan) -> tuple[int, int]:
+    """(micro-batches that fill the pipeline twice, the next number that a step may have): after so
+    many each adds the same.
+    """
+    few = 2 * plan.pp + 1 if plan.vpp == 1 else 3 * plan.pp
+    return few, few + (1 if plan.vpp == 1 else plan.pp)  # Megatron interleaves groups of pp
+
+
 def timeline(recipe: Recipe, rank: int, size: int) -> list[dict[str, int]]:
-    """What the rank holds over a whole step: category -> bytes."""
+    """What the rank holds over a step: category -> bytes. Of more micro-batches than `filling` so
+    many, as the rest repeats.
+    """
     world = meta_world(recipe.parallel, rank, size, "cuda")
-    num = num_micro_batches(recipe, world.plan) * recipe.train.micro_batch
-    watch = MetaWatch(timeline=True)
-    return _traces(recipe, world, [[pack_of(recipe)] * num], watch)[0].profile.timeline
+    num = min(num_micro_batches(recipe, world.plan), filling(world.plan)[1])
+    packs = [pack_of(recipe)] * (num * recipe.train.micro_batch)
+    return _traces(recipe, world, [packs], MetaWatch(timeline=True))[0].profile.timeline
 
 
 def without_weights(recipe: Recipe) -> Recipe:

@@ -10,13 +10,14 @@ from moetrain.planner.search import Planned, Search
 from moetrain.planner.watch import thinned
 from moetrain.run.plan_text import in_words
 
-FIRST = ("weights", "gradients", "optimizer")  # at the bottom: they stay
+FIRST = ("teacher", "weights", "gradients", "optimizer")  # at the bottom: they stay
 POINTS = 240  # of the numbers, at most
 
 
 def write_chart(search: Search, planned: Planned, out: Path) -> None:
-    """Write a PNG: bytes by what they are for, after each allocation of a step. Traced whole. A
-    file that is named .json gets the numbers, which a run's report draws (observe/report_memory).
+    """Write a PNG: bytes by what they are for, after each allocation of a step, of which
+    micro-batches that repeat are left out. A file that is named .json gets the numbers, which a
+    run's report draws (observe/report_memory).
     """
     points = search.timeline(planned)
     found = {name: None for point in points for name in point}
