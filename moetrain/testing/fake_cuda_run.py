@@ -50,19 +50,19 @@ def shortened(recipe: Recipe) -> Recipe:
     return shorter
 
 
-def _same_of_all(found: list[Any], own: Any, group: Any = None) -> None:
+def _same_of_all(gathered: list[Any], value: Any, group: Any = None) -> None:
     """Pickled objects have values: the others' are this rank's."""
-    found[:] = [own] * len(found)
+    gathered[:] = [value] * len(gathered)
 
 
 def fake_world(recipe: Recipe, rank: int) -> World:
     """Rank `rank` of the recipe's own world, on the GPU that this process believes in."""
     size = world_size(recipe, None)
-    own = device.prepare()
-    assert own.type == "cuda", "not in fake_cuda.environment"
+    device_here = device.prepare()
+    assert device_here.type == "cuda", "not in fake_cuda.environment"
     compat_meta.be_alone(rank, size)
     dist.all_gather_object = _same_of_all
-    return with_groups("meta", own, recipe.parallel, 0)
+    return with_groups("meta", device_here, recipe.parallel, 0)
 
 
 FAKE = FakeCuda()  # one for a process: Megatron keeps some tensors from model to model

@@ -104,16 +104,16 @@ def differences(
     footprint(model, sequences, base)  # imports and first calls
     plain = footprint(model, sequences, base)
     noise = changed(plain, footprint(model, sequences, base))
-    found: list[dict[str, int]] = []
+    counts_of_runs: list[dict[str, int]] = []
     for other in others:
         over = {
             name: base.get(name, {}) | value if isinstance(value, dict) else value
             for name, value in other.items()
         }
-        own = changed(plain, footprint(model, sequences, base | over))
+        changes = changed(plain, footprint(model, sequences, base | over))
         counts = {
             part: sum(n for what, n in seen.items() if what not in noise[part])
-            for part, seen in own.items()
+            for part, seen in changes.items()
         }
-        found.append({part: n for part, n in counts.items() if n})
-    return found
+        counts_of_runs.append({part: n for part, n in counts.items() if n})
+    return counts_of_runs

@@ -98,8 +98,8 @@ def _gaps(
         margins = (best[..., num_chosen - 1] - best[..., num_chosen]).min(dim=0).values
         until = margins.cummin(dim=0).values[len(prompt) - 1 : -1]
         for place in np.flatnonzero(branch.by_token == version):
-            own = torch.tensor(branch.kept.ids[edges[place] : edges[place + 1]]).long()
-            logp = logits[place, branch.tokens[place]] - logits[place, own].logsumexp(0)
+            kept_ids = torch.tensor(branch.kept.ids[edges[place] : edges[place + 1]]).long()
+            logp = logits[place, branch.tokens[place]] - logits[place, kept_ids].logsumexp(0)
             gap[place] = abs(float(logp) - float(branch.logprobs[place]))
             sure[place] = bool(until[place] > LEVEL)
     return sure, gap

@@ -36,5 +36,5 @@ def gradients_of(engine: Engine) -> dict[str, Tensor]:
         if param.requires_grad
         for full, grad in canonical(name, param.main_grad, chunk, engine.world)  # type: ignore[arg-type]
     ]
-    found = transport.export(local, engine.trained_rules, engine.world, to="all")
-    return {name: gradient.clone() for name, gradient in found}
+    exported = transport.export(local, engine.trained_rules, engine.world, to="all")
+    return {name: gradient.clone() for name, gradient in exported}

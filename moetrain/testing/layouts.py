@@ -45,7 +45,7 @@ def run(parallel: dict[str, Any], cases: Sequence[Case]) -> list[Found]:
     """All cases at one layout. Neighbours that need the same model share an engine."""
     engine: Any = None
     before: tuple[Any, ...] = ()
-    found: list[Found] = []
+    results: list[Found] = []
     for case in cases:
         recipe = recipe_for(case.model, parallel, **case.sections)
         method = recipe.method
@@ -54,8 +54,8 @@ def run(parallel: dict[str, Any], cases: Sequence[Case]) -> list[Found]:
         if needed != before:
             engine, before = Engine(recipe), needed
         engine.recipe = recipe
-        found.append(_steps(engine, case.packs))
-    return found
+        results.append(_steps(engine, case.packs))
+    return results
 
 
 def _steps(engine: Any, packs: Sequence[Packed]) -> Found:
@@ -154,9 +154,11 @@ def _own_counts() -> Iterator[None]:
     from moetrain.engine import objective
 
     def counts(self: Any, batches: Sequence[Packed]) -> tuple[dict[str, float], float]:
-        own = [self.method.count(batch, self.cfg) for batch in batches]
+        counts_here = [self.method.count(batch, self.cfg) for batch in batches]
         tokens = sum(float(batch.valid.sum()) for batch in batches)
-        return {name: sum(float(c[name]) for c in own) or 1.0 for name in own[0]}, tokens
+        return {
+            name: sum(float(c[name]) for c in counts_here) or 1.0 for name in counts_here[0]
+        }, tokens
 
     with instead(objective.Objective, "counts", counts):
         yield

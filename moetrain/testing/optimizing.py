@@ -26,8 +26,8 @@ def _trained(engine: Engine) -> dict[str, Tensor]:
     rules = engine.trained_rules
     local = [param for param in local if param.name in rules]
     with gathered(engine.wrapped):
-        found = transport.export(local, rules, engine.world, to="all")
-        return {name: weight.clone() for name, weight in found}
+        exported = transport.export(local, rules, engine.world, to="all")
+        return {name: weight.clone() for name, weight in exported}
 
 
 def _step(engine: Engine, sequences: Lists, batch: int) -> Step:
@@ -48,12 +48,12 @@ def steps(
     if engine.adapters is not None:
         engine.load_adapter(Noise(engine.adapters))
     keep_gradients(engine)
-    before, found = _trained(engine), list[Step]()
+    before, steps_taken = _trained(engine), list[Step]()
     for batch in range(3):
         if folder is not None and batch == 2:
             engine.save(folder, {})
-        found.append(_step(engine, sequences, batch))
-    return before, found
+        steps_taken.append(_step(engine, sequences, batch))
+    return before, steps_taken
 
 
 def resumed(

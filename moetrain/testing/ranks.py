@@ -315,9 +315,9 @@ def trained_and_resumed(
         engine.step(packs, METHODS["sft"])
     after = weights(engine)
     second = Engine(recipe_for(model, parallel, **sections))
-    found = {name: torch.zeros_like(value) for name, value in start.items()}
-    second.restore(folder / "checkpoint", found)
-    assert all(torch.equal(found[name], value) for name, value in start.items())
+    restored = {name: torch.zeros_like(value) for name, value in start.items()}
+    second.restore(folder / "checkpoint", restored)
+    assert all(torch.equal(restored[name], value) for name, value in start.items())
     second.step(packs, METHODS["sft"])
     return before, after, weights(second)
 
@@ -350,9 +350,9 @@ def saved_in_the_background(
         saving.finish()
     finally:
         cls._write = write
-    found = {name: torch.zeros_like(value) for name, value in start.items()}
-    engine.restore(folder / "checkpoint", found)
-    assert all(torch.equal(found[name], value) for name, value in start.items())
+    restored = {name: torch.zeros_like(value) for name, value in start.items()}
+    engine.restore(folder / "checkpoint", restored)
+    assert all(torch.equal(restored[name], value) for name, value in start.items())
     return is_writing, before, {name: w.clone() for name, w in engine.export()}
 
 
@@ -375,8 +375,8 @@ def trained(recipe: str, settings: Sequence[str]) -> int:
     from moetrain.config.load import load_recipe
     from moetrain.loops import rl, supervised
 
-    found = load_recipe(Path(recipe), [*settings, "observe.progress=false"])
-    return (rl if found.method.samples else supervised).train(found)
+    loaded = load_recipe(Path(recipe), [*settings, "observe.progress=false"])
+    return (rl if loaded.method.samples else supervised).train(loaded)
 
 
 def lessons(
@@ -385,13 +385,15 @@ def lessons(
     """The advantage of each answer that a step learns from, by its number of tokens."""
     engine = Engine(recipe_for(model, parallel, **sections), train=False)
     made = Lessons(engine.recipe, engine, None, open_demonstrations(engine.recipe, engine.world))
-    found: dict[int, float] = {}
+    advantages: dict[int, float] = {}
     batch = Batch(1, tuple(groups), 0)
     given = replace(outline_of(batch), batch=batch)
     for pack in (pack for part in made.packs(given) for pack in part):
         for n in range(pack.num_sequences):
             start, end = pack.cu_seqlens[n : n + 2].tolist()
-            own = pack.loss_mask[start:end] > 0
-            if own.any() and int(pack.extras["role"][n]) == ANSWER:
-                found[int(own.sum())] = float(pack.per_token["advantage"][start:end][own][0])
-    return found
+            scored = pack.loss_mask[start:end] > 0
+            if scored.any() and int(pack.extras["role"][n]) == ANSWER:
+                advantages[int(scored.sum())] = float(
+                    pack.per_token["advantage"][start:end][scored][0]
+                )
+    return advantages

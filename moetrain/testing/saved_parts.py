@@ -26,6 +26,6 @@ def check_saved_parts(engine: Engine) -> None:
         assert weights == ours[f"model{i}"].keys()
         for name in weights:
             if ".experts." not in name:
-                found, wanted = shown(ours[f"model{i}"][name]), shown(theirs[name])
-                assert found[1:] == wanted[1:], name
-                assert found[0] == wanted[0] or "norm" in name, name
+                saved, wanted = shown(ours[f"model{i}"][name]), shown(theirs[name])
+                assert saved[1:] == wanted[1:], name
+                assert saved[0] == wanted[0] or "norm" in name, name

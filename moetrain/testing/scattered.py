@@ -54,12 +54,12 @@ def differences(found: Packs, wanted: Packs) -> list[str]:
     names: list[str] = []
     for ours, theirs in zip(chain(*found), chain(*wanted), strict=True):
         assert ours.ids == theirs.ids
-        own, other = tensors_of(ours), tensors_of(theirs)
-        names += own.keys() ^ other.keys()
+        mine, other = tensors_of(ours), tensors_of(theirs)
+        names += mine.keys() ^ other.keys()
         names += [
             name
-            for name in own.keys() & other.keys()
-            if own[name].dtype != other[name].dtype or not torch.equal(own[name], other[name])
+            for name in mine.keys() & other.keys()
+            if mine[name].dtype != other[name].dtype or not torch.equal(mine[name], other[name])
         ]
     return names
 
@@ -92,31 +92,31 @@ def scattered(
     start = engine.snapshot()
     batch = Batch(1, tuple(groups), 0)
     known = outline_of(batch)
-    dealt, whole = (
+    from_first, whole = (
         make(recipe, engine, start, open_demonstrations(recipe, world))
         for make in (Lessons, Everywhere)
     )
-    said: list[Any] = []
+    step_results: list[Any] = []
     parts: list[Packs] = []
     num_bytes: list[int] = []
-    for lessons, is_held in ((dealt, world.is_first), (whole, True)):
+    for lessons, is_held in ((from_first, world.is_first), (whole, True)):
         with Received() as received:
             packs = lessons.packs(replace(known, batch=batch if is_held else None))
         num_bytes.append(received.num_bytes)
         parts.append(packs)
-        said.append([])
-        for own in packs:
-            result = engine.step(own, METHODS[recipe.method.name])
-            said[-1].append((result.loss, result.grad_norm, result.metrics, result.router))
+        step_results.append([])
+        for step_packs in packs:
+            result = engine.step(step_packs, METHODS[recipe.method.name])
+            step_results[-1].append((result.loss, result.grad_norm, result.metrics, result.router))
             engine.load(engine.source.reader(recipe, engine.model))  # moments alone stay
     assert isinstance(whole, Everywhere)
-    own = Parts.of(recipe, engine.model, world.dp_size)
-    wanted = replace(own, num_replicas=1).of_rank(parts[1], 0, world.pp_rank)
+    layout_parts = Parts.of(recipe, engine.model, world.dp_size)
+    wanted = replace(layout_parts, num_replicas=1).of_rank(parts[1], 0, world.pp_rank)
     return {
         "differences": differences(parts[0], wanted),
         "received": 0 if world.is_first else num_bytes[0] - num_bytes[1],
-        "share": bytes_of(own.of_rank(whole.made, world.dp_rank, world.pp_rank)),
+        "share": bytes_of(layout_parts.of_rank(whole.made, world.dp_rank, world.pp_rank)),
         "all": bytes_of(whole.made),
         "place": (world.dp_rank, world.pp_rank),
-        "said": said,
+        "said": step_results,
     }

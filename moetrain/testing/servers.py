@@ -29,14 +29,14 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 def vllm_serving(python: Path, folder: Path, log: Path, *words: str) -> Iterator[str]:
     """Where vLLM's server in OpenAI's form serves `folder` in fp32, once it is up."""
     port = str(free_port())
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    own |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    variables |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as out:
         server = subprocess.Popen(
             [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--host",
              "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager", *words],
             stdout=out, stderr=out, start_new_session=True,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | own,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables,
         )  # fmt: skip
     root = f"http://127.0.0.1:{port}"
     end = time.monotonic() + 600

@@ -35,20 +35,20 @@ def taught(
     if not world.is_first:
         outline = replace(outline, batch=None)
     (packs,) = lessons.packs(outline)
-    said: Said = {}
+    of_answers: Said = {}
     for pack in packs:
         starts = pack.cu_seqlens.tolist()
         for n, (begin, end) in enumerate(itertools.pairwise(starts)):
             if pack.extras["role"][n] != 1:
                 continue
-            own = slice(begin, end)
+            span = slice(begin, end)
             none = np.zeros((end - begin, 0)).tolist()
             ids, top = (pack.per_token.get(f"teacher_{x}") for x in ("ids", "top"))
-            said[int(pack.extras["place"][n])] = (
-                pack.labels[own].tolist(),
-                pack.per_token["teacher_logp"][own].tolist(),
-                none if ids is None else ids[own].tolist(),
-                none if top is None else top[own].tolist(),
+            of_answers[int(pack.extras["place"][n])] = (
+                pack.labels[span].tolist(),
+                pack.per_token["teacher_logp"][span].tolist(),
+                none if ids is None else ids[span].tolist(),
+                none if top is None else top[span].tolist(),
             )
     result = engine.step(packs, METHODS[recipe.method.name])
-    return said, result.loss, result.metrics["kl/teacher"]
+    return of_answers, result.loss, result.metrics["kl/teacher"]

@@ -25,15 +25,15 @@ def _product(a: Tensor, trans_a: bool, b: Tensor, trans_b: bool) -> Tensor:
     assert a.dtype == b.dtype, f"a matmul of {a.dtype} and {b.dtype} does not exist"
     assert a.is_contiguous() and b.is_contiguous()
     a, rows = a.reshape(-1, a.size(-1)).float(), b.reshape(-1, b.size(-1)).float()
-    found = (rows.t() if trans_b else rows) @ (a.t() if trans_a else a)
-    return found if trans_b else found.view(*b.shape[:-1], found.size(-1))
+    product = (rows.t() if trans_b else rows) @ (a.t() if trans_a else a)
+    return product if trans_b else product.view(*b.shape[:-1], product.size(-1))
 
 
-def _put(out: Tensor, found: Tensor, accumulate: bool) -> None:
-    assert out.is_contiguous() and out.shape == found.shape, (out.shape, found.shape)
+def _put(out: Tensor, product: Tensor, accumulate: bool) -> None:
+    assert out.is_contiguous() and out.shape == product.shape, (out.shape, product.shape)
     if accumulate:
-        found = found + out.float()
-    out.copy_(found)
+        product = product + out.float()
+    out.copy_(product)
 
 
 def generic_gemm(
@@ -62,18 +62,18 @@ def generic_gemm(
 ) -> list[Any]:
     """[out, gradient of the bias, None, None]."""
     assert quantizer is None and comm_overlap is None and not gelu and alpha == 1.0
-    found = _product(a, trans_a, b, trans_b)
+    product = _product(a, trans_a, b, trans_b)
     dtype = a.dtype if output_dtype is None else _torch_dtype(output_dtype)
     bias_grad = None
     if bias is not None and grad:
         bias_grad = b.reshape(-1, b.size(-1)).float().sum(0).to(dtype)
     elif bias is not None:
-        found = found + bias.float()
+        product = product + bias.float()
     if out is None:
-        out = torch.empty(found.shape, dtype=dtype, device=found.device)
+        out = torch.empty(product.shape, dtype=dtype, device=product.device)
     else:
         assert output_dtype is None or out.dtype == dtype, (out.dtype, dtype)
-    _put(out, found, accumulate)
+    _put(out, product, accumulate)
     return [out, bias_grad, None, None]
 
 
@@ -100,10 +100,10 @@ def te_general_grouped_gemm(
     outs = out[0].split([len(each) for each in b]) if single_output else out
     for one_a, one_b, one_out, one_bias in zip(a, b, outs, bias, strict=True):
         assert one_out.dtype == _torch_dtype(out_dtype) and not one_bias.numel()
-        found = one_out.new_zeros(one_out.shape)
+        total = one_out.new_zeros(one_out.shape)
         if one_a.numel() and one_b.numel():
-            found = _product(one_a, trans_a, one_b, trans_b)
-        _put(one_out, found, accumulate)
+            total = _product(one_a, trans_a, one_b, trans_b)
+        _put(one_out, total, accumulate)
     return bias
 
 
@@ -120,10 +120,10 @@ def rmsnorm_fwd(
     """x [m, h] -> [the norm of it, None, 1 / root mean square [m] fp32]."""
     assert x.dim() == 2 and x.is_contiguous() and quantizer is None
     scale = torch.rsqrt(x.float().square().mean(-1) + eps)
-    found = x.float() * scale[:, None] * (weight.float() + zero_centered_gamma)
+    normed = x.float() * scale[:, None] * (weight.float() + zero_centered_gamma)
     if ln_out is None:
         ln_out = torch.empty(x.shape, dtype=_torch_dtype(otype), device=x.device)
-    return [ln_out.copy_(found), None, scale]
+    return [ln_out.copy_(normed), None, scale]
 
 
 def rmsnorm_bwd(
@@ -137,8 +137,8 @@ def rmsnorm_bwd(
     """[gradient of x [m, h], of the weight [h]]."""
     assert grad.dtype == x.dtype and grad.shape == x.shape
     normed = x.float() * scale[:, None]
-    own = grad.float() * (weight.float() + zero_centered_gamma)
-    of_x = scale[:, None] * (own - normed * (own * normed).mean(-1, keepdim=True))
+    scaled = grad.float() * (weight.float() + zero_centered_gamma)
+    of_x = scale[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     return [of_x.to(x.dtype), (grad.float() * normed).sum(0).to(weight.dtype)]
 
 

@@ -29,8 +29,8 @@ def check(cases: Sequence[Case]) -> tuple[int, list[str]]:
     num, problems = 0, list[str]()
     for hf, size, parallel, sections in cases:
         for rank in range(size):
-            own, found = _check_rank(hf, size, parallel, sections, rank)
-            num += own
+            num_here, found = _check_rank(hf, size, parallel, sections, rank)
+            num += num_here
             problems += [f"{parallel} {sections}, rank {rank}: {each}" for each in found]
     return num, problems
 
@@ -149,8 +149,8 @@ def _fused(engine: Engine) -> Iterator[str]:
 
 
 def _saved(engine: Engine) -> dict[str, Any]:
-    own, _ = contents(engine.chunks, engine.model, engine.adapters, engine.world, None)
-    return {f"{part} {name}": each for part in own for name, each in own[part].items()}
+    saved, _ = contents(engine.chunks, engine.model, engine.adapters, engine.world, None)
+    return {f"{part} {name}": each for part in saved for name, each in saved[part].items()}
 
 
 def _boxes(parts: dict[str, Any]) -> Iterator[Box]:
@@ -169,8 +169,8 @@ def _cut(part: Any) -> Iterator[Box]:
         yield part.key, part.global_shape, start, whole, part.replica_id
         return
     for expert in range(whole[0]):
-        own = (start[0] + expert, *start[1:])
-        yield part.key, part.global_shape, own, (1, *whole[1:]), part.replica_id
+        place = (start[0] + expert, *start[1:])
+        yield part.key, part.global_shape, place, (1, *whole[1:]), part.replica_id
 
 
 def _beside_megatron(engine: Engine, ours: set[Box]) -> Iterator[str]:

@@ -55,15 +55,15 @@ def _summary(profile: Profile) -> dict[str, Any]:
 
 def measured(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """Of this rank, with values."""
-    found: list[dict[str, Any]] = []
+    traces: list[dict[str, Any]] = []
     for case in cases:
         recipe = _recipe(case)
         world = open_world(recipe.parallel, 1)
         watch = Watch(world.device)
         with watch:
             watched_step(watched_engine(recipe, world, watch), _packs(recipe), watch)
-        found.append(_summary(watch.profile))
-    return found
+        traces.append(_summary(watch.profile))
+    return traces
 
 
 def predicted(
@@ -78,7 +78,7 @@ def extended(cases: Sequence[tuple[dict[str, Any], dict[str, Any], int, int, int
     """[case][first and last rank]: what small steps say of a large one, and a whole trace of it.
     Of parallel, other sections, ranks, layers and micro-batches; all layers are alike.
     """
-    found: list[Any] = []
+    traces: list[Any] = []
     for parallel, sections, size, layers, num in cases:
         hf = HF | {"mlp_only_layers": [], "num_hidden_layers": layers}
         model = {"path": None, "hf": hf, "dtype": "bf16", "init": "random"}
@@ -86,7 +86,7 @@ def extended(cases: Sequence[tuple[dict[str, Any], dict[str, Any], int, int, int
         ranks = (0, size - 1)
         whole = [trace_steps(recipe, rank, size, "cuda", [num])[0] for rank in ranks]
         ways = zip(trace_fast(recipe, ranks, size, num), whole, strict=True)
-        found.append(
+        traces.append(
             [[_summary(t.profile) | {"params": t.num_params} for t in each] for each in ways]
         )
-    return found
+    return traces
