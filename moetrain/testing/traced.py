@@ -1,13 +1,15 @@
 """The same steps on real ranks and traced: what each holds at its peak."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from moetrain.config.recipe import Recipe
-from moetrain.engine.world import open_world
+from moetrain.engine import world as world_module
+from moetrain.engine.world import World, open_world
 from moetrain.ops.packed import Packed
 from moetrain.planner.extend import trace_fast
 from moetrain.planner.packs import pack_of
@@ -53,12 +55,23 @@ def _summary(profile: Profile) -> dict[str, Any]:
     }
 
 
+def _as_on_nccl(recipe: Recipe) -> World:
+    """A world in which each axis has a group of its own, by whose name traffic is counted."""
+    any_world: Any = world_module
+    shared = any_world.shared_by_ranks
+    any_world.shared_by_ranks = nullcontext
+    try:
+        return open_world(recipe.parallel, 1)
+    finally:
+        any_world.shared_by_ranks = shared
+
+
 def measured(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """Of this rank, with values."""
     traces: list[dict[str, Any]] = []
     for case in cases:
         recipe = _recipe(case)
-        world = open_world(recipe.parallel, 1)
+        world = _as_on_nccl(recipe)
         watch = Watch(world.device)
         with watch:
             watched_step(watched_engine(recipe, world, watch), _packs(recipe), watch)
