@@ -14,6 +14,7 @@ from moetrain.models import read_model
 from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import save_model
+from moetrain.weights.fused import matrix_in
 
 Tiny = Callable[[str], tuple[str, Any]]
 
@@ -28,7 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "cp2": (2, {"cp": 2}),
     "pp2-ep2": (4, {"pp": 2, "ep": 2}),
 }
-CASES = [("qwen3_moe", layout) for layout in LAYOUTS] + [
+CASES = [(family, layout) for family in ("qwen3_moe", "gpt_oss") for layout in LAYOUTS] + [
     (family, layout)
     for family in ("qwen3", "qwen2", "llama", "mixtral", "qwen2_moe")
     for layout in ("one", "tp2-sp", "pp2")
@@ -65,8 +66,7 @@ def as_on_disk(model: Any, grads: dict[str, torch.Tensor]) -> dict[str, torch.Te
     out = {name: grad for name, grad in grads.items() if name not in fused}
     for name, where in slices.items():
         if where.key in grads:
-            grad = grads[where.key] if where.expert is None else grads[where.key][where.expert]
-            out[name] = grad.chunk(where.num_parts)[where.part]
+            out[name] = matrix_in(grads[where.key], where)
     return out
 
 
@@ -115,6 +115,11 @@ MORE: dict[str, tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]]
     "tp2-etp2": ("qwen3_moe", {}, 2, {"tp": 2, "etp": 2}, {}),
     "tp2-etp2-ep2": ("qwen3_moe", {}, 4, {"tp": 2, "etp": 2, "ep": 2}, {}),
     "tp2-cp2": ("qwen3_moe", {}, 4, {"tp": 2, "cp": 2}, {}),
+    "tp2-etp2-ep2 of sinks and biases": ("gpt_oss", {}, 4, {"tp": 2, "etp": 2, "ep": 2}, {}),
+    "tp2-cp2 of sinks and windows": ("gpt_oss", {}, 4, {"tp": 2, "cp": 2}, {}),
+    "tp4 of 2 KV heads, with sinks": ("gpt_oss", {"num_key_value_heads": 2}, 4, {"tp": 4}, {}),
+    "gates that are cut": ("gpt_oss", {"swiglu_limit": 0.2}, 1, {}, {}),
+    "full recompute of sinks": ("gpt_oss", {}, 2, {"pp": 2}, {"train": {"recompute": "full"}}),
     "dp2": ("qwen3_moe", {}, 2, {}, {}),
     "pp2 of 5 layers": ("qwen3_moe", {"num_hidden_layers": 5}, 2, {"pp": 2}, {}),
     "pp2-vpp2 of 5 layers": ("qwen3_moe", {"num_hidden_layers": 5}, 2, {"pp": 2, "vpp": 2}, {}),

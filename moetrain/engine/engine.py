@@ -50,6 +50,7 @@ from moetrain.ops.packed import Packed
 from moetrain.weights import transport
 from moetrain.weights.adapter_init import InitialAdapter
 from moetrain.weights.dtypes import NAMES
+from moetrain.weights.fused import file_names, file_shape, groups, put_together, with_all_experts
 from moetrain.weights.hf_files import Target
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import write_peft
@@ -300,10 +301,10 @@ class Engine:
             rules = exported(self.model.table)
             local = [p for p in local_merged(self.chunks, self.world) if p.name in rules]
             if since is not None:
-                moved = since.moved(local, self.world)
+                moved = with_all_experts(since.moved(local, self.world), rules)
                 rules = {name: rule for name, rule in rules.items() if name in moved}
                 local = [p for p in local if p.name in moved]
-            yield from transport.export(local, rules, self.world, to=to)
+            yield from put_together(transport.export(local, rules, self.world, to=to), rules)
 
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """(name in `self.adapters`, whole tensor) of the adapter and of a scalar head beside it, on
@@ -329,12 +330,20 @@ class Engine:
         with gathered(self.wrapped):
             rules = exported(self.model.table)
             local = [p for p in local_merged(self.chunks, self.world) if p.name in rules]
+            fused = groups(rules)  # whose experts come to one rank
+            to: transport.To = "first" if fused else "owner"
+            shapes = transport.given(local, rules, self.world, to=to)
+            firsts = {name: of[0].hf[0] for name, of in fused.items()}
             targets = [
-                Target(name, NAMES[dtypes.get(name, default)], shape)
-                for name, shape in transport.owned(local, rules, self.world).items()
+                Target(
+                    name,
+                    NAMES[dtypes.get(firsts.get(name, name), default)],
+                    file_shape(fused[name]) if name in fused else shapes[name],
+                )
+                for name in file_names(rules, shapes)
             ]
             write_hf(
-                transport.export(local, rules, self.world, to="owner"),
+                put_together(transport.export(local, rules, self.world, to=to), rules),
                 targets,
                 folder,
                 self.world,

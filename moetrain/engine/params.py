@@ -14,7 +14,7 @@ from moetrain.engine.model import PackedGPT
 from moetrain.engine.world import World
 from moetrain.weights.transport import LocalParam
 
-_GROUPED = re.compile(r"\.mlp\.experts\.linear_fc[12]\.(?:weight|lora_[AB])(\d*)$")
+_GROUPED = re.compile(r"\.mlp\.experts\.linear_fc[12]\.(?:weight|bias|lora_[AB])(\d*)$")
 _ADAPTER = re.compile(r"\.lora\.(A|B|magnitude)$")
 
 

@@ -183,13 +183,15 @@ def decoder(
     norm_eps: float = 1e-6,
     rope_theta: float = 10000.0,
     max_positions: int = 32768,
+    windows: Sequence[int | None] | None = None,
 ) -> Model:
-    """What every family reads alike, around its own attention and the MLP of each layer.
+    """What every family reads alike, around its own attention and the MLP of each layer; `windows`
+    are the layers' where a family has them.
 
     The keyword arguments are the family's defaults in transformers. Raises ConfigError for a
     missing key, a wrong type or a setting that Megatron would not reproduce.
     """
-    refuse_unsupported(hf)
+    refuse_unsupported(hf, windows=windows is not None)
     held = sum(mlp.experts.num for mlp in mlps if isinstance(mlp, Moe))
     if held > MOST_EXPERTS:
         raise ConfigError(
@@ -204,7 +206,10 @@ def decoder(
         norm_eps=read_float(hf, "rms_norm_eps", norm_eps),
         max_positions=positions,
         rope=read_rope(hf, attention.head_dim, rope_theta, positions),
-        layers=tuple(Layer(attention, mlp) for mlp in mlps),
+        layers=tuple(
+            Layer(replace(attention, window=window), mlp)
+            for mlp, window in zip(mlps, windows or [None] * len(mlps), strict=True)
+        ),
         heads=Heads(
             attention.hidden,
             read_int(hf, "vocab_size"),

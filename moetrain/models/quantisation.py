@@ -1,5 +1,6 @@
 """How a checkpoint's weights are quantised, as its config.json says it in three programs' words:
-DeepSeek's and Qwen's `fp8`, llm-compressor's `compressed-tensors`, NVIDIA's `modelopt`.
+DeepSeek's and Qwen's `fp8`, llm-compressor's `compressed-tensors`, NVIDIA's `modelopt`; and
+gpt-oss' `mxfp4`.
 
 What is read here is dequantised on the way (`weights/dequantised.py`); a model's configuration is
 then that of plain weights.
@@ -14,7 +15,7 @@ from moetrain.errors import ConfigError
 from moetrain.models.config import HfConfig
 
 KEY = "quantization_config"
-READ = "FP8 (by blocks, rows or tensors) and ModelOpt's NVFP4"
+READ = "FP8 (by blocks, rows or tensors), ModelOpt's NVFP4 and gpt-oss' MXFP4"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Quantisation:
     packed: bool = False  # two numbers of 4 bits in a byte, with one scale over all scales
 
 
+MXFP4 = Quantisation("MXFP4", "_scales")
+
+
 def read_quantisation(hf: HfConfig) -> Quantisation | None:
     """What config.json says; None for plain weights. ConfigError for what is not read here."""
     given = hf.get(KEY)
@@ -36,6 +40,8 @@ def read_quantisation(hf: HfConfig) -> Quantisation | None:
         raise _refused(given)
     config = cast(Mapping[str, object], given)
     method = config.get("quant_method")
+    if method == "mxfp4":
+        return MXFP4
     if method == "fp8":
         if config.get("weight_block_size") is None:
             return Quantisation("FP8 by tensors", "_scale")

@@ -33,6 +33,9 @@ class Weight:
     # `save_pretrained(save_original_format=False)`: for experts [E, rows, columns], an expert's
     # rows being those of `hf` in order; for others a mere second name.
     fused: str | None = None
+    # Where `fused` has an expert's matrix as [columns, rows], with the rows of `hf` in turn. Files
+    # hold such a tensor whole, never expert by expert.
+    interleaved: bool = False
     num_experts: int | None = None
     # What Megatron's checkpoints call it where that is not `mcore`: a norm is a part of the linear
     # layer that follows it (as in Transformer Engine), and experts are one tensor.
@@ -55,6 +58,7 @@ class Weight:
                 adapts=self.adapts,
                 writes=self.writes,
                 fused=fused,
+                interleaved=self.interleaved,
                 saved=self.mcore if self.saved is None else self.saved,
             )
 
@@ -72,6 +76,7 @@ class Rule:
     adapts: Kind | None = None
     writes: bool = False
     fused: str | None = None
+    interleaved: bool = False
     saved: str = ""  # the name in Megatron's checkpoints, relative to the layer
 
     @property
@@ -99,17 +104,19 @@ class FusedSlice:
     """Where a tensor of the table lies in a fused one.
 
     In run number `part` of the `num_parts` equal runs of rows that the matrix `key[expert]` has;
-    with `expert` None it is the whole of `key`.
+    with `expert` None it is the whole of `key`. Where it is `interleaved`, every `num_parts`-th
+    column from `part` on is a row.
     """
 
     key: str
     expert: int | None
     part: int
     num_parts: int
+    interleaved: bool = False
 
 
 def fused_slices(rule: Rule) -> Iterator[tuple[str, FusedSlice]]:
     """For each Hugging Face name of a rule that a fused tensor can hold: where it lies there."""
     if rule.fused is not None:
         for part, key in enumerate(rule.hf):
-            yield key, FusedSlice(rule.fused, rule.expert, part, len(rule.hf))
+            yield key, FusedSlice(rule.fused, rule.expert, part, len(rule.hf), rule.interleaved)

@@ -148,6 +148,15 @@ class Copy(Sharding):
 
 
 @dataclass(frozen=True)
+class Rows(Sharding):
+    """The first dimension in equal shares: a number for each attention head."""
+
+    def pieces(self, tp_rank: int, tp_size: int) -> tuple[Piece, ...]:
+        start, length = _share(self.shape[0], tp_rank, tp_size, "rows")
+        return (Piece(0, start, 0, length),)
+
+
+@dataclass(frozen=True)
 class Stack(Sharding):
     """`count` tensors [r, in], one above the other on every rank: the A of each matrix of QKV or
     GateUp.

@@ -29,6 +29,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": _SPARSE | dict(model_type="qwen3_moe", norm_topk_prob=True),
     "qwen2_moe": _SPARSE
     | dict(model_type="qwen2_moe", norm_topk_prob=False, shared_expert_intermediate_size=36),
+    "gpt_oss": COMMON
+    | dict(
+        model_type="gpt_oss",
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        intermediate_size=28,
+        sliding_window=5,
+        rope_parameters=dict(
+            rope_type="yarn",
+            rope_theta=150000.0,
+            factor=8.0,
+            truncate=False,
+            original_max_position_embeddings=32,
+        ),
+    ),
     "qwen3": COMMON | dict(model_type="qwen3", tie_word_embeddings=True),
     "qwen2": COMMON | dict(model_type="qwen2"),
     "llama": COMMON | dict(model_type="llama"),
@@ -44,7 +59,6 @@ def save_model(family: str, folder: Path, **changes: Any) -> Any:
 
     fields = CONFIGS[family] | changes
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float()
     with (

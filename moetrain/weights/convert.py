@@ -18,6 +18,7 @@ from moetrain.models.lookup import NOTE
 from moetrain.weights import hf_files, mcore_files, megatron_lm
 from moetrain.weights.blobs import TORCH_NAMES, object_blob
 from moetrain.weights.compare import NO_ADAPTERS, Adapters, compare
+from moetrain.weights.fused import PutTogether, file_names
 from moetrain.weights.mcore_layout import Style, style_for
 from moetrain.weights.opening import Opened, open_model
 from moetrain.weights.rows import Converted, Rows, readable
@@ -130,6 +131,7 @@ def mcore2hf(
     write_hf_rows(
         rows,
         source.model.hf_names,
+        source.model,
         dst,
         config=source.hf,
         side_files=source.side_files(),
@@ -174,6 +176,7 @@ def verify(
 def write_hf_rows(
     rows: Rows,
     names: Sequence[str],
+    model: Model,
     dst: Path,
     *,
     config: Mapping[str, Any],
@@ -185,13 +188,14 @@ def write_hf_rows(
     """Write tensors as a Hugging Face folder, which appears whole or not at all.
 
     Args:
-        names: in the order in which shards take them.
+        names: of `model`'s table, and others, in the order in which shards take them.
         config: content of config.json as it was; `side_files` says how answers end now.
         origin: what tells this source from another, to resume.
         more: writes further files.
 
     Raises OSError; WeightsError for too little room; whatever reading raises.
     """
+    rows, names = PutTogether(rows, model.table), file_names(model.table, names)
     groups = hf_files.shards(hf_files.targets(rows, names), options.shard_bytes)
     files = dict(zip(hf_files.shard_names(len(groups)), groups, strict=True))
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from moetrain.errors import WeightsError
 from moetrain.models import Model
 from moetrain.models.lookup import HF, read_mapping
-from moetrain.models.quantisation import KEY, Quantisation, read_quantisation
+from moetrain.models.quantisation import KEY, MXFP4, Quantisation, read_quantisation
+from moetrain.weights.mxfp4 import E2M1, Mxfp4
 from moetrain.weights.reader import Reader, SafetensorsReader, Slices
 
 MODELOPT = "hf_quant_config.json"
@@ -22,8 +23,6 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SECOND = "_2"  # the one scale over all scales of a weight, in NVFP4
 # What stands beside quantised weights for activations and the cache of keys and values.
 _INPUTS = ("input_scale", "input_global_scale", "k_scale", "v_scale", "output_scale")
-# The numbers that 4 bits stand for (e2m1), by their bits.
-_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 def open_weights(folder: Path, model: Model | None = None) -> Reader:
@@ -36,6 +35,8 @@ def open_weights(folder: Path, model: Model | None = None) -> Reader:
     """
     stored = SafetensorsReader(folder, model)
     how = quantisation_of(folder)
+    if how == MXFP4 and model is not None:
+        return Mxfp4(stored, model)
     if how is not None:
         return Dequantised(stored, how)
     bare = sorted(name for name in stored.names() if stored.dtype(name) in FP8)
@@ -152,7 +153,7 @@ class Dequantised:
         packed = self.base.read(name, (rows, slice(first, last)))
         both = torch.stack((packed & 15, packed >> 4), -1).flatten(1)  # the low half is the first
         skipped = columns.start - 2 * first
-        return _E2M1[both[:, skipped : skipped + columns.stop - columns.start].int()]
+        return E2M1[both[:, skipped : skipped + columns.stop - columns.start].int()]
 
     def _scales(self, name: str, slices: Slices) -> Tensor:
         """One a block that the slice meets, fp32; [1] along a dimension that one block spans."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from moetrain.errors import WeightsError
+from moetrain.models import read_model
 from moetrain.weights import expand as depth
 from moetrain.weights.convert import PLAIN, Options, refuse_existing, write_hf_rows
 from moetrain.weights.opening import Opened, open_model
@@ -19,6 +20,7 @@ def merge(base: Path, adapter: Path, dst: Path, options: Options = PLAIN) -> int
     write_hf_rows(
         source.rows,
         source.model.hf_names,
+        source.model,
         dst,
         config=source.hf,
         side_files=source.side_files(),
@@ -37,6 +39,7 @@ def expand(src: Path, dst: Path, every: int, options: Options = PLAIN) -> int:
     source = _hugging_face(src)
     expansion = depth.plan(source.model.num_layers, every)
     names = depth.sources(source.model, expansion)
+    config = depth.expanded_config(source.hf, expansion)
     rows = Renamed(source.rows, {new: one.old for new, one in names.items()})
 
     def more(folder: Path) -> None:
@@ -45,8 +48,9 @@ def expand(src: Path, dst: Path, every: int, options: Options = PLAIN) -> int:
     write_hf_rows(
         _Zeroed(rows, {new for new, one in names.items() if one.zero}),
         list(names),
+        read_model(config),
         dst,
-        config=depth.expanded_config(source.hf, expansion),
+        config=config,
         side_files=source.side_files(),
         origin=[*source.origin(), f"every {every}"],
         options=options,

@@ -3,14 +3,16 @@ hidden states go through a model of any size with one layer of it in memory.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moetrain.models import Model, read_model
-from moetrain.models.rules import EMBEDDING, HF_LAYER
+from moetrain.models.rules import EMBEDDING, HF_LAYER, FusedSlice
 from moetrain.weights.expand import Expansion, expanded_config, sources
+from moetrain.weights.fused import matrix_in
 from moetrain.weights.reader import Reader
 
 ROWS = 4096  # of the embedding, read at a time
@@ -63,7 +65,7 @@ def one_layer(
     for key, cut in slices.items():
         if cut.expert is not None and key.startswith(HF_LAYER.format(l=0)):
             stack = stacks.setdefault(cut.key, _Stack(reader, dtype))
-            stack.add(cut.expert, names[key])
+            stack.add(cut, names[key])
     made = _built(config, dtype, stacks)
     keys = [key for rule in one.table.values() if rule.layer == 0 for key in rule.hf]
     read = [key for key in keys if key not in slices or slices[key].key not in stacks]
@@ -98,21 +100,22 @@ class _Stack:
 
     def __init__(self, reader: Reader, dtype: torch.dtype):
         self.reader, self.dtype = reader, dtype
-        self.parts: dict[int, list[str]] = {}
+        self.parts: dict[int, list[tuple[FusedSlice, str]]] = {}
 
-    def add(self, expert: int, name: str) -> None:
-        """The next rows of an expert's matrix."""
-        self.parts.setdefault(expert, []).append(name)
+    def add(self, cut: FusedSlice, name: str) -> None:
+        """The next part of an expert's matrix."""
+        expert = cut.expert or 0
+        self.parts.setdefault(expert, []).append((replace(cut, expert=None), name))
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
-        names = self.parts[int(expert)]
-        shapes = [self.reader.shape(name) for name in names]
-        result = torch.empty(sum(rows for rows, _ in shapes), shapes[0][1], dtype=self.dtype)
-        start = 0
-        for name, (rows, columns) in zip(names, shapes, strict=True):
-            part = self.reader.read(name, (slice(0, rows), slice(0, columns)))
-            result[start : start + rows].copy_(part)
-            start += rows
+        parts = self.parts[int(expert)]
+        cut, first = parts[0]
+        rows, *columns = self.reader.shape(first)
+        shape = (rows * cut.num_parts, *columns)
+        result = torch.empty(shape[::-1] if cut.interleaved else shape, dtype=self.dtype)
+        for cut, name in parts:
+            whole = tuple(slice(0, n) for n in (rows, *columns))
+            matrix_in(result, cut).copy_(self.reader.read(name, whole))
         return result
 
 
@@ -154,7 +157,5 @@ def _fill(made: Any, one: Model, names: Mapping[str, str], reader: Reader) -> No
         cut = one.fused_slices.get(key)
         into = params[key if cut is None or cut.key not in params else cut.key]
         if cut is not None and cut.key in params:
-            into = into if cut.expert is None else into[cut.expert]
-            rows = into.shape[0] // cut.num_parts
-            into = into[rows * cut.part : rows * (cut.part + 1)]
+            into = matrix_in(into, cut)
         into.copy_(reader.read(source, tuple(slice(0, n) for n in into.shape)))

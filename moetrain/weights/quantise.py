@@ -114,6 +114,7 @@ def _write(
     write_hf_rows(
         rows,
         [name for stem in stems for name in rest.pop(stem)],
+        source.model,
         dst,
         config=config,
         side_files=source.side_files(),

@@ -1,7 +1,9 @@
 """A Hugging Face folder's tensors by rows, as its files have them. No torch."""
 
 import os
+import threading
 from collections.abc import Collection
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ from moetrain.manifest import Manifest, say_unchecked
 from moetrain.models import Model
 from moetrain.models.rules import FusedSlice
 from moetrain.weights.folder import weight_files
-from moetrain.weights.header import Stored, broken, read_header
+from moetrain.weights.header import SIZES, Stored, broken, read_header
 from moetrain.weights.rows import Bytes, file_bytes, num_rows, row_bytes
+
+_BLOCKS = 3  # of experts, that are kept apart
 
 
 class StoredFolder:
@@ -35,6 +39,8 @@ class StoredFolder:
         self._where: dict[str, Path] = {}
         self._meta: dict[str, Stored] = {}
         self._handles: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._blocks: dict[tuple[str, int], Bytes] = {}  # what `_apart` has made
         self._manifest = Manifest.of(self.folder)
         if self._manifest is not None:
             self._manifest.all_there()
@@ -78,7 +84,7 @@ class StoredFolder:
                 )
             shape = self._meta[cut.key].shape
             rows = shape if cut.expert is None else shape[1:]
-            if not rows or rows[0] % cut.num_parts:
+            if not rows or rows[-1 if cut.interleaved else 0] % cut.num_parts:
                 raise WeightsError(
                     f"{self.folder}: {cut.key} is {list(shape)}, which does not hold {name}. Is "
                     f"config.json the one of these weights?"
@@ -98,6 +104,7 @@ class StoredFolder:
             return self._meta[name].shape
         shape = self._meta[cut.key].shape
         shape = shape if cut.expert is None else shape[1:]
+        shape = shape[::-1] if cut.interleaved else shape
         return (shape[0] // cut.num_parts, *shape[1:])
 
     def dtype_name(self, name: str) -> str:
@@ -105,19 +112,45 @@ class StoredFolder:
         return self._meta[name if cut is None else cut.key].dtype
 
     def rows(self, name: str, start: int, stop: int) -> Bytes:
-        path, at = self._first_byte(name)
+        cut = self._fused.get(name)
         width = row_bytes(self.shape(name), self.dtype_name(name))
         if stop == start or not width:
             return np.empty((stop - start, width), np.uint8)
-        at += start * width
+        if cut is not None and cut.interleaved:
+            return self._apart(cut)[cut.part, start:stop]
+        path, at = self._first_byte(name)
+        return self._bytes(path, at + start * width, (stop - start) * width).reshape(-1, width)
+
+    def _bytes(self, path: Path, at: int, num: int) -> Bytes:
         if self._manifest is None:
             say_unchecked(self.folder)
-        flat = file_bytes(self._handle(path), at, (stop - start) * width)
+        flat = file_bytes(self._handle(path), at, num)
         if flat is None:
             raise broken(path, "it became shorter")
         if self._manifest is not None:
             self._manifest.check_read(path, at, flat.data)
-        return flat.reshape(-1, width)
+        return flat
+
+    def _apart(self, cut: FusedSlice) -> Bytes:
+        """[parts, rows, bytes of a row]: an expert's matrices, each by rows. The last ones are
+        kept, since gate and up come one after the other, and each in many ranges.
+        """
+        key = cut.key, cut.expert or 0
+        with self._lock:
+            if key in self._blocks:
+                return self._blocks[key]
+        stored = self._meta[cut.key]
+        size = SIZES[stored.dtype]
+        num = prod(stored.shape[1:]) * size
+        flat = self._bytes(self._where[cut.key], stored.start + key[1] * num, num)
+        columns = prod(stored.shape[1:-1])
+        by_columns = flat.view(f"V{size}").reshape(columns, -1, cut.num_parts)
+        apart = np.ascontiguousarray(by_columns.transpose(2, 1, 0)).view(np.uint8)
+        with self._lock:
+            while len(self._blocks) >= _BLOCKS:
+                self._blocks.pop(next(iter(self._blocks)))
+            self._blocks[key] = apart
+        return apart
 
     def _first_byte(self, name: str) -> tuple[Path, int]:
         """The file of a tensor, and where its values begin there."""

@@ -127,15 +127,16 @@ def export(
                 yield key, tensor
 
 
-def owned(local: Iterable[LocalParam], table: Table, ranks: Ranks = ALONE) -> dict[str, Shape]:
-    """Hugging Face name -> global shape of what `export` to="owner" yields here, in its order.
-    Collective.
-    """
+def given(
+    local: Iterable[LocalParam], table: Table, ranks: Ranks = ALONE, *, to: To
+) -> dict[str, Shape]:
+    """Hugging Face name -> global shape of what `export` yields here, in its order. Collective."""
     owners = _owners({p.name: p for p in local}, ranks)
+    here = {"all": lambda _: True, "first": lambda _: ranks.rank == 0, "owner": ranks.rank.__eq__}
     return {
         key: shape
         for name, rule in table.items()
-        if name in owners and owners[name][0] == ranks.rank
+        if name in owners and here[to](owners[name][0])
         for key, shape in zip(rule.hf, rule.hf_shapes, strict=True)
     }
 

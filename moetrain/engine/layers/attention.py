@@ -29,6 +29,7 @@ from moetrain.models.parts.attention import GQA
 from moetrain.models.parts.rope import Rope
 from moetrain.ops.kinds import kind_of
 from moetrain.ops.packed import Packed, prefixes
+from moetrain.ops.sinks import cpu_kernel, varlen_kernel, with_sinks, with_sinks_plainly
 
 FLASH_HEAD = 256  # the largest head of flash attention
 
@@ -88,30 +89,59 @@ def _pieces(x: Tensor, ranges: list[tuple[tuple[int, int], ...]]) -> list[Tensor
     return pieces
 
 
-def _attend_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], scale: float | None
-) -> Tensor:
+class Kind(NamedTuple):
+    """Of attention, beside its sizes."""
+
+    scale: float | None = None  # of the logits; None: 1 / sqrt(d)
+    window: int | None = None  # the last keys that a query sees
+    sinks: Tensor | None = None  # [a]
+
+    def mask(self, num_q: int, num_k: int, device: torch.device) -> Tensor | None:
+        """[num_q, num_k] bool: what the queries, the tail of the keys, see; None where that is all
+        before them and there are no others.
+        """
+        behind = num_k - num_q
+        if not behind and (self.window is None or self.window >= num_k):
+            return None
+        mask = torch.ones(num_q, num_k, dtype=torch.bool, device=device).tril(behind)
+        return mask if self.window is None else mask.triu(behind - self.window + 1)
+
+
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], kind: Kind) -> Tensor:
     """q [c, a, d], k and v [t, g, d] -> [c, a, d], one SDPA call a span."""
     ranges = [piece.keys for piece in pieces]
     queries = q.split([piece.end - piece.start for piece in pieces])  # spans cover them in order
     keys, values = _pieces(k, ranges), _pieces(v, ranges)
     out: list[Tensor] = []
     for piece, one_q, one_k, one_v in zip(pieces, queries, keys, values, strict=True):
-        num_q, num_k = piece.end - piece.start, piece.num_keys
-        mask = None
-        if num_q != num_k:  # the queries are the tail of the keys: causal from the lower right
-            mask = torch.ones(num_q, num_k, dtype=torch.bool, device=q.device).tril(num_k - num_q)
+        mask = kind.mask(piece.end - piece.start, piece.num_keys, q.device)
+        if kind.sinks is not None:
+            out.append(_attend_with_sinks(one_q, one_k, one_v, mask, kind))
+            continue
         heads = F.scaled_dot_product_attention(
             one_q.transpose(0, 1)[None],
             one_k.transpose(0, 1)[None],
             one_v.transpose(0, 1)[None],
             attn_mask=mask,
             is_causal=mask is None,
-            scale=scale,
+            scale=kind.scale,
             enable_gqa=True,
         )
         out.append(heads[0].transpose(0, 1))
     return torch.cat(out)
+
+
+def _attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Kind) -> Tensor:
+    """One span: q [n, a, d], k and v [m, g, d], mask [n, m] -> [n, a, d]."""
+    assert kind.sinks is not None
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    scale = kind.scale or q.size(-1) ** -0.5
+    if kind_of(q) == "cuda":  # in fp32, which flash attention does not take
+        return with_sinks_plainly(q, k, v, kind.sinks, mask, scale)
+    added = None if mask is None else torch.zeros_like(mask, dtype=q.dtype)
+    if added is not None and mask is not None:
+        added = added.masked_fill_(~mask, float("-inf"))
+    return with_sinks(q, k, v, kind.sinks, cpu_kernel(added, scale))
 
 
 @functools.cache
@@ -122,15 +152,13 @@ def _shares_heads() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _attend_varlen(
-    q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], scale: float | None
-) -> Tensor:
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], kind: Kind) -> Tensor:
     """The same by torch's variable-length flash attention: one kernel for the pack (CUDA, bf16 and
     fp16), which takes heads of a multiple of 8 numbers, and no more than FLASH_HEAD.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    size = q.size(-1)
+    size, scale = q.size(-1), kind.scale
     if rest := -size % 8:
         q, k, v = (F.pad(x, (0, rest)) for x in (q, k, v))
         scale = size**-0.5 if scale is None else scale
@@ -148,18 +176,18 @@ def _attend_varlen(
             k, v = k.repeat_interleave(num_rep, 1), v.repeat_interleave(num_rep, 1)
     num_q = torch.tensor([0, *(p.end - p.start for p in pieces)], dtype=torch.int32)
     num_k = torch.tensor([0, *(p.num_keys for p in pieces)], dtype=torch.int32)
-    out = varlen_attn(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
+    bounds = (
         num_q.cumsum(0, dtype=torch.int32).to(q.device),
         num_k.cumsum(0, dtype=torch.int32).to(q.device),
         int(num_q.max()),
         int(num_k.max()),
-        scale=scale,
-        window_size=(-1, 0),
-        **grouped,
     )
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    window = (-1 if kind.window is None else kind.window - 1, 0)
+    if kind.sinks is not None:
+        kernel = varlen_kernel(bounds, scale, window, grouped)
+        return with_sinks(q, k, v, kind.sinks, kernel)[..., :size]
+    out = varlen_attn(q, k, v, *bounds, scale=scale, window_size=window, **grouped)
     assert isinstance(out, Tensor)  # a pair only where asked for
     return out[..., :size]
 
@@ -170,7 +198,9 @@ def _takes_flash(q: Tensor) -> bool:
 
 
 class PackedAttention(nn.Module):
-    """Megatron core attention for packs; takes the place of DotProductAttention in a layer spec."""
+    """Megatron core attention for packs; takes the place of DotProductAttention in a layer spec.
+    Its sinks have upstream's name.
+    """
 
     def __init__(
         self,
@@ -178,10 +208,25 @@ class PackedAttention(nn.Module):
         layer_number: int,
         attn_mask_type: Any,
         attention_type: str,
+        part: GQA,
         **kwargs: Any,
     ):
         super().__init__()
         self.scale: float | None = kwargs.get("softmax_scale")
+        self.window = part.window
+        self.softmax_offset: nn.Parameter | None = None
+        if part.sinks:
+            tp = config.tensor_model_parallel_size
+            self.softmax_offset = nn.Parameter(
+                torch.empty(
+                    part.heads // tp,
+                    dtype=config.params_dtype,
+                    device=torch.cuda.current_device(),
+                )
+            )
+            split: Any = self.softmax_offset
+            split.tensor_model_parallel = tp > 1
+            split.partition_dim, split.partition_stride = 0, 1
         self.cp_group = parallel_state.get_context_parallel_group()
 
     def forward(
@@ -196,7 +241,7 @@ class PackedAttention(nn.Module):
         runs = local_runs(k.size(0), self.cp_group.rank(), self.cp_group.size())
         pieces = spans(attention_mask.tolist(), runs)
         attend = _attend_varlen if _takes_flash(q) else _attend_sdpa
-        out = attend(q, k, v, pieces, self.scale)
+        out = attend(q, k, v, pieces, Kind(self.scale, self.window, self.softmax_offset))
         return out.flatten(1).unsqueeze(1)
 
 
@@ -222,12 +267,17 @@ def spec(part: GQA) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=PackedAttention,
+            core_attention=core(part),
             linear_proj=with_bias(RowParallelLinear) if part.output_bias else RowParallelLinear,
             q_layernorm=norm,
             k_layernorm=norm,
         ),
     )
+
+
+def core(part: GQA) -> Any:
+    """Core attention of either backend."""
+    return functools.partial(PackedAttention, part=part)
 
 
 def with_bias(linear: Any) -> Any:

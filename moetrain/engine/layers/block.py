@@ -19,9 +19,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from moetrain.engine.layers import attention, mlp, moe
-from moetrain.engine.layers.experts import GroupedExperts
 from moetrain.engine.layers.norm import RMSNorm
-from moetrain.engine.layers.router import PackedRouter
 from moetrain.errors import ConfigError
 from moetrain.models.model import Layer, Model
 from moetrain.models.parts.moe import Moe
@@ -136,12 +134,15 @@ def _te_layer(layer: Layer) -> ModuleSpec:
     )
     submodules: Any = spec.submodules
     heads = submodules.self_attention.submodules
-    heads.core_attention = attention.PackedAttention
+    heads.core_attention = attention.core(layer.attention)
     if layer.attention.output_bias:
         heads.linear_proj = attention.with_bias(heads.linear_proj)
-    if experts is not None:
+    if isinstance(layer.mlp, Moe):
         upstream: MoESubmodules = submodules.mlp.keywords["submodules"]
-        submodules.mlp = moe.spec(replace(upstream, router=PackedRouter))
+        ours = replace(upstream, router=moe.router(layer.mlp))
+        if layer.mlp.experts.needs_ours:
+            ours = replace(ours, experts=moe.experts(layer.mlp))
+        submodules.mlp = moe.spec(ours)
     return spec
 
 
@@ -152,14 +153,13 @@ def _te_layer_apart(layer: Layer) -> ModuleSpec:
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     spec = _te_layer(layer)
-    is_moe = isinstance(layer.mlp, Moe)
     submodules: Any = spec.submodules
     submodules.input_layernorm = TENorm
     submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
     submodules.pre_mlp_layernorm = TENorm
-    if is_moe:
+    if isinstance(layer.mlp, Moe):
         ours: MoESubmodules = submodules.mlp.keywords["submodules"]
-        submodules.mlp = moe.spec(replace(ours, experts=GroupedExperts))
+        submodules.mlp = moe.spec(replace(ours, experts=moe.experts(layer.mlp)))
     else:
         submodules.mlp.keywords["submodules"].linear_fc1 = TEColumnParallelLinear
     return spec

@@ -10,6 +10,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from moetrain.models.parts.moe import Experts
 from moetrain.ops.grouped import grouped_linear
 from moetrain.ops.swiglu import weighted_swiglu
 
@@ -27,19 +28,28 @@ def mark(chunk: nn.Module) -> None:
 
 
 class _GroupedWeight(nn.Module):
-    """Holds one parameter `weight [e, out, in]`, named as Transformer Engine's grouped linear names
-    its module.
+    """Holds one parameter `weight [e, out, in]`, and `bias [e, out]` where there is one, named as
+    Transformer Engine's grouped linear names its module.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype):
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, *, bias: bool):
         super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
-        )
+        device = torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape[:2], dtype=dtype, device=device))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x [t, in] sorted by expert, ends [e] int32 where each expert's rows end -> [t, out]."""
+        """x [t, in] sorted by expert, ends [e] int32 where each expert's rows end -> [t, out],
+        without the bias.
+        """
         return grouped_linear(x, self.weight, ends)
+
+    def bias_of(self, counts: Tensor) -> Tensor:
+        """[t, out]: each row's, where expert i has counts[i] of the t rows."""
+        assert self.bias is not None
+        return self.bias.repeat_interleave(counts, 0)
 
 
 class GroupedExperts(MegatronModule):
@@ -48,7 +58,13 @@ class GroupedExperts(MegatronModule):
     """
 
     def __init__(
-        self, num_local_experts: int, config: Any, pg_collection: Any, name: str | None = None
+        self,
+        num_local_experts: int,
+        config: Any,
+        pg_collection: Any,
+        name: str | None = None,
+        *,
+        part: Experts,
     ):
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
@@ -57,11 +73,15 @@ class GroupedExperts(MegatronModule):
         f, rest = divmod(config.moe_ffn_hidden_size, self.tp_group.size())
         assert rest == 0, "plan.check_layout lets no such layout through"
         h = config.hidden_size
-        self.linear_fc1 = _GroupedWeight((num_local_experts, 2 * f, h), config.params_dtype)
-        self.linear_fc2 = _GroupedWeight((num_local_experts, h, f), config.params_dtype)
-        for weight, dim in ((self.linear_fc1.weight, 1), (self.linear_fc2.weight, 2)):
-            weight.tensor_model_parallel = self.tp_group.size() > 1  # type: ignore[attr-defined]
-            weight.partition_dim, weight.partition_stride = dim, 1  # type: ignore[attr-defined]
+        dtype, self.gate = config.params_dtype, part.gate
+        self.linear_fc1 = _GroupedWeight((num_local_experts, 2 * f, h), dtype, bias=part.bias)
+        self.linear_fc2 = _GroupedWeight((num_local_experts, h, f), dtype, bias=part.bias)
+        split: list[tuple[Any, int]] = [(self.linear_fc1.weight, 1), (self.linear_fc2.weight, 2)]
+        if part.bias:
+            split.append((self.linear_fc1.bias, 1))
+        for param, dim in split:
+            param.tensor_model_parallel = self.tp_group.size() > 1
+            param.partition_dim, param.partition_stride = dim, 1
 
     def forward(
         self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor
@@ -69,9 +89,18 @@ class GroupedExperts(MegatronModule):
         """hidden [t, h] sorted by local expert, tokens_per_expert [e], probs [t] fp32 -> [t, h]
         times its probability.
         """
-        ends = tokens_per_expert.to(hidden.device).cumsum(0).to(torch.int32)
-        act = weighted_swiglu(self.linear_fc1(hidden, ends), probs)  # [t, f]
-        return self.linear_fc2(act, ends), None
+        counts = tokens_per_expert.to(hidden.device)
+        ends = counts.cumsum(0).to(torch.int32)
+        wide = self.linear_fc1(hidden, ends)
+        if self.linear_fc1.bias is None:
+            return self.linear_fc2(weighted_swiglu(wide, probs, self.gate), ends), None
+        act = weighted_swiglu(wide + self.linear_fc1.bias_of(counts), probs, self.gate)  # [t, f]
+        bias = self.linear_fc2.bias_of(counts)
+        if (size := self.tp_group.size()) > 1:
+            # All expert-tensor ranks have it, and their outputs are added up: a part of it, with
+            # the whole gradient.
+            bias = bias + bias.detach() * (1 / size - 1)
+        return self.linear_fc2(act, ends) + (bias * probs[:, None]).to(act.dtype), None
 
     def backward_dw(self) -> None:
         """Weight gradients are computed with the rest of the backward pass."""

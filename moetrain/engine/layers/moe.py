@@ -44,11 +44,21 @@ def set_pre_softmax(part: Moe, config: Any) -> None:
     config.moe_router_pre_softmax = not part.router.renormalise
 
 
+def router(part: Moe) -> Any:
+    """Of either backend."""
+    return partial(cast(Any, PackedRouter), biased=part.router.bias)
+
+
+def experts(part: Moe) -> Any:
+    """Ours, of either backend."""
+    return partial(cast(Any, GroupedExperts), part=part.experts)
+
+
 def submodules(part: Moe) -> MoESubmodules:
     """Of the torch backend."""
     return MoESubmodules(
-        router=PackedRouter,
-        experts=GroupedExperts,
+        router=router(part),
+        experts=experts(part),
         shared_experts=None
         if part.shared is None
         else partial(cast(Any, SharedExpertMLP), submodules=mlp.LINEAR),

@@ -8,6 +8,7 @@ Legend: c local tokens (t over context and sequence-parallel ranks), n sequences
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_utils import (
@@ -137,6 +138,16 @@ class PackedRouter(TopKRouter):
     num_sequences: int
     routes: Tensor | None = None  # [t/cp, k] int64: choices to replay, experts from 1
     place: int  # among the routers of its model chunk
+
+    def __init__(self, *args: Any, biased: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if biased:  # Megatron has one there only where all linear layers have
+            self.bias = nn.Parameter(
+                torch.empty(
+                    self.config.num_moe_experts, dtype=self.weight.dtype, device=self.weight.device
+                )
+            )
+            self.bias.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
     def gating(self, input: Tensor) -> Tensor:
         """[c, 1, h] -> logits [c, 1, E] fp32, with the adapter's part where there is one."""

@@ -7,7 +7,7 @@ from moetrain.errors import ConfigError
 from moetrain.models.config import HfConfig, read_int
 from moetrain.models.parts.base import Shares, Split
 from moetrain.models.rules import Weight
-from moetrain.models.sharding import QKV, Cols, Copy
+from moetrain.models.sharding import QKV, Cols, Copy, Rows
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class GQA:
     qk_norm: bool = False  # an RMS norm over each query and key head
     qkv_bias: bool = False
     output_bias: bool = False
+    sinks: bool = False  # a learned logit a head, which takes a share of the softmax
+    window: int | None = None  # the last keys that a query sees, its own among them; None: all
 
     @property
     def queries(self) -> int:
@@ -65,6 +67,12 @@ class GQA:
                     (f"self_attn.{name}_norm.weight",),
                     Copy((self.head_dim,)),
                 )
+        if self.sinks:
+            yield Weight(
+                "self_attention.core_attention.softmax_offset",
+                ("self_attn.sinks",),
+                Rows((self.heads,)),
+            )
 
     def splits(self) -> Iterator[Split]:
         yield Split("tp", self.heads, "heads")
@@ -72,6 +80,8 @@ class GQA:
 
     def flops(self, num_tokens: int, num_pairs: int) -> int:
         projections = 2 * num_tokens * self.hidden * 2 * (self.queries + self.keys)
+        if self.window is not None:
+            num_pairs = min(num_pairs, num_tokens * self.window)
         return projections + 4 * num_pairs * self.queries
 
     def activations(self, shares: Shares) -> float:
@@ -88,6 +98,7 @@ def read_gqa(
     qk_norm: bool = False,
     qkv_bias: bool = False,
     output_bias: bool = False,
+    sinks: bool = False,
     head_dim: int | None = None,
     groups_default_to_heads: bool = False,
 ) -> GQA:
@@ -110,4 +121,4 @@ def read_gqa(
     dim = read_int(hf, "head_dim", head_dim or hidden // heads)
     if dim % 2:
         raise ConfigError(f"model config: head_dim = {dim} is odd; rotary embeddings need it even")
-    return GQA(hidden, heads, groups, dim, qk_norm, qkv_bias, output_bias)
+    return GQA(hidden, heads, groups, dim, qk_norm, qkv_bias, output_bias, sinks)

@@ -9,6 +9,20 @@ from moetrain.models.sharding import Cols, GateUp
 
 
 @dataclass(frozen=True)
+class Gate:
+    """What stands between the two matrices: g sigmoid(`slope` g) (up + `offset`), with g the gate
+    of at most `limit`, and up within -limit and limit.
+    """
+
+    slope: float = 1.0
+    offset: float = 0.0
+    limit: float | None = None
+
+
+SILU = Gate()
+
+
+@dataclass(frozen=True)
 class Dense:
     """down(silu(gate x) * up x), with `ffn` columns between."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moetrain.errors import ConfigError
 from moetrain.models.config import HfConfig, read_int
 from moetrain.models.parts.base import Shares, Split
-from moetrain.models.parts.mlp import swiglu
+from moetrain.models.parts.mlp import SILU, Gate, swiglu
 from moetrain.models.rules import Weight
 from moetrain.models.sharding import Cols, Copy, GateUp
 
@@ -23,6 +23,7 @@ class Names:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    router: str = "gate"
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,19 @@ class Router:
     top_k: int
     renormalise: bool = True  # the chosen experts' probabilities sum to 1
     names: Names = Names()
+    bias: bool = False
 
     def weights(self) -> Iterator[Weight]:
+        name = f"{self.names.block}.{self.names.router}"
         yield Weight(
             "mlp.router.weight",
-            (f"{self.names.block}.gate.weight",),
+            (f"{name}.weight",),
             Copy((self.experts, self.hidden)),
             adapts="router",
             fused=None if self.names.block == "mlp" else "mlp.gate.weight",
         )
+        if self.bias:
+            yield Weight("mlp.router.bias", (f"{name}.bias",), Copy((self.experts,)))
 
     def splits(self) -> Iterator[Split]:
         yield from ()
@@ -56,35 +61,72 @@ class Router:
 
 @dataclass(frozen=True)
 class Experts:
-    """`num` SwiGLU blocks with `ffn` columns each; a token meets `top_k` of them."""
+    """`num` SwiGLU blocks with `ffn` columns each; a token meets `top_k` of them.
+
+    Where `interleaved`, files hold them as gpt-oss does: all experts as one tensor, an expert as
+    [in, out] with gate and up in turn.
+    """
 
     hidden: int
     ffn: int
     num: int
     top_k: int
     names: Names = Names()
+    bias: bool = False
+    gate: Gate = SILU
+    interleaved: bool = False
+
+    @property
+    def needs_ours(self) -> bool:
+        """Whether Transformer Engine's grouped layers cannot compute them."""
+        return self.bias or self.gate != SILU
 
     def weights(self) -> Iterator[Weight]:
         expert = f"{self.names.block}.experts.{{e}}."
+        gate, up, down = (
+            expert + name for name in (self.names.gate, self.names.up, self.names.down)
+        )
         yield Weight(
             "mlp.experts.linear_fc1.weight{e}",
-            (f"{expert}{self.names.gate}.weight", f"{expert}{self.names.up}.weight"),
+            (f"{gate}.weight", f"{up}.weight"),
             GateUp((self.ffn, self.hidden)),
             adapts="experts",
             fused="mlp.experts.gate_up_proj",
+            interleaved=self.interleaved,
             num_experts=self.num,
             saved="mlp.experts.experts.linear_fc1.weight",
         )
         yield Weight(
             "mlp.experts.linear_fc2.weight{e}",
-            (f"{expert}{self.names.down}.weight",),
+            (f"{down}.weight",),
             Cols((self.hidden, self.ffn)),
             adapts="experts",
             writes=True,
             fused="mlp.experts.down_proj",
+            interleaved=self.interleaved,
             num_experts=self.num,
             saved="mlp.experts.experts.linear_fc2.weight",
         )
+        if self.bias:
+            yield Weight(
+                "mlp.experts.linear_fc1.bias{e}",
+                (f"{gate}.bias", f"{up}.bias"),
+                GateUp((self.ffn,)),
+                fused="mlp.experts.gate_up_proj_bias",
+                interleaved=self.interleaved,
+                num_experts=self.num,
+                saved="mlp.experts.experts.linear_fc1.bias",
+            )
+            yield Weight(
+                "mlp.experts.linear_fc2.bias{e}",
+                (f"{down}.bias",),
+                Copy((self.hidden,)),
+                writes=True,
+                fused="mlp.experts.down_proj_bias",
+                interleaved=self.interleaved,
+                num_experts=self.num,
+                saved="mlp.experts.experts.linear_fc2.bias",
+            )
 
     def splits(self) -> Iterator[Split]:
         yield Split("ep", self.num, "experts")
@@ -161,9 +203,12 @@ def read_moe(
     top_k: int | None = None,
     shared: SharedExpert | None = None,
     names: Names | None = None,
+    bias: bool = False,
+    gate: Gate = SILU,
+    interleaved: bool = False,
 ) -> Moe:
     """From config.json, where `ffn` is the key of an expert's columns and `top_k` the family's own
-    default. Raises ConfigError.
+    default; `bias` is the router's and the experts'. Raises ConfigError.
     """
     hidden, names = read_int(hf, "hidden_size"), names or Names()
     chosen = read_int(hf, "num_experts_per_tok", top_k)
@@ -172,8 +217,17 @@ def read_moe(
             f"model config: num_experts_per_tok {chosen} is more than the {num_experts} experts"
         )
     return Moe(
-        Router(hidden, num_experts, chosen, renormalise, names),
-        Experts(hidden, read_int(hf, ffn), num_experts, chosen, names),
+        Router(hidden, num_experts, chosen, renormalise, names, bias),
+        Experts(
+            hidden,
+            read_int(hf, ffn),
+            num_experts,
+            chosen,
+            names,
+            bias,
+            gate,
+            interleaved,
+        ),
         shared,
     )
 
