@@ -137,6 +137,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, tuple[str, ...]]] = {
     "qwen3": ("qwen3", {}, "dora", ("all-linear",)),
     "qwen2": ("qwen2", {}, "dora", ("all-linear",)),
     "qwen2_moe": ("qwen2_moe", {}, "lora", ("all-router",)),
+    "gpt_oss": ("gpt_oss", {}, "lora", ("all-router",)),
     "attention with biases": ("llama", {"attention_bias": True}, "dora", ("o_proj", "q_proj")),
 }
 

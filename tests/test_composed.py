@@ -251,6 +251,7 @@ COMPOSED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], bool, str, s
         "sft", "qwen3_moe", {}, {"megatron": {"deallocate_pipeline_outputs": True}}, False, "pp4",
         "dp2-pp2",
     ),
+    "sinks, windows, biases": ("dpo", "gpt_oss", {}, {}, False, "tp2-ep2", "cp2-ep2 pp2-vpp2-cp2"),
     "mixtral": ("pretrain", "mixtral", {}, {}, False, "cp2-ep2", "tp2-etp2-ep2 pp2-vpp2-cp2"),
 }  # fmt: skip
 

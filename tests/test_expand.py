@@ -29,10 +29,11 @@ CASES: dict[str, tuple[str, dict[str, Any], int, list[int]]] = {
     "tied": ("qwen3", {}, 4, [0, 1, 2, 3, 3]),
     "llama": ("llama", {}, 2, [0, 1, 1, 2, 3, 3]),
     "a shared expert": ("qwen2_moe", {}, 2, [0, 1, 1, 2, 3, 3]),
+    "sinks, windows, biases": ("gpt_oss", {}, 2, [0, 1, 1, 2, 3, 3]),
     "a biased output": ("llama", {"attention_bias": True}, 2, [0, 1, 1, 2, 3, 3]),
 }
 # Tensors whose copies must not be zero, and those whose must.
-OUTPUTS = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "w2.weight")
+OUTPUTS = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias", "w2.weight")
 
 
 def config_in(folder: Path) -> dict[str, Any]:

@@ -87,6 +87,7 @@ PLACES = ["embedding", *(f"layer {i}" for i in range(4)), "output"]
     [
         ("qwen3_moe", {"mlp_only_layers": [1]}),
         ("mixtral", {}),
+        ("gpt_oss", {}),
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True}),
     ],

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "dense, tied, pp2": ("qwen3", 2, {"pp": 2}, {"rank": 4, "target": "all-linear"}),
     "dense, tp2": ("llama", 2, {"tp": 2}, {"rank": 4, "target": "all-linear"}),
     "a shared expert, tp2-ep2": ("qwen2_moe", 2, {"tp": 2, "ep": 2}, ROUTER),
+    "sinks and biases, tp2-ep2": ("gpt_oss", 2, {"tp": 2, "ep": 2}, ROUTER),
     "dense, biases, tp2": ("qwen2", 2, {"tp": 2}, {"rank": 4, "target": ["q_proj", "v_proj"]}),
     "dense, tp2 without sp": ("llama", 2, {"tp": 2, "sp": False}, {"rank": 4}),
 }  # fmt: skip

@@ -155,6 +155,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, int]]] = {
     "cp2, experts etp2": ("qwen3_moe", 2, {"cp": 2, "etp": 2}),
     "tp2, dp2": ("qwen3_moe", 4, {"tp": 2}),
     "a shared expert, tp2": ("qwen2_moe", 2, {"tp": 2}),
+    "experts with biases, tp2-ep2": ("gpt_oss", 2, {"tp": 2, "ep": 2}),
     "dense, tied, tp2": ("qwen3", 2, {"tp": 2}),
 }
 

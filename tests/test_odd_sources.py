@@ -48,7 +48,7 @@ def round_trip(folder: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "qwen2_moe", "gpt_oss"])
 def test_dtypes(family: str, dtype: str, tmp_path: Path) -> None:
     folder = tmp_path / "source"
     save_model(family, folder, num_hidden_layers=2)

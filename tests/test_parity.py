@@ -316,7 +316,7 @@ def test_packing_changes_nothing(workers: Workers, tiny: Tiny, num_packs: int) -
 ROUND_TRIPS = [
     (family, layout)
     for layout in ("one", "tp2-ep2", "pp2")
-    for family in ("qwen3_moe", "qwen2_moe", "qwen3", "qwen2", "llama", "mixtral")
+    for family in ("qwen3_moe", "qwen2_moe", "qwen3", "qwen2", "llama", "mixtral", "gpt_oss")
 ]
 
 

@@ -50,10 +50,21 @@ def config_of(model: Model) -> dict[str, Any]:
     }
 
 
+def check_apart(model: Model) -> None:
+    """WeightsError for experts that are one tensor in the files: their formats are others."""
+    name = next((rule.fused for rule in model.table.values() if rule.interleaved), None)
+    if name is not None:
+        raise WeightsError(
+            f"{name} holds all experts as one tensor, which is not quantised here. Serve the model"
+            f" as it is, in bf16."
+        )
+
+
 def check_servable(model: Model) -> None:
     """WeightsError for a weight that vLLM 0.32 joins with others and whose rows blocks do not
     divide: it refuses such a checkpoint.
     """
+    check_apart(model)
     for rule in model.table.values():
         shapes = rule.hf_shapes
         joined = shapes if rule.adapts == "experts" else shapes[:-1]

@@ -17,7 +17,7 @@ from moetrain.errors import ConfigError, WeightsError
 from moetrain.models import Model
 from moetrain.models.quantisation import KEY
 from moetrain.models.rules import HF_LAYER
-from moetrain.weights.block_fp8 import plain_modules, quantised_names
+from moetrain.weights.block_fp8 import check_apart, plain_modules, quantised_names
 from moetrain.weights.calibration import OneLayer
 from moetrain.weights.folder import weight_files
 from moetrain.weights.header import Stored, read_header
@@ -31,6 +31,7 @@ GROUP = 16  # columns that share a scale in NVFP4
 
 def check_servable(model: Model, to: str) -> None:
     """WeightsError for a matrix that the format cannot hold."""
+    check_apart(model)
     for rule in model.table.values():
         for key, shape in zip(rule.hf, rule.hf_shapes, strict=True):
             if to == "nvfp4" and len(shape) == 2 and rule.adapts and shape[1] % GROUP:

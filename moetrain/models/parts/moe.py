@@ -64,7 +64,7 @@ class Experts:
     """`num` SwiGLU blocks with `ffn` columns each; a token meets `top_k` of them.
 
     Where `interleaved`, files hold them as gpt-oss does: all experts as one tensor, an expert as
-    [in, out] with gate and up in turn.
+    [in, out] with gate and up in turn. No adapter stands beside them then, as in PEFT's all-linear.
     """
 
     hidden: int
@@ -82,6 +82,7 @@ class Experts:
         return self.bias or self.gate != SILU
 
     def weights(self) -> Iterator[Weight]:
+        adapts = None if self.interleaved else "experts"
         expert = f"{self.names.block}.experts.{{e}}."
         gate, up, down = (
             expert + name for name in (self.names.gate, self.names.up, self.names.down)
@@ -90,7 +91,7 @@ class Experts:
             "mlp.experts.linear_fc1.weight{e}",
             (f"{gate}.weight", f"{up}.weight"),
             GateUp((self.ffn, self.hidden)),
-            adapts="experts",
+            adapts=adapts,
             fused="mlp.experts.gate_up_proj",
             interleaved=self.interleaved,
             num_experts=self.num,
@@ -100,7 +101,7 @@ class Experts:
             "mlp.experts.linear_fc2.weight{e}",
             (f"{down}.weight",),
             Cols((self.hidden, self.ffn)),
-            adapts="experts",
+            adapts=adapts,
             writes=True,
             fused="mlp.experts.down_proj",
             interleaved=self.interleaved,
