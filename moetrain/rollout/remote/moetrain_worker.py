@@ -5,14 +5,15 @@ router's choices. Imported in vLLM's processes, which have no moetrain. Written 
 import base64
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from moetrain_weights import Folders
 
 RELOAD = "vllm.model_executor.model_loader.reload."
+EXPERTS = ("w13_weight", "w13_bias", "w2_weight", "w2_bias")  # of all of a layer, in gpt-oss
 WITH_ROUTES = "routes-"  # head of the ids of requests whose routing is recorded
 
 
@@ -35,10 +36,10 @@ class Worker:
         names = weights.to_load(new)
         with set_current_vllm_config(self.vllm_config), _quiet(len(names) < len(weights.names())):
             if names:
-                self.model_runner.reload_weights(
-                    weights_iterator=((name, weights.read(name)) for name in names),
-                    is_checkpoint_format=True,
-                )
+                given = _Given((name, weights.read(name)) for name in names)
+                self.model_runner.reload_weights(weights_iterator=given, is_checkpoint_format=True)
+                if given.lost and self.vllm_config.parallel_config.pipeline_parallel_size == 1:
+                    raise ValueError(f"vLLM keeps what it had for {given.lost[:4]}")
             self.finish_push()
         return {"load": time.perf_counter() - started}
 
@@ -112,6 +113,25 @@ class Worker:
                 self._routes.setdefault(request, {}).setdefault(layer, []).append((first, row_ids))
 
 
+class _Given:
+    """Tensors that are loaded, and the names of those that reached no parameter's loader: a reload
+    takes them for not given.
+    """
+
+    calls = 0  # of loaders, in this process
+
+    def __init__(self, weights: Iterable[tuple[str, Any]]):
+        self.weights = weights
+        self.lost: list[str] = []
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        for name, tensor in self.weights:
+            before = _Given.calls
+            yield name, tensor
+            if _Given.calls == before:
+                self.lost.append(name)
+
+
 def packed(routes: Any) -> dict[str, Any]:
     """An integer array as JSON."""
     numbers = base64.b64encode(routes.astype("<i2").tobytes()).decode()
@@ -129,6 +149,25 @@ def _quiet(partly: bool) -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.disabled = False
+
+
+def _count_loaders() -> None:
+    """For `_Given`."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    original = layerwise.make_online_process_loader
+
+    def make(layer: Any, name: str) -> Any:
+        loader = original(layer, name)
+
+        @wraps(loader)  # vLLM looks at its name
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            _Given.calls += 1
+            return loader(*args, **kwargs)
+
+        return counted
+
+    layerwise.make_online_process_loader = make
 
 
 def _repack_experts() -> None:
@@ -150,4 +189,42 @@ def _repack_experts() -> None:
     method.process_weights_after_loading = process
 
 
+def _load_gpt_oss_by_loaders() -> None:
+    """vLLM 0.32 copies gpt-oss' experts and sinks into its parameters without their loaders. A
+    reload sees loaders alone: it takes such layers for not given and puts back what they held, with
+    a warning at most. Given one by one experts go through their loader, and sinks do so here.
+    """
+    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+    from vllm.model_executor.models.gpt_oss import GptOssModel
+
+    original = GptOssModel.load_weights
+
+    def load(self: Any, weights: Iterable[tuple[str, Any]]) -> set[str]:
+        if getattr(self.config, "quantization_config", None):
+            return original(self, weights)
+        params, sinks = dict(self.named_parameters()), set[str]()
+
+        def one_by_one() -> Iterator[tuple[str, Any]]:
+            for name, tensor in weights:
+                stem, _, last = name.rpartition(".")
+                if stem.endswith(".mlp.experts") and last in EXPERTS:
+                    for number, expert in enumerate(tensor):
+                        yield f"{stem}.{number}.{last}", expert
+                elif last == "sinks" and name in params:
+                    sinks.add(name)
+                    param = params[name]
+                    size = param.size(0)
+                    part = tensor.narrow(0, get_tensor_model_parallel_rank() * size, size)
+                    getattr(param, "weight_loader", default_weight_loader)(param, part)
+                else:
+                    yield name, tensor
+
+        return original(self, one_by_one()) | sinks
+
+    GptOssModel.load_weights = load
+
+
+_count_loaders()
 _repack_experts()
+_load_gpt_oss_by_loaders()
