@@ -24,6 +24,34 @@ def _qwen3_moe(**sizes: int) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(layers: int, experts: int) -> dict[str, Any]:
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "max_position_embeddings": 131072,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "tie_word_embeddings": False,
+    }
+
+
 # Of dense models: hidden_size, intermediate_size, layers, heads, key/value heads, vocabulary, tied.
 type Sizes = tuple[int, int, int, int, int, int, bool]
 
@@ -136,6 +164,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     **{f"Qwen3-{size}": _qwen3(sizes) for size, sizes in _QWEN3.items()},
     **{f"{line}-8B": _llama3(_LLAMA_8B, 8.0) for line in ("Llama-3.1", "Meta-Llama-3.1")},
     **{f"{line}-70B": _llama3(_LLAMA_70B, 8.0) for line in ("Llama-3.1", "Meta-Llama-3.1")},
+    "gpt-oss-20b": _gpt_oss(24, 32),
+    "gpt-oss-120b": _gpt_oss(36, 128),
     "Llama-3.3-70B": _llama3(_LLAMA_70B, 8.0),
     "DeepSeek-R1-Distill-Llama-8B": _llama3(_LLAMA_8B, 8.0),
     "DeepSeek-R1-Distill-Llama-70B": _llama3(_LLAMA_70B, 8.0),

@@ -175,8 +175,15 @@ def _cut(part: Any) -> Iterator[Box]:
 
 def _beside_megatron(engine: Engine, ours: set[Box]) -> Iterator[str]:
     """What Megatron's modules of Transformer Engine would save is what we save, names of norms and
-    experts included, but for `_extra_state`, where they keep what fp8 needs.
+    experts included, but for `_extra_state`, where they keep what fp8 needs. Sinks and experts with
+    biases are not Megatron's modules under either backend.
     """
+    moe = engine.model.moe
+    own = ("softmax_offset", *([".experts."] if moe and moe.experts.needs_ours else []))
+
+    def megatrons(boxes: set[Box]) -> dict[Box, None]:
+        return dict.fromkeys(box for box in boxes if not any(word in box[0] for word in own))
+
     theirs = set[Box]()
     for chunk in engine.chunks:
         saved = chunk.sharded_state_dict()
@@ -185,4 +192,4 @@ def _beside_megatron(engine: Engine, ours: set[Box]) -> Iterator[str]:
         if not all("_extra_state" in name for name in extra):
             yield f"Megatron saves {sorted(n for n in extra if '_extra_state' not in n)[:3]} too"
         theirs |= set(_boxes({name: part for name, part in saved.items() if name in weights}))
-    yield from _differ("boxes", dict.fromkeys(ours), dict.fromkeys(theirs))
+    yield from _differ("boxes", megatrons(ours), megatrons(theirs))

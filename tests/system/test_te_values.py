@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
         for name in ("one", "tp2-sp", "pp2", "ep2", "tp2-ep2", "cp2")
     },
     "etp2": ("qwen3_moe", 2, {"tp": 2, "etp": 2}, PLAIN),
+    "sinks, windows, biases": ("gpt_oss", 2, {"tp": 2, "ep": 2}, PLAIN),
     "a shared expert": ("qwen2_moe", 2, {"tp": 2, "ep": 2}, PLAIN),
     "dense, recomputed": ("llama", 2, {"tp": 2}, {"train": {"recompute": "full"}}),
 }
