@@ -1,17 +1,20 @@
 """Models with fewer layers that stand for large ones. Imports no torch."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from moetrain.config.recipe import Recipe
 from moetrain.models import Model
+from moetrain.models.model import Layer
 
 
 def with_layers(recipe: Recipe, model: Model, num: int) -> Recipe | None:
     """The recipe with a model of `num` layers; None where its layers are not alike, or not treated
-    alike.
+    alike. A window makes no difference: it changes no size, and a trace counts all keys.
     """
-    if any(layer != model.layers[0] for layer in model.layers) or _tells_layers_apart(recipe):
+    kinds = {_without_window(layer) for layer in model.layers}
+    if len(kinds) > 1 or _tells_layers_apart(recipe):
         return None
     hf: dict[str, Any] = {
         name: value[:num] if isinstance(value, list) and len(value) == model.num_layers else value
@@ -19,6 +22,10 @@ def with_layers(recipe: Recipe, model: Model, num: int) -> Recipe | None:
     }
     smaller = recipe.model.model_copy(update={"hf": hf | {"num_hidden_layers": num}})
     return evenly(recipe.model_copy(update={"model": smaller}))
+
+
+def _without_window(layer: Layer) -> Layer:
+    return replace(layer, attention=replace(layer.attention, window=None))
 
 
 def evenly(recipe: Recipe) -> Recipe:
