@@ -46,10 +46,12 @@ class _GroupedWeight(nn.Module):
         """
         return grouped_linear(x, self.weight, ends)
 
-    def bias_of(self, counts: Tensor) -> Tensor:
-        """[t, out]: each row's, where expert i has counts[i] of the t rows."""
+    def bias_of(self, counts: Tensor, num: int) -> Tensor:
+        """[num, out]: each row's, where expert i has counts[i] of the `num` rows; `num` is given so
+        that the host need not wait for the device.
+        """
         assert self.bias is not None
-        return self.bias.repeat_interleave(counts, 0)
+        return self.bias.repeat_interleave(counts, 0, output_size=num)
 
 
 class GroupedExperts(MegatronModule):
@@ -94,8 +96,9 @@ class GroupedExperts(MegatronModule):
         wide = self.linear_fc1(hidden, ends)
         if self.linear_fc1.bias is None:
             return self.linear_fc2(weighted_swiglu(wide, probs, self.gate), ends), None
-        act = weighted_swiglu(wide + self.linear_fc1.bias_of(counts), probs, self.gate)  # [t, f]
-        bias = self.linear_fc2.bias_of(counts)
+        bias = self.linear_fc1.bias_of(counts, len(hidden))
+        act = weighted_swiglu(wide + bias, probs, self.gate)  # [t, f]
+        bias = self.linear_fc2.bias_of(counts, len(hidden))
         if (size := self.tp_group.size()) > 1:
             # All expert-tensor ranks have it, and their outputs are added up: a part of it, with
             # the whole gradient.
