@@ -106,7 +106,7 @@ class Model:
 
     @property
     def attention(self) -> GQA:
-        """Of every layer: Megatron has one configuration for all of them."""
+        """Of every layer, its window aside: Megatron has one configuration for all of them."""
         return self.layers[0].attention
 
     @cached_property
