@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from moetrain.models.parts.mlp import SILU, Gate
 from moetrain.ops import swiglu
 from moetrain.ops.grouped import grouped_linear
 from moetrain.ops.swiglu import weighted_swiglu
@@ -34,7 +35,8 @@ def test_equals_one_expert_after_the_other(widths: str, counts: list[int]) -> No
 
 
 @pytest.mark.parametrize("frozen", [None, 0, 1])
-def test_swiglu_keeps_its_input_alone(frozen: int | None) -> None:
+@pytest.mark.parametrize("how", [SILU, Gate(1.702, 1.0, 0.5)], ids=["silu", "clamped"])
+def test_swiglu_keeps_its_input_alone(how: Gate, frozen: int | None) -> None:
     """Gradients to the bit those of plain autograd, which keeps two more tensors of its size."""
     torch.manual_seed(0)
     kept: list[int] = []
@@ -47,7 +49,7 @@ def test_swiglu_keeps_its_input_alone(frozen: int | None) -> None:
         kept.clear()
         inputs = [data.clone().requires_grad_(i != frozen) for i, data in enumerate(given)]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            out = function(*inputs)
+            out = function(*inputs, how)
         size = sum(kept)
         out.sum().backward()
         return [out, *(x.grad for x in inputs if x.grad is not None)], size
