@@ -1,11 +1,12 @@
 """Conversions against plain copies of the same files: seconds, and the anonymous memory of all
 their processes together.
 
-    python tools/bench/convert.py FOLDER [--layers N] [--rounds N]
+    python tools/bench/convert.py FOLDER [--shape NAME] [--layers N] [--rounds N]
 
-Makes a model with Qwen3-30B-A3B's layers and vocabulary of random bf16 numbers in FOLDER (3.7 GB
-with two layers; four times as much room is needed) and removes it in the end. Sides take turns in
-every round. `cp -r` is timed with and without waiting for the disk; conversions always wait.
+Makes a model with Qwen3-30B-A3B's layers and vocabulary, or another's, of random bf16 numbers in
+FOLDER (3.7 GB with two layers; four times as much room is needed) and removes it in the end. Sides
+take turns in every round. `cp -r` is timed with and without waiting for the disk; conversions
+always wait.
 """
 
 import argparse
@@ -26,7 +27,9 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from moetrain.config.hub_models import PUBLISHED  # noqa: E402
 from moetrain.models import read_model  # noqa: E402
+from moetrain.weights import fused as fused_files  # noqa: E402
 from moetrain.weights import hf_files  # noqa: E402
 from moetrain.weights.stream import put  # noqa: E402
 
@@ -36,6 +39,7 @@ SHAPES = {
                 intermediate_size=6144, num_layers=2),
     "235b": dict(hidden_size=4096, moe_intermediate_size=1536, num_attention_heads=64,
                  intermediate_size=12288, num_layers=1),
+    "gpt-oss": dict(num_layers=1),  # 20b's, of which 120b has more experts
 }  # fmt: skip
 SAMPLE_S = 0.02
 
@@ -52,6 +56,9 @@ def config(shape: str, layers: int | None) -> dict[str, object]:
     """A config.json."""
     sizes = dict(SHAPES[shape])
     num = sizes.pop("num_layers")
+    if shape == "gpt-oss":
+        published: dict[str, object] = PUBLISHED["gpt-oss-20b"]
+        return {**published, "num_hidden_layers": layers or num, "torch_dtype": "bfloat16"}
     return dict(
         sizes,
         architectures=["Qwen3MoeForCausalLM"],
@@ -76,11 +83,12 @@ def make(folder: Path, hf: dict[str, object]) -> None:
     """A model of random numbers between -0.06 and 0.06, in shards of 5 GB."""
     folder.mkdir(parents=True)
     model = read_model(hf)
-    wanted = [
-        hf_files.Target(name, "BF16", shape)
-        for rule in model.table.values()
-        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
-    ]
+    fused = fused_files.groups(model.table)
+    shapes = {name: fused_files.file_shape(rules) for name, rules in fused.items()}
+    for rule in model.table.values():
+        shapes |= zip(rule.hf, rule.hf_shapes, strict=True)
+    names = fused_files.file_names(model.table, model.hf_names)
+    wanted = [hf_files.Target(name, "BF16", shapes[name]) for name in names]
     groups = hf_files.shards(wanted, hf_files.SHARD_BYTES)
     files = dict(zip(hf_files.shard_names(len(groups)), groups, strict=True))
     rng = np.random.default_rng(0)
