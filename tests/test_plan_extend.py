@@ -6,6 +6,7 @@ import pytest
 
 from moetrain.testing.gloo import apart
 from moetrain.testing.ranks import recipe_for
+from moetrain.testing.tiny import CONFIGS
 from moetrain.testing.traced import HF, extended
 
 ROLLOUT = {
@@ -13,6 +14,12 @@ ROLLOUT = {
     "rewards": [{"name": "accuracy"}],
 }
 LORA = {"adapter": {"rank": 4, "target": ["all-linear"]}, "train": {"recompute": "full"}}
+WINDOWS = {
+    "path": None,
+    "hf": CONFIGS["gpt_oss"] | {"num_hidden_layers": 8},
+    "dtype": "bf16",
+    "init": "random",
+}
 CASES: list[tuple[dict[str, Any], dict[str, Any], int, int, int]] = [
     # parallel, other sections, ranks, layers, micro-batches
     ({"ep": 2}, {}, 2, 5, 4),
@@ -20,6 +27,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], int, int, int]] = [
     ({"pp": 4, "cp": 2}, {"train": {"recompute": "full"}}, 8, 22, 7),
     ({"pp": 2, "vpp": 2}, {"method": {"name": "simpo"}}, 4, 12, 6),
     ({"tp": 2}, {"method": {"name": "grpo", "beta": 0.1}} | ROLLOUT, 2, 4, 3),
+    # Windows in turn, which change no size.
+    ({"pp": 2, "ep": 2}, {"model": WINDOWS}, 4, 8, 4),
     # Too few layers for smaller models, and many micro-batches.
     ({"tp": 2}, {"method": {"name": "grpo", "beta": 0.1}} | ROLLOUT, 2, 3, 8),
     ({"pp": 2, "vpp": 2}, {"method": {"name": "dpo"}}, 2, 4, 10),
