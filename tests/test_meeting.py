@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from moetrain.cluster.launch import run_local
 from moetrain.ports import free_port
@@ -96,3 +98,20 @@ def test_ranks_share_one_group(workers: Workers, world: int, parallel: dict[str,
     """Not one for each of Megatron's axes; the world's own group stays apart from all."""
     for num_groups, num_sets in workers.run(world, ranks.num_groups, parallel):
         assert num_groups == num_sets + 1
+
+
+def minutes_of_a_group(given: str) -> float:
+    """How long a tensor-parallel collective may take, where the environment has `given`."""
+    from moetrain.config.recipe import ParallelConfig
+    from moetrain.engine.world import open_world
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MOETRAIN_TIMEOUT_MINUTES", given)
+        group: Any = open_world(ParallelConfig(), 0).tp_group
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("45.5", 46), ("2", 30)])
+def test_every_group_waits_as_long_as_it_is_told(workers: Workers, given: str, wanted: int) -> None:
+    """Longer than Megatron's own half an hour, where the launcher's watchdog does."""
+    assert workers.run(1, minutes_of_a_group, given) == [wanted]

@@ -5,6 +5,7 @@ and nothing has values.
 """
 
 import datetime
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -262,16 +263,20 @@ def join(*, far: bool = False) -> tuple[Kind, torch.device]:
     device_here = device.prepare()
     kind: Kind = "nccl" if device_here.type == "cuda" else "gloo"
     if not dist.is_initialized():
-        minutes = float(os.environ.get("MOETRAIN_TIMEOUT_MINUTES", 10))
         meeting.join(
             kind,
             int(os.environ.get("RANK", 0)),
             int(os.environ.get("WORLD_SIZE", 1)),
-            datetime.timedelta(minutes=minutes),
+            datetime.timedelta(minutes=timeout_minutes()),
             device_here if kind == "nccl" else None,
             far=far,
         )
     return kind, device_here
+
+
+def timeout_minutes() -> float:
+    """How long a collective may take: the launcher gives what its watchdog waits for, and more."""
+    return float(os.environ.get("MOETRAIN_TIMEOUT_MINUTES", 10))
 
 
 def leave() -> None:
@@ -314,6 +319,8 @@ def with_groups(kind: Kind, own: torch.device, parallel: ParallelConfig, seed: i
             expert_model_parallel_size=plan.ep,
             expert_tensor_parallel_size=plan.etp,
             create_gloo_process_groups=kind == "nccl",
+            # Megatron's own 30 would end what the launcher's watchdog still waits for.
+            distributed_timeout_minutes=max(30, math.ceil(timeout_minutes())),
         )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return World(
