@@ -129,6 +129,6 @@ def test_padded_heads_change_nothing(monkeypatch: pytest.MonkeyPatch, scale: flo
     torch.manual_seed(0)
     q, k, v = torch.randn(12, 4, 20), torch.randn(12, 2, 20), torch.randn(12, 2, 20)
     pieces = attention.spans([[0, 4, 9, 12], [-1, 0, -1]], [(0, 12)])
-    wanted = attention._attend_sdpa(q, k, v, pieces, attention.Kind(scale))
-    found = attention._attend_varlen(q, k, v, pieces, attention.Kind(scale))
+    wanted = attention._attend_sdpa(q, k, v, pieces, attention.Scoring(scale))
+    found = attention._attend_varlen(q, k, v, pieces, attention.Scoring(scale))
     torch.testing.assert_close(found, wanted)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain.models.parts.mlp import SILU, Gate
+from moetrain.models.parts.mlp import SWIGLU, Glu
 from moetrain.ops import swiglu
 from moetrain.ops.grouped import grouped_linear
 from moetrain.ops.swiglu import weighted_swiglu
@@ -35,8 +35,8 @@ def test_equals_one_expert_after_the_other(widths: str, counts: list[int]) -> No
 
 
 @pytest.mark.parametrize("frozen", [None, 0, 1])
-@pytest.mark.parametrize("how", [SILU, Gate(1.702, 1.0, 0.5)], ids=["silu", "clamped"])
-def test_swiglu_keeps_its_input_alone(how: Gate, frozen: int | None) -> None:
+@pytest.mark.parametrize("how", [SWIGLU, Glu(1.702, 1.0, 0.5)], ids=["silu", "clamped"])
+def test_swiglu_keeps_its_input_alone(how: Glu, frozen: int | None) -> None:
     """Gradients to the bit those of plain autograd, which keeps two more tensors of its size."""
     torch.manual_seed(0)
     kept: list[int] = []

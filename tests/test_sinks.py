@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.engine.layers import attention
-from moetrain.engine.layers.attention import Kind
+from moetrain.engine.layers.attention import Scoring
 from moetrain.ops.sinks import cpu_kernel, with_sinks, with_sinks_plainly
 
 TOKENS, KEYS, HEADS, SIZE = 9, 13, 4, 16
@@ -25,10 +25,9 @@ def inputs(num_q: int = TOKENS, num_k: int = KEYS) -> list[Tensor]:
 @pytest.mark.parametrize("num_q", [TOKENS, KEYS])
 def test_values_and_gradients_are_the_formulas(num_q: int, window: int | None) -> None:
     q, k, v, sinks = inputs(num_q)
-    mask = Kind(window=window).mask(num_q, KEYS, q.device)
-    added = None if mask is None else torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    mask = Scoring(window=window).mask(num_q, KEYS, q.device)
     wanted = with_sinks_plainly(q, k, v, sinks, mask, 0.3)
-    found = with_sinks(q, k, v, sinks, cpu_kernel(added, 0.3))
+    found = with_sinks(q, k, v, sinks, cpu_kernel(mask, 0.3))
     torch.testing.assert_close(found, wanted)
     grad = torch.randn_like(found)
     every = [q, k, v, sinks]
@@ -41,7 +40,7 @@ def test_values_and_gradients_are_the_formulas(num_q: int, window: int | None) -
 
 def test_a_window_is_the_last_keys() -> None:
     """A query sees its own key and those before it, `window` together."""
-    mask = Kind(window=3).mask(4, 6, torch.device("cpu"))
+    mask = Scoring(window=3).mask(4, 6, torch.device("cpu"))
     assert mask is not None
     assert mask.int().tolist() == [
         [1, 1, 1, 0, 0, 0],
@@ -49,7 +48,7 @@ def test_a_window_is_the_last_keys() -> None:
         [0, 0, 1, 1, 1, 0],
         [0, 0, 0, 1, 1, 1],
     ]
-    assert Kind(window=6).mask(6, 6, torch.device("cpu")) is None
+    assert Scoring(window=6).mask(6, 6, torch.device("cpu")) is None
 
 
 def flash(
@@ -83,11 +82,11 @@ def test_both_ways_through_a_pack(
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
     torch.manual_seed(0)
     q, k, v = torch.randn(12, 4, size), torch.randn(12, 2, size), torch.randn(12, 2, size)
-    kind = Kind(0.3, window, torch.randn(4) if has_sinks else None)
+    how = Scoring(0.3, window, torch.randn(4) if has_sinks else None)
     pieces = attention.spans([[0, 4, 9, 12], [-1, 0, -1]], [(0, 12)])
-    wanted = attention._attend_sdpa(q, k, v, pieces, kind)
-    torch.testing.assert_close(attention._attend_varlen(q, k, v, pieces, kind), wanted)
-    other = attention._attend_sdpa(q, k, v, pieces, Kind(0.3))
+    wanted = attention._attend_sdpa(q, k, v, pieces, how)
+    torch.testing.assert_close(attention._attend_varlen(q, k, v, pieces, how), wanted)
+    other = attention._attend_sdpa(q, k, v, pieces, Scoring(0.3))
     assert (window is None and not has_sinks) == torch.equal(wanted, other)
 
 

@@ -22,7 +22,7 @@ from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import write_peft
 from moetrain.weights.reader import RandomReader, Reader, SafetensorsReader
 from moetrain.weights.side_files import SideFiles
-from moetrain.weights.transport import LocalParam, export, given, load
+from moetrain.weights.transport import LocalParam, export, exported_shapes, load
 from moetrain.weights.writer import write_hf
 
 
@@ -175,7 +175,7 @@ def rewrite(
             export(local, table, ALL, to="owner"),
             [
                 Target(name, NAMES[reader.dtype(name)], shape)
-                for name, shape in given(local, table, ALL, to="owner").items()
+                for name, shape in exported_shapes(local, table, ALL, to="owner").items()
             ],
             out,
             ALL,

@@ -50,7 +50,7 @@ from moetrain.ops.packed import Packed
 from moetrain.weights import transport
 from moetrain.weights.adapter_init import InitialAdapter
 from moetrain.weights.dtypes import NAMES
-from moetrain.weights.fused import file_names, file_shape, groups, put_together, with_all_experts
+from moetrain.weights.fused import file_names, file_shapes, groups, put_together, with_all_experts
 from moetrain.weights.hf_files import Target
 from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import write_peft
@@ -330,17 +330,13 @@ class Engine:
         with gathered(self.wrapped):
             rules = exported(self.model.table)
             local = [p for p in local_merged(self.chunks, self.world) if p.name in rules]
-            fused = groups(rules)  # whose experts come to one rank
-            to: transport.To = "first" if fused else "owner"
-            shapes = transport.given(local, rules, self.world, to=to)
-            firsts = {name: of[0].hf[0] for name, of in fused.items()}
+            # Experts that are one tensor come together on one rank.
+            to: transport.To = "first" if groups(rules) else "owner"
+            shapes = transport.exported_shapes(local, rules, self.world, to=to)
+            parts = file_names(rules, shapes)
             targets = [
-                Target(
-                    name,
-                    NAMES[dtypes.get(firsts.get(name, name), default)],
-                    file_shape(fused[name]) if name in fused else shapes[name],
-                )
-                for name in file_names(rules, shapes)
+                Target(name, NAMES[dtypes.get(parts[name], default)], shape)
+                for name, shape in file_shapes(rules, shapes).items()
             ]
             write_hf(
                 put_together(transport.export(local, rules, self.world, to=to), rules),

@@ -70,10 +70,8 @@ def refuse_but(hf: HfConfig, key: str, *allowed: object) -> None:
         )
 
 
-def refuse_unsupported(hf: HfConfig, *, windows: bool = False) -> None:
-    """Raise ConfigError for a setting that transformers would run and Megatron here would not;
-    `windows` where the family reads `layer_types` itself.
-    """
+def refuse_unsupported(hf: HfConfig) -> None:
+    """Raise ConfigError for a setting that transformers would run and Megatron here would not."""
     for key, allowed in _ONLY.items():
         refuse_but(hf, key, *allowed)
     ends = hf.get("eos_token_id")
@@ -83,7 +81,7 @@ def refuse_unsupported(hf: HfConfig, *, windows: bool = False) -> None:
             f"model config: eos_token_id = {ends!r} is no token id, and no list of them"
         )
     layer_types = hf.get("layer_types")
-    if isinstance(layer_types, Sequence) and not isinstance(layer_types, str) and not windows:
+    if isinstance(layer_types, Sequence) and not isinstance(layer_types, str):
         others = {str(kind) for kind in cast(Sequence[object], layer_types)} - {"full_attention"}
         if others:
             raise ConfigError(

@@ -191,7 +191,7 @@ def decoder(
     The keyword arguments are the family's defaults in transformers. Raises ConfigError for a
     missing key, a wrong type or a setting that Megatron would not reproduce.
     """
-    refuse_unsupported(hf, windows=windows is not None)
+    refuse_unsupported(hf)
     held = sum(mlp.experts.num for mlp in mlps if isinstance(mlp, Moe))
     if held > MOST_EXPERTS:
         raise ConfigError(

@@ -25,7 +25,7 @@ class Kernel(NamedTuple):
     """(gradient of the output, q, k, v, output, z) -> gradients of q, k, v."""
 
 
-class _Sunk(torch.autograd.Function):
+class _SinkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, kernel: Kernel) -> Tensor:
         out, z = kernel.forward(q, k, v)
@@ -49,14 +49,19 @@ class _Sunk(torch.autograd.Function):
 
 def with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, kernel: Kernel) -> Tensor:
     """q, k and v as the kernel wants them, sinks [a] -> [t, a, d]; differentiable in all four."""
-    return _Sunk.apply(q, k, v, sinks, kernel)  # type: ignore[no-any-return]
+    return _SinkAttention.apply(q, k, v, sinks, kernel)  # type: ignore[no-any-return]
 
 
 def cpu_kernel(mask: Tensor | None, scale: float) -> Kernel:
-    """Torch's flash attention for CPUs: q [t, a, d], k and v [keys, a, d], mask [t, keys] of what
-    is added to the logits, None where queries and keys are the same tokens and all is causal.
+    """Torch's flash attention for CPUs: q [t, a, d], k and v [keys, a, d], mask [t, keys] bool of
+    what is seen, None where queries and keys are the same tokens and all is causal.
     """
     aten = torch.ops.aten
+
+    def added(q: Tensor) -> Tensor | None:
+        if mask is None:
+            return None
+        return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
 
     def heads_first(x: Tensor) -> Tensor:
         return x.transpose(0, 1)[None]
@@ -64,7 +69,7 @@ def cpu_kernel(mask: Tensor | None, scale: float) -> Kernel:
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, z = aten._scaled_dot_product_flash_attention_for_cpu(
             heads_first(q), heads_first(k), heads_first(v), 0.0, mask is None,
-            attn_mask=mask, scale=scale,
+            attn_mask=added(q), scale=scale,
         )  # fmt: skip
         return out[0].transpose(0, 1), z[0]
 
@@ -73,7 +78,7 @@ def cpu_kernel(mask: Tensor | None, scale: float) -> Kernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             heads_first(grad), heads_first(q), heads_first(k), heads_first(v), heads_first(out),
-            z[None], 0.0, mask is None, attn_mask=mask, scale=scale,
+            z[None], 0.0, mask is None, attn_mask=added(q), scale=scale,
         )  # fmt: skip
         dq, dk, dv = (x[0].transpose(0, 1) for x in grads)
         return dq, dk, dv

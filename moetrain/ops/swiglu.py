@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.models.parts.mlp import SILU, Gate
+from moetrain.models.parts.mlp import SWIGLU, Glu
 
 
-def _weighted(x: Tensor, weight: Tensor, how: Gate) -> Tensor:
+def _weighted(x: Tensor, weight: Tensor, how: Glu) -> Tensor:
     gate, up = x.chunk(2, -1)
-    if how == SILU:
+    if how == SWIGLU:
         return (F.silu(gate) * up * weight.unsqueeze(-1)).to(x.dtype)
     if how.limit is not None:
         gate, up = gate.clamp(max=how.limit), up.clamp(-how.limit, how.limit)
@@ -28,7 +28,7 @@ class _Weighted(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, how: Gate) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, how: Glu) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.how = how
         return _weighted(x, weight, how)
@@ -43,7 +43,7 @@ class _Weighted(torch.autograd.Function):
         return *(next(grads) if i in needed else None for i in range(2)), None
 
 
-def weighted_swiglu(x: Tensor, weight: Tensor, how: Gate = SILU) -> Tensor:
+def weighted_swiglu(x: Tensor, weight: Tensor, how: Glu = SWIGLU) -> Tensor:
     """silu(gate) * up * weight, or what `how` has in its place, of x [t, 2f] (gate columns, then up
     columns) and weight [t] fp32 -> [t, f] in x's dtype.
     """

@@ -36,7 +36,7 @@ from moetrain.rollout.follow_ups import FollowUps
 from moetrain.rollout.shaping import shaped
 
 BATCH = 64  # answers drawn together
-GATES = ("mlp.gate", "mlp.router")  # what transformers calls routers
+ROUTERS = ("mlp.gate", "mlp.router")  # what transformers calls routers
 
 
 class Embedded:
@@ -322,7 +322,7 @@ class _Listening:
     def __enter__(self) -> None:
         if self.chosen is None:
             return
-        gates = [m for name, m in self.model.named_modules() if name.endswith(GATES)]
+        gates = [m for name, m in self.model.named_modules() if name.endswith(ROUTERS)]
         for gate in gates:
             hook = gate.register_forward_hook(lambda m, a, out: self._found.append(out[-1]))
             self._hooks.append(hook)

@@ -179,7 +179,7 @@ def _beside_megatron(engine: Engine, ours: set[Box]) -> Iterator[str]:
     biases are not Megatron's modules under either backend.
     """
     moe = engine.model.moe
-    own = ("softmax_offset", *([".experts."] if moe and moe.experts.needs_ours else []))
+    own = ("softmax_offset", *([".experts."] if moe and not moe.experts.fits_te else []))
 
     def megatrons(boxes: set[Box]) -> dict[Box, None]:
         return dict.fromkeys(box for box in boxes if not any(word in box[0] for word in own))

@@ -40,6 +40,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
             rope_type="yarn",
             rope_theta=150000.0,
             factor=8.0,
+            beta_fast=32.0,  # vLLM asks for both
+            beta_slow=1.0,
             truncate=False,
             original_max_position_embeddings=32,
         ),

@@ -195,7 +195,7 @@ def write_hf_rows(
 
     Raises OSError; WeightsError for too little room; whatever reading raises.
     """
-    rows, names = PutTogether(rows, model.table), file_names(model.table, names)
+    rows, names = PutTogether(rows, model.table), list(file_names(model.table, names))
     groups = hf_files.shards(hf_files.targets(rows, names), options.shard_bytes)
     files = dict(zip(hf_files.shard_names(len(groups)), groups, strict=True))
 

@@ -15,7 +15,7 @@ from moetrain.errors import WeightsError
 from moetrain.models import Model
 from moetrain.models.lookup import HF, read_mapping
 from moetrain.models.quantisation import KEY, MXFP4, Quantisation, read_quantisation
-from moetrain.weights.mxfp4 import E2M1, Mxfp4
+from moetrain.weights.mxfp4 import Mxfp4, unpacked
 from moetrain.weights.reader import Reader, SafetensorsReader, Slices
 
 MODELOPT = "hf_quant_config.json"
@@ -151,9 +151,8 @@ class Dequantised:
         rows, columns = slices
         first, last = columns.start // 2, ceil(columns.stop / 2)
         packed = self.base.read(name, (rows, slice(first, last)))
-        both = torch.stack((packed & 15, packed >> 4), -1).flatten(1)  # the low half is the first
         skipped = columns.start - 2 * first
-        return E2M1[both[:, skipped : skipped + columns.stop - columns.start].int()]
+        return unpacked(packed)[:, skipped : skipped + columns.stop - columns.start]
 
     def _scales(self, name: str, slices: Slices) -> Tensor:
         """One a block that the slice meets, fp32; [1] along a dimension that one block spans."""

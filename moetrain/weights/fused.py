@@ -41,10 +41,24 @@ def matrix_in(whole: "Tensor", cut: FusedSlice) -> "Tensor":
     return whole[rows * cut.part : rows * (cut.part + 1)]
 
 
-def file_names(table: Table, names: Iterable[str]) -> list[str]:
-    """These names of the table as the files have them, in their order."""
+def file_names(table: Table, names: Iterable[str]) -> dict[str, str]:
+    """These names of the table as the files have them, in their order, each with the first of the
+    table's that lies there.
+    """
     fused = {key: name for name, rules in groups(table).items() for r in rules for key in r.hf}
-    return list(dict.fromkeys(fused.get(name, name) for name in names))
+    result: dict[str, str] = {}
+    for name in names:
+        result.setdefault(fused.get(name, name), name)
+    return result
+
+
+def file_shapes(table: Table, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Of whole tensors by the table's names -> by the files', in their order."""
+    fused = groups(table)
+    return {
+        name: file_shape(fused[name]) if name in fused else shapes[first]
+        for name, first in file_names(table, shapes).items()
+    }
 
 
 def file_shape(rules: Sequence[Rule]) -> Shape:

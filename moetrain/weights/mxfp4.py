@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moetrain.errors import WeightsError
 from moetrain.models import Model
@@ -20,6 +21,11 @@ BLOCKS, SCALES = "_blocks", "_scales"
 GROUP = 32  # numbers with one scale
 # What 4 bits stand for (e2m1), by their value.
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def unpacked(packed: Tensor) -> Tensor:
+    """[..., n] bytes -> [..., 2 n] fp32, two numbers of a byte: the low half is the first."""
+    return E2M1[torch.stack((packed & 15, packed >> 4), -1).flatten(-2).int()]
 
 
 class Mxfp4(ByRows):
@@ -86,7 +92,6 @@ class Mxfp4(ByRows):
         blocks = self.base.rows(cut.key + BLOCKS, low * groups, high * groups)
         scales = self.base.rows(cut.key + SCALES, low, high)[cut.part :: num]
         packed = torch.from_numpy(blocks.reshape(-1, groups, 16)[cut.part :: num].copy())
-        both = torch.stack((packed & 15, packed >> 4), -1).flatten(2)  # the low half is the first
         powers = torch.from_numpy(scales.astype(np.int32)) - 127
-        values = torch.ldexp(E2M1[both.int()], powers[..., None])
+        values = torch.ldexp(unpacked(packed), powers[..., None])
         return as_rows(values.to(torch.bfloat16).flatten(1))

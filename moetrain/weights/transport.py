@@ -109,7 +109,7 @@ def export(
         parts: tuple[Tensor, ...] | None = None
         if param is not None and _in_owners_group(param, owner, ranks):
             parts = _whole(param, rule)
-        wanted = {"all": True, "first": ranks.rank == 0, "owner": ranks.rank == owner}[to]
+        wanted = _is_wanted(to, owner, ranks)
         gives = to == "first" and ranks.rank == owner
         if not wanted and not gives:
             continue
@@ -127,16 +127,20 @@ def export(
                 yield key, tensor
 
 
-def given(
+def _is_wanted(to: To, owner: int, ranks: Ranks) -> bool:
+    """Whether this rank yields what `owner` has."""
+    return {"all": True, "first": ranks.rank == 0, "owner": ranks.rank == owner}[to]
+
+
+def exported_shapes(
     local: Iterable[LocalParam], table: Table, ranks: Ranks = ALONE, *, to: To
 ) -> dict[str, Shape]:
     """Hugging Face name -> global shape of what `export` yields here, in its order. Collective."""
     owners = _owners({p.name: p for p in local}, ranks)
-    here = {"all": lambda _: True, "first": lambda _: ranks.rank == 0, "owner": ranks.rank.__eq__}
     return {
         key: shape
         for name, rule in table.items()
-        if name in owners and here[to](owners[name][0])
+        if name in owners and _is_wanted(to, owners[name][0], ranks)
         for key, shape in zip(rule.hf, rule.hf_shapes, strict=True)
     }
 

@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from moetrain.config.hub_models import PUBLISHED  # noqa: E402
 from moetrain.models import read_model  # noqa: E402
-from moetrain.weights import fused as fused_files  # noqa: E402
 from moetrain.weights import hf_files  # noqa: E402
+from moetrain.weights.fused import file_shapes  # noqa: E402
 from moetrain.weights.stream import put  # noqa: E402
 
 # https://huggingface.co/Qwen/Qwen3-30B-A3B and -235B-A22B, config.json
@@ -83,12 +83,13 @@ def make(folder: Path, hf: dict[str, object]) -> None:
     """A model of random numbers between -0.06 and 0.06, in shards of 5 GB."""
     folder.mkdir(parents=True)
     model = read_model(hf)
-    fused = fused_files.groups(model.table)
-    shapes = {name: fused_files.file_shape(rules) for name, rules in fused.items()}
-    for rule in model.table.values():
-        shapes |= zip(rule.hf, rule.hf_shapes, strict=True)
-    names = fused_files.file_names(model.table, model.hf_names)
-    wanted = [hf_files.Target(name, "BF16", shapes[name]) for name in names]
+    shapes = {
+        name: shape
+        for rule in model.table.values()
+        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
+    }
+    of_files = file_shapes(model.table, shapes)
+    wanted = [hf_files.Target(name, "BF16", shape) for name, shape in of_files.items()]
     groups = hf_files.shards(wanted, hf_files.SHARD_BYTES)
     files = dict(zip(hf_files.shard_names(len(groups)), groups, strict=True))
     rng = np.random.default_rng(0)

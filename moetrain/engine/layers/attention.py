@@ -16,7 +16,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -89,8 +93,8 @@ def _pieces(x: Tensor, ranges: list[tuple[tuple[int, int], ...]]) -> list[Tensor
     return pieces
 
 
-class Kind(NamedTuple):
-    """Of attention, beside its sizes."""
+class Scoring(NamedTuple):
+    """How attention's weights are made of its logits."""
 
     scale: float | None = None  # of the logits; None: 1 / sqrt(d)
     window: int | None = None  # the last keys that a query sees
@@ -107,16 +111,16 @@ class Kind(NamedTuple):
         return mask if self.window is None else mask.triu(behind - self.window + 1)
 
 
-def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], kind: Kind) -> Tensor:
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], how: Scoring) -> Tensor:
     """q [c, a, d], k and v [t, g, d] -> [c, a, d], one SDPA call a span."""
     ranges = [piece.keys for piece in pieces]
     queries = q.split([piece.end - piece.start for piece in pieces])  # spans cover them in order
     keys, values = _pieces(k, ranges), _pieces(v, ranges)
     out: list[Tensor] = []
     for piece, one_q, one_k, one_v in zip(pieces, queries, keys, values, strict=True):
-        mask = kind.mask(piece.end - piece.start, piece.num_keys, q.device)
-        if kind.sinks is not None:
-            out.append(_attend_with_sinks(one_q, one_k, one_v, mask, kind))
+        mask = how.mask(piece.end - piece.start, piece.num_keys, q.device)
+        if how.sinks is not None:
+            out.append(_attend_with_sinks(one_q, one_k, one_v, mask, how))
             continue
         heads = F.scaled_dot_product_attention(
             one_q.transpose(0, 1)[None],
@@ -124,24 +128,23 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], kind: Kind
             one_v.transpose(0, 1)[None],
             attn_mask=mask,
             is_causal=mask is None,
-            scale=kind.scale,
+            scale=how.scale,
             enable_gqa=True,
         )
         out.append(heads[0].transpose(0, 1))
     return torch.cat(out)
 
 
-def _attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: Kind) -> Tensor:
+def _attend_with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Scoring
+) -> Tensor:
     """One span: q [n, a, d], k and v [m, g, d], mask [n, m] -> [n, a, d]."""
-    assert kind.sinks is not None
+    assert how.sinks is not None
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
-    scale = kind.scale or q.size(-1) ** -0.5
+    scale = how.scale or q.size(-1) ** -0.5
     if kind_of(q) == "cuda":  # in fp32, which flash attention does not take
-        return with_sinks_plainly(q, k, v, kind.sinks, mask, scale)
-    added = None if mask is None else torch.zeros_like(mask, dtype=q.dtype)
-    if added is not None and mask is not None:
-        added = added.masked_fill_(~mask, float("-inf"))
-    return with_sinks(q, k, v, kind.sinks, cpu_kernel(added, scale))
+        return with_sinks_plainly(q, k, v, how.sinks, mask, scale)
+    return with_sinks(q, k, v, how.sinks, cpu_kernel(mask, scale))
 
 
 @functools.cache
@@ -152,13 +155,13 @@ def _shares_heads() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], kind: Kind) -> Tensor:
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], how: Scoring) -> Tensor:
     """The same by torch's variable-length flash attention: one kernel for the pack (CUDA, bf16 and
     fp16), which takes heads of a multiple of 8 numbers, and no more than FLASH_HEAD.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    size, scale = q.size(-1), kind.scale
+    size, scale = q.size(-1), how.scale
     if rest := -size % 8:
         q, k, v = (F.pad(x, (0, rest)) for x in (q, k, v))
         scale = size**-0.5 if scale is None else scale
@@ -183,10 +186,10 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, pieces: list[Span], kind: Ki
         int(num_k.max()),
     )
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    window = (-1 if kind.window is None else kind.window - 1, 0)
-    if kind.sinks is not None:
+    window = (-1 if how.window is None else how.window - 1, 0)
+    if how.sinks is not None:
         kernel = varlen_kernel(bounds, scale, window, grouped)
-        return with_sinks(q, k, v, kind.sinks, kernel)[..., :size]
+        return with_sinks(q, k, v, how.sinks, kernel)[..., :size]
     out = varlen_attn(q, k, v, *bounds, scale=scale, window_size=window, **grouped)
     assert isinstance(out, Tensor)  # a pair only where asked for
     return out[..., :size]
@@ -216,17 +219,11 @@ class PackedAttention(nn.Module):
         self.window = part.window
         self.softmax_offset: nn.Parameter | None = None
         if part.sinks:
-            tp = config.tensor_model_parallel_size
+            tp, device = config.tensor_model_parallel_size, torch.cuda.current_device()
             self.softmax_offset = nn.Parameter(
-                torch.empty(
-                    part.heads // tp,
-                    dtype=config.params_dtype,
-                    device=torch.cuda.current_device(),
-                )
+                torch.empty(part.heads // tp, dtype=config.params_dtype, device=device)
             )
-            split: Any = self.softmax_offset
-            split.tensor_model_parallel = tp > 1
-            split.partition_dim, split.partition_stride = 0, 1
+            set_tensor_model_parallel_attributes(self.softmax_offset, tp > 1, 0, 1)
         self.cp_group = parallel_state.get_context_parallel_group()
 
     def forward(
@@ -241,7 +238,7 @@ class PackedAttention(nn.Module):
         runs = local_runs(k.size(0), self.cp_group.rank(), self.cp_group.size())
         pieces = spans(attention_mask.tolist(), runs)
         attend = _attend_varlen if _takes_flash(q) else _attend_sdpa
-        out = attend(q, k, v, pieces, Kind(self.scale, self.window, self.softmax_offset))
+        out = attend(q, k, v, pieces, Scoring(self.scale, self.window, self.softmax_offset))
         return out.flatten(1).unsqueeze(1)
 
 

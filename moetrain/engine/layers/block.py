@@ -140,7 +140,7 @@ def _te_layer(layer: Layer) -> ModuleSpec:
     if isinstance(layer.mlp, Moe):
         upstream: MoESubmodules = submodules.mlp.keywords["submodules"]
         ours = replace(upstream, router=moe.router(layer.mlp))
-        if layer.mlp.experts.needs_ours:
+        if not layer.mlp.experts.fits_te:
             ours = replace(ours, experts=moe.experts(layer.mlp))
         submodules.mlp = moe.spec(ours)
     return spec

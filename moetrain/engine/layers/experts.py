@@ -7,6 +7,7 @@ Legend: e local experts, f the expert's hidden size on this expert-tensor rank, 
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -75,15 +76,17 @@ class GroupedExperts(MegatronModule):
         f, rest = divmod(config.moe_ffn_hidden_size, self.tp_group.size())
         assert rest == 0, "plan.check_layout lets no such layout through"
         h = config.hidden_size
-        dtype, self.gate = config.params_dtype, part.gate
+        dtype, self.glu = config.params_dtype, part.glu
         self.linear_fc1 = _GroupedWeight((num_local_experts, 2 * f, h), dtype, bias=part.bias)
         self.linear_fc2 = _GroupedWeight((num_local_experts, h, f), dtype, bias=part.bias)
-        split: list[tuple[Any, int]] = [(self.linear_fc1.weight, 1), (self.linear_fc2.weight, 2)]
-        if part.bias:
-            split.append((self.linear_fc1.bias, 1))
+        split = (
+            (self.linear_fc1.weight, 1),
+            (self.linear_fc1.bias, 1),
+            (self.linear_fc2.weight, 2),
+        )
         for param, dim in split:
-            param.tensor_model_parallel = self.tp_group.size() > 1
-            param.partition_dim, param.partition_stride = dim, 1
+            if param is not None:
+                set_tensor_model_parallel_attributes(param, self.tp_group.size() > 1, dim, 1)
 
     def forward(
         self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor
@@ -95,9 +98,9 @@ class GroupedExperts(MegatronModule):
         ends = counts.cumsum(0).to(torch.int32)
         wide = self.linear_fc1(hidden, ends)
         if self.linear_fc1.bias is None:
-            return self.linear_fc2(weighted_swiglu(wide, probs, self.gate), ends), None
+            return self.linear_fc2(weighted_swiglu(wide, probs, self.glu), ends), None
         bias = self.linear_fc1.bias_of(counts, len(hidden))
-        act = weighted_swiglu(wide + bias, probs, self.gate)  # [t, f]
+        act = weighted_swiglu(wide + bias, probs, self.glu)  # [t, f]
         bias = self.linear_fc2.bias_of(counts, len(hidden))
         if (size := self.tp_group.size()) > 1:
             # All expert-tensor ranks have it, and their outputs are added up: a part of it, with

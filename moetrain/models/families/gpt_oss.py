@@ -9,7 +9,7 @@ from moetrain.errors import ConfigError
 from moetrain.models.config import HfConfig, read_bool, read_float, read_int
 from moetrain.models.model import Model, decoder
 from moetrain.models.parts.attention import read_gqa
-from moetrain.models.parts.mlp import Gate
+from moetrain.models.parts.mlp import Glu
 from moetrain.models.parts.moe import Names, read_moe, read_num_experts
 
 MODEL_TYPE, ARCHITECTURE = "gpt_oss", "GptOssForCausalLM"
@@ -40,7 +40,7 @@ def build(hf: HfConfig) -> Model:
         top_k=4,
         names=Names(router="router"),
         bias=True,
-        gate=Gate(
+        glu=Glu(
             slope=read_float(hf, "swiglu_alpha", 1.702),
             offset=1.0,
             limit=read_float(hf, "swiglu_limit", 7.0),
@@ -49,7 +49,7 @@ def build(hf: HfConfig) -> Model:
     )
     layers = read_int(hf, "num_hidden_layers")
     return decoder(
-        hf,
+        {**hf, "layer_types": None},  # `_windows` reads them
         ARCHITECTURE,
         attention,
         [moe] * layers,
@@ -62,11 +62,14 @@ def build(hf: HfConfig) -> Model:
 
 def _windows(hf: HfConfig, layers: int) -> list[int | None]:
     """Of each layer."""
-    kinds = cast(Sequence[object], hf.get("layer_types") or [_KINDS[i % 2] for i in range(layers)])
-    if len(kinds) != layers or not set(kinds) <= set(_KINDS):
+    given = hf.get("layer_types") or [_KINDS[i % 2] for i in range(layers)]
+    kinds = cast(Sequence[object], given if isinstance(given, list | tuple) else "?")
+    if len(kinds) != layers or not all(kind in _KINDS for kind in kinds):
         raise ConfigError(
-            f"model config: layer_types = {kinds!r} is no list of {layers} of"
+            f"model config: layer_types = {given!r} is no list of {layers} of"
             f" {' and '.join(_KINDS)}"
         )
-    size = read_int(hf, "sliding_window", 128)
+    if _KINDS[0] not in kinds:
+        return [None] * layers
+    size = read_int(hf, "sliding_window", None if "sliding_window" in hf else 128)
     return [size if kind == _KINDS[0] else None for kind in kinds]

@@ -9,7 +9,7 @@ from moetrain.models.sharding import Cols, GateUp
 
 
 @dataclass(frozen=True)
-class Gate:
+class Glu:
     """What stands between the two matrices: g sigmoid(`slope` g) (up + `offset`), with g the gate
     of at most `limit`, and up within -limit and limit.
     """
@@ -19,7 +19,7 @@ class Gate:
     limit: float | None = None
 
 
-SILU = Gate()
+SWIGLU = Glu()
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from moetrain.errors import ConfigError
 from moetrain.models.config import HfConfig, read_int
 from moetrain.models.parts.base import Shares, Split
-from moetrain.models.parts.mlp import SILU, Gate, swiglu
+from moetrain.models.parts.mlp import SWIGLU, Glu, swiglu
 from moetrain.models.rules import Weight
-from moetrain.models.sharding import Cols, Copy, GateUp
+from moetrain.models.sharding import Cols, Copy, GateUp, Sharding
 
 
 @dataclass(frozen=True)
@@ -73,60 +73,38 @@ class Experts:
     top_k: int
     names: Names = Names()
     bias: bool = False
-    gate: Gate = SILU
+    glu: Glu = SWIGLU
     interleaved: bool = False
 
     @property
-    def needs_ours(self) -> bool:
-        """Whether Transformer Engine's grouped layers cannot compute them."""
-        return self.bias or self.gate != SILU
+    def fits_te(self) -> bool:
+        """Whether Transformer Engine's grouped layers can compute them."""
+        return not self.bias and self.glu == SWIGLU
 
     def weights(self) -> Iterator[Weight]:
-        adapts = None if self.interleaved else "experts"
-        expert = f"{self.names.block}.experts.{{e}}."
-        gate, up, down = (
-            expert + name for name in (self.names.gate, self.names.up, self.names.down)
-        )
-        yield Weight(
-            "mlp.experts.linear_fc1.weight{e}",
-            (f"{gate}.weight", f"{up}.weight"),
-            GateUp((self.ffn, self.hidden)),
-            adapts=adapts,
-            fused="mlp.experts.gate_up_proj",
-            interleaved=self.interleaved,
-            num_experts=self.num,
-            saved="mlp.experts.experts.linear_fc1.weight",
-        )
-        yield Weight(
-            "mlp.experts.linear_fc2.weight{e}",
-            (f"{down}.weight",),
-            Cols((self.hidden, self.ffn)),
-            adapts=adapts,
-            writes=True,
-            fused="mlp.experts.down_proj",
-            interleaved=self.interleaved,
-            num_experts=self.num,
-            saved="mlp.experts.experts.linear_fc2.weight",
-        )
+        yield from self._weights("weight", GateUp((self.ffn, self.hidden)),
+                                 Cols((self.hidden, self.ffn)))  # fmt: skip
         if self.bias:
+            yield from self._weights("bias", GateUp((self.ffn,)), Copy((self.hidden,)))
+
+    def _weights(self, kind: str, into: Sharding, out: Sharding) -> Iterator[Weight]:
+        """Of both linear layers the weight, or the bias."""
+        is_weight = kind == "weight"
+        expert = f"{self.names.block}.experts.{{e}}."
+        for layer, parts, sharding, fused in (
+            ("linear_fc1", (self.names.gate, self.names.up), into, "gate_up_proj"),
+            ("linear_fc2", (self.names.down,), out, "down_proj"),
+        ):
             yield Weight(
-                "mlp.experts.linear_fc1.bias{e}",
-                (f"{gate}.bias", f"{up}.bias"),
-                GateUp((self.ffn,)),
-                fused="mlp.experts.gate_up_proj_bias",
+                f"mlp.experts.{layer}.{kind}{{e}}",
+                tuple(f"{expert}{part}.{kind}" for part in parts),
+                sharding,
+                adapts="experts" if is_weight and not self.interleaved else None,
+                writes=layer == "linear_fc2",
+                fused=f"mlp.experts.{fused}" + ("" if is_weight else "_bias"),
                 interleaved=self.interleaved,
                 num_experts=self.num,
-                saved="mlp.experts.experts.linear_fc1.bias",
-            )
-            yield Weight(
-                "mlp.experts.linear_fc2.bias{e}",
-                (f"{down}.bias",),
-                Copy((self.hidden,)),
-                writes=True,
-                fused="mlp.experts.down_proj_bias",
-                interleaved=self.interleaved,
-                num_experts=self.num,
-                saved="mlp.experts.experts.linear_fc2.bias",
+                saved=f"mlp.experts.experts.{layer}.{kind}",
             )
 
     def splits(self) -> Iterator[Split]:
@@ -205,7 +183,7 @@ def read_moe(
     shared: SharedExpert | None = None,
     names: Names | None = None,
     bias: bool = False,
-    gate: Gate = SILU,
+    glu: Glu = SWIGLU,
     interleaved: bool = False,
 ) -> Moe:
     """From config.json, where `ffn` is the key of an expert's columns and `top_k` the family's own
@@ -226,7 +204,7 @@ def read_moe(
             chosen,
             names,
             bias,
-            gate,
+            glu,
             interleaved,
         ),
         shared,
