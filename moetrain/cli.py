@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from moetrain import garbage
 from moetrain.commands import (
     bench,
     convert,
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. A user's mistake is one line on stderr and exit code
     2, and so is a disk that takes no more.
     """
+    garbage.expect_imports()
     args = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
     try:
         code = COMMANDS[args.command].run(args)

@@ -7,6 +7,7 @@ same name knows what a killed one has left, and removes it.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -118,6 +119,21 @@ def part_folder(path: Path, error: type[MoetrainError]) -> Iterator[Path]:
         yield folder
     finally:
         os.close(handle)
+
+
+def reserve(handle: int, size: int) -> None:
+    """Give an open file its size, and room on the disk where the file system can promise it: a full
+    one is then found out before the first byte, and threads write into what is theirs already.
+
+    Raises OSError, ENOSPC among them.
+    """
+    os.truncate(handle, size)
+    # Not os.posix_fallocate: where the file system cannot, glibc writes into every block.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if size and libc.fallocate(handle, 0, ctypes.c_long(0), ctypes.c_long(size)):
+        number = ctypes.get_errno()
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise OSError(number, os.strerror(number))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,12 +1,14 @@
 """What tools/fuzz/convert.py found in conversions, each as one case. No torch."""
 
 import json
+import shutil
 import struct
 import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,19 @@ def test_an_archive_that_is_no_tensor(blob: bytes) -> None:
         tensor_of(BytesIO(blob))
 
 
+def test_what_stands_around_a_tensor_is_known_to_the_byte() -> None:
+    """Whatever its CRC-32; else the archive is read as one."""
+    blob = tensor_blob("BF16", (3, 5))
+    suffix = blob.suffix(0x1234567)
+    assert blob.is_around(blob.prefix, suffix)
+    for known in (blob.prefix, suffix):
+        for at in range(len(known)):
+            flipped = known[:at] + bytes([known[at] ^ 1]) + known[at + 1 :]
+            sides = (flipped, suffix) if known is blob.prefix else (blob.prefix, flipped)
+            assert not blob.is_around(*sides), at
+    assert not blob.is_around(blob.prefix, b"")
+
+
 def test_parts_that_overlap_and_leave_a_gap(checkpoint: Path) -> None:
     """Their sizes add up, and half of the tensor would be zeros."""
     index = read_index(checkpoint)
@@ -145,6 +160,25 @@ def test_damage_to_padding_is_seen(model: Path, tmp_path: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(DamageError, match=last.file):
         list(compare(tmp_path / "checkpoint", model))
+
+
+@pytest.mark.parametrize("hash", manifest.HASHES)
+def test_a_manifest_of_any_version_finds_damage(model: Path, tmp_path: Path, hash: str) -> None:
+    """By each of the hashes that were ever written, in a part and in the whole."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    cuts = [0, 1000, len(raw) - 8, len(raw)]
+    pieces = [[stop, manifest.digest_of(raw[start:stop], hash)] for start, stop in pairwise(cuts)]
+    whole = manifest.digest_of("".join(digest for _, digest in pieces).encode(), hash)
+    content = {"hash": hash, "files": {path.name: [len(raw), whole]}, "pieces": {path.name: pieces}}
+    content["sha256"] = manifest._digest(content)
+    (folder / manifest.NAME).write_text(manifest._text(content))
+    assert not list(compare(folder, model))
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(DamageError, match=r"model\.safetensors has other bytes"):
+        list(compare(folder, model))
 
 
 @pytest.mark.parametrize("name", ["../secret", "/dev/null", "a\0b", "\ud800"])

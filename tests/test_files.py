@@ -22,6 +22,17 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_room_is_promised_or_refused(tmp_path: Path) -> None:
+    """Before the first byte; a larger file that was there becomes as small as it shall be."""
+    with (tmp_path / "file").open("w+b") as file:
+        for size in (1 << 20, 1 << 16, 0):
+            files.reserve(file.fileno(), size)
+            found = os.fstat(file.fileno())
+            assert found.st_size == size and found.st_blocks * 512 >= size
+        with pytest.raises(OSError, match=r"File too large|No space left"):
+            files.reserve(file.fileno(), 1 << 60)
+
+
 def paused(enter: Callable[[], AbstractContextManager[Path]]) -> tuple[int, Path]:
     """A process that stands still within a block until it is killed, and what the block gave it."""
     readable, writable = os.pipe()

@@ -150,6 +150,9 @@ def size(text: str) -> int:
 
 def run(args: Arguments) -> int:
     """Run it; the exit code."""
+    # numpy's threads, which convert nothing, would turn beside the workers for the first tenths of
+    # a second.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     paths: list[Path] = [vars(args)[path] for path in CONVERSIONS[args.action][1]]
     if args.action == "adapter":
         from moetrain.engine import on_disk

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moetrain import garbage
 from moetrain.config.recipe import Recipe
 from moetrain.engine import Engine, StepResult
 from moetrain.engine.checkpoint_folder import Checkpoints
@@ -32,6 +33,7 @@ class Job:
     """
 
     def __init__(self, recipe: Recipe):
+        garbage.all_imported()
         self.recipe = recipe
         self.is_first = int(os.environ.get("RANK", 0)) == 0
         check_sinks(recipe)

@@ -14,7 +14,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
@@ -75,6 +75,11 @@ class Blob:
         members = [*self._entries, values, archive.add("archive/version", b"3\n")]
         return archive.ended(members)
 
+    def is_around(self, prefix: bytes, suffix: bytes) -> bool:
+        """Whether these are what stands around values, whatever CRC-32 they have."""
+        checksum = int.from_bytes(suffix[4:8], "little")
+        return prefix == self.prefix and suffix == self.suffix(checksum)
+
 
 @dataclass(frozen=True)
 class _Member:
@@ -122,6 +127,7 @@ class _Archive:
         return self.content + central + struct.pack("<4sHHHHIIH", *fields)
 
 
+@lru_cache(maxsize=1024)
 def tensor_blob(dtype_name: str, shape: tuple[int, ...]) -> Blob:
     """What stands around the values of a tensor [shape], row-major."""
     num_bytes = prod(shape) * SIZES[dtype_name]

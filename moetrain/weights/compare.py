@@ -2,6 +2,7 @@
 unless values differ.
 """
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from moetrain.weights.stream import Report, in_threads
 
 type Adapters = tuple[Path | None, Path | None]  # PEFT folders, of either side
 NO_ADAPTERS: Adapters = (None, None)
+
+
+_LIBC = ctypes.CDLL(None)
+_LIBC.memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 
 
 @dataclass(frozen=True)
@@ -128,12 +133,12 @@ def _parts(
 
 
 def _are_equal(x: Bytes, y: Bytes) -> bool:
-    """Eight bytes at a time, which is twice as fast."""
-    x, y = x.reshape(-1), y.reshape(-1)
-    whole = len(x) // 8 * 8
-    return np.array_equal(x[:whole].view(np.uint64), y[:whole].view(np.uint64)) and np.array_equal(
-        x[whole:], y[whole:]
-    )
+    """Whether two ranges of as many rows have the same bytes: by memcmp, which takes a third of the
+    time of numpy's comparison and lets other threads run meanwhile.
+    """
+    x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
+    assert x.nbytes == y.nbytes
+    return not _LIBC.memcmp(x.ctypes.data, y.ctypes.data, x.nbytes)
 
 
 def _part(name: str, start: int, x: Bytes, y: Bytes, rows: Rows) -> _Part:

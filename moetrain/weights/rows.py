@@ -5,7 +5,6 @@ A row is the last dimension; of a vector each element is one. Rows are bytes as 
 (little-endian, row-major).
 """
 
-import mmap
 import os
 from collections.abc import Collection, Iterator, Mapping
 from math import prod
@@ -18,7 +17,6 @@ from moetrain.weights.header import SIZES
 
 type Bytes = NDArray[np.uint8]
 
-_COPIED = 1 << 16  # bytes; fewer are copied sooner than mapped
 SPAN = 1 << 22  # bytes of the rows that are moved, hashed and compared at a time
 
 
@@ -39,17 +37,17 @@ class Rows(Protocol):
 
 
 def file_bytes(handle: int, start: int, length: int) -> Bytes | None:
-    """Bytes of a file as they lie in the system's cache, read-only and not copied; None where it
-    is shorter.
-    """
+    """Bytes of a file; None where it is shorter."""
     if start + length > os.fstat(handle).st_size:
         return None
-    if length < _COPIED:
-        return np.frombuffer(os.pread(handle, length, start), np.uint8)
-    skipped = start % mmap.ALLOCATIONGRANULARITY
-    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-    window = mmap.mmap(handle, skipped + length, flags, mmap.PROT_READ, offset=start - skipped)
-    return np.frombuffer(window, np.uint8, length, skipped)
+    content = np.empty(length, np.uint8)
+    left = memoryview(content)
+    while left:
+        num = os.preadv(handle, [left], start)
+        if not num:  # it has just become shorter
+            return None
+        left, start = left[num:], start + num
+    return content
 
 
 def num_rows(shape: tuple[int, ...]) -> int:

@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+from zlib_ng import zlib_ng
 
 from moetrain import files
 from moetrain.errors import WeightsError
@@ -193,7 +194,7 @@ def _write(task: Task, rows: Rows, handles: Mapping[str, int]) -> Done:
             part, left = left[:_CACHED], left[_CACHED:]
             digest.update(part)
             if task.blob is not None:
-                checksum = zlib.crc32(part, checksum)
+                checksum = zlib_ng.crc32(part, checksum)
             if handle >= 0:
                 put(handle, part, at)
                 at += len(part)
@@ -244,14 +245,14 @@ def _collected(plan: Plan, done: Mapping[int, Done]) -> Written:
 
 @contextmanager
 def _opened(plan: Plan, folder: Path) -> Iterator[dict[str, int]]:
-    """Handles of the plan's files, each of its full size."""
+    """Handles of the plan's files, each of its full size, for which the disk has room."""
     handles: dict[str, int] = {}
     try:
         for name, size in plan.sizes.items():
             with files.named(folder / name):
                 handles[name] = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
                 if os.fstat(handles[name]).st_size != size:
-                    os.truncate(handles[name], size)
+                    files.reserve(handles[name], size)
         yield handles
     finally:
         for handle in handles.values():

@@ -123,8 +123,9 @@ def _write_share(
         for file, group in targets.items():
             handles[file] = os.open(aside / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             first = header(group)
-            put(handles[file], first, 0)
             at = len(first)
+            files.reserve(handles[file], at + sum(one.num_bytes for one in group))
+            put(handles[file], first, 0)
             pieces[file] = [Piece(at, digest_of(first))]
             for one in group:
                 places[one.name] = file, at, one
