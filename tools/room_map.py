@@ -15,6 +15,7 @@ LEFT_OUT = {
     "errors",
     "ports",
     "pulse",
+    "garbage",
     "files",
     "manifest",
 }  # all rooms, or tests
