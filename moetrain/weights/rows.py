@@ -5,6 +5,7 @@ A row is the last dimension; of a vector each element is one. Rows are bytes as 
 (little-endian, row-major).
 """
 
+import mmap
 import os
 from collections.abc import Collection, Iterator, Mapping
 from math import prod
@@ -17,6 +18,7 @@ from moetrain.weights.header import SIZES
 
 type Bytes = NDArray[np.uint8]
 
+_MAPPED = 1 << 24  # bytes; more take no memory of the process, fewer are copied sooner than mapped
 SPAN = 1 << 22  # bytes of the rows that are moved, hashed and compared at a time
 
 
@@ -37,9 +39,14 @@ class Rows(Protocol):
 
 
 def file_bytes(handle: int, start: int, length: int) -> Bytes | None:
-    """Bytes of a file; None where it is shorter."""
+    """Bytes of a file, not to be written into; None where it is shorter."""
     if start + length > os.fstat(handle).st_size:
         return None
+    if length > _MAPPED:
+        skipped = start % mmap.ALLOCATIONGRANULARITY
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+        window = mmap.mmap(handle, skipped + length, flags, mmap.PROT_READ, offset=start - skipped)
+        return np.frombuffer(window, np.uint8, length, skipped)
     content = np.empty(length, np.uint8)
     left = memoryview(content)
     while left:

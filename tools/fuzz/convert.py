@@ -32,6 +32,13 @@ SIZES = dict(
     norm_topk_prob=True, max_position_embeddings=64, rms_norm_eps=1e-6, tie_word_embeddings=False,
     dtype="bfloat16", eos_token_id=3,
 )  # fmt: skip
+MXFP4 = dict(
+    model_type="gpt_oss", vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=4, intermediate_size=64, num_local_experts=2,
+    num_experts_per_tok=1, sliding_window=8, max_position_embeddings=64, rms_norm_eps=1e-5,
+    tie_word_embeddings=False, dtype="bfloat16", eos_token_id=3,
+    quantization_config={"quant_method": "mxfp4"},
+)  # fmt: skip
 SIDES = {
     "generation_config.json": {"eos_token_id": [3], "temperature": 0.7},
     "tokenizer_config.json": {"eos_token": "<e>", "tokenizer_class": "PreTrainedTokenizerFast"},
@@ -45,7 +52,7 @@ TOKENIZER = {
         "model": {"type": "WordLevel", "vocab": {"<e>": 3, "a": 4}, "unk_token": "<e>"},
     },
 }  # fmt: skip
-HF, MEGATRON = ("plain", "single", "sharded"), ("mcore", "columns", "megatron-lm")
+HF, MEGATRON = ("plain", "single", "sharded", "mxfp4"), ("mcore", "columns", "megatron-lm")
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ def build(folder: Path) -> Place:
     place.work.mkdir(parents=True)
     (folder / "secret").write_bytes(SECRET)
     wholes.plain_folder(place.whole("plain"), SIZES, SIDES)
+    wholes.plain_folder(place.whole("mxfp4"), MXFP4, SIDES)
     with contextlib.redirect_stdout(io.StringIO()):
         convert.hf2mcore(place.whole("plain"), place.whole("mcore"))
         small = convert.Options(shard_bytes=6000)

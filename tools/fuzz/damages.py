@@ -280,9 +280,9 @@ class Kind:
 
 _MEGATRON = ("mcore", "columns", "megatron-lm")
 KINDS = {
-    "headers": Kind(("plain", "single", "sharded"), change_header),
+    "headers": Kind(("plain", "single", "sharded", "mxfp4"), change_header),
     "places": Kind(("sharded",), change_index),
-    "configs": Kind(("plain", "single", "mcore", "megatron-lm"), change_config),
+    "configs": Kind(("plain", "single", "mcore", "megatron-lm", "mxfp4"), change_config),
     "metadata": Kind(_MEGATRON, checkpoints.change_metadata),
     "blobs": Kind(_MEGATRON, checkpoints.change_blob),
     "remarks": Kind(("mcore", "megatron-lm"), change_note),

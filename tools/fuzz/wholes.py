@@ -11,14 +11,26 @@ from typing import Any
 
 
 def plain_folder(folder: Path, config: Mapping[str, Any], sides: Mapping[str, Any]) -> None:
-    """A Hugging Face folder without a manifest, of random bytes of which none is 0."""
+    """A Hugging Face folder without a manifest, of random bytes of which none is 0; where the
+    config says so, with experts in MXFP4.
+    """
     from moetrain.models import read_model
+    from moetrain.weights.fused import file_shapes
     from moetrain.weights.hf_files import Target, header
 
     rng = random.Random(0)
-    table = read_model(dict(config)).table
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    table = read_model(plain).table
     shapes = {n: s for r in table.values() for n, s in zip(r.hf, r.hf_shapes, strict=True)}
-    group = [Target(name, "BF16", shape) for name, shape in sorted(shapes.items())]
+    group: list[Target] = []
+    for name, shape in sorted(file_shapes(table, shapes).items()):
+        if "quantization_config" in config and name.endswith(("gate_up_proj", "down_proj")):
+            experts, into, out = shape
+            scales = experts, out, into // 32
+            group.append(Target(f"{name}_blocks", "U8", (*scales, 16)))
+            group.append(Target(f"{name}_scales", "U8", scales))
+        else:
+            group.append(Target(name, "BF16", shape))
     folder.mkdir()
     data = bytes(rng.randrange(1, 127) for one in group for _ in range(one.num_bytes))
     (folder / "model.safetensors").write_bytes(header(group) + data)
