@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moetrain import garbage
 from moetrain.config.recipe import ParallelConfig
 from moetrain.engine import compat_meta, device, meeting, scatter
 from moetrain.engine.axis_groups import shared_by_ranks
@@ -260,6 +261,7 @@ def join(*, far: bool = False) -> tuple[Kind, torch.device]:
     """Join the process group that RANK and WORLD_SIZE name, one process without them; far: of
     `meeting.join`.
     """
+    garbage.all_imported()
     device_here = device.prepare()
     kind: Kind = "nccl" if device_here.type == "cuda" else "gloo"
     if not dist.is_initialized():

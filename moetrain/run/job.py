@@ -33,7 +33,7 @@ class Job:
     """
 
     def __init__(self, recipe: Recipe):
-        garbage.all_imported()
+        garbage.keep_what_is_there()
         self.recipe = recipe
         self.is_first = int(os.environ.get("RANK", 0)) == 0
         check_sinks(recipe)
