@@ -9,7 +9,9 @@ e, e + E, ...
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from moetrain.errors import WeightsError
 from moetrain.models.adapter import SUFFIX, AdapterTable, Matrix, all_matrices, is_parameter
 from moetrain.models.model import Model
 from moetrain.weights.adapter_init import whole
+from moetrain.weights.dtypes import NAMES
 from moetrain.weights.folder import ADAPTER, ADAPTER_WEIGHTS
+from moetrain.weights.hf_files import Target, shards
 from moetrain.weights.ranks import ALONE, Ranks
 from moetrain.weights.reader import Reader
 from moetrain.weights.side_files import SideFiles
-from moetrain.weights.writer import FAILURES, put_in_place, reason, save_tensors
+from moetrain.weights.writer import FAILURES, Share, put_in_place, reason, write_share
 
 PREFIX = "base_model.model."
 HEAD = "score.weight"  # a scalar head, saved whole beside the adapter
@@ -59,9 +63,10 @@ def write_peft(
     """Write an adapter as PEFT reads it; collective.
 
     Args:
-        tensors: (name in the table's rules, whole tensor), and a scalar head as `score.weight`; all
-            of them on the first rank, which keeps them in memory and writes. On the others they are
-            passed over.
+        tensors: (name in the table's rules, whole tensor), of one dtype, and a scalar head as
+            `score.weight`, which is written in fp32; all of them on the first rank, which keeps
+            those of a module in memory until it is whole, and writes. On the others they are passed
+            over.
         base_name: what adapter_config.json calls the base.
         initial: what the adapter started from, for OLoRA and PiSSA alone: they are written as plain
             LoRA of rank 2r, A over A0 and B beside -B0, for the base as it was before.
@@ -71,27 +76,21 @@ def write_peft(
     Raises:
         WeightsError: on every rank, when the folder cannot be written; what was there is untouched.
     """
-    places = table.places
-    held: dict[str, Tensor] = {}
-    for name, tensor in tensors:  # to make them may be collective: no rank stops early
-        if ranks.rank == 0 and (name not in places or places[name].live):
-            held[name] = tensor.detach().to("cpu", copy=True)
-    problem = ""
+    problem, rest = "", iter(tensors)
     if ranks.rank == 0:
-        wanted = {key for key, place in places.items() if place.live}
-        wanted |= {HEAD} if table.model.heads.scalar else set()
-        assert held.keys() == wanted, f"tensors {sorted(held.keys() ^ wanted)} are not as they must"
         try:
             with files.sibling_folder(folder) as aside:
-                save_tensors(_to_peft(held, table, initial), aside / ADAPTER_WEIGHTS)
+                written = _write_tensors(rest, aside, table, initial)
                 text = json.dumps(config_of(table, base_name), indent=2)
                 (aside / ADAPTER).write_text(text + "\n")
                 if note is not None:
                     note[0].write(aside, note[1])
-                manifest.write(aside, manifest.complete(aside, {}))
+                manifest.write(aside, manifest.complete(aside, written.entries))
                 put_in_place(aside, folder)
         except FAILURES as error:
             problem = reason(error)
+    for _ in rest:  # to make them may be collective: no rank stops early
+        pass
     problem = ranks.share(problem)
     if problem:
         raise WeightsError(
@@ -158,29 +157,89 @@ def _short(matrix: Matrix, model: Model) -> tuple[bool, str]:
     return False, matrix.module.rpartition(".")[2]
 
 
-def _to_peft(
-    held: Mapping[str, Tensor], table: AdapterTable, initial: Reader | None
-) -> dict[str, Tensor]:
-    """PEFT's tensors, by PEFT's keys; experts are put together."""
-    spec = table.spec
-    assert spec.starts_at_base or initial is not None, f"{spec.init} needs what it started from"
-    first = None if spec.starts_at_base else initial
+@dataclass
+class _Module:
+    """What PEFT has one pair of tensors for: a matrix, or those of all experts."""
+
+    key: str  # PEFT's, without the ends of its tensors' names
+    matrices: list[Matrix]
+    missing: set[str]  # names of tensors that have not come
+    held: dict[str, Tensor]
+
+    def shapes(self, table: AdapterTable) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(key, shape) of its tensors."""
+        out, into = self.matrices[0].shape
+        rank = len(self.matrices) * table.spec.rank * (1 if table.spec.starts_at_base else 2)
+        yield self.key + SUFFIX["lora_A"], (rank, into)
+        yield self.key + SUFFIX["lora_B"], (out, rank)
+        if table.spec.dora:
+            yield self.key + SUFFIX["lora_magnitude"], (out,)
+
+    def tensors(self, table: AdapterTable, initial: Reader | None) -> Iterator[tuple[str, Tensor]]:
+        """(key, tensor), once nothing is missing; experts are put together."""
+        pairs = [_pair(matrix, self.held, initial) for matrix in self.matrices]
+        yield self.key + SUFFIX["lora_A"], torch.cat([a for a, _ in pairs])
+        # [E, out, r] -> [out, r, E] -> [out, r E]
+        b = torch.stack([b for _, b in pairs]).permute(1, 2, 0).flatten(1)
+        yield self.key + SUFFIX["lora_B"], b.contiguous()
+        if table.spec.dora:
+            name = self.matrices[0].name + SUFFIX["lora_magnitude"]
+            yield self.key + SUFFIX["lora_magnitude"], self.held[name]
+
+
+def _modules(table: AdapterTable) -> dict[str, _Module]:
+    """By name of the module."""
     groups: dict[str, list[Matrix]] = {}
     for matrix in table.matrices.values():
         groups.setdefault(matrix.module, []).append(matrix)
-    result: dict[str, Tensor] = {}
-    for module, key in peft_keys(groups).items():
-        pairs = [_pair(matrix, held, first) for matrix in groups[module]]
-        result[key + SUFFIX["lora_A"]] = torch.cat([a for a, _ in pairs])
-        # [E, out, r] -> [out, r, E] -> [out, r E]
-        b = torch.stack([b for _, b in pairs]).permute(1, 2, 0).flatten(1)
-        result[key + SUFFIX["lora_B"]] = b.contiguous()
-        if spec.dora:
-            name = groups[module][0].name + SUFFIX["lora_magnitude"]
-            result[key + SUFFIX["lora_magnitude"]] = held[name]
-    if table.model.heads.scalar:
-        result[PREFIX + HEAD] = held[HEAD]
+    keys = peft_keys(groups)
+    result = {module: _Module(keys[module], own, set(), {}) for module, own in groups.items()}
+    for name, place in table.places.items():
+        if place.live:
+            result[place.matrix.module].missing.add(name)
     return result
+
+
+def _write_tensors(
+    tensors: Iterator[tuple[str, Tensor]], aside: Path, table: AdapterTable, initial: Reader | None
+) -> Share:
+    """Write PEFT's file of tensors."""
+    spec, modules = table.spec, _modules(table)
+    assert spec.starts_at_base or initial is not None, f"{spec.init} needs what it started from"
+    started = None if spec.starts_at_base else initial
+    first = next(tensors)
+    dtype = torch.float32 if started is not None or first[0] == HEAD else first[1].dtype
+    wanted = [
+        Target(key, NAMES[dtype], shape)
+        for module in modules.values()
+        for key, shape in module.shapes(table)
+    ]
+    if table.model.heads.scalar:
+        wanted.append(Target(PREFIX + HEAD, "F32", (1, table.model.heads.hidden)))
+    (group,) = shards(wanted, 1 << 62)
+    return write_share(
+        _to_peft(chain([first], tensors), table, modules, started), aside, {ADAPTER_WEIGHTS: group}
+    )
+
+
+def _to_peft(
+    tensors: Iterable[tuple[str, Tensor]],
+    table: AdapterTable,
+    modules: Mapping[str, _Module],
+    initial: Reader | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """PEFT's tensors, by PEFT's keys, each module's once all of it has come."""
+    for name, tensor in tensors:
+        if name == HEAD:
+            yield PREFIX + HEAD, tensor
+            continue
+        module = modules.get(table.places[name].matrix.module)
+        if module is not None and name in module.missing:
+            module.missing.remove(name)
+            module.held[name] = tensor.detach().to("cpu", copy=True)
+            if not module.missing:
+                yield from module.tensors(table, initial)
+                module.held.clear()
 
 
 def _pair(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moetrain import files, manifest
@@ -32,7 +31,7 @@ FAILURES = (OSError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
-class _Share:
+class Share:
     """What a rank wrote."""
 
     files: Mapping[str, Sequence[Target]]
@@ -94,9 +93,9 @@ def _write(
     counts = ranks.gather(len(groups))
     first = sum(counts[: ranks.rank])
     names = shard_names(sum(counts))[first : first + len(groups)]
-    share, rest = _Share({}, {}, {}), iter(params)
+    share, rest = Share({}, {}, {}), iter(params)
     try:
-        share = _write_share(rest, aside, dict(zip(names, groups, strict=True)))
+        share = write_share(rest, aside, dict(zip(names, groups, strict=True)))
     except FAILURES as error:
         problem = reason(error)
         for _ in rest:  # to make them is collective: the other ranks would wait for this one
@@ -111,10 +110,12 @@ def _write(
     return _first(ranks.gather(problem))
 
 
-def _write_share(
+def write_share(
     params: Iterable[tuple[str, Tensor]], aside: Path, targets: Mapping[str, Sequence[Target]]
-) -> _Share:
-    """Every tensor at its place, which follows from all that come."""
+) -> Share:
+    """Write every tensor at its place in the files of `aside`, which follows from all that come;
+    one of them is in memory at a time. Raises what FAILURES names.
+    """
     places: dict[str, tuple[str, int, Target]] = {}
     handles: dict[str, int] = {}
     pieces: dict[str, list[Piece]] = {}
@@ -141,7 +142,7 @@ def _write_share(
             os.close(handle)
     for entries in pieces.values():
         entries.sort(key=lambda piece: piece.stop)
-    return _Share(targets, {file: Entry.of(entries) for file, entries in pieces.items()}, tensors)
+    return Share(targets, {file: Entry.of(entries) for file, entries in pieces.items()}, tensors)
 
 
 def _write_tensor(handle: int, at: int, tensor: Tensor, one: Target) -> list[Piece]:
@@ -162,7 +163,7 @@ def _write_tensor(handle: int, at: int, tensor: Tensor, one: Target) -> list[Pie
 def _finish(
     aside: Path,
     folder: Path,
-    shares: Sequence[_Share],
+    shares: Sequence[Share],
     side_files: SideFiles,
     config: Mapping[str, Any],
 ) -> None:
@@ -173,14 +174,6 @@ def _finish(
     tensors = {name: digest for share in shares for name, digest in share.tensors.items()}
     manifest.write(aside, manifest.complete(aside, entries), tensors)
     put_in_place(aside, folder)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file that may be read by whom its folder may: the package gives it to its
-    owner alone (0.8).
-    """
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def put_in_place(aside: Path, folder: Path) -> None:
