@@ -285,6 +285,22 @@ def test_an_unfinished_conversion_that_was_damaged(
     assert outside.read_bytes() == b"of somebody"
 
 
+def test_a_conversion_of_a_version_with_another_hash_begins_anew(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its journal has digests of which a manifest could not say what they are."""
+    part = tmp_path / ".out.part"
+    monkeypatch.setattr(stream, "HASH", "blake3")
+    monkeypatch.setattr(convert.manifest, "write", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        convert.hf2mcore(model, tmp_path / "out")
+    assert len((part / stream.JOURNAL).read_text().splitlines()) > 1
+    monkeypatch.undo()
+    convert.hf2mcore(model, tmp_path / "out", convert.Options(resume=True))
+    convert.hf2mcore(model, tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_an_unfinished_conversion_is_no_link(model: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter").touch()

@@ -79,8 +79,10 @@ class Plan:
         return sum(self.sizes.values())
 
     def key(self, origin: Sequence[str]) -> str:
-        """What a journal belongs to: this plan, and a source that is described by `origin`."""
-        digest = hashlib.sha256(json.dumps([dict(self.sizes), *origin]).encode())
+        """What a journal belongs to: this plan, a source that is described by `origin`, and the
+        hash of its digests.
+        """
+        digest = hashlib.sha256(json.dumps([HASH, dict(self.sizes), *origin]).encode())
         for task in self.tasks:
             line = f"{task.file} {task.start} {task.tensor} {task.low} {task.high}"
             digest.update(line.encode() + task.fixed)
