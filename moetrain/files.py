@@ -86,11 +86,16 @@ def publish_folder(folder: Path) -> Iterator[Path]:
 
 def put_folder(aside: Path, folder: Path) -> None:
     """Give a filled folder its name, once all of it is on disk. Raises OSError."""
-    for path in aside.rglob("*"):
-        if path.is_file():
-            _sync(path)
+    sync_files(aside)
     os.replace(aside, folder)
     _sync_folder(folder.parent)
+
+
+def sync_files(folder: Path) -> None:
+    """Wait until a folder's files are on disk. Raises OSError."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _sync(path)
 
 
 @contextmanager

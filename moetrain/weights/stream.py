@@ -309,6 +309,7 @@ def part_of(dst: Path, *, resume: bool) -> Iterator[Path]:
             if not resume:
                 _empty(part)
             yield part
+            files.sync_files(part)  # it may take long, and a kill meanwhile costs nothing
             (part / JOURNAL).unlink(missing_ok=True)
             files.put_folder(part, dst)
         except Exception:
