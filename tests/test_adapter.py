@@ -82,6 +82,10 @@ def train(local: list[LocalParam], table: AdapterTable) -> None:
         param.tensor.add_(step * live.reshape(-1, *[1] * (step.dim() - 1)))
 
 
+def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in tensors.items()}
+
+
 def exported(
     base: Path, spec: AdapterSpec, folder: Path, steps: int = 1
 ) -> tuple[AdapterTable, dict[str, Tensor]]:
@@ -92,7 +96,7 @@ def exported(
     for _ in range(steps):
         train(local, table)
     tensors = {name: t.clone() for name, t in export(local, table, to="all")}
-    write_peft(tensors.items(), folder, table, str(base), initial)
+    write_peft(tensors.items(), dtypes_of(tensors), folder, table, str(base), initial)
     return table, tensors
 
 
@@ -266,8 +270,8 @@ def test_pefts_own_folder_is_read(tmp_path: Path, case: str) -> None:
     for name in found.names():
         assert found.dtype(name) == torch.float32
     initial = InitialAdapter(reader, found.table, 0)
-    tensors = export(local, found.table, to="all")
-    write_peft(tensors, again, found.table, "base", initial)
+    tensors = {name: t.clone() for name, t in export(local, found.table, to="all")}
+    write_peft(tensors.items(), dtypes_of(tensors), again, found.table, "base", initial)
     assert (logits_of(in_peft(base, again)) - wanted).abs().max() < 1e-4
     if case not in (
         "old names",
@@ -314,6 +318,23 @@ def test_every_layout_writes_the_same_folder(
     assert answers[0] == answers[1] and "Not a directory" in answers[0]
 
 
+def test_each_tensor_is_written_in_its_own_dtype(tmp_path: Path) -> None:
+    """A router's adapter may have more bits than the others'; nothing is rounded."""
+    save_model("qwen3_moe", tmp_path / "base")
+    table, reader = table_on(tmp_path / "base", spec_of("lora", "all-router"))
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in export(shards(table, InitialAdapter(reader, table, 3)), table, to="all"):
+        wide = ".mlp.gate." in name
+        tensors[name] = torch.randn_like(tensor).to(torch.float32 if wide else torch.bfloat16)
+    write_peft(tensors.items(), dtypes_of(tensors), tmp_path / "adapter", table, "base")
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32, torch.bfloat16}
+    for name, tensor in found.items():
+        given = tensors.get(name.removeprefix("base_model.model."))
+        if given is not None:  # experts are put together
+            assert tensor.dtype == given.dtype and torch.equal(tensor, given), name
+
+
 def test_a_reward_models_head_goes_along(tmp_path: Path) -> None:
     """The base is a language model; PEFT has the adapter on transformers' classification model."""
     base, folder, plain = (tmp_path / name for name in ("base", "adapter", "merged"))
@@ -324,7 +345,9 @@ def test_a_reward_models_head_goes_along(tmp_path: Path) -> None:
     local = shards(table, InitialAdapter(reader, table, 3))
     train(local, table)
     head = torch.randn(1, 48)
-    write_peft([*export(local, table, to="all"), ("score.weight", head)], folder, table, str(base))
+    tensors = {name: t.clone() for name, t in export(local, table, to="all")}
+    tensors["score.weight"] = head
+    write_peft(tensors.items(), dtypes_of(tensors), folder, table, str(base))
     merge(base, folder, plain)
     theirs: Any = PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), folder

@@ -28,7 +28,7 @@ def tensors():
         yield name, torch.full(shape, 0.5)
 
 before = peak()
-write_peft(tensors(), Path(sys.argv[1]), table, "base")
+write_peft(tensors(), dict.fromkeys(table.places, torch.float32), Path(sys.argv[1]), table, "base")
 size = (Path(sys.argv[1]) / "adapter_model.safetensors").stat().st_size / 2**20
 print(size, peak() - before)
 """

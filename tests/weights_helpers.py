@@ -22,7 +22,7 @@ from moetrain.weights.peft_reader import PeftReader
 from moetrain.weights.peft_writer import write_peft
 from moetrain.weights.reader import RandomReader, Reader, SafetensorsReader
 from moetrain.weights.side_files import SideFiles
-from moetrain.weights.transport import LocalParam, export, exported_shapes, load
+from moetrain.weights.transport import LocalParam, export, exported_dtypes, exported_shapes, load
 from moetrain.weights.writer import write_hf
 
 
@@ -224,7 +224,9 @@ def readapt(
     first = initial if adapter is None else PeftReader(adapter, model, reader)
     load(local, table, first, model)
     try:
-        write_peft(export(local, table, ALL, to="first"), out, table, "base", initial, ranks=ALL)
+        tensors = export(local, table, ALL, to="first")
+        dtypes = exported_dtypes(local, table, ALL)
+        write_peft(tensors, dtypes, out, table, "base", initial, ranks=ALL)
     except WeightsError as error:
         return str(error)
     return ""

@@ -310,13 +310,17 @@ class Engine:
         """(name in `self.adapters`, whole tensor) of the adapter and of a scalar head beside it, on
         the first rank.
         """
+        with gathered(self.wrapped):
+            yield from transport.export(*self._of_adapter(), self.world, to="first")
+
+    def _of_adapter(self) -> tuple[list[transport.LocalParam], dict[str, Rule]]:
+        """The shards here and the rules of what is exported of it."""
         assert self.adapters is not None, "the recipe has no adapter"
         local = local_adapters(self.chunks, self.world)
         rules = exported(self.trained_rules)
         heads = self.model.heads.added & rules.keys()
         local += [p for p in local_params(self.chunks, self.world) if p.name in heads]
-        with gathered(self.wrapped):
-            yield from transport.export(local, rules, self.world, to="first")
+        return local, rules
 
     @cached_property
     def side_files(self) -> SideFiles:
@@ -353,7 +357,9 @@ class Engine:
         base = self.recipe.model.path or ""
         started = None if self.adapters.spec.starts_at_base else self.initial_adapter
         note = (self.side_files, self.source.hf)
-        write_peft(self.export_adapter(), folder, self.adapters, base, started, note, self.world)
+        dtypes = transport.exported_dtypes(*self._of_adapter(), self.world)
+        tensors = self.export_adapter()
+        write_peft(tensors, dtypes, folder, self.adapters, base, started, note, self.world)
 
     # Checkpoints
 

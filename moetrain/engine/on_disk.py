@@ -137,7 +137,8 @@ def write_adapter(run: Path, dst: Path) -> str:
     base = recipe.model.path or "random weights"
     initial = None if table.spec.starts_at_base else InitialAdapter(reader, table, recipe.seed)
     tensors = ((name, whole(stored, name)) for name in stored.names())
-    write_peft(tensors, dst, table, base, initial, (SideFiles.of(checkpoint), hf))
+    dtypes = {name: stored.dtype(name) for name in stored.names()}
+    write_peft(tensors, dtypes, dst, table, base, initial, (SideFiles.of(checkpoint), hf))
     return base
 
 

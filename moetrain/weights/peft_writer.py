@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ def peft_keys(modules: Collection[str]) -> dict[str, str]:
 
 def write_peft(
     tensors: Iterable[tuple[str, Tensor]],
+    dtypes: Mapping[str, torch.dtype],
     folder: Path,
     table: AdapterTable,
     base_name: str,
@@ -63,10 +63,10 @@ def write_peft(
     """Write an adapter as PEFT reads it; collective.
 
     Args:
-        tensors: (name in the table's rules, whole tensor), of one dtype, and a scalar head as
-            `score.weight`, which is written in fp32; all of them on the first rank, which keeps
-            those of a module in memory until it is whole, and writes. On the others they are passed
-            over.
+        tensors: (name in the table's rules, whole tensor), and a scalar head as `score.weight`; all
+            of them on the first rank, which keeps those of a module in memory until it is whole,
+            and writes. On the others they are passed over.
+        dtypes: theirs, on the first rank; A over A0 and B beside -B0 are fp32.
         base_name: what adapter_config.json calls the base.
         initial: what the adapter started from, for OLoRA and PiSSA alone: they are written as plain
             LoRA of rank 2r, A over A0 and B beside -B0, for the base as it was before.
@@ -80,7 +80,7 @@ def write_peft(
     if ranks.rank == 0:
         try:
             with files.sibling_folder(folder) as aside:
-                written = _write_tensors(rest, aside, table, initial)
+                written = _write_tensors(rest, dtypes, aside, table, initial)
                 text = json.dumps(config_of(table, base_name), indent=2)
                 (aside / ADAPTER).write_text(text + "\n")
                 if note is not None:
@@ -166,14 +166,16 @@ class _Module:
     missing: set[str]  # names of tensors that have not come
     held: dict[str, Tensor]
 
-    def shapes(self, table: AdapterTable) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(key, shape) of its tensors."""
-        out, into = self.matrices[0].shape
-        rank = len(self.matrices) * table.spec.rank * (1 if table.spec.starts_at_base else 2)
-        yield self.key + SUFFIX["lora_A"], (rank, into)
-        yield self.key + SUFFIX["lora_B"], (out, rank)
-        if table.spec.dora:
-            yield self.key + SUFFIX["lora_magnitude"], (out,)
+    def targets(self, table: AdapterTable, dtypes: Mapping[str, torch.dtype]) -> Iterator[Target]:
+        """Of its tensors."""
+        spec, (out, into) = table.spec, self.matrices[0].shape
+        rank = len(self.matrices) * spec.rank * (1 if spec.starts_at_base else 2)
+        own = dtypes[self.matrices[0].name + SUFFIX["lora_A"]]
+        dtype = NAMES[own if spec.starts_at_base else torch.float32]
+        yield Target(self.key + SUFFIX["lora_A"], dtype, (rank, into))
+        yield Target(self.key + SUFFIX["lora_B"], dtype, (out, rank))
+        if spec.dora:
+            yield Target(self.key + SUFFIX["lora_magnitude"], dtype, (out,))
 
     def tensors(self, table: AdapterTable, initial: Reader | None) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor), once nothing is missing; experts are put together."""
@@ -201,25 +203,21 @@ def _modules(table: AdapterTable) -> dict[str, _Module]:
 
 
 def _write_tensors(
-    tensors: Iterator[tuple[str, Tensor]], aside: Path, table: AdapterTable, initial: Reader | None
+    tensors: Iterable[tuple[str, Tensor]],
+    dtypes: Mapping[str, torch.dtype],
+    aside: Path,
+    table: AdapterTable,
+    initial: Reader | None,
 ) -> Share:
     """Write PEFT's file of tensors."""
     spec, modules = table.spec, _modules(table)
     assert spec.starts_at_base or initial is not None, f"{spec.init} needs what it started from"
     started = None if spec.starts_at_base else initial
-    first = next(tensors)
-    dtype = torch.float32 if started is not None or first[0] == HEAD else first[1].dtype
-    wanted = [
-        Target(key, NAMES[dtype], shape)
-        for module in modules.values()
-        for key, shape in module.shapes(table)
-    ]
+    wanted = [one for module in modules.values() for one in module.targets(table, dtypes)]
     if table.model.heads.scalar:
-        wanted.append(Target(PREFIX + HEAD, "F32", (1, table.model.heads.hidden)))
+        wanted.append(Target(PREFIX + HEAD, NAMES[dtypes[HEAD]], (1, table.model.heads.hidden)))
     (group,) = shards(wanted, 1 << 62)
-    return write_share(
-        _to_peft(chain([first], tensors), table, modules, started), aside, {ADAPTER_WEIGHTS: group}
-    )
+    return write_share(_to_peft(tensors, table, modules, started), aside, {ADAPTER_WEIGHTS: group})
 
 
 def _to_peft(

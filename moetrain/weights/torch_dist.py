@@ -137,35 +137,36 @@ class TorchDist:
         return flat.reshape(-1, width)
 
     def _values(self, key: str, tensor: Global, chunk: Chunk) -> int:
-        """Where in its blob the values of a chunk begin."""
+        """Where in its blob the values of a chunk begin, which are checked as they are read; what
+        stands around them is checked here.
+        """
         if chunk not in self._starts:
             usual = self._usual_start(tensor, chunk)
-            if usual is not None:
-                self._starts[chunk] = usual
-                return usual
-            path = self.folder / chunk.file
-            window = _Window(self._handle(path), chunk.start, chunk.length)
-            try:
-                header = tensor_of(io.BufferedReader(window, 1 << 12))
-            except (ValueError, OSError) as error:
-                raise CheckpointError(
-                    f"{path}: a part of {key} is {error}. Copy the checkpoint again."
-                ) from None
-            if (header.dtype_name, header.shape) != (tensor.dtype_name, chunk.sizes):
-                raise CheckpointError(
-                    f"{path}: a part of {key} is {header.dtype_name} {list(header.shape)}, {INDEX}"
-                    f" says {tensor.dtype_name} {list(chunk.sizes)}. Copy the checkpoint again."
-                )
-            values = chunk.start + header.start  # those are checked as they are read
-            self._check(chunk.file, chunk.start, values)
-            stop = chunk.start + chunk.length
-            self._check(chunk.file, values + header.num_bytes, stop)
-            self._starts[chunk] = header.start
+            self._starts[chunk] = usual or self._start_in_archive(key, tensor, chunk)
         return self._starts[chunk]
 
+    def _start_in_archive(self, key: str, tensor: Global, chunk: Chunk) -> int:
+        path = self.folder / chunk.file
+        window = _Window(self._handle(path), chunk.start, chunk.length)
+        try:
+            header = tensor_of(io.BufferedReader(window, 1 << 12))
+        except (ValueError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: a part of {key} is {error}. Copy the checkpoint again."
+            ) from None
+        if (header.dtype_name, header.shape) != (tensor.dtype_name, chunk.sizes):
+            raise CheckpointError(
+                f"{path}: a part of {key} is {header.dtype_name} {list(header.shape)}, {INDEX}"
+                f" says {tensor.dtype_name} {list(chunk.sizes)}. Copy the checkpoint again."
+            )
+        values = chunk.start + header.start
+        self._check(chunk.file, chunk.start, values)
+        self._check(chunk.file, values + header.num_bytes, chunk.start + chunk.length)
+        return header.start
+
     def _usual_start(self, tensor: Global, chunk: Chunk) -> int | None:
-        """Where the values begin if all around them is, byte by byte, as this package writes it,
-        else None; to read it as an archive takes ten times as long.
+        """The same if all around the values is, byte by byte, as this package writes it, else None:
+        comparing takes less time than reading an archive.
         """
         num_bytes = prod(chunk.sizes) * SIZES[tensor.dtype_name]
         if tensor.dtype_name not in TORCH_NAMES or not num_bytes < chunk.length < 1 << 32:

@@ -145,6 +145,14 @@ def exported_shapes(
     }
 
 
+def exported_dtypes(
+    local: Iterable[LocalParam], table: Table, ranks: Ranks = ALONE
+) -> dict[str, torch.dtype]:
+    """Hugging Face name -> dtype of all that is exported, on every rank. Collective."""
+    owners = _owners({p.name: p for p in local}, ranks)
+    return {key: owners[name][1] for name in table if name in owners for key in table[name].hf}
+
+
 def _owners(mine: Mapping[str, LocalParam], ranks: Ranks) -> dict[str, tuple[int, torch.dtype]]:
     """name -> (owning global rank, dtype), the same on every rank."""
     owners: dict[str, tuple[int, torch.dtype]] = {}

@@ -4,7 +4,7 @@ their processes together.
     python tools/bench/convert.py FOLDER [--shape NAME] [--layers N] [--rounds N]
 
 Makes a model with Qwen3-30B-A3B's layers and vocabulary, or another's, of random bf16 numbers in
-FOLDER (3.7 GB with two layers; four times as much room is needed) and removes it in the end. Sides
+FOLDER (3.7 GB with two layers; three times as much room is needed) and removes it in the end. Sides
 take turns in every round. `cp -r` is timed with and without waiting for the disk; conversions
 always wait. The shortest times are compared: a virtual machine's host adds to any side by chance.
 Files lie in the system's cache, but for the sides that say "from the disk".

@@ -136,7 +136,7 @@ def run_expand(bench: Any, made: tuple[str, int]) -> str:
     place: Place = bench.conversions
     rng = random.Random(made[1])
     kind = rng.choice(("headers", "places", "configs", "manifests", "sides"))
-    folders = [one for one in damages.KINDS[kind].folders if one in convert.HF and one != "mxfp4"]
+    folders = [one for one in damages.KINDS[kind].folders if one in convert.HF]
     source, out = _fresh(place, rng.choice(folders)), place.work / "out"
     what = damages.KINDS[kind].change(rng, source)
     told = f"{damages.after(rng, source, kind)}: {what}"

@@ -53,8 +53,8 @@ def peft_folder(folder: Path, config: Mapping[str, Any], sides: Mapping[str, Any
 
     table = adapter_table(read_model(dict(config)), AdapterSpec(2, 4))
     chance = torch.Generator().manual_seed(0)
-    shapes = table_shapes(table).items()
-    write_peft([(n, torch.randn(s, generator=chance)) for n, s in shapes], folder, table, "base")
+    made = {n: torch.randn(s, generator=chance) for n, s in table_shapes(table).items()}
+    write_peft(made.items(), dict.fromkeys(made, torch.float32), folder, table, "base")
     for name, content in sides.items():
         (folder / name).write_text(json.dumps(content))
     (folder / manifest.NAME).unlink()
