@@ -16,6 +16,7 @@ COLUMNS = frozenset(
     " question answer solution instruction input output query response system".split()
 )
 INNER = ("content", "value")  # of messages
+ANSWERS = frozenset(("answer", "solution"))  # which need not be text
 type Place = tuple[str, ...]  # a column, or a column and a field of its messages
 
 
@@ -51,7 +52,7 @@ def decoded(record: dict[str, Any], places: frozenset[Place]) -> dict[str, Any]:
         value = parsed.get(column)
         if value is None:
             continue
-        parsed[column] = _parse_field(value, inner[0]) if inner else _parsed(value)
+        parsed[column] = _parse_field(value, inner[0]) if inner else text_of_json(value)
     return parsed
 
 
@@ -60,17 +61,20 @@ def _parse_field(value: Any, field: str) -> Any:
     if isinstance(value, list):
         return [_parse_field(item, field) for item in value]
     if isinstance(value, Mapping) and value.get(field) is not None:
-        return {**value, field: _parsed(value[field])}
+        return {**value, field: text_of_json(value[field])}
     return value
 
 
-def _parsed(value: Any) -> Any:
-    """What a text says, where that is a text, a message, or a list of messages or parts. Any other
-    JSON was a text before, which `datasets` left as it was.
+def text_of_json(value: Any) -> Any:
+    """What a text says, where that is a text, a message, or a list of messages or parts; None where
+    it says null, which `datasets` 4.8 writes for what is missing. Any other JSON was a text
+    before, which `datasets` left as it was.
     """
     if not isinstance(value, str):
         return value
     parsed = parse_json(value)
+    if parsed is None:
+        return None
     items = parsed if isinstance(parsed, list) else [parsed]
     known = all(isinstance(item, dict) and {"role", "from", "type"} & item.keys() for item in items)
     return parsed if isinstance(parsed, str) or (items and known) else value

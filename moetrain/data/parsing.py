@@ -115,10 +115,44 @@ def with_parsed_messages(record: dict[str, Any]) -> dict[str, Any]:
             parsed_columns[key] = parsed
         elif isinstance(value, list) and value and all(_is_object(item) for item in value):
             parsed_columns[key] = [_parsed(item) for item in value]
+    tools = parsed_columns.get("tools", record.get("tools"))
+    if isinstance(tools, list):
+        parsed_columns["tools"] = with_parsed_schemas(tools)
     kwargs = record.get("chat_template_kwargs")
-    if _is_object(kwargs):
+    if _is_object(kwargs) or kwargs == "null":
         parsed_columns["chat_template_kwargs"] = _parsed(kwargs)
     return record | parsed_columns if parsed_columns else record
+
+
+# Keys of a tool and its JSON schema whose values are no text; that of `type` may be, but no JSON.
+SCHEMAS = frozenset(
+    "function parameters properties patternProperties additionalProperties $defs definitions items"
+    " prefixItems anyOf oneOf allOf not".split()
+)
+VALUES = frozenset("required enum type".split())
+
+
+def with_parsed_schemas(tools: list[Any]) -> list[Any]:
+    """Tools whose schemas have texts of JSON in place of objects and lists, as `datasets` 4.8
+    writes them into JSONL when they differ from tool to tool, as they were.
+    """
+    return [_schema(tool) for tool in tools]
+
+
+def _schema(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_schema(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _keyword(key, item) for key, item in value.items()}
+
+
+def _keyword(key: str, item: Any) -> Any:
+    if isinstance(item, str) and key in SCHEMAS | VALUES:
+        item = _parsed(item)
+    # of other keys objects alone can be schemas: those that `properties` and the like name
+    walked = key in SCHEMAS or (isinstance(item, dict) and key not in ("default", "const"))
+    return _schema(item) if walked else item
 
 
 def _is_object(value: Any) -> bool:

@@ -39,7 +39,7 @@ from moetrain.errors import DataError
 from moetrain.ops.packed import Packed, concat, pack_one, pad_to
 
 # Raise it when the same inputs come to give other arrays.
-VERSION = 4
+VERSION = 5
 CHUNK = 256  # records tokenised together
 # The type of each value per sequence that a set can have.
 EXTRAS: dict[str, type[np.generic]] = {"role": np.int64, "margin": np.float32}

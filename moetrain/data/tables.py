@@ -8,10 +8,11 @@ uneven keys become texts of JSON. Here that is taken back, as far as the table s
 import base64
 import datetime
 import decimal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from moetrain.data.parsing import parse_json
+from moetrain.data.json_texts import ANSWERS, COLUMNS, INNER, text_of_json
+from moetrain.data.parsing import LISTS, parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -25,7 +26,8 @@ UNREADABLE = (ValueError, OverflowError, ArithmeticError, RecursionError)
 
 def records(batch: "pyarrow.RecordBatch | pyarrow.Table") -> Iterator[Found]:
     """The rows of a batch."""
-    menders = {field.name: mender(field.type) for field in batch.schema}
+    texts = COLUMNS - ANSWERS - set(LISTS)
+    menders = {field.name: _field_mender(field, texts) for field in batch.schema}
     try:
         rows: list[Any] = batch.to_pylist()
     except UNREADABLE:  # one row of them; each by itself tells which
@@ -102,10 +104,21 @@ def mender(kind: "pyarrow.DataType") -> Mend | None:
     return next((mend for is_kind, mend in SCALARS if getattr(types, is_kind)(kind)), None)
 
 
+def _field_mender(field: Any, texts: Collection[str]) -> Mend | None:
+    """`texts`: names of fields that hold a text, if no message. `datasets` stores a text there that
+    is JSON itself (an answer `42`) as it is, beside others as JSON: in quotation marks.
+    """
+    is_json = getattr(field.type, "extension_name", None) == "arrow.json"
+    return text_of_json if is_json and field.name in texts else mender(field.type)
+
+
 def _object(kind: Any) -> Mend:
     fields = [kind.field(i) for i in range(kind.num_fields)]
+    texts = INNER if {"role", "from"} & {field.name for field in fields} else ()
     menders = {
-        field.name: mend_item for field in fields if (mend_item := mender(field.type)) is not None
+        field.name: mend_item
+        for field in fields
+        if (mend_item := _field_mender(field, texts)) is not None
     }
     valueless = frozenset(field.name for field in fields if str(field.type) == "null")
 

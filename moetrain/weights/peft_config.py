@@ -26,8 +26,14 @@ _ONLY: dict[str, tuple[object, ...]] = {
     "arrow_config": (None,),
     "use_bdlora": (None, False),
 }
+# PEFT names its variants of LoRA `use_...` and `..._config`. These are read, or say how matrices
+# began; any other that is set is a kind of adapter that is not known here.
+_KNOWN = frozenset(
+    "use_rslora use_dora eva_config loftq_config corda_config lora_ga_config"
+    " megatron_config".split()
+)
 # values of init_lora_weights that leave the base as it is
-_PLAIN = (True, False, None, "gaussian", "eva", "orthogonal")
+_PLAIN = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,12 @@ def read_config(path: Path) -> PeftConfig:
             raise WeightsError(
                 f"{path}: {key} = {json.dumps(content[key])} is not held here; allowed: "
                 f"{json.dumps(allowed[0])}"
+            )
+    for key in content.keys() - _ONLY.keys() - _KNOWN:
+        if (key.startswith("use_") or key.endswith("_config")) and content[key]:
+            raise WeightsError(
+                f"{path}: {key} = {json.dumps(content[key])[:80]} is a kind of LoRA that is not"
+                f" known here. Merge the adapter with PEFT instead."
             )
     first = content.get("init_lora_weights", True)
     if first not in (*_PLAIN, "olora", "pissa"):

@@ -113,7 +113,9 @@ class PeftReader:
         return {module: stems[module] for module in modules if module in stems}
 
     def _has_weight(self, model: Model, module: str) -> bool:
-        return any(f"{module}.weight" in rule.hf for rule in model.table.values())
+        return any(
+            f"{module}.weight" in rule.hf or module == rule.fused for rule in model.table.values()
+        )
 
     def _check(
         self, keys: Collection[str], config: PeftConfig, modules: Mapping[str, list[Matrix]]
