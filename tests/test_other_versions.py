@@ -35,12 +35,13 @@ def conversations(records: Sequence[Any]) -> list[Any]:
 
 def stored(path: Path, records: Sequence[Fields]) -> Path:
     """The records as parquet in which each `content` is JSON, as `datasets` stores uneven ones:
-    what is JSON already as it stands, other texts in quotation marks, what is missing as null.
+    what is JSON already, or is to its parser, as it stands, other texts in quotation marks, what is
+    missing as null.
     """
 
     def raw(content: Any) -> str | None:
-        if content is None:
-            return None
+        if content is None or content in LENIENT:
+            return content
         try:
             json.loads(content)
         except (TypeError, ValueError):
@@ -69,7 +70,8 @@ def message(role: str, content: Any) -> Fields:
 
 
 PARTS = [{"type": "text", "text": "q"}]
-TEXTS = ("a", "42", "1.50", "true", "[2]", '{"a": 1}', "two words", "NaN is none")
+LENIENT = ("007", "1.", "-")
+TEXTS = ("a", "42", "1.50", "true", "[2]", '{"a": 1}', "two words", "NaN is none", *LENIENT)
 
 
 def test_a_text_that_is_json_stays_a_text_in_a_table(tmp_path: Path) -> None:
@@ -158,6 +160,26 @@ def test_what_datasets_rewrites(tmp_path: Path, kind: str, form: str) -> None:
     assert conversations(read(again)) == wanted
     five = write_jsonl(tmp_path / "five.jsonl", loaded)  # what 5.2's to_json writes: the values
     assert conversations(read(five)) == wanted
+
+
+def test_texts_that_are_json_to_datasets_alone(tmp_path: Path) -> None:
+    """They stand among texts of JSON, in which the others are in quotation marks."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    records = [
+        {"messages": [message("user", PARTS if i == 0 else "q"), message("assistant", text)]}
+        for i, text in enumerate(TEXTS)
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    loaded: Any = datasets.load_dataset(
+        "json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    loaded.to_json(str(tmp_path / "b.jsonl"))
+    assert '"007"' in (tmp_path / "b.jsonl").read_text(), "datasets no longer does this"
+    assert conversations(read(tmp_path / "b.jsonl")) == conversations(records)
+    loaded.save_to_disk(str(tmp_path / "c"))
+    assert conversations(read(tmp_path / "c")) == conversations(records)
 
 
 def test_texts_that_no_schema_is_read_in_stay() -> None:

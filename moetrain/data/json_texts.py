@@ -6,6 +6,7 @@ of its own, and its `to_json` writes every value of it as a text of JSON: a text
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ COLUMNS = frozenset(
 )
 INNER = ("content", "value")  # of messages
 ANSWERS = frozenset(("answer", "solution"))  # which need not be text
+# A text that `datasets` (pandas' ujson) takes for a number.
+NUMBER = re.compile(r"-?\d*(\.\d*)?([eE][+-]?\d*)?")
 type Place = tuple[str, ...]  # a column, or a column and a field of its messages
 
 
@@ -65,6 +68,19 @@ def _parse_field(value: Any, field: str) -> Any:
     return value
 
 
+def value_of_json(text: str) -> Any:
+    """What a text says; the text itself where it is JSON to `datasets` alone (`007`, `1.`). Raises
+    ValueError as parse_json.
+    """
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    except (ValueError, RecursionError):
+        pass  # parse_json has the words for it
+    return parse_json(text)
+
+
 def text_of_json(value: Any) -> Any:
     """What a text says, where that is a text, a message, or a list of messages or parts; None where
     it says null, which `datasets` 4.8 writes for what is missing. Any other JSON was a text
@@ -72,7 +88,7 @@ def text_of_json(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    parsed = parse_json(value)
+    parsed = value_of_json(value)
     if parsed is None:
         return None
     items = parsed if isinstance(parsed, list) else [parsed]
@@ -102,5 +118,5 @@ def _kind(value: Any) -> str | None:
     try:
         json.loads(value)
     except (ValueError, RecursionError):
-        return None
+        return "other" if NUMBER.fullmatch(value) else None
     return "text" if first == '"' else "other"

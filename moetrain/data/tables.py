@@ -11,8 +11,8 @@ import decimal
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from moetrain.data.json_texts import ANSWERS, COLUMNS, INNER, text_of_json
-from moetrain.data.parsing import LISTS, parse_json
+from moetrain.data.json_texts import ANSWERS, COLUMNS, INNER, text_of_json, value_of_json
+from moetrain.data.parsing import LISTS
 
 if TYPE_CHECKING:
     import pyarrow
@@ -171,7 +171,7 @@ def _bytes(value: bytes) -> str:
         return base64.b64encode(value).decode("ascii")
 
 
-EXTENSIONS: dict[str, Mend] = {"arrow.json": parse_json, "arrow.uuid": str}
+EXTENSIONS: dict[str, Mend] = {"arrow.json": value_of_json, "arrow.uuid": str}
 SCALARS: tuple[tuple[str, Mend], ...] = (
     ("is_timestamp", time_text),
     ("is_date", str),
