@@ -182,6 +182,25 @@ def test_texts_that_are_json_to_datasets_alone(tmp_path: Path) -> None:
     assert conversations(read(tmp_path / "c")) == conversations(records)
 
 
+def test_parts_alone_show_what_a_column_is(tmp_path: Path) -> None:
+    """JSONL as 4.8.4 writes it, in which no content has quotation marks; and texts of JSON that
+    somebody meant, which are neither parts of a content nor beside such.
+    """
+    turns = [message("user", json.dumps(PARTS)), message("assistant", "null")]
+    turns[1]["tool_calls"] = [CALL]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [*turns, message("user", "42")]}])
+    wanted = [message("user", PARTS), turns[1] | {"content": None}, message("user", "42")]
+    assert read(path) == [{"messages": wanted}]
+    found = json.dumps([{"type": "person", "text": "Bob"}])
+    own = [
+        {"messages": [message("user", "[1]"), message("assistant", found)]},
+        {"messages": [message("user", "[2]"), message("assistant", "null")]},
+    ]
+    assert read(write_jsonl(tmp_path / "b.jsonl", own)) == own
+    outputs = [{"prompt": "q", "completion": json.dumps(PARTS)}]
+    assert read(write_jsonl(tmp_path / "c.jsonl", outputs)) == outputs
+
+
 def test_texts_that_no_schema_is_read_in_stay() -> None:
     from moetrain.data.parsing import with_parsed_schemas
 

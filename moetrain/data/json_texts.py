@@ -24,7 +24,8 @@ type Place = tuple[str, ...]  # a column, or a column and a field of its message
 
 
 def json_places(records: Iterable[Any]) -> frozenset[Place]:
-    """Where every value is a text of JSON, of several kinds, and texts are among them.
+    """Where every value is a text of JSON, of several kinds, and texts are among them; of messages
+    also where a content is a list of parts.
 
     Reads no further than to the first record that shows that there is no such place.
     """
@@ -44,7 +45,8 @@ def json_places(records: Iterable[Any]) -> frozenset[Place]:
     return frozenset(
         place
         for place, seen in kinds.items()
-        if place not in plain and "text" in seen and seen != {"text"}
+        if place not in plain
+        and (("text" in seen and seen != {"text"}) or ("parts" in seen and len(place) > 1))
     )
 
 
@@ -109,14 +111,24 @@ def _values(record: Mapping[str, Any]) -> Iterator[tuple[Place, Any]]:
 
 
 def _kind(value: Any) -> str | None:
-    """What a text of JSON is of: a text or something else; None where it is no JSON."""
+    """What a text of JSON is of: a text, parts of a content or something else; None where it is no
+    JSON.
+    """
     if not isinstance(value, str):
         return None
     first = value.lstrip()[:1]
     if not first or first not in '"[{-0123456789tfn':
         return None
     try:
-        json.loads(value)
+        parsed = json.loads(value)
     except (ValueError, RecursionError):
         return "other" if NUMBER.fullmatch(value) else None
-    return "text" if first == '"' else "other"
+    if isinstance(parsed, str):
+        return "text"
+    return (
+        "parts" if isinstance(parsed, list) and parsed and all(map(_is_part, parsed)) else "other"
+    )
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("type") == "text" and len(value) == 2
