@@ -1,6 +1,6 @@
 """What newer versions of others' packages write, in small folders made by hand in their form.
 
-Each was compared with what that version writes: datasets 5.2.0, PEFT 0.21.2.
+Each was compared with what that version writes: datasets 5.2.0, PEFT 0.21.2, huggingface_hub 2.4.0.
 """
 
 import json
@@ -20,6 +20,7 @@ from moetrain.data.rejects import Reject
 from moetrain.data.sources import Record, find_sources, read_rows
 from moetrain.errors import DataError, WeightsError
 from moetrain.weights.peft_config import read_config
+from moetrain.weights.side_files import SideFiles, check_exported
 
 Fields = dict[str, Any]
 
@@ -311,3 +312,35 @@ def test_experts_that_have_no_adapter_here_are_said_to_have_none(tmp_path: Path)
     model, reader = reader_of(json.loads((base / "config.json").read_text()), base)
     with pytest.raises(WeightsError, match=r"experts\.down_proj, which has no adapter here"):
         PeftReader(tmp_path, model, reader)
+
+
+# What huggingface_hub 1.33.0 and 2.4.0 keep of a repository whose large files came by Xet.
+
+
+def cached(root: Path, *, marked: bool) -> Path:
+    """A snapshot: small files in blobs of their repository, the large one in those of the cache."""
+    snapshot = root / "models--a--b" / "snapshots" / "1234"
+    blobs, store = root / "models--a--b" / "blobs", root / "blobs" / "ab"
+    for folder in (snapshot, blobs, store):
+        folder.mkdir(parents=True)
+    if marked:
+        (root / "blobs" / ".huggingface-shared-blobs").write_text("1\n")
+    (store / "ab12").write_text("{}")
+    (blobs / "etag").symlink_to("../../blobs/ab/ab12")
+    (blobs / "small").write_text('{"eos_token": "</s>"}')
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/etag")
+    (snapshot / "tokenizer_config.json").symlink_to("../../blobs/small")
+    return snapshot
+
+
+def test_a_snapshot_whose_files_lie_in_the_whole_caches_blobs(tmp_path: Path) -> None:
+    snapshot = cached(tmp_path / "hub", marked=True)
+    (tmp_path / "made").mkdir()
+    SideFiles.of(snapshot).write(tmp_path / "made", {})
+    assert (tmp_path / "made" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "made" / "tokenizer.json").is_symlink()
+
+
+def test_blobs_that_are_not_the_caches_are_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="outside of its folder"):
+        check_exported(cached(tmp_path / "hub", marked=False))

@@ -18,6 +18,7 @@ GENERATION = "generation_config.json"
 LARGEST_ID = 2**31 - 1  # of a token
 CONFIG, SPECIALS = "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+SHARED = ".huggingface-shared-blobs"
 # What a template was in before chat_template.jinja, or is beside it under further names.
 OTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates")
 
@@ -175,7 +176,8 @@ def check_exported(folder: Path | None) -> None:
 
 def _inside(path: Path) -> Path:
     """`path`, unless it is a link that leads out of its folder: what lies there was not given to
-    be exported. The Hub's cache keeps the files of its snapshots beside them, in `blobs`.
+    be exported. The Hub's cache keeps the files of its snapshots beside them, in `blobs`, and from
+    huggingface_hub 1.33 on large ones in `blobs` of the whole cache, which has a mark.
     """
     if not path.is_symlink():
         return path
@@ -183,7 +185,10 @@ def _inside(path: Path) -> Path:
     homes = [folder]
     for snapshot in (folder, folder.parent):  # templates lie one deeper
         if snapshot.parent.name == "snapshots":
-            homes.append(snapshot.parent.parent / "blobs")
+            repository = snapshot.parent.parent
+            homes.append(repository / "blobs")
+            if (repository.parent / "blobs" / SHARED).is_file():
+                homes.append(repository.parent / "blobs")
     if not any(target.is_relative_to(home) for home in homes):
         raise WeightsError(
             f"{path} is a link to {target}, outside of its folder, and would be exported. Put the"
