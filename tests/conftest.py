@@ -3,7 +3,7 @@ disk.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,16 +58,19 @@ def forked_tracers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, Any]]:
-    """`tiny(family)` -> (folder, transformers model), made once."""
-    made: dict[str, tuple[str, Any]] = {}
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, Any]]:
+    """`tiny(family)` -> (folder, transformers model) of four layers, made once; `tiny(family,
+    parallel)` has as many layers as that layout needs.
+    """
+    made: dict[tuple[str, int], tuple[str, Any]] = {}
 
-    def make(family: str) -> tuple[str, Any]:
-        from moetrain.testing.tiny import save_model
+    def make(family: str, parallel: Mapping[str, Any] = {"pp": 2}) -> tuple[str, Any]:
+        from moetrain.testing.tiny import layers_for, save_model
 
-        if family not in made:
+        key = (family, layers_for(parallel))
+        if key not in made:
             folder: Path = tmp_path_factory.mktemp(family)
-            made[family] = (str(folder), save_model(family, folder))
-        return made[family]
+            made[key] = (str(folder), save_model(family, folder, num_hidden_layers=key[1]))
+        return made[key]
 
     return make

@@ -19,7 +19,7 @@ from moetrain.testing.gloo import Workers
 from moetrain.weights.convert import hf2mcore
 
 pytestmark = pytest.mark.gloo
-Tiny = Callable[[str], tuple[str, Any]]
+Tiny = Callable[..., tuple[str, Any]]
 
 ROUTER = {"rank": 4, "alpha": 8, "target": "all-router"}
 CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
@@ -55,7 +55,7 @@ def test_gradients_follow_from_those_of_the_merged_model(
 ) -> None:
     """With W' = W + s B A: dA = s B' dW' and dB = s dW' A', dW' from transformers and autograd."""
     family, world, parallel, adapter = CASES[case]
-    folder, model = tiny(family)
+    folder, model = tiny(family, parallel)
     answers = workers.run(
         world, ranks.adapter_gradients, folder, parallel, sequences(), 2, {"adapter": adapter}
     )
@@ -199,7 +199,7 @@ def test_adapters_start_from_a_megatron_checkpoint(
     workers: Workers, tiny: Tiny, tmp_path: Path, type: str
 ) -> None:
     """Those that read the base's matrices too: merged, they are the base before the first step."""
-    folder, _ = tiny("qwen3_moe")
+    folder, _ = tiny("qwen3_moe", {})
     hf2mcore(Path(folder), tmp_path / "mcore")
     target = ["q_proj", "o_proj"]
     sections = {"adapter": {"type": type, "rank": 4, "target": target}}

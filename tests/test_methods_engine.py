@@ -20,7 +20,8 @@ from moetrain.testing import ranks
 from moetrain.testing.gloo import Workers
 
 pytestmark = pytest.mark.gloo
-Tiny = Callable[[str], tuple[str, Any]]
+Tiny = Callable[..., tuple[str, Any]]
+Models = Callable[[str, dict[str, int]], tuple[str, Any]]
 NUM_GROUPS = 8
 
 
@@ -215,17 +216,17 @@ def reference(method: str, model: Any) -> tuple[float, dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def models(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """method -> (folder, transformers model): with a scalar head for `reward`."""
+def models(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """(method, layout) -> (folder, transformers model): with a scalar head for `reward`."""
     from transformers import AutoModelForSequenceClassification
 
-    folder, model = tiny("qwen3_moe")
-    headed: list[Any] = []
+    headed: dict[str, tuple[str, Any]] = {}
 
-    def find(method: str) -> tuple[str, Any]:
+    def find(method: str, parallel: dict[str, int]) -> tuple[str, Any]:
+        folder, model = tiny("qwen3_moe", parallel)
         if method != "reward":
             return folder, model
-        if not headed:
+        if folder not in headed:
             torch.manual_seed(1)
             path = tmp_path_factory.mktemp("reward")
             made = AutoModelForSequenceClassification.from_pretrained(
@@ -233,8 +234,8 @@ def models(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
             )
             made.score.weight.data.normal_(0, 0.3)
             made.save_pretrained(path)
-            headed.extend([str(path), made])
-        return headed[0], headed[1]
+            headed[folder] = (str(path), made)
+        return headed[folder]
 
     return find
 
@@ -254,11 +255,11 @@ def test_no_offline_method_is_left_out() -> None:
 
 @pytest.mark.parametrize(("method", "layout"), [*product(METHODS, LAYOUTS), ("unpaired", "one")])
 def test_gradients_equal_transformers(
-    workers: Workers, models: Callable[[str], Any], method: str, layout: str
+    workers: Workers, models: Models, method: str, layout: str
 ) -> None:
-    folder, model = models(method)
-    loss, wanted = reference(method, model)
     world, parallel = LAYOUTS[layout]
+    folder, model = models(method, parallel)
+    loss, wanted = reference(method, model)
     packs = packed(groups(labelled=method in LABELLED), shared=True)
     packs = [concat(packs[i::4]) for i in range(4)]
     found = workers.run(world, ranks.gradients_of_packs, folder, parallel, packs, section(method))[
@@ -273,9 +274,9 @@ def test_gradients_equal_transformers(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_how_a_batch_is_cut_changes_nothing(
-    workers: Workers, models: Callable[[str], Any], method: str, tmp_path: Path
+    workers: Workers, models: Models, method: str, tmp_path: Path
 ) -> None:
-    folder, _ = models(method)
+    folder, _ = models(method, {})
     found = groups(labelled=method in LABELLED)
     shared, whole = packed(found, shared=True), packed(found, shared=False)
     balanced = {"router": {"aux_loss": 0.01, "z_loss": 0.001}}

@@ -22,7 +22,7 @@ from moetrain.testing import optimizing
 from moetrain.testing.gloo import Workers
 from moetrain.testing.tiny import CONFIGS
 
-Tiny = Callable[[str], tuple[str, Any]]
+Tiny = Callable[..., tuple[str, Any]]
 
 
 def published(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -167,7 +167,7 @@ def test_a_step_is_the_papers_at_every_layout(
 ) -> None:
     """And a run that is resumed is the same, bit for bit; at another layout to a rounding."""
     family, world, parallel = LAYOUTS[case]
-    folder, _ = tiny(family)
+    folder, _ = tiny(family, parallel)
     made = tmp_path / "checkpoint"
     arguments = (sequences(), MUON if "moe" in family else dense(MUON), made)
     before, found = workers.run(world, optimizing.steps, folder, parallel, *arguments)[0]

@@ -5,6 +5,7 @@ autograd, the same at every layout and however the batch is cut.
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from moetrain.testing.gloo import Workers
 from moetrain.testing.rollouts import sample_of
 
 pytestmark = pytest.mark.gloo
-Tiny = Callable[[str], tuple[str, Any]]
+Tiny = Callable[..., tuple[str, Any]]
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "grpo": {
@@ -63,6 +64,7 @@ def section_of(method: dict[str, Any]) -> dict[str, Any]:
     return section | ({"teacher": {"path": "t"}} if method["name"] == "gkd" else {})
 
 
+@cache
 def groups(model: Any) -> list[Group]:
     """Five prompts of many lengths with three answers each; the sampler's log-probs are near the
     model's own.
@@ -279,10 +281,10 @@ def reference(model: Any, found: list[Group], method: str) -> tuple[float, dict[
 def test_gradients_equal_transformers(
     workers: Workers, tiny: Tiny, method: str, layout: str
 ) -> None:
-    folder, model = tiny("qwen3_moe")
+    world, parallel = LAYOUTS[layout]
+    folder, model = tiny("qwen3_moe", parallel)
     found = groups(model)
     loss, wanted = reference(model, found, method)
-    world, parallel = LAYOUTS[layout]
     packs = packs_of(found, method, seq_len=60, min_packs=2)
     assert len(packs) > 1
     section = section_of(SETTINGS[method])
@@ -295,18 +297,16 @@ def test_gradients_equal_transformers(
 
 @pytest.mark.parametrize("method", [*SETTINGS, "ppo"])
 def test_how_a_batch_is_cut_changes_nothing(workers: Workers, tiny: Tiny, method: str) -> None:
-    folder, model = tiny("qwen3_moe")
-    found = groups(model)
     settings = SETTINGS.get(method, {"name": "ppo"})
     section = section_of(settings)
 
-    def run(world: int, seq_len: int, min_packs: int, parallel: dict[str, int]) -> Any:
+    def run(model: Any, world: int, seq_len: int, min_packs: int, parallel: dict[str, int]) -> Any:
         packs = (ppo_packs if method == "ppo" else packs_of)(
-            found, method, seq_len=seq_len, min_packs=min_packs
+            groups(model[1]), method, seq_len=seq_len, min_packs=min_packs
         )
-        return workers.run(world, ranks.gradients_of_packs, folder, parallel, packs, section)[0]
+        return workers.run(world, ranks.gradients_of_packs, model[0], parallel, packs, section)[0]
 
-    whole = run(1, 1000, 1, {})
+    uncut: dict[str, Any] = {}
     for world, seq_len, min_packs, parallel in (
         (1, 60, 2, {}),
         (1, 30, 4, {}),
@@ -316,7 +316,11 @@ def test_how_a_batch_is_cut_changes_nothing(workers: Workers, tiny: Tiny, method
         (2, 60, 2, {"tp": 2}),
         (2, 60, 2, {"pp": 2}),
     ):
-        loss, metrics, grads = run(world, seq_len, min_packs, parallel)
+        model = tiny("qwen3_moe", parallel)
+        if model[0] not in uncut:
+            uncut[model[0]] = run(model, 1, 1000, 1, {})
+        whole = uncut[model[0]]
+        loss, metrics, grads = run(model, world, seq_len, min_packs, parallel)
         assert loss == pytest.approx(whole[0], rel=1e-4, abs=1e-6)
         for name, value in metrics.items():
             assert value == pytest.approx(whole[1][name], rel=1e-3, abs=1e-5), name
@@ -353,7 +357,7 @@ def test_cut_answers_are_left_out_after_they_have_counted(
     """Of one group rewarded 1, 0, 0.5 the last answer was cut: the others' advantages are what
     they were, and it is not learned from.
     """
-    folder, _ = tiny("qwen3_moe")
+    folder, _ = tiny("qwen3_moe", {})
     ends: list[tuple[float, Any]] = [(1.0, "stop"), (0.0, "stop"), (0.5, "length")]
     answers = [
         GradedAnswer(

@@ -188,7 +188,7 @@ STEPS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     made: Path = tmp_path_factory.mktemp("mixed")
-    save_model("qwen3_moe", made, decoder_sparse_step=2)
+    save_model("qwen3_moe", made, num_hidden_layers=2, decoder_sparse_step=2)
     return str(made)
 
 

@@ -2,6 +2,7 @@
 cannot hide.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": COMMON
     | dict(model_type="mixtral", num_local_experts=6, num_experts_per_tok=2, intermediate_size=28),
 }
+
+
+def layers_for(parallel: Mapping[str, Any]) -> int:
+    """Layers that a layout needs to show all that it does: two for each of two stages, or one for
+    each of their four chunks; two where no stages share them.
+    """
+    return 4 if parallel.get("pp", 1) > 1 else 2
 
 
 def save_model(family: str, folder: Path, **changes: Any) -> Any:

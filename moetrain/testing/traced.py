@@ -66,17 +66,14 @@ def _as_on_nccl(recipe: Recipe) -> World:
         any_world.shared_by_ranks = shared
 
 
-def measured(cases: Sequence[Case]) -> list[dict[str, Any]]:
+def measured(case: Case) -> dict[str, Any]:
     """Of this rank, with values."""
-    traces: list[dict[str, Any]] = []
-    for case in cases:
-        recipe = _recipe(case)
-        world = _as_on_nccl(recipe)
-        watch = Watch(world.device)
-        with watch:
-            watched_step(watched_engine(recipe, world, watch), _packs(recipe), watch)
-        traces.append(_summary(watch.profile))
-    return traces
+    recipe = _recipe(case)
+    world = _as_on_nccl(recipe)
+    watch = Watch(world.device)
+    with watch:
+        watched_step(watched_engine(recipe, world, watch), _packs(recipe), watch)
+    return _summary(watch.profile)
 
 
 def predicted(
