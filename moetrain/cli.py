@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from moetrain import garbage
+from moetrain import distributions, garbage
 from moetrain.commands import (
     bench,
     convert,
@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     2, and so is a disk that takes no more.
     """
     garbage.expect_imports()
+    distributions.read_lists_alone()
     args = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
     try:
         code = COMMANDS[args.command].run(args)

@@ -15,6 +15,7 @@ LEFT_OUT = {
     "errors",
     "ports",
     "pulse",
+    "distributions",
     "garbage",
     "files",
     "manifest",

@@ -40,10 +40,13 @@ from moetrain.testing.layouts import instead
 
 
 def shortened(recipe: Recipe) -> Recipe:
-    """With one layer in each chunk and two stages at most: every local shape is the recipe's."""
+    """With one layer in each chunk, two stages and two chunks of each at most: every local shape is
+    the recipe's.
+    """
     recipe = without_weights(recipe)
     model = read_model(recipe.model.hf or {}, value_head=recipe.method.value_head)
-    parallel = recipe.parallel.model_copy(update={"pp": min(recipe.parallel.pp, 2)})
+    vpp = min(recipe.parallel.vpp, 2) if recipe.parallel.vpp else None
+    parallel = recipe.parallel.model_copy(update={"pp": min(recipe.parallel.pp, 2), "vpp": vpp})
     recipe = recipe.model_copy(update={"parallel": parallel})
     shorter = with_layers(recipe, model, parallel.pp * (parallel.vpp or 1))
     assert shorter is not None, "its layers are not alike"
