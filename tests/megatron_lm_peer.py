@@ -16,6 +16,7 @@ modules do on the meta device).
 """
 
 import functools
+import gc
 import json
 import os
 import queue
@@ -391,6 +392,10 @@ if __name__ == "__main__":
     import megatron.training.arguments
     import megatron.training.checkpointing  # noqa: F401
     import safetensors.torch  # noqa: F401
+    import torch._dynamo.aot_compile  # noqa: F401
+    import transformers  # noqa: F401
+
+    gc.freeze()
 
     for line in sys.stdin:
         print(json.dumps(in_ranks(json.loads(line))), file=answers, flush=True)
