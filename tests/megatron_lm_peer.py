@@ -392,7 +392,7 @@ if __name__ == "__main__":
     import megatron.training.arguments
     import megatron.training.checkpointing  # noqa: F401
     import safetensors.torch  # noqa: F401
-    import torch._dynamo.aot_compile  # noqa: F401
+    import torch._dynamo.aot_compile
     import transformers  # noqa: F401
 
     gc.freeze()
