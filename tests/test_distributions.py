@@ -1,12 +1,8 @@
 """What importing transformers asks importlib.metadata for, without a look at every file."""
 
-import importlib.metadata
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-
-from moetrain.distributions import packages_distributions
 
 STATS = """
 import importlib.metadata, os
@@ -19,15 +15,25 @@ print(len(asked))
 """
 
 
-def by_package(found: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    return {package: sorted(names) for package, names in found.items()}
+def alone(code: str) -> str:
+    """What code prints in a process of its own: others' commands have put ours in place."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+EQUAL = """
+import importlib.metadata
+from moetrain.distributions import packages_distributions
+ours, theirs = packages_distributions(), importlib.metadata.packages_distributions()
+assert {k: sorted(v) for k, v in ours.items()} == {k: sorted(v) for k, v in theirs.items()}
+assert len(theirs) > 100 and theirs["yaml"] == ["PyYAML"]
+"""
 
 
 def test_it_is_what_importlib_says() -> None:
     """Of this environment, of some hundred distributions."""
-    wanted = importlib.metadata.packages_distributions()
-    assert len(wanted) > 100 and wanted["yaml"] == ["PyYAML"]
-    assert by_package(packages_distributions()) == by_package(wanted)
+    alone(EQUAL)
 
 
 def test_lists_of_any_kind(tmp_path: Path) -> None:
@@ -63,24 +69,18 @@ def test_lists_of_any_kind(tmp_path: Path) -> None:
 
 def test_a_command_looks_at_no_file() -> None:
     """Every command's process has it, before anything imports transformers."""
-    done = subprocess.run([sys.executable, "-c", STATS], capture_output=True, text=True, check=True)
-    assert int(done.stdout.splitlines()[-1]) < 3000, "of some 33,000 files"
+    assert int(alone(STATS).splitlines()[-1]) < 3000, "of some 33,000 files"
+
+
+LOOKS = """
+import importlib.metadata as metadata
+asked, locate = [], metadata.PackagePath.locate
+metadata.PackagePath.locate = lambda path: (asked.append(path), locate(path))[1]
+import transformers.utils
+print(len(asked))
+"""
 
 
 def test_the_mend_is_still_needed() -> None:
-    """When Python or transformers does without, moetrain/distributions.py may go."""
-    source = Path(sys.prefix).rglob("transformers/utils/import_utils.py")
-    assert "= importlib.metadata.packages_distributions()" in next(source).read_text()
-    asked = []
-    count = importlib.metadata.PackagePath.locate
-
-    def locate(path: importlib.metadata.PackagePath) -> object:
-        asked.append(path)
-        return count(path)
-
-    importlib.metadata.PackagePath.locate = locate  # type: ignore[method-assign]
-    try:
-        importlib.metadata.packages_distributions()
-    finally:
-        importlib.metadata.PackagePath.locate = count  # type: ignore[method-assign]
-    assert len(asked) > 10_000
+    """When importing transformers looks at few files, moetrain/distributions.py may go."""
+    assert int(alone(LOOKS)) > 10_000
