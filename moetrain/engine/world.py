@@ -7,9 +7,9 @@ and nothing has values.
 import datetime
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -25,6 +25,7 @@ from moetrain import garbage
 from moetrain.config.recipe import ParallelConfig
 from moetrain.engine import compat_meta, device, meeting, scatter
 from moetrain.engine.axis_groups import shared_by_ranks
+from moetrain.engine.scheduling import patient_threads
 from moetrain.errors import MoetrainError
 from moetrain.layout.mesh import MeshPlan, plan_mesh
 from moetrain.ops.reduce import add_up, largest
@@ -265,14 +266,15 @@ def join(*, far: bool = False) -> tuple[Kind, torch.device]:
     device_here = device.prepare()
     kind: Kind = "nccl" if device_here.type == "cuda" else "gloo"
     if not dist.is_initialized():
-        meeting.join(
-            kind,
-            int(os.environ.get("RANK", 0)),
-            int(os.environ.get("WORLD_SIZE", 1)),
-            datetime.timedelta(minutes=timeout_minutes()),
-            device_here if kind == "nccl" else None,
-            far=far,
-        )
+        with patient_threads() if kind == "gloo" else nullcontext():
+            meeting.join(
+                kind,
+                int(os.environ.get("RANK", 0)),
+                int(os.environ.get("WORLD_SIZE", 1)),
+                datetime.timedelta(minutes=timeout_minutes()),
+                device_here if kind == "nccl" else None,
+                far=far,
+            )
     return kind, device_here
 
 
@@ -306,13 +308,19 @@ def meta_world(
     return with_groups("meta", meta_device, parallel, 0)
 
 
+@contextmanager
+def _gloo_groups() -> Iterator[None]:
+    with patient_threads(), shared_by_ranks():
+        yield
+
+
 def with_groups(kind: Kind, own: torch.device, parallel: ParallelConfig, seed: int) -> World:
     """The world of a process group that is there, with Megatron's groups for `parallel`."""
     plan = plan_mesh(parallel, dist.get_world_size())
     ps = parallel_state
     if ps.model_parallel_is_initialized():
         ps.destroy_model_parallel()
-    with shared_by_ranks() if kind == "gloo" else nullcontext():
+    with _gloo_groups() if kind == "gloo" else nullcontext():
         ps.initialize_model_parallel(
             tensor_model_parallel_size=plan.tp,
             pipeline_model_parallel_size=plan.pp,
