@@ -17,16 +17,22 @@ def patient_threads() -> Iterator[None]:
     """Threads that are started here, by this thread, are SCHED_BATCH; it is as before afterwards.
     Nothing changes where a policy has been chosen for it or none may be, or without Linux.
     """
-    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        yield
-        return
-    param = os.sched_getparam(0)
-    try:
-        os.sched_setscheduler(0, os.SCHED_BATCH, param)
-    except OSError:  # a sandbox that refuses it
-        yield
-        return
+    changed = _become_patient()
     try:
         yield
     finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, param)
+        if changed:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_getparam(0))
+
+
+def _become_patient() -> bool:
+    """Whether this thread, which was scheduled as usual, is SCHED_BATCH now."""
+    if not hasattr(os, "SCHED_BATCH"):
+        return False
+    try:
+        if os.sched_getscheduler(0) != os.SCHED_OTHER:
+            return False
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_getparam(0))
+    except OSError:  # a sandbox that refuses it
+        return False
+    return True
