@@ -20,7 +20,8 @@ from tests.system.slurm_cluster import Cluster
 
 STEPS = 8
 VLLM = ROOT / ".venv-vllm" / "bin" / "python"
-LONG = (*TINY, "parallel.pp=2", "train.steps=40", "checkpoint.every=5")
+# Seconds of steps: what ends a run reaches it after one or two.
+LONG = (*TINY, "parallel.pp=2", "train.steps=120", "checkpoint.every=5")
 
 
 @pytest.fixture(scope="module")
