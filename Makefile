@@ -18,7 +18,7 @@ TASKS_STAMP := $(call owned,$(TASKS))
 FROM := $(if $(WHEELS),--no-index --find-links $(WHEELS))
 
 help:
-	@echo "make quickstart   set up .venv, then train a small model end to end (about 7 minutes on 2 cores)"
+	@echo "make quickstart   set up .venv, then train a small model end to end (about 5 minutes on 2 cores)"
 	@echo "make test         set up .venv, then run the tests"
 	@echo "make check        ruff, pyright, import-linter, and whether the docs build"
 	@echo "make docs         docs/ as a site, in build/site"
