@@ -3,7 +3,7 @@
 # no top_level.txt. transformers calls importlib.metadata.packages_distributions() when it is imported, and Python 3.12 looks there whether
 # each file of a RECORD exists (3.11 does not). Nothing of it is kept for the next process, and no setting leaves it out.
 # Input: an environment with transformers and some packages that people have beside it.
-# Expected: some hundred requests, for what is imported.
+# Expected: a few hundred requests, for what is imported.
 # Seen: one for each file that is listed; with the answer put in its place none of them, and the import is as before.
 #   files listed by distributions without top_level.txt: 7390
 #   of these looked at during import transformers: 7390 in 0.56 s of CPU

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     2, and so is a disk that takes no more.
     """
     garbage.expect_imports()
-    distributions.read_lists_alone()
+    distributions.skip_file_checks()
     args = parse(sys.argv[1:] if argv is None else argv, COMMANDS)
     try:
         code = COMMANDS[args.command].run(args)

@@ -1,9 +1,9 @@
-"""Which distribution a package is from, by the lists of files alone. No torch.
+"""Which distribution a package comes from, without checking that its files exist. No torch.
 
-transformers 5 asks importlib.metadata for all of it when it is imported, and Python 3.12 then looks
-whether each file of each distribution is there: 33,000 of them in this environment. That is half a
-second of CPU in every rank and, on a cluster's file system, as many requests to the server of its
-metadata from each.
+When transformers 5 is imported it calls importlib.metadata.packages_distributions, and Python 3.12
+checks there that each file of each distribution exists: 33,000 of them in this environment. That is
+half a second of CPU in every rank and, on a cluster, as many requests to the file system's metadata
+server.
 """
 
 import csv
@@ -12,14 +12,14 @@ import inspect
 from collections import defaultdict
 
 
-def read_lists_alone() -> None:
-    """Let importlib.metadata.packages_distributions answer so in this process."""
+def skip_file_checks() -> None:
+    """Put `packages_distributions` in the place of importlib.metadata's, in this process."""
     importlib.metadata.packages_distributions = packages_distributions
 
 
 def packages_distributions() -> dict[str, list[str]]:
     """As importlib.metadata.packages_distributions: name of a package -> distributions that have
-    it. A file that is listed and gone counts, too.
+    it. A file that is listed but missing counts too.
     """
     found: defaultdict[str, list[str]] = defaultdict(list)
     for distribution in importlib.metadata.distributions():

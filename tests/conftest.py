@@ -64,10 +64,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, A
     """
     made: dict[tuple[str, int], tuple[str, Any]] = {}
 
-    def make(family: str, parallel: Mapping[str, Any] = {"pp": 2}) -> tuple[str, Any]:
+    def make(family: str, parallel: Mapping[str, Any] | None = None) -> tuple[str, Any]:
         from moetrain.testing.tiny import layers_for, save_model
 
-        key = (family, layers_for(parallel))
+        key = (family, 4 if parallel is None else layers_for(parallel))
         if key not in made:
             folder: Path = tmp_path_factory.mktemp(family)
             made[key] = (str(folder), save_model(family, folder, num_hidden_layers=key[1]))

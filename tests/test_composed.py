@@ -140,17 +140,16 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     return Cases(tmp_path_factory.mktemp("composed"))
 
 
-EveryMethod = Callable[[int, int], tuple[list[Case], list[Found]]]
+EveryMethod = Callable[[int], tuple[list[Case], list[Found]]]
 
 
 @pytest.fixture(scope="module")
 def every_method(cases: Cases, workers: Workers) -> EveryMethod:
-    """The nine methods in so many packs and layers, and what one process makes of them."""
+    """The nine methods in so many packs, and what one process makes of them."""
 
     @cache
-    def made(num_packs: int, layers: int) -> tuple[list[Case], list[Found]]:
-        changes = {"num_hidden_layers": layers}
-        made = [cases.case(method, changes=changes, num_packs=num_packs) for method in METHODS]
+    def made(num_packs: int) -> tuple[list[Case], list[Found]]:
+        made = [cases.case(method, num_packs=num_packs) for method in METHODS]
         return made, workers.run(1, layouts.run, {}, made)[0]
 
     return made
@@ -160,9 +159,9 @@ def test_one_process_learns(every_method: EveryMethod) -> None:
     """So that nothing is compared with nothing: every loss moves, every gradient is clipped but
     one."""
     for num_packs in (2, 4):
-        for case, found in zip(*every_method(num_packs, num_packs), strict=True):
+        for case, found in zip(*every_method(num_packs), strict=True):
             assert abs(found.losses[1] - found.losses[0]) > 1e-3, case.name
-            assert found.norms[0] > (0.04 if case.name == "dft" else 0.1), case.name
+            assert found.norms[0] > (0.05 if case.name == "dft" else 0.1), case.name
             moved = [(a - b).abs().max() for a, b in zip(*halves(found.logps), strict=True)]
             assert case.name == "reward" or min(moved) > 1e-2, case.name
 
@@ -189,7 +188,7 @@ def test_methods_are_the_same_at_every_layout(
     workers: Workers, every_method: EveryMethod, layout: str
 ) -> None:
     world, parallel = EVERYWHERE[layout]
-    made, wanted = every_method(enough(layout), layers_for(parallel))
+    made, wanted = every_method(enough(layout))
     said: set[str] = set()
     for answers in workers.run(world, layouts.run, parallel, made, timeout=400):
         for case, one, found in zip(made, wanted, answers, strict=True):

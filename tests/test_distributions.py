@@ -1,4 +1,4 @@
-"""What importing transformers asks importlib.metadata for, without a look at every file."""
+"""Importing transformers without checking that every installed file exists."""
 
 import subprocess
 import sys

@@ -121,7 +121,7 @@ def test_a_trained_adapter_is_the_same_everywhere(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder, model = tiny(family, {})
+    folder, model = tiny(family)
     experts = {"ep": 2} if family == "qwen3_moe" else {}
     tokens = sequences()[0]
     sections = {"adapter": KINDS[kind], "optim": {"lr": 1e-2}}

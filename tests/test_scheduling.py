@@ -1,4 +1,4 @@
-"""Threads that receive for gloo wait for their turn on the processor."""
+"""Gloo's receiver threads do not preempt others when they wake."""
 
 import os
 import threading
@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.engine.scheduling import patient_threads
+from moetrain.engine.scheduling import non_preempting_threads
 from moetrain.testing.gloo import Workers, apart
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux alone has it")
 NAMES = {os.SCHED_OTHER: "other", os.SCHED_BATCH: "batch", os.SCHED_IDLE: "idle"}
 
 
@@ -28,7 +27,7 @@ def policies(parallel: dict[str, int]) -> dict[str, set[str]]:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("parallel", [{}, {"tp": 2, "ep": 2}, {"pp": 2}], ids=str)
-def test_all_of_gloos_threads_are_patient(workers: Workers, parallel: dict[str, int]) -> None:
+def test_gloos_threads_do_not_preempt(workers: Workers, parallel: dict[str, int]) -> None:
     for found in workers.run(2, policies, parallel):
         assert found["main"] == {"other"}
         gloo = {name: seen for name, seen in found.items() if "gloo" in name}
@@ -38,7 +37,7 @@ def test_all_of_gloos_threads_are_patient(workers: Workers, parallel: dict[str, 
 def chosen_before() -> tuple[int, int, int]:
     """The policy before, inside and after, where a user has chosen one."""
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    with patient_threads():
+    with non_preempting_threads():
         inside = os.sched_getscheduler(0)
     return os.SCHED_IDLE, inside, os.sched_getscheduler(0)
 
@@ -53,7 +52,7 @@ def test_it_is_as_before_also_where_something_fails() -> None:
     def look() -> None:
         inside.append(os.sched_getscheduler(0))
 
-    with pytest.raises(ZeroDivisionError), patient_threads():
+    with pytest.raises(ZeroDivisionError), non_preempting_threads():
         thread = threading.Thread(target=look)
         thread.start()
         thread.join()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from moetrain.data.parsing import parse_json
+from moetrain.data.parsing import MalformedError, parse_json
 
 COLUMNS = frozenset(
     "messages conversations prompt completion chosen rejected rejected_messages rejected_response"
@@ -75,12 +75,9 @@ def value_of_json(text: str) -> Any:
     ValueError as parse_json.
     """
     try:
-        json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text)
+    except MalformedError:
         return text
-    except (ValueError, RecursionError):
-        pass  # parse_json has the words for it
-    return parse_json(text)
 
 
 def text_of_json(value: Any) -> Any:

@@ -15,8 +15,14 @@ TOO_LONG = f"a number has more than {MAX_DIGITS} digits"
 TOO_DEEP = f"nested too deeply (more than {MAX_DEPTH} levels)"
 
 
+class MalformedError(ValueError):
+    """A text that is no JSON."""
+
+
 def parse_json(raw: bytes | str) -> Any:
-    """A JSON text's value. ValueError with the reason where it has none that can be used."""
+    """A JSON text's value. ValueError with the reason where it has none that can be used: a
+    MalformedError where the text is no JSON.
+    """
     try:
         text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
         value = json.loads(text)
@@ -24,10 +30,10 @@ def parse_json(raw: bytes | str) -> Any:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         if _is_cut(error):
-            raise ValueError(
+            raise MalformedError(
                 f"malformed JSON: cut short at its end, column {len(error.doc.rstrip()) + 1}"
             ) from None
-        raise ValueError(f"malformed JSON at column {error.colno}: {error.msg}") from None
+        raise MalformedError(f"malformed JSON at column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise ValueError(f"malformed JSON: {TOO_DEEP}") from None
     except ValueError:

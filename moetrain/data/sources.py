@@ -279,8 +279,8 @@ def _read_hf(path: Path) -> Iterator[Record | Reject]:
         message = (str(error).splitlines() or [""])[0]
         raise DataError(
             f"{path} is not a readable Hugging Face dataset folder:"
-            f" {type(error).__name__}: {message} (datasets {datasets.__version__}). Where a newer"
-            f" version wrote it, save it there as parquet (to_parquet), which is read of all."
+            f" {type(error).__name__}: {message} (datasets {datasets.__version__}). If a newer"
+            f" version wrote it, save it there as parquet (to_parquet) instead."
         ) from error
 
 

@@ -1,10 +1,10 @@
-"""How Linux schedules the threads that receive for gloo.
+"""How Linux schedules gloo's receiver threads.
 
-Such a thread that finds the lock of its connection taken asks epoll again at once, and again until
-it is free (torch 2.13). Linux lets a thread that is woken take the processor from the one that
-runs: where cores are few that is the one that sends, with the lock, and the receiver goes round
-until its time is over. A thread of SCHED_BATCH waits for its turn instead. On two cores 3,000 sums
-of two ranks take 0.5 s in place of 2.6 (findings/gloo_receivers_spin.sh, without moetrain).
+In torch 2.13 a receiver that finds its connection's lock taken spins on epoll_wait until the lock
+is free. On few cores the woken receiver preempts the sender of its own process, which holds the
+lock, and spins until its time slice is over. A SCHED_BATCH thread does not preempt others when it
+wakes: on two cores 3,000 sums of two ranks take 0.5 s in place of 2.6
+(findings/gloo_receivers_spin.sh, without moetrain).
 """
 
 import os
@@ -13,11 +13,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def patient_threads() -> Iterator[None]:
-    """Threads that are started here, by this thread, are SCHED_BATCH; it is as before afterwards.
-    Nothing changes where a policy has been chosen for it or none may be, or without Linux.
+def non_preempting_threads() -> Iterator[None]:
+    """Threads that this thread starts meanwhile are SCHED_BATCH; its own policy is restored.
+    Nothing changes where a user has chosen a policy, or a sandbox refuses to change it.
     """
-    changed = _become_patient()
+    changed = _set_batch()
     try:
         yield
     finally:
@@ -25,14 +25,12 @@ def patient_threads() -> Iterator[None]:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_getparam(0))
 
 
-def _become_patient() -> bool:
-    """Whether this thread, which was scheduled as usual, is SCHED_BATCH now."""
-    if not hasattr(os, "SCHED_BATCH"):
-        return False
+def _set_batch() -> bool:
+    """Whether this thread had the usual policy and is SCHED_BATCH now."""
     try:
         if os.sched_getscheduler(0) != os.SCHED_OTHER:
             return False
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_getparam(0))
-    except OSError:  # a sandbox that refuses it
+    except OSError:
         return False
     return True

@@ -25,7 +25,7 @@ from moetrain import garbage
 from moetrain.config.recipe import ParallelConfig
 from moetrain.engine import compat_meta, device, meeting, scatter
 from moetrain.engine.axis_groups import shared_by_ranks
-from moetrain.engine.scheduling import patient_threads
+from moetrain.engine.scheduling import non_preempting_threads
 from moetrain.errors import MoetrainError
 from moetrain.layout.mesh import MeshPlan, plan_mesh
 from moetrain.ops.reduce import add_up, largest
@@ -266,7 +266,7 @@ def join(*, far: bool = False) -> tuple[Kind, torch.device]:
     device_here = device.prepare()
     kind: Kind = "nccl" if device_here.type == "cuda" else "gloo"
     if not dist.is_initialized():
-        with patient_threads() if kind == "gloo" else nullcontext():
+        with non_preempting_threads() if kind == "gloo" else nullcontext():
             meeting.join(
                 kind,
                 int(os.environ.get("RANK", 0)),
@@ -310,7 +310,7 @@ def meta_world(
 
 @contextmanager
 def _gloo_groups() -> Iterator[None]:
-    with patient_threads(), shared_by_ranks():
+    with non_preempting_threads(), shared_by_ranks():
         yield
 
 
